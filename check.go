@@ -1,0 +1,251 @@
+// What peers send, checked before raft sees it: raft v3.7 answers some of it
+// with a panic (each rule names the function that does).
+
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"go.etcd.io/raft/v3/confchange"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// maxCounter bounds terms and indexes, so that adding to one never overflows.
+	maxCounter = 1 << 60
+	// maxRaftID bounds raft IDs: raft keeps the highest for itself.
+	maxRaftID = 1 << 63
+	// readContextBytes is the length of the context of our ReadIndex requests.
+	readContextBytes = 16
+)
+
+// errContradiction is what a peer's message is met with that cannot be true if
+// this node's state is. One of the two has lost data, so the node stops.
+var errContradiction = errors.New("a peer contradicts what this node knows to be committed")
+
+// peerCheck is the state of this node against which messages are checked.
+type peerCheck struct {
+	term, commit uint64
+	log          *raftLog
+	leading      bool
+	readBeat     uint64 // highest read context sent with a heartbeat in this term
+}
+
+// check returns nil if raft may see the message, an error wrapping
+// errContradiction if the node must stop, another error if the message has to
+// be dropped.
+func (c *peerCheck) check(m *raftpb.Message) error {
+	if m.GetTerm() >= maxCounter || m.GetIndex() >= maxCounter || m.GetLogTerm() >= maxCounter || m.GetCommit() >= maxCounter || m.GetRejectHint() >= maxCounter {
+		return errors.New("a term or an index is out of range")
+	}
+	local := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex
+	if local != (m.GetTerm() == 0) {
+		return errors.New("its term is 0, or should be") // raft.Step takes term 0 for local
+	}
+	switch m.GetType() {
+	case raftpb.MsgApp:
+		return c.checkAppend(m)
+	case raftpb.MsgAppResp:
+		// tracker.Progress.MaybeUpdate believes any index.
+		if !m.GetReject() && m.GetTerm() == c.term && m.GetIndex() > c.log.last() {
+			return fmt.Errorf("it acknowledges entry %d of %d", m.GetIndex(), c.log.last())
+		}
+	case raftpb.MsgHeartbeat:
+		// raftLog.commitTo
+		if m.GetTerm() >= c.term && m.GetCommit() > c.log.last() {
+			return fmt.Errorf("%w: it commits entry %d, the log ends at %d", errContradiction, m.GetCommit(), c.log.last())
+		}
+		return checkHeartbeatContext(m)
+	case raftpb.MsgHeartbeatResp:
+		// readOnly.recvAck, readOnly.maybeAdvance
+		if err := checkHeartbeatContext(m); err != nil {
+			return err
+		}
+		if ctx := m.GetContext(); len(ctx) > 0 && m.GetTerm() == c.term && binary.LittleEndian.Uint64(ctx) > c.readBeat {
+			return errors.New("it acknowledges a read that was not sent")
+		}
+	case raftpb.MsgProp:
+		return c.checkProposal(m)
+	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
+		// raft.responseToReadIndexReq
+		if len(m.GetEntries()) != 1 || len(m.GetEntries()[0].GetData()) != readContextBytes {
+			return errors.New("its context is invalid")
+		}
+	case raftpb.MsgVote, raftpb.MsgVoteResp, raftpb.MsgPreVote, raftpb.MsgPreVoteResp, raftpb.MsgTimeoutNow, raftpb.MsgSnap:
+	default:
+		return fmt.Errorf("messages of type %v do not cross the network", m.GetType())
+	}
+	return nil
+}
+
+func checkHeartbeatContext(m *raftpb.Message) error {
+	if n := len(m.GetContext()); n != 0 && n != 8 {
+		return fmt.Errorf("its context has %d bytes", n) // binary.Uint64 in readOnly.recvAck
+	}
+	return nil
+}
+
+// checkAppend checks that entries follow each other and do not contradict what
+// is committed (raftLog.maybeAppend, raft.applyConfChange).
+func (c *peerCheck) checkAppend(m *raftpb.Message) error {
+	index, term := m.GetIndex(), m.GetLogTerm()
+	if term > m.GetTerm() {
+		return errors.New("its entries are of a later term than itself")
+	}
+	if m.GetTerm() >= c.term && index <= c.commit {
+		if t, err := c.log.Term(index); err == nil && t != term {
+			return fmt.Errorf("%w: entry %d is of term %d there and of term %d here", errContradiction, index, term, t)
+		}
+	}
+	for _, e := range m.GetEntries() {
+		if e.GetIndex() != index+1 || e.GetTerm() < term || e.GetTerm() > m.GetTerm() || e.GetTerm() == 0 {
+			return fmt.Errorf("entry %d of term %d does not follow entry %d of term %d", e.GetIndex(), e.GetTerm(), index, term)
+		}
+		if index, term = e.GetIndex(), e.GetTerm(); index <= c.commit && m.GetTerm() >= c.term {
+			if t, err := c.log.Term(index); err == nil && t != term {
+				return fmt.Errorf("%w: entry %d is of term %d there and of term %d here", errContradiction, index, term, t)
+			}
+		}
+		if err := checkEntry(e); err != nil {
+			return fmt.Errorf("entry %d: %w", index, err)
+		}
+	}
+	return nil
+}
+
+// checkEntry checks what can be checked of an entry without the state.
+func checkEntry(e *raftpb.Entry) error {
+	switch e.GetType() {
+	case raftpb.EntryNormal:
+		return nil // a batch is decoded when it is applied
+	case raftpb.EntryConfChange, raftpb.EntryConfChangeV2:
+		_, _, err := decodeConfChange(e)
+		return err
+	}
+	return fmt.Errorf("its type is %v", e.GetType())
+}
+
+// checkProposal checks what another node wants this one to append.
+func (c *peerCheck) checkProposal(m *raftpb.Message) error {
+	if !c.leading {
+		return errors.New("this node does not lead") // else raft would pass it on, in a circle perhaps
+	}
+	if len(m.GetEntries()) != 1 {
+		return errors.New("it is not one entry") // stepLeader
+	}
+	e := m.GetEntries()[0]
+	if e.GetType() != raftpb.EntryNormal {
+		return errors.New("only the leader itself proposes changes of membership")
+	}
+	if n := len(e.GetData()); n == 0 || n > maxEntryBytes+maxWriteBytes {
+		return fmt.Errorf("its entry has %d bytes", n)
+	}
+	var b kvpb.Batch
+	if err := proto.Unmarshal(e.GetData(), &b); err != nil {
+		return err
+	}
+	if b.Proposer != m.GetFrom() || b.Sequence == 0 || len(b.Writes) == 0 {
+		return errors.New("its batch is not its sender's, or empty")
+	}
+	return checkWrites(b.Writes)
+}
+
+// checkWrites finds what a service would have refused, or a newer one accepted.
+func checkWrites(ws []*kvpb.Write) error {
+	for _, w := range ws {
+		var err error
+		switch op := w.GetOperation().(type) {
+		case *kvpb.Write_Set:
+			err = errors.Join(validateKey(op.Set.GetKey()), validateValue(op.Set.GetValue()))
+		case *kvpb.Write_Delete:
+			err = validateKey(op.Delete.GetKey())
+		default:
+			err = errors.New("a write of an unknown kind")
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// decodeConfChange decodes the data of an entry that changes the configuration.
+func decodeConfChange(e *raftpb.Entry) (*raftpb.ConfChangeV2, *kvpb.ConfChangeContext, error) {
+	var cc raftpb.ConfChangeV2
+	if e.GetType() == raftpb.EntryConfChange {
+		var v1 raftpb.ConfChange
+		if err := proto.Unmarshal(e.GetData(), &v1); err != nil {
+			return nil, nil, err
+		}
+		proto.Merge(&cc, v1.AsV2())
+	} else if err := proto.Unmarshal(e.GetData(), &cc); err != nil {
+		return nil, nil, err
+	}
+	if t := cc.GetTransition(); t < raftpb.ConfChangeTransitionAuto || t > raftpb.ConfChangeTransitionJointExplicit {
+		return nil, nil, fmt.Errorf("unknown transition %d", t) // ConfChangeV2.EnterJoint
+	}
+	for _, ch := range cc.GetChanges() {
+		if ch.GetNodeId() == 0 || ch.GetNodeId() >= maxRaftID {
+			return nil, nil, fmt.Errorf("invalid raft ID %d", ch.GetNodeId())
+		}
+	}
+	var ctx kvpb.ConfChangeContext
+	if err := proto.Unmarshal(cc.GetContext(), &ctx); err != nil {
+		return nil, nil, err
+	}
+	for _, m := range ctx.Members {
+		if m.GetRaftId() == 0 || m.GetNode().GetId() == 0 {
+			return nil, nil, errors.New("invalid member")
+		}
+	}
+	return &cc, &ctx, nil
+}
+
+// tryConfChange returns the configuration that a change leads to, or why raft
+// would panic over it (raft.applyConfChange).
+func tryConfChange(cs *raftpb.ConfState, cc *raftpb.ConfChangeV2) (*raftpb.ConfState, error) {
+	cfg, progress, err := restoreConfState(cs)
+	if err != nil {
+		return nil, err
+	}
+	t := tracker.MakeProgressTracker(1, 0)
+	t.Config, t.Progress = cfg, progress
+	changer := confchange.Changer{Tracker: t, LastIndex: 1}
+	if cc.LeaveJoint() {
+		cfg, progress, err = changer.LeaveJoint()
+	} else if autoLeave, joint := cc.EnterJoint(); joint {
+		cfg, progress, err = changer.EnterJoint(autoLeave, cc.GetChanges()...)
+	} else {
+		cfg, progress, err = changer.Simple(cc.GetChanges()...)
+	}
+	if err != nil {
+		return nil, err
+	}
+	t.Config, t.Progress = cfg, progress
+	return t.ConfState(), nil
+}
+
+// checkConfState finds what raft would panic over when it restores a snapshot
+// (raft.restore).
+func checkConfState(cs *raftpb.ConfState) error {
+	cfg, progress, err := restoreConfState(cs)
+	if err != nil {
+		return err
+	}
+	if len(cs.GetVoters()) == 0 {
+		return errors.New("a configuration without voters")
+	}
+	t := tracker.MakeProgressTracker(1, 0)
+	t.Config, t.Progress = cfg, progress
+	return cs.Equivalent(t.ConfState())
+}
+
+func restoreConfState(cs *raftpb.ConfState) (tracker.Config, tracker.ProgressMap, error) {
+	return confchange.Restore(confchange.Changer{Tracker: tracker.MakeProgressTracker(1, 0), LastIndex: 1}, cs)
+}

@@ -1,0 +1,118 @@
+// The log in memory: the part of the log that raft reads.
+
+package main
+
+import (
+	"fmt"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// raftLog is raft's Storage. Only the loop uses it. Entries are never changed
+// once they are in it, and slices of them that it gave away stay as they were.
+type raftLog struct {
+	hard      *raftpb.HardState
+	conf      *raftpb.ConfState // raft asks for it only when it starts
+	prevIndex uint64            // the entry before the first: compacted
+	prevTerm  uint64
+	entries   []*raftpb.Entry
+	bytes     uint64 // of the entries' data
+	snapshot  func() *raftpb.Snapshot
+}
+
+// InitialState implements raft.Storage.
+func (l *raftLog) InitialState() (*raftpb.HardState, *raftpb.ConfState, error) {
+	return l.hard, raftpb.EnsureConfState(l.conf), nil
+}
+
+// Entries implements raft.Storage.
+func (l *raftLog) Entries(lo, hi, maxSize uint64) ([]*raftpb.Entry, error) {
+	if lo <= l.prevIndex {
+		return nil, raft.ErrCompacted
+	}
+	if hi > l.last()+1 {
+		return nil, raft.ErrUnavailable
+	}
+	from, to := lo-l.prevIndex-1, hi-l.prevIndex-1
+	end := from
+	for size := uint64(0); end < to; end++ {
+		size += entryBytes(l.entries[end])
+		if size > maxSize && end > from {
+			break
+		}
+	}
+	return l.entries[from:end:end], nil
+}
+
+// Term implements raft.Storage.
+func (l *raftLog) Term(i uint64) (uint64, error) {
+	switch {
+	case i < l.prevIndex:
+		return 0, raft.ErrCompacted
+	case i == l.prevIndex:
+		return l.prevTerm, nil
+	case i > l.last():
+		return 0, raft.ErrUnavailable
+	}
+	return l.entries[i-l.prevIndex-1].GetTerm(), nil
+}
+
+// FirstIndex implements raft.Storage.
+func (l *raftLog) FirstIndex() (uint64, error) { return l.prevIndex + 1, nil }
+
+// LastIndex implements raft.Storage.
+func (l *raftLog) LastIndex() (uint64, error) { return l.last(), nil }
+
+// Snapshot implements raft.Storage: the state as applied at this moment.
+func (l *raftLog) Snapshot() (*raftpb.Snapshot, error) { return l.snapshot(), nil }
+
+func (l *raftLog) last() uint64 { return l.prevIndex + uint64(len(l.entries)) }
+
+// entryBytes is what an entry counts for against limits in bytes.
+func entryBytes(e *raftpb.Entry) uint64 { return uint64(len(e.GetData())) + 16 }
+
+// append adds entries, in place of those that have the same index or a later one.
+func (l *raftLog) append(entries []*raftpb.Entry) error {
+	if len(entries) == 0 {
+		return nil
+	}
+	first := entries[0].GetIndex()
+	if first <= l.prevIndex || first > l.last()+1 {
+		return fmt.Errorf("appending entry %d to a log of %d to %d", first, l.prevIndex+1, l.last())
+	}
+	keep := first - l.prevIndex - 1
+	for _, e := range l.entries[keep:] {
+		l.bytes -= entryBytes(e)
+	}
+	if keep < uint64(len(l.entries)) {
+		l.entries = l.entries[:keep:keep] // what is replaced may be in use
+	}
+	for _, e := range entries {
+		l.bytes += entryBytes(e)
+	}
+	l.entries = append(l.entries, entries...)
+	return nil
+}
+
+// reset drops all entries: the log starts behind a snapshot.
+func (l *raftLog) reset(snap *raftpb.Snapshot) {
+	m := snap.GetMetadata()
+	l.prevIndex, l.prevTerm = m.GetIndex(), m.GetTerm()
+	l.conf = m.GetConfState()
+	l.entries, l.bytes = nil, 0
+}
+
+// compact drops the oldest entries, none after index, until the log has at
+// most limit bytes.
+func (l *raftLog) compact(limit, index uint64) {
+	n := 0
+	for n < len(l.entries) && l.bytes > limit && l.prevIndex < index {
+		l.bytes -= entryBytes(l.entries[n])
+		l.prevIndex, l.prevTerm = l.entries[n].GetIndex(), l.entries[n].GetTerm()
+		n++
+	}
+	if n > 0 {
+		l.entries = append([]*raftpb.Entry(nil), l.entries[n:]...) // frees the dropped ones
+	}
+}

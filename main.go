@@ -1,0 +1,228 @@
+// Raft-key-value is a replicated key-value store: etcd's raft library, a gRPC
+// stream between each two nodes, and a map.
+//
+// Calls flow one way: service → node → network, log, store. What comes back
+// from the network is handed to functions that the node gave it.
+//
+// # Goroutines
+//
+//   - The loop (node.run), one a node. It alone touches the RawNode, the log,
+//     the fields of node, and writes to the store. Everybody else leaves work in
+//     its inbox and reads what it publishes.
+//   - A peer (peer.run), one for each other member: it keeps a stream open and
+//     sends what the loop queued. Beside it a goroutine waits for the stream's
+//     end, and a timer for an answer to its hello.
+//   - A hearer (network.serve), one for each stream from a peer and each
+//     snapshot received: it decodes and leaves messages in the inbox, or builds
+//     a new store that nobody else sees before the loop installs it.
+//   - A snapshot sender (peer.snapshot), one for each snapshot on its way out:
+//     it reads a view, which nobody changes.
+//   - gRPC's own: one for each call. A call waits in server.call or node.await
+//     and reads the store under its lock.
+//   - main: it waits for a signal, and for run to end.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"raft-key-value/kvpb"
+)
+
+//go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate
+
+// stopTimeout bounds a graceful stop.
+const stopTimeout = 9 * time.Second
+
+// options are a node's settings.
+type options struct {
+	id        uint64
+	addr      string        // host:port to listen on
+	advertise string        // host:port for the others; empty: the one listened on
+	heartbeat time.Duration // between two heartbeats of a leader
+	election  time.Duration // without a heartbeat before an election, at least
+	logBytes  int64         // of entries, before old ones are dropped
+	insecure  bool          // beyond loopback without TLS
+	logLevel  slog.Level
+
+	listener net.Listener                                    // in place of addr, for tests
+	dialer   func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
+}
+
+func defaultOptions() options {
+	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20}
+}
+
+func main() {
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		cancel()
+		<-signals
+		os.Exit(1)
+	}()
+	os.Exit(execute(ctx, os.Args[1:]))
+}
+
+// execute runs a node or a sub-command and returns the exit status.
+func execute(ctx context.Context, args []string) int {
+	if len(args) > 0 && isCommand(args[0]) {
+		return runClient(ctx, args, os.Stdin, os.Stdout, os.Stderr)
+	}
+	o, err := parseOptions(args, os.Stderr, os.LookupEnv)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "raft-key-value: %v\n", err)
+		return 2
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: o.logLevel})).With("node", o.id)
+	if err := run(ctx, o, log, func(*server) {}); err != nil {
+		log.Error("stopped", "err", err)
+		return 1
+	}
+	return 0
+}
+
+const serverUsage = `raft-key-value runs a node of a replicated key-value store, or a sub-command.
+
+A node:
+  raft-key-value --id N --addr HOST:PORT [flags]
+
+Sub-commands (raft-key-value help COMMAND tells more):
+%s
+Flags of a node; each has an environment variable, such as
+RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:
+`
+
+// parseOptions reads a node's settings from flags and the environment.
+func parseOptions(args []string, stderr io.Writer, env func(string) (string, bool)) (options, error) {
+	o := defaultOptions()
+	fs := flag.NewFlagSet("raft-key-value", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	fs.Usage = func() {
+		fmt.Fprintf(stderr, serverUsage, commandList())
+		fs.PrintDefaults()
+	}
+	fs.Uint64Var(&o.id, "id", 0, "the node's `number` in its cluster, not 0")
+	fs.StringVar(&o.addr, "addr", "", "`host:port` to listen on; port 0 picks one")
+	fs.StringVar(&o.advertise, "advertise", "", "`host:port` at which others reach this node (default: the address listened on)")
+	fs.DurationVar(&o.heartbeat, "heartbeat", o.heartbeat, "time between a leader's heartbeats")
+	fs.DurationVar(&o.election, "election-timeout", o.election, "least time without a leader before an election")
+	fs.Int64Var(&o.logBytes, "log-bytes", o.logBytes, "`bytes` of log entries kept before old ones are dropped")
+	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
+	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	fs.VisitAll(func(f *flag.Flag) {
+		if v, ok := env(environmentName(f.Name)); ok {
+			if err := fs.Set(f.Name, v); err != nil {
+				args = append([]string{"--" + f.Name + "=" + v}, args...) // fails below, in the usual words
+			}
+		}
+	})
+	if err := fs.Parse(args); err != nil {
+		return o, err
+	}
+	if fs.NArg() > 0 {
+		return o, fmt.Errorf("unknown sub-command %q; see raft-key-value help", fs.Arg(0))
+	}
+	return o, o.check()
+}
+
+// environmentName is the environment variable that stands for a flag.
+func environmentName(name string) string {
+	return "RAFT_KEY_VALUE_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+func (o *options) check() error {
+	host, _, err := net.SplitHostPort(o.addr)
+	switch {
+	case o.id == 0:
+		return errors.New("--id is needed, and not 0")
+	case err != nil:
+		return fmt.Errorf("--addr %q is not host:port", o.addr)
+	case o.heartbeat < 10*time.Millisecond || o.heartbeat > time.Minute:
+		return fmt.Errorf("--heartbeat %v is not between 10ms and 1m", o.heartbeat)
+	case o.election < 3*o.heartbeat || o.election > time.Hour:
+		return fmt.Errorf("--election-timeout %v is not between 3 heartbeats (%v) and 1h", o.election, 3*o.heartbeat)
+	case o.logBytes < 1<<20 || o.logBytes > 1<<40:
+		return fmt.Errorf("--log-bytes %d is not between 1 MiB and 1 TiB", o.logBytes)
+	}
+	if ip := net.ParseIP(host); o.advertise == "" && (host == "" || ip != nil && ip.IsUnspecified()) {
+		return fmt.Errorf("--addr %s listens everywhere: --advertise has to say where the others find this node", o.addr)
+	}
+	for _, a := range []string{o.addr, o.advertise} {
+		if host, port, err := net.SplitHostPort(a); a != "" && (err != nil || port == "") {
+			return fmt.Errorf("%q is not host:port", a)
+		} else if a != "" && !isLoopback(host) && !o.insecure {
+			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; --insecure allows that", a)
+		}
+	}
+	return nil
+}
+
+func isLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// run runs a node until ctx ends or the node cannot go on. It calls ready once
+// the node answers calls.
+func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) error {
+	listener := o.listener
+	if listener == nil {
+		var err error
+		if listener, err = net.Listen("tcp", o.addr); err != nil {
+			return err
+		}
+	}
+	self := &kvpb.Node{Id: o.id, Address: o.advertise}
+	if self.Address == "" {
+		self.Address = listener.Addr().String()
+	}
+	n := newNode(o, self, log)
+	nw := newNetwork(n, log, o.dialer)
+	n.net = nw
+	s := newServer(n, nw)
+
+	loop, endLoop := context.WithCancel(context.Background())
+	defer endLoop()
+	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
+	go func() { loopErr <- n.run(loop) }()
+	go func() { serveErr <- s.grpc.Serve(listener) }()
+	log.Info("ready", "addr", listener.Addr(), "advertise", self.Address)
+	ready(s)
+
+	var err error
+	select {
+	case err = <-loopErr:
+		loopErr <- nil
+	case err = <-serveErr:
+		serveErr <- nil
+	case <-ctx.Done():
+		log.Info("stopping")
+		stop, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		s.stop(stop)
+		cancel()
+	}
+	// Calls have ended, or never will: what is left are streams.
+	endLoop()
+	err = errors.Join(err, <-loopErr)
+	nw.close()
+	s.grpc.Stop()
+	<-serveErr
+	log.Info("stopped")
+	return err
+}

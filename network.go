@@ -1,0 +1,684 @@
+// The network between nodes: a stream to each peer for raft's messages, and
+// one for each snapshot on its way.
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// maxPeerBytes and maxPeerMessages bound what waits to be sent to a peer.
+	maxPeerBytes    = 32 << 20
+	maxPeerMessages = 8192
+	// maxStreamBytes is where a batch of messages is cut: one more may follow.
+	maxStreamBytes = 1 << 20
+	// maxMessageBytes is the largest gRPC message that a node accepts.
+	maxMessageBytes = 8 << 20
+	// snapshotChunkBytes is the most of a snapshot in one message.
+	snapshotChunkBytes = 1 << 20
+	// maxStrangers bounds the peers that no configuration names, yet.
+	maxStrangers = 16
+	// helloTimeout bounds how long a stream may stay silent at its start, and
+	// a snapshot between two chunks.
+	helloTimeout = 10 * time.Second
+	// windowBytes is HTTP/2's window. A fixed one saves gRPC's probing for one.
+	windowBytes = 4 << 20
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// receiver is what the network hands things to. Nothing in it blocks but what
+// takes a context.
+type receiver interface {
+	hello() *kvpb.Hello
+	accept(*kvpb.Hello) *kvpb.Welcome
+	refused(myRaftID uint64, w *kvpb.Welcome)
+	peerUp(raftID, life uint64, outbound bool)
+	peerDown(raftID uint64, lost bool, cause error)
+	receiveMessages(context.Context, []inbound) error
+	receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error
+	snapshotSent(to uint64, v *view, err error)
+}
+
+// network keeps the streams. mu guards what is below it.
+type network struct {
+	kvpb.UnimplementedRaftServiceServer
+	r       receiver
+	log     *slog.Logger
+	dialer  func(context.Context, string) (net.Conn, error) // nil: TCP
+	ctx     context.Context
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	dropped atomic.Uint64 // messages that a queue did not take
+
+	mu        sync.Mutex
+	members   map[uint64]*kvpb.Node
+	peers     map[uint64]*peer              // by raft ID: members, and those who have a stream to us
+	inbound   map[uint64]*inboundStream     // by raft ID: at most one stream is heard
+	receiving map[uint64]context.CancelFunc // by raft ID: snapshots under way to us
+}
+
+type inboundStream struct {
+	hello  *kvpb.Hello
+	cancel context.CancelCauseFunc
+}
+
+// peer is this node's stream to another. mu guards what is below it.
+type peer struct {
+	nw     *network
+	raftID uint64
+	node   *kvpb.Node
+	conn   *grpc.ClientConn
+	ctx    context.Context
+	cancel context.CancelFunc
+	wake   chan struct{} // one slot: full while there is something to send
+
+	mu    sync.Mutex
+	life  uint64 // of the peer at the other end of the stream; 0: no stream
+	queue []*raftpb.Message
+	bytes uint64
+	full  bool // something was dropped since the queue was last empty
+}
+
+func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, string) (net.Conn, error)) *network {
+	nw := &network{
+		r: r, log: log, dialer: dialer,
+		peers: map[uint64]*peer{}, inbound: map[uint64]*inboundStream{}, receiving: map[uint64]context.CancelFunc{},
+	}
+	nw.ctx, nw.cancel = context.WithCancel(context.Background())
+	return nw
+}
+
+// close ends all streams and waits for their goroutines.
+func (nw *network) close() {
+	nw.mu.Lock()
+	nw.cancel()
+	nw.mu.Unlock()
+	nw.wg.Wait()
+}
+
+// goroutine runs f, unless the network is closed. nw.mu is held.
+func (nw *network) goroutine(f func()) {
+	if nw.ctx.Err() == nil {
+		nw.wg.Go(f)
+	}
+}
+
+// dial makes a connection to a node. It comes back at most a second after the
+// node does.
+func (nw *network) dial(address string) (*grpc.ClientConn, error) {
+	opts := []grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithNoProxy(),
+		grpc.WithIdleTimeout(0),
+		grpc.WithInitialWindowSize(windowBytes),
+		grpc.WithInitialConnWindowSize(windowBytes),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: .2, MaxDelay: 400 * time.Millisecond},
+			MinConnectTimeout: 500 * time.Millisecond,
+		}),
+		// Finds a connection dead even while nothing is acknowledged: with it,
+		// gRPC sets TCP_USER_TIMEOUT.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second, PermitWithoutStream: true}),
+	}
+	if nw.dialer != nil {
+		opts = append(opts, grpc.WithContextDialer(nw.dialer))
+	}
+	return grpc.NewClient("passthrough:///"+address, opts...)
+}
+
+// setMembers implements transport.
+func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	nw.members = members
+	for id, p := range nw.peers {
+		if m := members[id]; m != nil && m.Address != p.node.Address || m == nil && nw.inbound[id] == nil || slices.Contains(removed, id) {
+			p.cancel()
+			delete(nw.peers, id)
+		}
+	}
+	for id, s := range nw.inbound {
+		if slices.Contains(removed, id) || s.hello.To.RaftId != raftID || !sameCluster(clusterID, members, s.hello) {
+			s.cancel(errors.New("not a peer of this node any more"))
+		}
+	}
+	for id, m := range members {
+		if nw.peers[id] == nil && id != raftID {
+			nw.addPeer(id, m)
+		}
+	}
+}
+
+// addPeer starts a stream to a peer. nw.mu is held.
+func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
+	conn, err := nw.dial(node.Address)
+	if err != nil {
+		nw.log.Error("cannot dial a peer", "node", node.Id, "address", node.Address, "err", err)
+		return
+	}
+	p := &peer{nw: nw, raftID: raftID, node: node, conn: conn, wake: make(chan struct{}, 1)}
+	p.ctx, p.cancel = context.WithCancel(nw.ctx)
+	nw.peers[raftID] = p
+	nw.goroutine(p.run)
+}
+
+// send implements transport.
+func (nw *network) send(to, life uint64, ms []*raftpb.Message) {
+	nw.mu.Lock()
+	p := nw.peers[to]
+	nw.mu.Unlock()
+	if p == nil || !p.enqueue(life, ms) {
+		nw.dropped.Add(uint64(len(ms)))
+	}
+}
+
+func (p *peer) enqueue(life uint64, ms []*raftpb.Message) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.life != life {
+		return false // raft learns of it from peerDown
+	}
+	if len(p.queue)+len(ms) > maxPeerMessages || p.bytes > maxPeerBytes {
+		if !p.full {
+			p.full = true
+			p.nw.r.peerDown(p.raftID, false, nil)
+		}
+		return false
+	}
+	for _, m := range ms {
+		p.bytes += messageBytes(m)
+	}
+	p.queue = append(p.queue, ms...)
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+	return true
+}
+
+// messageBytes is what a message counts for in a queue.
+func messageBytes(m *raftpb.Message) uint64 {
+	n := uint64(64)
+	for _, e := range m.GetEntries() {
+		n += entryBytes(e)
+	}
+	return n
+}
+
+// open lets messages to a life of the peer in; 0: none.
+func (p *peer) open(life uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.life, p.queue, p.bytes, p.full = life, nil, 0, false
+}
+
+// take returns messages of about maxStreamBytes.
+func (p *peer) take() []*raftpb.Message {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i, size := 0, uint64(0)
+	for ; i < len(p.queue) && size < maxStreamBytes; i++ {
+		size += messageBytes(p.queue[i])
+	}
+	ms := p.queue[:i:i]
+	p.queue = p.queue[i:]
+	p.bytes -= size
+	if len(p.queue) == 0 {
+		p.queue, p.full = nil, false
+	}
+	return ms
+}
+
+// run is the peer's goroutine: it keeps a stream open and sends.
+func (p *peer) run() {
+	defer func() { _ = p.conn.Close() }()
+	var said string
+	for p.ctx.Err() == nil {
+		err := p.stream()
+		p.open(0)
+		p.nw.r.peerDown(p.raftID, true, err)
+		if p.ctx.Err() != nil {
+			return
+		}
+		var v verdictError
+		if text := err.Error(); errors.As(err, &v) && text != said {
+			said = text
+			p.nw.log.Info("peer refuses this node", "node", p.node.Id, "address", p.node.Address, "verdict", text)
+		}
+		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
+	}
+}
+
+// sleep waits, or less if ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// verdictError is a peer's refusal to talk.
+type verdictError struct{ w *kvpb.Welcome }
+
+func (e verdictError) Error() string {
+	n := e.w.GetPeer().GetNode()
+	switch e.w.GetVerdict() {
+	case kvpb.Verdict_VERDICT_OTHER_CLUSTER:
+		return fmt.Sprintf("node %d at %s is in another cluster, %016x", n.GetId(), n.GetAddress(), e.w.ClusterId)
+	case kvpb.Verdict_VERDICT_REMOVED:
+		return fmt.Sprintf("node %d at %s says that this node was removed", n.GetId(), n.GetAddress())
+	}
+	return fmt.Sprintf("it is node %d at %s, raft ID %x", n.GetId(), n.GetAddress(), e.w.GetPeer().GetRaftId())
+}
+
+// stream opens a stream to the peer and sends until it breaks.
+func (p *peer) stream() error {
+	ctx, cancel := context.WithCancelCause(p.ctx)
+	defer cancel(nil)
+	s, err := kvpb.NewRaftServiceClient(p.conn).Stream(ctx, grpc.WaitForReady(true))
+	if err != nil {
+		return err
+	}
+	h := p.nw.r.hello()
+	h.To = &kvpb.Peer{Node: p.node, RaftId: p.raftID}
+	w, err := greet(s, h, cancel)
+	if err != nil {
+		return err
+	}
+	if w.GetVerdict() != kvpb.Verdict_VERDICT_ACCEPTED || w.GetPeer().GetRaftId() != p.raftID {
+		p.nw.r.refused(h.From.RaftId, w)
+		return verdictError{w}
+	}
+	p.open(w.Peer.Life)
+	p.nw.r.peerUp(p.raftID, w.Peer.Life, true)
+	ended := make(chan error, 1)
+	go func() { // ends with the stream
+		_, err := s.Recv()
+		ended <- fmt.Errorf("the stream ended: %w", err)
+	}()
+	for {
+		select {
+		case <-p.wake:
+		case err := <-ended:
+			return err
+		case <-ctx.Done():
+			_ = s.CloseSend()
+			return ctx.Err()
+		}
+		for ms := p.take(); len(ms) > 0; ms = p.take() {
+			if err := s.Send(&kvpb.StreamRequest{Messages: toWire(ms)}); err != nil {
+				return fmt.Errorf("sending: %w", err)
+			}
+		}
+	}
+}
+
+// greet says hello and waits for the answer.
+func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.CancelCauseFunc) (*kvpb.Welcome, error) {
+	t := time.AfterFunc(helloTimeout, func() { cancel(errors.New("no answer to hello")) })
+	defer t.Stop()
+	if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil && err != io.EOF {
+		return nil, err
+	}
+	resp, err := s.Recv()
+	if err != nil {
+		return nil, err
+	}
+	if resp.GetWelcome().GetPeer().GetNode() == nil {
+		return nil, errors.New("its answer to hello is no welcome")
+	}
+	return resp.Welcome, nil
+}
+
+// probe asks who is at an address.
+func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, error) {
+	conn, err := nw.dial(address)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s, err := kvpb.NewRaftServiceClient(conn).Stream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return greet(s, nw.r.hello(), cancel)
+}
+
+// Stream implements RaftService: it hears a peer.
+func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
+	ctx, cancel := context.WithCancelCause(s.Context())
+	defer cancel(nil)
+	return nw.serve(ctx, func() error {
+		h, err := firstHello(cancel, s.Recv, (*kvpb.StreamRequest).GetHello)
+		if err != nil {
+			return err
+		}
+		w := nw.r.accept(h)
+		if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetRaftId() == 0 {
+			return s.Send(&kvpb.StreamResponse{Welcome: w})
+		}
+		done, err := nw.openInbound(h, cancel)
+		if err != nil {
+			return err
+		}
+		defer done()
+		nw.r.peerUp(h.From.RaftId, h.From.Life, false)
+		if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil {
+			return err
+		}
+		for {
+			req, err := s.Recv()
+			if err != nil {
+				return err
+			}
+			if err := nw.r.receiveMessages(ctx, fromWire(req.Messages, h)); err != nil {
+				return err
+			}
+		}
+	})
+}
+
+// serve calls f, but returns as soon as ctx ends: that tears the stream down,
+// and f, which may be waiting in it, returns too.
+func (nw *network) serve(ctx context.Context, f func() error) error {
+	ended := make(chan error, 1)
+	nw.mu.Lock()
+	nw.goroutine(func() { ended <- f() })
+	nw.mu.Unlock()
+	select {
+	case err := <-ended:
+		if err == io.EOF {
+			return nil
+		}
+		return err
+	case <-ctx.Done():
+		return status.Error(codes.Aborted, context.Cause(ctx).Error())
+	case <-nw.ctx.Done():
+		return status.Error(codes.Unavailable, errStopping.Error())
+	}
+}
+
+// firstHello receives the first request of a stream.
+func firstHello[T any](cancel context.CancelCauseFunc, recv func() (T, error), hello func(T) *kvpb.Hello) (*kvpb.Hello, error) {
+	t := time.AfterFunc(helloTimeout, func() { cancel(errors.New("no hello")) })
+	defer t.Stop()
+	req, err := recv()
+	if err != nil {
+		return nil, err
+	}
+	if hello(req) == nil {
+		return nil, status.Error(codes.InvalidArgument, "the first request has no hello")
+	}
+	return hello(req), nil
+}
+
+// openInbound makes a stream the one at which a peer is heard, and makes sure
+// that there is one to answer on, even to a peer that the configuration does
+// not name yet.
+func (nw *network) openInbound(h *kvpb.Hello, cancel context.CancelCauseFunc) (done func(), err error) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	id := h.From.RaftId
+	if nw.peers[id] == nil {
+		if len(nw.peers) > len(nw.members)+maxStrangers {
+			return nil, status.Error(codes.ResourceExhausted, "too many peers that no configuration names")
+		}
+		nw.addPeer(id, h.From.GetNode())
+	}
+	if old := nw.inbound[id]; old != nil {
+		old.cancel(errors.New("replaced by a newer stream"))
+	}
+	s := &inboundStream{h, cancel}
+	nw.inbound[id] = s
+	return func() {
+		nw.mu.Lock()
+		defer nw.mu.Unlock()
+		if nw.inbound[id] == s {
+			delete(nw.inbound, id)
+			if p := nw.peers[id]; p != nil && nw.members[id] == nil {
+				p.cancel()
+				delete(nw.peers, id)
+			}
+		}
+	}, nil
+}
+
+// sendSnapshot implements transport.
+func (nw *network) sendSnapshot(to, life, term uint64, v *view) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	p := nw.peers[to]
+	if p == nil || nw.ctx.Err() != nil {
+		nw.r.snapshotSent(to, v, errors.New("no stream to the peer"))
+		return
+	}
+	nw.goroutine(func() { nw.r.snapshotSent(to, v, p.snapshot(life, term, v)) })
+}
+
+// snapshot sends a view over a connection of its own, so that it delays no
+// heartbeat.
+func (p *peer) snapshot(life, term uint64, v *view) error {
+	conn, err := p.nw.dial(p.node.Address)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithCancelCause(p.ctx)
+	defer cancel(nil)
+	s, err := kvpb.NewRaftServiceClient(conn).InstallSnapshot(ctx)
+	if err != nil {
+		return err
+	}
+	h := p.nw.r.hello()
+	h.To = &kvpb.Peer{Node: p.node, RaftId: p.raftID, Life: life}
+	c := &chunkSender{s: s, first: &kvpb.InstallSnapshotRequest{Hello: h, Term: term}}
+	c.stalled = time.AfterFunc(helloTimeout, func() { cancel(errors.New("the receiver does not read")) })
+	defer c.stalled.Stop()
+	w := bufio.NewWriterSize(c, snapshotChunkBytes)
+	err = v.writeTo(w)
+	if err == nil {
+		err = w.Flush()
+	}
+	if err == nil {
+		err = s.Send(&kvpb.InstallSnapshotRequest{Last: true})
+	}
+	if err != nil && err != io.EOF {
+		return cmpCause(ctx, err)
+	}
+	if _, err := s.CloseAndRecv(); err != nil { // has the receiver's reason
+		return cmpCause(ctx, err)
+	}
+	return nil
+}
+
+// cmpCause prefers the reason for which we gave up to what gRPC made of it.
+func cmpCause(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && cause != ctx.Err() {
+		return cause
+	}
+	return err
+}
+
+// chunkSender sends what is written to it in chunks.
+type chunkSender struct {
+	s       kvpb.RaftService_InstallSnapshotClient
+	first   *kvpb.InstallSnapshotRequest
+	stalled *time.Timer
+}
+
+func (c *chunkSender) Write(b []byte) (int, error) {
+	for chunk := range slices.Chunk(b, snapshotChunkBytes) {
+		req := &kvpb.InstallSnapshotRequest{}
+		if c.first != nil {
+			req, c.first = c.first, nil
+		}
+		req.Data, req.Crc32C = chunk, crc32.Checksum(chunk, castagnoli)
+		if err := c.s.Send(req); err != nil {
+			return 0, err
+		}
+		c.stalled.Reset(helloTimeout)
+	}
+	return len(b), nil
+}
+
+// InstallSnapshot implements RaftService. A second one from the same peer ends
+// the first.
+func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) error {
+	ctx, cancel := context.WithCancelCause(s.Context())
+	defer cancel(nil)
+	return nw.serve(ctx, func() error {
+		var first *kvpb.InstallSnapshotRequest
+		recv := func() (_ *kvpb.InstallSnapshotRequest, err error) { first, err = s.Recv(); return first, err }
+		h, err := firstHello(cancel, recv, (*kvpb.InstallSnapshotRequest).GetHello)
+		if err != nil {
+			return err
+		}
+		if w := nw.r.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetLife() != w.Peer.Life {
+			return status.Error(codes.FailedPrecondition, "refused: "+verdictError{w}.Error())
+		}
+		done := nw.openReceiving(h.From.RaftId, func() { cancel(errors.New("replaced by a newer snapshot")) })
+		defer done()
+		r := &chunkReader{s: s, next: first}
+		r.stalled = time.AfterFunc(helloTimeout, func() { cancel(errors.New("the sender does not send")) })
+		defer r.stalled.Stop()
+		st, err := readSnapshot(r)
+		if err != nil {
+			return status.Error(codes.DataLoss, err.Error())
+		}
+		r.stalled.Stop()
+		if err := nw.r.receiveSnapshot(ctx, h, first.Term, st); err != nil {
+			return status.Error(codes.FailedPrecondition, err.Error())
+		}
+		return s.SendAndClose(&kvpb.InstallSnapshotResponse{})
+	})
+}
+
+func (nw *network) openReceiving(from uint64, cancel func()) (done func()) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	if old := nw.receiving[from]; old != nil {
+		old()
+	}
+	ended := false
+	nw.receiving[from] = func() { ended = true; cancel() }
+	return func() {
+		nw.mu.Lock()
+		defer nw.mu.Unlock()
+		if !ended {
+			delete(nw.receiving, from)
+		}
+	}
+}
+
+// chunkReader is the reader at the other end of a chunkSender.
+type chunkReader struct {
+	s       kvpb.RaftService_InstallSnapshotServer
+	next    *kvpb.InstallSnapshotRequest // received, not yet looked at
+	data    []byte
+	last    bool
+	stalled *time.Timer
+}
+
+func (c *chunkReader) Read(b []byte) (int, error) {
+	for len(c.data) == 0 {
+		if c.last {
+			return 0, io.EOF
+		}
+		req := c.next
+		c.next = nil
+		if req == nil {
+			var err error
+			if req, err = c.s.Recv(); err != nil {
+				return 0, noEOF(err)
+			}
+			c.stalled.Reset(helloTimeout)
+		}
+		if len(req.Data) > snapshotChunkBytes || crc32.Checksum(req.Data, castagnoli) != req.Crc32C {
+			return 0, errors.New("a chunk is damaged")
+		}
+		c.data, c.last = req.Data, req.Last
+	}
+	n := copy(b, c.data)
+	c.data = c.data[n:]
+	return n, nil
+}
+
+// toWire makes raft's messages those of kv.proto.
+func toWire(ms []*raftpb.Message) []*kvpb.RaftMessage {
+	out := make([]*kvpb.RaftMessage, len(ms))
+	for i, m := range ms {
+		w := &kvpb.RaftMessage{
+			Type: kvpb.RaftMessageType(m.GetType() + 1), Term: m.GetTerm(), LogTerm: m.GetLogTerm(), Index: m.GetIndex(),
+			Commit: m.GetCommit(), Reject: m.GetReject(), RejectHint: m.GetRejectHint(), Context: m.GetContext(),
+		}
+		for _, e := range m.GetEntries() {
+			w.Entries = append(w.Entries, &kvpb.Entry{Term: e.GetTerm(), Index: e.GetIndex(), Type: kvpb.EntryType(e.GetType()), Data: e.GetData()})
+		}
+		out[i] = w
+	}
+	return out
+}
+
+// rawMessage and rawEntry hold what raft's types only point to.
+type rawMessage struct {
+	raftpb.Message
+	typ                                                    raftpb.MessageType
+	from, to, term, logTerm, index, commitIndex, hintIndex uint64
+	rejected                                               bool
+}
+
+type rawEntry struct {
+	raftpb.Entry
+	typ         raftpb.EntryType
+	term, index uint64
+}
+
+// fromWire makes messages of kv.proto raft's, between the two ends of the
+// stream whatever they say themselves.
+func fromWire(ms []*kvpb.RaftMessage, h *kvpb.Hello) []inbound {
+	out := make([]inbound, len(ms))
+	for i, w := range ms {
+		r := &rawMessage{
+			typ: raftpb.MessageType(w.GetType() - 1), from: h.From.RaftId, to: h.To.RaftId, term: w.GetTerm(), logTerm: w.GetLogTerm(),
+			index: w.GetIndex(), commitIndex: w.GetCommit(), hintIndex: w.GetRejectHint(), rejected: w.GetReject(),
+		}
+		m := &r.Message
+		m.Type, m.From, m.To, m.LogTerm, m.Index, m.Commit, m.RejectHint, m.Reject = &r.typ, &r.from, &r.to, &r.logTerm, &r.index, &r.commitIndex, &r.hintIndex, &r.rejected
+		m.Term, m.Context = &r.term, w.GetContext()
+		for _, e := range w.GetEntries() {
+			re := &rawEntry{typ: raftpb.EntryType(e.GetType()), term: e.GetTerm(), index: e.GetIndex()}
+			re.Type, re.Term, re.Index, re.Data = &re.typ, &re.term, &re.index, e.GetData()
+			m.Entries = append(m.Entries, &re.Entry)
+		}
+		out[i] = inbound{m: m, hello: h}
+	}
+	return out
+}

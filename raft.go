@@ -1,0 +1,1319 @@
+// The Ready loop: every duty that etcd's raft leaves to its caller.
+
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// ticksPerHeartbeat makes a tick short enough that election timeouts differ.
+	ticksPerHeartbeat = 5
+	// maxEntryBytes bounds the writes that share an entry, but a single larger one.
+	maxEntryBytes = 1 << 20
+	// maxQueuedCalls and maxQueuedBytes bound what waits to be proposed or read.
+	maxQueuedCalls = 64 << 10
+	maxQueuedBytes = 64 << 20
+	// maxInboundBytes bounds what peers sent and the loop has not seen.
+	maxInboundBytes = 16 << 20
+	// leaderWait is how long a call waits for a leader.
+	leaderWait = 2 * time.Second
+)
+
+// What a call can end with besides an answer.
+var (
+	errNoLeader       = errors.New("there is no leader")
+	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
+	errNotInitialized = errors.New("this node is in no cluster")
+	errStopping       = errors.New("this node is stopping")
+	errOverloaded     = errors.New("this node has too many calls waiting")
+	errNotLeader      = errors.New("this node does not lead")
+	errInCluster      = errors.New("this node is in a cluster already")
+)
+
+// transport is what the loop needs of the network. Nothing in it blocks.
+type transport interface {
+	// send queues messages for a life of a peer and drops them if its stream is
+	// down, full or to another life.
+	send(to, life uint64, ms []*raftpb.Message)
+	// sendSnapshot sends a view in the background and reports by the receiver's
+	// snapshotSent.
+	sendSnapshot(to, life, term uint64, v *view)
+	// setMembers says whom to keep a stream to, by raft ID, and whom never to
+	// hear again.
+	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
+}
+
+// call is a write or a read on its way through the loop.
+type call struct {
+	record []byte // the write as a field of a Batch; nil: a read
+	state  atomic.Int32
+	since  uint64       // tick in which the loop took it
+	done   chan outcome // one slot: the loop never waits
+	fn     func()       // in place of done: the loop's own reads
+}
+
+// States of a call: the caller may give up a call that is queued, and then
+// knows that it was not proposed.
+const (
+	callQueued = iota
+	callProposed
+	callGivenUp
+)
+
+type outcome struct {
+	result
+	err error
+}
+
+// proposal is this node's own entry in flight. There is one at most: what is
+// written meanwhile forms the next.
+type proposal struct {
+	sequence   uint64
+	data       []byte
+	calls      []*call
+	sent       bool   // raft took it
+	lead, term uint64 // under whom it was sent
+	tick       uint64 // when it was sent or refused
+}
+
+// readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
+type readRound struct {
+	id    uint64
+	index uint64
+	calls []*call
+	tick  uint64
+}
+
+// peerMessages is what one turn sends to one peer.
+type peerMessages struct {
+	to uint64
+	ms []*raftpb.Message
+}
+
+// inbound is a message from a peer, and the hello of the stream that it came by.
+type inbound struct {
+	m     *raftpb.Message
+	hello *kvpb.Hello
+}
+
+// input is what one turn of the loop works on.
+type input struct {
+	ticks    int
+	calls    []*call
+	messages []inbound
+	events   []func()
+}
+
+// node is one member. All fields below are the loop's, but for those that say
+// otherwise; turn is the loop's body, and needs no goroutine, clock or socket.
+type node struct {
+	opts options      // constant
+	self *kvpb.Node   // constant
+	log  *slog.Logger // constant
+	net  transport    // constant
+	in   inbox        // any goroutine
+	pub  atomic.Pointer[published]
+	// onPublish is called by the loop whenever pub has changed.
+	onPublish func(*published)
+
+	raftID uint64 // new whenever the node has lost its memory
+	life   uint64 // new whenever raftID is, and in every process
+	rn     *raft.RawNode
+	raft   *raftLog
+	store  *store // the loop writes, others get
+	err    error  // why the loop must end
+
+	now        uint64 // ticks since the start
+	term, lead uint64
+	role       raft.StateType
+	leadHeard  uint64 // tick of the leader's last message
+	caughtUp   bool   // a read was released under this leader
+	commitAt   [3]uint64
+	confIndex  uint64 // index of the last change of membership applied
+
+	lives     map[uint64]uint64 // by raft ID: the life that we talk to
+	connected map[uint64]bool   // by raft ID: our stream to it is open
+	out       []peerMessages
+
+	writes    []*call
+	own       *proposal
+	sequence  uint64
+	reads     []*call
+	round     *readRound
+	confirmed []readRound
+	heldReads []*raftpb.Message // of peers, until an entry of our term is applied
+	readBeat  uint64            // highest read context sent with a heartbeat in this term
+	conds     []*condition
+	doneCalls int // ended in this turn, and their bytes
+	doneBytes int
+	changeAt  uint64 // tick of a change of membership or of leadership in flight; 0: none
+	pending   *store // a snapshot's content between Step and Ready
+	views     []*openView
+
+	counters counters
+}
+
+type counters struct {
+	entries, writes, reads, rounds, leaders, snapshotsSent, snapshotsInstalled, dropped uint64
+}
+
+// openView is a view that snapshots are being sent from.
+type openView struct {
+	*view
+	conf    *raftpb.ConfState
+	readers int
+}
+
+// condition is a step of an operator's request that waits for the state to be so.
+type condition struct {
+	ctx  context.Context
+	f    func() (bool, error)
+	done chan error
+}
+
+// published is what other goroutines may know of the loop's state. It is never
+// changed: next is closed when another takes its place.
+type published struct {
+	clusterID, raftID, life uint64
+	term, lead              uint64
+	leader                  *kvpb.Node // nil: unknown
+	leading                 bool
+	conf                    *raftpb.ConfState
+	members                 map[uint64]*kvpb.Node
+	removed                 []uint64
+	caughtUp                bool
+	unhealthy               string // why KVService is not SERVING; empty: it is
+	next                    chan struct{}
+}
+
+func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
+	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}}
+	n.in.init()
+	n.newLife()
+	n.pub.Store(&published{next: make(chan struct{})})
+	return n
+}
+
+// newLife forgets everything. The raft ID was never used before: under its old
+// one, a node without memory could vote twice.
+func (n *node) newLife() {
+	n.raftID, n.life = randomID(), randomID()
+	n.rn, n.pending = nil, nil
+	n.raft = &raftLog{snapshot: n.snapshot}
+	n.store.install(newStore())
+	n.term, n.lead, n.role, n.caughtUp, n.confIndex = 0, 0, raft.StateFollower, false, 0
+	n.lives, n.connected = map[uint64]uint64{}, map[uint64]bool{}
+	n.out = nil
+}
+
+// randomID returns a number that nobody has drawn before. Not 0, and below
+// what raft keeps for itself.
+func randomID() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return 1 + binary.BigEndian.Uint64(b[:])%(maxRaftID-1)
+}
+
+// start makes the RawNode over what the log and the store hold.
+func (n *node) start() error {
+	rn, err := raft.NewRawNode(&raft.Config{
+		ID:                        n.raftID,
+		ElectionTick:              n.electionTicks(),
+		HeartbeatTick:             ticksPerHeartbeat,
+		Storage:                   n.raft,
+		Applied:                   n.store.index,
+		AsyncStorageWrites:        true,
+		MaxSizePerMsg:             1 << 20,
+		MaxCommittedSizePerReady:  4 << 20,
+		MaxUncommittedEntriesSize: 64 << 20,
+		MaxInflightMsgs:           256,
+		MaxInflightBytes:          16 << 20,
+		CheckQuorum:               true, // a leader that is cut off steps down
+		PreVote:                   true, // a node that was cut off does not disturb
+		StepDownOnRemoval:         true,
+		ReadOnlyOption:            raft.ReadOnlySafe, // no promise hangs on a clock
+		Logger:                    &raftLogger{n.log},
+	})
+	n.rn = rn
+	return err
+}
+
+func (n *node) tickDuration() time.Duration { return n.opts.heartbeat / ticksPerHeartbeat }
+
+func (n *node) electionTicks() int { return int(n.opts.election / n.tickDuration()) }
+
+func (n *node) ticksOf(d time.Duration) uint64 { return uint64(d / n.tickDuration()) }
+
+// bootstrap makes this node a cluster of itself alone. Index 1, so that
+// whoever joins gets a snapshot, and with it the cluster's id.
+func (n *node) bootstrap() (clusterID uint64, err error) {
+	if n.rn != nil {
+		return 0, errInCluster
+	}
+	s := n.store
+	s.mu.Lock()
+	s.clusterID, s.index, s.term = randomID(), 1, 1
+	s.mu.Unlock()
+	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
+	n.raft.reset(raftSnapshot(s.header()))
+	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
+	if err := n.start(); err != nil {
+		return 0, err
+	}
+	n.configured()
+	return s.clusterID, n.rn.Campaign()
+}
+
+// run is the loop. It returns when ctx ends or the node cannot go on.
+func (n *node) run(ctx context.Context) error {
+	ticker := time.NewTicker(n.tickDuration())
+	defer ticker.Stop()
+	ticks := 0
+	for n.err == nil {
+		select {
+		case <-ctx.Done():
+			n.err = errStopping
+			continue
+		case <-ticker.C:
+			ticks = 1
+		case <-n.in.wake:
+			runtime.Gosched() // let those who are about to queue something do so
+		}
+		in := n.in.take()
+		in.ticks, ticks = ticks, 0
+		n.turn(in)
+	}
+	n.in.close()
+	n.turn(n.in.take())
+	n.failAll(n.err)
+	if n.err == errStopping {
+		return nil
+	}
+	return n.err
+}
+
+// turn takes input in and lets its effects out. Panics of raft become n.err.
+func (n *node) turn(in input) {
+	defer func() {
+		switch p := recover().(type) {
+		case nil:
+		case raftPanic:
+			n.err = fmt.Errorf("raft: %s", string(p))
+		default:
+			panic(p)
+		}
+	}()
+	for _, f := range in.events {
+		f()
+	}
+	for _, msg := range in.messages {
+		n.receive(msg)
+	}
+	for range in.ticks {
+		n.tick()
+	}
+	for _, c := range in.calls {
+		n.enqueue(c)
+	}
+	n.drain()
+	n.checkConditions()
+	n.drain()
+	n.flush()
+	n.publish()
+}
+
+// tick lets time pass, for raft and for whatever waits.
+func (n *node) tick() {
+	n.now++
+	n.expire()
+	if n.rn == nil {
+		return
+	}
+	n.rn.Tick()
+	// A learner never campaigns, so raft lets it keep a dead leader for ever.
+	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*uint64(n.electionTicks()) {
+		_ = n.rn.ForgetLeader()
+	}
+	if n.round != nil && n.now-n.round.tick > uint64(n.electionTicks())/2 {
+		n.retryReads() // the request or its answer was lost
+	}
+	// What was handed to another leader can be lost without a word. A leader's
+	// own cannot.
+	if p := n.own; p != nil && (!p.sent || n.lead != n.raftID) && n.now-p.tick > uint64(n.electionTicks()) {
+		p.sent = false
+	}
+	if n.now%ticksPerHeartbeat == 0 {
+		n.commitAt[2], n.commitAt[1], n.commitAt[0] = n.commitAt[1], n.commitAt[0], n.rn.BasicStatus().GetCommit()
+	}
+	// raft leaves a joint configuration when it applies something, and not
+	// during a transfer of leadership: a leader may find itself stuck in one.
+	if n.leads() && isJoint(n.store.conf) && n.now%ticksPerHeartbeat == 0 {
+		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
+	}
+}
+
+// leads reports whether this node leads and has applied an entry of its term,
+// so that its state is no older than any that was acknowledged.
+func (n *node) leads() bool {
+	return n.rn != nil && n.role == raft.StateLeader && n.store.term == n.term
+}
+
+// expire ends calls that found no leader for too long.
+func (n *node) expire() {
+	if n.lead != 0 {
+		return
+	}
+	wait := n.ticksOf(leaderWait)
+	overdue := func(calls []*call) int {
+		i := 0
+		for i < len(calls) && n.now-calls[i].since >= wait {
+			i++
+		}
+		return i
+	}
+	err := errNoLeader
+	if n.rn == nil {
+		err = errNotInitialized
+	}
+	i := overdue(n.writes)
+	n.fail(n.writes[:i], err)
+	n.writes = n.writes[i:]
+	i = overdue(n.reads)
+	n.fail(n.reads[:i], err)
+	n.reads = n.reads[i:]
+	if n.own != nil && overdue(n.own.calls) == len(n.own.calls) {
+		n.failOwn()
+	}
+}
+
+// finish ends a call.
+func (n *node) finish(c *call, o outcome) {
+	if c.fn == nil {
+		n.doneCalls++
+		n.doneBytes += len(c.record)
+		c.done <- o
+	} else if o.err == nil {
+		c.fn()
+	}
+}
+
+func (n *node) fail(calls []*call, err error) {
+	for _, c := range calls {
+		n.finish(c, outcome{err: err})
+	}
+}
+
+// failOwn gives up the proposal in flight.
+func (n *node) failOwn() {
+	if n.own != nil {
+		n.fail(n.own.calls, errOutcomeUnknown)
+		n.own = nil
+	}
+}
+
+// failAll ends all that waits; err is for what was not proposed.
+func (n *node) failAll(err error) {
+	n.failOwn()
+	n.retryReads()
+	for _, r := range n.confirmed {
+		n.fail(r.calls, err)
+	}
+	n.fail(n.reads, err)
+	n.fail(n.writes, err)
+	n.reads, n.writes, n.confirmed, n.heldReads = nil, nil, nil, nil
+	for _, c := range n.conds {
+		c.done <- err
+	}
+	n.conds = nil
+}
+
+// enqueue takes a call in.
+func (n *node) enqueue(c *call) {
+	c.since = n.now
+	if c.record == nil {
+		n.reads = append(n.reads, c)
+	} else {
+		n.writes = append(n.writes, c)
+	}
+}
+
+// receive hands a peer's message to raft.
+func (n *node) receive(in inbound) {
+	m := in.m
+	from := m.GetFrom()
+	if !n.hears(in.hello) {
+		n.counters.dropped++
+		return
+	}
+	if n.rn == nil {
+		n.receiveUninitialized(m)
+		return
+	}
+	if !n.check(m) {
+		return
+	}
+	if from == n.lead {
+		n.leadHeard = n.now
+	}
+	if m.GetType() == raftpb.MsgReadIndex && n.role == raft.StateLeader && !n.leads() {
+		// With one voter, raft would answer before it knows what is committed.
+		if len(n.heldReads) < 64 {
+			n.heldReads = append(n.heldReads, m)
+		}
+		return
+	}
+	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
+		n.log.Debug("raft refused a message", "type", m.GetType(), "from", from, "err", err)
+	}
+	n.syncSoftState()
+}
+
+// receiveUninitialized answers a leader as raft with an empty log would: it
+// matches nothing. The leader then sends a snapshot.
+func (n *node) receiveUninitialized(m *raftpb.Message) {
+	resp := &raftpb.Message{To: m.From, From: new(n.raftID), Term: m.Term}
+	switch m.GetType() {
+	case raftpb.MsgApp:
+		resp.Type, resp.Index, resp.Reject = raftpb.MsgAppResp.Enum(), m.Index, new(true)
+	case raftpb.MsgHeartbeat:
+		resp.Type = raftpb.MsgHeartbeatResp.Enum()
+	default:
+		return
+	}
+	n.send(resp)
+}
+
+// hears reports whether what came by a stream may be listened to: not if it is
+// of or to another life, of another cluster, or of somebody who has left.
+func (n *node) hears(h *kvpb.Hello) bool {
+	from := h.From.RaftId
+	return n.lives[from] == h.From.Life && h.To.RaftId == n.raftID && !slices.Contains(n.store.removed, from) &&
+		sameCluster(n.store.clusterID, n.store.members, h)
+}
+
+// sameCluster reports whether a node in a cluster, or in none yet, may talk to
+// the sender of a hello. One that is being added is in no cluster yet.
+func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello) bool {
+	if h.ClusterId == 0 {
+		return members[h.From.RaftId] != nil
+	}
+	return clusterID == 0 || clusterID == h.ClusterId
+}
+
+// check guards raft against a peer's message.
+func (n *node) check(m *raftpb.Message) bool {
+	try := func() error {
+		st := n.rn.BasicStatus()
+		c := peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, readBeat: n.readBeat}
+		return c.check(m)
+	}
+	err := try()
+	if err != nil {
+		n.drain() // n.raft lags behind raft's own log while there is a Ready
+		if n.rn == nil || n.err != nil {
+			return false
+		}
+		err = try()
+	}
+	if errors.Is(err, errContradiction) {
+		n.err = fmt.Errorf("stopped by a message of node %s: %w", n.describe(m.GetFrom()), err)
+	} else if err != nil {
+		n.counters.dropped++
+		n.log.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
+	}
+	return err == nil
+}
+
+// describe names a raft ID in a log.
+func (n *node) describe(raftID uint64) string {
+	if m := n.store.members[raftID]; m != nil {
+		return fmt.Sprintf("%d", m.Id)
+	}
+	return fmt.Sprintf("with raft ID %x", raftID)
+}
+
+// drain proposes, asks, and handles Readys until there is nothing left to do.
+func (n *node) drain() {
+	for n.rn != nil && n.err == nil {
+		n.propose()
+		n.askRead()
+		if !n.rn.HasReady() {
+			return
+		}
+		n.ready(n.rn.Ready())
+	}
+}
+
+// ready handles a Ready. With AsyncStorageWrites, all of it is messages: to
+// peers, to be sent at once; to the log, whose answers wait until it has
+// written; and to the state machine.
+func (n *node) ready(rd raft.Ready) {
+	n.syncSoftState()
+	for _, rs := range rd.ReadStates {
+		n.readConfirmed(rs)
+	}
+	for _, m := range rd.Messages {
+		switch m.GetTo() {
+		case raft.LocalAppendThread:
+			n.append(m)
+		case raft.LocalApplyThread:
+			n.apply(m)
+		default:
+			n.send(m)
+		}
+		if n.rn == nil || n.err != nil {
+			return // removed, or broken
+		}
+	}
+}
+
+// syncSoftState follows raft's term, role and leader. What hung on the old
+// ones is asked for again.
+func (n *node) syncSoftState() {
+	st := n.rn.BasicStatus()
+	if st.GetTerm() == n.term && st.Lead == n.lead && st.RaftState == n.role {
+		return
+	}
+	if st.GetTerm() != n.term || st.Lead != n.lead {
+		n.caughtUp, n.heldReads, n.changeAt = false, nil, 0
+		n.leadHeard = n.now
+		n.retryReads()
+		if st.Lead != 0 {
+			n.counters.leaders++
+			n.reads = append(n.reads, &call{since: n.now, fn: func() { n.caughtUp = true }})
+		}
+	}
+	if st.GetTerm() != n.term {
+		n.readBeat = 0
+	}
+	n.term, n.lead, n.role = st.GetTerm(), st.Lead, st.RaftState
+}
+
+// append stores entries, a snapshot and the hard state, and only then releases
+// the answers that depend on them.
+func (n *node) append(m *raftpb.Message) {
+	if snap := m.GetSnapshot(); !raft.IsEmptySnap(snap) {
+		n.installPending(snap)
+	}
+	if err := n.raft.append(m.GetEntries()); err != nil {
+		n.err = err
+		return
+	}
+	if m.Term != nil {
+		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
+	}
+	n.respond(m.GetResponses())
+}
+
+func (n *node) respond(responses []*raftpb.Message) {
+	for _, r := range responses {
+		if r.GetTo() != n.raftID {
+			n.send(r)
+		} else if err := n.rn.Step(r); err != nil {
+			n.err = fmt.Errorf("raft: %w", err)
+		}
+	}
+}
+
+// apply applies committed entries and completes what waited for them.
+func (n *node) apply(m *raftpb.Message) {
+	for _, e := range m.GetEntries() {
+		if err := n.applyEntry(e); err != nil {
+			n.err = fmt.Errorf("applying entry %d: %w", e.GetIndex(), err)
+			return
+		}
+	}
+	n.counters.entries += uint64(len(m.GetEntries()))
+	n.respond(m.GetResponses())
+	if n.leads() && len(n.heldReads) > 0 {
+		held := n.heldReads
+		n.heldReads = nil
+		for _, r := range held {
+			_ = n.rn.Step(r)
+		}
+	}
+	n.releaseReads()
+	n.compact()
+	if n.store.members[n.raftID] == nil {
+		n.removed("a change of membership that it applied")
+	}
+}
+
+func (n *node) applyEntry(e *raftpb.Entry) error {
+	s := n.store
+	if e.GetIndex() != s.index+1 {
+		return fmt.Errorf("the last one applied was %d", s.index)
+	}
+	s.index, s.term = e.GetIndex(), e.GetTerm()
+	if e.GetType() != raftpb.EntryNormal {
+		return n.applyConfChange(e)
+	}
+	proposer, sequence, results, err := s.apply(e.GetData())
+	if err != nil {
+		return err
+	}
+	n.counters.writes += uint64(len(results))
+	if p := n.own; p != nil && proposer == n.raftID && sequence == p.sequence {
+		n.own = nil
+		if len(results) != len(p.calls) {
+			n.fail(p.calls, errOutcomeUnknown) // applied before, its results are gone
+			return nil
+		}
+		for i, c := range p.calls {
+			n.finish(c, outcome{result: results[i]})
+		}
+	}
+	return nil
+}
+
+// applyConfChange makes a committed change of membership the configuration. A
+// change that does not fit the configuration is skipped, on every node alike.
+func (n *node) applyConfChange(e *raftpb.Entry) error {
+	cc, ctx, err := decodeConfChange(e)
+	if err != nil {
+		return err
+	}
+	if _, err := tryConfChange(n.store.conf, cc); err != nil {
+		n.log.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
+	} else {
+		n.store.configure(n.rn.ApplyConfChange(cc), ctx.Members)
+		n.confIndex = e.GetIndex()
+		n.configured()
+	}
+	n.changeAt = 0
+	return nil
+}
+
+// configured tells the network and the log of a new configuration.
+func (n *node) configured() {
+	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
+	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
+}
+
+// removed drops the state of a node that is no member any more. It may be
+// added again, as somebody new.
+func (n *node) removed(how string) {
+	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "learned_from", how)
+	n.flush()
+	n.failAll(errNotInitialized)
+	n.newLife()
+	n.net.setMembers(0, n.raftID, nil, nil)
+}
+
+// compact keeps the log's size in bounds. What a snapshot on its way needs to
+// be followed by the log is kept for a while.
+func (n *node) compact() {
+	limit := uint64(n.opts.logBytes)
+	if n.raft.bytes <= limit {
+		return
+	}
+	index := n.store.index
+	if n.raft.bytes <= 4*limit {
+		for _, v := range n.views {
+			index = min(index, v.header.Index)
+		}
+	}
+	n.raft.compact(limit/2, index)
+}
+
+// propose hands the writes that wait, or as many as fit into an entry, to raft.
+func (n *node) propose() {
+	if n.own == nil && n.lead != 0 && len(n.writes) > 0 {
+		n.own = n.nextProposal()
+	}
+	p := n.own
+	if p == nil || n.lead == 0 || p.sent && p.lead == n.lead && p.term == n.term {
+		return
+	}
+	if !p.sent && p.tick == n.now && p.lead == n.lead {
+		return // refused in this tick already
+	}
+	p.lead, p.term, p.tick = n.lead, n.term, n.now
+	p.sent = n.rn.Propose(p.data) == nil // refused during a transfer, or if too much is uncommitted
+}
+
+// nextProposal forms an entry of the writes at the head of the queue.
+func (n *node) nextProposal() *proposal {
+	n.sequence++
+	p := &proposal{sequence: n.sequence, lead: ^uint64(0)}
+	size, i := 0, 0
+	for ; i < len(n.writes); i++ {
+		c := n.writes[i]
+		if len(p.calls) > 0 && size+len(c.record) > maxEntryBytes {
+			break
+		}
+		if c.state.CompareAndSwap(callQueued, callProposed) {
+			p.calls = append(p.calls, c)
+			size += len(c.record)
+		} else {
+			n.finish(c, outcome{}) // given up: nobody waits
+		}
+	}
+	n.writes = n.writes[i:]
+	if len(p.calls) == 0 {
+		return nil
+	}
+	p.data = make([]byte, 0, size+24)
+	p.data = protowire.AppendTag(p.data, 1, protowire.VarintType)
+	p.data = protowire.AppendVarint(p.data, n.raftID)
+	p.data = protowire.AppendTag(p.data, 2, protowire.VarintType)
+	p.data = protowire.AppendVarint(p.data, p.sequence)
+	for _, c := range p.calls {
+		p.data = append(p.data, c.record...)
+	}
+	return p
+}
+
+// encodeWrite encodes a write as a field of a Batch: batches are made by
+// joining them.
+func encodeWrite(w *kvpb.Write) ([]byte, error) {
+	b := make([]byte, 0, proto.Size(w)+8)
+	b = protowire.AppendTag(b, 3, protowire.BytesType)
+	b = protowire.AppendVarint(b, uint64(proto.Size(w)))
+	return proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(b, w)
+}
+
+// askRead starts a ReadIndex for all reads that wait (Raft thesis, section
+// 6.4), if none is in flight. A leader asks only once it has applied an entry
+// of its term; raft itself is less careful with one voter.
+func (n *node) askRead() {
+	if n.round != nil || len(n.reads) == 0 || n.lead == 0 || n.lead == n.raftID && !n.leads() {
+		return
+	}
+	n.sequence++ // a context is used once
+	n.round = &readRound{id: n.sequence, calls: n.reads, tick: n.now}
+	n.reads = nil
+	n.counters.rounds++
+	ctx := make([]byte, readContextBytes)
+	binary.BigEndian.PutUint64(ctx, n.life)
+	binary.BigEndian.PutUint64(ctx[8:], n.round.id)
+	n.rn.ReadIndex(ctx)
+}
+
+// retryReads makes the reads of the round in flight wait for another.
+func (n *node) retryReads() {
+	if n.round != nil {
+		n.reads = append(n.round.calls, n.reads...)
+		n.round = nil
+	}
+}
+
+// readConfirmed learns the index that the reads of a round must have applied.
+func (n *node) readConfirmed(rs raft.ReadState) {
+	r := n.round
+	if r == nil || len(rs.RequestCtx) != readContextBytes || binary.BigEndian.Uint64(rs.RequestCtx) != n.life || binary.BigEndian.Uint64(rs.RequestCtx[8:]) != r.id {
+		return // of an earlier round
+	}
+	n.round, r.index = nil, rs.Index
+	n.confirmed = append(n.confirmed, *r)
+	n.releaseReads()
+}
+
+// releaseReads lets the reads go whose index is applied.
+func (n *node) releaseReads() {
+	n.confirmed = slices.DeleteFunc(n.confirmed, func(r readRound) bool {
+		if r.index > n.store.index {
+			return false
+		}
+		for _, c := range r.calls {
+			n.finish(c, outcome{})
+		}
+		n.counters.reads += uint64(len(r.calls))
+		return true
+	})
+}
+
+// send queues a message of raft for the end of the turn.
+func (n *node) send(m *raftpb.Message) {
+	switch m.GetType() {
+	case raftpb.MsgSnap:
+		n.sendSnapshot(m)
+		return
+	case raftpb.MsgHeartbeat:
+		if len(m.GetContext()) == 8 {
+			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
+		}
+	}
+	for i := range n.out {
+		if n.out[i].to == m.GetTo() {
+			n.out[i].ms = append(n.out[i].ms, m)
+			return
+		}
+	}
+	n.out = append(n.out, peerMessages{m.GetTo(), []*raftpb.Message{m}})
+}
+
+// flush gives each peer its messages of this turn.
+func (n *node) flush() {
+	for _, o := range n.out {
+		if life := n.lives[o.to]; life != 0 {
+			n.net.send(o.to, life, o.ms)
+		} else {
+			n.counters.dropped += uint64(len(o.ms))
+		}
+	}
+	n.out = nil
+	n.closeViews()
+	n.in.release(n.doneCalls, n.doneBytes)
+	n.doneCalls, n.doneBytes = 0, 0
+}
+
+// snapshot is what raft is told when a follower needs one: the view that is
+// being sent already, if the log goes on from there, or a new one.
+func (n *node) snapshot() *raftpb.Snapshot {
+	for _, v := range n.views {
+		if v.conf == n.store.conf && v.header.Index >= n.raft.prevIndex {
+			return raftSnapshot(v.header)
+		}
+	}
+	n.views = append(n.views, &openView{view: n.store.open(), conf: n.store.conf})
+	return raftSnapshot(n.views[len(n.views)-1].header)
+}
+
+// sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot.
+func (n *node) sendSnapshot(m *raftpb.Message) {
+	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
+	for _, v := range n.views {
+		if v.header.Index == index && n.lives[to] != 0 {
+			v.readers++
+			n.log.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.keys)
+			n.net.sendSnapshot(to, n.lives[to], m.GetTerm(), v.view)
+			return
+		}
+	}
+	n.rn.ReportSnapshot(to, raft.SnapshotFailure)
+}
+
+// snapshotSent ends a transfer.
+func (n *node) snapshotSent(to uint64, v *view, err error) {
+	n.in.event(func() {
+		for _, o := range n.views {
+			if o.view == v {
+				o.readers--
+			}
+		}
+		status := raft.SnapshotFinish
+		if err != nil {
+			status = raft.SnapshotFailure
+			n.log.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
+		} else {
+			n.counters.snapshotsSent++
+			n.log.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
+		}
+		if n.rn != nil {
+			n.rn.ReportSnapshot(to, status)
+		}
+	})
+}
+
+// closeViews closes the views that nobody sends from.
+func (n *node) closeViews() {
+	n.views = slices.DeleteFunc(n.views, func(v *openView) bool {
+		if v.readers <= 0 {
+			v.close()
+		}
+		return v.readers <= 0
+	})
+}
+
+// receiveSnapshot hands a snapshot that came from a peer to raft and returns
+// once raft has taken or ignored it. Any goroutine may call it.
+func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error {
+	return n.do(ctx, func() error {
+		if !n.hears(h) || h.ClusterId != s.clusterID {
+			return errors.New("the snapshot is of or to another life, or another cluster")
+		}
+		if me := s.members[n.raftID]; me == nil || me.Id != n.self.Id || me.Address != n.self.Address {
+			return errors.New("the snapshot does not name this node")
+		}
+		if n.rn == nil {
+			if err := n.start(); err != nil {
+				return err
+			}
+		}
+		m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.header())}
+		if !n.check(m) {
+			return errors.New("the snapshot is invalid")
+		}
+		n.pending = s
+		err := n.rn.Step(m)
+		n.drain()
+		n.pending = nil // ignored, if it is still there: this node was ahead of it
+		if n.store.clusterID == 0 {
+			n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
+			return errors.New("raft refused the snapshot")
+		}
+		return err
+	})
+}
+
+// installPending makes the pending snapshot the state, and the log start
+// behind it.
+func (n *node) installPending(snap *raftpb.Snapshot) {
+	if n.pending == nil || n.pending.index != snap.GetMetadata().GetIndex() {
+		n.err = errors.New("raft wants a snapshot that it was not given")
+		return
+	}
+	n.store.install(n.pending)
+	n.pending = nil
+	n.raft.reset(snap)
+	n.counters.snapshotsInstalled++
+	n.log.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
+	if p := n.own; p != nil && n.store.proposers[n.raftID] >= p.sequence {
+		n.failOwn() // it is in the snapshot, its results are not
+	}
+	n.confIndex = n.store.index
+	n.configured()
+	n.releaseReads()
+}
+
+// mayChange reports whether a change of membership or leadership may start.
+// One that was lost without a word blocks others for an election timeout only.
+func (n *node) mayChange() bool {
+	return n.leads() && !isJoint(n.store.conf) && (n.changeAt == 0 || n.now-n.changeAt > uint64(n.electionTicks()))
+}
+
+// proposeChange proposes a change of the configuration. Whether it was applied
+// shows in the configuration.
+func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) error {
+	ctx, err := proto.Marshal(&kvpb.ConfChangeContext{Members: members})
+	if err != nil {
+		return err
+	}
+	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx}
+	if _, err := tryConfChange(n.store.conf, cc); err != nil {
+		return err
+	}
+	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
+		n.changeAt = n.now
+	}
+	return nil
+}
+
+// transferLeader asks raft to make another voter the leader.
+func (n *node) transferLeader(to uint64) {
+	n.changeAt = n.now
+	n.rn.TransferLeader(to)
+}
+
+// isCaughtUp reports whether a member has what was committed two heartbeats ago.
+func (n *node) isCaughtUp(pr progress) bool {
+	return pr.State == tracker.StateReplicate && pr.Match >= n.commitAt[len(n.commitAt)-1] && pr.Match > 0
+}
+
+// progressOf returns the leader's knowledge of all members, by raft ID.
+func (n *node) progressOf() map[uint64]progress {
+	m := map[uint64]progress{}
+	if n.rn != nil && n.role == raft.StateLeader {
+		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr progress) { m[id] = pr })
+	}
+	return m
+}
+
+// await waits until f, called in the loop after every turn, returns true or an
+// error. Any goroutine may call it.
+func (n *node) await(ctx context.Context, f func() (bool, error)) error {
+	c := &condition{ctx: ctx, f: f, done: make(chan error, 1)}
+	if !n.in.event(func() { n.conds = append(n.conds, c) }) {
+		return errStopping
+	}
+	select {
+	case err := <-c.done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// do calls f in the loop. Any goroutine may call it.
+func (n *node) do(ctx context.Context, f func() error) error {
+	return n.await(ctx, func() (bool, error) { return true, f() })
+}
+
+func (n *node) checkConditions() {
+	conds := n.conds
+	n.conds = nil
+	for _, c := range conds {
+		if c.ctx.Err() != nil {
+			continue
+		}
+		if ok, err := c.f(); ok || err != nil {
+			c.done <- err
+		} else {
+			n.conds = append(n.conds, c)
+		}
+	}
+}
+
+// publish lets others see what they may, if it has changed.
+func (n *node) publish() {
+	old := n.pub.Load()
+	p := &published{
+		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(),
+		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp,
+	}
+	if old.conf == p.conf && old.raftID == p.raftID && old.term == p.term && old.lead == p.lead && old.leading == p.leading && old.caughtUp == p.caughtUp {
+		return
+	}
+	p.next = make(chan struct{})
+	p.leader = n.store.members[n.lead]
+	p.unhealthy = n.whyUnhealthy()
+	if old.lead != p.lead || old.term != p.term && p.lead != 0 {
+		n.log.Info("leader", "node", n.describe(p.lead), "term", p.term)
+	}
+	n.pub.Store(p)
+	close(old.next)
+	n.onPublish(p)
+}
+
+// whyUnhealthy says why this node should get no calls; empty: it should.
+func (n *node) whyUnhealthy() string {
+	switch {
+	case n.rn == nil:
+		return "in no cluster"
+	case n.store.members[n.raftID] == nil:
+		return "not a member of the configuration that it has applied"
+	case len(n.store.raftIDsOf(n.self.Id)) > 1:
+		return "not yet back in its role"
+	case n.lead == 0:
+		return "no leader is known"
+	case !n.caughtUp:
+		return "not yet caught up with the leader"
+	}
+	return ""
+}
+
+// peerUp learns of a stream between this process and a life of a peer. Any
+// goroutine may call it, before any message of that stream.
+func (n *node) peerUp(raftID, life uint64, outbound bool) {
+	n.in.event(func() {
+		if n.lives[raftID] != life {
+			n.lives[raftID] = life
+		}
+		if outbound {
+			n.connected[raftID] = true
+			n.log.Info("peer connected", "node", n.describe(raftID))
+		}
+	})
+}
+
+// peerDown learns that messages to a peer were lost. Any goroutine may call it.
+func (n *node) peerDown(raftID uint64, lost bool, cause error) {
+	n.in.event(func() {
+		if !lost {
+			n.log.Debug("peer's queue is full", "node", n.describe(raftID))
+		} else if n.connected[raftID] {
+			n.log.Info("peer disconnected", "node", n.describe(raftID), "cause", cause)
+			delete(n.connected, raftID)
+		}
+		if n.rn != nil && n.store.members[raftID] != nil {
+			n.rn.ReportUnreachable(raftID)
+		}
+	})
+}
+
+// refused learns that a peer would not talk to this life of the node.
+func (n *node) refused(raftID uint64, w *kvpb.Welcome) {
+	n.in.event(func() {
+		if w.Verdict == kvpb.Verdict_VERDICT_REMOVED && raftID == n.raftID && n.rn != nil && w.ClusterId == n.store.clusterID {
+			n.removed(fmt.Sprintf("node %d", w.GetPeer().GetNode().GetId()))
+		}
+	})
+}
+
+// accept answers a Hello. Any goroutine may call it.
+func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
+	p := n.pub.Load()
+	me := &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}
+	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: me, ClusterId: p.clusterID}
+	to := h.GetTo()
+	switch {
+	case p.clusterID != 0 && slices.Contains(p.removed, h.GetFrom().GetRaftId()) && h.ClusterId == p.clusterID:
+		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
+	case to.GetRaftId() == 0:
+		// It only asks.
+	case h.GetFrom().GetRaftId() == 0 || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
+		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
+	case !sameCluster(p.clusterID, p.members, h):
+		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER
+	case to.GetRaftId() != p.raftID, to.GetLife() != 0 && to.GetLife() != p.life, !proto.Equal(to.GetNode(), n.self):
+		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
+	}
+	return w
+}
+
+// hello is how this life of the node introduces itself.
+func (n *node) hello() *kvpb.Hello {
+	p := n.pub.Load()
+	return &kvpb.Hello{ClusterId: p.clusterID, From: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}}
+}
+
+// receiveMessages queues a peer's messages; it waits while the queue is full.
+// Any goroutine may call it.
+func (n *node) receiveMessages(ctx context.Context, ms []inbound) error { return n.in.deliver(ctx, ms) }
+
+// inbox is where everybody leaves work for the loop. wake has one slot: it is
+// full while there is work.
+type inbox struct {
+	mu           sync.Mutex
+	next         input
+	closed       bool
+	callBytes    int // of calls that have not ended, here or in the loop
+	callCount    int
+	messageBytes int
+	room         chan struct{} // closed when messages were taken
+	wake         chan struct{}
+}
+
+func (b *inbox) init() {
+	b.wake, b.room = make(chan struct{}, 1), make(chan struct{})
+}
+
+func (b *inbox) signal() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// call queues a call.
+func (b *inbox) call(c *call) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.closed:
+		return errStopping
+	case b.callCount >= maxQueuedCalls || b.callBytes+len(c.record) > maxQueuedBytes:
+		return errOverloaded
+	}
+	b.callCount++
+	b.callBytes += len(c.record)
+	b.next.calls = append(b.next.calls, c)
+	b.signal()
+	return nil
+}
+
+// release makes room for calls that have ended.
+func (b *inbox) release(calls, bytes int) {
+	if calls > 0 {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.callCount -= calls
+		b.callBytes -= bytes
+	}
+}
+
+// event queues a function for the loop; false: the loop has ended.
+func (b *inbox) event(f func()) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.closed {
+		b.next.events = append(b.next.events, f)
+		b.signal()
+	}
+	return !b.closed
+}
+
+// deliver queues messages of a peer, as soon as there is room.
+func (b *inbox) deliver(ctx context.Context, ms []inbound) error {
+	for {
+		b.mu.Lock()
+		if b.closed {
+			b.mu.Unlock()
+			return errStopping
+		}
+		if b.messageBytes < maxInboundBytes {
+			for _, m := range ms {
+				b.messageBytes += int(messageBytes(m.m))
+			}
+			b.next.messages = append(b.next.messages, ms...)
+			b.signal()
+			b.mu.Unlock()
+			return nil
+		}
+		room := b.room
+		b.mu.Unlock()
+		select {
+		case <-room:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// take returns what was queued since it was last called.
+func (b *inbox) take() input {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	in := b.next
+	b.next = input{}
+	if b.messageBytes >= maxInboundBytes {
+		close(b.room)
+		b.room = make(chan struct{})
+	}
+	b.messageBytes = 0
+	return in
+}
+
+// close makes the inbox refuse everything from now on.
+func (b *inbox) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	close(b.room)
+	b.room = make(chan struct{})
+}
+
+// progress is raft's knowledge of a follower.
+type progress = tracker.Progress
+
+// raftPanic is what raft panics with when its state contradicts itself.
+type raftPanic string
+
+// raftLogger writes raft's log to ours. What raft says of each election and
+// message is for debugging.
+type raftLogger struct{ log *slog.Logger }
+
+func (l *raftLogger) print(level slog.Level, v []any) {
+	if l.log.Enabled(context.Background(), level) {
+		l.log.Log(context.Background(), level, "raft: "+fmt.Sprint(v...))
+	}
+}
+
+func (l *raftLogger) printf(level slog.Level, format string, v []any) {
+	if l.log.Enabled(context.Background(), level) {
+		l.log.Log(context.Background(), level, "raft: "+fmt.Sprintf(format, v...))
+	}
+}
+
+func (l *raftLogger) Debug(v ...any)              { l.print(slog.LevelDebug, v) }
+func (l *raftLogger) Debugf(f string, v ...any)   { l.printf(slog.LevelDebug, f, v) }
+func (l *raftLogger) Info(v ...any)               { l.print(slog.LevelDebug, v) }
+func (l *raftLogger) Infof(f string, v ...any)    { l.printf(slog.LevelDebug, f, v) }
+func (l *raftLogger) Warning(v ...any)            { l.print(slog.LevelWarn, v) }
+func (l *raftLogger) Warningf(f string, v ...any) { l.printf(slog.LevelWarn, f, v) }
+func (l *raftLogger) Error(v ...any)              { l.print(slog.LevelError, v) }
+func (l *raftLogger) Errorf(f string, v ...any)   { l.printf(slog.LevelError, f, v) }
+func (l *raftLogger) Fatal(v ...any)              { l.Panic(v...) }
+func (l *raftLogger) Fatalf(f string, v ...any)   { l.Panicf(f, v...) }
+func (l *raftLogger) Panic(v ...any)              { panic(raftPanic(fmt.Sprint(v...))) }
+func (l *raftLogger) Panicf(f string, v ...any)   { panic(raftPanic(fmt.Sprintf(f, v...))) }
