@@ -55,7 +55,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 type receiver interface {
 	hello() *kvpb.Hello
 	accept(*kvpb.Hello) *kvpb.Welcome
-	refused(myRaftID uint64, w *kvpb.Welcome)
+	refused(myRaftID, raftID uint64, w *kvpb.Welcome)
 	peerUp(raftID, life uint64, outbound bool)
 	peerDown(raftID uint64, lost bool, cause error)
 	receiveMessages(context.Context, []inbound) error
@@ -312,7 +312,7 @@ func (p *peer) stream() error {
 		return err
 	}
 	if w.GetVerdict() != kvpb.Verdict_VERDICT_ACCEPTED || w.GetPeer().GetRaftId() != p.raftID {
-		p.nw.r.refused(h.From.RaftId, w)
+		p.nw.r.refused(h.From.RaftId, p.raftID, w)
 		return verdictError{w}
 	}
 	p.open(w.Peer.Life)

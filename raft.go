@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -11,7 +12,6 @@ import (
 	"log/slog"
 	"runtime"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -62,28 +62,6 @@ type transport interface {
 	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
 }
 
-// call is a write or a read on its way through the loop.
-type call struct {
-	record []byte // the write as a field of a Batch; nil: a read
-	state  atomic.Int32
-	since  uint64       // tick in which the loop took it
-	done   chan outcome // one slot: the loop never waits
-	fn     func()       // in place of done: the loop's own reads
-}
-
-// States of a call: the caller may give up a call that is queued, and then
-// knows that it was not proposed.
-const (
-	callQueued = iota
-	callProposed
-	callGivenUp
-)
-
-type outcome struct {
-	result
-	err error
-}
-
 // proposal is this node's own entry in flight. There is one at most: what is
 // written meanwhile forms the next.
 type proposal struct {
@@ -115,14 +93,6 @@ type inbound struct {
 	hello *kvpb.Hello
 }
 
-// input is what one turn of the loop works on.
-type input struct {
-	ticks    int
-	calls    []*call
-	messages []inbound
-	events   []func()
-}
-
 // node is one member. All fields below are the loop's, but for those that say
 // otherwise; turn is the loop's body, and needs no goroutine, clock or socket.
 type node struct {
@@ -148,10 +118,10 @@ type node struct {
 	leadHeard  uint64 // tick of the leader's last message
 	caughtUp   bool   // a read was released under this leader
 	commitAt   [3]uint64
-	confIndex  uint64 // index of the last change of membership applied
 
-	lives     map[uint64]uint64 // by raft ID: the life that we talk to
-	connected map[uint64]bool   // by raft ID: our stream to it is open
+	lives     map[uint64]uint64   // by raft ID: the life that we talk to
+	connected map[uint64]bool     // by raft ID: our stream to it is open
+	met       map[uint64]*meeting // by node id: a life that answered in place of a member
 	out       []peerMessages
 
 	writes    []*call
@@ -169,11 +139,7 @@ type node struct {
 	pending   *store // a snapshot's content between Step and Ready
 	views     []*openView
 
-	counters counters
-}
-
-type counters struct {
-	entries, writes, reads, rounds, leaders, snapshotsSent, snapshotsInstalled, dropped uint64
+	count kvpb.MetricsResponse // the counters in it
 }
 
 // openView is a view that snapshots are being sent from.
@@ -181,13 +147,6 @@ type openView struct {
 	*view
 	conf    *raftpb.ConfState
 	readers int
-}
-
-// condition is a step of an operator's request that waits for the state to be so.
-type condition struct {
-	ctx  context.Context
-	f    func() (bool, error)
-	done chan error
 }
 
 // published is what other goroutines may know of the loop's state. It is never
@@ -201,6 +160,7 @@ type published struct {
 	members                 map[uint64]*kvpb.Node
 	removed                 []uint64
 	caughtUp                bool
+	lost                    int    // voters known to have lost their memory
 	unhealthy               string // why KVService is not SERVING; empty: it is
 	next                    chan struct{}
 }
@@ -210,6 +170,7 @@ func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 	n.in.init()
 	n.newLife()
 	n.pub.Store(&published{next: make(chan struct{})})
+	n.publish()
 	return n
 }
 
@@ -220,8 +181,8 @@ func (n *node) newLife() {
 	n.rn, n.pending = nil, nil
 	n.raft = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
-	n.term, n.lead, n.role, n.caughtUp, n.confIndex = 0, 0, raft.StateFollower, false, 0
-	n.lives, n.connected = map[uint64]uint64{}, map[uint64]bool{}
+	n.term, n.lead, n.role, n.caughtUp = 0, 0, raft.StateFollower, false
+	n.lives, n.connected, n.met = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}
 	n.out = nil
 }
 
@@ -366,8 +327,12 @@ func (n *node) tick() {
 	}
 	// raft leaves a joint configuration when it applies something, and not
 	// during a transfer of leadership: a leader may find itself stuck in one.
-	if n.leads() && isJoint(n.store.conf) && n.now%ticksPerHeartbeat == 0 {
-		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
+	if n.leads() && n.now%ticksPerHeartbeat == 0 {
+		if isJoint(n.store.conf) {
+			_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
+		} else if n.mayChange() {
+			n.heal()
+		}
 	}
 }
 
@@ -390,9 +355,9 @@ func (n *node) expire() {
 		}
 		return i
 	}
-	err := errNoLeader
-	if n.rn == nil {
-		err = errNotInitialized
+	err := errNotInitialized
+	if n.rn != nil {
+		err = cmp.Or(n.quorumLost(), errNoLeader)
 	}
 	i := overdue(n.writes)
 	n.fail(n.writes[:i], err)
@@ -461,7 +426,7 @@ func (n *node) receive(in inbound) {
 	m := in.m
 	from := m.GetFrom()
 	if !n.hears(in.hello) {
-		n.counters.dropped++
+		n.count.MessagesDropped++
 		return
 	}
 	if n.rn == nil {
@@ -537,7 +502,7 @@ func (n *node) check(m *raftpb.Message) bool {
 	if errors.Is(err, errContradiction) {
 		n.err = fmt.Errorf("stopped by a message of node %s: %w", n.describe(m.GetFrom()), err)
 	} else if err != nil {
-		n.counters.dropped++
+		n.count.MessagesDropped++
 		n.log.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
 	}
 	return err == nil
@@ -598,7 +563,7 @@ func (n *node) syncSoftState() {
 		n.leadHeard = n.now
 		n.retryReads()
 		if st.Lead != 0 {
-			n.counters.leaders++
+			n.count.LeaderChanges++
 			n.reads = append(n.reads, &call{since: n.now, fn: func() { n.caughtUp = true }})
 		}
 	}
@@ -642,7 +607,7 @@ func (n *node) apply(m *raftpb.Message) {
 			return
 		}
 	}
-	n.counters.entries += uint64(len(m.GetEntries()))
+	n.count.EntriesApplied += uint64(len(m.GetEntries()))
 	n.respond(m.GetResponses())
 	if n.leads() && len(n.heldReads) > 0 {
 		held := n.heldReads
@@ -671,7 +636,7 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 	if err != nil {
 		return err
 	}
-	n.counters.writes += uint64(len(results))
+	n.count.WritesApplied += uint64(len(results))
 	if p := n.own; p != nil && proposer == n.raftID && sequence == p.sequence {
 		n.own = nil
 		if len(results) != len(p.calls) {
@@ -696,7 +661,6 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 		n.log.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
 	} else {
 		n.store.configure(n.rn.ApplyConfChange(cc), ctx.Members)
-		n.confIndex = e.GetIndex()
 		n.configured()
 	}
 	n.changeAt = 0
@@ -802,7 +766,7 @@ func (n *node) askRead() {
 	n.sequence++ // a context is used once
 	n.round = &readRound{id: n.sequence, calls: n.reads, tick: n.now}
 	n.reads = nil
-	n.counters.rounds++
+	n.count.ReadRounds++
 	ctx := make([]byte, readContextBytes)
 	binary.BigEndian.PutUint64(ctx, n.life)
 	binary.BigEndian.PutUint64(ctx[8:], n.round.id)
@@ -837,7 +801,7 @@ func (n *node) releaseReads() {
 		for _, c := range r.calls {
 			n.finish(c, outcome{})
 		}
-		n.counters.reads += uint64(len(r.calls))
+		n.count.ReadsReleased += uint64(len(r.calls))
 		return true
 	})
 }
@@ -868,7 +832,7 @@ func (n *node) flush() {
 		if life := n.lives[o.to]; life != 0 {
 			n.net.send(o.to, life, o.ms)
 		} else {
-			n.counters.dropped += uint64(len(o.ms))
+			n.count.MessagesDropped += uint64(len(o.ms))
 		}
 	}
 	n.out = nil
@@ -916,7 +880,7 @@ func (n *node) snapshotSent(to uint64, v *view, err error) {
 			status = raft.SnapshotFailure
 			n.log.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
 		} else {
-			n.counters.snapshotsSent++
+			n.count.SnapshotsSent++
 			n.log.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
 		}
 		if n.rn != nil {
@@ -938,32 +902,34 @@ func (n *node) closeViews() {
 // receiveSnapshot hands a snapshot that came from a peer to raft and returns
 // once raft has taken or ignored it. Any goroutine may call it.
 func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error {
-	return n.do(ctx, func() error {
-		if !n.hears(h) || h.ClusterId != s.clusterID {
-			return errors.New("the snapshot is of or to another life, or another cluster")
+	return n.do(ctx, func() error { return n.stepSnapshot(h, term, s) })
+}
+
+func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
+	if !n.hears(h) || h.ClusterId != s.clusterID {
+		return errors.New("the snapshot is of or to another life, or another cluster")
+	}
+	if !proto.Equal(s.members[n.raftID], n.self) {
+		return errors.New("the snapshot does not name this node")
+	}
+	fresh := n.rn == nil
+	if fresh {
+		if err := n.start(); err != nil {
+			return err
 		}
-		if me := s.members[n.raftID]; me == nil || me.Id != n.self.Id || me.Address != n.self.Address {
-			return errors.New("the snapshot does not name this node")
-		}
-		if n.rn == nil {
-			if err := n.start(); err != nil {
-				return err
-			}
-		}
-		m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.header())}
-		if !n.check(m) {
-			return errors.New("the snapshot is invalid")
-		}
+	}
+	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.header())}
+	err := errors.New("raft refused the snapshot")
+	if n.check(m) {
 		n.pending = s
-		err := n.rn.Step(m)
+		err = n.rn.Step(m)
 		n.drain()
-		n.pending = nil // ignored, if it is still there: this node was ahead of it
-		if n.store.clusterID == 0 {
-			n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
-			return errors.New("raft refused the snapshot")
-		}
-		return err
-	})
+		n.pending = nil // if it is still there, this node was ahead of it
+	}
+	if fresh && n.store.clusterID == 0 {
+		n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
+	}
+	return err
 }
 
 // installPending makes the pending snapshot the state, and the log start
@@ -976,77 +942,13 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 	n.store.install(n.pending)
 	n.pending = nil
 	n.raft.reset(snap)
-	n.counters.snapshotsInstalled++
+	n.count.SnapshotsInstalled++
 	n.log.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
 	if p := n.own; p != nil && n.store.proposers[n.raftID] >= p.sequence {
 		n.failOwn() // it is in the snapshot, its results are not
 	}
-	n.confIndex = n.store.index
 	n.configured()
 	n.releaseReads()
-}
-
-// mayChange reports whether a change of membership or leadership may start.
-// One that was lost without a word blocks others for an election timeout only.
-func (n *node) mayChange() bool {
-	return n.leads() && !isJoint(n.store.conf) && (n.changeAt == 0 || n.now-n.changeAt > uint64(n.electionTicks()))
-}
-
-// proposeChange proposes a change of the configuration. Whether it was applied
-// shows in the configuration.
-func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) error {
-	ctx, err := proto.Marshal(&kvpb.ConfChangeContext{Members: members})
-	if err != nil {
-		return err
-	}
-	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx}
-	if _, err := tryConfChange(n.store.conf, cc); err != nil {
-		return err
-	}
-	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
-		n.changeAt = n.now
-	}
-	return nil
-}
-
-// transferLeader asks raft to make another voter the leader.
-func (n *node) transferLeader(to uint64) {
-	n.changeAt = n.now
-	n.rn.TransferLeader(to)
-}
-
-// isCaughtUp reports whether a member has what was committed two heartbeats ago.
-func (n *node) isCaughtUp(pr progress) bool {
-	return pr.State == tracker.StateReplicate && pr.Match >= n.commitAt[len(n.commitAt)-1] && pr.Match > 0
-}
-
-// progressOf returns the leader's knowledge of all members, by raft ID.
-func (n *node) progressOf() map[uint64]progress {
-	m := map[uint64]progress{}
-	if n.rn != nil && n.role == raft.StateLeader {
-		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr progress) { m[id] = pr })
-	}
-	return m
-}
-
-// await waits until f, called in the loop after every turn, returns true or an
-// error. Any goroutine may call it.
-func (n *node) await(ctx context.Context, f func() (bool, error)) error {
-	c := &condition{ctx: ctx, f: f, done: make(chan error, 1)}
-	if !n.in.event(func() { n.conds = append(n.conds, c) }) {
-		return errStopping
-	}
-	select {
-	case err := <-c.done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// do calls f in the loop. Any goroutine may call it.
-func (n *node) do(ctx context.Context, f func() error) error {
-	return n.await(ctx, func() (bool, error) { return true, f() })
 }
 
 func (n *node) checkConditions() {
@@ -1069,16 +971,22 @@ func (n *node) publish() {
 	old := n.pub.Load()
 	p := &published{
 		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(),
-		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp,
+		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp, lost: len(n.met),
 	}
-	if old.conf == p.conf && old.raftID == p.raftID && old.term == p.term && old.lead == p.lead && old.leading == p.leading && old.caughtUp == p.caughtUp {
+	if old.conf == p.conf && old.raftID == p.raftID && old.term == p.term && old.lead == p.lead && old.leading == p.leading && old.caughtUp == p.caughtUp && old.lost == p.lost {
 		return
 	}
 	p.next = make(chan struct{})
 	p.leader = n.store.members[n.lead]
 	p.unhealthy = n.whyUnhealthy()
-	if old.lead != p.lead || old.term != p.term && p.lead != 0 {
-		n.log.Info("leader", "node", n.describe(p.lead), "term", p.term)
+	switch {
+	case p.lead != 0 && (old.lead != p.lead || old.term != p.term):
+		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
+	case p.lead != old.lead:
+		n.log.Info("leader", "is", "unknown", "term", p.term)
+	}
+	if err := n.quorumLost(); err != nil && old.lost != p.lost {
+		n.log.Error("the cluster cannot go on", "err", err)
 	}
 	n.pub.Store(p)
 	close(old.next)
@@ -1095,7 +1003,7 @@ func (n *node) whyUnhealthy() string {
 	case len(n.store.raftIDsOf(n.self.Id)) > 1:
 		return "not yet back in its role"
 	case n.lead == 0:
-		return "no leader is known"
+		return cmp.Or(n.quorumLost(), errNoLeader).Error()
 	case !n.caughtUp:
 		return "not yet caught up with the leader"
 	}
@@ -1131,11 +1039,16 @@ func (n *node) peerDown(raftID uint64, lost bool, cause error) {
 	})
 }
 
-// refused learns that a peer would not talk to this life of the node.
-func (n *node) refused(raftID uint64, w *kvpb.Welcome) {
+// refused learns that whoever answered in place of a member would not talk to
+// this node. Any goroutine may call it.
+func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 	n.in.event(func() {
-		if w.Verdict == kvpb.Verdict_VERDICT_REMOVED && raftID == n.raftID && n.rn != nil && w.ClusterId == n.store.clusterID {
+		switch {
+		case n.rn == nil || myRaftID != n.raftID:
+		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
 			n.removed(fmt.Sprintf("node %d", w.GetPeer().GetNode().GetId()))
+		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
+			n.meet(w.Peer)
 		}
 	})
 }
@@ -1170,118 +1083,6 @@ func (n *node) hello() *kvpb.Hello {
 // receiveMessages queues a peer's messages; it waits while the queue is full.
 // Any goroutine may call it.
 func (n *node) receiveMessages(ctx context.Context, ms []inbound) error { return n.in.deliver(ctx, ms) }
-
-// inbox is where everybody leaves work for the loop. wake has one slot: it is
-// full while there is work.
-type inbox struct {
-	mu           sync.Mutex
-	next         input
-	closed       bool
-	callBytes    int // of calls that have not ended, here or in the loop
-	callCount    int
-	messageBytes int
-	room         chan struct{} // closed when messages were taken
-	wake         chan struct{}
-}
-
-func (b *inbox) init() {
-	b.wake, b.room = make(chan struct{}, 1), make(chan struct{})
-}
-
-func (b *inbox) signal() {
-	select {
-	case b.wake <- struct{}{}:
-	default:
-	}
-}
-
-// call queues a call.
-func (b *inbox) call(c *call) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	switch {
-	case b.closed:
-		return errStopping
-	case b.callCount >= maxQueuedCalls || b.callBytes+len(c.record) > maxQueuedBytes:
-		return errOverloaded
-	}
-	b.callCount++
-	b.callBytes += len(c.record)
-	b.next.calls = append(b.next.calls, c)
-	b.signal()
-	return nil
-}
-
-// release makes room for calls that have ended.
-func (b *inbox) release(calls, bytes int) {
-	if calls > 0 {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		b.callCount -= calls
-		b.callBytes -= bytes
-	}
-}
-
-// event queues a function for the loop; false: the loop has ended.
-func (b *inbox) event(f func()) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if !b.closed {
-		b.next.events = append(b.next.events, f)
-		b.signal()
-	}
-	return !b.closed
-}
-
-// deliver queues messages of a peer, as soon as there is room.
-func (b *inbox) deliver(ctx context.Context, ms []inbound) error {
-	for {
-		b.mu.Lock()
-		if b.closed {
-			b.mu.Unlock()
-			return errStopping
-		}
-		if b.messageBytes < maxInboundBytes {
-			for _, m := range ms {
-				b.messageBytes += int(messageBytes(m.m))
-			}
-			b.next.messages = append(b.next.messages, ms...)
-			b.signal()
-			b.mu.Unlock()
-			return nil
-		}
-		room := b.room
-		b.mu.Unlock()
-		select {
-		case <-room:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// take returns what was queued since it was last called.
-func (b *inbox) take() input {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	in := b.next
-	b.next = input{}
-	if b.messageBytes >= maxInboundBytes {
-		close(b.room)
-		b.room = make(chan struct{})
-	}
-	b.messageBytes = 0
-	return in
-}
-
-// close makes the inbox refuse everything from now on.
-func (b *inbox) close() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.closed = true
-	close(b.room)
-	b.room = make(chan struct{})
-}
 
 // progress is raft's knowledge of a follower.
 type progress = tracker.Progress

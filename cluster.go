@@ -1,0 +1,592 @@
+// Who is a member: what operators ask for, and nodes that come back without
+// their memory.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// onLeader has the leader do a request of ClusterService: here by local, or
+// there by remote. A request is forwarded once: what arrives forwarded at a
+// node that does not lead goes back. All these requests state what shall be,
+// so one that was cut short by a change of leader is simply made again.
+func (s *server) onLeader(ctx context.Context, local func(context.Context) error, remote func(context.Context, kvpb.ClusterServiceClient) error) error {
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	defer cancel()
+	md, _ := metadata.FromIncomingContext(ctx)
+	forwarded := len(md.Get(forwardMetadata)) > 0
+	for {
+		p := s.n.pub.Load()
+		var err error
+		switch {
+		case p.clusterID == 0:
+			return errNotInitialized
+		case p.leading:
+			err = local(ctx)
+		case forwarded:
+			return errNotLeader
+		case p.leader != nil && p.lead != p.raftID:
+			err = s.forward(ctx, p.leader.Address, remote)
+		default:
+			if err := s.awaitLeader(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		if !errors.Is(err, errNotLeader) && status.Code(err) != codes.Unavailable || forwarded {
+			return err
+		}
+		select { // before it is tried again: something has changed, or enough time has passed
+		case <-p.next:
+		case <-time.After(s.n.opts.heartbeat):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// awaitLeader waits until a leader is known that has settled.
+func (s *server) awaitLeader(ctx context.Context) error {
+	t := time.NewTimer(leaderWait)
+	defer t.Stop()
+	for {
+		p := s.n.pub.Load()
+		if p.leading || p.leader != nil && p.lead != p.raftID {
+			return nil
+		}
+		select {
+		case <-p.next:
+		case <-t.C:
+			return errNoLeader
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (s *server) forward(ctx context.Context, address string, remote func(context.Context, kvpb.ClusterServiceClient) error) error {
+	conn, err := s.net.dial(address)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	return remote(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), kvpb.NewClusterServiceClient(conn))
+}
+
+// probe asks the node at an address who it is, and checks that it is the one
+// that is meant.
+func (s *server) probe(ctx context.Context, m *kvpb.Node) (*kvpb.Welcome, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	w, err := s.net.probe(ctx, m.Address)
+	if err != nil {
+		return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
+	}
+	if there := w.Peer.Node; there.Id != m.Id || there.Address != m.Address {
+		return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE, fmt.Sprintf("%d=%s was asked for, but %d=%s answers", m.Id, m.Address, there.Id, there.Address))
+	}
+	return w, nil
+}
+
+// Init implements ClusterService.
+func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	defer cancel()
+	if err := s.checkInit(req.Members); err != nil {
+		return nil, err
+	}
+	if s.n.pub.Load().clusterID != 0 {
+		return nil, errInCluster
+	}
+	for _, m := range req.Members {
+		if m.Id == s.n.self.Id {
+			continue
+		}
+		if w, err := s.probe(ctx, m); err != nil {
+			return nil, err
+		} else if w.ClusterId != 0 {
+			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in cluster %016x already", m.Id, m.Address, w.ClusterId))
+		}
+	}
+	var clusterID uint64
+	if err := s.n.do(ctx, func() (err error) { clusterID, err = s.n.bootstrap(); return err }); err != nil {
+		return nil, err
+	}
+	ids := []uint64{s.n.self.Id}
+	todo := []string{}
+	for _, m := range req.Members {
+		if m.Id != s.n.self.Id {
+			ids = append(ids, m.Id)
+			todo = append(todo, fmt.Sprintf("add-learner %d=%s", m.Id, m.Address))
+		}
+	}
+	if len(ids) == 1 {
+		return &kvpb.InitResponse{ClusterId: clusterID}, s.awaitLeader(ctx)
+	}
+	todo = append(todo, "change-membership "+strings.Trim(fmt.Sprint(ids), "[]"))
+	for _, m := range req.Members {
+		if m.Id != s.n.self.Id {
+			if err := s.addLearner(ctx, m); err != nil {
+				return nil, halfWay(err, clusterID, todo)
+			}
+			todo = todo[1:]
+		}
+	}
+	if err := s.changeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids}); err != nil {
+		return nil, halfWay(err, clusterID, todo)
+	}
+	return &kvpb.InitResponse{ClusterId: clusterID}, nil
+}
+
+// halfWay says how far Init got, and what is left to type.
+func halfWay(err error, clusterID uint64, todo []string) error {
+	st := status.Convert(toStatus(err, false)).Proto()
+	st.Message = fmt.Sprintf("cluster %016x was made, but: %s; what is left: %s", clusterID, st.Message, strings.Join(todo, ", then "))
+	return status.FromProto(st).Err()
+}
+
+func (s *server) checkInit(members []*kvpb.Node) error {
+	if len(members) == 0 || len(members) > maxMembers {
+		return invalid("members", "there are %d, there have to be 1 to %d", len(members), maxMembers)
+	}
+	ids, addresses := map[uint64]bool{}, map[string]bool{}
+	for _, m := range members {
+		if err := validateNode("members", m); err != nil {
+			return err
+		}
+		if ids[m.Id] || addresses[m.Address] {
+			return invalid("members", "%d=%s has the id or the address of another", m.Id, m.Address)
+		}
+		ids[m.Id], addresses[m.Address] = true, true
+		if (m.Id == s.n.self.Id) != (m.Address == s.n.self.Address) {
+			return invalid("members", "%d=%s: this node is %d=%s", m.Id, m.Address, s.n.self.Id, s.n.self.Address)
+		}
+	}
+	if !ids[s.n.self.Id] {
+		return invalid("members", "the called node, %d=%s, is not among them", s.n.self.Id, s.n.self.Address)
+	}
+	return nil
+}
+
+// AddLearner implements ClusterService.
+func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*kvpb.AddLearnerResponse, error) {
+	if err := validateNode("node", req.Node); err != nil {
+		return nil, err
+	}
+	return &kvpb.AddLearnerResponse{}, s.onLeader(ctx,
+		func(ctx context.Context) error { return s.addLearner(ctx, req.Node) },
+		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
+			_, err := c.AddLearner(ctx, req)
+			return err
+		})
+}
+
+// addLearner adds a node on the leader and waits until it has caught up.
+func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
+	n := s.n
+	raftID := n.pub.Load().raftID
+	if m.Id != n.self.Id || m.Address != n.self.Address {
+		w, err := s.probe(ctx, m)
+		if err != nil {
+			return err
+		}
+		if id := n.pub.Load().clusterID; w.ClusterId != 0 && w.ClusterId != id {
+			return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
+		}
+		raftID = w.Peer.RaftId
+	}
+	return s.awaitChange(ctx, func() (bool, error) {
+		for id, other := range n.store.members {
+			if id != raftID && other.Id != m.Id && other.Address == m.Address {
+				return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf("node %d has the address %s", other.Id, m.Address))
+			}
+		}
+		present := n.store.members[raftID]
+		switch {
+		case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
+			return raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
+		case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
+			return false, nil
+		case present != nil && present.Id != m.Id:
+			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf("node %d is at %s", present.Id, m.Address))
+		case present != nil:
+			return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
+		case m.Id == n.self.Id: // whoever leads is not replaced
+			n.transferLeader(n.successor(n.store.conf.GetVoters()))
+			return false, nil
+		case len(n.store.members) >= maxMembers:
+			return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
+		}
+		return false, n.addIncarnation(&kvpb.Peer{RaftId: raftID, Node: m})
+	})
+}
+
+func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle {
+	return &raftpb.ConfChangeSingle{Type: t.Enum(), NodeId: new(raftID)}
+}
+
+// awaitChange waits on the leader until f says that the membership is as it
+// shall be.
+func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error {
+	n := s.n
+	var busy atomic.Bool // with somebody else's change
+	err := n.await(ctx, func() (bool, error) {
+		if !n.leads() {
+			return false, errNotLeader
+		}
+		busy.Store(isJoint(n.store.conf))
+		return f()
+	})
+	if errors.Is(err, context.DeadlineExceeded) && busy.Load() {
+		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS, "another change of membership was running until the deadline")
+	}
+	return err
+}
+
+// ChangeMembership implements ClusterService.
+func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) (*kvpb.ChangeMembershipResponse, error) {
+	if len(req.Members) == 0 || len(req.Members) > maxMembers || len(req.RemoveLearners) > maxMembers {
+		return nil, invalid("members", "there are %d, there have to be 1 to %d", len(req.Members), maxMembers)
+	}
+	ids := slices.Sorted(slices.Values(slices.Concat(req.Members, req.RemoveLearners)))
+	if ids[0] == 0 || len(slices.Compact(ids)) < len(req.Members)+len(req.RemoveLearners) {
+		return nil, invalid("members", "an id is 0 or stands there twice")
+	}
+	return &kvpb.ChangeMembershipResponse{}, s.onLeader(ctx,
+		func(ctx context.Context) error { return s.changeMembership(ctx, req) },
+		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
+			_, err := c.ChangeMembership(ctx, req)
+			return err
+		})
+}
+
+func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
+	n := s.n
+	return s.awaitChange(ctx, func() (bool, error) {
+		if isJoint(n.store.conf) {
+			return false, nil
+		}
+		want, err := n.resolve(req.Members)
+		if err != nil {
+			return false, err
+		}
+		changes, err := n.changesTo(want, req)
+		if err != nil || len(changes) == 0 {
+			return true, err
+		}
+		if !n.mayChange() {
+			return false, nil
+		}
+		if !slices.Contains(want, n.raftID) {
+			// This node leaves: the change is made by one who stays.
+			if to := n.successor(want); to != 0 {
+				n.transferLeader(to)
+				return false, nil
+			}
+			if changes = changes[:0]; len(want) > 0 {
+				for _, id := range want { // nobody who stays is a voter yet
+					if !slices.Contains(n.store.conf.GetVoters(), id) {
+						changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
+					}
+				}
+			}
+			if len(changes) == 0 {
+				return false, nil // they are voters, but not heard of: wait
+			}
+		}
+		return false, n.proposeChange(nil, changes...)
+	})
+}
+
+// resolve returns the raft IDs of nodes. Of a node that is just being taken
+// back, it is the one that votes.
+func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
+	var ids []uint64
+	for _, nodeID := range nodeIDs {
+		of := n.store.raftIDsOf(nodeID)
+		if len(of) == 0 {
+			return nil, apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", nodeID), "id", strconv.FormatUint(nodeID, 10))
+		}
+		i := slices.IndexFunc(of, func(id uint64) bool { return slices.Contains(n.store.conf.GetVoters(), id) })
+		ids = append(ids, of[max(i, 0)])
+	}
+	return ids, nil
+}
+
+// changesTo returns what changes the configuration to one with the wanted
+// voters; nothing, if that is so already.
+func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) ([]*raftpb.ConfChangeSingle, error) {
+	var changes []*raftpb.ConfChangeSingle
+	voters, progress := n.store.conf.GetVoters(), n.progressOf()
+	for _, id := range want {
+		if slices.Contains(voters, id) {
+			continue
+		}
+		if pr := progress[id]; !n.isCaughtUp(pr) {
+			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %s is too far behind to vote: it has entry %d of %d", n.describe(id), pr.Match, n.store.index))
+		}
+		changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
+	}
+	for _, id := range voters {
+		if slices.Contains(want, id) {
+			continue
+		}
+		t := raftpb.ConfChangeRemoveNode
+		if req.Retain {
+			t = raftpb.ConfChangeAddLearnerNode
+		}
+		changes = append(changes, confChange(t, id))
+		req = proto.CloneOf(req) // with the lives that were to take its place
+		req.RemoveLearners = append(req.RemoveLearners, n.store.members[id].Id)
+	}
+	for _, nodeID := range req.RemoveLearners {
+		for _, id := range n.store.raftIDsOf(nodeID) {
+			if slices.Contains(n.store.conf.GetLearners(), id) {
+				changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+			}
+		}
+	}
+	return changes, nil
+}
+
+// TransferLeader implements ClusterService.
+func (s *server) TransferLeader(ctx context.Context, req *kvpb.TransferLeaderRequest) (*kvpb.TransferLeaderResponse, error) {
+	if req.NodeId == 0 {
+		return nil, invalid("node_id", "it is 0")
+	}
+	return &kvpb.TransferLeaderResponse{}, s.onLeader(ctx,
+		func(ctx context.Context) error { return s.transferLeader(ctx, req.NodeId) },
+		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
+			_, err := c.TransferLeader(ctx, req)
+			return err
+		})
+}
+
+func (s *server) transferLeader(ctx context.Context, nodeID uint64) error {
+	n := s.n
+	var start uint64 // tick of the first try
+	return n.await(ctx, func() (bool, error) {
+		if lead := n.store.members[n.lead]; lead != nil && lead.Id == nodeID {
+			return true, nil
+		}
+		if n.role != raft.StateLeader {
+			if n.lead == 0 && start != 0 && n.now-start < 2*uint64(n.electionTicks()) {
+				return false, nil // the election that was asked for
+			}
+			return false, errNotLeader
+		}
+		ids, err := n.resolve([]uint64{nodeID})
+		if err != nil {
+			return false, err
+		}
+		if !slices.Contains(n.store.conf.GetVoters(), ids[0]) {
+			return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
+		}
+		if start != 0 && n.now-start > 2*uint64(n.electionTicks()) {
+			return false, apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
+		}
+		if n.mayChange() {
+			start = cmp.Or(start, n.now)
+			n.transferLeader(ids[0])
+		}
+		return false, nil
+	})
+}
+
+// Metrics implements ClusterService.
+func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.MetricsResponse, error) {
+	var m *kvpb.MetricsResponse
+	err := s.n.do(ctx, func() error { m = s.n.metrics(); return nil })
+	if err != nil {
+		return nil, err
+	}
+	m.MessagesDropped += s.net.dropped.Load()
+	m.BuildVersion = buildVersion()
+	return m, nil
+}
+
+// metrics is the node's own view; only the loop may call it.
+func (n *node) metrics() *kvpb.MetricsResponse {
+	s := n.store
+	m := proto.CloneOf(&n.count)
+	m.Node, m.RaftId, m.ClusterId, m.Role, m.Leader = n.self, n.raftID, s.clusterID, kvpb.Role_ROLE_UNINITIALIZED, s.members[n.lead]
+	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.raft.prevIndex+1, n.raft.last(), s.index, n.raft.bytes
+	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
+	m.Healthy = m.UnhealthyReason == ""
+	m.Keys, m.StoreBytes = s.size()
+	if n.rn == nil {
+		return m
+	}
+	st := n.rn.BasicStatus()
+	m.Term, m.CommitIndex = st.GetTerm(), st.GetCommit()
+	switch {
+	case n.role == raft.StateLeader:
+		m.Role = kvpb.Role_ROLE_LEADER
+	case n.role != raft.StateFollower:
+		m.Role = kvpb.Role_ROLE_CANDIDATE
+	case slices.Contains(s.conf.GetLearners(), n.raftID):
+		m.Role = kvpb.Role_ROLE_LEARNER
+	default:
+		m.Role = kvpb.Role_ROLE_FOLLOWER
+	}
+	progress := n.progressOf()
+	for _, member := range sortedMembers(s.members) {
+		id := member.RaftId
+		ms := &kvpb.MemberStatus{
+			Node: member.Node, RaftId: id, Connected: n.connected[id] || id == n.raftID,
+			Voter: slices.Contains(s.conf.GetVoters(), id), VoterOutgoing: slices.Contains(s.conf.GetVotersOutgoing(), id),
+			Learner: slices.Contains(s.conf.GetLearners(), id) || slices.Contains(s.conf.GetLearnersNext(), id),
+		}
+		if pr, ok := progress[id]; ok {
+			ms.Progress = &kvpb.Progress{MatchIndex: pr.Match, NextIndex: pr.Next, State: pr.State.String(), RecentActive: pr.RecentActive, CaughtUp: n.isCaughtUp(pr)}
+		}
+		m.Members = append(m.Members, ms)
+	}
+	return m
+}
+
+// mayChange reports whether a change of membership or leadership may start.
+// One that was lost without a word blocks others for an election timeout only.
+func (n *node) mayChange() bool {
+	return n.leads() && !isJoint(n.store.conf) && (n.changeAt == 0 || n.now-n.changeAt > uint64(n.electionTicks()))
+}
+
+// proposeChange proposes a change of the configuration. Whether it was applied
+// shows in the configuration.
+func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) error {
+	ctx, err := proto.Marshal(&kvpb.ConfChangeContext{Members: members})
+	if err != nil {
+		return err
+	}
+	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx}
+	if _, err := tryConfChange(n.store.conf, cc); err != nil {
+		return err
+	}
+	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
+		n.changeAt = n.now
+	}
+	return nil
+}
+
+// transferLeader asks raft to make another voter the leader.
+func (n *node) transferLeader(to uint64) {
+	n.changeAt = n.now
+	n.rn.TransferLeader(to)
+}
+
+// meeting is a life of a node that is not the one its members know.
+type meeting struct {
+	*kvpb.Peer
+	tick uint64
+}
+
+// meet remembers that a node has lost its memory and waits to be taken back.
+func (n *node) meet(p *kvpb.Peer) {
+	if old := n.met[p.Node.Id]; old == nil || old.RaftId != p.RaftId {
+		n.log.Warn("a node has lost its memory", "peer", p.Node.Id, "address", p.Node.Address)
+	}
+	n.met[p.Node.Id] = &meeting{p, n.now}
+}
+
+// heal takes back nodes that came back without their memory, one step at a
+// time: as a learner, under the raft ID of its new life; then, once that has
+// caught up, in the role that the node had, in place of its earlier lives.
+func (n *node) heal() {
+	progress := n.progressOf()
+	for _, m := range sortedMembers(n.store.members) {
+		ids := n.store.raftIDsOf(m.Node.Id)
+		if met := n.met[m.Node.Id]; met != nil && n.now-met.tick < n.ticksOf(leaderWait) && n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId) {
+			_ = n.addIncarnation(met.Peer)
+			return
+		}
+		if len(ids) == 1 || m.Node.Id == n.self.Id || !slices.Contains(n.store.conf.GetLearners(), m.RaftId) || !n.connected[m.RaftId] || !n.isCaughtUp(progress[m.RaftId]) {
+			continue
+		}
+		var changes []*raftpb.ConfChangeSingle
+		for _, id := range ids {
+			if id == m.RaftId {
+				continue
+			}
+			if slices.Contains(n.store.conf.GetVoters(), id) {
+				changes = append(changes, confChange(raftpb.ConfChangeAddNode, m.RaftId))
+			}
+			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+		}
+		_ = n.proposeChange(nil, changes...)
+		return
+	}
+}
+
+// addIncarnation adds a life of a node as a learner, in place of its learners.
+func (n *node) addIncarnation(p *kvpb.Peer) error {
+	changes := []*raftpb.ConfChangeSingle{confChange(raftpb.ConfChangeAddLearnerNode, p.RaftId)}
+	for _, id := range n.store.raftIDsOf(p.Node.Id) {
+		if slices.Contains(n.store.conf.GetLearners(), id) {
+			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+		}
+	}
+	return n.proposeChange([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
+}
+
+// quorumLost says so if too many voters have lost their memory for the cluster
+// ever to go on: what they knew cannot be made up.
+func (n *node) quorumLost() error {
+	for _, voters := range [][]uint64{n.store.conf.GetVoters(), n.store.conf.GetVotersOutgoing()} {
+		var lost []string
+		for _, id := range voters {
+			if m := n.store.members[id]; m != nil && n.met[m.Id] != nil && n.met[m.Id].RaftId != id {
+				lost = append(lost, strconv.FormatUint(m.Id, 10))
+			}
+		}
+		if need := len(voters)/2 + 1; len(voters) > 0 && len(voters)-len(lost) < need {
+			return fmt.Errorf("%w, and there never will be: %d of %d voters are needed, node %s restarted without memory", errNoLeader, need, len(voters), strings.Join(lost, " and node "))
+		}
+	}
+	return nil
+}
+
+// isCaughtUp reports whether a member has what was committed two heartbeats ago.
+func (n *node) isCaughtUp(pr progress) bool {
+	return pr.State == tracker.StateReplicate && pr.Match >= n.commitAt[len(n.commitAt)-1] && pr.Match > 0
+}
+
+// progressOf returns the leader's knowledge of all members, by raft ID.
+func (n *node) progressOf() map[uint64]progress {
+	m := map[uint64]progress{}
+	if n.rn != nil && n.role == raft.StateLeader {
+		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr progress) { m[id] = pr })
+	}
+	return m
+}
+
+// successor returns the raft ID among ids, another than this node, that has
+// most of the log and has been heard of; 0: there is none.
+func (n *node) successor(ids []uint64) (best uint64) {
+	progress := n.progressOf()
+	for _, id := range ids {
+		pr, ok := progress[id]
+		if ok && id != n.raftID && !pr.IsLearner && pr.RecentActive && n.connected[id] && (best == 0 || pr.Match > progress[best].Match) {
+			best = id
+		}
+	}
+	return best
+}

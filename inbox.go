@@ -1,0 +1,178 @@
+// The inbox: where all goroutines leave work for the loop.
+
+package main
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+)
+
+// input is what one turn of the loop works on.
+type input struct {
+	ticks    int
+	calls    []*call
+	messages []inbound
+	events   []func()
+}
+
+// call is a write or a read on its way through the loop.
+type call struct {
+	record []byte // the write as a field of a Batch; nil: a read
+	state  atomic.Int32
+	since  uint64       // tick in which the loop took it
+	done   chan outcome // one slot: the loop never waits
+	fn     func()       // in place of done: the loop's own reads
+}
+
+// States of a call: the caller may give up a call that is queued, and then
+// knows that it was not proposed.
+const (
+	callQueued = iota
+	callProposed
+	callGivenUp
+)
+
+type outcome struct {
+	result
+	err error
+}
+
+// condition is a step of an operator's request that waits for the state to be so.
+type condition struct {
+	ctx  context.Context
+	f    func() (bool, error)
+	done chan error
+}
+
+// inbox is where everybody leaves work for the loop. wake has one slot: it is
+// full while there is work.
+type inbox struct {
+	mu           sync.Mutex
+	next         input
+	closed       bool
+	callBytes    int // of calls that have not ended, here or in the loop
+	callCount    int
+	messageBytes int
+	room         chan struct{} // closed when messages were taken
+	wake         chan struct{}
+}
+
+func (b *inbox) init() {
+	b.wake, b.room = make(chan struct{}, 1), make(chan struct{})
+}
+
+func (b *inbox) signal() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// call queues a call.
+func (b *inbox) call(c *call) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.closed:
+		return errStopping
+	case b.callCount >= maxQueuedCalls || b.callBytes+len(c.record) > maxQueuedBytes:
+		return errOverloaded
+	}
+	b.callCount++
+	b.callBytes += len(c.record)
+	b.next.calls = append(b.next.calls, c)
+	b.signal()
+	return nil
+}
+
+// release makes room for calls that have ended.
+func (b *inbox) release(calls, bytes int) {
+	if calls > 0 {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.callCount -= calls
+		b.callBytes -= bytes
+	}
+}
+
+// event queues a function for the loop; false: the loop has ended.
+func (b *inbox) event(f func()) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.closed {
+		b.next.events = append(b.next.events, f)
+		b.signal()
+	}
+	return !b.closed
+}
+
+// deliver queues messages of a peer, as soon as there is room.
+func (b *inbox) deliver(ctx context.Context, ms []inbound) error {
+	for {
+		b.mu.Lock()
+		if b.closed {
+			b.mu.Unlock()
+			return errStopping
+		}
+		if b.messageBytes < maxInboundBytes {
+			for _, m := range ms {
+				b.messageBytes += int(messageBytes(m.m))
+			}
+			b.next.messages = append(b.next.messages, ms...)
+			b.signal()
+			b.mu.Unlock()
+			return nil
+		}
+		room := b.room
+		b.mu.Unlock()
+		select {
+		case <-room:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// take returns what was queued since it was last called.
+func (b *inbox) take() input {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	in := b.next
+	b.next = input{}
+	if b.messageBytes >= maxInboundBytes {
+		close(b.room)
+		b.room = make(chan struct{})
+	}
+	b.messageBytes = 0
+	return in
+}
+
+// close makes the inbox refuse everything from now on.
+func (b *inbox) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	close(b.room)
+	b.room = make(chan struct{})
+}
+
+// await waits until f, called in the loop after every turn, returns true or an
+// error. Any goroutine may call it.
+func (n *node) await(ctx context.Context, f func() (bool, error)) error {
+	c := &condition{ctx: ctx, f: f, done: make(chan error, 1)}
+	if !n.in.event(func() { n.conds = append(n.conds, c) }) {
+		return errStopping
+	}
+	select {
+	case err := <-c.done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// do calls f in the loop. Any goroutine may call it.
+func (n *node) do(ctx context.Context, f func() error) error {
+	return n.await(ctx, func() (bool, error) { return true, f() })
+}
