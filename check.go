@@ -7,6 +7,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"go.etcd.io/raft/v3/confchange"
 	"go.etcd.io/raft/v3/raftpb"
@@ -34,6 +36,7 @@ type peerCheck struct {
 	term, commit uint64
 	log          *raftLog
 	leading      bool
+	lead         uint64
 	readBeat     uint64 // highest read context sent with a heartbeat in this term
 }
 
@@ -73,11 +76,17 @@ func (c *peerCheck) check(m *raftpb.Message) error {
 	case raftpb.MsgProp:
 		return c.checkProposal(m)
 	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
-		// raft.responseToReadIndexReq
+		if m.GetType() == raftpb.MsgReadIndex && !c.leading || m.GetType() == raftpb.MsgReadIndexResp && m.GetFrom() != c.lead {
+			return errors.New("only the leader answers reads") // raft would pass the question on
+		}
 		if len(m.GetEntries()) != 1 || len(m.GetEntries()[0].GetData()) != readContextBytes {
 			return errors.New("its context is invalid")
 		}
-	case raftpb.MsgVote, raftpb.MsgVoteResp, raftpb.MsgPreVote, raftpb.MsgPreVoteResp, raftpb.MsgTimeoutNow, raftpb.MsgSnap:
+	case raftpb.MsgVote, raftpb.MsgVoteResp, raftpb.MsgPreVote, raftpb.MsgPreVoteResp, raftpb.MsgTimeoutNow:
+	case raftpb.MsgSnap:
+		if m.GetSnapshot() == nil { // else readSnapshot has checked it
+			return errors.New("it has no snapshot")
+		}
 	default:
 		return fmt.Errorf("messages of type %v do not cross the network", m.GetType())
 	}
@@ -91,8 +100,9 @@ func checkHeartbeatContext(m *raftpb.Message) error {
 	return nil
 }
 
-// checkAppend checks that entries follow each other and do not contradict what
-// is committed (raftLog.maybeAppend, raft.applyConfChange).
+// checkAppend checks that entries follow each other (raftLog.maybeAppend), that
+// they can be applied (raft.applyConfChange), and that they do not contradict
+// what is committed: raft would ignore that.
 func (c *peerCheck) checkAppend(m *raftpb.Message) error {
 	index, term := m.GetIndex(), m.GetLogTerm()
 	if term > m.GetTerm() {
@@ -229,6 +239,28 @@ func tryConfChange(cs *raftpb.ConfState, cc *raftpb.ConfChangeV2) (*raftpb.ConfS
 	}
 	t.Config, t.Progress = cfg, progress
 	return t.ConfState(), nil
+}
+
+// checkConfChange says why a change does not fit the configuration, or does not
+// say who it is that it adds.
+func (s *store) checkConfChange(cc *raftpb.ConfChangeV2, ctx *kvpb.ConfChangeContext) error {
+	cs, err := tryConfChange(s.conf, cc)
+	if err != nil {
+		return err
+	}
+	named := slices.Collect(maps.Keys(s.members))
+	for _, m := range ctx.Members {
+		if !slices.Contains(confIDs(cs), m.RaftId) {
+			return fmt.Errorf("%x is named, but no member", m.RaftId)
+		}
+		named = append(named, m.RaftId)
+	}
+	for _, id := range confIDs(cs) {
+		if !slices.Contains(named, id) {
+			return fmt.Errorf("%x is a member, but not named", id)
+		}
+	}
+	return nil
 }
 
 // checkConfState finds what raft would panic over when it restores a snapshot

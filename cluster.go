@@ -52,7 +52,8 @@ func (s *server) onLeader(ctx context.Context, local func(context.Context) error
 			}
 			continue
 		}
-		if !errors.Is(err, errNotLeader) && status.Code(err) != codes.Unavailable || forwarded {
+		again := errors.Is(err, errNotLeader) || status.Code(err) == codes.Unavailable && errorReason(err) != "UNREACHABLE"
+		if !again || forwarded {
 			return err
 		}
 		select { // before it is tried again: something has changed, or enough time has passed
@@ -200,44 +201,61 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 		})
 }
 
+// errPastLife means that a node was asked before it knew that it is removed.
+var errPastLife = errors.New("the node is about to drop its state")
+
 // addLearner adds a node on the leader and waits until it has caught up.
 func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
-	n := s.n
-	raftID := n.pub.Load().raftID
-	if m.Id != n.self.Id || m.Address != n.self.Address {
-		w, err := s.probe(ctx, m)
-		if err != nil {
+	for {
+		raftID, err := s.raftIDOf(ctx, m)
+		if err == nil {
+			err = s.awaitChange(ctx, func() (bool, error) { return s.n.stepLearner(raftID, m) })
+		}
+		if err != errPastLife {
 			return err
 		}
-		if id := n.pub.Load().clusterID; w.ClusterId != 0 && w.ClusterId != id {
-			return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
-		}
-		raftID = w.Peer.RaftId
+		sleep(ctx, s.n.opts.heartbeat) // it will be somebody new
 	}
-	return s.awaitChange(ctx, func() (bool, error) {
-		for id, other := range n.store.members {
-			if id != raftID && other.Id != m.Id && other.Address == m.Address {
-				return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf("node %d has the address %s", other.Id, m.Address))
-			}
+}
+
+// raftIDOf asks a node for its raft ID in this life.
+func (s *server) raftIDOf(ctx context.Context, m *kvpb.Node) (uint64, error) {
+	p := s.n.pub.Load()
+	if proto.Equal(m, s.n.self) {
+		return p.raftID, nil
+	}
+	w, err := s.probe(ctx, m)
+	if err == nil && w.ClusterId != 0 && w.ClusterId != p.clusterID {
+		err = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
+	}
+	return w.GetPeer().GetRaftId(), err
+}
+
+// stepLearner takes the next step of making a life of a node a member, if one
+// can be taken; true: it is one, and has caught up.
+func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
+	present := n.store.members[raftID]
+	for id, other := range n.store.members {
+		if id != raftID && other.Id != m.Id && other.Address == m.Address || id == raftID && other.Id != m.Id {
+			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf("node %d is at %s", other.Id, other.Address))
 		}
-		present := n.store.members[raftID]
-		switch {
-		case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
-			return raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
-		case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
-			return false, nil
-		case present != nil && present.Id != m.Id:
-			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf("node %d is at %s", present.Id, m.Address))
-		case present != nil:
-			return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
-		case m.Id == n.self.Id: // whoever leads is not replaced
-			n.transferLeader(n.successor(n.store.conf.GetVoters()))
-			return false, nil
-		case len(n.store.members) >= maxMembers:
-			return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
-		}
-		return false, n.addIncarnation(&kvpb.Peer{RaftId: raftID, Node: m})
-	})
+	}
+	switch {
+	case slices.Contains(n.store.removed, raftID):
+		return false, errPastLife
+	case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
+		return raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
+	case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
+		return false, nil
+	case present != nil:
+		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
+	case m.Id == n.self.Id: // whoever leads is not replaced
+		n.transferLeader(n.successor(n.store.conf.GetVoters()))
+		return false, nil
+	case len(n.store.members) >= maxMembers:
+		return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
+	}
+	return false, n.addIncarnation(&kvpb.Peer{RaftId: raftID, Node: m})
 }
 
 func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle {
@@ -478,7 +496,7 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 		return err
 	}
 	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx}
-	if _, err := tryConfChange(n.store.conf, cc); err != nil {
+	if err := n.store.checkConfChange(cc, &kvpb.ConfChangeContext{Members: members}); err != nil {
 		return err
 	}
 	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
@@ -584,7 +602,7 @@ func (n *node) successor(ids []uint64) (best uint64) {
 	progress := n.progressOf()
 	for _, id := range ids {
 		pr, ok := progress[id]
-		if ok && id != n.raftID && !pr.IsLearner && pr.RecentActive && n.connected[id] && (best == 0 || pr.Match > progress[best].Match) {
+		if ok && id != n.raftID && !pr.IsLearner && n.connected[id] && (best == 0 || pr.Match > progress[best].Match) {
 			best = id
 		}
 	}

@@ -152,6 +152,7 @@ func (nw *network) dial(address string) (*grpc.ClientConn, error) {
 
 // setMembers implements transport.
 func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64) {
+	self := nw.r.hello().From.Node.Id
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	nw.members = members
@@ -167,7 +168,7 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 		}
 	}
 	for id, m := range members {
-		if nw.peers[id] == nil && id != raftID {
+		if nw.peers[id] == nil && m.Id != self { // not even an earlier life of this node
 			nw.addPeer(id, m)
 		}
 	}
@@ -177,7 +178,7 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
 	conn, err := nw.dial(node.Address)
 	if err != nil {
-		nw.log.Error("cannot dial a peer", "node", node.Id, "address", node.Address, "err", err)
+		nw.log.Error("cannot dial a peer", "peer", node.Id, "address", node.Address, "err", err)
 		return
 	}
 	p := &peer{nw: nw, raftID: raftID, node: node, conn: conn, wake: make(chan struct{}, 1)}
@@ -267,7 +268,7 @@ func (p *peer) run() {
 		var v verdictError
 		if text := err.Error(); errors.As(err, &v) && text != said {
 			said = text
-			p.nw.log.Info("peer refuses this node", "node", p.node.Id, "address", p.node.Address, "verdict", text)
+			p.nw.log.Info("peer refuses this node", "peer", p.node.Id, "address", p.node.Address, "verdict", text)
 		}
 		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
 	}

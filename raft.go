@@ -264,7 +264,9 @@ func (n *node) run(ctx context.Context) error {
 		n.turn(in)
 	}
 	n.in.close()
-	n.turn(n.in.take())
+	n.rn = nil // raft may be broken: only what waits is left to be ended
+	in := n.in.take()
+	n.turn(input{calls: in.calls, events: in.events})
 	n.failAll(n.err)
 	if n.err == errStopping {
 		return nil
@@ -471,8 +473,7 @@ func (n *node) receiveUninitialized(m *raftpb.Message) {
 // of or to another life, of another cluster, or of somebody who has left.
 func (n *node) hears(h *kvpb.Hello) bool {
 	from := h.From.RaftId
-	return n.lives[from] == h.From.Life && h.To.RaftId == n.raftID && !slices.Contains(n.store.removed, from) &&
-		sameCluster(n.store.clusterID, n.store.members, h)
+	return n.lives[from] == h.From.Life && h.To.RaftId == n.raftID && sameCluster(n.store.clusterID, n.store.members, h)
 }
 
 // sameCluster reports whether a node in a cluster, or in none yet, may talk to
@@ -488,12 +489,12 @@ func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello)
 func (n *node) check(m *raftpb.Message) bool {
 	try := func() error {
 		st := n.rn.BasicStatus()
-		c := peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, readBeat: n.readBeat}
+		c := peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat}
 		return c.check(m)
 	}
 	err := try()
-	if err != nil {
-		n.drain() // n.raft lags behind raft's own log while there is a Ready
+	if err != nil || m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgHeartbeat && m.GetCommit() > n.store.index {
+		n.drain() // n.raft and n.role are not raft's own while there is a Ready
 		if n.rn == nil || n.err != nil {
 			return false
 		}
@@ -657,7 +658,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 	if err != nil {
 		return err
 	}
-	if _, err := tryConfChange(n.store.conf, cc); err != nil {
+	if err := n.store.checkConfChange(cc, ctx); err != nil {
 		n.log.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
 	} else {
 		n.store.configure(n.rn.ApplyConfChange(cc), ctx.Members)
@@ -669,6 +670,9 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 
 // configured tells the network and the log of a new configuration.
 func (n *node) configured() {
+	for _, id := range n.store.removed {
+		delete(n.lives, id) // never to be heard again
+	}
 	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
 }
@@ -927,7 +931,7 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 		n.pending = nil // if it is still there, this node was ahead of it
 	}
 	if fresh && n.store.clusterID == 0 {
-		n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
+		n.rn, n.raft, n.term, n.lead, n.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
 	}
 	return err
 }
@@ -969,21 +973,17 @@ func (n *node) checkConditions() {
 // publish lets others see what they may, if it has changed.
 func (n *node) publish() {
 	old := n.pub.Load()
-	p := &published{
-		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(),
-		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp, lost: len(n.met),
-	}
-	if old.conf == p.conf && old.raftID == p.raftID && old.term == p.term && old.lead == p.lead && old.leading == p.leading && old.caughtUp == p.caughtUp && old.lost == p.lost {
+	if old.conf == n.store.conf && old.raftID == n.raftID && old.term == n.term && old.lead == n.lead &&
+		old.leading == n.leads() && old.caughtUp == n.caughtUp && old.lost == len(n.met) {
 		return
 	}
-	p.next = make(chan struct{})
-	p.leader = n.store.members[n.lead]
-	p.unhealthy = n.whyUnhealthy()
-	switch {
-	case p.lead != 0 && (old.lead != p.lead || old.term != p.term):
+	p := &published{
+		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(), leader: n.store.members[n.lead],
+		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp, lost: len(n.met),
+		unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
+	}
+	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
 		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
-	case p.lead != old.lead:
-		n.log.Info("leader", "is", "unknown", "term", p.term)
 	}
 	if err := n.quorumLost(); err != nil && old.lost != p.lost {
 		n.log.Error("the cluster cannot go on", "err", err)
@@ -1014,12 +1014,13 @@ func (n *node) whyUnhealthy() string {
 // goroutine may call it, before any message of that stream.
 func (n *node) peerUp(raftID, life uint64, outbound bool) {
 	n.in.event(func() {
-		if n.lives[raftID] != life {
-			n.lives[raftID] = life
+		if slices.Contains(n.store.removed, raftID) {
+			return
 		}
+		n.lives[raftID] = life
 		if outbound {
 			n.connected[raftID] = true
-			n.log.Info("peer connected", "node", n.describe(raftID))
+			n.log.Info("peer connected", "peer", n.describe(raftID))
 		}
 	})
 }
@@ -1028,9 +1029,9 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 func (n *node) peerDown(raftID uint64, lost bool, cause error) {
 	n.in.event(func() {
 		if !lost {
-			n.log.Debug("peer's queue is full", "node", n.describe(raftID))
+			n.log.Debug("peer's queue is full", "peer", n.describe(raftID))
 		} else if n.connected[raftID] {
-			n.log.Info("peer disconnected", "node", n.describe(raftID), "cause", cause)
+			n.log.Info("peer disconnected", "peer", n.describe(raftID), "cause", cause)
 			delete(n.connected, raftID)
 		}
 		if n.rn != nil && n.store.members[raftID] != nil {

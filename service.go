@@ -32,6 +32,9 @@ const (
 	maxValueBytes = 1 << 20
 	// maxWriteBytes bounds an encoded write.
 	maxWriteBytes = maxKeyBytes + maxValueBytes + 64
+	// maxListItems and maxListBytes bound a page of List.
+	maxListItems = 10_000
+	maxListBytes = 1 << 20
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
@@ -62,6 +65,17 @@ func apiError(code codes.Code, reason kvpb.ErrorReason, message string, pairs ..
 		return status.Error(code, message)
 	}
 	return st.Err()
+}
+
+// errorReason is the reason that a node gave for an error; empty: it is not a
+// node's, but gRPC's.
+func errorReason(err error) string {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.Domain == errorDomain {
+			return info.Reason
+		}
+	}
+	return ""
 }
 
 func invalid(field, format string, args ...any) error {
@@ -191,6 +205,7 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	s.mu.Lock()
 	if s.idle != nil {
 		s.mu.Unlock()
+		_ = grpc.SetTrailer(ctx, *s.leader.Load())
 		return nil, toStatus(errStopping, true)
 	}
 	s.inFlight++
@@ -283,6 +298,44 @@ func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.Del
 	}
 	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: req}})
 	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version}, err
+}
+
+// List implements KVService.
+func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListResponse, error) {
+	if req.Limit > maxListItems {
+		return nil, invalid("limit", "it is %d, the limit is %d", req.Limit, maxListItems)
+	}
+	for field, v := range map[string]string{"prefix": req.Prefix, "page_token": req.PageToken} {
+		if len(v) > maxKeyBytes {
+			return nil, invalid(field, "it has %d bytes, the limit is %d", len(v), maxKeyBytes)
+		}
+	}
+	if !req.Local {
+		if _, err := s.call(ctx, nil); err != nil {
+			return nil, err
+		}
+	}
+	var v *view
+	err := s.n.do(ctx, func() error {
+		if s.n.rn == nil {
+			return errNotInitialized
+		}
+		v = s.n.store.open()
+		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	items, more := v.page(req.Prefix, req.PageToken, int(cmp.Or(req.Limit, 1000)), maxListBytes)
+	resp := &kvpb.ListResponse{}
+	for _, it := range items {
+		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: it.key, Value: it.value, Version: it.version})
+	}
+	if more {
+		resp.NextPageToken = items[len(items)-1].key
+	}
+	return resp, nil
 }
 
 func (s *server) write(ctx context.Context, w *kvpb.Write) (result, error) {

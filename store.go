@@ -22,8 +22,9 @@ import (
 )
 
 const (
-	// numShards bounds how much one write copies while a snapshot is open.
-	numShards = 1 << 14
+	// numShards bounds how long a view that is read keeps writes waiting: for
+	// the copy of a shard.
+	numShards = 1 << 12
 	// maxRemoved is how many removed raft IDs are remembered.
 	maxRemoved = 1024
 	// snapshotFormat is the version of the snapshot's encoding.
@@ -39,11 +40,10 @@ type item struct {
 	version uint64
 }
 
-// shard is a part of the map. Its items belong to the views that were opened
-// at or after epoch, too, and are cloned before the first write after that.
-type shard struct {
-	items map[string]item
-	epoch uint64
+// keyItem is an item with its key.
+type keyItem struct {
+	key string
+	item
 }
 
 // store is the state that the log determines; a snapshot holds all of it.
@@ -61,11 +61,10 @@ type store struct {
 
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
-	shards    []shard
+	shards    []map[string]item
 	keys      uint64
-	bytes     uint64 // of all keys and values
-	epoch     uint64 // of the newest view
-	openViews int
+	bytes     uint64  // of all keys and values
+	views     []*view // of these shards
 }
 
 func newStore() *store {
@@ -73,7 +72,7 @@ func newStore() *store {
 		conf:      raftpb.EnsureConfState(nil),
 		members:   map[uint64]*kvpb.Node{},
 		proposers: map[uint64]uint64{},
-		shards:    make([]shard, numShards),
+		shards:    make([]map[string]item, numShards),
 	}
 }
 
@@ -94,7 +93,7 @@ func (s *store) get(key string) (item, bool, error) {
 	if s.clusterID == 0 {
 		return item{}, false, errNotInitialized
 	}
-	it, ok := s.shards[shardOf(key)].items[key]
+	it, ok := s.shards[shardOf(key)][key]
 	return it, ok, nil
 }
 
@@ -152,40 +151,43 @@ func (s *store) fresh(proposer, sequence uint64) bool {
 	return true
 }
 
-// writable returns the items of the key's shard, which no view shares.
-func (s *store) writable(key string) map[string]item {
-	sh := &s.shards[shardOf(key)]
-	if sh.items == nil {
-		sh.items = map[string]item{}
-	} else if s.openViews > 0 && sh.epoch < s.epoch {
-		sh.items = maps.Clone(sh.items)
-	}
-	sh.epoch = s.epoch
-	return sh.items
-}
-
 func (s *store) set(key string, it item) (found bool) {
-	items := s.writable(key)
-	old, found := items[key]
+	i := shardOf(key)
+	old, found := s.shards[i][key]
 	if found {
+		s.preserve(i, keyItem{key, old})
 		s.bytes -= uint64(len(old.value))
 	} else {
 		s.keys++
 		s.bytes += uint64(len(key))
 	}
+	if s.shards[i] == nil {
+		s.shards[i] = map[string]item{}
+	}
 	s.bytes += uint64(len(it.value))
-	items[key] = it
+	s.shards[i][key] = it
 	return found
 }
 
 func (s *store) delete(key string) (found bool) {
-	old, found := s.shards[shardOf(key)].items[key]
+	i := shardOf(key)
+	old, found := s.shards[i][key]
 	if found {
-		delete(s.writable(key), key)
+		s.preserve(i, keyItem{key, old})
+		delete(s.shards[i], key)
 		s.keys--
 		s.bytes -= uint64(len(key) + len(old.value))
 	}
 	return found
+}
+
+// preserve keeps what is about to be replaced for the views that show it.
+func (s *store) preserve(shard uint64, old keyItem) {
+	for _, v := range s.views {
+		if old.version <= v.header.Version {
+			v.replaced[shard] = append(v.replaced[shard], old)
+		}
+	}
 }
 
 // configure makes cs the configuration. Members are those that it names: the
@@ -229,28 +231,70 @@ func (s *store) raftIDsOf(nodeID uint64) []uint64 {
 	return ids
 }
 
-// view is the store at one index, whatever is written since. It has to be closed.
+// view is the store at one index, whatever is written since: the items no
+// newer than that, and those that have been replaced. It has to be closed. The
+// store's mu guards shards and replaced.
 type view struct {
-	header *kvpb.SnapshotHeader
-	shards []shard
-	keys   uint64
-	store  *store
+	store    *store
+	header   *kvpb.SnapshotHeader
+	keys     uint64
+	shards   []map[string]item
+	replaced map[uint64][]keyItem // by shard
 }
 
-// open opens a view. Only the loop may call it.
+// open opens a view, in no more time than that of one write. Only the loop may
+// call it.
 func (s *store) open() *view {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.openViews++
-	s.epoch++
-	return &view{header: s.header(), shards: slices.Clone(s.shards), keys: s.keys, store: s}
+	v := &view{store: s, header: s.header(), keys: s.keys, shards: s.shards, replaced: map[uint64][]keyItem{}}
+	s.views = append(s.views, v)
+	return v
 }
 
-// close lets writes go on in place again. Any goroutine may call it, once.
+// close lets go of what was preserved. Any goroutine may call it.
 func (v *view) close() {
 	v.store.mu.Lock()
 	defer v.store.mu.Unlock()
-	v.store.openViews--
+	v.store.views = slices.DeleteFunc(v.store.views, func(o *view) bool { return o == v })
+}
+
+// shard returns the items of a shard, in no order. Any goroutine may call it.
+func (v *view) shard(i uint64) []keyItem {
+	v.store.mu.RLock()
+	defer v.store.mu.RUnlock()
+	items := append(make([]keyItem, 0, len(v.replaced[i])+len(v.shards[i])), v.replaced[i]...)
+	for key, it := range v.shards[i] {
+		if it.version <= v.header.Version {
+			items = append(items, keyItem{key, it})
+		}
+	}
+	return items
+}
+
+func compareKeys(a, b keyItem) int { return strings.Compare(a.key, b.key) }
+
+// page returns the first keys after a key that have a prefix, in order, as
+// many as limit and maxBytes allow but at least one, and whether there are
+// more. It passes over all keys of the view.
+func (v *view) page(prefix, after string, limit, maxBytes int) (page []keyItem, more bool) {
+	for i := range uint64(numShards) {
+		for _, it := range v.shard(i) {
+			if it.key > after && strings.HasPrefix(it.key, prefix) {
+				page = append(page, it)
+			}
+		}
+		if len(page) > 2*limit+numShards {
+			slices.SortFunc(page, compareKeys)
+			page, more = slices.Delete(page, limit, len(page)), true
+		}
+	}
+	slices.SortFunc(page, compareKeys)
+	n, size := 0, 0
+	for ; n < min(limit, len(page)) && (n == 0 || size+len(page[n].key)+len(page[n].value) <= maxBytes); n++ {
+		size += len(page[n].key) + len(page[n].value)
+	}
+	return page[:n], more || n < len(page)
 }
 
 func (s *store) header() *kvpb.SnapshotHeader {
@@ -306,10 +350,11 @@ func (v *view) writeTo(w io.Writer) error {
 	}
 	var kv kvpb.KeyValue
 	rec := &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_KeyValue{KeyValue: &kv}}
-	for _, sh := range v.shards {
-		for _, key := range slices.Sorted(maps.Keys(sh.items)) {
-			it := sh.items[key]
-			kv.Key, kv.Value, kv.Version = key, it.value, it.version
+	for i := range uint64(numShards) {
+		items := v.shard(i)
+		slices.SortFunc(items, compareKeys)
+		for _, it := range items {
+			kv.Key, kv.Value, kv.Version = it.key, it.value, it.version
 			if err := record(rec); err != nil {
 				return err
 			}
@@ -318,8 +363,8 @@ func (v *view) writeTo(w io.Writer) error {
 	return record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: v.keys}}})
 }
 
-// readSnapshot reads a snapshot into a new store. It fails on anything that
-// writeTo would not have written.
+// readSnapshot reads a snapshot into a new store, or says why it is none.
+// Checksums are its carrier's business.
 func readSnapshot(r io.Reader) (*store, error) {
 	br := bufio.NewReaderSize(r, 64<<10)
 	next := func() (*kvpb.SnapshotRecord, error) {
@@ -382,14 +427,14 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 		return errors.New("it does not start with a header")
 	case h.Format != snapshotFormat:
 		return fmt.Errorf("its format is %d, this program knows %d", h.Format, snapshotFormat)
-	case h.ClusterId == 0 || h.Index == 0 || h.Term == 0 || len(h.Removed) > maxRemoved:
+	case h.ClusterId == 0 || h.Index == 0 || h.Index >= maxCounter || h.Term == 0 || h.Term >= maxCounter || h.Version >= maxCounter || len(h.Removed) > maxRemoved:
 		return errors.New("its header is invalid")
 	}
 	s.clusterID, s.index, s.term, s.version = h.ClusterId, h.Index, h.Term, h.Version
 	s.conf = raftSnapshot(h).GetMetadata().GetConfState()
 	s.removed = h.Removed
 	for _, m := range h.Members {
-		if m.GetRaftId() == 0 || m.GetNode().GetId() == 0 || s.members[m.RaftId] != nil {
+		if m.GetRaftId() == 0 || m.GetRaftId() >= maxRaftID || m.GetNode().GetId() == 0 || s.members[m.RaftId] != nil {
 			return errors.New("its header has an invalid member")
 		}
 		s.members[m.RaftId] = m.Node
@@ -413,10 +458,7 @@ func (s *store) install(t *store) {
 	s.conf, s.members, s.removed, s.proposers = t.conf, t.members, t.removed, t.proposers
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := range t.shards {
-		t.shards[i].epoch = s.epoch // no view shares them
-	}
-	s.clusterID, s.shards, s.keys, s.bytes = t.clusterID, t.shards, t.keys, t.bytes
+	s.clusterID, s.shards, s.keys, s.bytes, s.views = t.clusterID, t.shards, t.keys, t.bytes, nil
 }
 
 // members sorted by node id, then raft ID: the order in which people see them.

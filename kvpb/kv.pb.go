@@ -36,7 +36,8 @@ const (
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
 	// UNAVAILABLE: no leader for 2 s. Nothing was applied.
 	ErrorReason_ERROR_REASON_NO_LEADER ErrorReason = 2
-	// DEADLINE_EXCEEDED: the write was sent off and its fate is not known.
+	// DEADLINE_EXCEEDED, or CANCELLED by the caller: the write was sent off and
+	// its fate is not known.
 	ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN ErrorReason = 3
 	// FAILED_PRECONDITION from ClusterService, UNAVAILABLE from KVService: the
 	// node is in no cluster.
@@ -700,6 +701,132 @@ func (x *DeleteResponse) GetVersion() uint64 {
 	return 0
 }
 
+type ListRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Keys that start with it; empty: all.
+	Prefix string `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	// The most items of a page, at most 10,000; 0: 1,000. A page is cut at 1 MiB,
+	// too, but has one item at least if there is one.
+	Limit uint32 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	// The next_page_token of the page before.
+	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// As in GetRequest.
+	Local         bool `protobuf:"varint,4,opt,name=local,proto3" json:"local,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRequest) Reset() {
+	*x = ListRequest{}
+	mi := &file_kv_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRequest) ProtoMessage() {}
+
+func (x *ListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
+func (*ListRequest) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ListRequest) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *ListRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListRequest) GetLocal() bool {
+	if x != nil {
+		return x.Local
+	}
+	return false
+}
+
+type ListResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Items []*KeyValue            `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
+	// Empty on the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListResponse) Reset() {
+	*x = ListResponse{}
+	mi := &file_kv_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListResponse) ProtoMessage() {}
+
+func (x *ListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
+func (*ListResponse) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ListResponse) GetItems() []*KeyValue {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+func (x *ListResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 // Node is a node as operators know it.
 type Node struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -713,7 +840,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_kv_proto_msgTypes[6]
+	mi := &file_kv_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -725,7 +852,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[6]
+	mi := &file_kv_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -738,7 +865,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{6}
+	return file_kv_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Node) GetId() uint64 {
@@ -765,7 +892,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_kv_proto_msgTypes[7]
+	mi := &file_kv_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -777,7 +904,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[7]
+	mi := &file_kv_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -790,7 +917,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{7}
+	return file_kv_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *InitRequest) GetMembers() []*Node {
@@ -809,7 +936,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_kv_proto_msgTypes[8]
+	mi := &file_kv_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +948,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[8]
+	mi := &file_kv_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +961,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{8}
+	return file_kv_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *InitResponse) GetClusterId() uint64 {
@@ -853,7 +980,7 @@ type AddLearnerRequest struct {
 
 func (x *AddLearnerRequest) Reset() {
 	*x = AddLearnerRequest{}
-	mi := &file_kv_proto_msgTypes[9]
+	mi := &file_kv_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +992,7 @@ func (x *AddLearnerRequest) String() string {
 func (*AddLearnerRequest) ProtoMessage() {}
 
 func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[9]
+	mi := &file_kv_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +1005,7 @@ func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerRequest.ProtoReflect.Descriptor instead.
 func (*AddLearnerRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{9}
+	return file_kv_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *AddLearnerRequest) GetNode() *Node {
@@ -896,7 +1023,7 @@ type AddLearnerResponse struct {
 
 func (x *AddLearnerResponse) Reset() {
 	*x = AddLearnerResponse{}
-	mi := &file_kv_proto_msgTypes[10]
+	mi := &file_kv_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -908,7 +1035,7 @@ func (x *AddLearnerResponse) String() string {
 func (*AddLearnerResponse) ProtoMessage() {}
 
 func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[10]
+	mi := &file_kv_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -921,7 +1048,7 @@ func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerResponse.ProtoReflect.Descriptor instead.
 func (*AddLearnerResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{10}
+	return file_kv_proto_rawDescGZIP(), []int{12}
 }
 
 type ChangeMembershipRequest struct {
@@ -938,7 +1065,7 @@ type ChangeMembershipRequest struct {
 
 func (x *ChangeMembershipRequest) Reset() {
 	*x = ChangeMembershipRequest{}
-	mi := &file_kv_proto_msgTypes[11]
+	mi := &file_kv_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1077,7 @@ func (x *ChangeMembershipRequest) String() string {
 func (*ChangeMembershipRequest) ProtoMessage() {}
 
 func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[11]
+	mi := &file_kv_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1090,7 @@ func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipRequest.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{11}
+	return file_kv_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ChangeMembershipRequest) GetMembers() []uint64 {
@@ -995,7 +1122,7 @@ type ChangeMembershipResponse struct {
 
 func (x *ChangeMembershipResponse) Reset() {
 	*x = ChangeMembershipResponse{}
-	mi := &file_kv_proto_msgTypes[12]
+	mi := &file_kv_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1134,7 @@ func (x *ChangeMembershipResponse) String() string {
 func (*ChangeMembershipResponse) ProtoMessage() {}
 
 func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[12]
+	mi := &file_kv_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1147,7 @@ func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipResponse.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{12}
+	return file_kv_proto_rawDescGZIP(), []int{14}
 }
 
 type TransferLeaderRequest struct {
@@ -1033,7 +1160,7 @@ type TransferLeaderRequest struct {
 
 func (x *TransferLeaderRequest) Reset() {
 	*x = TransferLeaderRequest{}
-	mi := &file_kv_proto_msgTypes[13]
+	mi := &file_kv_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1172,7 @@ func (x *TransferLeaderRequest) String() string {
 func (*TransferLeaderRequest) ProtoMessage() {}
 
 func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[13]
+	mi := &file_kv_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1185,7 @@ func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{13}
+	return file_kv_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TransferLeaderRequest) GetNodeId() uint64 {
@@ -1076,7 +1203,7 @@ type TransferLeaderResponse struct {
 
 func (x *TransferLeaderResponse) Reset() {
 	*x = TransferLeaderResponse{}
-	mi := &file_kv_proto_msgTypes[14]
+	mi := &file_kv_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1088,7 +1215,7 @@ func (x *TransferLeaderResponse) String() string {
 func (*TransferLeaderResponse) ProtoMessage() {}
 
 func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[14]
+	mi := &file_kv_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1101,7 +1228,7 @@ func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeaderResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{14}
+	return file_kv_proto_rawDescGZIP(), []int{16}
 }
 
 type MetricsRequest struct {
@@ -1112,7 +1239,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_kv_proto_msgTypes[15]
+	mi := &file_kv_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1251,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[15]
+	mi := &file_kv_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1264,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{15}
+	return file_kv_proto_rawDescGZIP(), []int{17}
 }
 
 // Progress is how far the leader knows a member to be.
@@ -1159,7 +1286,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_kv_proto_msgTypes[16]
+	mi := &file_kv_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1298,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[16]
+	mi := &file_kv_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1311,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{16}
+	return file_kv_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Progress) GetMatchIndex() uint64 {
@@ -1242,7 +1369,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_kv_proto_msgTypes[17]
+	mi := &file_kv_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1254,7 +1381,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[17]
+	mi := &file_kv_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1267,7 +1394,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{17}
+	return file_kv_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *MemberStatus) GetNode() *Node {
@@ -1367,7 +1494,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_kv_proto_msgTypes[18]
+	mi := &file_kv_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1379,7 +1506,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[18]
+	mi := &file_kv_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1392,7 +1519,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{18}
+	return file_kv_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *MetricsResponse) GetNode() *Node {
@@ -1598,7 +1725,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_kv_proto_msgTypes[19]
+	mi := &file_kv_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1610,7 +1737,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[19]
+	mi := &file_kv_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1623,7 +1750,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{19}
+	return file_kv_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Hello) GetClusterId() uint64 {
@@ -1662,7 +1789,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_kv_proto_msgTypes[20]
+	mi := &file_kv_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1801,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[20]
+	mi := &file_kv_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1814,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{20}
+	return file_kv_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Peer) GetNode() *Node {
@@ -1723,7 +1850,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_kv_proto_msgTypes[21]
+	mi := &file_kv_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1735,7 +1862,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[21]
+	mi := &file_kv_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1748,7 +1875,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{21}
+	return file_kv_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Welcome) GetVerdict() Verdict {
@@ -1784,7 +1911,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_kv_proto_msgTypes[22]
+	mi := &file_kv_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1796,7 +1923,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[22]
+	mi := &file_kv_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1809,7 +1936,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{22}
+	return file_kv_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StreamRequest) GetHello() *Hello {
@@ -1835,7 +1962,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_kv_proto_msgTypes[23]
+	mi := &file_kv_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1847,7 +1974,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[23]
+	mi := &file_kv_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1860,7 +1987,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{23}
+	return file_kv_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -1886,7 +2013,7 @@ type InstallSnapshotRequest struct {
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_kv_proto_msgTypes[24]
+	mi := &file_kv_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1898,7 +2025,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[24]
+	mi := &file_kv_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1911,7 +2038,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{24}
+	return file_kv_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -1957,7 +2084,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_kv_proto_msgTypes[25]
+	mi := &file_kv_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1969,7 +2096,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[25]
+	mi := &file_kv_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1982,7 +2109,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{25}
+	return file_kv_proto_rawDescGZIP(), []int{27}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -2004,7 +2131,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_kv_proto_msgTypes[26]
+	mi := &file_kv_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2143,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[26]
+	mi := &file_kv_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2156,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{26}
+	return file_kv_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -2108,7 +2235,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_kv_proto_msgTypes[27]
+	mi := &file_kv_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2120,7 +2247,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[27]
+	mi := &file_kv_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2133,7 +2260,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{27}
+	return file_kv_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -2178,7 +2305,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_kv_proto_msgTypes[28]
+	mi := &file_kv_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2190,7 +2317,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[28]
+	mi := &file_kv_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2203,7 +2330,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{28}
+	return file_kv_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -2240,7 +2367,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_kv_proto_msgTypes[29]
+	mi := &file_kv_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2252,7 +2379,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[29]
+	mi := &file_kv_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2265,7 +2392,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{29}
+	return file_kv_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -2320,7 +2447,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_kv_proto_msgTypes[30]
+	mi := &file_kv_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2332,7 +2459,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[30]
+	mi := &file_kv_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2345,7 +2472,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{30}
+	return file_kv_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -2366,7 +2493,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_kv_proto_msgTypes[31]
+	mi := &file_kv_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2378,7 +2505,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[31]
+	mi := &file_kv_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2391,7 +2518,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{31}
+	return file_kv_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -2422,7 +2549,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_kv_proto_msgTypes[32]
+	mi := &file_kv_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2434,7 +2561,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[32]
+	mi := &file_kv_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2447,7 +2574,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{32}
+	return file_kv_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -2496,7 +2623,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_kv_proto_msgTypes[33]
+	mi := &file_kv_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2508,7 +2635,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[33]
+	mi := &file_kv_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2521,7 +2648,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{33}
+	return file_kv_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -2554,7 +2681,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_kv_proto_msgTypes[34]
+	mi := &file_kv_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2566,7 +2693,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[34]
+	mi := &file_kv_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2579,7 +2706,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{34}
+	return file_kv_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -2660,7 +2787,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_kv_proto_msgTypes[35]
+	mi := &file_kv_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2672,7 +2799,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[35]
+	mi := &file_kv_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2685,7 +2812,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{35}
+	return file_kv_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -2762,7 +2889,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2774,7 +2901,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2787,7 +2914,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{36}
+	return file_kv_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -2821,7 +2948,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2833,7 +2960,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2846,7 +2973,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{37}
+	return file_kv_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -2879,7 +3006,16 @@ const file_kv_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"D\n" +
 	"\x0eDeleteResponse\x12\x18\n" +
 	"\adeleted\x18\x01 \x01(\bR\adeleted\x12\x18\n" +
-	"\aversion\x18\x02 \x01(\x04R\aversion\"0\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\"p\n" +
+	"\vListRequest\x12\x16\n" +
+	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tR\tpageToken\x12\x14\n" +
+	"\x05local\x18\x04 \x01(\bR\x05local\"]\n" +
+	"\fListResponse\x12%\n" +
+	"\x05items\x18\x01 \x03(\v2\x0f.kv.v1.KeyValueR\x05items\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"0\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\"4\n" +
@@ -3090,11 +3226,12 @@ const file_kv_proto_rawDesc = "" +
 	"\tEntryType\x12\x1a\n" +
 	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16ENTRY_TYPE_CONF_CHANGE\x10\x01\x12\x1d\n" +
-	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\x9e\x01\n" +
+	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\xcf\x01\n" +
 	"\tKVService\x12,\n" +
 	"\x03Get\x12\x11.kv.v1.GetRequest\x1a\x12.kv.v1.GetResponse\x12,\n" +
 	"\x03Set\x12\x11.kv.v1.SetRequest\x1a\x12.kv.v1.SetResponse\x125\n" +
-	"\x06Delete\x12\x14.kv.v1.DeleteRequest\x1a\x15.kv.v1.DeleteResponse2\xe2\x02\n" +
+	"\x06Delete\x12\x14.kv.v1.DeleteRequest\x1a\x15.kv.v1.DeleteResponse\x12/\n" +
+	"\x04List\x12\x12.kv.v1.ListRequest\x1a\x13.kv.v1.ListResponse2\xe2\x02\n" +
 	"\x0eClusterService\x12/\n" +
 	"\x04Init\x12\x12.kv.v1.InitRequest\x1a\x13.kv.v1.InitResponse\x12A\n" +
 	"\n" +
@@ -3119,7 +3256,7 @@ func file_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: kv.v1.ErrorReason
 	(Role)(0),                        // 1: kv.v1.Role
@@ -3132,96 +3269,101 @@ var file_kv_proto_goTypes = []any{
 	(*SetResponse)(nil),              // 8: kv.v1.SetResponse
 	(*DeleteRequest)(nil),            // 9: kv.v1.DeleteRequest
 	(*DeleteResponse)(nil),           // 10: kv.v1.DeleteResponse
-	(*Node)(nil),                     // 11: kv.v1.Node
-	(*InitRequest)(nil),              // 12: kv.v1.InitRequest
-	(*InitResponse)(nil),             // 13: kv.v1.InitResponse
-	(*AddLearnerRequest)(nil),        // 14: kv.v1.AddLearnerRequest
-	(*AddLearnerResponse)(nil),       // 15: kv.v1.AddLearnerResponse
-	(*ChangeMembershipRequest)(nil),  // 16: kv.v1.ChangeMembershipRequest
-	(*ChangeMembershipResponse)(nil), // 17: kv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 18: kv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 19: kv.v1.TransferLeaderResponse
-	(*MetricsRequest)(nil),           // 20: kv.v1.MetricsRequest
-	(*Progress)(nil),                 // 21: kv.v1.Progress
-	(*MemberStatus)(nil),             // 22: kv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 23: kv.v1.MetricsResponse
-	(*Hello)(nil),                    // 24: kv.v1.Hello
-	(*Peer)(nil),                     // 25: kv.v1.Peer
-	(*Welcome)(nil),                  // 26: kv.v1.Welcome
-	(*StreamRequest)(nil),            // 27: kv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 28: kv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 29: kv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 30: kv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 31: kv.v1.RaftMessage
-	(*Entry)(nil),                    // 32: kv.v1.Entry
-	(*Batch)(nil),                    // 33: kv.v1.Batch
-	(*Write)(nil),                    // 34: kv.v1.Write
-	(*ConfChangeContext)(nil),        // 35: kv.v1.ConfChangeContext
-	(*Member)(nil),                   // 36: kv.v1.Member
-	(*ConfState)(nil),                // 37: kv.v1.ConfState
-	(*Proposer)(nil),                 // 38: kv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 39: kv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 40: kv.v1.SnapshotHeader
-	(*KeyValue)(nil),                 // 41: kv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 42: kv.v1.SnapshotFooter
+	(*ListRequest)(nil),              // 11: kv.v1.ListRequest
+	(*ListResponse)(nil),             // 12: kv.v1.ListResponse
+	(*Node)(nil),                     // 13: kv.v1.Node
+	(*InitRequest)(nil),              // 14: kv.v1.InitRequest
+	(*InitResponse)(nil),             // 15: kv.v1.InitResponse
+	(*AddLearnerRequest)(nil),        // 16: kv.v1.AddLearnerRequest
+	(*AddLearnerResponse)(nil),       // 17: kv.v1.AddLearnerResponse
+	(*ChangeMembershipRequest)(nil),  // 18: kv.v1.ChangeMembershipRequest
+	(*ChangeMembershipResponse)(nil), // 19: kv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 20: kv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 21: kv.v1.TransferLeaderResponse
+	(*MetricsRequest)(nil),           // 22: kv.v1.MetricsRequest
+	(*Progress)(nil),                 // 23: kv.v1.Progress
+	(*MemberStatus)(nil),             // 24: kv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 25: kv.v1.MetricsResponse
+	(*Hello)(nil),                    // 26: kv.v1.Hello
+	(*Peer)(nil),                     // 27: kv.v1.Peer
+	(*Welcome)(nil),                  // 28: kv.v1.Welcome
+	(*StreamRequest)(nil),            // 29: kv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 30: kv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 31: kv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 32: kv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 33: kv.v1.RaftMessage
+	(*Entry)(nil),                    // 34: kv.v1.Entry
+	(*Batch)(nil),                    // 35: kv.v1.Batch
+	(*Write)(nil),                    // 36: kv.v1.Write
+	(*ConfChangeContext)(nil),        // 37: kv.v1.ConfChangeContext
+	(*Member)(nil),                   // 38: kv.v1.Member
+	(*ConfState)(nil),                // 39: kv.v1.ConfState
+	(*Proposer)(nil),                 // 40: kv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 41: kv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 42: kv.v1.SnapshotHeader
+	(*KeyValue)(nil),                 // 43: kv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 44: kv.v1.SnapshotFooter
 }
 var file_kv_proto_depIdxs = []int32{
-	11, // 0: kv.v1.InitRequest.members:type_name -> kv.v1.Node
-	11, // 1: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
-	11, // 2: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
-	21, // 3: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
-	11, // 4: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
-	1,  // 5: kv.v1.MetricsResponse.role:type_name -> kv.v1.Role
-	11, // 6: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
-	22, // 7: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
-	25, // 8: kv.v1.Hello.from:type_name -> kv.v1.Peer
-	25, // 9: kv.v1.Hello.to:type_name -> kv.v1.Peer
-	11, // 10: kv.v1.Peer.node:type_name -> kv.v1.Node
-	2,  // 11: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
-	25, // 12: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
-	24, // 13: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
-	31, // 14: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
-	26, // 15: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
-	24, // 16: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
-	3,  // 17: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
-	32, // 18: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
-	4,  // 19: kv.v1.Entry.type:type_name -> kv.v1.EntryType
-	34, // 20: kv.v1.Batch.writes:type_name -> kv.v1.Write
-	7,  // 21: kv.v1.Write.set:type_name -> kv.v1.SetRequest
-	9,  // 22: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
-	36, // 23: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
-	11, // 24: kv.v1.Member.node:type_name -> kv.v1.Node
-	40, // 25: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
-	41, // 26: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
-	42, // 27: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
-	37, // 28: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
-	36, // 29: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
-	38, // 30: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
-	5,  // 31: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
-	7,  // 32: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
-	9,  // 33: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
-	12, // 34: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
-	14, // 35: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
-	16, // 36: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
-	18, // 37: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
-	20, // 38: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
-	27, // 39: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
-	29, // 40: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
-	6,  // 41: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
-	8,  // 42: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
-	10, // 43: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
-	13, // 44: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
-	15, // 45: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
-	17, // 46: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
-	19, // 47: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
-	23, // 48: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
-	28, // 49: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
-	30, // 50: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
-	41, // [41:51] is the sub-list for method output_type
-	31, // [31:41] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	43, // 0: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
+	13, // 1: kv.v1.InitRequest.members:type_name -> kv.v1.Node
+	13, // 2: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
+	13, // 3: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
+	23, // 4: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
+	13, // 5: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
+	1,  // 6: kv.v1.MetricsResponse.role:type_name -> kv.v1.Role
+	13, // 7: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
+	24, // 8: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
+	27, // 9: kv.v1.Hello.from:type_name -> kv.v1.Peer
+	27, // 10: kv.v1.Hello.to:type_name -> kv.v1.Peer
+	13, // 11: kv.v1.Peer.node:type_name -> kv.v1.Node
+	2,  // 12: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
+	27, // 13: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
+	26, // 14: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
+	33, // 15: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
+	28, // 16: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
+	26, // 17: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
+	3,  // 18: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
+	34, // 19: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
+	4,  // 20: kv.v1.Entry.type:type_name -> kv.v1.EntryType
+	36, // 21: kv.v1.Batch.writes:type_name -> kv.v1.Write
+	7,  // 22: kv.v1.Write.set:type_name -> kv.v1.SetRequest
+	9,  // 23: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
+	38, // 24: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
+	13, // 25: kv.v1.Member.node:type_name -> kv.v1.Node
+	42, // 26: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
+	43, // 27: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
+	44, // 28: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
+	39, // 29: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
+	38, // 30: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
+	40, // 31: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
+	5,  // 32: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
+	7,  // 33: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
+	9,  // 34: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
+	11, // 35: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
+	14, // 36: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
+	16, // 37: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
+	18, // 38: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
+	20, // 39: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
+	22, // 40: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
+	29, // 41: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
+	31, // 42: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
+	6,  // 43: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
+	8,  // 44: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
+	10, // 45: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
+	12, // 46: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
+	15, // 47: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
+	17, // 48: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
+	19, // 49: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
+	21, // 50: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
+	25, // 51: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
+	30, // 52: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
+	32, // 53: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
+	43, // [43:54] is the sub-list for method output_type
+	32, // [32:43] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_kv_proto_init() }
@@ -3230,13 +3372,13 @@ func file_kv_proto_init() {
 		return
 	}
 	file_kv_proto_msgTypes[1].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[17].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[18].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[29].OneofWrappers = []any{
+	file_kv_proto_msgTypes[19].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[20].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[31].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 	}
-	file_kv_proto_msgTypes[34].OneofWrappers = []any{
+	file_kv_proto_msgTypes[36].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -3247,7 +3389,7 @@ func file_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kv_proto_rawDesc), len(file_kv_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

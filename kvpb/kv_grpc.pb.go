@@ -28,6 +28,7 @@ const (
 	KVService_Get_FullMethodName    = "/kv.v1.KVService/Get"
 	KVService_Set_FullMethodName    = "/kv.v1.KVService/Set"
 	KVService_Delete_FullMethodName = "/kv.v1.KVService/Delete"
+	KVService_List_FullMethodName   = "/kv.v1.KVService/List"
 )
 
 // KVServiceClient is the client API for KVService service.
@@ -48,6 +49,9 @@ type KVServiceClient interface {
 	Set(ctx context.Context, in *SetRequest, opts ...grpc.CallOption) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
+	// List reads keys in order. Each page is linearizable by itself: writes
+	// between two pages show. A page costs one pass over all keys of the node.
+	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 }
 
 type kVServiceClient struct {
@@ -88,6 +92,16 @@ func (c *kVServiceClient) Delete(ctx context.Context, in *DeleteRequest, opts ..
 	return out, nil
 }
 
+func (c *kVServiceClient) List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListResponse)
+	err := c.cc.Invoke(ctx, KVService_List_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // KVServiceServer is the server API for KVService service.
 // All implementations must embed UnimplementedKVServiceServer
 // for forward compatibility.
@@ -106,6 +120,9 @@ type KVServiceServer interface {
 	Set(context.Context, *SetRequest) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
+	// List reads keys in order. Each page is linearizable by itself: writes
+	// between two pages show. A page costs one pass over all keys of the node.
+	List(context.Context, *ListRequest) (*ListResponse, error)
 	mustEmbedUnimplementedKVServiceServer()
 }
 
@@ -124,6 +141,9 @@ func (UnimplementedKVServiceServer) Set(context.Context, *SetRequest) (*SetRespo
 }
 func (UnimplementedKVServiceServer) Delete(context.Context, *DeleteRequest) (*DeleteResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Delete not implemented")
+}
+func (UnimplementedKVServiceServer) List(context.Context, *ListRequest) (*ListResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method List not implemented")
 }
 func (UnimplementedKVServiceServer) mustEmbedUnimplementedKVServiceServer() {}
 func (UnimplementedKVServiceServer) testEmbeddedByValue()                   {}
@@ -200,6 +220,24 @@ func _KVService_Delete_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KVService_List_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KVServiceServer).List(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KVService_List_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KVServiceServer).List(ctx, req.(*ListRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // KVService_ServiceDesc is the grpc.ServiceDesc for KVService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -218,6 +256,10 @@ var KVService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Delete",
 			Handler:    _KVService_Delete_Handler,
+		},
+		{
+			MethodName: "List",
+			Handler:    _KVService_List_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,533 @@
+// Tests of the command line's client half against fake nodes: what each
+// sub-command sends and prints, its exit status, and which failed calls go on
+// to another node.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// fakeNode answers calls as a node might. Its interceptor counts calls but for
+// those of Metrics and health, and lets the test fail them.
+type fakeNode struct {
+	kvpb.UnimplementedKVServiceServer
+	kvpb.UnimplementedClusterServiceServer
+	addr   string
+	health *health.Server
+	server *grpc.Server
+
+	mu      sync.Mutex
+	calls   int
+	last    proto.Message
+	fail    func(context.Context) error
+	data    map[string][]byte
+	metrics *kvpb.MetricsResponse
+	asked   int // for metrics, since setMetrics
+}
+
+func newFakeNode(t *testing.T) *fakeNode {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fakeNode{addr: l.Addr().String(), health: health.NewServer(), data: map[string][]byte{}, metrics: &kvpb.MetricsResponse{}}
+	f.server = grpc.NewServer(grpc.UnaryInterceptor(f.intercept))
+	kvpb.RegisterKVServiceServer(f.server, f)
+	kvpb.RegisterClusterServiceServer(f.server, f)
+	healthpb.RegisterHealthServer(f.server, f.health)
+	go f.server.Serve(l)
+	t.Cleanup(f.server.Stop)
+	return f
+}
+
+func (f *fakeNode) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if info.FullMethod == healthpb.Health_Check_FullMethodName || info.FullMethod == kvpb.ClusterService_Metrics_FullMethodName {
+		return handler(ctx, req)
+	}
+	f.mu.Lock()
+	fail := f.fail
+	f.calls++
+	f.last = req.(proto.Message)
+	f.mu.Unlock()
+	if fail != nil {
+		if err := fail(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return handler(ctx, req)
+}
+
+func (f *fakeNode) failWith(fail func(context.Context) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fail = fail
+}
+
+func (f *fakeNode) setMetrics(m *kvpb.MetricsResponse) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.metrics, f.asked = m, 0
+}
+
+// awaitAsked waits until the metrics were asked for twice, so that whoever asks
+// in turns has dealt with the first answer.
+func (f *fakeNode) awaitAsked(ctx context.Context) {
+	for asked := 0; asked < 2 && ctx.Err() == nil; time.Sleep(10 * time.Millisecond) {
+		f.mu.Lock()
+		asked = f.asked
+		f.mu.Unlock()
+	}
+}
+
+// take returns the last request and how many there were since the last take.
+func (f *fakeNode) take() (proto.Message, int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	calls := f.calls
+	f.calls = 0
+	return f.last, calls
+}
+
+func (f *fakeNode) value(key string) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return string(f.data[key])
+}
+
+func (f *fakeNode) Get(_ context.Context, r *kvpb.GetRequest) (*kvpb.GetResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if v, ok := f.data[r.Key]; ok {
+		return &kvpb.GetResponse{Value: append([]byte{}, v...), Version: 7}, nil
+	}
+	return &kvpb.GetResponse{}, nil
+}
+
+func (f *fakeNode) Set(_ context.Context, r *kvpb.SetRequest) (*kvpb.SetResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.data[r.Key] = r.Value
+	return &kvpb.SetResponse{Version: 8}, nil
+}
+
+func (f *fakeNode) Delete(_ context.Context, r *kvpb.DeleteRequest) (*kvpb.DeleteResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	_, ok := f.data[r.Key]
+	delete(f.data, r.Key)
+	return &kvpb.DeleteResponse{Deleted: ok, Version: 9}, nil
+}
+
+func (f *fakeNode) Init(context.Context, *kvpb.InitRequest) (*kvpb.InitResponse, error) {
+	return &kvpb.InitResponse{ClusterId: 10}, nil
+}
+
+func (f *fakeNode) AddLearner(context.Context, *kvpb.AddLearnerRequest) (*kvpb.AddLearnerResponse, error) {
+	return &kvpb.AddLearnerResponse{}, nil
+}
+
+func (f *fakeNode) ChangeMembership(context.Context, *kvpb.ChangeMembershipRequest) (*kvpb.ChangeMembershipResponse, error) {
+	return &kvpb.ChangeMembershipResponse{}, nil
+}
+
+func (f *fakeNode) TransferLeader(context.Context, *kvpb.TransferLeaderRequest) (*kvpb.TransferLeaderResponse, error) {
+	return &kvpb.TransferLeaderResponse{}, nil
+}
+
+func (f *fakeNode) Metrics(context.Context, *kvpb.MetricsRequest) (*kvpb.MetricsResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.asked++
+	return f.metrics, nil
+}
+
+// listenSilently takes connections and never says a word.
+func listenSilently(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l.Addr().String()
+}
+
+// closedAddress refuses connections: nobody listens on port 1.
+const closedAddress = "127.0.0.1:1"
+
+// runCommand runs a sub-command and checks its exit status, and that an error
+// is one line on stderr.
+func runCommand(t *testing.T, want int, stdin string, args ...string) (stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	if got := runClient(t.Context(), args, strings.NewReader(stdin), &out, &errs); got != want {
+		t.Errorf("%q: exit status %d, want %d; stderr %q", args, got, want, errs.String())
+	}
+	lines := strings.Count(errs.String(), "\n")
+	if want != 0 && (lines != 1 || !strings.HasPrefix(errs.String(), "raft-key-value: "+args[0]+": ")) || want == 2 && out.Len() > 0 {
+		t.Errorf("%q: stdout %q, stderr %q, want one line of stderr", args, out.String(), errs.String())
+	}
+	return out.String(), errs.String()
+}
+
+func wantText(t *testing.T, what, got, want string) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: %q, want %q", what, got, want)
+	}
+}
+
+func wantPart(t *testing.T, got, part string) {
+	t.Helper()
+	if !strings.Contains(got, part) {
+		t.Errorf("%q lacks %q", got, part)
+	}
+}
+
+func TestClientUsageErrors(t *testing.T) {
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", closedAddress) // A call would be exit status 1.
+	for _, line := range []string{
+		"get", "get a b", "set a", "set a b c", "get a --nosuch", "get a -o yaml", "get a --timeout x", "set a b --local",
+		"get a --endpoints x", "get a --endpoints ,", "get a --endpoints=", "get a --endpoints :1",
+		"init", "init 1", "init x=a:1", "init 0=a:1", "init 1=a", "init 1=:1", "init 1=a:", "add-learner 1=a:1 2=b:1", "add-learner 1",
+		"remove x", "remove 0", "remove -- -1", "remove 1=a:1", "transfer-leader", "transfer-leader x", "change-membership",
+		"change-membership 1 x", "status x", "help nosuch", "help get set", "version x", "health x",
+	} {
+		runCommand(t, 2, "", strings.Fields(line)...)
+	}
+	runCommand(t, 2, "", "get", "\xff")
+}
+
+func TestClientHelp(t *testing.T) {
+	list, _ := runCommand(t, 0, "", "help")
+	for name := range commands() {
+		wantPart(t, list, "\n  "+name+" ")
+		help, _ := runCommand(t, 0, "", "help", name)
+		for _, args := range [][]string{{name, "--help"}, {name, "-h"}, {name, "x", "--help", "y"}} {
+			got, _ := runCommand(t, 0, "", args...)
+			wantText(t, strings.Join(args, " "), got, help)
+		}
+		wantPart(t, help, "Usage: raft-key-value "+name)
+		wantPart(t, help, "-endpoints")
+	}
+	if isCommand("nosuch") || isCommand("") {
+		t.Error("an unknown command is known")
+	}
+	version, _ := runCommand(t, 0, "", "version")
+	wantText(t, "version", version, "raft-key-value "+buildVersion()+"\n")
+	version, _ = runCommand(t, 0, "", "version", "-o", "json")
+	wantText(t, "version", version, fmt.Sprintf("{\"version\":%q}\n", buildVersion()))
+}
+
+func TestClientTimeouts(t *testing.T) {
+	for name, cmd := range commands() {
+		want := 5 * time.Second
+		switch name {
+		case "init", "add-learner", "change-membership", "remove":
+			want = time.Minute
+		}
+		if cmd.timeout != want {
+			t.Errorf("%s: timeout %v, want %v", name, cmd.timeout, want)
+		}
+	}
+}
+
+func TestClientKeys(t *testing.T) {
+	f := newFakeNode(t)
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", f.addr)
+	out, errs := runCommand(t, 0, "", "set", "k", "v")
+	wantText(t, "set", out+errs, "")
+	out, _ = runCommand(t, 0, "", "get", "k")
+	wantText(t, "get", out, "v")
+	out, _ = runCommand(t, 0, "", "get", "-o", "json", "k")
+	wantText(t, "get", out, `{"value":"dg==","version":"7"}`+"\n")
+	out, _ = runCommand(t, 0, "", "set", "k", "-o", "json", "--", "-5")
+	wantText(t, "set", out, `{"version":"8"}`+"\n")
+	wantText(t, "--", f.value("k"), "-5")
+	runCommand(t, 0, "", "set", "--", "-k", "--help")
+	wantText(t, "--", f.value("-k"), "--help")
+
+	runCommand(t, 0, "from\x00stdin\n", "set", "k", "-")
+	out, _ = runCommand(t, 0, "", "get", "k", "--local")
+	wantText(t, "get", out, "from\x00stdin\n")
+	if req, _ := f.take(); !req.(*kvpb.GetRequest).Local {
+		t.Error("--local was not asked for")
+	}
+	runCommand(t, 0, strings.Repeat("x", 2<<20), "set", "k", "-")
+	if n := len(f.value("k")); n != maxValueBytes+1 {
+		t.Errorf("%d bytes of stdin were sent, want one more than the limit", n)
+	}
+	runCommand(t, 0, "", "set", "k", "")
+	out, _ = runCommand(t, 0, "", "get", "k", "-o=json")
+	wantPart(t, out, `"value":""`)
+
+	out, _ = runCommand(t, 0, "", "delete", "-o", "json", "k")
+	wantText(t, "delete", out, `{"deleted":true,"version":"9"}`+"\n")
+	for _, name := range []string{"delete", "get"} {
+		out, errs = runCommand(t, 1, "", name, "k")
+		wantText(t, name, out+errs, "raft-key-value: "+name+": not found\n")
+	}
+}
+
+func TestClientMembership(t *testing.T) {
+	f := newFakeNode(t)
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", "")
+	out, _ := runCommand(t, 0, "", "init", "1="+f.addr, "2=h:1") // The first is called.
+	wantText(t, "init", out, "a cluster of 2 voter(s) is initialised\n")
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", f.addr)
+	out, _ = runCommand(t, 0, "", "init", "1="+closedAddress, "-o", "json")
+	wantText(t, "init", out, `{"cluster_id":"10"}`+"\n")
+	runCommand(t, 0, "", "transfer-leader", "2")
+	if req, _ := f.take(); req.(*kvpb.TransferLeaderRequest).NodeId != 2 {
+		t.Errorf("transfer-leader sent %v", req)
+	}
+	changed := func(want *kvpb.ChangeMembershipRequest) {
+		t.Helper()
+		if req, _ := f.take(); !proto.Equal(req, want) {
+			t.Errorf("sent %v, want %v", req, want)
+		}
+	}
+	out, _ = runCommand(t, 0, "", "change-membership", "3", "1", "--retain", "2")
+	wantText(t, "change-membership", out, "voters: [3 1 2]\n")
+	changed(&kvpb.ChangeMembershipRequest{Members: []uint64{3, 1, 2}, Retain: true})
+
+	f.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 1, Address: f.addr}, Role: kvpb.Role_ROLE_LEADER, Members: []*kvpb.MemberStatus{
+		{Node: &kvpb.Node{Id: 1, Address: f.addr}, Voter: true}, {Node: &kvpb.Node{Id: 2, Address: closedAddress}, Voter: true},
+		{Node: &kvpb.Node{Id: 3, Address: closedAddress}, Learner: true},
+	}})
+	runCommand(t, 0, "", "remove", "2")
+	changed(&kvpb.ChangeMembershipRequest{Members: []uint64{1}, RemoveLearners: []uint64{2}})
+	runCommand(t, 0, "", "remove", "3")
+	changed(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, RemoveLearners: []uint64{3}})
+	runCommand(t, 1, "", "remove", "9")
+	runCommand(t, 1, "", "remove", "9", "--endpoints", closedAddress)
+}
+
+// The leader is another node than the one that is called, and knows more.
+func TestClientAddLearnerShowsProgress(t *testing.T) {
+	f, leader := newFakeNode(t), newFakeNode(t)
+	other := &kvpb.MemberStatus{Node: &kvpb.Node{Id: 2, Address: leader.addr}, Voter: true}
+	f.setMetrics(&kvpb.MetricsResponse{Role: kvpb.Role_ROLE_FOLLOWER, Members: []*kvpb.MemberStatus{other}})
+	progress := func(match uint64) {
+		learner := &kvpb.MemberStatus{Node: &kvpb.Node{Id: 3, Address: closedAddress}, Learner: true, Progress: &kvpb.Progress{MatchIndex: match}}
+		leader.setMetrics(&kvpb.MetricsResponse{Role: kvpb.Role_ROLE_LEADER, LastIndex: 5000, Members: []*kvpb.MemberStatus{other, learner}})
+	}
+	f.failWith(func(ctx context.Context) error {
+		progress(1200)
+		leader.awaitAsked(ctx)
+		progress(3400)
+		leader.awaitAsked(ctx)
+		return nil
+	})
+	out, errs := runCommand(t, 0, "", "add-learner", "3=h:1", "--endpoints", f.addr)
+	wantText(t, "stdout", out, "node 3 is a learner and has caught up\n")
+	wantText(t, "stderr", errs, "node 3: 1200 of 5000 entries\nnode 3: 3400 of 5000 entries\n")
+}
+
+func TestClientStatus(t *testing.T) {
+	a, b, c := newFakeNode(t), newFakeNode(t), newFakeNode(t)
+	silent := listenSilently(t)
+	member := func(id uint64, addr string, voter bool) *kvpb.MemberStatus {
+		return &kvpb.MemberStatus{Node: &kvpb.Node{Id: id, Address: addr}, Voter: voter, Learner: !voter}
+	}
+	members := []*kvpb.MemberStatus{member(1, a.addr, true), member(2, b.addr, false), member(4, closedAddress, true), member(5, silent, true)}
+	a.setMetrics(&kvpb.MetricsResponse{Node: members[0].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Leader: members[0].Node, Term: 3,
+		AppliedIndex: 99, Keys: 5, Version: 7, Healthy: true, Members: members})
+	b.setMetrics(&kvpb.MetricsResponse{Node: members[1].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEARNER, UnhealthyReason: "no leader", Members: members})
+	c.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 3, Address: c.addr}, Role: kvpb.Role_ROLE_UNINITIALIZED, UnhealthyReason: "new"})
+
+	endpoints := "--endpoints=" + strings.Join([]string{closedAddress, c.addr, a.addr}, ",")
+	out, _ := runCommand(t, 0, "", "status", "--timeout", "1s", endpoints)
+	rows := strings.Split(strings.TrimSpace(out), "\n")
+	want := []string{
+		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS CLUSTER REASON ",
+		"1 " + a.addr + " ok yes leader 1 3 99 7 5 0000000000000abc ",
+		"2 " + b.addr + " unhealthy no learner 0 0 0 0 0 0000000000000abc no leader ",
+		"3 " + c.addr + " unhealthy no uninitialized 0 0 0 0 0 0000000000000000 new ",
+		"4 " + closedAddress + " unreachable yes - - - - - - - connection error: ",
+		"5 " + silent + " unreachable yes - - - - - - - ",
+	}
+	if len(rows) != len(want) {
+		t.Fatalf("%d rows, want %d:\n%s", len(rows), len(want), out)
+	}
+	for i, row := range rows {
+		if got := strings.Join(strings.Fields(row), " "); !strings.HasPrefix(got+" ", want[i]) {
+			t.Errorf("row %q, want %q", got, want[i])
+		}
+	}
+
+	out, _ = runCommand(t, 0, "", "status", "-o", "json", "--timeout", "1s", endpoints)
+	var answer struct {
+		Members []struct {
+			ID        string `json:"node_id"`
+			Address   string
+			Reachable bool
+			Error     string
+			Metrics   map[string]any
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &answer); err != nil || len(answer.Members) != 5 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if m := answer.Members[0]; m.ID != "1" || m.Address != a.addr || !m.Reachable || m.Error != "" || m.Metrics["applied_index"] != "99" {
+		t.Errorf("%+v", m)
+	}
+	if m := answer.Members[3]; m.ID != "4" || m.Reachable || m.Error == "" || m.Metrics != nil {
+		t.Errorf("%+v", m)
+	}
+	out, _ = runCommand(t, 1, "", "status", "--endpoints", closedAddress)
+	wantPart(t, out, "unreachable")
+}
+
+func TestClientHealth(t *testing.T) {
+	f := newFakeNode(t)
+	set := func(name string, s healthpb.HealthCheckResponse_ServingStatus) { f.health.SetServingStatus(name, s) }
+	set("kv.v1.KVService", healthpb.HealthCheckResponse_NOT_SERVING)
+	set("restart", healthpb.HealthCheckResponse_SERVING)
+	_, errs := runCommand(t, 1, "", "health", "--endpoints", f.addr)
+	wantPart(t, errs, "NOT_SERVING")
+	out, _ := runCommand(t, 0, "", "health", "--endpoints", closedAddress+","+f.addr, "--service", "restart")
+	wantText(t, "health", out, "SERVING\n")
+	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--service", "restart", "-o", "json")
+	wantText(t, "health", out, `{"status":"SERVING"}`+"\n")
+	runCommand(t, 1, "", "health", "--endpoints", f.addr, "--service", "nosuch")
+	runCommand(t, 1, "", "health", "--endpoints", closedAddress, "--wait", "--timeout", "500ms")
+	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--wait", "--timeout", "1s")
+	wantPart(t, errs, "NOT_SERVING")
+	time.AfterFunc(500*time.Millisecond, func() { set("kv.v1.KVService", healthpb.HealthCheckResponse_SERVING) })
+	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--wait")
+	wantText(t, "health", out, "SERVING\n")
+}
+
+// A call goes on to the second endpoint only if the first cannot have applied
+// it; else the outcome is told as it is known.
+func TestClientResend(t *testing.T) {
+	answer := func(err error) func(context.Context) error { return func(context.Context) error { return err } }
+	unavailable := answer(apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "no leader"))
+	bare := answer(status.Error(codes.Unavailable, "bare"))
+	late := answer(apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE, "late"))
+	unknown := answer(apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "lost"))
+	refused := answer(apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, "key:\ntoo long"))
+	hang := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	const mayBe = "may or may not have been applied"
+	for _, test := range []struct {
+		name, command string
+		fail          func(context.Context) error
+		want          string // on stderr; empty: the second endpoint answers
+	}{
+		{"not applied", "set k v", unavailable, ""},
+		{"not applied", "delete k", unavailable, ""},
+		{"not applied", "transfer-leader 1", unavailable, ""},
+		{"not applied", "init 1=h:1", unavailable, "no leader (UNAVAILABLE NO_LEADER)"},
+		{"bare", "set k v", bare, mayBe},
+		{"bare", "init 1=h:1", bare, mayBe},
+		{"bare", "get k", bare, ""},
+		{"late", "set k v", late, "late (DEADLINE_EXCEEDED DEADLINE)"},
+		{"late", "change-membership 1", late, mayBe},
+		{"unknown", "set k v", unknown, mayBe},
+		{"refused", "set k v", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
+		{"refused", "get k", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
+		{"hang", "set k v", hang, mayBe},
+		{"hang", "get k", hang, ""},
+	} {
+		t.Run(test.name+" "+test.command, func(t *testing.T) {
+			t.Parallel()
+			first, second := newFakeNode(t), newFakeNode(t)
+			second.data["k"] = []byte("v")
+			first.failWith(test.fail)
+			exit, calls := 1, 0
+			if test.want == "" {
+				exit, calls = 0, 1
+			}
+			args := append(strings.Fields(test.command), "--timeout", "2s", "--endpoints", first.addr+","+second.addr)
+			_, errs := runCommand(t, exit, "", args...)
+			wantPart(t, errs, test.want)
+			if strings.Contains(errs, mayBe) != (test.want == mayBe) {
+				t.Errorf("stderr %q", errs)
+			}
+			if _, n := first.take(); n != 1 {
+				t.Errorf("the first node was called %d times", n)
+			}
+			if _, n := second.take(); n != calls {
+				t.Errorf("the second node was called %d times, want %d", n, calls)
+			}
+		})
+	}
+}
+
+func TestClientConnections(t *testing.T) {
+	live, broken := newFakeNode(t), newFakeNode(t)
+	for _, dead := range []string{closedAddress, listenSilently(t)} {
+		runCommand(t, 0, "", "set", "k", "v", "--timeout", "1s", "--endpoints", dead+","+live.addr)
+		runCommand(t, 0, "", "get", "k", "--timeout", "1s", "--endpoints", dead+","+live.addr)
+		_, errs := runCommand(t, 1, "", "set", "k", "v", "--timeout", "500ms", "--endpoints", dead)
+		if strings.Contains(errs, "may") {
+			t.Errorf("%s: nothing was sent, but: %s", dead, errs)
+		}
+	}
+	live.take()
+	// The connection breaks while the call runs.
+	broken.failWith(func(ctx context.Context) error { go broken.server.Stop(); <-ctx.Done(); return ctx.Err() })
+	_, errs := runCommand(t, 1, "", "set", "k", "v", "--endpoints", broken.addr+","+live.addr)
+	wantPart(t, errs, "may or may not have been applied")
+	if _, n := live.take(); n != 0 {
+		t.Error("a write whose fate is unknown was sent again")
+	}
+}
+
+func TestClientFollowsLeader(t *testing.T) {
+	follower, leader := newFakeNode(t), newFakeNode(t)
+	names := func(addr string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			grpc.SetTrailer(ctx, metadata.Pairs(leaderMetadata, addr))
+			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_LEADER, "not the leader")
+		}
+	}
+	follower.failWith(names(leader.addr))
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", follower.addr)
+	runCommand(t, 0, "", "set", "k", "v")
+	runCommand(t, 0, "", "get", "k")
+	runCommand(t, 1, "", "get", "k", "--local")
+	if _, n := leader.take(); n != 2 {
+		t.Errorf("the leader was called %d times, want 2", n)
+	}
+	leader.failWith(names(follower.addr)) // Nodes that name each other are asked once each.
+	runCommand(t, 1, "", "set", "k", "v")
+	if _, n := leader.take(); n != 1 {
+		t.Errorf("the leader was called %d times, want 1", n)
+	}
+}
+
+func TestClientOutputFails(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer full.Close()
+	var errs bytes.Buffer
+	if exit := runClient(t.Context(), []string{"version"}, nil, full, &errs); exit != 1 {
+		t.Errorf("exit status %d, want 1", exit)
+	}
+	wantPart(t, errs.String(), "no space left")
+}

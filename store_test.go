@@ -1,0 +1,846 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// Helpers, also of log_test.go and check_test.go.
+
+func seededRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0)) }
+
+func plainNode(id uint64) *kvpb.Node {
+	return &kvpb.Node{Id: id, Address: fmt.Sprintf("n%d:1", id)}
+}
+
+func plainMembers(ids ...uint64) []*kvpb.Member {
+	var ms []*kvpb.Member
+	for _, id := range ids {
+		ms = append(ms, &kvpb.Member{RaftId: id, Node: plainNode(id)})
+	}
+	return ms
+}
+
+// newTestStore is the store of a cluster whose voters are 1 to 3.
+func newTestStore() *store {
+	s := newStore()
+	s.clusterID, s.index, s.term = 7, 1, 1
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 2, 3}, AutoLeave: new(false)}, plainMembers(1, 2, 3))
+	return s
+}
+
+func setWrite(key, value string) *kvpb.Write {
+	return &kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: key, Value: []byte(value)}}}
+}
+
+func deleteWrite(key string) *kvpb.Write {
+	return &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: key}}}
+}
+
+func mustMarshal(t testing.TB, m proto.Message) []byte {
+	t.Helper()
+	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// applyBatch applies a batch as the next entry.
+func applyBatch(t testing.TB, s *store, proposer, sequence uint64, ws ...*kvpb.Write) []result {
+	t.Helper()
+	s.index++
+	p, q, results, err := s.apply(mustMarshal(t, &kvpb.Batch{Proposer: proposer, Sequence: sequence, Writes: ws}))
+	if err != nil || p != proposer || q != sequence {
+		t.Fatalf("apply: batch %d of %d, err %v", q, p, err)
+	}
+	return results
+}
+
+func viewBytes(t testing.TB, v *view) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	if err := v.writeTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func snapshotBytes(t testing.TB, s *store) []byte {
+	t.Helper()
+	v := s.open()
+	defer v.close()
+	return viewBytes(t, v)
+}
+
+// contents returns all keys and checks what must hold for every store.
+func contents(t testing.TB, s *store) map[string]item {
+	t.Helper()
+	all := map[string]item{}
+	var size uint64
+	for i, sh := range s.shards {
+		for k, it := range sh {
+			if shardOf(k) != uint64(i) || it.version == 0 || it.version > s.version {
+				t.Fatalf("key %q of version %d in shard %d", k, it.version, i)
+			}
+			all[k] = it
+			size += uint64(len(k) + len(it.value))
+		}
+	}
+	if keys, bytes := s.size(); keys != uint64(len(all)) || bytes != size {
+		t.Fatalf("it counts %d keys and %d bytes, and has %d and %d", keys, bytes, len(all), size)
+	}
+	return all
+}
+
+func sameItems(a, b map[string]item) bool {
+	return maps.EqualFunc(a, b, func(x, y item) bool { return x.version == y.version && bytes.Equal(x.value, y.value) })
+}
+
+// crowded are keys that share a shard: most random ones do not.
+var crowded = sync.OnceValue(func() []string {
+	var keys []string
+	for i := 0; len(keys) < 6; i++ {
+		if k := fmt.Sprintf("c%d", i); shardOf(k) == shardOf("c0") {
+			keys = append(keys, k)
+		}
+	}
+	return keys
+})
+
+func keysForTest() []string {
+	keys := slices.Clone(crowded())
+	for i := range 30 {
+		keys = append(keys, fmt.Sprintf("k%d", i))
+	}
+	return keys
+}
+
+// Snapshots are read by other versions of the program, so this never changes.
+func TestShardOf(t *testing.T) {
+	for key, want := range map[string]uint64{"": 4033, "a": 192, "b": 3817, "key": 2805, "\x00": 2707, "\xff\xfe": 3511, "käse": 2225, "the quick brown fox jumps over the lazy dog": 1297} {
+		if got := shardOf(key); got != want {
+			t.Errorf("shardOf(%q) = %d, want %d", key, got, want)
+		}
+	}
+	for i := range 1000 {
+		key := fmt.Sprintf("\x00key %d\xff", i)
+		h := fnv.New64a()
+		_, _ = io.WriteString(h, key)
+		if sum := h.Sum64(); shardOf(key) != (sum^(sum>>32))%(1<<12) {
+			t.Fatalf("shardOf(%q) is not the folded FNV-1a", key)
+		}
+	}
+}
+
+func TestStoreModel(t *testing.T) {
+	for seed := range uint64(3) {
+		r := seededRand(seed)
+		s, model := newTestStore(), map[string]item{}
+		keys, sequences, version := keysForTest(), map[uint64]uint64{}, uint64(0)
+		var views []*view
+		for range 1000 {
+			switch r.IntN(40) { // views must change nothing
+			case 0:
+				views = append(views, s.open())
+			case 1:
+				if len(views) > 0 {
+					views[0].close()
+					views = views[1:]
+				}
+			}
+			var ws []*kvpb.Write
+			var want []result
+			next := maps.Clone(model)
+			for range 1 + r.IntN(4) {
+				key := keys[r.IntN(len(keys))]
+				_, found := next[key]
+				want = append(want, result{version + uint64(len(want)) + 1, found})
+				if r.IntN(3) == 0 {
+					ws = append(ws, deleteWrite(key))
+					delete(next, key)
+				} else {
+					value := strings.Repeat("v", r.IntN(50))
+					ws = append(ws, setWrite(key, value))
+					next[key] = item{[]byte(value), version + uint64(len(want))}
+				}
+			}
+			proposer := 1 + r.Uint64N(3)
+			sequence := sequences[proposer] + 1 + r.Uint64N(3)
+			switch r.IntN(8) {
+			case 0:
+				proposer, want = 4, nil // no member
+			case 1:
+				sequence, want = r.Uint64N(sequences[proposer]+1), nil // was applied
+			default:
+				model, sequences[proposer] = next, sequence
+				version += uint64(len(want))
+			}
+			if got := applyBatch(t, s, proposer, sequence, ws...); !slices.Equal(got, want) {
+				t.Fatalf("seed %d: results %v, want %v", seed, got, want)
+			}
+			key := keys[r.IntN(len(keys))]
+			got, found, err := s.get(key)
+			want1, wantFound := model[key]
+			if err != nil || found != wantFound || got.version != want1.version || !bytes.Equal(got.value, want1.value) {
+				t.Fatalf("seed %d: get(%q) = %v, %v, %v, want %v, %v", seed, key, got, found, err, want1, wantFound)
+			}
+			if s.version != version || !maps.Equal(s.proposers, sequences) {
+				t.Fatalf("seed %d: version %d, want %d; proposers %v, want %v", seed, s.version, version, s.proposers, sequences)
+			}
+		}
+		if !sameItems(contents(t, s), model) {
+			t.Fatalf("seed %d: the store is not the model", seed)
+		}
+	}
+}
+
+func TestStoreApply(t *testing.T) {
+	s := newTestStore()
+	if got := applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("a", "2"), deleteWrite("a"), deleteWrite("a")); !slices.Equal(got, []result{{1, false}, {2, true}, {3, true}, {4, false}}) {
+		t.Errorf("results %v: each write has a version of its own", got)
+	}
+	applyBatch(t, s, 1, 5, setWrite("a", "3"))
+	before := snapshotBytes(t, s)
+	for _, c := range []struct{ proposer, sequence uint64 }{{1, 5}, {1, 4}, {1, 1}, {1, 0}, {2, 0}, {4, 1}, {0, 1}} {
+		s.index-- // the header has it
+		if got := applyBatch(t, s, c.proposer, c.sequence, setWrite("b", "x")); got != nil || !bytes.Equal(snapshotBytes(t, s), before) {
+			t.Errorf("batch %d of %d was applied: %v", c.sequence, c.proposer, got)
+		}
+	}
+	if p, q, results, err := s.apply(nil); p != 0 || q != 0 || results != nil || err != nil || !bytes.Equal(snapshotBytes(t, s), before) {
+		t.Errorf("an empty entry: %d, %d, %v, %v", p, q, results, err)
+	}
+	if _, _, _, err := s.apply([]byte{0xff}); err == nil {
+		t.Error("garbage was applied")
+	}
+	if _, _, _, err := s.apply(mustMarshal(t, &kvpb.Batch{Proposer: 1, Sequence: 9, Writes: []*kvpb.Write{{}}})); err == nil {
+		t.Error("a write of an unknown kind was applied")
+	}
+	// A batch of one who was removed after it was proposed.
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 2}}, nil)
+	if got := applyBatch(t, s, 3, 1, setWrite("b", "x")); got != nil {
+		t.Error("a batch of a removed member was applied")
+	}
+	if _, _, err := newStore().get("a"); err != errNotInitialized {
+		t.Errorf("get in no cluster: %v", err)
+	}
+}
+
+func TestStoreConfigure(t *testing.T) {
+	s := newTestStore()
+	applyBatch(t, s, 3, 1, setWrite("a", "1"))
+	published := s.members
+	moved := &kvpb.Member{RaftId: 2, Node: &kvpb.Node{Id: 2, Address: "moved:1"}}
+	// Each of the four sets makes a member.
+	cs := &raftpb.ConfState{Voters: []uint64{1, 4}, Learners: []uint64{5}, VotersOutgoing: []uint64{1, 2}, LearnersNext: []uint64{2}}
+	s.configure(cs, append(plainMembers(4, 5), moved))
+	if got := slices.Sorted(maps.Keys(s.members)); !slices.Equal(got, []uint64{1, 2, 4, 5}) || s.members[2].Address != "moved:1" {
+		t.Errorf("members %v", s.members)
+	}
+	if !slices.Equal(s.removed, []uint64{3}) || len(s.proposers) != 0 || s.conf != cs {
+		t.Errorf("removed %v, proposers %v", s.removed, s.proposers)
+	}
+	if len(published) != 3 || published[2].Address != "n2:1" {
+		t.Errorf("the map of before has changed: %v", published)
+	}
+	if !isJoint(cs) || isJoint(&raftpb.ConfState{Voters: []uint64{1}}) {
+		t.Error("isJoint")
+	}
+	if got, want := describeMembers(cs, s.members), "1=n1:1 voter, 2=moved:1 leaving, 4=n4:1 voter, 5=n5:1 learner"; got != want {
+		t.Errorf("describeMembers: %s, want %s", got, want)
+	}
+	s.members[9] = plainNode(1) // the node's next life
+	if got := s.raftIDsOf(1); !slices.Equal(got, []uint64{1, 9}) {
+		t.Errorf("raftIDsOf(1) = %v", got)
+	}
+	if ms := sortedMembers(s.members); ms[0].RaftId != 1 || ms[1].RaftId != 9 || ms[2].RaftId != 2 {
+		t.Errorf("sortedMembers: %v", ms)
+	}
+
+	s = newTestStore()
+	for id := uint64(10); id < 10+maxRemoved+5; id++ {
+		s.configure(&raftpb.ConfState{Voters: []uint64{1, id}}, plainMembers(id))
+		before := s.removed
+		s.configure(&raftpb.ConfState{Voters: []uint64{1}}, nil)
+		if len(before) > 0 && &before[0] == &s.removed[0] {
+			t.Fatal("removed, which may have been published, was changed in place")
+		}
+	}
+	if n := len(s.removed); n != maxRemoved || s.removed[0] != 15 || s.removed[n-1] != 10+maxRemoved+4 {
+		t.Errorf("it remembers %d removed, %d to %d", n, s.removed[0], s.removed[n-1])
+	}
+	if _, err := readSnapshot(bytes.NewReader(snapshotBytes(t, s))); err != nil {
+		t.Errorf("with all removed: %v", err)
+	}
+}
+
+func TestViews(t *testing.T) {
+	r, keys := seededRand(1), keysForTest()
+	s := newTestStore()
+	sequence := uint64(0)
+	write := func(n int) {
+		for range n {
+			sequence++
+			w := setWrite(keys[r.IntN(len(keys))], fmt.Sprint(sequence))
+			switch r.IntN(4) {
+			case 0:
+				w = deleteWrite(keys[r.IntN(len(keys))])
+			case 1:
+				w = setWrite(fmt.Sprint("new", sequence), "in a shard never touched")
+			}
+			applyBatch(t, s, 1, sequence, w)
+		}
+	}
+	write(100)
+	type open struct {
+		v    *view
+		want []byte
+	}
+	var views []open
+	check := func() {
+		t.Helper()
+		for i, o := range views {
+			if !bytes.Equal(viewBytes(t, o.v), o.want) {
+				t.Fatalf("view %d has changed", i)
+			}
+		}
+	}
+	add := func() {
+		v := s.open()
+		views = append(views, open{v, viewBytes(t, v)})
+	}
+	add()
+	write(1)
+	check()
+	write(200)
+	add()
+	write(200)
+	check()
+	s.configure(&raftpb.ConfState{Voters: []uint64{1}}, nil)
+	write(50)
+	check()
+	add()
+	write(50)
+	check()
+	views[1].v.close() // neither the oldest nor the newest
+	views = slices.Delete(views, 1, 2)
+	write(200)
+	check()
+	views[1].v.close()
+	views = views[:1]
+	write(200)
+	check()
+	add() // while one of an older epoch is open
+	write(200)
+	check()
+	// What s is replaced by is no view's, and open views are not part of it.
+	other := newTestStore()
+	applyBatch(t, other, 1, 1, setWrite(keys[0], "other"), setWrite("other", "x"))
+	want := snapshotBytes(t, other)
+	s.install(other)
+	if !bytes.Equal(snapshotBytes(t, s), want) {
+		t.Error("install")
+	}
+	check()
+	add()
+	sequence = 1
+	write(200)
+	check()
+	contents(t, s)
+	for _, o := range views {
+		o.v.close()
+	}
+	if len(s.views) != 0 {
+		t.Errorf("%d views are open", len(s.views))
+	}
+}
+
+// A view costs what is replaced while it is open, once, and nothing before
+// and after.
+func TestViewCosts(t *testing.T) {
+	s, keys := newTestStore(), crowded()
+	sequence := uint64(0)
+	write := func(ws ...*kvpb.Write) {
+		t.Helper()
+		sequence++
+		applyBatch(t, s, 1, sequence, ws...)
+	}
+	preserved := func(v *view) (n int) {
+		for _, items := range v.replaced {
+			n += len(items)
+		}
+		return n
+	}
+	set, del := setWrite(keys[0], "x"), deleteWrite(keys[1])
+	write(set, setWrite(keys[1], "y"), setWrite(keys[2], "z"))
+	allocations := func() float64 {
+		return testing.AllocsPerRun(100, func() {
+			s.version++
+			s.set(keys[0], item{nil, s.version})
+			s.set(keys[1], item{nil, s.version})
+			s.delete(keys[1])
+		})
+	}
+	v := s.open()
+	write(deleteWrite(keys[5]), setWrite(keys[4], "new"))
+	if n := preserved(v); n != 0 {
+		t.Errorf("%d items are preserved, none was replaced", n)
+	}
+	write(set, del, set, setWrite(keys[1], "y"), del, deleteWrite(keys[4]))
+	if n := preserved(v); n != 2 {
+		t.Errorf("%d items are preserved for 2 that were replaced", n)
+	}
+	if n := allocations(); n != 0 {
+		t.Errorf("a write of what was replaced already allocates: %v", n)
+	}
+	w := s.open()
+	write(set)
+	if preserved(v) != 2 || preserved(w) != 1 {
+		t.Errorf("%d and %d items are preserved, want 2 and 1", preserved(v), preserved(w))
+	}
+	v.close()
+	write(set, deleteWrite(keys[2]))
+	if preserved(v) != 2 || preserved(w) != 2 {
+		t.Errorf("with the first closed, %d and %d items are preserved, want 2 and 2", preserved(v), preserved(w))
+	}
+	v.close() // again
+	u := s.open()
+	w.close()
+	s.install(newStore()) // u shows what was before, for nothing
+	if len(s.views) != 0 {
+		t.Errorf("%d views are open", len(s.views))
+	}
+	u.close()
+	if n := allocations(); n != 0 {
+		t.Errorf("a write without a view allocates: %v", n)
+	}
+}
+
+func TestViewPage(t *testing.T) {
+	r := seededRand(4)
+	s := newTestStore()
+	var ws []*kvpb.Write
+	for i := range 3 * numShards / 2 { // enough for page to cut on its way
+		ws = append(ws, setWrite(fmt.Sprintf("%c%05d", "ab"[i%2], r.IntN(50000)), strings.Repeat("v", i%7)))
+	}
+	applyBatch(t, s, 1, 1, ws...)
+	v := s.open()
+	defer v.close()
+	all := contents(t, s)
+	keys := slices.Sorted(maps.Keys(all))
+	for i := range uint64(500) { // is not in the view
+		applyBatch(t, s, 2, i+1, setWrite(fmt.Sprintf("a%05d", r.IntN(50000)), "later"), deleteWrite(keys[r.IntN(len(keys))]))
+	}
+	for _, c := range []struct {
+		prefix, after   string
+		limit, maxBytes int
+	}{
+		{"", "", 1, 1 << 20}, {"", "", len(keys), 1 << 20}, {"", "", len(keys) - 1, 1 << 20},
+		{"a", "", 100, 1 << 20}, {"c", "", 100, 1 << 20}, {"a0", "", 1 << 20, 1 << 20}, {keys[7], "", 2, 100},
+		{"", keys[0], 5, 1 << 20}, {"", keys[len(keys)-1], 5, 1 << 20}, {"a", "b", 5, 1 << 20}, {"b", keys[1] + "x", 5, 1 << 20},
+		// Cut at the very last key: of these, the one whose parity is right.
+		{"", "", (len(keys) - numShards - 1) / 2, 1 << 20}, {"", keys[0], (len(keys) - numShards - 2) / 2, 1 << 20},
+		{"", "", 100, 0}, {"", "", 100, 13}, {"", keys[3], 100, 50},
+	} {
+		var want []string
+		size, more := 0, false
+		for _, key := range keys {
+			if key <= c.after || !strings.HasPrefix(key, c.prefix) {
+				continue
+			}
+			size += len(key) + len(all[key].value)
+			if more = len(want) == c.limit || len(want) > 0 && size > c.maxBytes; more {
+				break
+			}
+			want = append(want, key)
+		}
+		page, gotMore := v.page(c.prefix, c.after, c.limit, c.maxBytes)
+		var got []string
+		for _, it := range page {
+			got = append(got, it.key)
+			if it.version != all[it.key].version || !bytes.Equal(it.value, all[it.key].value) {
+				t.Fatalf("%+v: %q is %v, want %v", c, it.key, it.item, all[it.key])
+			}
+		}
+		if !slices.Equal(got, want) || gotMore != more {
+			t.Errorf("%+v: %d keys, more %v, want %d, %v", c, len(got), gotMore, len(want), more)
+		}
+	}
+}
+
+// For -race: the loop writes and opens views, others read and close them.
+func TestStoreConcurrently(t *testing.T) {
+	s, keys := newTestStore(), keysForTest()
+	var done atomic.Bool
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer done.Store(true)
+	for i := range 2 {
+		wg.Go(func() {
+			last := map[string]uint64{}
+			for j := i; !done.Load(); j++ {
+				key := keys[j%len(keys)]
+				it, found, err := s.get(key)
+				if err != nil || found && (it.version < last[key] || !bytes.HasPrefix(it.value, []byte(key))) {
+					t.Errorf("get(%q) = %v, %v, %v after version %d", key, it, found, err, last[key])
+					return
+				}
+				if found {
+					last[key] = it.version
+				}
+				s.size()
+				runtime.Gosched()
+			}
+		})
+	}
+	r := seededRand(2)
+	for i := range uint64(800) {
+		key := keys[r.IntN(len(keys))]
+		w := setWrite(key, fmt.Sprint(key, " ", i))
+		if r.IntN(5) == 0 {
+			w = deleteWrite(key)
+		}
+		applyBatch(t, s, 1, i+1, w)
+		if i%100 == 50 {
+			v := s.open()
+			want := viewBytes(t, v)
+			wg.Go(func() {
+				defer v.close()
+				var b bytes.Buffer
+				if err := v.writeTo(&b); err != nil || !bytes.Equal(b.Bytes(), want) {
+					t.Errorf("a view has changed while it was written: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// validHeader is the header of a small valid snapshot of version 9.
+func validHeader() *kvpb.SnapshotHeader {
+	return &kvpb.SnapshotHeader{
+		Format: snapshotFormat, ClusterId: 7, Index: 5, Term: 2, Version: 9,
+		ConfState: &kvpb.ConfState{Voters: []uint64{1, 2}, Learners: []uint64{3}},
+		Members:   plainMembers(1, 2, 3),
+		Removed:   []uint64{4},
+		Proposers: []*kvpb.Proposer{{RaftId: 1, Sequence: 8}},
+	}
+}
+
+func headerRecord(change func(h *kvpb.SnapshotHeader)) *kvpb.SnapshotRecord {
+	h := validHeader()
+	change(h)
+	return &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Header{Header: h}}
+}
+
+func keyRecord(key string, version uint64) *kvpb.SnapshotRecord {
+	return &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_KeyValue{KeyValue: &kvpb.KeyValue{Key: key, Value: []byte("v"), Version: version}}}
+}
+
+func footerRecord(keys uint64) *kvpb.SnapshotRecord {
+	return &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: keys}}}
+}
+
+func recordBytes(t testing.TB, records ...*kvpb.SnapshotRecord) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	for _, r := range records {
+		if _, err := protodelim.MarshalTo(&b, r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b.Bytes()
+}
+
+// realSnapshots are real ones: empty, small, joint, and after changes.
+func realSnapshots(t testing.TB) [][]byte {
+	s := newTestStore()
+	empty := snapshotBytes(t, s)
+	applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("b", ""), setWrite(crowded()[0], "x"), setWrite(crowded()[1], "y"), deleteWrite("b"))
+	small := snapshotBytes(t, s)
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 4}, Learners: []uint64{5}, VotersOutgoing: []uint64{1, 2}, LearnersNext: []uint64{2}, AutoLeave: new(true)}, plainMembers(4, 5))
+	joint := snapshotBytes(t, s)
+	return [][]byte{empty, small, joint}
+}
+
+func TestSnapshotRoundTrip(t *testing.T) {
+	for i, b := range realSnapshots(t) {
+		s, err := readSnapshot(iotestOneByte{bytes.NewReader(b)})
+		if err != nil {
+			t.Fatalf("snapshot %d: %v", i, err)
+		}
+		contents(t, s)
+		if got := snapshotBytes(t, s); !bytes.Equal(got, b) {
+			t.Errorf("snapshot %d: written again it is another", i)
+		}
+	}
+	// Everything at its limit.
+	s := newTestStore()
+	applyBatch(t, s, 1, 1, setWrite(strings.Repeat("k", maxKeyBytes), strings.Repeat("\xff", maxValueBytes)))
+	for i := range uint64(300) {
+		applyBatch(t, s, 1+i%3, 2+i, setWrite(fmt.Sprint(i%200), fmt.Sprint(i)))
+	}
+	b := snapshotBytes(t, s)
+	restored, err := readSnapshot(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !sameItems(contents(t, restored), contents(t, s)) || !bytes.Equal(snapshotBytes(t, restored), b) {
+		t.Error("the restored store is another")
+	}
+	// It goes on as the other does.
+	for _, x := range []*store{s, restored} {
+		applyBatch(t, x, 1, 302, setWrite("late", "1")) // what came before was 301 and less
+		applyBatch(t, x, 1, 302, setWrite("late", "2"))
+		applyBatch(t, x, 3, 303, deleteWrite("1"), setWrite(crowded()[0], ""))
+	}
+	if !bytes.Equal(snapshotBytes(t, s), snapshotBytes(t, restored)) {
+		t.Error("the restored store goes on in another way")
+	}
+}
+
+type iotestOneByte struct{ r io.Reader }
+
+func (o iotestOneByte) Read(b []byte) (int, error) { return o.r.Read(b[:min(1, len(b))]) }
+
+// Two histories with the same outcome: in the second, maps have grown and
+// shrunk, views were open, and half of it came by a snapshot.
+func TestSnapshotDeterministic(t *testing.T) {
+	keys := keysForTest()
+	a, b := newTestStore(), newTestStore()
+	applyBatch(t, a, 2, 1, deleteWrite("junk"))
+	applyBatch(t, a, 1, 1, deleteWrite("junk"), deleteWrite("junk"))
+	applyBatch(t, b, 1, 1, setWrite("junk", "x"), setWrite(keys[3], "y"))
+	applyBatch(t, b, 2, 1, deleteWrite("junk"))
+	a.index++
+	for i, key := range keys {
+		if i == len(keys)/2 {
+			s, err := readSnapshot(bytes.NewReader(snapshotBytes(t, b)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.install(s)
+			v := b.open()
+			defer v.close()
+		}
+		applyBatch(t, a, 1, uint64(i)+2, deleteWrite("junk"), setWrite(key, key))
+		applyBatch(t, b, 1, uint64(i)+2, setWrite("junk", "x"), setWrite(key, key))
+	}
+	for _, s := range []*store{a, b} {
+		applyBatch(t, s, 3, 1, deleteWrite("junk"))
+	}
+	b.index = a.index
+	want := snapshotBytes(t, a)
+	for range 10 { // a walk over a map in its own order may be right by chance
+		if !bytes.Equal(snapshotBytes(t, b), want) {
+			t.Fatal("equal stores write different snapshots")
+		}
+	}
+}
+
+func TestSnapshotRefused(t *testing.T) {
+	header := headerRecord(func(*kvpb.SnapshotHeader) {})
+	// Two keys in the order of their shards.
+	low, high := "a", "b"
+	if shardOf(low) > shardOf(high) {
+		low, high = high, low
+	}
+	with := func(change func(h *kvpb.SnapshotHeader)) []*kvpb.SnapshotRecord {
+		return []*kvpb.SnapshotRecord{headerRecord(change), footerRecord(0)}
+	}
+	conf := func(cs *kvpb.ConfState, ids ...uint64) []*kvpb.SnapshotRecord {
+		return with(func(h *kvpb.SnapshotHeader) { h.ConfState, h.Members, h.Proposers = cs, plainMembers(ids...), nil })
+	}
+	valid := map[string][]*kvpb.SnapshotRecord{
+		"empty":              {header, footerRecord(0)},
+		"keys":               {header, keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
+		"one shard":          {header, keyRecord(crowded()[0], 9), keyRecord(crowded()[1], 1), footerRecord(2)},
+		"most removed":       with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved) }),
+		"no proposers":       with(func(h *kvpb.SnapshotHeader) { h.Proposers = nil }),
+		"one node twice":     with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node = plainNode(1) }),
+		"joint":              conf(&kvpb.ConfState{Voters: []uint64{1, 3}, VotersOutgoing: []uint64{1, 2}}, 1, 2, 3),
+		"joint, auto-leave":  conf(&kvpb.ConfState{Voters: []uint64{3}, VotersOutgoing: []uint64{1, 2}, AutoLeave: true}, 1, 2, 3),
+		"joint, learners":    conf(&kvpb.ConfState{Voters: []uint64{1}, VotersOutgoing: []uint64{1, 2}, Learners: []uint64{3}, LearnersNext: []uint64{2}}, 1, 2, 3),
+		"order of no matter": conf(&kvpb.ConfState{Voters: []uint64{3, 1, 2}}, 2, 1, 3),
+	}
+	for name, records := range valid {
+		s, err := readSnapshot(bytes.NewReader(recordBytes(t, records...)))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		contents(t, s)
+	}
+	for name, records := range map[string][]*kvpb.SnapshotRecord{
+		"nothing":               {},
+		"no header":             {footerRecord(0)},
+		"key for a header":      {keyRecord(low, 1), footerRecord(1)},
+		"empty record":          {{}, footerRecord(0)},
+		"empty record later":    {header, {}, footerRecord(0)},
+		"header only":           {header},
+		"no footer":             {header, keyRecord(low, 1)},
+		"two headers":           {header, header, footerRecord(0)},
+		"footer too high":       {header, keyRecord(low, 1), footerRecord(2)},
+		"footer too low":        {header, keyRecord(low, 1), footerRecord(0)},
+		"two footers":           {header, footerRecord(0), footerRecord(0)},
+		"key after the footer":  {header, footerRecord(0), keyRecord(low, 1)},
+		"shards out of order":   {header, keyRecord(high, 1), keyRecord(low, 2), footerRecord(2)},
+		"key twice":             {header, keyRecord(low, 1), keyRecord(low, 1), footerRecord(2)},
+		"key twice, once count": {header, keyRecord(low, 1), keyRecord(low, 2), footerRecord(1)},
+		"empty key":             {header, keyRecord("", 1), footerRecord(1)},
+		"version too high":      {header, keyRecord(low, 10), footerRecord(1)},
+		"version 0":             {header, keyRecord(low, 0), footerRecord(1)},
+		"format 0":              with(func(h *kvpb.SnapshotHeader) { h.Format = 0 }),
+		"format 2":              with(func(h *kvpb.SnapshotHeader) { h.Format = 2 }),
+		"no cluster":            with(func(h *kvpb.SnapshotHeader) { h.ClusterId = 0 }),
+		"no index":              with(func(h *kvpb.SnapshotHeader) { h.Index = 0 }),
+		"no term":               with(func(h *kvpb.SnapshotHeader) { h.Term = 0 }),
+		"too many removed":      with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved+1) }),
+		"member 0":              with(func(h *kvpb.SnapshotHeader) { h.Members[2].RaftId = 0 }),
+		"member without node":   with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node = nil }),
+		"member with node 0":    with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node.Id = 0 }),
+		"member twice":          with(func(h *kvpb.SnapshotHeader) { h.Members = append(h.Members, h.Members[2]) }),
+		"member too many":       with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2, 3, 4) }),
+		"member missing":        with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2) }),
+		"other member":          with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2, 4) }),
+		"proposer no member":    with(func(h *kvpb.SnapshotHeader) { h.Proposers[0].RaftId = 4 }),
+		"proposer 0":            with(func(h *kvpb.SnapshotHeader) { h.Proposers[0].RaftId = 0 }),
+		"no configuration":      conf(nil),
+		"no voters":             conf(&kvpb.ConfState{Learners: []uint64{1}}, 1),
+		"voter 0":               conf(&kvpb.ConfState{Voters: []uint64{0, 1}}, 1),
+		"voter twice":           conf(&kvpb.ConfState{Voters: []uint64{1, 1}}, 1),
+		"voter and learner":     conf(&kvpb.ConfState{Voters: []uint64{1, 2}, Learners: []uint64{2}}, 1, 2),
+		"auto-leave, not joint": conf(&kvpb.ConfState{Voters: []uint64{1}, AutoLeave: true}, 1),
+		"next, not joint":       conf(&kvpb.ConfState{Voters: []uint64{1}, LearnersNext: []uint64{2}}, 1, 2),
+		"next, not outgoing":    conf(&kvpb.ConfState{Voters: []uint64{1}, VotersOutgoing: []uint64{1}, LearnersNext: []uint64{2}}, 1, 2),
+		"joint without voters":  conf(&kvpb.ConfState{VotersOutgoing: []uint64{1}}, 1),
+		"learner and outgoing":  conf(&kvpb.ConfState{Voters: []uint64{1}, VotersOutgoing: []uint64{1, 2}, Learners: []uint64{2}}, 1, 2),
+	} {
+		if _, err := readSnapshot(bytes.NewReader(recordBytes(t, records...))); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	b := recordBytes(t, valid["keys"]...)
+	if _, err := readSnapshot(bytes.NewReader(append(slices.Clone(b), 0))); err == nil {
+		t.Error("a byte behind the footer: accepted")
+	}
+	if _, err := readSnapshot(io.MultiReader(bytes.NewReader(b), iotestError{})); err == nil {
+		t.Error("an error behind the footer: taken for the end")
+	}
+	for i := range b {
+		if _, err := readSnapshot(bytes.NewReader(b[:i])); err == nil {
+			t.Errorf("cut at byte %d of %d: accepted", i, len(b))
+		} else if !strings.Contains(err.Error(), io.ErrUnexpectedEOF.Error()) {
+			t.Errorf("cut at byte %d of %d: %v", i, len(b), err)
+		}
+	}
+}
+
+type iotestError struct{}
+
+func (iotestError) Read([]byte) (int, error) { return 0, io.ErrNoProgress }
+
+// A flipped bit is refused or makes another valid store: snapshots have no
+// checksum of their own, chunks have.
+func TestSnapshotBitFlips(t *testing.T) {
+	b := realSnapshots(t)[1]
+	original, err := readSnapshot(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var open []int
+	for i := range b {
+		missed := false
+		for bit := range 8 {
+			flipped := slices.Clone(b)
+			flipped[i] ^= 1 << bit
+			s, err := readSnapshot(bytes.NewReader(flipped))
+			if err != nil {
+				continue
+			}
+			missed = true
+			contents(t, s)
+			if err := checkConfState(s.conf); err != nil || s.clusterID == 0 || s.index == 0 || s.term == 0 {
+				t.Errorf("bit %d of byte %d: it made an invalid header: %v", bit, i, err)
+			}
+			if s.keys != original.keys {
+				t.Errorf("bit %d of byte %d: it made %d keys of %d", bit, i, s.keys, original.keys)
+			}
+		}
+		if missed {
+			open = append(open, i)
+		}
+	}
+	t.Logf("of %d bytes, in these a flipped bit may be missed: %v of %q", len(b), open, b)
+}
+
+func allocated(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// maxAllocated bounds what reading n bytes allocates: an empty store, one
+// record that is announced but does not come, and what protobuf makes of the rest.
+func maxAllocated(n int) uint64 { return maxRecordBytes + 1<<20 + 128*uint64(n) }
+
+func TestSnapshotAllocation(t *testing.T) {
+	header := recordBytes(t, headerRecord(func(*kvpb.SnapshotHeader) {}))
+	for _, size := range []uint64{maxRecordBytes, maxRecordBytes + 1, 1 << 31, 1 << 40, 1<<63 - 1, 1<<64 - 1} {
+		for _, prefix := range [][]byte{nil, header} {
+			b := append(protowire.AppendVarint(slices.Clone(prefix), size), "some bytes"...)
+			var err error
+			if n := allocated(func() { _, err = readSnapshot(bytes.NewReader(b)) }); err == nil || n > maxAllocated(len(b)) {
+				t.Errorf("a record of %d bytes: %v, %d bytes were allocated", size, err, n)
+			}
+		}
+	}
+}
+
+func FuzzReadSnapshot(f *testing.F) {
+	for _, b := range realSnapshots(f) {
+		f.Add(b)
+	}
+	header := headerRecord(func(*kvpb.SnapshotHeader) {})
+	f.Add(recordBytes(f, header, keyRecord("a", 1), footerRecord(1)))
+	f.Add(recordBytes(f, header, footerRecord(0)))
+	f.Add(protowire.AppendVarint(recordBytes(f, header), maxRecordBytes))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var s *store
+		var err error
+		if n := allocated(func() { s, err = readSnapshot(bytes.NewReader(b)) }); n > maxAllocated(len(b)) {
+			t.Errorf("%d bytes made it allocate %d", len(b), n)
+		}
+		if err != nil {
+			return
+		}
+		items := contents(t, s)
+		again := snapshotBytes(t, s)
+		s2, err := readSnapshot(bytes.NewReader(again))
+		if err != nil {
+			t.Fatalf("it was accepted, but not when written again: %v", err)
+		}
+		if !sameItems(contents(t, s2), items) || !bytes.Equal(snapshotBytes(t, s2), again) {
+			t.Error("written again, it is another store")
+		}
+	})
+}

@@ -1,0 +1,288 @@
+#!/usr/bin/env bash
+#
+# Brings up a real cluster of processes on this machine, walks through what a
+# user does, and checks every answer. It needs Go, leaves nothing behind, and
+# its exit status is 0 only if all went well.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# A flag of a node or a client that this shell has in its environment would
+# be one that the commands below do not show.
+unset "${!RAFT_KEY_VALUE_@}"
+
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-cluster.XXXXXX")
+bin=$tmp/raft-key-value
+pid=()     # of the nodes that run, by node id
+addr=()    # of all nodes, by node id
+command='' # the pid of the sub-command that runs
+keys=()    # all keys that were written, and not deleted
+values=()  # their values
+reads=0    # how many values were read and found right
+
+cleanup() {
+  local status=$? id
+  trap - EXIT
+  trap '' HUP INT PIPE TERM
+  if ((status != 0 && status < 128)); then
+    for id in ${addr[@]+"${!addr[@]}"}; do
+      printf '\nThe last lines of the log of node %s:\n' "$id"
+      tail -n 15 "$tmp/$id.log"
+    done >&2
+    printf '\ntest-cluster.sh: failed\n' >&2
+  fi
+  exec 2>/dev/null # Bash would tell of each process that it was killed.
+  for id in ${command:-} ${pid[@]+"${pid[@]}"}; do kill -KILL "$id" || true; done
+  for id in ${command:-} ${pid[@]+"${pid[@]}"}; do wait "$id" || true; done
+  rm -rf "$tmp"
+  exit "$status"
+}
+trap cleanup EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 141' PIPE
+trap 'exit 143' TERM
+
+fail() {
+  printf '\ntest-cluster.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+title() { printf '\n# %s\n' "$*"; }
+
+# poll LIMIT WHAT COMMAND...: runs the command until it succeeds. No other
+# function sleeps.
+poll() {
+  local deadline=$((SECONDS + $1)) what=$2 id
+  shift 2
+  until "$@"; do
+    for id in ${pid[@]+"${!pid[@]}"}; do
+      kill -0 "${pid[$id]}" 2>/dev/null || lost "$id"
+    done
+    ((SECONDS < deadline)) || fail "it took too long until $what"
+    sleep 0.05
+  done
+}
+
+# lost ID: a node has ended that should not have; its pid may be another's soon.
+lost() {
+  unset "pid[$1]"
+  fail "node $1 has ended"
+}
+
+# quietly ARGS...: runs a sub-command and sets out, exactly, and status. In the
+# background and waited for, so that a signal to this script ends it at once.
+quietly() {
+  status=0
+  "$bin" "$@" >"$tmp/out" 2>"$tmp/err" &
+  command=$!
+  wait "$command" || status=$?
+  command=''
+  out=$(cat "$tmp/out" && printf x) # $() takes newlines at the end away
+  out=${out%x}
+}
+
+# run STATUS ARGS...: shows a sub-command and its results, and checks its exit
+# status.
+run() {
+  local want=$1
+  shift
+  printf '$ raft-key-value%s\n' "$(quote "$@")"
+  quietly "$@"
+  show
+  ((status == want)) || fail "the exit status is $status instead of $want"
+}
+
+# quote prints words as one would type them.
+quote() {
+  local word
+  for word in "$@"; do
+    if [[ $word =~ ^[[:alnum:]_./:=,-]+$ ]]; then printf ' %s' "$word"; else printf " '%s'" "$word"; fi
+  done
+}
+
+show() {
+  if [[ -n $out ]]; then printf '%s\n' "${out%$'\n'}"; fi
+  cat "$tmp/err"
+  if ((status != 0)); then printf '(exit status %s)\n' "$status"; fi
+}
+
+# start ID: starts a node, at the address that it had before if it had one, and
+# waits until it is ready.
+start() {
+  local id=$1 at=${addr[$1]:-127.0.0.1:0}
+  printf '$ raft-key-value --id %s --addr %s &' "$id" "$at"
+  : >"$tmp/$id.log"
+  "$bin" --id "$id" --addr "$at" >"$tmp/$id.log" 2>&1 &
+  pid[id]=$! addr[id]=''
+  poll 10 "node $id is ready" ready "$id"
+  printf '   # pid %s, %s\n' "${pid[$id]}" "${addr[$id]}"
+}
+
+ready() {
+  addr[$1]=$(sed -n 's/.* msg=ready .* advertise=\([^ ]*\).*/\1/p' "$tmp/$1.log")
+  [[ -n ${addr[$1]} ]]
+}
+
+# write ID KEY VALUE: writes through a node.
+write() {
+  run 0 set --endpoints "${addr[$1]}" "$2" "$3"
+  [[ -z $out ]] || fail "set printed something"
+  remember "$2" "$3"
+}
+
+remember() {
+  keys+=("$1")
+  values+=("$2")
+}
+
+# expect ID KEY VALUE [--local]: reads from a node.
+expect() {
+  run 0 get --endpoints "${addr[$1]}" ${4:+"$4"} "$2"
+  [[ $out == "$3" ]] || fail "the value of $2 on node $1 is \"$out\" instead of \"$3\""
+  reads=$((reads + 1))
+}
+
+# absent ID KEY: a node must not have a key.
+absent() {
+  run 1 get --endpoints "${addr[$1]}" "$2"
+  [[ -z $out ]] || fail "get printed a value"
+  grep -q 'not found' "$tmp/err" || fail "get does not say that the key is not there"
+  reads=$((reads + 1))
+}
+
+# expect_all ID: a node must have all keys.
+expect_all() {
+  local i
+  for i in "${!keys[@]}"; do
+    expect "$1" "${keys[$i]}" "${values[$i]}"
+  done
+  absent "$1" gone
+}
+
+# await_status PATTERN...: shows the status once each pattern matches a line
+# of it; the patterns take one space for any number of them.
+await_status() {
+  printf '$ raft-key-value status\n'
+  poll 15 "status shows: $*" matches "$@"
+  show
+}
+
+matches() {
+  local lines pattern
+  quietly status
+  lines=$(sed -E 's/ +/ /g' "$tmp/out")
+  for pattern in "$@"; do
+    grep -q -E "$pattern" <<<"$lines" || return 1
+  done
+}
+
+# stop SIGNAL ID: ends a node, and sets status.
+stop() {
+  printf '$ kill -%s %s   # node %s\n' "$1" "${pid[$2]}" "$2"
+  status=0
+  {
+    kill "-$1" "${pid[$2]}"
+    wait "${pid[$2]}" || status=$?
+  } 2>/dev/null
+  unset "pid[$2]"
+}
+
+# healed ID: waits until a node is back in its role.
+healed() {
+  run 0 health --endpoints "${addr[$1]}" --service restart --wait --timeout 15s
+}
+
+# find_leader: sets leader to the id of the node that all running nodes name.
+find_leader() {
+  printf '$ raft-key-value status -o json | grep -o '\''"leader":{"id":"[0-9]*"'\'' | sort | uniq -c\n'
+  poll 15 "all nodes name the same leader" agree
+  printf '%s\n' "$named"
+}
+
+agree() {
+  quietly status -o json
+  named=$(grep -o '"leader":{"id":"[0-9]*"' "$tmp/out" | sort | uniq -c)
+  leader=$(sed -n -E "s/^ *${#pid[@]} \"leader\":\{\"id\":\"([0-9]+)\"\$/\1/p" <<<"$named")
+  [[ -n $leader ]]
+}
+
+go build -buildvcs=false -o "$bin" .
+SECONDS=0
+
+title 'Three nodes, each a process of its own'
+for id in 1 2 3; do start "$id"; done
+printf '$ export RAFT_KEY_VALUE_ENDPOINTS=%s\n' "${addr[1]}"
+export RAFT_KEY_VALUE_ENDPOINTS=${addr[1]}
+
+title 'One of them becomes a cluster, the others learners, then voters'
+run 0 init "1=${addr[1]}"
+run 0 add-learner "2=${addr[2]}"
+run 0 add-learner "3=${addr[3]}"
+run 0 change-membership 1 2 3
+await_status '^1 .* ok yes leader 1 ' '^2 .* ok yes follower 1 ' '^3 .* ok yes follower 1 '
+
+title 'A write through a follower is there on every node'
+write 2 foo bar
+expect 2 foo bar --local # an acknowledged write is applied on the node that took it
+for id in 1 2 3; do expect "$id" foo bar; done
+
+title 'A key that was deleted is gone on every node, one that is empty is not'
+run 0 set --endpoints "${addr[3]}" gone soon
+expect 1 gone soon
+run 0 delete --endpoints "${addr[2]}" gone
+for id in 1 2 3; do absent "$id" gone; done
+run 1 delete gone
+write 1 empty ''
+for id in 1 2 3; do expect "$id" empty ''; done
+
+title 'Another node leads'
+find_leader
+to=$((leader % 3 + 1))
+run 0 transfer-leader "$to"
+await_status "^$to .* ok yes leader $to "
+write "$leader" after-transfer "written through node $leader"
+
+title 'Five voters'
+for id in 4 5; do
+  start "$id"
+  run 0 add-learner "$id=${addr[$id]}"
+done
+run 0 change-membership 1 2 3 4 5
+await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes follower' '^5 .* ok yes follower'
+for id in 4 5; do expect_all "$id"; done
+
+title 'The leader is killed'
+RAFT_KEY_VALUE_ENDPOINTS=$(IFS=, && printf '%s' "${addr[*]}")
+printf '$ export RAFT_KEY_VALUE_ENDPOINTS=%s\n' "$RAFT_KEY_VALUE_ENDPOINTS"
+find_leader
+killed=$leader
+stop KILL "$killed"
+run 0 set --timeout 15s after-kill 'written while the others elect a leader'
+remember after-kill 'written while the others elect a leader'
+for id in "${!pid[@]}"; do write "$id" "after-kill-$id" "written through node $id"; done
+find_leader
+[[ $leader != "$killed" ]] || fail "node $killed still leads"
+await_status "^$leader .* ok yes leader $leader " "^$killed .* unreachable yes"
+
+title 'All of it is on all nodes that are left'
+for id in "${!pid[@]}"; do expect_all "$id"; done
+
+title 'The killed leader comes back without its memory, and is healed'
+start "$killed"
+healed "$killed"
+await_status "^$killed .* ok yes follower"
+expect_all "$killed"
+
+title 'All are restarted, one after another'
+for id in "${!pid[@]}"; do
+  stop TERM "$id"
+  ((status == 0)) || fail "the exit status of node $id is $status"
+  start "$id"
+  healed "$id"
+done
+await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes' '^5 .* ok yes'
+for id in "${!pid[@]}"; do expect_all "$id"; done
+run 0 list
+
+printf '\nok: 5 nodes formed a cluster, leader %s was killed and healed, all were restarted, and %s reads on all nodes found what had been written, in %s s\n' \
+  "$killed" "$reads" "$SECONDS"
