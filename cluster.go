@@ -298,41 +298,47 @@ func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 }
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	n := s.n
-	return s.awaitChange(ctx, func() (bool, error) {
-		if isJoint(n.store.conf) {
+	return s.awaitChange(ctx, func() (bool, error) { return s.n.stepMembership(req) })
+}
+
+// stepMembership takes the next step towards the voters that a request names,
+// if one can be taken; true: it is there.
+func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
+	if isJoint(n.store.conf) {
+		return false, nil
+	}
+	want, err := n.resolve(req.Members)
+	if err != nil {
+		return false, err
+	}
+	changes, err := n.changesTo(want, req)
+	if err != nil || len(changes) == 0 {
+		return true, err
+	}
+	if !n.mayChange() || slices.ContainsFunc(want, func(id uint64) bool { return n.met[id] != nil }) {
+		return false, nil // a node that lost its memory is taken back first
+	}
+	up := len(slices.DeleteFunc(slices.Clone(want), func(id uint64) bool { return id != n.raftID && !n.connected[id] }))
+	if up < len(want)/2+1 {
+		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("%d of these %d voters are connected: they could not go on", up, len(want)))
+	}
+	if !slices.Contains(want, n.raftID) {
+		// This node leaves: the change is made by one who stays.
+		if to := n.successor(want); to != 0 {
+			n.transferLeader(to)
 			return false, nil
 		}
-		want, err := n.resolve(req.Members)
-		if err != nil {
-			return false, err
-		}
-		changes, err := n.changesTo(want, req)
-		if err != nil || len(changes) == 0 {
-			return true, err
-		}
-		if !n.mayChange() {
-			return false, nil
-		}
-		if !slices.Contains(want, n.raftID) {
-			// This node leaves: the change is made by one who stays.
-			if to := n.successor(want); to != 0 {
-				n.transferLeader(to)
-				return false, nil
-			}
-			if changes = changes[:0]; len(want) > 0 {
-				for _, id := range want { // nobody who stays is a voter yet
-					if !slices.Contains(n.store.conf.GetVoters(), id) {
-						changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
-					}
-				}
-			}
-			if len(changes) == 0 {
-				return false, nil // they are voters, but not heard of: wait
+		changes = changes[:0]
+		for _, id := range want { // nobody who stays is a voter yet
+			if !slices.Contains(n.store.conf.GetVoters(), id) {
+				changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
 			}
 		}
-		return false, n.proposeChange(nil, changes...)
-	})
+		if len(changes) == 0 {
+			return false, nil // they are voters, but not heard of: wait
+		}
+	}
+	return false, n.proposeChange(nil, changes...)
 }
 
 // resolve returns the raft IDs of nodes. Of a node that is just being taken
@@ -400,34 +406,37 @@ func (s *server) TransferLeader(ctx context.Context, req *kvpb.TransferLeaderReq
 }
 
 func (s *server) transferLeader(ctx context.Context, nodeID uint64) error {
-	n := s.n
-	var start uint64 // tick of the first try
-	return n.await(ctx, func() (bool, error) {
-		if lead := n.store.members[n.lead]; lead != nil && lead.Id == nodeID {
-			return true, nil
+	var start uint64
+	return s.n.await(ctx, func() (bool, error) { return s.n.stepTransfer(nodeID, &start) })
+}
+
+// stepTransfer has raft make a node the leader; true: it is. start is the tick
+// of the first try.
+func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
+	if lead := n.store.members[n.lead]; lead != nil && lead.Id == nodeID {
+		return true, nil
+	}
+	if n.role != raft.StateLeader {
+		if n.lead == 0 && *start != 0 && n.now-*start < 2*uint64(n.electionTicks()) {
+			return false, nil // the election that was asked for
 		}
-		if n.role != raft.StateLeader {
-			if n.lead == 0 && start != 0 && n.now-start < 2*uint64(n.electionTicks()) {
-				return false, nil // the election that was asked for
-			}
-			return false, errNotLeader
-		}
-		ids, err := n.resolve([]uint64{nodeID})
-		if err != nil {
-			return false, err
-		}
-		if !slices.Contains(n.store.conf.GetVoters(), ids[0]) {
-			return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
-		}
-		if start != 0 && n.now-start > 2*uint64(n.electionTicks()) {
-			return false, apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
-		}
-		if n.mayChange() {
-			start = cmp.Or(start, n.now)
-			n.transferLeader(ids[0])
-		}
-		return false, nil
-	})
+		return false, errNotLeader
+	}
+	ids, err := n.resolve([]uint64{nodeID})
+	if err != nil {
+		return false, err
+	}
+	if !slices.Contains(n.store.conf.GetVoters(), ids[0]) {
+		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
+	}
+	if *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
+		return false, apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
+	}
+	if n.mayChange() {
+		*start = cmp.Or(*start, n.now)
+		n.transferLeader(ids[0])
+	}
+	return false, nil
 }
 
 // Metrics implements ClusterService.
@@ -517,12 +526,12 @@ type meeting struct {
 	tick uint64
 }
 
-// meet remembers that a node has lost its memory and waits to be taken back.
-func (n *node) meet(p *kvpb.Peer) {
-	if old := n.met[p.Node.Id]; old == nil || old.RaftId != p.RaftId {
+// meet remembers that a member has lost its memory and waits to be taken back.
+func (n *node) meet(raftID uint64, p *kvpb.Peer) {
+	if old := n.met[raftID]; old == nil || old.RaftId != p.RaftId {
 		n.log.Warn("a node has lost its memory", "peer", p.Node.Id, "address", p.Node.Address)
 	}
-	n.met[p.Node.Id] = &meeting{p, n.now}
+	n.met[raftID] = &meeting{p, n.now}
 }
 
 // heal takes back nodes that came back without their memory, one step at a
@@ -532,7 +541,7 @@ func (n *node) heal() {
 	progress := n.progressOf()
 	for _, m := range sortedMembers(n.store.members) {
 		ids := n.store.raftIDsOf(m.Node.Id)
-		if met := n.met[m.Node.Id]; met != nil && n.now-met.tick < n.ticksOf(leaderWait) && n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId) {
+		if met := n.met[m.RaftId]; met != nil && n.now-met.tick < n.ticksOf(leaderWait) && n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId) {
 			_ = n.addIncarnation(met.Peer)
 			return
 		}
@@ -566,17 +575,18 @@ func (n *node) addIncarnation(p *kvpb.Peer) error {
 }
 
 // quorumLost says so if too many voters have lost their memory for the cluster
-// ever to go on: what they knew cannot be made up.
+// ever to go on: what they knew cannot be made up. Only a newer configuration
+// than this node has applied could make it untrue.
 func (n *node) quorumLost() error {
 	for _, voters := range [][]uint64{n.store.conf.GetVoters(), n.store.conf.GetVotersOutgoing()} {
 		var lost []string
 		for _, id := range voters {
-			if m := n.store.members[id]; m != nil && n.met[m.Id] != nil && n.met[m.Id].RaftId != id {
+			if m := n.store.members[id]; m != nil && n.met[id] != nil {
 				lost = append(lost, strconv.FormatUint(m.Id, 10))
 			}
 		}
 		if need := len(voters)/2 + 1; len(voters) > 0 && len(voters)-len(lost) < need {
-			return fmt.Errorf("%w, and there never will be: %d of %d voters are needed, node %s restarted without memory", errNoLeader, need, len(voters), strings.Join(lost, " and node "))
+			return fmt.Errorf("%w: %d of %d voters are needed, but node %s restarted without memory", errNoLeader, need, len(voters), strings.Join(lost, " and node "))
 		}
 	}
 	return nil

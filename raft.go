@@ -121,7 +121,7 @@ type node struct {
 
 	lives     map[uint64]uint64   // by raft ID: the life that we talk to
 	connected map[uint64]bool     // by raft ID: our stream to it is open
-	met       map[uint64]*meeting // by node id: a life that answered in place of a member
+	met       map[uint64]*meeting // by raft ID: a life without memory that answered in place of this member
 	out       []peerMessages
 
 	writes    []*call
@@ -672,6 +672,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 func (n *node) configured() {
 	for _, id := range n.store.removed {
 		delete(n.lives, id) // never to be heard again
+		delete(n.met, id)
 	}
 	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
@@ -985,7 +986,7 @@ func (n *node) publish() {
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
 		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
 	}
-	if err := n.quorumLost(); err != nil && old.lost != p.lost {
+	if err := n.quorumLost(); p.lead == 0 && err != nil && (old.lost != p.lost || old.lead != 0) {
 		n.log.Error("the cluster cannot go on", "err", err)
 	}
 	n.pub.Store(p)
@@ -1020,6 +1021,7 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 		n.lives[raftID] = life
 		if outbound {
 			n.connected[raftID] = true
+			delete(n.met, raftID)
 			n.log.Info("peer connected", "peer", n.describe(raftID))
 		}
 	})
@@ -1049,7 +1051,7 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
 			n.removed(fmt.Sprintf("node %d", w.GetPeer().GetNode().GetId()))
 		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
-			n.meet(w.Peer)
+			n.meet(raftID, w.Peer)
 		}
 	})
 }
@@ -1060,6 +1062,14 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	me := &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}
 	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: me, ClusterId: p.clusterID}
 	to := h.GetTo()
+	if p.clusterID == 0 && slices.Contains(h.Removed, p.raftID) {
+		n.in.event(func() {
+			if n.rn == nil && n.raftID == p.raftID {
+				n.newLife()
+				n.net.setMembers(0, n.raftID, nil, nil)
+			}
+		})
+	}
 	switch {
 	case p.clusterID != 0 && slices.Contains(p.removed, h.GetFrom().GetRaftId()) && h.ClusterId == p.clusterID:
 		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
@@ -1078,7 +1088,7 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 // hello is how this life of the node introduces itself.
 func (n *node) hello() *kvpb.Hello {
 	p := n.pub.Load()
-	return &kvpb.Hello{ClusterId: p.clusterID, From: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}}
+	return &kvpb.Hello{ClusterId: p.clusterID, From: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, Removed: p.removed}
 }
 
 // receiveMessages queues a peer's messages; it waits while the queue is full.

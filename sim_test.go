@@ -57,10 +57,6 @@ const (
 	stateEvery = 32
 	// settleTicks is how long healing may take once all faults have ended.
 	settleTicks = 6000
-	// knownBugs lets pass what is known to be wrong: a raft ID that was removed
-	// may be added again and is then never taken back; nodes say without cause
-	// that the cluster cannot go on.
-	knownBugs = true
 	// traceLines is how much of the trace a failure prints.
 	traceLines = 60
 )
@@ -392,8 +388,8 @@ func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 		l.s.count["log: "+r.Message]++
 	}
 	l.s.trace("  %v logs: %s", l.p, b.String())
-	if r.Message == "the cluster cannot go on" && knownBugs {
-		l.s.count["false alarms"]++
+	if r.Message == "the cluster cannot go on" && slices.ContainsFunc(l.s.alive(), func(q *proc) bool { return q.n.store.index > l.p.n.store.index }) {
+		l.s.count["alarms of nodes that lag"]++
 	} else if r.Message == "the cluster cannot go on" {
 		l.s.failf("%v says that too much memory is lost, and that is not so:%s", l.p, l.s.overview())
 	}
@@ -1324,90 +1320,35 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 func (s *sim) addLearner(st *site, then func(error)) {
 	var raftID uint64
 	s.request(fmt.Sprintf("add learner %d", st.node.Id), 150, func(n *node) (bool, error) {
-		m := st.node
 		if raftID == 0 || n.store.members[raftID] == nil && s.rng.IntN(50) == 0 { // he asks once, or again
 			if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
 				return false, errNotNow
 			}
-			raftID = st.cur.n.pub.Load().raftID
+			raftID = st.cur.n.accept(n.hello()).Peer.RaftId
+			st.cur.wake()
 		}
-		if knownBugs && slices.Contains(n.store.removed, raftID) {
-			return false, errNotNow // server.addLearner would add it again
+		ok, err := n.stepLearner(raftID, st.node)
+		if err == errPastLife { // he asks again
+			raftID, err = 0, nil
 		}
-		present := n.store.members[raftID]
-		switch {
-		case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
-			return raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
-		case !n.mayChange() || proto.Equal(present, m):
-			return false, nil
-		case present != nil:
-			return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
-		case m.Id == n.self.Id:
-			n.transferLeader(n.successor(n.store.conf.GetVoters()))
-			return false, nil
-		}
-		return false, n.addIncarnation(&kvpb.Peer{RaftId: raftID, Node: m})
+		return ok, err
 	}, then)
 }
 
 // changeMembership is server.changeMembership.
 func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(error)) {
 	s.request(fmt.Sprintf("have voters %v, retain %v, without learners %v", req.Members, req.Retain, req.RemoveLearners), 150, func(n *node) (bool, error) {
-		if isJoint(n.store.conf) {
-			return false, nil
-		}
-		want, err := n.resolve(req.Members)
-		if err != nil {
-			return false, err
-		}
-		changes, err := n.changesTo(want, req)
-		if err != nil || len(changes) == 0 {
-			return true, err
-		}
-		if !n.mayChange() {
-			return false, nil
-		}
-		if !s.cfg.reckless && !s.remain(want, nil) {
+		if want, err := n.resolve(req.Members); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
 			return false, errNotNow // an operator would not
 		}
-		if !slices.Contains(want, n.raftID) {
-			if to := n.successor(want); to != 0 {
-				n.transferLeader(to)
-				return false, nil
-			}
-			changes = changes[:0]
-			for _, id := range want {
-				if !slices.Contains(n.store.conf.GetVoters(), id) {
-					changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
-				}
-			}
-			if len(changes) == 0 {
-				return false, nil
-			}
-		}
-		return false, n.proposeChange(nil, changes...)
+		return n.stepMembership(req)
 	}, then)
 }
 
 // transfer is server.transferLeader.
 func (s *sim) transferLeader(nodeID uint64) {
-	tried := 0
-	s.request(fmt.Sprintf("have %d lead", nodeID), 100, func(n *node) (bool, error) {
-		if n.self.Id == nodeID {
-			return true, nil
-		}
-		ids, err := n.resolve([]uint64{nodeID})
-		if err != nil || !slices.Contains(n.store.conf.GetVoters(), ids[0]) {
-			return false, cmp.Or(err, errNotNow)
-		}
-		if n.mayChange() {
-			if tried++; tried > 3 {
-				return false, errNotNow
-			}
-			n.transferLeader(ids[0])
-		}
-		return false, nil
-	}, func(error) {})
+	var start uint64
+	s.request(fmt.Sprintf("have %d lead", nodeID), 100, func(n *node) (bool, error) { return n.stepTransfer(nodeID, &start) }, func(error) {})
 }
 
 // boot makes the cluster, as server.Init does: no faults before that is done.
@@ -1747,7 +1688,6 @@ func (s *sim) settle() {
 		st.cur.goOn()
 	}
 	s.begin()
-	s.restartBurnt()
 	s.until(settleTicks, s.unsettled)
 	s.quiet = true
 	s.until(settleTicks, func() string {
@@ -1771,23 +1711,6 @@ func (s *sim) settle() {
 		}
 	}
 	s.until(settleTicks, s.unequal)
-}
-
-// restartBurnt restarts nodes that were removed before they were in the
-// cluster: they never learn of it, and nobody takes them back.
-func (s *sim) restartBurnt() {
-	if !knownBugs {
-		return
-	}
-	s.after(100, nil, s.restartBurnt)
-	for _, p := range s.alive() {
-		for _, q := range s.alive() {
-			if p.n.rn == nil && !p.dead && slices.Contains(q.n.store.removed, p.n.raftID) {
-				s.count["burnt"]++
-				p.die(0)
-			}
-		}
-	}
 }
 
 // until runs until f has nothing to complain about.

@@ -1718,7 +1718,10 @@ type Hello struct {
 	From      *Peer                  `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
 	// Whom the caller means. raft_id 0: it asks who is there and sends nothing
 	// else. life 0: it does not know yet.
-	To            *Peer `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	To *Peer `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	// Raft IDs that the caller's cluster has removed. A node in no cluster that
+	// goes by one of them takes another: it could never be added.
+	Removed       []uint64 `protobuf:"varint,4,rep,packed,name=removed,proto3" json:"removed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1770,6 +1773,13 @@ func (x *Hello) GetFrom() *Peer {
 func (x *Hello) GetTo() *Peer {
 	if x != nil {
 		return x.To
+	}
+	return nil
+}
+
+func (x *Hello) GetRemoved() []uint64 {
+	if x != nil {
+		return x.Removed
 	}
 	return nil
 }
@@ -3087,12 +3097,13 @@ const file_kv_proto_rawDesc = "" +
 	"\ahealthy\x18\x19 \x01(\bR\ahealthy\x12)\n" +
 	"\x10unhealthy_reason\x18\x1a \x01(\tR\x0funhealthyReason\x12#\n" +
 	"\rbuild_version\x18\x1b \x01(\tR\fbuildVersionB\t\n" +
-	"\a_leader\"d\n" +
+	"\a_leader\"~\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12\x1f\n" +
 	"\x04from\x18\x02 \x01(\v2\v.kv.v1.PeerR\x04from\x12\x1b\n" +
-	"\x02to\x18\x03 \x01(\v2\v.kv.v1.PeerR\x02to\"T\n" +
+	"\x02to\x18\x03 \x01(\v2\v.kv.v1.PeerR\x02to\x12\x18\n" +
+	"\aremoved\x18\x04 \x03(\x04R\aremoved\"T\n" +
 	"\x04Peer\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x12\n" +
