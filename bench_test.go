@@ -5,6 +5,7 @@ package main
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -30,30 +31,51 @@ func filledStore(keys int) *store {
 	return s
 }
 
-// BenchmarkSnapshotStall applies entries of 1,000 writes while a view is open,
-// and reports the longest pause that one of them, or opening the view, was.
+// BenchmarkSnapshotStall applies entries of 1,000 writes, in turn without a
+// view and while a snapshot is being written from one, and reports the longest
+// that an entry took in each case.
 func BenchmarkSnapshotStall(b *testing.B) {
 	for _, keys := range []int{1e6, 1e7} {
 		b.Run(fmt.Sprintf("keys=%.0e", float64(keys)), func(b *testing.B) {
 			s := filledStore(keys)
 			rng := rand.New(rand.NewPCG(1, 2))
-			var longest, open time.Duration
-			for i := range b.N {
+			batches := make([][]byte, 16)
+			for i := range batches {
+				batches[i] = benchBatch(rng, 1, keys, 1000)
+			}
+			apply := func(i int, longest *time.Duration) {
+				start := time.Now()
+				s.proposers[1] = 0
+				if _, _, _, err := s.apply(batches[i%len(batches)]); err != nil {
+					b.Fatal(err)
+				}
+				*longest = max(*longest, time.Since(start))
+			}
+			var without, with, open time.Duration
+			for b.Loop() {
 				start := time.Now()
 				v := s.open()
 				open = max(open, time.Since(start))
-				for range 20 {
-					data := benchBatch(rng, uint64(i+1), keys, 1000)
-					start := time.Now()
-					s.proposers[1] = 0
-					if _, _, _, err := s.apply(data); err != nil {
-						b.Fatal(err)
+				written := make(chan error, 1)
+				go func() { written <- v.writeTo(io.Discard) }()
+				n := 0
+				for done := false; !done; n++ {
+					select {
+					case err := <-written:
+						if done = true; err != nil {
+							b.Fatal(err)
+						}
+					default:
+						apply(n, &with)
 					}
-					longest = max(longest, time.Since(start))
 				}
 				v.close()
+				for i := range n {
+					apply(i, &without)
+				}
 			}
-			b.ReportMetric(float64(longest.Microseconds())/1000, "longest-ms")
+			b.ReportMetric(float64(without.Microseconds())/1000, "longest-without-ms")
+			b.ReportMetric(float64(with.Microseconds())/1000, "longest-with-ms")
 			b.ReportMetric(float64(open.Microseconds())/1000, "open-ms")
 		})
 	}

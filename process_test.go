@@ -74,6 +74,14 @@ func startProcesses(tb testing.TB, n int) []*process {
 	return ps
 }
 
+// commandOf is our program with these arguments.
+func commandOf(log *os.File, args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), mainVariable+"=1")
+	cmd.Stderr = log
+	return cmd
+}
+
 var readyLine = regexp.MustCompile(`msg=ready .*advertise=(\S+)`)
 
 // start starts the process and waits until it listens.
@@ -85,9 +93,7 @@ func (p *process) start() {
 	}
 	defer func() { _ = log.Close() }()
 	before, _ := os.ReadFile(p.log)
-	p.cmd = exec.Command(os.Args[0], "--id", strconv.FormatUint(p.id, 10), "--addr", p.address)
-	p.cmd.Env = append(os.Environ(), mainVariable+"=1")
-	p.cmd.Stderr = log
+	p.cmd = commandOf(log, "--id", strconv.FormatUint(p.id, 10), "--addr", p.address)
 	if err := p.cmd.Start(); err != nil {
 		p.tb.Fatal(err)
 	}

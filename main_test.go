@@ -1,0 +1,218 @@
+// Settings, signals, and the bounds of the inbox.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"raft-key-value/kvpb"
+)
+
+func TestOptions(t *testing.T) {
+	for _, c := range []struct {
+		args, env string
+		want      string // in the error; empty: accepted
+	}{
+		{args: "--id 1 --addr 127.0.0.1:21001"},
+		{args: "--id 1 --addr [::1]:21001"},
+		{args: "--id 1 --addr localhost:0"},
+		{args: "--id=1 --addr 0.0.0.0:21001 --advertise 10.0.0.1:21001 --insecure"},
+		{args: "--id 1 --addr :21001 --advertise 127.0.0.1:21001 --insecure"},
+		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=7"},
+		{args: "--id 1", env: "RAFT_KEY_VALUE_ADDR=127.0.0.1:1 RAFT_KEY_VALUE_ELECTION_TIMEOUT=1s RAFT_KEY_VALUE_INSECURE=true"},
+		{args: "--addr 127.0.0.1:1", want: "--id"},
+		{args: "--id 0 --addr 127.0.0.1:1", want: "--id"},
+		{args: "--id -1 --addr 127.0.0.1:1", want: "invalid value"},
+		{args: "--id 1", want: "--addr"},
+		{args: "--id 1 --addr 127.0.0.1", want: "host:port"},
+		{args: "--id 1 --addr 0.0.0.0:1 --insecure", want: "--advertise"},
+		{args: "--id 1 --addr :1 --insecure", want: "--advertise"},
+		{args: "--id 1 --addr [::]:1 --insecure", want: "--advertise"},
+		{args: "--id 1 --addr 10.0.0.1:1", want: "--insecure"},
+		{args: "--id 1 --addr 127.0.0.1:1 --advertise example.com:1", want: "--insecure"},
+		{args: "--id 1 --addr 127.0.0.1:1 --advertise nonsense", want: "host:port"},
+		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 1ms", want: "--heartbeat"},
+		{args: "--id 1 --addr 127.0.0.1:1 --election-timeout 200ms", want: "--election-timeout"},
+		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 5", want: "--log-bytes"},
+		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "invalid value"},
+		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: "invalid value"},
+		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "nosuch"},
+	} {
+		env := map[string]string{}
+		for _, kv := range strings.Fields(c.env) {
+			k, v, _ := strings.Cut(kv, "=")
+			env[k] = v
+		}
+		_, err := parseOptions(strings.Fields(c.args), io.Discard, func(k string) (string, bool) { v, ok := env[k]; return v, ok })
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%q, %q: %v, want %q", c.args, c.env, err, c.want)
+		}
+	}
+}
+
+func TestFlagsGoBeforeTheEnvironment(t *testing.T) {
+	env := func(k string) (string, bool) { return "9", k == "RAFT_KEY_VALUE_ID" }
+	o, err := parseOptions([]string{"--id", "1", "--addr", "127.0.0.1:1"}, io.Discard, env)
+	if err != nil || o.id != 1 {
+		t.Fatal(o.id, err)
+	}
+}
+
+func TestPortInUse(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	o := defaultOptions()
+	o.id, o.addr = 1, l.Addr().String()
+	err = run(context.Background(), o, slog.New(slog.DiscardHandler), func(*server) { t.Error("ready") })
+	if !errors.Is(err, syscall.EADDRINUSE) {
+		t.Fatal(err)
+	}
+}
+
+// TestSignals: one SIGTERM is a stop with status 0; a port in use and a usage
+// error have the statuses of the conventions.
+func TestSignals(t *testing.T) {
+	p := startProcesses(t, 1)[0]
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = log.Close() }()
+	for _, c := range []struct {
+		args   []string
+		status int
+	}{{[]string{"--id", "2", "--addr", p.address}, 1}, {[]string{"--id", "2"}, 2}, {[]string{"nosuch"}, 2}, {nil, 2}} {
+		cmd := commandOf(log, c.args...)
+		if err := cmd.Run(); cmd.ProcessState.ExitCode() != c.status {
+			t.Errorf("%q: %v, want status %d", c.args, err, c.status)
+		}
+	}
+	p.signal(syscall.SIGTERM)
+	if code := p.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("SIGTERM: status %d", code)
+	}
+}
+
+// turnNode is a node without goroutines and network.
+func turnNode() *node {
+	return newNode(defaultOptions(), &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, slog.New(slog.DiscardHandler))
+}
+
+// TestFullQueue: calls that find no room are refused, and there is room again
+// once the others have ended.
+func TestFullQueue(t *testing.T) {
+	n := turnNode()
+	calls := make([]*call, maxQueuedCalls)
+	for i := range calls {
+		calls[i] = &call{done: make(chan outcome, 1)}
+		if err := n.in.call(calls[i]); err != nil {
+			t.Fatal(i, err)
+		}
+	}
+	err := n.in.call(&call{done: make(chan outcome, 1)})
+	if !errors.Is(err, errOverloaded) || status.Code(toStatus(err, true)) != codes.ResourceExhausted {
+		t.Fatal(err)
+	}
+	n.turn(n.in.take())
+	if err := n.in.call(&call{done: make(chan outcome, 1)}); !errors.Is(err, errOverloaded) {
+		t.Fatal("they still wait in the loop: ", err)
+	}
+	n.turn(input{ticks: int(n.ticksOf(leaderWait)) + 1})
+	for i, c := range calls {
+		if o := <-c.done; !errors.Is(o.err, errNotInitialized) {
+			t.Fatal(i, o.err)
+		}
+	}
+	big := &call{record: make([]byte, maxQueuedBytes/2+1), done: make(chan outcome, 1)}
+	if err := n.in.call(big); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.in.call(big); !errors.Is(err, errOverloaded) {
+		t.Fatal("bytes are not bounded: ", err)
+	}
+}
+
+// TestInboundWaits: messages of peers wait for room, and no longer than their
+// stream or the loop.
+func TestInboundWaits(t *testing.T) {
+	n := turnNode()
+	big := []inbound{{m: &raftpb.Message{Entries: []*raftpb.Entry{{Data: make([]byte, maxInboundBytes)}}}}}
+	if err := n.receiveMessages(context.Background(), big); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	delivered := make(chan error)
+	go func() { delivered <- n.receiveMessages(ctx, big) }()
+	cancel()
+	if err := <-delivered; !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
+	n.in.take()
+	if err := <-delivered; err != nil {
+		t.Fatal(err)
+	}
+	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
+	n.in.close()
+	if err := <-delivered; !errors.Is(err, errStopping) {
+		t.Fatal(err)
+	}
+}
+
+// TestAGivenUpCallIsNotProposed: a caller that gave a queued write up was told
+// that it is not applied.
+func TestAGivenUpCallIsNotProposed(t *testing.T) {
+	n := turnNode()
+	n.net = deafNetwork{}
+	if _, err := n.bootstrap(); err != nil {
+		t.Fatal(err)
+	}
+	n.turn(input{})
+	record, err := encodeWrite(&kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: "k", Value: []byte("v")}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	given, kept := &call{record: record, done: make(chan outcome, 1)}, &call{record: record, done: make(chan outcome, 1)}
+	given.state.Store(callGivenUp)
+	n.turn(input{calls: []*call{given, kept}})
+	if o := <-kept.done; o.err != nil || o.version != 1 || n.store.version != 1 {
+		t.Fatal(o, n.store.version)
+	}
+}
+
+// TestExpireNeedsNoLeader: a call waits leaderWait for a leader, counted from
+// when it came.
+func TestExpireNeedsNoLeader(t *testing.T) {
+	n := turnNode()
+	wait := int(n.ticksOf(leaderWait))
+	first, second := &call{done: make(chan outcome, 1)}, &call{done: make(chan outcome, 1)}
+	n.turn(input{calls: []*call{first}})
+	n.turn(input{ticks: wait / 2, calls: []*call{second}})
+	n.turn(input{ticks: wait - wait/2})
+	if len(first.done) != 1 || len(second.done) != 0 {
+		t.Fatal(len(first.done), len(second.done))
+	}
+}
+
+// deafNetwork is a network without anybody in it.
+type deafNetwork struct{}
+
+func (deafNetwork) send(uint64, uint64, []*raftpb.Message)                     {}
+func (deafNetwork) sendSnapshot(uint64, uint64, uint64, *view)                 {}
+func (deafNetwork) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
