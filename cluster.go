@@ -430,7 +430,7 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
 	}
 	if *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
-		return false, apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
+		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
 	}
 	if n.mayChange() {
 		*start = cmp.Or(*start, n.now)

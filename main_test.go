@@ -196,6 +196,22 @@ func TestAGivenUpCallIsNotProposed(t *testing.T) {
 	}
 }
 
+// TestWhatWasProposedIsUnknown: a node that stops, or drops its state, says of
+// what is only queued that it was not applied, and of the rest that it is not
+// known.
+func TestWhatWasProposedIsUnknown(t *testing.T) {
+	n := turnNode()
+	proposed, queued := &call{record: []byte{1}, done: make(chan outcome, 1)}, &call{record: []byte{1}, done: make(chan outcome, 1)}
+	n.own, n.writes = &proposal{calls: []*call{proposed}}, []*call{queued}
+	n.failAll(errStopping)
+	if o := <-proposed.done; o.err != errOutcomeUnknown {
+		t.Error(o.err)
+	}
+	if o := <-queued.done; o.err != errStopping {
+		t.Error(o.err)
+	}
+}
+
 // TestExpireNeedsNoLeader: a call waits leaderWait for a leader, counted from
 // when it came.
 func TestExpireNeedsNoLeader(t *testing.T) {

@@ -116,6 +116,7 @@ type node struct {
 	term, lead uint64
 	role       raft.StateType
 	leadHeard  uint64 // tick of the leader's last message
+	campaignAt uint64 // tick in which to call an election, if there is no leader then; 0: none
 	caughtUp   bool   // a read was released under this leader
 	commitAt   [3]uint64
 
@@ -181,7 +182,7 @@ func (n *node) newLife() {
 	n.rn, n.pending = nil, nil
 	n.raft = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
-	n.term, n.lead, n.role, n.caughtUp = 0, 0, raft.StateFollower, false
+	n.term, n.lead, n.role, n.caughtUp, n.campaignAt = 0, 0, raft.StateFollower, false, 0
 	n.lives, n.connected, n.met = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}
 	n.out = nil
 }
@@ -315,6 +316,12 @@ func (n *node) tick() {
 	// A learner never campaigns, so raft lets it keep a dead leader for ever.
 	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*uint64(n.electionTicks()) {
 		_ = n.rn.ForgetLeader()
+	}
+	if n.campaignAt != 0 && n.now >= n.campaignAt {
+		n.campaignAt = 0
+		if n.lead == 0 && n.role == raft.StateFollower && slices.Contains(n.store.conf.GetVoters(), n.raftID) {
+			_ = n.rn.Campaign()
+		}
 	}
 	if n.round != nil && n.now-n.round.tick > uint64(n.electionTicks())/2 {
 		n.retryReads() // the request or its answer was lost
@@ -1035,11 +1042,29 @@ func (n *node) peerDown(raftID uint64, lost bool, cause error) {
 		} else if n.connected[raftID] {
 			n.log.Info("peer disconnected", "peer", n.describe(raftID), "cause", cause)
 			delete(n.connected, raftID)
+			if n.rn != nil && raftID == n.lead {
+				n.leaderLost()
+			}
 		}
 		if n.rn != nil && n.store.members[raftID] != nil {
 			n.rn.ReportUnreachable(raftID)
 		}
 	})
+}
+
+// leaderLost brings an election forward: the stream to the leader broke, which
+// it does at once if the process has died. If the leader lives, PreVote and the
+// others, who hear of it, keep an election from succeeding. Voters take turns,
+// so as not to split the vote.
+func (n *node) leaderLost() {
+	rank := 0
+	for _, id := range n.store.conf.GetVoters() {
+		if id < n.raftID && id != n.lead {
+			rank++
+		}
+	}
+	n.campaignAt = n.now + 1 + uint64(rank*n.electionTicks()/10)
+	_ = n.rn.ForgetLeader()
 }
 
 // refused learns that whoever answered in place of a member would not talk to

@@ -2090,7 +2090,7 @@ func TestSimulatorFindsBugs(t *testing.T) {
 // life that does no harm.
 func TestMessagesAcrossLives(t *testing.T) {
 	across := 0
-	for seed := range uint64(10) {
+	for seed := range uint64(40) {
 		t.Run(fmt.Sprint(seed+1), func(t *testing.T) {
 			s, err := simulate(t, seed+1, 4000, nil, func(c *simConfig) {
 				c.crossLife, c.late, c.faults = true, 1, append(c.faults, "kill", "kill")

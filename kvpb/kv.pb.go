@@ -32,7 +32,7 @@ type ErrorReason int32
 
 const (
 	ErrorReason_ERROR_REASON_UNSPECIFIED ErrorReason = 0
-	// INVALID_ARGUMENT. The metadata has the field and, where there is one, the limit.
+	// INVALID_ARGUMENT. The metadata has the field; the message, the limit.
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
 	// UNAVAILABLE: no leader for 2 s. Nothing was applied.
 	ErrorReason_ERROR_REASON_NO_LEADER ErrorReason = 2
