@@ -504,7 +504,12 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	if err != nil {
 		return err
 	}
-	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx}
+	// Explicit: raft would leave the joint configuration without looking who leads.
+	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx, Transition: raftpb.ConfChangeTransitionJointExplicit.Enum()}
+	stays := changes[0].GetType() == raftpb.ConfChangeUpdateNode || !slices.Contains(n.store.conf.GetVoters(), changes[0].GetNodeId())
+	if len(changes) == 1 && stays && changes[0].GetType() != raftpb.ConfChangeRemoveNode {
+		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // nobody leaves
+	}
 	if err := n.store.checkConfChange(cc, &kvpb.ConfChangeContext{Members: members}); err != nil {
 		return err
 	}
@@ -512,6 +517,16 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 		n.changeAt = n.now
 	}
 	return nil
+}
+
+// leaveJoint ends a change of membership. A leader that is to leave hands over
+// first: it would step down before the others know that they may do without it.
+func (n *node) leaveJoint() {
+	if slices.Contains(n.store.conf.GetVoters(), n.raftID) {
+		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
+	} else if to := n.successor(n.store.conf.GetVoters()); to != 0 {
+		n.rn.TransferLeader(to)
+	}
 }
 
 // transferLeader asks raft to make another voter the leader.

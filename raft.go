@@ -123,7 +123,9 @@ type node struct {
 	lives     map[uint64]uint64   // by raft ID: the life that we talk to
 	connected map[uint64]bool     // by raft ID: our stream to it is open
 	met       map[uint64]*meeting // by raft ID: a life without memory that answered in place of this member
-	out       []peerMessages
+	// disownedBy are the members, by raft ID, that have applied this node's removal.
+	disownedBy map[uint64]bool
+	out        []peerMessages
 
 	writes    []*call
 	own       *proposal
@@ -183,7 +185,7 @@ func (n *node) newLife() {
 	n.raft = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
 	n.term, n.lead, n.role, n.caughtUp, n.campaignAt = 0, 0, raft.StateFollower, false, 0
-	n.lives, n.connected, n.met = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}
+	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
 	n.out = nil
 }
 
@@ -334,11 +336,9 @@ func (n *node) tick() {
 	if n.now%ticksPerHeartbeat == 0 {
 		n.commitAt[2], n.commitAt[1], n.commitAt[0] = n.commitAt[1], n.commitAt[0], n.rn.BasicStatus().GetCommit()
 	}
-	// raft leaves a joint configuration when it applies something, and not
-	// during a transfer of leadership: a leader may find itself stuck in one.
 	if n.leads() && n.now%ticksPerHeartbeat == 0 {
 		if isJoint(n.store.conf) {
-			_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
+			n.leaveJoint()
 		} else if n.mayChange() {
 			n.heal()
 		}
@@ -609,6 +609,7 @@ func (n *node) respond(responses []*raftpb.Message) {
 
 // apply applies committed entries and completes what waited for them.
 func (n *node) apply(m *raftpb.Message) {
+	conf := n.store.conf
 	for _, e := range m.GetEntries() {
 		if err := n.applyEntry(e); err != nil {
 			n.err = fmt.Errorf("applying entry %d: %w", e.GetIndex(), err)
@@ -626,8 +627,8 @@ func (n *node) apply(m *raftpb.Message) {
 	}
 	n.releaseReads()
 	n.compact()
-	if n.store.members[n.raftID] == nil {
-		n.removed("a change of membership that it applied")
+	if conf != n.store.conf && n.leads() && isJoint(n.store.conf) {
+		n.leaveJoint()
 	}
 }
 
@@ -685,10 +686,29 @@ func (n *node) configured() {
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
 }
 
+// disowned learns from a member that it has applied this node's removal. The
+// node keeps its state, and thus its vote, until most voters have: those who
+// have not still need it to elect a leader.
+func (n *node) disowned(by uint64) {
+	n.disownedBy[by] = true
+	others, told := 0, 0
+	for _, id := range n.store.conf.GetVoters() {
+		if id != n.raftID {
+			others++
+			if n.disownedBy[id] || n.met[id] != nil { // or cannot elect anybody any more
+				told++
+			}
+		}
+	}
+	if told >= min(others, len(n.store.conf.GetVoters())/2+1) {
+		n.removed()
+	}
+}
+
 // removed drops the state of a node that is no member any more. It may be
 // added again, as somebody new.
-func (n *node) removed(how string) {
-	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "learned_from", how)
+func (n *node) removed() {
+	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID))
 	n.flush()
 	n.failAll(errNotInitialized)
 	n.newLife()
@@ -1074,7 +1094,7 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 		switch {
 		case n.rn == nil || myRaftID != n.raftID:
 		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
-			n.removed(fmt.Sprintf("node %d", w.GetPeer().GetNode().GetId()))
+			n.disowned(raftID)
 		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
 			n.meet(raftID, w.Peer)
 		}
@@ -1087,11 +1107,10 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	me := &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}
 	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: me, ClusterId: p.clusterID}
 	to := h.GetTo()
-	if p.clusterID == 0 && slices.Contains(h.Removed, p.raftID) {
-		n.in.event(func() {
-			if n.rn == nil && n.raftID == p.raftID {
-				n.newLife()
-				n.net.setMembers(0, n.raftID, nil, nil)
+	if slices.Contains(h.Removed, p.raftID) && (p.clusterID == 0 || p.clusterID == h.ClusterId && to.GetRaftId() == 0) {
+		n.in.event(func() { // a leader is about to add this node again
+			if n.raftID == p.raftID {
+				n.removed()
 			}
 		})
 	}

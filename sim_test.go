@@ -1739,6 +1739,11 @@ func (s *sim) ask(p *proc, record []byte) (r result) {
 	s.until(settleTicks, func() string {
 		select {
 		case o := <-c.done:
+			if errors.Is(o.err, errNoLeader) { // it was stopped until now: not applied, so once more
+				c = &call{record: record, done: make(chan outcome, 1)}
+				_ = p.n.in.call(c)
+				return "nobody leads"
+			}
 			if o.err != nil {
 				s.failf("I9: a fresh call of %v: %v", p, o.err)
 			}
