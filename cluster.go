@@ -37,6 +37,7 @@ func (s *server) onLeader(ctx context.Context, local func(context.Context) error
 	for {
 		p := s.n.pub.Load()
 		var err error
+		stale := false // the node at the leader's address is another life by now
 		switch {
 		case p.clusterID == 0:
 			return errNotInitialized
@@ -46,13 +47,14 @@ func (s *server) onLeader(ctx context.Context, local func(context.Context) error
 			return errNotLeader
 		case p.leader != nil && p.lead != p.raftID:
 			err = s.forward(ctx, p.leader.Address, remote)
+			stale = errorReason(err) == "NOT_INITIALIZED"
 		default:
 			if err := s.awaitLeader(ctx); err != nil {
 				return err
 			}
 			continue
 		}
-		again := errors.Is(err, errNotLeader) || status.Code(err) == codes.Unavailable && errorReason(err) != "UNREACHABLE"
+		again := stale || errors.Is(err, errNotLeader) || status.Code(err) == codes.Unavailable && errorReason(err) != "UNREACHABLE"
 		if !again || forwarded {
 			return err
 		}
@@ -77,7 +79,7 @@ func (s *server) awaitLeader(ctx context.Context) error {
 		select {
 		case <-p.next:
 		case <-t.C:
-			return errNoLeader
+			return p.noLeader
 		case <-ctx.Done():
 			return ctx.Err()
 		}

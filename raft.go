@@ -164,6 +164,7 @@ type published struct {
 	removed                 []uint64
 	caughtUp                bool
 	lost                    int    // voters known to have lost their memory
+	noLeader                error  // what to say if there is none
 	unhealthy               string // why KVService is not SERVING; empty: it is
 	next                    chan struct{}
 }
@@ -1008,7 +1009,7 @@ func (n *node) publish() {
 	p := &published{
 		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(), leader: n.store.members[n.lead],
 		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp, lost: len(n.met),
-		unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
+		noLeader: cmp.Or(n.quorumLost(), errNoLeader), unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
 	}
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
 		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
