@@ -2993,6 +2993,211 @@ func (x *SnapshotFooter) GetKeys() uint64 {
 	return 0
 }
 
+// LogBatch is what one batch of the log on disk makes durable, all of it or
+// nothing. What is absent stays as it was. wal.go has the frames and files.
+type LogBatch struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	HardState *HardState             `protobuf:"bytes,1,opt,name=hard_state,json=hardState,proto3" json:"hard_state,omitempty"`
+	// The last snapshot.
+	Snapshot *SnapshotMark `protobuf:"bytes,2,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// All entries of earlier batches are void, also those behind the snapshot,
+	// which came from a leader.
+	Discards bool `protobuf:"varint,3,opt,name=discards,proto3" json:"discards,omitempty"`
+	// Contiguous, in place of all that have the first one's index or a later one.
+	Entries []*Entry `protobuf:"bytes,4,rep,name=entries,proto3" json:"entries,omitempty"`
+	// The oldest segment that is needed. The log sets it.
+	FirstSegment  uint64 `protobuf:"varint,5,opt,name=first_segment,json=firstSegment,proto3" json:"first_segment,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogBatch) Reset() {
+	*x = LogBatch{}
+	mi := &file_kv_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogBatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogBatch) ProtoMessage() {}
+
+func (x *LogBatch) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
+func (*LogBatch) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *LogBatch) GetHardState() *HardState {
+	if x != nil {
+		return x.HardState
+	}
+	return nil
+}
+
+func (x *LogBatch) GetSnapshot() *SnapshotMark {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
+func (x *LogBatch) GetDiscards() bool {
+	if x != nil {
+		return x.Discards
+	}
+	return false
+}
+
+func (x *LogBatch) GetEntries() []*Entry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *LogBatch) GetFirstSegment() uint64 {
+	if x != nil {
+		return x.FirstSegment
+	}
+	return 0
+}
+
+// HardState is etcd raft's.
+type HardState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Term          uint64                 `protobuf:"varint,1,opt,name=term,proto3" json:"term,omitempty"`
+	Vote          uint64                 `protobuf:"varint,2,opt,name=vote,proto3" json:"vote,omitempty"`
+	Commit        uint64                 `protobuf:"varint,3,opt,name=commit,proto3" json:"commit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HardState) Reset() {
+	*x = HardState{}
+	mi := &file_kv_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HardState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HardState) ProtoMessage() {}
+
+func (x *HardState) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HardState.ProtoReflect.Descriptor instead.
+func (*HardState) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *HardState) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *HardState) GetVote() uint64 {
+	if x != nil {
+		return x.Vote
+	}
+	return 0
+}
+
+func (x *HardState) GetCommit() uint64 {
+	if x != nil {
+		return x.Commit
+	}
+	return 0
+}
+
+// SnapshotMark says that the log up to and including index is in a file.
+type SnapshotMark struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Term          uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
+	File          string                 `protobuf:"bytes,3,opt,name=file,proto3" json:"file,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotMark) Reset() {
+	*x = SnapshotMark{}
+	mi := &file_kv_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotMark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotMark) ProtoMessage() {}
+
+func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
+func (*SnapshotMark) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *SnapshotMark) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *SnapshotMark) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *SnapshotMark) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
 var File_kv_proto protoreflect.FileDescriptor
 
 const file_kv_proto_rawDesc = "" +
@@ -3186,7 +3391,22 @@ const file_kv_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\fR\x05value\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\x04R\aversion\"$\n" +
 	"\x0eSnapshotFooter\x12\x12\n" +
-	"\x04keys\x18\x01 \x01(\x04R\x04keys*\x9c\x04\n" +
+	"\x04keys\x18\x01 \x01(\x04R\x04keys\"\xd5\x01\n" +
+	"\bLogBatch\x12/\n" +
+	"\n" +
+	"hard_state\x18\x01 \x01(\v2\x10.kv.v1.HardStateR\thardState\x12/\n" +
+	"\bsnapshot\x18\x02 \x01(\v2\x13.kv.v1.SnapshotMarkR\bsnapshot\x12\x1a\n" +
+	"\bdiscards\x18\x03 \x01(\bR\bdiscards\x12&\n" +
+	"\aentries\x18\x04 \x03(\v2\f.kv.v1.EntryR\aentries\x12#\n" +
+	"\rfirst_segment\x18\x05 \x01(\x04R\ffirstSegment\"K\n" +
+	"\tHardState\x12\x12\n" +
+	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x12\n" +
+	"\x04vote\x18\x02 \x01(\x04R\x04vote\x12\x16\n" +
+	"\x06commit\x18\x03 \x01(\x04R\x06commit\"L\n" +
+	"\fSnapshotMark\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
+	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\x9c\x04\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -3267,7 +3487,7 @@ func file_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: kv.v1.ErrorReason
 	(Role)(0),                        // 1: kv.v1.Role
@@ -3314,6 +3534,9 @@ var file_kv_proto_goTypes = []any{
 	(*SnapshotHeader)(nil),           // 42: kv.v1.SnapshotHeader
 	(*KeyValue)(nil),                 // 43: kv.v1.KeyValue
 	(*SnapshotFooter)(nil),           // 44: kv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 45: kv.v1.LogBatch
+	(*HardState)(nil),                // 46: kv.v1.HardState
+	(*SnapshotMark)(nil),             // 47: kv.v1.SnapshotMark
 }
 var file_kv_proto_depIdxs = []int32{
 	43, // 0: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
@@ -3348,33 +3571,36 @@ var file_kv_proto_depIdxs = []int32{
 	39, // 29: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
 	38, // 30: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
 	40, // 31: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
-	5,  // 32: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
-	7,  // 33: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
-	9,  // 34: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
-	11, // 35: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
-	14, // 36: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
-	16, // 37: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
-	18, // 38: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
-	20, // 39: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
-	22, // 40: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
-	29, // 41: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
-	31, // 42: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
-	6,  // 43: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
-	8,  // 44: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
-	10, // 45: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
-	12, // 46: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
-	15, // 47: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
-	17, // 48: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
-	19, // 49: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
-	21, // 50: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
-	25, // 51: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
-	30, // 52: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
-	32, // 53: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
-	43, // [43:54] is the sub-list for method output_type
-	32, // [32:43] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	46, // 32: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
+	47, // 33: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
+	34, // 34: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
+	5,  // 35: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
+	7,  // 36: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
+	9,  // 37: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
+	11, // 38: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
+	14, // 39: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
+	16, // 40: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
+	18, // 41: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
+	20, // 42: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
+	22, // 43: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
+	29, // 44: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
+	31, // 45: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
+	6,  // 46: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
+	8,  // 47: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
+	10, // 48: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
+	12, // 49: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
+	15, // 50: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
+	17, // 51: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
+	19, // 52: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
+	21, // 53: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
+	25, // 54: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
+	30, // 55: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
+	32, // 56: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
+	46, // [46:57] is the sub-list for method output_type
+	35, // [35:46] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_kv_proto_init() }
@@ -3400,7 +3626,7 @@ func file_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kv_proto_rawDesc), len(file_kv_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   40,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -1,0 +1,63 @@
+// The file system, as far as what has to survive a crash needs it: a seam at
+// which tests make it fail.
+
+package main
+
+import (
+	"io"
+	"os"
+)
+
+// fileSystem does what package os does under the same names.
+type fileSystem interface {
+	create(path string) (file, error) // empties it if it exists
+	open(path string) (file, error)   // to write
+	readFile(path string) ([]byte, error)
+	rename(from, to string) error
+	remove(path string) error
+	readDir(dir string) ([]string, error) // names, sorted
+	// syncDir makes the names in a directory durable.
+	syncDir(dir string) error
+}
+
+type file interface {
+	io.WriterAt
+	io.Closer
+	// sync makes the content durable, and of the metadata what reading it needs.
+	sync() error
+}
+
+type osFS struct{}
+
+type osFile struct{ *os.File }
+
+func (osFS) create(path string) (file, error)     { return openFile(path, os.O_CREATE|os.O_TRUNC) }
+func (osFS) open(path string) (file, error)       { return openFile(path, 0) }
+func (osFS) readFile(path string) ([]byte, error) { return os.ReadFile(path) }
+func (osFS) rename(from, to string) error         { return os.Rename(from, to) }
+func (osFS) remove(path string) error             { return os.Remove(path) }
+
+func openFile(path string, flag int) (file, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|flag, 0o600)
+	return osFile{f}, err
+}
+
+func (osFS) readDir(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	names := make([]string, len(entries))
+	for i, e := range entries {
+		names[i] = e.Name()
+	}
+	return names, err
+}
+
+func (osFS) syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+func (f osFile) sync() error { return syncData(f.File) }

@@ -1,0 +1,1245 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// simFS is a file system in memory that knows what would survive a power loss:
+// of a file, the sectors that were synced; of the directory, what syncDir made
+// durable; of everything else, any part. One goroutine at a time uses it.
+type simFS struct {
+	names   map[string]*simFile
+	durable map[string]*simFile
+	pending []map[string]*simFile // changes of names, each atomic, since syncDir; nil: removed
+
+	calls   []string // all that were made
+	failAt  int      // the call that fails, from 1 on; 0: none
+	fault   simFault
+	crashed bool // every call fails
+}
+
+// simFile is what a process sees of a file, what the disk has, and which
+// sectors the next sync will write.
+type simFile struct {
+	cache, disk []byte
+	dirty       map[int]bool
+}
+
+// simFault is how a call fails.
+type simFault int
+
+const (
+	faultEIO    simFault = iota // does nothing; a sync forgets what it had to write
+	faultENOSPC                 // writes half
+	faultLate                   // does all and says that it failed
+	faultCrash                  // does all, and the process ends
+	numFaults
+)
+
+var errCrashed = errors.New("the process has ended")
+
+func newSimFS() *simFS {
+	return &simFS{names: map[string]*simFile{}, durable: map[string]*simFile{}}
+}
+
+// call counts a call. Do says whether it has an effect.
+func (s *simFS) call(name string) (do bool, err error) {
+	if s.crashed {
+		return false, errCrashed
+	}
+	s.calls = append(s.calls, name)
+	if len(s.calls) != s.failAt {
+		return true, nil
+	}
+	switch s.fault {
+	case faultCrash:
+		s.crashed = true
+		return true, errCrashed
+	case faultLate:
+		return true, syscall.EIO
+	case faultENOSPC:
+		return false, syscall.ENOSPC
+	}
+	return false, syscall.EIO
+}
+
+// change changes names. Nil removes one.
+func (s *simFS) change(names map[string]*simFile) {
+	s.pending = append(s.pending, names)
+	changeNames(s.names, names)
+}
+
+func changeNames(to, names map[string]*simFile) {
+	for name, f := range names {
+		if to[name] = f; f == nil {
+			delete(to, name)
+		}
+	}
+}
+
+func (s *simFS) create(path string) (file, error) {
+	do, err := s.call("create " + path)
+	f := &simFile{dirty: map[int]bool{}} // another file: that truncating is durable only once synced is the harder case
+	if do {
+		s.change(map[string]*simFile{path: f})
+	}
+	return simHandle{s, f}, err
+}
+
+func (s *simFS) open(path string) (file, error) {
+	_, err := s.call("open " + path)
+	if s.names[path] == nil {
+		err = cmp.Or(err, os.ErrNotExist)
+	}
+	return simHandle{s, s.names[path]}, err
+}
+
+func (s *simFS) readFile(path string) ([]byte, error) {
+	_, err := s.call("read " + path)
+	if s.names[path] == nil {
+		return nil, cmp.Or(err, os.ErrNotExist)
+	}
+	return slices.Clone(s.names[path].cache), err
+}
+
+func (s *simFS) rename(from, to string) error {
+	do, err := s.call("rename " + from)
+	if s.names[from] == nil {
+		return cmp.Or(err, os.ErrNotExist)
+	}
+	if do {
+		s.change(map[string]*simFile{to: s.names[from], from: nil})
+	}
+	return err
+}
+
+func (s *simFS) remove(path string) error {
+	do, err := s.call("remove " + path)
+	if s.names[path] == nil {
+		return cmp.Or(err, os.ErrNotExist)
+	}
+	if do {
+		s.change(map[string]*simFile{path: nil})
+	}
+	return err
+}
+
+func (s *simFS) readDir(dir string) (names []string, err error) {
+	_, err = s.call("readDir " + dir)
+	for _, path := range slices.Sorted(maps.Keys(s.names)) {
+		if filepath.Dir(path) == dir {
+			names = append(names, filepath.Base(path))
+		}
+	}
+	return names, err
+}
+
+func (s *simFS) syncDir(dir string) error {
+	do, err := s.call("syncDir " + dir)
+	if do {
+		s.durable, s.pending = maps.Clone(s.names), nil
+	}
+	return err
+}
+
+type simHandle struct {
+	fs *simFS
+	f  *simFile
+}
+
+func (h simHandle) Close() error { return nil }
+
+func (h simHandle) WriteAt(b []byte, offset int64) (int, error) {
+	do, err := h.fs.call(fmt.Sprintf("write %d+%d", offset, len(b)))
+	if !do {
+		if b = b[:len(b)/2]; h.fs.fault != faultENOSPC || errors.Is(err, errCrashed) {
+			return 0, err
+		}
+	}
+	end := int(offset) + len(b)
+	if grow := end - len(h.f.cache); grow > 0 {
+		h.f.cache = append(h.f.cache, make([]byte, grow)...)
+	}
+	copy(h.f.cache[offset:], b)
+	for i := int(offset) / sectorBytes; i*sectorBytes < end; i++ {
+		h.f.dirty[i] = true
+	}
+	return len(b), err
+}
+
+func (h simHandle) sync() error {
+	do, err := h.fs.call("sync")
+	switch {
+	case do:
+		h.f.keep(func(int) bool { return true })
+	case !errors.Is(err, errCrashed):
+		clear(h.f.dirty) // as Linux does
+	}
+	return err
+}
+
+// keep writes some of the dirty sectors to the disk.
+func (f *simFile) keep(which func(sector int) bool) {
+	for _, i := range slices.Sorted(maps.Keys(f.dirty)) {
+		if !which(i) {
+			continue
+		}
+		from, to := i*sectorBytes, min((i+1)*sectorBytes, len(f.cache))
+		if to > len(f.disk) {
+			f.disk = append(f.disk, make([]byte, to-len(f.disk))...)
+		}
+		copy(f.disk[from:to], f.cache[from:to])
+	}
+	clear(f.dirty)
+}
+
+// lose is a power loss. Of what was not synced nothing is left if r is nil,
+// else any part. It ends the process and heals what failed.
+func (s *simFS) lose(r *rand.Rand) *simFS {
+	some := func(int) bool { return r != nil && r.IntN(2) == 0 }
+	for _, names := range s.pending {
+		if some(0) {
+			changeNames(s.durable, names)
+		}
+	}
+	n := newSimFS()
+	n.names, n.durable = s.durable, maps.Clone(s.durable)
+	for _, path := range slices.Sorted(maps.Keys(n.names)) {
+		f := n.names[path]
+		f.keep(some)
+		f.cache = slices.Clone(f.disk)
+	}
+	return n
+}
+
+// restart ends the process alone. With evict, the page cache forgets what it
+// may: clean pages.
+func (s *simFS) restart(evict bool) *simFS {
+	n := newSimFS()
+	n.names, n.durable, n.pending = s.names, s.durable, s.pending
+	for _, f := range n.names {
+		for i := range len(f.disk) / sectorBytes {
+			if evict && !f.dirty[i] {
+				copy(f.cache[i*sectorBytes:(i+1)*sectorBytes], f.disk[i*sectorBytes:])
+			}
+		}
+	}
+	return n
+}
+
+// clone copies what the process sees, as if all of it were durable.
+func (s *simFS) clone() *simFS {
+	n := newSimFS()
+	for path, f := range s.names {
+		n.names[path] = &simFile{slices.Clone(f.cache), slices.Clone(f.cache), map[int]bool{}}
+	}
+	n.durable = maps.Clone(n.names)
+	return n
+}
+
+// mutates reports whether any call changed something.
+func (s *simFS) mutates() bool {
+	return slices.ContainsFunc(s.calls, func(c string) bool {
+		return !strings.HasPrefix(c, "read") && !strings.HasPrefix(c, "open")
+	})
+}
+
+const (
+	simSegment = 4096
+	simDir     = "d"
+)
+
+func simPath(segment int) string { return fmt.Sprintf("d/%016x.wal", segment) }
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func openSim(fs *simFS) (*wal, *kvpb.LogBatch, error) {
+	return openWAL(fs, simDir, walOptions{segmentBytes: simSegment, log: quiet(), background: func(f func()) { f() }})
+}
+
+// walModel is what a log must hold after some batches.
+type walModel struct {
+	hard    *kvpb.HardState
+	mark    *kvpb.SnapshotMark
+	entries map[uint64]*kvpb.Entry
+}
+
+func (m *walModel) then(b *kvpb.LogBatch) *walModel {
+	n := &walModel{cmp.Or(b.HardState, m.hard), cmp.Or(b.Snapshot, m.mark), maps.Clone(m.entries)}
+	if b.Discards || n.entries == nil {
+		n.entries = map[uint64]*kvpb.Entry{}
+	}
+	for _, e := range b.Entries {
+		maps.DeleteFunc(n.entries, func(i uint64, _ *kvpb.Entry) bool { return i >= e.Index })
+		n.entries[e.Index] = e
+	}
+	maps.DeleteFunc(n.entries, func(i uint64, _ *kvpb.Entry) bool { return i <= n.mark.GetIndex() })
+	return n
+}
+
+func (m *walModel) last() uint64 {
+	last := m.mark.GetIndex()
+	for i := range m.entries {
+		last = max(last, i)
+	}
+	return last
+}
+
+// differs says how a log differs from the model.
+func (m *walModel) differs(s *kvpb.LogBatch) string {
+	hard := m.hard
+	if hard != nil && hard.Commit < m.mark.GetIndex() {
+		hard = &kvpb.HardState{Term: hard.Term, Vote: hard.Vote, Commit: m.mark.Index}
+	}
+	if !proto.Equal(s.GetHardState(), hard) && (hard != nil || s.GetHardState() != nil) {
+		return fmt.Sprintf("the hard state is %v, not %v", s.GetHardState(), hard)
+	}
+	if !proto.Equal(s.GetSnapshot(), m.mark) && (m.mark != nil || s.GetSnapshot() != nil) {
+		return fmt.Sprintf("the mark is %v, not %v", s.GetSnapshot(), m.mark)
+	}
+	if len(s.GetEntries()) != len(m.entries) {
+		return fmt.Sprintf("%d entries, not %d", len(s.GetEntries()), len(m.entries))
+	}
+	for i, e := range s.GetEntries() {
+		if want := m.mark.GetIndex() + 1 + uint64(i); e.Index != want || !proto.Equal(e, m.entries[want]) {
+			return fmt.Sprintf("entry %d (index %d) is not entry %d", i, e.Index, want)
+		}
+	}
+	return ""
+}
+
+// walStep is a batch to append, or an index to release up to, or neither:
+// close and open.
+type walStep struct {
+	batch   *kvpb.LogBatch
+	release uint64
+}
+
+// walScript makes steps, and the models after each.
+func walScript(r *rand.Rand, steps int) ([]walStep, []*walModel) {
+	script, models, m := []walStep{}, []*walModel{{}}, &walModel{}
+	term := uint64(1)
+	data := func(n int) []byte {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(r.Uint32())
+		}
+		return b
+	}
+	for len(script) < steps {
+		s, b := walStep{}, &kvpb.LogBatch{}
+		from, last := m.mark.GetIndex()+1, m.last()
+		add := func(first uint64, n, size int) {
+			for i := range n {
+				b.Entries = append(b.Entries, &kvpb.Entry{Index: first + uint64(i), Term: term, Data: data(r.IntN(size))})
+			}
+		}
+		switch k := r.IntN(20); {
+		case k < 8:
+			add(last+1, 1+r.IntN(3), 700)
+		case k < 10: // another leader's
+			term++
+			add(from+r.Uint64N(last+2-from), 1+r.IntN(3), 300)
+		case k < 11: // larger than a segment
+			add(last+1, 1, 6000)
+		case k < 13:
+			term++
+			b.HardState = &kvpb.HardState{Term: term, Vote: r.Uint64N(5), Commit: last}
+		case k < 15 && last >= from: // a snapshot of its own
+			b.Snapshot = &kvpb.SnapshotMark{Index: from + r.Uint64N(last+1-from), Term: term, File: "own"}
+		case k < 16: // a leader's; it may end before this log
+			b.Snapshot = &kvpb.SnapshotMark{Index: from + r.Uint64N(8), Term: term, File: "received"}
+			b.HardState = &kvpb.HardState{Term: term, Commit: b.Snapshot.Index}
+			b.Discards = true
+			add(b.Snapshot.Index+1, r.IntN(2), 50)
+		case k < 19:
+			s.release, b = max(1, from-1-min(from-1, r.Uint64N(3))), nil
+		default:
+			b = nil
+		}
+		if s.batch = b; b != nil {
+			m = m.then(b)
+		}
+		script, models = append(script, s), append(models, m)
+	}
+	return script, models
+}
+
+// walRun runs steps until one fails, and says how many did not. What a reopened
+// log holds is checked.
+func walRun(fs *simFS, script []walStep, models []*walModel) (done int, err error) {
+	w, s, err := openSim(fs)
+	if err != nil {
+		return 0, err
+	}
+	if s != nil {
+		return 0, errors.New("a new log holds something")
+	}
+	defer func() { w.close() }()
+	for i, step := range script {
+		switch {
+		case step.batch != nil:
+			err = w.append(step.batch)
+		case step.release > 0:
+			err = w.release(step.release)
+		default:
+			w.close()
+			n, s, openErr := openSim(fs)
+			if err = openErr; err != nil {
+				return i, err
+			}
+			w = n
+			if d := models[i].differs(s); d != "" {
+				return i, fmt.Errorf("%w: step %d: %s", errModel, i, d)
+			}
+		}
+		if err != nil {
+			calls := len(fs.calls)
+			if again := w.append(&kvpb.LogBatch{}); again != err || w.release(1<<60) != err || len(fs.calls) != calls {
+				return i, fmt.Errorf("%w: after %v the log goes on with %v: %q", errModel, err, again, fs.calls[calls:])
+			}
+			return i, err
+		}
+	}
+	return len(script), nil
+}
+
+var errModel = errors.New("not as the model says")
+
+// walVerify opens what a crash has left, after done steps. The step after them
+// counts whole or not at all. What the log then shows must not go any more.
+func walVerify(fs *simFS, script []walStep, models []*walModel, done int) error {
+	w, s, err := openSim(fs)
+	if err != nil {
+		return err
+	}
+	m := models[done]
+	if d := m.differs(s); d != "" {
+		if done == len(script) || script[done].batch == nil {
+			return errors.New(d)
+		}
+		if m = models[done+1]; m.differs(s) != "" {
+			return fmt.Errorf("neither the old nor the new state: %s; %s", d, m.differs(s))
+		}
+	}
+	b := &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: m.last() + 1, Term: 99, Data: []byte("more")}}}
+	w.close()
+	fs = fs.lose(nil)
+	if w, s, err = openSim(fs); err != nil {
+		return fmt.Errorf("a second time: %w", err)
+	}
+	if d := m.differs(s); d != "" {
+		return fmt.Errorf("shown and lost: %s", d)
+	}
+	if err := w.append(b); err != nil {
+		return err
+	}
+	w.close()
+	if w, s, err = openSim(fs.lose(nil)); err != nil {
+		return fmt.Errorf("a third time: %w", err)
+	}
+	defer w.close()
+	if d := m.then(b).differs(s); d != "" {
+		return fmt.Errorf("acknowledged after the crash and lost: %s", d)
+	}
+	return nil
+}
+
+// TestWALModel: without faults, a log holds what was appended.
+func TestWALModel(t *testing.T) {
+	rolled, released := 0, 0
+	for seed := range uint64(10) {
+		script, models := walScript(seededRand(seed), 80)
+		fs := newSimFS()
+		if done, err := walRun(fs, script, models); err != nil {
+			t.Fatalf("seed %d, step %d: %v", seed, done, err)
+		}
+		for _, c := range fs.calls {
+			if strings.HasPrefix(c, "rename") {
+				rolled++
+			}
+			if strings.HasPrefix(c, "remove") {
+				released++
+			}
+		}
+		if err := walVerify(fs.lose(nil), script, models, len(script)); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+	if rolled < 100 || released < 60 {
+		t.Fatalf("%d segments were begun, %d removed: too few to mean much", rolled, released)
+	}
+}
+
+// TestWALFaults: each call fails in each way, and the process, then the
+// machine, come back in each way.
+func TestWALFaults(t *testing.T) {
+	const seed, steps = 4, 40
+	script, models := walScript(seededRand(seed), steps)
+	fs := newSimFS()
+	if _, err := walRun(fs, script, models); err != nil {
+		t.Fatal(err)
+	}
+	calls := fs.calls
+	failed, survived := 0, 0
+	for at := 1; at <= len(calls); at += raceStep(7) {
+		for fault := range numFaults {
+			if fault == faultENOSPC && !strings.HasPrefix(calls[at-1], "write") {
+				continue
+			}
+			for _, back := range []string{[]string{"restart", "evict"}[(at+int(fault))%2], "lose", "some"} {
+				fs := newSimFS()
+				fs.failAt, fs.fault = at, fault
+				done, err := walRun(fs, script, models)
+				if errors.Is(err, errModel) {
+					t.Fatal(err)
+				}
+				if len(fs.calls) < at {
+					t.Fatalf("call %d was not made", at)
+				}
+				if failed++; err == nil {
+					survived++ // the next segment was made in a second attempt
+				}
+				r := seededRand(uint64(at) + uint64(fault)<<32)
+				switch back {
+				case "restart", "evict":
+					fs = fs.restart(back == "evict")
+				case "lose":
+					fs = fs.lose(nil)
+				case "some":
+					fs = fs.lose(r)
+				}
+				if err := walVerify(fs, script, models, done); err != nil {
+					t.Fatalf("call %d of %d (%s), fault %d, %s, after %d steps (%v): %v", at, len(calls), calls[at-1], fault, back, done, script[done:min(done+1, steps)], err)
+				}
+			}
+		}
+	}
+	kinds := map[string]int{}
+	for _, c := range calls {
+		kinds[strings.Fields(c)[0]]++
+	}
+	t.Logf("%d runs, %d went on; calls: %v", failed, survived, kinds)
+	for _, kind := range []string{"create", "open", "read", "readDir", "write", "sync", "rename", "remove", "syncDir"} {
+		if kinds[kind] < 2 {
+			t.Fatalf("hardly a call of %s", kind)
+		}
+	}
+}
+
+// recordedLog is a log of several segments, the model after each batch, and
+// where each batch is.
+type recordedLog struct {
+	fs      *simFS
+	models  []*walModel // models[i]: after i batches
+	places  []recordedBatch
+	newest  int
+	content []byte // of the newest segment
+}
+
+type recordedBatch struct{ segment, from, to int }
+
+// recordLog appends entries of some 300 to 800 bytes until a segment's worth is
+// in the last of the segments.
+func recordLog(t testing.TB, segments int) *recordedLog {
+	t.Helper()
+	l := &recordedLog{fs: newSimFS()}
+	w, _, err := openSim(l.fs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &walModel{}
+	l.models, l.places = append(l.models, m), []recordedBatch{{1, 0, w.offset}}
+	l.models = append(l.models, m)
+	r := seededRand(8)
+	for i := uint64(1); ; i++ {
+		data := make([]byte, 300+r.IntN(500))
+		for i := range data {
+			data[i] = byte(r.Uint32())
+		}
+		b := &kvpb.LogBatch{HardState: &kvpb.HardState{Term: 1, Commit: i}, Entries: []*kvpb.Entry{{Index: i, Term: 1, Data: data}}}
+		if l.newest == segments && w.offset+900 > simSegment {
+			break
+		}
+		if err := w.append(b); err != nil {
+			t.Fatal(err)
+		}
+		m = m.then(b)
+		place := recordedBatch{int(w.at.segment), 0, w.offset}
+		if last := l.places[len(l.places)-1]; last.segment == place.segment {
+			place.from = last.to
+		}
+		l.models, l.places, l.newest = append(l.models, m), append(l.places, place), place.segment
+	}
+	w.close()
+	l.content = l.fs.names[simPath(l.newest)].cache
+	return l
+}
+
+// refuses checks that a log is refused, with a file and an offset and an advice,
+// and that nothing was changed.
+func refuses(t *testing.T, fs *simFS, file string, offset int, why string) {
+	t.Helper()
+	fs.calls = nil
+	w, _, err := openSim(fs)
+	if err == nil {
+		w.close()
+		t.Fatalf("opened, despite damage in %s at %d", file, offset)
+	}
+	for _, part := range []string{fmt.Sprintf("%s, offset %d: ", file, offset), why, "delete its data directory", "restore a backup"} {
+		if !strings.Contains(err.Error(), part) {
+			t.Fatalf("%v\ndoes not say %q", err, part)
+		}
+	}
+	if fs.mutates() {
+		t.Fatalf("something was changed: %q", fs.calls)
+	}
+}
+
+// TestWALCut: a log cut at any byte, or zeros, or anything else from there on,
+// holds the batches before. Only a segment's first batch is never torn.
+func TestWALCut(t *testing.T) {
+	l := recordLog(t, 2)
+	r := seededRand(1)
+	whole := 0 // batches in the segments before
+	for l.places[whole].segment < l.newest {
+		whole++
+	}
+	end := l.places[len(l.places)-1].to
+	for at := 0; at <= end; at += raceStep(7) {
+		n, start := whole, 0
+		for ; n < len(l.places) && l.places[n].to <= at; n++ {
+			start = l.places[n].to
+		}
+		for how, cut := range [][]byte{l.content[:at], append(slices.Clone(l.content[:at]), make([]byte, simSegment-at)...), slices.Clone(l.content)} {
+			if how == 2 { // of the sectors of the torn batch any part, and rubbish
+				if start == end {
+					continue
+				}
+				to := l.places[n].to
+				clear(cut[to:])
+				for i := at; i < to; i++ {
+					cut[i] ^= byte(r.Uint32())
+				}
+				cut[at] ^= 1
+			}
+			// What was zero before it was cut away is whole without it.
+			m, full := n, make([]byte, simSegment)
+			copy(full, cut)
+			for m < len(l.places) && bytes.Equal(full[l.places[m].from:l.places[m].to], l.content[l.places[m].from:l.places[m].to]) {
+				m++
+			}
+			fs := l.fs.clone()
+			f := fs.names[simPath(l.newest)]
+			f.cache, f.disk = slices.Clone(cut), slices.Clone(cut)
+			if m == whole {
+				refuses(t, fs, simPath(l.newest), 0, "first batch")
+				continue
+			}
+			w, s, err := openSim(fs)
+			if err != nil {
+				t.Fatalf("cut at %d (%d): %v", at, how, err)
+			}
+			w.close()
+			if d := l.models[m].differs(s); d != "" {
+				t.Fatalf("cut at %d (%d): %s", at, how, d)
+			}
+			if !allZero(f.disk[min(len(f.disk), l.places[m-1].to):]) {
+				t.Fatalf("cut at %d (%d): the rest is not zeroed on the disk", at, how)
+			}
+		}
+	}
+}
+
+// raceStep is every how manieth case is tried: the race detector makes the
+// tests slow, and has nothing to find in those that run in one goroutine.
+func raceStep(step int) int {
+	info, _ := debug.ReadBuildInfo()
+	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		return step
+	}
+	return 1
+}
+
+// TestWALBitFlip: any bit of a sealed segment, zeros included, and any bit in
+// the newest one before the last batch.
+func TestWALBitFlip(t *testing.T) {
+	l := recordLog(t, 2)
+	flips := 0
+	for segment, step := range map[int]int{1: raceStep(11), 2: raceStep(11) * 7} { // prime to 8
+		to := simSegment
+		if segment == l.newest {
+			to = l.places[len(l.places)-1].from
+		}
+		b := l.fs.names[simPath(segment)].cache
+		for bit := segment % step; bit < 8*to; bit += step {
+			offset := 0
+			for _, p := range l.places {
+				if p.segment == segment && p.from <= bit/8 {
+					offset = p.from
+					if p.to <= bit/8 {
+						offset = p.to
+					}
+				}
+			}
+			b[bit/8] ^= 1 << (bit % 8)
+			refuses(t, l.fs, simPath(segment), offset, "damaged")
+			b[bit/8] ^= 1 << (bit % 8)
+			flips++
+		}
+	}
+	if w, _, err := openSim(l.fs); err != nil {
+		t.Fatal(err)
+	} else {
+		w.close()
+	}
+	t.Logf("%d flips", flips)
+}
+
+// TestWALMisplaced: what is missing or in the wrong place.
+func TestWALMisplaced(t *testing.T) {
+	l, other := recordLog(t, 4), recordLog(t, 4)
+	move := func(fs *simFS, from, to int) { fs.names[simPath(to)] = fs.names[simPath(from)] }
+	var inTwo []recordedBatch
+	for _, p := range l.places {
+		if p.segment == 2 {
+			inTwo = append(inTwo, p)
+		}
+	}
+	last := l.places[len(l.places)-1]
+	size := func(p recordedBatch) int { return p.to - p.from }
+	for name, c := range map[string]struct {
+		damage  func(fs *simFS)
+		segment int
+		offset  int
+		why     string
+	}{
+		"first missing":  {func(fs *simFS) { delete(fs.names, simPath(1)) }, 1, 0, "missing"},
+		"second missing": {func(fs *simFS) { delete(fs.names, simPath(2)) }, 2, 0, "missing"},
+		"newest missing": {func(fs *simFS) { delete(fs.names, simPath(4)) }, 4, 0, "missing"},
+		"all missing": {func(fs *simFS) {
+			for i := range 4 {
+				delete(fs.names, simPath(i+1))
+			}
+		}, 4, 0, "missing"},
+		"another log's":       {func(fs *simFS) { fs.names[simPath(2)] = other.fs.clone().names[simPath(2)] }, 2, 0, "of log"},
+		"another log's first": {func(fs *simFS) { fs.names[simPath(1)] = other.fs.clone().names[simPath(1)] }, 2, 0, "of log"},
+		"another log's last":  {func(fs *simFS) { fs.names[simPath(4)] = other.fs.clone().names[simPath(4)] }, 4, 0, "of log"},
+		"another segment":     {func(fs *simFS) { move(fs, 1, 2) }, 2, 0, "in the place of"},
+		"another first":       {func(fs *simFS) { move(fs, 2, 1) }, 1, 0, "in the place of"},
+		"another newest":      {func(fs *simFS) { move(fs, 1, 4) }, 4, 0, "in the place of"},
+		"one too many":        {func(fs *simFS) { move(fs, 4, 5) }, 5, 0, "in the place of"},
+		"empty":               {func(fs *simFS) { fs.names[simPath(3)].cache = nil }, 3, 0, "first batch"},
+		"another batch": {func(fs *simFS) {
+			b := fs.names[simPath(2)].cache
+			copy(b[inTwo[2].from:], b[inTwo[1].from:inTwo[1].to])
+		}, 2, inTwo[2].from, "in the place of"},
+		"not a LogBatch": {func(fs *simFS) {
+			b := fs.names[simPath(4)].cache[last.from:last.to]
+			b[headerBytes] = 0xff
+			binary.LittleEndian.PutUint32(b[36:], checksum(b))
+		}, 4, last.from, "cannot parse"},
+		"another last batch": {func(fs *simFS) {
+			b := fs.names[simPath(4)].cache
+			clear(b[last.from:])
+			copy(b[last.from:last.to], b[:min(size(last), l.places[len(l.places)-2].to)])
+			copy(b[last.from:], fs.names[simPath(1)].cache[:512])
+		}, 4, last.from, "in the place of"},
+		"the last sealed batch gone": {func(fs *simFS) { clear(fs.names[simPath(2)].cache[inTwo[len(inTwo)-1].from:]) }, 3, 0, "batches before it are missing"},
+		"a segment cut":              {func(fs *simFS) { f := fs.names[simPath(2)]; f.cache = f.cache[:inTwo[1].to] }, 3, 0, "batches before it are missing"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fs := l.fs.clone()
+			c.damage(fs)
+			refuses(t, fs, simPath(c.segment), c.offset, c.why)
+		})
+	}
+}
+
+// TestWALChain: a batch that was not written after the one before it does not
+// pass, although its numbers are right.
+func TestWALChain(t *testing.T) {
+	l := recordLog(t, 2)
+	p := l.places[1]
+	b := l.fs.names[simPath(1)].cache[p.from:p.to]
+	b[headerBytes+20] ^= 1
+	binary.LittleEndian.PutUint32(b[36:], checksum(b))
+	refuses(t, l.fs, simPath(1), p.to, "in the place of")
+}
+
+// TestWALNewerFormat: a log of a newer program is told from a damaged one.
+func TestWALNewerFormat(t *testing.T) {
+	l := recordLog(t, 2)
+	for _, p := range []recordedBatch{l.places[0], l.places[len(l.places)-1]} {
+		fs := l.fs.clone()
+		b := fs.names[simPath(p.segment)].cache[p.from:p.to]
+		b[7]++
+		binary.LittleEndian.PutUint32(b[36:], checksum(b))
+		fs.calls = nil
+		if _, _, err := openSim(fs); !errors.Is(err, errWALFormat) || !strings.Contains(err.Error(), simPath(p.segment)) || fs.mutates() {
+			t.Fatalf("%v, %q", err, fs.calls)
+		}
+	}
+}
+
+// TestWALStoredLog: a stored value that looks like batches, of this very log
+// even, does not make a torn batch look like corruption.
+func TestWALStoredLog(t *testing.T) {
+	fs := newSimFS()
+	w, _, err := openSim(fs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	forged, real := w.at, w.at
+	forged.id, forged.batch, real.batch = 1, 99, 99
+	for _, c := range []struct {
+		name   string
+		stored []byte
+		found  bool
+	}{
+		{"written before", fs.names[simPath(1)].cache[:sectorBytes], false},
+		{"forged", encodeAt(t, forged, &kvpb.LogBatch{}), false},
+		{"as nobody can", encodeAt(t, real, &kvpb.LogBatch{}), true}, // or else this test proves nothing
+	} {
+		found := false
+		for shift := range sectorBytes { // one of them makes it start a sector
+			value := append(make([]byte, shift), c.stored...)
+			torn := encodeAt(t, w.at, &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: 1, Term: 1, Data: value}}})
+			found = found || w.at.laterBatch(torn)
+		}
+		if found != c.found {
+			t.Errorf("a batch %s: found %v", c.name, found)
+		}
+	}
+}
+
+func encodeAt(t *testing.T, p walPlace, b *kvpb.LogBatch) []byte {
+	t.Helper()
+	raw, err := p.encode(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// TestWALCalls: an append is one write and one sync; a roll syncs the directory
+// once more; an error is for good.
+func TestWALCalls(t *testing.T) {
+	fs := newSimFS()
+	w, _, err := openSim(fs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs.calls = nil
+	b := &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: 1, Term: 1, Data: make([]byte, 600)}}}
+	if err := w.append(b); err != nil || !slices.Equal(fs.calls, []string{"write 512+1024", "sync"}) {
+		t.Fatalf("%v, %q", err, fs.calls)
+	}
+	fs.calls = nil
+	b.Entries[0].Index, b.Entries[0].Data = 2, make([]byte, 5000)
+	if err := w.append(b); err != nil {
+		t.Fatal(err)
+	}
+	second := simPath(2)
+	want := []string{"open " + second + ".tmp", "write 0+5120", "sync", "rename " + second + ".tmp", "syncDir d", "create " + simPath(3) + ".tmp", "write 0+4096", "sync"}
+	if !slices.Equal(fs.calls, want) {
+		t.Fatalf("%q\nnot\n%q", fs.calls, want)
+	}
+	w.close()
+	if err := w.append(b); err != errWALClosed {
+		t.Fatal(err)
+	}
+}
+
+// TestWALSecondAttempt: a segment that could not be filled is made anew once it
+// is needed. That failing too ends the log.
+func TestWALSecondAttempt(t *testing.T) {
+	large := &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: 1, Term: 1, Data: make([]byte, 5000)}}}
+	for call := range 3 { // create, write, sync; the roll itself makes five calls before
+		for _, twice := range []bool{false, true} {
+			fs := newSimFS()
+			w, _, err := openSim(fs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fs.calls, fs.failAt, fs.fault = nil, 6+call, faultENOSPC
+			if err := w.append(large); err != nil || len(fs.calls) != fs.failAt {
+				t.Fatalf("%v, %q", err, fs.calls)
+			}
+			fs.calls, fs.failAt = nil, 0
+			if twice {
+				fs.failAt = 1
+			}
+			large.Entries[0].Index++
+			if err := w.append(large); twice != errors.Is(err, syscall.ENOSPC) || !strings.HasPrefix(fs.calls[0], "create") {
+				t.Fatalf("%v, %q", err, fs.calls)
+			}
+			w.close()
+		}
+	}
+}
+
+// TestWALGap: intact batches that leave entries out are refused.
+func TestWALGap(t *testing.T) {
+	entry := func(i uint64) []*kvpb.Entry { return []*kvpb.Entry{{Index: i, Term: 1}} }
+	for _, c := range []struct {
+		batch  *kvpb.LogBatch
+		offset int
+		why    string
+	}{
+		{&kvpb.LogBatch{Entries: entry(7)}, 2 * sectorBytes, "entry 7 follows entry 5"},
+		{&kvpb.LogBatch{Snapshot: &kvpb.SnapshotMark{Index: 3}, Entries: entry(4), Discards: true}, -1, ""},
+		{&kvpb.LogBatch{Snapshot: &kvpb.SnapshotMark{Index: 6}, Entries: entry(8), Discards: true}, 0, "between the snapshot of entry 6 and entry 8"},
+	} {
+		fs := newSimFS()
+		w, _, err := openSim(fs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range []*kvpb.LogBatch{{Entries: entry(5), Snapshot: &kvpb.SnapshotMark{Index: 4}}, c.batch} {
+			if err := w.append(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.close()
+		if c.offset >= 0 {
+			refuses(t, fs, simPath(1), c.offset, c.why)
+		} else if _, _, err := openSim(fs); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestWALRelease: segments go once a snapshot covers them, and disk in use is
+// bounded by what is not covered, and four segments.
+func TestWALRelease(t *testing.T) {
+	fs := newSimFS()
+	w, _, err := openSim(fs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hard := &kvpb.HardState{Term: 7, Vote: 3}
+	if err := w.append(&kvpb.LogBatch{HardState: hard}); err != nil {
+		t.Fatal(err)
+	}
+	most := 0
+	for i := uint64(1); i <= 1000; i++ {
+		if err := w.append(&kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: i, Term: 1, Data: make([]byte, 300)}}}); err != nil {
+			t.Fatal(err)
+		}
+		most = max(most, len(fs.names))
+		if i%24 != 0 {
+			continue
+		}
+		if g := w.segments[0]; w.release(g.last-1) != nil || w.segments[0] != g {
+			t.Fatalf("entry %d: the segment of an entry that is needed is gone", i)
+		}
+		if err := w.release(i); err != nil { // the last snapshot bounds it
+			t.Fatal(err)
+		}
+		again, s, err := openSim(fs.clone())
+		if err != nil || len(s.Entries) != 24 {
+			t.Fatalf("entry %d: %v", i, err)
+		}
+		again.close()
+		if i > 24 && w.segments[0].last <= i-24 {
+			t.Fatalf("entry %d: the oldest segment ends at entry %d", i, w.segments[0].last)
+		}
+		if err := w.append(&kvpb.LogBatch{Snapshot: &kvpb.SnapshotMark{Index: i, Term: 1}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if most > 2*24/8+4 {
+		t.Fatalf("%d files", most)
+	}
+	w.close()
+	w, s, err := openSim(fs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	hard.Commit = 984
+	if !proto.Equal(s.HardState, hard) || s.Snapshot.Index != 984 || len(s.Entries) != 16 {
+		t.Fatalf("%v, %v, %d entries", s.HardState, s.Snapshot, len(s.Entries))
+	}
+}
+
+// TestMergeBatch: batches that queued behind the disk say together what they
+// say one by one.
+func TestMergeBatch(t *testing.T) {
+	for seed := range uint64(50) {
+		r := seededRand(seed)
+		script, models := walScript(r, 30)
+		script = slices.DeleteFunc(script, func(s walStep) bool { return s.batch == nil })
+		state, queued := &walModel{}, &kvpb.LogBatch{}
+		covered := uint64(0) // the last entry that is durable, so can be in a snapshot
+		for _, s := range script {
+			if m := s.batch.Snapshot; r.IntN(3) == 0 || m != nil && !s.batch.Discards && m.Index > covered {
+				state, queued = state.then(queued), &kvpb.LogBatch{}
+				covered = state.last()
+			}
+			if err := mergeBatch(queued, proto.Clone(s.batch).(*kvpb.LogBatch)); err != nil {
+				t.Fatal(err)
+			}
+			if len(queued.Entries) > 0 {
+				covered = min(covered, queued.Entries[0].Index-1)
+			}
+		}
+		got, want := state.then(queued), models[len(models)-1]
+		s := &kvpb.LogBatch{HardState: got.hard, Snapshot: got.mark}
+		for _, i := range slices.Sorted(maps.Keys(got.entries)) {
+			s.Entries = append(s.Entries, got.entries[i])
+		}
+		want = &walModel{want.hard, want.mark, want.entries}
+		if want.hard != nil {
+			want.hard = &kvpb.HardState{Term: want.hard.Term, Vote: want.hard.Vote, Commit: max(want.hard.Commit, want.mark.GetIndex())}
+			s.HardState = want.hard
+		}
+		if d := want.differs(s); d != "" {
+			t.Fatalf("seed %d: %s", seed, d)
+		}
+	}
+	b := &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: 1}}}
+	if err := mergeBatch(b, &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: 3}}}); err == nil {
+		t.Fatal("a gap")
+	}
+}
+
+// TestWALFiles: on files, with the goroutine.
+func TestWALFiles(t *testing.T) {
+	dir := t.TempDir()
+	script, models := walScript(seededRand(5), 60)
+	var w *wal
+	for i, step := range slices.Concat(script, []walStep{{}}) {
+		if step.batch == nil && step.release == 0 || w == nil {
+			if w != nil {
+				w.close()
+			}
+			var s *kvpb.LogBatch
+			var err error
+			replayed := 0
+			w, s, err = openWAL(osFS{}, dir, walOptions{segmentBytes: simSegment, log: quiet(), progress: func(done, total int) { replayed = total - done + 1 }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d := models[i].differs(s); d != "" {
+				t.Fatal(d)
+			}
+			if (replayed == 1) != (s != nil) {
+				t.Fatalf("progress: %d", replayed)
+			}
+		}
+		if step.batch != nil {
+			if err := w.append(step.batch); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := w.release(step.release); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.close()
+	if _, _, err := openWAL(osFS{}, filepath.Join(dir, "none"), walOptions{log: quiet()}); !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	w, _, err := openWAL(osFS{}, t.TempDir(), walOptions{segmentBytes: 3 * zeroBytes / 2, log: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.close()
+	for _, path := range []string{w.path(1), w.path(2) + ".tmp"} {
+		if info, err := os.Stat(path); err != nil || info.Size() != 3*zeroBytes/2 {
+			t.Fatalf("%s: %v, %v", path, info.Size(), err)
+		}
+	}
+}
+
+// heapEver is the heap ever allocated, but for what small objects are still to
+// fill.
+func heapEver() uint64 {
+	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
+}
+
+// frame makes a payload a batch.
+func frame(payload []byte) []byte {
+	b, _ := walPlace{1, 2, 3, 4}.encode(&kvpb.LogBatch{})
+	b = append(b[:headerBytes], payload...)
+	binary.LittleEndian.PutUint32(b[40:], uint32(len(payload)))
+	b = append(b, make([]byte, -len(b)&(sectorBytes-1))...)
+	binary.LittleEndian.PutUint32(b[36:], checksum(b))
+	return b
+}
+
+// FuzzDecodeBatch: no input panics or allocates more than 100 times its size;
+// what is decoded can be encoded.
+func FuzzDecodeBatch(f *testing.F) {
+	l := recordLog(f, 1)
+	for _, p := range l.places {
+		f.Add(l.content[p.from:p.to])
+		f.Add(l.content[p.from+headerBytes : p.to])
+	}
+	script, _ := walScript(seededRand(1), 40)
+	for _, s := range script {
+		if s.batch != nil {
+			b, _ := walPlace{}.encode(s.batch)
+			f.Add(b)
+			f.Add(b[headerBytes:][:binary.LittleEndian.Uint32(b[40:])])
+		}
+	}
+	f.Add(bytes.Repeat([]byte{0x22, 0}, 3000)) // entries without anything
+	f.Add([]byte{})
+	huge := make([]byte, sectorBytes)
+	binary.LittleEndian.PutUint32(huge[40:], 1<<32-1)
+	f.Add(huge)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		for _, b := range [][]byte{data, frame(data)} {
+			before := heapEver()
+			raw, batch, err := decodeBatch(b)
+			n, most := heapEver()-before, uint64(100*len(b)+1<<16)
+			if n > most { // or others' allocations were added up only now: exactly, but slowly
+				var from, to runtime.MemStats
+				runtime.ReadMemStats(&from)
+				_, _, _ = decodeBatch(b)
+				runtime.ReadMemStats(&to)
+				n = to.TotalAlloc - from.TotalAlloc
+			}
+			if n > most {
+				t.Fatalf("%d bytes allocated for %d", n, len(b))
+			}
+			if err != nil {
+				continue
+			}
+			again, err := placeOf(raw).encode(batch)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, second, err := decodeBatch(again); err != nil || !proto.Equal(batch, second) {
+				t.Fatalf("%v: %v is not %v", err, second, batch)
+			}
+		}
+	})
+}
+
+// BenchmarkWALAppend: batches of 4 KiB, in turn with the same written and synced
+// bare. "of-raw" is the share of the raw rate that is left.
+func BenchmarkWALAppend(b *testing.B) {
+	dir := b.TempDir()
+	w, _, err := openWAL(osFS{}, dir, walOptions{log: quiet()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer w.close()
+	path := filepath.Join(dir, "raw")
+	if err := w.fill(path); err != nil {
+		b.Fatal(err)
+	}
+	raw, err := osFS{}.open(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer raw.Close()
+	batch := &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: 1, Term: 1, Data: make([]byte, 4096-headerBytes-16)}}}
+	block := bytes.Repeat([]byte{1}, 4096)
+	var ours, bare []time.Duration
+	for b.Loop() {
+		start := time.Now()
+		if err := w.append(batch); err != nil {
+			b.Fatal(err)
+		}
+		middle := time.Now()
+		if err := writeSync(raw, block, len(bare)*4096%segmentBytes); err != nil {
+			b.Fatal(err)
+		}
+		ours, bare = append(ours, middle.Sub(start)), append(bare, time.Since(middle))
+		batch.Entries[0].Index++
+	}
+	sum := func(d []time.Duration) (s time.Duration) {
+		for _, d := range d {
+			s += d
+		}
+		return s
+	}
+	slices.Sort(ours)
+	slices.Sort(bare)
+	b.ReportMetric(float64(len(ours))/sum(ours).Seconds(), "appends/s")
+	b.ReportMetric(float64(len(bare))/sum(bare).Seconds(), "raw/s")
+	b.ReportMetric(float64(sum(bare))/float64(sum(ours)), "of-raw")
+	b.ReportMetric(float64(ours[len(ours)*99/100].Microseconds()), "p99-µs")
+	b.ReportMetric(float64(bare[len(bare)*99/100].Microseconds()), "raw-p99-µs")
+	b.ReportMetric(float64(ours[len(ours)-1].Microseconds()), "max-µs")
+}
+
+// noSync makes a log fast to build.
+type noSync struct{ osFS }
+
+type noSyncFile struct{ file }
+
+func (f noSyncFile) sync() error { return nil }
+
+func (n noSync) open(path string) (file, error) {
+	f, err := n.osFS.open(path)
+	return noSyncFile{f}, err
+}
+
+func (n noSync) create(path string) (file, error) {
+	f, err := n.osFS.create(path)
+	return noSyncFile{f}, err
+}
+
+// BenchmarkWALReplay: 10⁶ keys of 16 + 128 bytes, 100 in a batch.
+func BenchmarkWALReplay(b *testing.B) {
+	const keys, perBatch = 1_000_000, 100
+	dir := b.TempDir()
+	w, _, err := openWAL(noSync{}, dir, walOptions{log: quiet()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for i := uint64(1); i <= keys/perBatch; i++ {
+		writes := &kvpb.Batch{Proposer: 1, Sequence: i}
+		for k := range perBatch {
+			set := &kvpb.SetRequest{Key: fmt.Sprintf("%016d", int(i)*perBatch+k), Value: make([]byte, 128)}
+			writes.Writes = append(writes.Writes, &kvpb.Write{Operation: &kvpb.Write_Set{Set: set}})
+		}
+		data, err := proto.Marshal(writes)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := w.append(&kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: i, Term: 1, Data: data}}}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	w.close()
+	for b.Loop() {
+		w, s, err := openWAL(osFS{}, dir, walOptions{log: quiet(), background: func(f func()) { f() }, progress: nil})
+		if err != nil || len(s.Entries) != keys/perBatch {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		w.close()
+		b.StartTimer()
+	}
+	b.ReportMetric(keys*float64(b.N)/b.Elapsed().Seconds(), "keys/s")
+}
