@@ -117,6 +117,9 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 	if err := s.checkInit(req.Members); err != nil {
 		return nil, err
 	}
+	for i, m := range req.Members {
+		req.Members[i] = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
+	}
 	if s.n.pub.Load().clusterID != 0 {
 		return nil, errInCluster
 	}
@@ -195,6 +198,7 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 	if err := validateNode("node", req.Node); err != nil {
 		return nil, err
 	}
+	req = &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: req.Node.Id, Address: req.Node.Address}}
 	return &kvpb.AddLearnerResponse{}, s.onLeader(ctx,
 		func(ctx context.Context) error { return s.addLearner(ctx, req.Node) },
 		func(ctx context.Context, c kvpb.ClusterServiceClient) error {

@@ -41,8 +41,9 @@ import (
 
 //go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate
 
-// stopTimeout bounds a graceful stop.
-const stopTimeout = 9 * time.Second
+// stopTimeout bounds the wait for calls to end, flushTimeout for their answers
+// to be written.
+const stopTimeout, flushTimeout = 8 * time.Second, time.Second
 
 // options are a node's settings.
 type options struct {
@@ -163,6 +164,9 @@ func (o *options) check() error {
 	if ip := net.ParseIP(host); o.advertise == "" && (host == "" || ip != nil && ip.IsUnspecified()) {
 		return fmt.Errorf("--addr %s listens everywhere: --advertise has to say where the others find this node", o.addr)
 	}
+	if host, port, _ := net.SplitHostPort(o.advertise); o.advertise != "" && (host == "" || port == "0" || net.ParseIP(host).IsUnspecified()) {
+		return fmt.Errorf("--advertise %q is not host:port at which a node can be reached", o.advertise)
+	}
 	for _, a := range []string{o.addr, o.advertise} {
 		if host, port, err := net.SplitHostPort(a); a != "" && (err != nil || port == "") {
 			return fmt.Errorf("%q is not host:port", a)
@@ -221,6 +225,12 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	endLoop()
 	err = errors.Join(err, <-loopErr)
 	nw.close()
+	written := make(chan struct{}) // the answers to the last calls
+	go func() { s.grpc.GracefulStop(); close(written) }()
+	select {
+	case <-written:
+	case <-time.After(flushTimeout):
+	}
 	s.grpc.Stop()
 	<-serveErr
 	log.Info("stopped")

@@ -44,6 +44,8 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 10.0.0.1:1", want: "--insecure"},
 		{args: "--id 1 --addr 127.0.0.1:1 --advertise example.com:1", want: "--insecure"},
 		{args: "--id 1 --addr 127.0.0.1:1 --advertise nonsense", want: "host:port"},
+		{args: "--id 1 --addr 127.0.0.1:1 --insecure --advertise 0.0.0.0:1", want: "reached"},
+		{args: "--id 1 --addr 127.0.0.1:1 --insecure --advertise 127.0.0.1:0", want: "reached"},
 		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 1ms", want: "--heartbeat"},
 		{args: "--id 1 --addr 127.0.0.1:1 --election-timeout 200ms", want: "--election-timeout"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 5", want: "--log-bytes"},
@@ -106,6 +108,22 @@ func TestSignals(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	if code := p.cmd.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("SIGTERM: status %d", code)
+	}
+}
+
+// TestAcceptNeedsToKnowWhoItIs: a hello that does not say who calls is refused.
+func TestAcceptNeedsToKnowWhoItIs(t *testing.T) {
+	n := turnNode()
+	p := n.pub.Load()
+	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{RaftId: 5, Life: 5, Node: &kvpb.Node{Id: 2, Address: "127.0.0.1:2"}}, To: &kvpb.Peer{Node: n.self, RaftId: p.raftID}}
+	if w := n.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
+		t.Fatal(w)
+	}
+	for _, from := range []*kvpb.Peer{nil, {}, {RaftId: 5, Life: 5}, {RaftId: 5, Life: 5, Node: &kvpb.Node{Id: 2}}, {RaftId: 5, Life: 5, Node: &kvpb.Node{Address: "127.0.0.1:2"}}} {
+		h.From = from
+		if w := n.accept(h); w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED {
+			t.Errorf("%v is accepted", from)
+		}
 	}
 }
 

@@ -449,7 +449,7 @@ func (nw *network) openInbound(h *kvpb.Hello, cancel context.CancelCauseFunc) (d
 	defer nw.mu.Unlock()
 	id := h.From.RaftId
 	if nw.peers[id] == nil {
-		if len(nw.peers) > len(nw.members)+maxStrangers {
+		if len(nw.peers) >= maxMembers+maxStrangers {
 			return nil, status.Error(codes.ResourceExhausted, "too many peers that no configuration names")
 		}
 		nw.addPeer(id, h.From.GetNode())
@@ -562,7 +562,7 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 		if err != nil {
 			return err
 		}
-		if w := nw.r.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetLife() != w.Peer.Life {
+		if w := nw.r.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetRaftId() == 0 || h.GetTo().GetLife() != w.Peer.Life {
 			return status.Error(codes.FailedPrecondition, "refused: "+verdictError{w}.Error())
 		}
 		done := nw.openReceiving(h.From.RaftId, func() { cancel(errors.New("replaced by a newer snapshot")) })

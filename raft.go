@@ -1120,7 +1120,7 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
 	case to.GetRaftId() == 0:
 		// It only asks.
-	case h.GetFrom().GetRaftId() == 0 || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
+	case validateNode("from", h.GetFrom().GetNode()) != nil || h.GetFrom().GetRaftId() == 0 || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
 		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
 	case !sameCluster(p.clusterID, p.members, h):
 		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER

@@ -287,7 +287,7 @@ func (s *server) Set(ctx context.Context, req *kvpb.SetRequest) (*kvpb.SetRespon
 	if err := cmp.Or(validateKey(req.Key), validateValue(req.Value)); err != nil {
 		return nil, err
 	}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Set{Set: req}})
+	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: req.Key, Value: req.Value}}}) // without unknown fields
 	return &kvpb.SetResponse{Version: r.version}, err
 }
 
@@ -296,7 +296,7 @@ func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.Del
 	if err := validateKey(req.Key); err != nil {
 		return nil, err
 	}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: req}})
+	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: req.Key}}})
 	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version}, err
 }
 
