@@ -1029,6 +1029,9 @@ func TestBadInput(t *testing.T) {
 		badSnapshot("a snapshot of another cluster", codes.FailedPrecondition, func(_ *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.ClusterId++ }),
 		badSnapshot("a snapshot from another cluster", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.ClusterId++; r.Hello.ClusterId++ }),
 		badSnapshot("a snapshot for another life", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Hello.To.Life++ }),
+		badSnapshot("a snapshot from nobody to nobody", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) {
+			r.Hello.From, r.Hello.To.RaftId = nil, 0
+		}),
 		badSnapshot("a damaged snapshot", codes.DataLoss, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Crc32C++ }),
 		badSnapshot("a snapshot without index", codes.DataLoss, func(_ *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.Index = 0 }),
 	}
