@@ -19,7 +19,9 @@
 //     it reads a view, which nobody changes.
 //   - gRPC's own: one for each call. A call waits in server.call or node.await
 //     and reads the store under its lock.
-//   - main: it waits for a signal, and for run to end.
+//     The view of a List is closed by a goroutine when its call has ended.
+//   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,
+//     each in a goroutine, and for a signal, in another.
 package main
 
 import (
@@ -154,8 +156,8 @@ func (o *options) check() error {
 		return errors.New("--id is needed, and not 0")
 	case err != nil:
 		return fmt.Errorf("--addr %q is not host:port", o.addr)
-	case o.heartbeat < 10*time.Millisecond || o.heartbeat > time.Minute:
-		return fmt.Errorf("--heartbeat %v is not between 10ms and 1m", o.heartbeat)
+	case o.heartbeat < 10*time.Millisecond || o.heartbeat > leaderWait:
+		return fmt.Errorf("--heartbeat %v is not between 10ms and %v", o.heartbeat, leaderWait)
 	case o.election < 3*o.heartbeat || o.election > time.Hour:
 		return fmt.Errorf("--election-timeout %v is not between 3 heartbeats (%v) and 1h", o.election, 3*o.heartbeat)
 	case o.logBytes < 1<<20 || o.logBytes > 1<<40:

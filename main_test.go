@@ -47,6 +47,7 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --insecure --advertise 0.0.0.0:1", want: "reached"},
 		{args: "--id 1 --addr 127.0.0.1:1 --insecure --advertise 127.0.0.1:0", want: "reached"},
 		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 1ms", want: "--heartbeat"},
+		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 11s --election-timeout 1m", want: "--heartbeat"},
 		{args: "--id 1 --addr 127.0.0.1:1 --election-timeout 200ms", want: "--election-timeout"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 5", want: "--log-bytes"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "invalid value"},
