@@ -263,7 +263,7 @@ func TestClientKeys(t *testing.T) {
 	out, _ = runCommand(t, 0, "", "get", "-o", "json", "k")
 	wantText(t, "get", out, `{"value":"dg==","version":"7"}`+"\n")
 	out, _ = runCommand(t, 0, "", "set", "k", "-o", "json", "--", "-5")
-	wantText(t, "set", out, `{"version":"8"}`+"\n")
+	wantText(t, "set", out, `{"version":"8","compare_failed":false}`+"\n")
 	wantText(t, "--", f.value("k"), "-5")
 	runCommand(t, 0, "", "set", "--", "-k", "--help")
 	wantText(t, "--", f.value("-k"), "--help")
@@ -283,7 +283,7 @@ func TestClientKeys(t *testing.T) {
 	wantPart(t, out, `"value":""`)
 
 	out, _ = runCommand(t, 0, "", "delete", "-o", "json", "k")
-	wantText(t, "delete", out, `{"deleted":true,"version":"9"}`+"\n")
+	wantText(t, "delete", out, `{"deleted":true,"version":"9","compare_failed":false}`+"\n")
 	for _, name := range []string{"delete", "get"} {
 		out, errs = runCommand(t, 1, "", name, "k")
 		wantText(t, name, out+errs, "raft-key-value: "+name+": not found\n")

@@ -336,7 +336,7 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		}
 		changes = changes[:0]
 		for _, id := range want { // nobody who stays is a voter yet
-			if !slices.Contains(n.store.conf.GetVoters(), id) {
+			if !n.isVoter(id) {
 				changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
 			}
 		}
@@ -356,7 +356,7 @@ func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
 		if len(of) == 0 {
 			return nil, apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", nodeID), "id", strconv.FormatUint(nodeID, 10))
 		}
-		i := slices.IndexFunc(of, func(id uint64) bool { return slices.Contains(n.store.conf.GetVoters(), id) })
+		i := slices.IndexFunc(of, func(id uint64) bool { return n.isVoter(id) })
 		ids = append(ids, of[max(i, 0)])
 	}
 	return ids, nil
@@ -432,7 +432,7 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if !slices.Contains(n.store.conf.GetVoters(), ids[0]) {
+	if !n.isVoter(ids[0]) {
 		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
 	}
 	if *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
@@ -506,17 +506,18 @@ func (n *node) mayChange() bool {
 // proposeChange proposes a change of the configuration. Whether it was applied
 // shows in the configuration.
 func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) error {
-	ctx, err := proto.Marshal(&kvpb.ConfChangeContext{Members: members})
+	who := &kvpb.ConfChangeContext{Members: members}
+	ctx, err := proto.Marshal(who)
 	if err != nil {
 		return err
 	}
 	// Explicit: raft would leave the joint configuration without looking who leads.
 	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx, Transition: raftpb.ConfChangeTransitionJointExplicit.Enum()}
-	stays := changes[0].GetType() == raftpb.ConfChangeUpdateNode || !slices.Contains(n.store.conf.GetVoters(), changes[0].GetNodeId())
+	stays := changes[0].GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(changes[0].GetNodeId())
 	if len(changes) == 1 && stays && changes[0].GetType() != raftpb.ConfChangeRemoveNode {
 		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // nobody leaves
 	}
-	if err := n.store.checkConfChange(cc, &kvpb.ConfChangeContext{Members: members}); err != nil {
+	if err := n.store.checkConfChange(cc, who); err != nil {
 		return err
 	}
 	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
@@ -528,7 +529,7 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 // leaveJoint ends a change of membership. A leader that is to leave hands over
 // first: it would step down before the others know that they may do without it.
 func (n *node) leaveJoint() {
-	if slices.Contains(n.store.conf.GetVoters(), n.raftID) {
+	if n.isVoter(n.raftID) {
 		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
 	} else if to := n.successor(n.store.conf.GetVoters()); to != 0 {
 		n.rn.TransferLeader(to)
@@ -574,7 +575,7 @@ func (n *node) heal() {
 			if id == m.RaftId {
 				continue
 			}
-			if slices.Contains(n.store.conf.GetVoters(), id) {
+			if n.isVoter(id) {
 				changes = append(changes, confChange(raftpb.ConfChangeAddNode, m.RaftId))
 			}
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
@@ -594,6 +595,12 @@ func (n *node) addIncarnation(p *kvpb.Peer) error {
 	}
 	return n.proposeChange([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
 }
+
+// isVoter reports whether a raft ID votes once no change is running.
+func (n *node) isVoter(id uint64) bool { return slices.Contains(n.store.conf.GetVoters(), id) }
+
+// noLeader is what to say to a call that finds no leader.
+func (n *node) noLeader() error { return cmp.Or(n.quorumLost(), errNoLeader) }
 
 // quorumLost says so if too many voters have lost their memory for the cluster
 // ever to go on: what they knew cannot be made up. Only a newer configuration

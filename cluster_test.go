@@ -4,12 +4,12 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"log/slog"
 	"maps"
@@ -47,16 +47,22 @@ const (
 	rpcTimeout = 20 * time.Second
 )
 
-// eventually polls f until it returns nil. It is the only place that sleeps.
+// eventually polls f until it returns nil. Nothing else sleeps.
 func eventually(t testing.TB, f func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(pollDeadline); ; time.Sleep(5 * time.Millisecond) {
+	within(t, pollDeadline, f)
+}
+
+// within is eventually with another deadline.
+func within(t testing.TB, limit time.Duration, f func() error) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(5 * time.Millisecond) {
 		err := f()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("still after %v: %v", pollDeadline, err)
+			t.Fatalf("still after %v: %v", limit, err)
 		}
 	}
 }
@@ -339,10 +345,15 @@ func (c *testCluster) dump(id uint64) (*kvpb.SnapshotHeader, []byte) {
 		c.t.Fatal(err)
 	}
 	var rec kvpb.SnapshotRecord
-	if err := protodelim.UnmarshalFrom(&b, &rec); err != nil {
+	records := bufio.NewReader(newFrameReader(&b))
+	if err := protodelim.UnmarshalFrom(records, &rec); err != nil {
 		c.t.Fatal(err)
 	}
-	return rec.GetHeader(), b.Bytes()
+	rest, err := io.ReadAll(records)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return rec.GetHeader(), rest
 }
 
 // sameStates waits until nodes have applied the same index, and then compares
@@ -897,7 +908,7 @@ func badSnapshot(name string, code codes.Code, change func(*kvpb.InstallSnapshot
 		if err != nil {
 			return err
 		}
-		first := &kvpb.InstallSnapshotRequest{Hello: hello, Term: 1 << 20, Last: true}
+		first := &kvpb.InstallSnapshotRequest{Hello: hello, Term: 1 << 20}
 		header := &kvpb.SnapshotHeader{
 			Format: 1, ClusterId: hello.ClusterId, Index: 1 << 30, Term: 1 << 20,
 			ConfState: &kvpb.ConfState{Voters: []uint64{77, hello.To.RaftId}},
@@ -910,8 +921,9 @@ func badSnapshot(name string, code codes.Code, change func(*kvpb.InstallSnapshot
 				return err
 			}
 		}
-		first.Data = b.Bytes()
-		first.Crc32C += crc32.Checksum(first.Data, crc32.MakeTable(crc32.Castagnoli))
+		damage := first.Data
+		first.Data = framed(b.Bytes())
+		copy(first.Data[8+4:], damage)
 		s, err := kvpb.NewRaftServiceClient(n.conn).InstallSnapshot(ctx)
 		if err != nil {
 			return err
@@ -1032,7 +1044,7 @@ func TestBadInput(t *testing.T) {
 		badSnapshot("a snapshot from nobody to nobody", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) {
 			r.Hello.From, r.Hello.To.RaftId = nil, 0
 		}),
-		badSnapshot("a damaged snapshot", codes.DataLoss, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Crc32C++ }),
+		badSnapshot("a damaged snapshot", codes.DataLoss, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Data = []byte("a checksum")[:4] }),
 		badSnapshot("a snapshot without index", codes.DataLoss, func(_ *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.Index = 0 }),
 	}
 	for i, b := range bad {

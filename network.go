@@ -4,11 +4,9 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"log/slog"
 	"math/rand/v2"
@@ -37,8 +35,6 @@ const (
 	maxStreamBytes = 1 << 20
 	// maxMessageBytes is the largest gRPC message that a node accepts.
 	maxMessageBytes = 8 << 20
-	// snapshotChunkBytes is the most of a snapshot in one message.
-	snapshotChunkBytes = 1 << 20
 	// maxStrangers bounds the peers that no configuration names, yet.
 	maxStrangers = 16
 	// helloTimeout bounds how long a stream may stay silent at its start, and
@@ -47,8 +43,6 @@ const (
 	// windowBytes is HTTP/2's window. A fixed one saves gRPC's probing for one.
 	windowBytes = 4 << 20
 )
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // receiver is what the network hands things to. Nothing in it blocks but what
 // takes a context.
@@ -503,15 +497,7 @@ func (p *peer) snapshot(life, term uint64, v *view) error {
 	c := &chunkSender{s: s, first: &kvpb.InstallSnapshotRequest{Hello: h, Term: term}}
 	c.stalled = time.AfterFunc(helloTimeout, func() { cancel(errors.New("the receiver does not read")) })
 	defer c.stalled.Stop()
-	w := bufio.NewWriterSize(c, snapshotChunkBytes)
-	err = v.writeTo(w)
-	if err == nil {
-		err = w.Flush()
-	}
-	if err == nil {
-		err = s.Send(&kvpb.InstallSnapshotRequest{Last: true})
-	}
-	if err != nil && err != io.EOF {
+	if err := v.writeTo(c); err != nil && err != io.EOF {
 		return cmpCause(ctx, err)
 	}
 	if _, err := s.CloseAndRecv(); err != nil { // has the receiver's reason
@@ -528,7 +514,7 @@ func cmpCause(ctx context.Context, err error) error {
 	return err
 }
 
-// chunkSender sends what is written to it in chunks.
+// chunkSender sends each frame of a snapshot in a message.
 type chunkSender struct {
 	s       kvpb.RaftService_InstallSnapshotClient
 	first   *kvpb.InstallSnapshotRequest
@@ -536,17 +522,15 @@ type chunkSender struct {
 }
 
 func (c *chunkSender) Write(b []byte) (int, error) {
-	for chunk := range slices.Chunk(b, snapshotChunkBytes) {
-		req := &kvpb.InstallSnapshotRequest{}
-		if c.first != nil {
-			req, c.first = c.first, nil
-		}
-		req.Data, req.Crc32C = chunk, crc32.Checksum(chunk, castagnoli)
-		if err := c.s.Send(req); err != nil {
-			return 0, err
-		}
-		c.stalled.Reset(helloTimeout)
+	req := &kvpb.InstallSnapshotRequest{}
+	if c.first != nil {
+		req, c.first = c.first, nil
 	}
+	req.Data = b
+	if err := c.s.Send(req); err != nil {
+		return 0, err
+	}
+	c.stalled.Reset(helloTimeout)
 	return len(b), nil
 }
 
@@ -567,7 +551,7 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 		}
 		done := nw.openReceiving(h.From.RaftId, func() { cancel(errors.New("replaced by a newer snapshot")) })
 		defer done()
-		r := &chunkReader{s: s, next: first}
+		r := &chunkReader{s: s, data: first.Data}
 		r.stalled = time.AfterFunc(helloTimeout, func() { cancel(errors.New("the sender does not send")) })
 		defer r.stalled.Stop()
 		st, err := readSnapshot(r)
@@ -602,30 +586,18 @@ func (nw *network) openReceiving(from uint64, cancel func()) (done func()) {
 // chunkReader is the reader at the other end of a chunkSender.
 type chunkReader struct {
 	s       kvpb.RaftService_InstallSnapshotServer
-	next    *kvpb.InstallSnapshotRequest // received, not yet looked at
-	data    []byte
-	last    bool
+	data    []byte // received, not yet read
 	stalled *time.Timer
 }
 
 func (c *chunkReader) Read(b []byte) (int, error) {
 	for len(c.data) == 0 {
-		if c.last {
-			return 0, io.EOF
+		req, err := c.s.Recv()
+		if err != nil {
+			return 0, err // io.EOF: the sender has sent all
 		}
-		req := c.next
-		c.next = nil
-		if req == nil {
-			var err error
-			if req, err = c.s.Recv(); err != nil {
-				return 0, noEOF(err)
-			}
-			c.stalled.Reset(helloTimeout)
-		}
-		if len(req.Data) > snapshotChunkBytes || crc32.Checksum(req.Data, castagnoli) != req.Crc32C {
-			return 0, errors.New("a chunk is damaged")
-		}
-		c.data, c.last = req.Data, req.Last
+		c.stalled.Reset(helloTimeout)
+		c.data = req.Data
 	}
 	n := copy(b, c.data)
 	c.data = c.data[n:]

@@ -141,21 +141,15 @@ func (p *process) rss() int {
 // awaitHealthy waits until all processes are healthy voters of one cluster.
 func awaitHealthy(tb testing.TB, ps []*process, limit time.Duration) {
 	tb.Helper()
-	deadline := time.Now().Add(limit)
-	for {
-		err := healthyVoters(ps)
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			for _, p := range ps {
+	defer func() {
+		for _, p := range ps {
+			if tb.Failed() {
 				text, _ := os.ReadFile(p.log)
 				tb.Logf("node %d:\n%s", p.id, text[max(0, len(text)-4000):])
 			}
-			tb.Fatalf("after %v: %v", limit, err)
 		}
-		time.Sleep(10 * time.Millisecond) // between two polls
-	}
+	}()
+	within(tb, limit, func() error { return healthyVoters(ps) })
 }
 
 func healthyVoters(ps []*process) error {

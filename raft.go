@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -322,7 +321,7 @@ func (n *node) tick() {
 	}
 	if n.campaignAt != 0 && n.now >= n.campaignAt {
 		n.campaignAt = 0
-		if n.lead == 0 && n.role == raft.StateFollower && slices.Contains(n.store.conf.GetVoters(), n.raftID) {
+		if n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
 			_ = n.rn.Campaign()
 		}
 	}
@@ -367,7 +366,7 @@ func (n *node) expire() {
 	}
 	err := errNotInitialized
 	if n.rn != nil {
-		err = cmp.Or(n.quorumLost(), errNoLeader)
+		err = n.noLeader()
 	}
 	i := overdue(n.writes)
 	n.fail(n.writes[:i], err)
@@ -1009,7 +1008,7 @@ func (n *node) publish() {
 	p := &published{
 		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(), leader: n.store.members[n.lead],
 		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp, lost: len(n.met),
-		noLeader: cmp.Or(n.quorumLost(), errNoLeader), unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
+		noLeader: n.noLeader(), unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
 	}
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
 		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
@@ -1032,7 +1031,7 @@ func (n *node) whyUnhealthy() string {
 	case len(n.store.raftIDsOf(n.self.Id)) > 1:
 		return "not yet back in its role"
 	case n.lead == 0:
-		return cmp.Or(n.quorumLost(), errNoLeader).Error()
+		return n.noLeader().Error()
 	case !n.caughtUp:
 		return "not yet caught up with the leader"
 	}

@@ -312,6 +312,7 @@ func (s *store) header() *kvpb.SnapshotHeader {
 			AutoLeave:      s.conf.GetAutoLeave(),
 		},
 		Removed: slices.Clone(s.removed),
+		Keys:    s.keys,
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.members)) {
 		h.Members = append(h.Members, &kvpb.Member{RaftId: id, Node: s.members[id]})
@@ -340,7 +341,8 @@ func raftSnapshot(h *kvpb.SnapshotHeader) *raftpb.Snapshot {
 
 // writeTo writes the view as a snapshot. Two stores in the same state write
 // the same bytes.
-func (v *view) writeTo(w io.Writer) error {
+func (v *view) writeTo(to io.Writer) error {
+	w := newFrameWriter(to)
 	record := func(r *kvpb.SnapshotRecord) error {
 		_, err := protodelim.MarshalOptions{MarshalOptions: proto.MarshalOptions{Deterministic: true}}.MarshalTo(w, r)
 		return err
@@ -360,13 +362,15 @@ func (v *view) writeTo(w io.Writer) error {
 			}
 		}
 	}
-	return record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: v.keys}}})
+	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: v.keys}}}); err != nil {
+		return err
+	}
+	return w.flush()
 }
 
 // readSnapshot reads a snapshot into a new store, or says why it is none.
-// Checksums are its carrier's business.
 func readSnapshot(r io.Reader) (*store, error) {
-	br := bufio.NewReaderSize(r, 64<<10)
+	br := bufio.NewReaderSize(newFrameReader(r), 64<<10)
 	next := func() (*kvpb.SnapshotRecord, error) {
 		var rec kvpb.SnapshotRecord
 		if err := (protodelim.UnmarshalOptions{MaxSize: maxRecordBytes}).UnmarshalFrom(br, &rec); err != nil {
@@ -409,14 +413,6 @@ func readSnapshot(r io.Reader) (*store, error) {
 			return nil, errors.New("snapshot: a record of an unknown kind")
 		}
 	}
-}
-
-// noEOF makes an end in the middle recognisable as one.
-func noEOF(err error) error {
-	if errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
-	}
-	return err
 }
 
 // restoreHeader takes over all state but the keys. The configuration has been

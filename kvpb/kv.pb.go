@@ -70,6 +70,13 @@ const (
 	// FAILED_PRECONDITION: the address answers as another node, or the node has
 	// another address.
 	ErrorReason_ERROR_REASON_WRONG_NODE ErrorReason = 16
+	// FAILED_PRECONDITION: the session of the request_id was never opened, or has
+	// been dropped. The write was not applied now; whether it was before is not
+	// known.
+	ErrorReason_ERROR_REASON_SESSION_UNKNOWN ErrorReason = 17
+	// FAILED_PRECONDITION: the sequence of the request_id is 1,024 or more below
+	// the highest of its session. As above.
+	ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD ErrorReason = 18
 )
 
 // Enum value maps for ErrorReason.
@@ -92,6 +99,8 @@ var (
 		14: "ERROR_REASON_DEADLINE",
 		15: "ERROR_REASON_CORRUPT",
 		16: "ERROR_REASON_WRONG_NODE",
+		17: "ERROR_REASON_SESSION_UNKNOWN",
+		18: "ERROR_REASON_SEQUENCE_TOO_OLD",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -111,6 +120,8 @@ var (
 		"ERROR_REASON_DEADLINE":            14,
 		"ERROR_REASON_CORRUPT":             15,
 		"ERROR_REASON_WRONG_NODE":          16,
+		"ERROR_REASON_SESSION_UNKNOWN":     17,
+		"ERROR_REASON_SEQUENCE_TOO_OLD":    18,
 	}
 )
 
@@ -393,6 +404,539 @@ func (EntryType) EnumDescriptor() ([]byte, []int) {
 	return file_kv_proto_rawDescGZIP(), []int{4}
 }
 
+// RequestId names a write: under one id, a write takes effect once and every
+// repeat gets the first answer.
+type RequestId struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As OpenSession answered it.
+	Session uint64 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
+	// Not 0. A client counts its writes, and gives a repeat the number of the
+	// first try. At most 1,023 below the session's highest.
+	Sequence      uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RequestId) Reset() {
+	*x = RequestId{}
+	mi := &file_kv_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RequestId) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RequestId) ProtoMessage() {}
+
+func (x *RequestId) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RequestId.ProtoReflect.Descriptor instead.
+func (*RequestId) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *RequestId) GetSession() uint64 {
+	if x != nil {
+		return x.Session
+	}
+	return 0
+}
+
+func (x *RequestId) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+type OpenSessionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSessionRequest) Reset() {
+	*x = OpenSessionRequest{}
+	mi := &file_kv_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSessionRequest) ProtoMessage() {}
+
+func (x *OpenSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSessionRequest.ProtoReflect.Descriptor instead.
+func (*OpenSessionRequest) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{1}
+}
+
+type OpenSessionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Session       uint64                 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSessionResponse) Reset() {
+	*x = OpenSessionResponse{}
+	mi := &file_kv_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSessionResponse) ProtoMessage() {}
+
+func (x *OpenSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSessionResponse.ProtoReflect.Descriptor instead.
+func (*OpenSessionResponse) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *OpenSessionResponse) GetSession() uint64 {
+	if x != nil {
+		return x.Session
+	}
+	return 0
+}
+
+type PipelineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operations    []*Operation           `protobuf:"bytes,1,rep,name=operations,proto3" json:"operations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PipelineRequest) Reset() {
+	*x = PipelineRequest{}
+	mi := &file_kv_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PipelineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PipelineRequest) ProtoMessage() {}
+
+func (x *PipelineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PipelineRequest.ProtoReflect.Descriptor instead.
+func (*PipelineRequest) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PipelineRequest) GetOperations() []*Operation {
+	if x != nil {
+		return x.Operations
+	}
+	return nil
+}
+
+// Operation is what a unary method would do with the same request.
+type Operation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Operation:
+	//
+	//	*Operation_Get
+	//	*Operation_Set
+	//	*Operation_Delete
+	//	*Operation_OpenSession
+	Operation     isOperation_Operation `protobuf_oneof:"operation"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Operation) Reset() {
+	*x = Operation{}
+	mi := &file_kv_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Operation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Operation) ProtoMessage() {}
+
+func (x *Operation) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Operation.ProtoReflect.Descriptor instead.
+func (*Operation) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Operation) GetOperation() isOperation_Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *Operation) GetGet() *GetRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Operation_Get); ok {
+			return x.Get
+		}
+	}
+	return nil
+}
+
+func (x *Operation) GetSet() *SetRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Operation_Set); ok {
+			return x.Set
+		}
+	}
+	return nil
+}
+
+func (x *Operation) GetDelete() *DeleteRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Operation_Delete); ok {
+			return x.Delete
+		}
+	}
+	return nil
+}
+
+func (x *Operation) GetOpenSession() *OpenSessionRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Operation_OpenSession); ok {
+			return x.OpenSession
+		}
+	}
+	return nil
+}
+
+type isOperation_Operation interface {
+	isOperation_Operation()
+}
+
+type Operation_Get struct {
+	Get *GetRequest `protobuf:"bytes,1,opt,name=get,proto3,oneof"`
+}
+
+type Operation_Set struct {
+	Set *SetRequest `protobuf:"bytes,2,opt,name=set,proto3,oneof"`
+}
+
+type Operation_Delete struct {
+	Delete *DeleteRequest `protobuf:"bytes,3,opt,name=delete,proto3,oneof"`
+}
+
+type Operation_OpenSession struct {
+	OpenSession *OpenSessionRequest `protobuf:"bytes,4,opt,name=open_session,json=openSession,proto3,oneof"`
+}
+
+func (*Operation_Get) isOperation_Operation() {}
+
+func (*Operation_Set) isOperation_Operation() {}
+
+func (*Operation_Delete) isOperation_Operation() {}
+
+func (*Operation_OpenSession) isOperation_Operation() {}
+
+type PipelineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The next answers, in the order of the operations.
+	Results       []*OperationResult `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PipelineResponse) Reset() {
+	*x = PipelineResponse{}
+	mi := &file_kv_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PipelineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PipelineResponse) ProtoMessage() {}
+
+func (x *PipelineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PipelineResponse.ProtoReflect.Descriptor instead.
+func (*PipelineResponse) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PipelineResponse) GetResults() []*OperationResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type OperationResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Result:
+	//
+	//	*OperationResult_Get
+	//	*OperationResult_Set
+	//	*OperationResult_Delete
+	//	*OperationResult_OpenSession
+	//	*OperationResult_Error
+	Result        isOperationResult_Result `protobuf_oneof:"result"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OperationResult) Reset() {
+	*x = OperationResult{}
+	mi := &file_kv_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OperationResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OperationResult) ProtoMessage() {}
+
+func (x *OperationResult) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OperationResult.ProtoReflect.Descriptor instead.
+func (*OperationResult) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *OperationResult) GetResult() isOperationResult_Result {
+	if x != nil {
+		return x.Result
+	}
+	return nil
+}
+
+func (x *OperationResult) GetGet() *GetResponse {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_Get); ok {
+			return x.Get
+		}
+	}
+	return nil
+}
+
+func (x *OperationResult) GetSet() *SetResponse {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_Set); ok {
+			return x.Set
+		}
+	}
+	return nil
+}
+
+func (x *OperationResult) GetDelete() *DeleteResponse {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_Delete); ok {
+			return x.Delete
+		}
+	}
+	return nil
+}
+
+func (x *OperationResult) GetOpenSession() *OpenSessionResponse {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_OpenSession); ok {
+			return x.OpenSession
+		}
+	}
+	return nil
+}
+
+func (x *OperationResult) GetError() *OperationError {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_Error); ok {
+			return x.Error
+		}
+	}
+	return nil
+}
+
+type isOperationResult_Result interface {
+	isOperationResult_Result()
+}
+
+type OperationResult_Get struct {
+	Get *GetResponse `protobuf:"bytes,1,opt,name=get,proto3,oneof"`
+}
+
+type OperationResult_Set struct {
+	Set *SetResponse `protobuf:"bytes,2,opt,name=set,proto3,oneof"`
+}
+
+type OperationResult_Delete struct {
+	Delete *DeleteResponse `protobuf:"bytes,3,opt,name=delete,proto3,oneof"`
+}
+
+type OperationResult_OpenSession struct {
+	OpenSession *OpenSessionResponse `protobuf:"bytes,4,opt,name=open_session,json=openSession,proto3,oneof"`
+}
+
+type OperationResult_Error struct {
+	Error *OperationError `protobuf:"bytes,5,opt,name=error,proto3,oneof"`
+}
+
+func (*OperationResult_Get) isOperationResult_Result() {}
+
+func (*OperationResult_Set) isOperationResult_Result() {}
+
+func (*OperationResult_Delete) isOperationResult_Result() {}
+
+func (*OperationResult_OpenSession) isOperationResult_Result() {}
+
+func (*OperationResult_Error) isOperationResult_Result() {}
+
+// OperationError is the status that a unary method would end with.
+type OperationError struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in google.rpc.Code.
+	Code          int32       `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
+	Reason        ErrorReason `protobuf:"varint,2,opt,name=reason,proto3,enum=kv.v1.ErrorReason" json:"reason,omitempty"`
+	Message       string      `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OperationError) Reset() {
+	*x = OperationError{}
+	mi := &file_kv_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OperationError) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OperationError) ProtoMessage() {}
+
+func (x *OperationError) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OperationError.ProtoReflect.Descriptor instead.
+func (*OperationError) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *OperationError) GetCode() int32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *OperationError) GetReason() ErrorReason {
+	if x != nil {
+		return x.Reason
+	}
+	return ErrorReason_ERROR_REASON_UNSPECIFIED
+}
+
+func (x *OperationError) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 type GetRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 65,536 bytes.
@@ -406,7 +950,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_kv_proto_msgTypes[0]
+	mi := &file_kv_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -418,7 +962,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[0]
+	mi := &file_kv_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -431,7 +975,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{0}
+	return file_kv_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetRequest) GetKey() string {
@@ -460,7 +1004,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_kv_proto_msgTypes[1]
+	mi := &file_kv_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +1016,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[1]
+	mi := &file_kv_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +1029,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{1}
+	return file_kv_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetResponse) GetValue() []byte {
@@ -507,14 +1051,18 @@ type SetRequest struct {
 	// 1 to 65,536 bytes.
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	// At most 1,048,576 bytes.
-	Value         []byte `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Value []byte `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	// Write only if the key has this version; 0: only if it is absent.
+	ExpectedVersion *uint64 `protobuf:"varint,3,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
+	// Absent: a write that is sent again may take effect again.
+	RequestId     *RequestId `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SetRequest) Reset() {
 	*x = SetRequest{}
-	mi := &file_kv_proto_msgTypes[2]
+	mi := &file_kv_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -526,7 +1074,7 @@ func (x *SetRequest) String() string {
 func (*SetRequest) ProtoMessage() {}
 
 func (x *SetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[2]
+	mi := &file_kv_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -539,7 +1087,7 @@ func (x *SetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRequest.ProtoReflect.Descriptor instead.
 func (*SetRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{2}
+	return file_kv_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SetRequest) GetKey() string {
@@ -556,18 +1104,35 @@ func (x *SetRequest) GetValue() []byte {
 	return nil
 }
 
+func (x *SetRequest) GetExpectedVersion() uint64 {
+	if x != nil && x.ExpectedVersion != nil {
+		return *x.ExpectedVersion
+	}
+	return 0
+}
+
+func (x *SetRequest) GetRequestId() *RequestId {
+	if x != nil {
+		return x.RequestId
+	}
+	return nil
+}
+
 type SetResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The key's new version: a count of all writes applied by the cluster, this
 	// one included. No two writes share one.
-	Version       uint64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	Version uint64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	// The key does not have the expected version: nothing was written, and version
+	// is the one that it has; 0: it is absent.
+	CompareFailed bool `protobuf:"varint,2,opt,name=compare_failed,json=compareFailed,proto3" json:"compare_failed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SetResponse) Reset() {
 	*x = SetResponse{}
-	mi := &file_kv_proto_msgTypes[3]
+	mi := &file_kv_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -579,7 +1144,7 @@ func (x *SetResponse) String() string {
 func (*SetResponse) ProtoMessage() {}
 
 func (x *SetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[3]
+	mi := &file_kv_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -592,7 +1157,7 @@ func (x *SetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetResponse.ProtoReflect.Descriptor instead.
 func (*SetResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{3}
+	return file_kv_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SetResponse) GetVersion() uint64 {
@@ -602,17 +1167,27 @@ func (x *SetResponse) GetVersion() uint64 {
 	return 0
 }
 
+func (x *SetResponse) GetCompareFailed() bool {
+	if x != nil {
+		return x.CompareFailed
+	}
+	return false
+}
+
 type DeleteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 65,536 bytes.
-	Key           string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// As in SetRequest, but not 0.
+	ExpectedVersion *uint64    `protobuf:"varint,2,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
+	RequestId       *RequestId `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_kv_proto_msgTypes[4]
+	mi := &file_kv_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +1199,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[4]
+	mi := &file_kv_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +1212,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{4}
+	return file_kv_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DeleteRequest) GetKey() string {
@@ -647,19 +1222,35 @@ func (x *DeleteRequest) GetKey() string {
 	return ""
 }
 
+func (x *DeleteRequest) GetExpectedVersion() uint64 {
+	if x != nil && x.ExpectedVersion != nil {
+		return *x.ExpectedVersion
+	}
+	return 0
+}
+
+func (x *DeleteRequest) GetRequestId() *RequestId {
+	if x != nil {
+		return x.RequestId
+	}
+	return nil
+}
+
 type DeleteResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Whether the key was there.
 	Deleted bool `protobuf:"varint,1,opt,name=deleted,proto3" json:"deleted,omitempty"`
 	// The version of the delete itself, counted like that of a Set.
-	Version       uint64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	Version uint64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// As in SetResponse.
+	CompareFailed bool `protobuf:"varint,3,opt,name=compare_failed,json=compareFailed,proto3" json:"compare_failed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_kv_proto_msgTypes[5]
+	mi := &file_kv_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -671,7 +1262,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[5]
+	mi := &file_kv_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -684,7 +1275,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{5}
+	return file_kv_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteResponse) GetDeleted() bool {
@@ -699,6 +1290,13 @@ func (x *DeleteResponse) GetVersion() uint64 {
 		return x.Version
 	}
 	return 0
+}
+
+func (x *DeleteResponse) GetCompareFailed() bool {
+	if x != nil {
+		return x.CompareFailed
+	}
+	return false
 }
 
 type ListRequest struct {
@@ -718,7 +1316,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_kv_proto_msgTypes[6]
+	mi := &file_kv_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +1328,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[6]
+	mi := &file_kv_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +1341,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{6}
+	return file_kv_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListRequest) GetPrefix() string {
@@ -785,7 +1383,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_kv_proto_msgTypes[7]
+	mi := &file_kv_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -797,7 +1395,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[7]
+	mi := &file_kv_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -810,7 +1408,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{7}
+	return file_kv_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListResponse) GetItems() []*KeyValue {
@@ -840,7 +1438,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_kv_proto_msgTypes[8]
+	mi := &file_kv_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +1450,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[8]
+	mi := &file_kv_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +1463,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{8}
+	return file_kv_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Node) GetId() uint64 {
@@ -892,7 +1490,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_kv_proto_msgTypes[9]
+	mi := &file_kv_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -904,7 +1502,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[9]
+	mi := &file_kv_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -917,7 +1515,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{9}
+	return file_kv_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *InitRequest) GetMembers() []*Node {
@@ -936,7 +1534,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_kv_proto_msgTypes[10]
+	mi := &file_kv_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -948,7 +1546,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[10]
+	mi := &file_kv_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -961,7 +1559,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{10}
+	return file_kv_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *InitResponse) GetClusterId() uint64 {
@@ -980,7 +1578,7 @@ type AddLearnerRequest struct {
 
 func (x *AddLearnerRequest) Reset() {
 	*x = AddLearnerRequest{}
-	mi := &file_kv_proto_msgTypes[11]
+	mi := &file_kv_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -992,7 +1590,7 @@ func (x *AddLearnerRequest) String() string {
 func (*AddLearnerRequest) ProtoMessage() {}
 
 func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[11]
+	mi := &file_kv_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1005,7 +1603,7 @@ func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerRequest.ProtoReflect.Descriptor instead.
 func (*AddLearnerRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{11}
+	return file_kv_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AddLearnerRequest) GetNode() *Node {
@@ -1023,7 +1621,7 @@ type AddLearnerResponse struct {
 
 func (x *AddLearnerResponse) Reset() {
 	*x = AddLearnerResponse{}
-	mi := &file_kv_proto_msgTypes[12]
+	mi := &file_kv_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1633,7 @@ func (x *AddLearnerResponse) String() string {
 func (*AddLearnerResponse) ProtoMessage() {}
 
 func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[12]
+	mi := &file_kv_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1646,7 @@ func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerResponse.ProtoReflect.Descriptor instead.
 func (*AddLearnerResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{12}
+	return file_kv_proto_rawDescGZIP(), []int{20}
 }
 
 type ChangeMembershipRequest struct {
@@ -1065,7 +1663,7 @@ type ChangeMembershipRequest struct {
 
 func (x *ChangeMembershipRequest) Reset() {
 	*x = ChangeMembershipRequest{}
-	mi := &file_kv_proto_msgTypes[13]
+	mi := &file_kv_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1675,7 @@ func (x *ChangeMembershipRequest) String() string {
 func (*ChangeMembershipRequest) ProtoMessage() {}
 
 func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[13]
+	mi := &file_kv_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1688,7 @@ func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipRequest.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{13}
+	return file_kv_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ChangeMembershipRequest) GetMembers() []uint64 {
@@ -1122,7 +1720,7 @@ type ChangeMembershipResponse struct {
 
 func (x *ChangeMembershipResponse) Reset() {
 	*x = ChangeMembershipResponse{}
-	mi := &file_kv_proto_msgTypes[14]
+	mi := &file_kv_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1732,7 @@ func (x *ChangeMembershipResponse) String() string {
 func (*ChangeMembershipResponse) ProtoMessage() {}
 
 func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[14]
+	mi := &file_kv_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1745,7 @@ func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipResponse.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{14}
+	return file_kv_proto_rawDescGZIP(), []int{22}
 }
 
 type TransferLeaderRequest struct {
@@ -1160,7 +1758,7 @@ type TransferLeaderRequest struct {
 
 func (x *TransferLeaderRequest) Reset() {
 	*x = TransferLeaderRequest{}
-	mi := &file_kv_proto_msgTypes[15]
+	mi := &file_kv_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1172,7 +1770,7 @@ func (x *TransferLeaderRequest) String() string {
 func (*TransferLeaderRequest) ProtoMessage() {}
 
 func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[15]
+	mi := &file_kv_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1185,7 +1783,7 @@ func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{15}
+	return file_kv_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TransferLeaderRequest) GetNodeId() uint64 {
@@ -1203,7 +1801,7 @@ type TransferLeaderResponse struct {
 
 func (x *TransferLeaderResponse) Reset() {
 	*x = TransferLeaderResponse{}
-	mi := &file_kv_proto_msgTypes[16]
+	mi := &file_kv_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1813,7 @@ func (x *TransferLeaderResponse) String() string {
 func (*TransferLeaderResponse) ProtoMessage() {}
 
 func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[16]
+	mi := &file_kv_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1826,88 @@ func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeaderResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{16}
+	return file_kv_proto_rawDescGZIP(), []int{24}
+}
+
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_kv_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{25}
+}
+
+type BackupResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most 1 MiB.
+	Data          []byte `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupResponse) Reset() {
+	*x = BackupResponse{}
+	mi := &file_kv_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupResponse) ProtoMessage() {}
+
+func (x *BackupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
+func (*BackupResponse) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *BackupResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
 }
 
 type MetricsRequest struct {
@@ -1239,7 +1918,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_kv_proto_msgTypes[17]
+	mi := &file_kv_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1251,7 +1930,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[17]
+	mi := &file_kv_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1264,7 +1943,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{17}
+	return file_kv_proto_rawDescGZIP(), []int{27}
 }
 
 // Progress is how far the leader knows a member to be.
@@ -1286,7 +1965,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_kv_proto_msgTypes[18]
+	mi := &file_kv_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1298,7 +1977,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[18]
+	mi := &file_kv_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1311,7 +1990,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{18}
+	return file_kv_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Progress) GetMatchIndex() uint64 {
@@ -1369,7 +2048,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_kv_proto_msgTypes[19]
+	mi := &file_kv_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +2060,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[19]
+	mi := &file_kv_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +2073,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{19}
+	return file_kv_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *MemberStatus) GetNode() *Node {
@@ -1487,14 +2166,19 @@ type MetricsResponse struct {
 	Healthy         bool   `protobuf:"varint,25,opt,name=healthy,proto3" json:"healthy,omitempty"`
 	UnhealthyReason string `protobuf:"bytes,26,opt,name=unhealthy_reason,json=unhealthyReason,proto3" json:"unhealthy_reason,omitempty"`
 	// As printed by the sub-command version.
-	BuildVersion  string `protobuf:"bytes,27,opt,name=build_version,json=buildVersion,proto3" json:"build_version,omitempty"`
+	BuildVersion string `protobuf:"bytes,27,opt,name=build_version,json=buildVersion,proto3" json:"build_version,omitempty"`
+	// Sessions that are open.
+	Sessions uint64 `protobuf:"varint,28,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	// Whether the node has a data directory; bytes of its log and snapshots there.
+	Durable       bool   `protobuf:"varint,29,opt,name=durable,proto3" json:"durable,omitempty"`
+	DiskBytes     uint64 `protobuf:"varint,30,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_kv_proto_msgTypes[20]
+	mi := &file_kv_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1506,7 +2190,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[20]
+	mi := &file_kv_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1519,7 +2203,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{20}
+	return file_kv_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MetricsResponse) GetNode() *Node {
@@ -1711,6 +2395,27 @@ func (x *MetricsResponse) GetBuildVersion() string {
 	return ""
 }
 
+func (x *MetricsResponse) GetSessions() uint64 {
+	if x != nil {
+		return x.Sessions
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetDurable() bool {
+	if x != nil {
+		return x.Durable
+	}
+	return false
+}
+
+func (x *MetricsResponse) GetDiskBytes() uint64 {
+	if x != nil {
+		return x.DiskBytes
+	}
+	return 0
+}
+
 // Hello opens a stream between two nodes.
 type Hello struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1728,7 +2433,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_kv_proto_msgTypes[21]
+	mi := &file_kv_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1740,7 +2445,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[21]
+	mi := &file_kv_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1753,7 +2458,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{21}
+	return file_kv_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Hello) GetClusterId() uint64 {
@@ -1799,7 +2504,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_kv_proto_msgTypes[22]
+	mi := &file_kv_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1811,7 +2516,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[22]
+	mi := &file_kv_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1824,7 +2529,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{22}
+	return file_kv_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Peer) GetNode() *Node {
@@ -1860,7 +2565,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_kv_proto_msgTypes[23]
+	mi := &file_kv_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1872,7 +2577,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[23]
+	mi := &file_kv_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1885,7 +2590,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{23}
+	return file_kv_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Welcome) GetVerdict() Verdict {
@@ -1921,7 +2626,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_kv_proto_msgTypes[24]
+	mi := &file_kv_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1933,7 +2638,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[24]
+	mi := &file_kv_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1946,7 +2651,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{24}
+	return file_kv_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *StreamRequest) GetHello() *Hello {
@@ -1972,7 +2677,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_kv_proto_msgTypes[25]
+	mi := &file_kv_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2689,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[25]
+	mi := &file_kv_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2702,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{25}
+	return file_kv_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -2012,18 +2717,15 @@ type InstallSnapshotRequest struct {
 	// In the first request only: who sends it to whom, and in which term.
 	Hello *Hello `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
 	Term  uint64 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
-	// At most 1 MiB of the snapshot, and its CRC-32C.
-	Data   []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
-	Crc32C uint32 `protobuf:"fixed32,4,opt,name=crc32c,proto3" json:"crc32c,omitempty"`
-	// Nothing follows.
-	Last          bool `protobuf:"varint,5,opt,name=last,proto3" json:"last,omitempty"`
+	// At most 1 MiB. The parts' data, joined, are a snapshot.
+	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_kv_proto_msgTypes[26]
+	mi := &file_kv_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2035,7 +2737,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[26]
+	mi := &file_kv_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2048,7 +2750,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{26}
+	return file_kv_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -2072,20 +2774,6 @@ func (x *InstallSnapshotRequest) GetData() []byte {
 	return nil
 }
 
-func (x *InstallSnapshotRequest) GetCrc32C() uint32 {
-	if x != nil {
-		return x.Crc32C
-	}
-	return 0
-}
-
-func (x *InstallSnapshotRequest) GetLast() bool {
-	if x != nil {
-		return x.Last
-	}
-	return false
-}
-
 type InstallSnapshotResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2094,7 +2782,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_kv_proto_msgTypes[27]
+	mi := &file_kv_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2106,7 +2794,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[27]
+	mi := &file_kv_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2119,7 +2807,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{27}
+	return file_kv_proto_rawDescGZIP(), []int{37}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -2141,7 +2829,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_kv_proto_msgTypes[28]
+	mi := &file_kv_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2153,7 +2841,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[28]
+	mi := &file_kv_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2166,7 +2854,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{28}
+	return file_kv_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -2245,7 +2933,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_kv_proto_msgTypes[29]
+	mi := &file_kv_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2257,7 +2945,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[29]
+	mi := &file_kv_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2270,7 +2958,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{29}
+	return file_kv_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -2315,7 +3003,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_kv_proto_msgTypes[30]
+	mi := &file_kv_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2327,7 +3015,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[30]
+	mi := &file_kv_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2340,7 +3028,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{30}
+	return file_kv_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -2370,6 +3058,7 @@ type Write struct {
 	//
 	//	*Write_Set
 	//	*Write_Delete
+	//	*Write_OpenSession
 	Operation     isWrite_Operation `protobuf_oneof:"operation"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2377,7 +3066,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_kv_proto_msgTypes[31]
+	mi := &file_kv_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +3078,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[31]
+	mi := &file_kv_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +3091,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{31}
+	return file_kv_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -2430,6 +3119,15 @@ func (x *Write) GetDelete() *DeleteRequest {
 	return nil
 }
 
+func (x *Write) GetOpenSession() *OpenSessionRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Write_OpenSession); ok {
+			return x.OpenSession
+		}
+	}
+	return nil
+}
+
 type isWrite_Operation interface {
 	isWrite_Operation()
 }
@@ -2442,9 +3140,15 @@ type Write_Delete struct {
 	Delete *DeleteRequest `protobuf:"bytes,2,opt,name=delete,proto3,oneof"`
 }
 
+type Write_OpenSession struct {
+	OpenSession *OpenSessionRequest `protobuf:"bytes,3,opt,name=open_session,json=openSession,proto3,oneof"`
+}
+
 func (*Write_Set) isWrite_Operation() {}
 
 func (*Write_Delete) isWrite_Operation() {}
+
+func (*Write_OpenSession) isWrite_Operation() {}
 
 // ConfChangeContext goes with a change of raft's configuration.
 type ConfChangeContext struct {
@@ -2457,7 +3161,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_kv_proto_msgTypes[32]
+	mi := &file_kv_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2469,7 +3173,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[32]
+	mi := &file_kv_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2482,7 +3186,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{32}
+	return file_kv_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -2503,7 +3207,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_kv_proto_msgTypes[33]
+	mi := &file_kv_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2515,7 +3219,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[33]
+	mi := &file_kv_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2528,7 +3232,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{33}
+	return file_kv_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -2559,7 +3263,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_kv_proto_msgTypes[34]
+	mi := &file_kv_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2571,7 +3275,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[34]
+	mi := &file_kv_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2584,7 +3288,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{34}
+	return file_kv_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -2633,7 +3337,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_kv_proto_msgTypes[35]
+	mi := &file_kv_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2645,7 +3349,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[35]
+	mi := &file_kv_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2658,7 +3362,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{35}
+	return file_kv_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -2675,8 +3379,10 @@ func (x *Proposer) GetSequence() uint64 {
 	return 0
 }
 
-// A snapshot is a SnapshotHeader, then KeyValues sorted within each shard, then
-// a SnapshotFooter, each in a SnapshotRecord behind its length as a varint.
+// A snapshot is a SnapshotHeader, then the Sessions, the one used the longest ago
+// first, then KeyValues sorted within each shard, then a SnapshotFooter, each in
+// a SnapshotRecord behind its length as a varint. frame.go has the frames with
+// checksums that all of it is in.
 type SnapshotRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Record:
@@ -2684,6 +3390,7 @@ type SnapshotRecord struct {
 	//	*SnapshotRecord_Header
 	//	*SnapshotRecord_KeyValue
 	//	*SnapshotRecord_Footer
+	//	*SnapshotRecord_Session
 	Record        isSnapshotRecord_Record `protobuf_oneof:"record"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2691,7 +3398,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2703,7 +3410,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2716,7 +3423,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{36}
+	return file_kv_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -2753,6 +3460,15 @@ func (x *SnapshotRecord) GetFooter() *SnapshotFooter {
 	return nil
 }
 
+func (x *SnapshotRecord) GetSession() *Session {
+	if x != nil {
+		if x, ok := x.Record.(*SnapshotRecord_Session); ok {
+			return x.Session
+		}
+	}
+	return nil
+}
+
 type isSnapshotRecord_Record interface {
 	isSnapshotRecord_Record()
 }
@@ -2769,11 +3485,17 @@ type SnapshotRecord_Footer struct {
 	Footer *SnapshotFooter `protobuf:"bytes,3,opt,name=footer,proto3,oneof"`
 }
 
+type SnapshotRecord_Session struct {
+	Session *Session `protobuf:"bytes,4,opt,name=session,proto3,oneof"`
+}
+
 func (*SnapshotRecord_Header) isSnapshotRecord_Record() {}
 
 func (*SnapshotRecord_KeyValue) isSnapshotRecord_Record() {}
 
 func (*SnapshotRecord_Footer) isSnapshotRecord_Record() {}
+
+func (*SnapshotRecord_Session) isSnapshotRecord_Record() {}
 
 // SnapshotHeader is all replicated state but the keys and values.
 type SnapshotHeader struct {
@@ -2789,15 +3511,18 @@ type SnapshotHeader struct {
 	ConfState *ConfState `protobuf:"bytes,6,opt,name=conf_state,json=confState,proto3" json:"conf_state,omitempty"`
 	Members   []*Member  `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
 	// Raft IDs that were removed, oldest first; the last 1,024.
-	Removed       []uint64    `protobuf:"varint,8,rep,packed,name=removed,proto3" json:"removed,omitempty"`
-	Proposers     []*Proposer `protobuf:"bytes,9,rep,name=proposers,proto3" json:"proposers,omitempty"`
+	Removed   []uint64    `protobuf:"varint,8,rep,packed,name=removed,proto3" json:"removed,omitempty"`
+	Proposers []*Proposer `protobuf:"bytes,9,rep,name=proposers,proto3" json:"proposers,omitempty"`
+	// The numbers of KeyValues and of Sessions that follow.
+	Keys          uint64 `protobuf:"varint,10,opt,name=keys,proto3" json:"keys,omitempty"`
+	Sessions      uint64 `protobuf:"varint,11,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2809,7 +3534,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2822,7 +3547,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{37}
+	return file_kv_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -2888,6 +3613,152 @@ func (x *SnapshotHeader) GetProposers() []*Proposer {
 	return nil
 }
 
+func (x *SnapshotHeader) GetKeys() uint64 {
+	if x != nil {
+		return x.Keys
+	}
+	return 0
+}
+
+func (x *SnapshotHeader) GetSessions() uint64 {
+	if x != nil {
+		return x.Sessions
+	}
+	return 0
+}
+
+// Session is what is known of a client's writes.
+type Session struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The highest sequence applied.
+	Highest uint64 `protobuf:"varint,2,opt,name=highest,proto3" json:"highest,omitempty"`
+	// In the order of their sequences.
+	Answers       []*Answer `protobuf:"bytes,3,rep,name=answers,proto3" json:"answers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Session) Reset() {
+	*x = Session{}
+	mi := &file_kv_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Session) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Session) ProtoMessage() {}
+
+func (x *Session) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Session.ProtoReflect.Descriptor instead.
+func (*Session) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *Session) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Session) GetHighest() uint64 {
+	if x != nil {
+		return x.Highest
+	}
+	return 0
+}
+
+func (x *Session) GetAnswers() []*Answer {
+	if x != nil {
+		return x.Answers
+	}
+	return nil
+}
+
+// Answer is the answer to a write that was applied.
+type Answer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	Found         bool                   `protobuf:"varint,3,opt,name=found,proto3" json:"found,omitempty"`
+	CompareFailed bool                   `protobuf:"varint,4,opt,name=compare_failed,json=compareFailed,proto3" json:"compare_failed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Answer) Reset() {
+	*x = Answer{}
+	mi := &file_kv_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Answer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Answer) ProtoMessage() {}
+
+func (x *Answer) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Answer.ProtoReflect.Descriptor instead.
+func (*Answer) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *Answer) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Answer) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Answer) GetFound() bool {
+	if x != nil {
+		return x.Found
+	}
+	return false
+}
+
+func (x *Answer) GetCompareFailed() bool {
+	if x != nil {
+		return x.CompareFailed
+	}
+	return false
+}
+
 type KeyValue struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
@@ -2899,7 +3770,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_kv_proto_msgTypes[38]
+	mi := &file_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2911,7 +3782,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[38]
+	mi := &file_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2924,7 +3795,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{38}
+	return file_kv_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -2958,7 +3829,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_kv_proto_msgTypes[39]
+	mi := &file_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3841,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[39]
+	mi := &file_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3854,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{39}
+	return file_kv_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -3006,14 +3877,16 @@ type LogBatch struct {
 	// Contiguous, in place of all that have the first one's index or a later one.
 	Entries []*Entry `protobuf:"bytes,4,rep,name=entries,proto3" json:"entries,omitempty"`
 	// The oldest segment that is needed. The log sets it.
-	FirstSegment  uint64 `protobuf:"varint,5,opt,name=first_segment,json=firstSegment,proto3" json:"first_segment,omitempty"`
+	FirstSegment uint64 `protobuf:"varint,5,opt,name=first_segment,json=firstSegment,proto3" json:"first_segment,omitempty"`
+	// How often a process has started with this log: no two share a number.
+	Boots         uint64 `protobuf:"varint,6,opt,name=boots,proto3" json:"boots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_kv_proto_msgTypes[40]
+	mi := &file_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3025,7 +3898,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[40]
+	mi := &file_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3038,7 +3911,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{40}
+	return file_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -3076,6 +3949,83 @@ func (x *LogBatch) GetFirstSegment() uint64 {
 	return 0
 }
 
+func (x *LogBatch) GetBoots() uint64 {
+	if x != nil {
+		return x.Boots
+	}
+	return 0
+}
+
+// Identity is whose a data directory is.
+type Identity struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1. A node refuses a number that it does not know.
+	Format        uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	ClusterId     uint64 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	NodeId        uint64 `protobuf:"varint,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	RaftId        uint64 `protobuf:"varint,4,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Identity) Reset() {
+	*x = Identity{}
+	mi := &file_kv_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Identity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Identity) ProtoMessage() {}
+
+func (x *Identity) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Identity.ProtoReflect.Descriptor instead.
+func (*Identity) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *Identity) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *Identity) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+func (x *Identity) GetNodeId() uint64 {
+	if x != nil {
+		return x.NodeId
+	}
+	return 0
+}
+
+func (x *Identity) GetRaftId() uint64 {
+	if x != nil {
+		return x.RaftId
+	}
+	return 0
+}
+
 // HardState is etcd raft's.
 type HardState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3088,7 +4038,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_kv_proto_msgTypes[41]
+	mi := &file_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3100,7 +4050,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[41]
+	mi := &file_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3113,7 +4063,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{41}
+	return file_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -3149,7 +4099,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3161,7 +4111,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3174,7 +4124,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{42}
+	return file_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -3202,7 +4152,36 @@ var File_kv_proto protoreflect.FileDescriptor
 
 const file_kv_proto_rawDesc = "" +
 	"\n" +
-	"\bkv.proto\x12\x05kv.v1\"4\n" +
+	"\bkv.proto\x12\x05kv.v1\"A\n" +
+	"\tRequestId\x12\x18\n" +
+	"\asession\x18\x01 \x01(\x04R\asession\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x14\n" +
+	"\x12OpenSessionRequest\"/\n" +
+	"\x13OpenSessionResponse\x12\x18\n" +
+	"\asession\x18\x01 \x01(\x04R\asession\"C\n" +
+	"\x0fPipelineRequest\x120\n" +
+	"\n" +
+	"operations\x18\x01 \x03(\v2\x10.kv.v1.OperationR\n" +
+	"operations\"\xd6\x01\n" +
+	"\tOperation\x12%\n" +
+	"\x03get\x18\x01 \x01(\v2\x11.kv.v1.GetRequestH\x00R\x03get\x12%\n" +
+	"\x03set\x18\x02 \x01(\v2\x11.kv.v1.SetRequestH\x00R\x03set\x12.\n" +
+	"\x06delete\x18\x03 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x12>\n" +
+	"\fopen_session\x18\x04 \x01(\v2\x19.kv.v1.OpenSessionRequestH\x00R\vopenSessionB\v\n" +
+	"\toperation\"D\n" +
+	"\x10PipelineResponse\x120\n" +
+	"\aresults\x18\x01 \x03(\v2\x16.kv.v1.OperationResultR\aresults\"\x8c\x02\n" +
+	"\x0fOperationResult\x12&\n" +
+	"\x03get\x18\x01 \x01(\v2\x12.kv.v1.GetResponseH\x00R\x03get\x12&\n" +
+	"\x03set\x18\x02 \x01(\v2\x12.kv.v1.SetResponseH\x00R\x03set\x12/\n" +
+	"\x06delete\x18\x03 \x01(\v2\x15.kv.v1.DeleteResponseH\x00R\x06delete\x12?\n" +
+	"\fopen_session\x18\x04 \x01(\v2\x1a.kv.v1.OpenSessionResponseH\x00R\vopenSession\x12-\n" +
+	"\x05error\x18\x05 \x01(\v2\x15.kv.v1.OperationErrorH\x00R\x05errorB\b\n" +
+	"\x06result\"j\n" +
+	"\x0eOperationError\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\x05R\x04code\x12*\n" +
+	"\x06reason\x18\x02 \x01(\x0e2\x12.kv.v1.ErrorReasonR\x06reason\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"4\n" +
 	"\n" +
 	"GetRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
@@ -3210,18 +4189,28 @@ const file_kv_proto_rawDesc = "" +
 	"\vGetResponse\x12\x19\n" +
 	"\x05value\x18\x01 \x01(\fH\x00R\x05value\x88\x01\x01\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversionB\b\n" +
-	"\x06_value\"4\n" +
+	"\x06_value\"\xaa\x01\n" +
 	"\n" +
 	"SetRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value\"'\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\x12.\n" +
+	"\x10expected_version\x18\x03 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12/\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\v2\x10.kv.v1.RequestIdR\trequestIdB\x13\n" +
+	"\x11_expected_version\"N\n" +
 	"\vSetResponse\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\x04R\aversion\"!\n" +
+	"\aversion\x18\x01 \x01(\x04R\aversion\x12%\n" +
+	"\x0ecompare_failed\x18\x02 \x01(\bR\rcompareFailed\"\x97\x01\n" +
 	"\rDeleteRequest\x12\x10\n" +
-	"\x03key\x18\x01 \x01(\tR\x03key\"D\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12.\n" +
+	"\x10expected_version\x18\x02 \x01(\x04H\x00R\x0fexpectedVersion\x88\x01\x01\x12/\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\v2\x10.kv.v1.RequestIdR\trequestIdB\x13\n" +
+	"\x11_expected_version\"k\n" +
 	"\x0eDeleteResponse\x12\x18\n" +
 	"\adeleted\x18\x01 \x01(\bR\adeleted\x12\x18\n" +
-	"\aversion\x18\x02 \x01(\x04R\aversion\"p\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12%\n" +
+	"\x0ecompare_failed\x18\x03 \x01(\bR\rcompareFailed\"p\n" +
 	"\vListRequest\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x1d\n" +
@@ -3249,7 +4238,10 @@ const file_kv_proto_rawDesc = "" +
 	"\x18ChangeMembershipResponse\"0\n" +
 	"\x15TransferLeaderRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\"\x18\n" +
-	"\x16TransferLeaderResponse\"\x10\n" +
+	"\x16TransferLeaderResponse\"\x0f\n" +
+	"\rBackupRequest\"$\n" +
+	"\x0eBackupResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x10\n" +
 	"\x0eMetricsRequest\"\xa2\x01\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vmatch_index\x18\x01 \x01(\x04R\n" +
@@ -3267,7 +4259,7 @@ const file_kv_proto_rawDesc = "" +
 	"\alearner\x18\x05 \x01(\bR\alearner\x12\x1c\n" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x120\n" +
 	"\bprogress\x18\a \x01(\v2\x0f.kv.v1.ProgressH\x00R\bprogress\x88\x01\x01B\v\n" +
-	"\t_progress\"\xb9\a\n" +
+	"\t_progress\"\x8e\b\n" +
 	"\x0fMetricsResponse\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -3301,7 +4293,11 @@ const file_kv_proto_rawDesc = "" +
 	"\x10messages_dropped\x18\x18 \x01(\x04R\x0fmessagesDropped\x12\x18\n" +
 	"\ahealthy\x18\x19 \x01(\bR\ahealthy\x12)\n" +
 	"\x10unhealthy_reason\x18\x1a \x01(\tR\x0funhealthyReason\x12#\n" +
-	"\rbuild_version\x18\x1b \x01(\tR\fbuildVersionB\t\n" +
+	"\rbuild_version\x18\x1b \x01(\tR\fbuildVersion\x12\x1a\n" +
+	"\bsessions\x18\x1c \x01(\x04R\bsessions\x12\x18\n" +
+	"\adurable\x18\x1d \x01(\bR\adurable\x12\x1d\n" +
+	"\n" +
+	"disk_bytes\x18\x1e \x01(\x04R\tdiskBytesB\t\n" +
 	"\a_leader\"~\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
@@ -3322,13 +4318,11 @@ const file_kv_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\f.kv.v1.HelloR\x05hello\x12.\n" +
 	"\bmessages\x18\x02 \x03(\v2\x12.kv.v1.RaftMessageR\bmessages\":\n" +
 	"\x0eStreamResponse\x12(\n" +
-	"\awelcome\x18\x01 \x01(\v2\x0e.kv.v1.WelcomeR\awelcome\"\x90\x01\n" +
+	"\awelcome\x18\x01 \x01(\v2\x0e.kv.v1.WelcomeR\awelcome\"d\n" +
 	"\x16InstallSnapshotRequest\x12\"\n" +
 	"\x05hello\x18\x01 \x01(\v2\f.kv.v1.HelloR\x05hello\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data\x12\x16\n" +
-	"\x06crc32c\x18\x04 \x01(\aR\x06crc32c\x12\x12\n" +
-	"\x04last\x18\x05 \x01(\bR\x04last\"\x19\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"\x19\n" +
 	"\x17InstallSnapshotResponse\"\x91\x02\n" +
 	"\vRaftMessage\x12*\n" +
 	"\x04type\x18\x01 \x01(\x0e2\x16.kv.v1.RaftMessageTypeR\x04type\x12\x12\n" +
@@ -3349,10 +4343,11 @@ const file_kv_proto_rawDesc = "" +
 	"\x05Batch\x12\x1a\n" +
 	"\bproposer\x18\x01 \x01(\x04R\bproposer\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12$\n" +
-	"\x06writes\x18\x03 \x03(\v2\f.kv.v1.WriteR\x06writes\"k\n" +
+	"\x06writes\x18\x03 \x03(\v2\f.kv.v1.WriteR\x06writes\"\xab\x01\n" +
 	"\x05Write\x12%\n" +
 	"\x03set\x18\x01 \x01(\v2\x11.kv.v1.SetRequestH\x00R\x03set\x12.\n" +
-	"\x06delete\x18\x02 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06deleteB\v\n" +
+	"\x06delete\x18\x02 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x12>\n" +
+	"\fopen_session\x18\x03 \x01(\v2\x19.kv.v1.OpenSessionRequestH\x00R\vopenSessionB\v\n" +
 	"\toperation\"<\n" +
 	"\x11ConfChangeContext\x12'\n" +
 	"\amembers\x18\x01 \x03(\v2\r.kv.v1.MemberR\amembers\"B\n" +
@@ -3368,12 +4363,13 @@ const file_kv_proto_rawDesc = "" +
 	"auto_leave\x18\x05 \x01(\bR\tautoLeave\"?\n" +
 	"\bProposer\x12\x17\n" +
 	"\araft_id\x18\x01 \x01(\x04R\x06raftId\x12\x1a\n" +
-	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xac\x01\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xd8\x01\n" +
 	"\x0eSnapshotRecord\x12/\n" +
 	"\x06header\x18\x01 \x01(\v2\x15.kv.v1.SnapshotHeaderH\x00R\x06header\x12.\n" +
 	"\tkey_value\x18\x02 \x01(\v2\x0f.kv.v1.KeyValueH\x00R\bkeyValue\x12/\n" +
-	"\x06footer\x18\x03 \x01(\v2\x15.kv.v1.SnapshotFooterH\x00R\x06footerB\b\n" +
-	"\x06record\"\xae\x02\n" +
+	"\x06footer\x18\x03 \x01(\v2\x15.kv.v1.SnapshotFooterH\x00R\x06footer\x12*\n" +
+	"\asession\x18\x04 \x01(\v2\x0e.kv.v1.SessionH\x00R\asessionB\b\n" +
+	"\x06record\"\xde\x02\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -3385,20 +4381,39 @@ const file_kv_proto_rawDesc = "" +
 	"conf_state\x18\x06 \x01(\v2\x10.kv.v1.ConfStateR\tconfState\x12'\n" +
 	"\amembers\x18\a \x03(\v2\r.kv.v1.MemberR\amembers\x12\x18\n" +
 	"\aremoved\x18\b \x03(\x04R\aremoved\x12-\n" +
-	"\tproposers\x18\t \x03(\v2\x0f.kv.v1.ProposerR\tproposers\"L\n" +
+	"\tproposers\x18\t \x03(\v2\x0f.kv.v1.ProposerR\tproposers\x12\x12\n" +
+	"\x04keys\x18\n" +
+	" \x01(\x04R\x04keys\x12\x1a\n" +
+	"\bsessions\x18\v \x01(\x04R\bsessions\"\\\n" +
+	"\aSession\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
+	"\ahighest\x18\x02 \x01(\x04R\ahighest\x12'\n" +
+	"\aanswers\x18\x03 \x03(\v2\r.kv.v1.AnswerR\aanswers\"{\n" +
+	"\x06Answer\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x14\n" +
+	"\x05found\x18\x03 \x01(\bR\x05found\x12%\n" +
+	"\x0ecompare_failed\x18\x04 \x01(\bR\rcompareFailed\"L\n" +
 	"\bKeyValue\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\fR\x05value\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\x04R\aversion\"$\n" +
 	"\x0eSnapshotFooter\x12\x12\n" +
-	"\x04keys\x18\x01 \x01(\x04R\x04keys\"\xd5\x01\n" +
+	"\x04keys\x18\x01 \x01(\x04R\x04keys\"\xeb\x01\n" +
 	"\bLogBatch\x12/\n" +
 	"\n" +
 	"hard_state\x18\x01 \x01(\v2\x10.kv.v1.HardStateR\thardState\x12/\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.kv.v1.SnapshotMarkR\bsnapshot\x12\x1a\n" +
 	"\bdiscards\x18\x03 \x01(\bR\bdiscards\x12&\n" +
 	"\aentries\x18\x04 \x03(\v2\f.kv.v1.EntryR\aentries\x12#\n" +
-	"\rfirst_segment\x18\x05 \x01(\x04R\ffirstSegment\"K\n" +
+	"\rfirst_segment\x18\x05 \x01(\x04R\ffirstSegment\x12\x14\n" +
+	"\x05boots\x18\x06 \x01(\x04R\x05boots\"s\n" +
+	"\bIdentity\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x02 \x01(\x04R\tclusterId\x12\x17\n" +
+	"\anode_id\x18\x03 \x01(\x04R\x06nodeId\x12\x17\n" +
+	"\araft_id\x18\x04 \x01(\x04R\x06raftId\"K\n" +
 	"\tHardState\x12\x12\n" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x12\n" +
 	"\x04vote\x18\x02 \x01(\x04R\x04vote\x12\x16\n" +
@@ -3406,7 +4421,7 @@ const file_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\x9c\x04\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xe1\x04\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -3425,7 +4440,9 @@ const file_kv_proto_rawDesc = "" +
 	"\x18ERROR_REASON_UNREACHABLE\x10\r\x12\x19\n" +
 	"\x15ERROR_REASON_DEADLINE\x10\x0e\x12\x18\n" +
 	"\x14ERROR_REASON_CORRUPT\x10\x0f\x12\x1b\n" +
-	"\x17ERROR_REASON_WRONG_NODE\x10\x10*~\n" +
+	"\x17ERROR_REASON_WRONG_NODE\x10\x10\x12 \n" +
+	"\x1cERROR_REASON_SESSION_UNKNOWN\x10\x11\x12!\n" +
+	"\x1dERROR_REASON_SEQUENCE_TOO_OLD\x10\x12*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -3457,19 +4474,22 @@ const file_kv_proto_rawDesc = "" +
 	"\tEntryType\x12\x1a\n" +
 	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16ENTRY_TYPE_CONF_CHANGE\x10\x01\x12\x1d\n" +
-	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\xcf\x01\n" +
+	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\xd6\x02\n" +
 	"\tKVService\x12,\n" +
 	"\x03Get\x12\x11.kv.v1.GetRequest\x1a\x12.kv.v1.GetResponse\x12,\n" +
 	"\x03Set\x12\x11.kv.v1.SetRequest\x1a\x12.kv.v1.SetResponse\x125\n" +
 	"\x06Delete\x12\x14.kv.v1.DeleteRequest\x1a\x15.kv.v1.DeleteResponse\x12/\n" +
-	"\x04List\x12\x12.kv.v1.ListRequest\x1a\x13.kv.v1.ListResponse2\xe2\x02\n" +
+	"\x04List\x12\x12.kv.v1.ListRequest\x1a\x13.kv.v1.ListResponse\x12D\n" +
+	"\vOpenSession\x12\x19.kv.v1.OpenSessionRequest\x1a\x1a.kv.v1.OpenSessionResponse\x12?\n" +
+	"\bPipeline\x12\x16.kv.v1.PipelineRequest\x1a\x17.kv.v1.PipelineResponse(\x010\x012\x9b\x03\n" +
 	"\x0eClusterService\x12/\n" +
 	"\x04Init\x12\x12.kv.v1.InitRequest\x1a\x13.kv.v1.InitResponse\x12A\n" +
 	"\n" +
 	"AddLearner\x12\x18.kv.v1.AddLearnerRequest\x1a\x19.kv.v1.AddLearnerResponse\x12S\n" +
 	"\x10ChangeMembership\x12\x1e.kv.v1.ChangeMembershipRequest\x1a\x1f.kv.v1.ChangeMembershipResponse\x12M\n" +
 	"\x0eTransferLeader\x12\x1c.kv.v1.TransferLeaderRequest\x1a\x1d.kv.v1.TransferLeaderResponse\x128\n" +
-	"\aMetrics\x12\x15.kv.v1.MetricsRequest\x1a\x16.kv.v1.MetricsResponse2\x9c\x01\n" +
+	"\aMetrics\x12\x15.kv.v1.MetricsRequest\x1a\x16.kv.v1.MetricsResponse\x127\n" +
+	"\x06Backup\x12\x14.kv.v1.BackupRequest\x1a\x15.kv.v1.BackupResponse0\x012\x9c\x01\n" +
 	"\vRaftService\x129\n" +
 	"\x06Stream\x12\x14.kv.v1.StreamRequest\x1a\x15.kv.v1.StreamResponse(\x010\x01\x12R\n" +
 	"\x0fInstallSnapshot\x12\x1d.kv.v1.InstallSnapshotRequest\x1a\x1e.kv.v1.InstallSnapshotResponse(\x01B\x15Z\x13raft-key-value/kvpbb\x06proto3"
@@ -3487,120 +4507,156 @@ func file_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: kv.v1.ErrorReason
 	(Role)(0),                        // 1: kv.v1.Role
 	(Verdict)(0),                     // 2: kv.v1.Verdict
 	(RaftMessageType)(0),             // 3: kv.v1.RaftMessageType
 	(EntryType)(0),                   // 4: kv.v1.EntryType
-	(*GetRequest)(nil),               // 5: kv.v1.GetRequest
-	(*GetResponse)(nil),              // 6: kv.v1.GetResponse
-	(*SetRequest)(nil),               // 7: kv.v1.SetRequest
-	(*SetResponse)(nil),              // 8: kv.v1.SetResponse
-	(*DeleteRequest)(nil),            // 9: kv.v1.DeleteRequest
-	(*DeleteResponse)(nil),           // 10: kv.v1.DeleteResponse
-	(*ListRequest)(nil),              // 11: kv.v1.ListRequest
-	(*ListResponse)(nil),             // 12: kv.v1.ListResponse
-	(*Node)(nil),                     // 13: kv.v1.Node
-	(*InitRequest)(nil),              // 14: kv.v1.InitRequest
-	(*InitResponse)(nil),             // 15: kv.v1.InitResponse
-	(*AddLearnerRequest)(nil),        // 16: kv.v1.AddLearnerRequest
-	(*AddLearnerResponse)(nil),       // 17: kv.v1.AddLearnerResponse
-	(*ChangeMembershipRequest)(nil),  // 18: kv.v1.ChangeMembershipRequest
-	(*ChangeMembershipResponse)(nil), // 19: kv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 20: kv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 21: kv.v1.TransferLeaderResponse
-	(*MetricsRequest)(nil),           // 22: kv.v1.MetricsRequest
-	(*Progress)(nil),                 // 23: kv.v1.Progress
-	(*MemberStatus)(nil),             // 24: kv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 25: kv.v1.MetricsResponse
-	(*Hello)(nil),                    // 26: kv.v1.Hello
-	(*Peer)(nil),                     // 27: kv.v1.Peer
-	(*Welcome)(nil),                  // 28: kv.v1.Welcome
-	(*StreamRequest)(nil),            // 29: kv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 30: kv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 31: kv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 32: kv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 33: kv.v1.RaftMessage
-	(*Entry)(nil),                    // 34: kv.v1.Entry
-	(*Batch)(nil),                    // 35: kv.v1.Batch
-	(*Write)(nil),                    // 36: kv.v1.Write
-	(*ConfChangeContext)(nil),        // 37: kv.v1.ConfChangeContext
-	(*Member)(nil),                   // 38: kv.v1.Member
-	(*ConfState)(nil),                // 39: kv.v1.ConfState
-	(*Proposer)(nil),                 // 40: kv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 41: kv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 42: kv.v1.SnapshotHeader
-	(*KeyValue)(nil),                 // 43: kv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 44: kv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 45: kv.v1.LogBatch
-	(*HardState)(nil),                // 46: kv.v1.HardState
-	(*SnapshotMark)(nil),             // 47: kv.v1.SnapshotMark
+	(*RequestId)(nil),                // 5: kv.v1.RequestId
+	(*OpenSessionRequest)(nil),       // 6: kv.v1.OpenSessionRequest
+	(*OpenSessionResponse)(nil),      // 7: kv.v1.OpenSessionResponse
+	(*PipelineRequest)(nil),          // 8: kv.v1.PipelineRequest
+	(*Operation)(nil),                // 9: kv.v1.Operation
+	(*PipelineResponse)(nil),         // 10: kv.v1.PipelineResponse
+	(*OperationResult)(nil),          // 11: kv.v1.OperationResult
+	(*OperationError)(nil),           // 12: kv.v1.OperationError
+	(*GetRequest)(nil),               // 13: kv.v1.GetRequest
+	(*GetResponse)(nil),              // 14: kv.v1.GetResponse
+	(*SetRequest)(nil),               // 15: kv.v1.SetRequest
+	(*SetResponse)(nil),              // 16: kv.v1.SetResponse
+	(*DeleteRequest)(nil),            // 17: kv.v1.DeleteRequest
+	(*DeleteResponse)(nil),           // 18: kv.v1.DeleteResponse
+	(*ListRequest)(nil),              // 19: kv.v1.ListRequest
+	(*ListResponse)(nil),             // 20: kv.v1.ListResponse
+	(*Node)(nil),                     // 21: kv.v1.Node
+	(*InitRequest)(nil),              // 22: kv.v1.InitRequest
+	(*InitResponse)(nil),             // 23: kv.v1.InitResponse
+	(*AddLearnerRequest)(nil),        // 24: kv.v1.AddLearnerRequest
+	(*AddLearnerResponse)(nil),       // 25: kv.v1.AddLearnerResponse
+	(*ChangeMembershipRequest)(nil),  // 26: kv.v1.ChangeMembershipRequest
+	(*ChangeMembershipResponse)(nil), // 27: kv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 28: kv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 29: kv.v1.TransferLeaderResponse
+	(*BackupRequest)(nil),            // 30: kv.v1.BackupRequest
+	(*BackupResponse)(nil),           // 31: kv.v1.BackupResponse
+	(*MetricsRequest)(nil),           // 32: kv.v1.MetricsRequest
+	(*Progress)(nil),                 // 33: kv.v1.Progress
+	(*MemberStatus)(nil),             // 34: kv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 35: kv.v1.MetricsResponse
+	(*Hello)(nil),                    // 36: kv.v1.Hello
+	(*Peer)(nil),                     // 37: kv.v1.Peer
+	(*Welcome)(nil),                  // 38: kv.v1.Welcome
+	(*StreamRequest)(nil),            // 39: kv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 40: kv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 41: kv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 42: kv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 43: kv.v1.RaftMessage
+	(*Entry)(nil),                    // 44: kv.v1.Entry
+	(*Batch)(nil),                    // 45: kv.v1.Batch
+	(*Write)(nil),                    // 46: kv.v1.Write
+	(*ConfChangeContext)(nil),        // 47: kv.v1.ConfChangeContext
+	(*Member)(nil),                   // 48: kv.v1.Member
+	(*ConfState)(nil),                // 49: kv.v1.ConfState
+	(*Proposer)(nil),                 // 50: kv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 51: kv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 52: kv.v1.SnapshotHeader
+	(*Session)(nil),                  // 53: kv.v1.Session
+	(*Answer)(nil),                   // 54: kv.v1.Answer
+	(*KeyValue)(nil),                 // 55: kv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 56: kv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 57: kv.v1.LogBatch
+	(*Identity)(nil),                 // 58: kv.v1.Identity
+	(*HardState)(nil),                // 59: kv.v1.HardState
+	(*SnapshotMark)(nil),             // 60: kv.v1.SnapshotMark
 }
 var file_kv_proto_depIdxs = []int32{
-	43, // 0: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
-	13, // 1: kv.v1.InitRequest.members:type_name -> kv.v1.Node
-	13, // 2: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
-	13, // 3: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
-	23, // 4: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
-	13, // 5: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
-	1,  // 6: kv.v1.MetricsResponse.role:type_name -> kv.v1.Role
-	13, // 7: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
-	24, // 8: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
-	27, // 9: kv.v1.Hello.from:type_name -> kv.v1.Peer
-	27, // 10: kv.v1.Hello.to:type_name -> kv.v1.Peer
-	13, // 11: kv.v1.Peer.node:type_name -> kv.v1.Node
-	2,  // 12: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
-	27, // 13: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
-	26, // 14: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
-	33, // 15: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
-	28, // 16: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
-	26, // 17: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
-	3,  // 18: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
-	34, // 19: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
-	4,  // 20: kv.v1.Entry.type:type_name -> kv.v1.EntryType
-	36, // 21: kv.v1.Batch.writes:type_name -> kv.v1.Write
-	7,  // 22: kv.v1.Write.set:type_name -> kv.v1.SetRequest
-	9,  // 23: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
-	38, // 24: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
-	13, // 25: kv.v1.Member.node:type_name -> kv.v1.Node
-	42, // 26: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
-	43, // 27: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
-	44, // 28: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
-	39, // 29: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
-	38, // 30: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
-	40, // 31: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
-	46, // 32: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
-	47, // 33: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
-	34, // 34: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
-	5,  // 35: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
-	7,  // 36: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
-	9,  // 37: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
-	11, // 38: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
-	14, // 39: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
-	16, // 40: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
-	18, // 41: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
-	20, // 42: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
-	22, // 43: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
-	29, // 44: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
-	31, // 45: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
-	6,  // 46: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
-	8,  // 47: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
-	10, // 48: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
-	12, // 49: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
-	15, // 50: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
-	17, // 51: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
-	19, // 52: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
-	21, // 53: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
-	25, // 54: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
-	30, // 55: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
-	32, // 56: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
-	46, // [46:57] is the sub-list for method output_type
-	35, // [35:46] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	9,  // 0: kv.v1.PipelineRequest.operations:type_name -> kv.v1.Operation
+	13, // 1: kv.v1.Operation.get:type_name -> kv.v1.GetRequest
+	15, // 2: kv.v1.Operation.set:type_name -> kv.v1.SetRequest
+	17, // 3: kv.v1.Operation.delete:type_name -> kv.v1.DeleteRequest
+	6,  // 4: kv.v1.Operation.open_session:type_name -> kv.v1.OpenSessionRequest
+	11, // 5: kv.v1.PipelineResponse.results:type_name -> kv.v1.OperationResult
+	14, // 6: kv.v1.OperationResult.get:type_name -> kv.v1.GetResponse
+	16, // 7: kv.v1.OperationResult.set:type_name -> kv.v1.SetResponse
+	18, // 8: kv.v1.OperationResult.delete:type_name -> kv.v1.DeleteResponse
+	7,  // 9: kv.v1.OperationResult.open_session:type_name -> kv.v1.OpenSessionResponse
+	12, // 10: kv.v1.OperationResult.error:type_name -> kv.v1.OperationError
+	0,  // 11: kv.v1.OperationError.reason:type_name -> kv.v1.ErrorReason
+	5,  // 12: kv.v1.SetRequest.request_id:type_name -> kv.v1.RequestId
+	5,  // 13: kv.v1.DeleteRequest.request_id:type_name -> kv.v1.RequestId
+	55, // 14: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
+	21, // 15: kv.v1.InitRequest.members:type_name -> kv.v1.Node
+	21, // 16: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
+	21, // 17: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
+	33, // 18: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
+	21, // 19: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
+	1,  // 20: kv.v1.MetricsResponse.role:type_name -> kv.v1.Role
+	21, // 21: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
+	34, // 22: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
+	37, // 23: kv.v1.Hello.from:type_name -> kv.v1.Peer
+	37, // 24: kv.v1.Hello.to:type_name -> kv.v1.Peer
+	21, // 25: kv.v1.Peer.node:type_name -> kv.v1.Node
+	2,  // 26: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
+	37, // 27: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
+	36, // 28: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
+	43, // 29: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
+	38, // 30: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
+	36, // 31: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
+	3,  // 32: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
+	44, // 33: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
+	4,  // 34: kv.v1.Entry.type:type_name -> kv.v1.EntryType
+	46, // 35: kv.v1.Batch.writes:type_name -> kv.v1.Write
+	15, // 36: kv.v1.Write.set:type_name -> kv.v1.SetRequest
+	17, // 37: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
+	6,  // 38: kv.v1.Write.open_session:type_name -> kv.v1.OpenSessionRequest
+	48, // 39: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
+	21, // 40: kv.v1.Member.node:type_name -> kv.v1.Node
+	52, // 41: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
+	55, // 42: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
+	56, // 43: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
+	53, // 44: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
+	49, // 45: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
+	48, // 46: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
+	50, // 47: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
+	54, // 48: kv.v1.Session.answers:type_name -> kv.v1.Answer
+	59, // 49: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
+	60, // 50: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
+	44, // 51: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
+	13, // 52: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
+	15, // 53: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
+	17, // 54: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
+	19, // 55: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
+	6,  // 56: kv.v1.KVService.OpenSession:input_type -> kv.v1.OpenSessionRequest
+	8,  // 57: kv.v1.KVService.Pipeline:input_type -> kv.v1.PipelineRequest
+	22, // 58: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
+	24, // 59: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
+	26, // 60: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
+	28, // 61: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
+	32, // 62: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
+	30, // 63: kv.v1.ClusterService.Backup:input_type -> kv.v1.BackupRequest
+	39, // 64: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
+	41, // 65: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
+	14, // 66: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
+	16, // 67: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
+	18, // 68: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
+	20, // 69: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
+	7,  // 70: kv.v1.KVService.OpenSession:output_type -> kv.v1.OpenSessionResponse
+	10, // 71: kv.v1.KVService.Pipeline:output_type -> kv.v1.PipelineResponse
+	23, // 72: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
+	25, // 73: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
+	27, // 74: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
+	29, // 75: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
+	35, // 76: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
+	31, // 77: kv.v1.ClusterService.Backup:output_type -> kv.v1.BackupResponse
+	40, // 78: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
+	42, // 79: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
+	66, // [66:80] is the sub-list for method output_type
+	52, // [52:66] is the sub-list for method input_type
+	52, // [52:52] is the sub-list for extension type_name
+	52, // [52:52] is the sub-list for extension extendee
+	0,  // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_kv_proto_init() }
@@ -3608,17 +4664,34 @@ func file_kv_proto_init() {
 	if File_kv_proto != nil {
 		return
 	}
-	file_kv_proto_msgTypes[1].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[19].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[20].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[31].OneofWrappers = []any{
+	file_kv_proto_msgTypes[4].OneofWrappers = []any{
+		(*Operation_Get)(nil),
+		(*Operation_Set)(nil),
+		(*Operation_Delete)(nil),
+		(*Operation_OpenSession)(nil),
+	}
+	file_kv_proto_msgTypes[6].OneofWrappers = []any{
+		(*OperationResult_Get)(nil),
+		(*OperationResult_Set)(nil),
+		(*OperationResult_Delete)(nil),
+		(*OperationResult_OpenSession)(nil),
+		(*OperationResult_Error)(nil),
+	}
+	file_kv_proto_msgTypes[9].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[10].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[12].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[29].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[30].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[41].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
+		(*Write_OpenSession)(nil),
 	}
-	file_kv_proto_msgTypes[36].OneofWrappers = []any{
+	file_kv_proto_msgTypes[46].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
+		(*SnapshotRecord_Session)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3626,7 +4699,7 @@ func file_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kv_proto_rawDesc), len(file_kv_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   43,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -25,10 +25,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	KVService_Get_FullMethodName    = "/kv.v1.KVService/Get"
-	KVService_Set_FullMethodName    = "/kv.v1.KVService/Set"
-	KVService_Delete_FullMethodName = "/kv.v1.KVService/Delete"
-	KVService_List_FullMethodName   = "/kv.v1.KVService/List"
+	KVService_Get_FullMethodName         = "/kv.v1.KVService/Get"
+	KVService_Set_FullMethodName         = "/kv.v1.KVService/Set"
+	KVService_Delete_FullMethodName      = "/kv.v1.KVService/Delete"
+	KVService_List_FullMethodName        = "/kv.v1.KVService/List"
+	KVService_OpenSession_FullMethodName = "/kv.v1.KVService/OpenSession"
+	KVService_Pipeline_FullMethodName    = "/kv.v1.KVService/Pipeline"
 )
 
 // KVServiceClient is the client API for KVService service.
@@ -45,13 +47,24 @@ type KVServiceClient interface {
 	// set (Raft thesis, section 6.4).
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*GetResponse, error)
 	// Set writes a key. DEADLINE_EXCEEDED with the reason OUTCOME_UNKNOWN means
-	// that the write may or may not take effect; UNAVAILABLE, that it will not.
+	// that the write may or may not take effect; UNAVAILABLE, that it will not,
+	// or that it had a request_id and may be sent again.
 	Set(ctx context.Context, in *SetRequest, opts ...grpc.CallOption) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
 	// List reads keys in order. Each page is linearizable by itself: writes
 	// between two pages show. A page costs one pass over all keys of the node.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
+	// OpenSession opens a session, for writes that take effect once however often
+	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
+	// the one whose writes were applied the longest ago goes first.
+	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
+	// Pipeline takes any number of operations and answers them in their order,
+	// each by itself: one that fails does not end the stream. Operations of one
+	// stream may be applied together and in any order, as if sent side by side.
+	// The node stops reading while 65,536 of a stream's operations, or 16 MiB of
+	// them, are not answered.
+	Pipeline(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PipelineRequest, PipelineResponse], error)
 }
 
 type kVServiceClient struct {
@@ -102,6 +115,29 @@ func (c *kVServiceClient) List(ctx context.Context, in *ListRequest, opts ...grp
 	return out, nil
 }
 
+func (c *kVServiceClient) OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(OpenSessionResponse)
+	err := c.cc.Invoke(ctx, KVService_OpenSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *kVServiceClient) Pipeline(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PipelineRequest, PipelineResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &KVService_ServiceDesc.Streams[0], KVService_Pipeline_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[PipelineRequest, PipelineResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVService_PipelineClient = grpc.BidiStreamingClient[PipelineRequest, PipelineResponse]
+
 // KVServiceServer is the server API for KVService service.
 // All implementations must embed UnimplementedKVServiceServer
 // for forward compatibility.
@@ -116,13 +152,24 @@ type KVServiceServer interface {
 	// set (Raft thesis, section 6.4).
 	Get(context.Context, *GetRequest) (*GetResponse, error)
 	// Set writes a key. DEADLINE_EXCEEDED with the reason OUTCOME_UNKNOWN means
-	// that the write may or may not take effect; UNAVAILABLE, that it will not.
+	// that the write may or may not take effect; UNAVAILABLE, that it will not,
+	// or that it had a request_id and may be sent again.
 	Set(context.Context, *SetRequest) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	// List reads keys in order. Each page is linearizable by itself: writes
 	// between two pages show. A page costs one pass over all keys of the node.
 	List(context.Context, *ListRequest) (*ListResponse, error)
+	// OpenSession opens a session, for writes that take effect once however often
+	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
+	// the one whose writes were applied the longest ago goes first.
+	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
+	// Pipeline takes any number of operations and answers them in their order,
+	// each by itself: one that fails does not end the stream. Operations of one
+	// stream may be applied together and in any order, as if sent side by side.
+	// The node stops reading while 65,536 of a stream's operations, or 16 MiB of
+	// them, are not answered.
+	Pipeline(grpc.BidiStreamingServer[PipelineRequest, PipelineResponse]) error
 	mustEmbedUnimplementedKVServiceServer()
 }
 
@@ -144,6 +191,12 @@ func (UnimplementedKVServiceServer) Delete(context.Context, *DeleteRequest) (*De
 }
 func (UnimplementedKVServiceServer) List(context.Context, *ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
+}
+func (UnimplementedKVServiceServer) OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method OpenSession not implemented")
+}
+func (UnimplementedKVServiceServer) Pipeline(grpc.BidiStreamingServer[PipelineRequest, PipelineResponse]) error {
+	return status.Error(codes.Unimplemented, "method Pipeline not implemented")
 }
 func (UnimplementedKVServiceServer) mustEmbedUnimplementedKVServiceServer() {}
 func (UnimplementedKVServiceServer) testEmbeddedByValue()                   {}
@@ -238,6 +291,31 @@ func _KVService_List_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KVService_OpenSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(OpenSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KVServiceServer).OpenSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KVService_OpenSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KVServiceServer).OpenSession(ctx, req.(*OpenSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KVService_Pipeline_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(KVServiceServer).Pipeline(&grpc.GenericServerStream[PipelineRequest, PipelineResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVService_PipelineServer = grpc.BidiStreamingServer[PipelineRequest, PipelineResponse]
+
 // KVService_ServiceDesc is the grpc.ServiceDesc for KVService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -261,8 +339,19 @@ var KVService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "List",
 			Handler:    _KVService_List_Handler,
 		},
+		{
+			MethodName: "OpenSession",
+			Handler:    _KVService_OpenSession_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Pipeline",
+			Handler:       _KVService_Pipeline_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+	},
 	Metadata: "kv.proto",
 }
 
@@ -272,6 +361,7 @@ const (
 	ClusterService_ChangeMembership_FullMethodName = "/kv.v1.ClusterService/ChangeMembership"
 	ClusterService_TransferLeader_FullMethodName   = "/kv.v1.ClusterService/TransferLeader"
 	ClusterService_Metrics_FullMethodName          = "/kv.v1.ClusterService/Metrics"
+	ClusterService_Backup_FullMethodName           = "/kv.v1.ClusterService/Backup"
 )
 
 // ClusterServiceClient is the client API for ClusterService service.
@@ -297,6 +387,9 @@ type ClusterServiceClient interface {
 	TransferLeader(ctx context.Context, in *TransferLeaderRequest, opts ...grpc.CallOption) (*TransferLeaderResponse, error)
 	// Metrics is the called node's own view, with or without a leader.
 	Metrics(ctx context.Context, in *MetricsRequest, opts ...grpc.CallOption) (*MetricsResponse, error)
+	// Backup streams the state of the cluster at one moment after the call began,
+	// from the called node. The parts' data, joined, are a snapshot.
+	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupResponse], error)
 }
 
 type clusterServiceClient struct {
@@ -357,6 +450,25 @@ func (c *clusterServiceClient) Metrics(ctx context.Context, in *MetricsRequest, 
 	return out, nil
 }
 
+func (c *clusterServiceClient) Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &ClusterService_ServiceDesc.Streams[0], ClusterService_Backup_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[BackupRequest, BackupResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ClusterService_BackupClient = grpc.ServerStreamingClient[BackupResponse]
+
 // ClusterServiceServer is the server API for ClusterService service.
 // All implementations must embed UnimplementedClusterServiceServer
 // for forward compatibility.
@@ -380,6 +492,9 @@ type ClusterServiceServer interface {
 	TransferLeader(context.Context, *TransferLeaderRequest) (*TransferLeaderResponse, error)
 	// Metrics is the called node's own view, with or without a leader.
 	Metrics(context.Context, *MetricsRequest) (*MetricsResponse, error)
+	// Backup streams the state of the cluster at one moment after the call began,
+	// from the called node. The parts' data, joined, are a snapshot.
+	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupResponse]) error
 	mustEmbedUnimplementedClusterServiceServer()
 }
 
@@ -404,6 +519,9 @@ func (UnimplementedClusterServiceServer) TransferLeader(context.Context, *Transf
 }
 func (UnimplementedClusterServiceServer) Metrics(context.Context, *MetricsRequest) (*MetricsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Metrics not implemented")
+}
+func (UnimplementedClusterServiceServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupResponse]) error {
+	return status.Error(codes.Unimplemented, "method Backup not implemented")
 }
 func (UnimplementedClusterServiceServer) mustEmbedUnimplementedClusterServiceServer() {}
 func (UnimplementedClusterServiceServer) testEmbeddedByValue()                        {}
@@ -516,6 +634,17 @@ func _ClusterService_Metrics_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ClusterService_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(BackupRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ClusterServiceServer).Backup(m, &grpc.GenericServerStream[BackupRequest, BackupResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ClusterService_BackupServer = grpc.ServerStreamingServer[BackupResponse]
+
 // ClusterService_ServiceDesc is the grpc.ServiceDesc for ClusterService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -544,7 +673,13 @@ var ClusterService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _ClusterService_Metrics_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Backup",
+			Handler:       _ClusterService_Backup_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "kv.proto",
 }
 
@@ -563,8 +698,8 @@ type RaftServiceClient interface {
 	// answered by one Welcome; then, if that accepts, batches of messages.
 	Stream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[StreamRequest, StreamResponse], error)
 	// InstallSnapshot carries one snapshot: a Hello with the first chunk, then
-	// chunks of at most 1 MiB, the last one marked. The answer comes once the
-	// snapshot has been handed to raft.
+	// parts of at most 1 MiB. The answer comes once the snapshot has been
+	// handed to raft.
 	InstallSnapshot(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[InstallSnapshotRequest, InstallSnapshotResponse], error)
 }
 
@@ -612,8 +747,8 @@ type RaftServiceServer interface {
 	// answered by one Welcome; then, if that accepts, batches of messages.
 	Stream(grpc.BidiStreamingServer[StreamRequest, StreamResponse]) error
 	// InstallSnapshot carries one snapshot: a Hello with the first chunk, then
-	// chunks of at most 1 MiB, the last one marked. The answer comes once the
-	// snapshot has been handed to raft.
+	// parts of at most 1 MiB. The answer comes once the snapshot has been
+	// handed to raft.
 	InstallSnapshot(grpc.ClientStreamingServer[InstallSnapshotRequest, InstallSnapshotResponse]) error
 	mustEmbedUnimplementedRaftServiceServer()
 }
