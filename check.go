@@ -29,7 +29,8 @@ const (
 
 // errContradiction is what a peer's message is met with that cannot be true if
 // this node's state is. One of the two has lost data, so the node stops.
-var errContradiction = errors.New("a peer contradicts what this node knows to be committed")
+var errContradiction = errors.New("a peer contradicts what this node knows to be committed, so one of the two has lost what it promised " +
+	"(was a data directory rolled back? then delete it, all of it, and start that node again: the cluster takes it back)")
 
 // peerCheck is the state of this node against which messages are checked.
 type peerCheck struct {

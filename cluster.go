@@ -137,6 +137,9 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 	if err := s.n.do(ctx, func() (err error) { clusterID, err = s.n.bootstrap(); return err }); err != nil {
 		return nil, err
 	}
+	if err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil }); err != nil {
+		return nil, err
+	}
 	ids := []uint64{s.n.self.Id}
 	todo := []string{}
 	for _, m := range req.Members {
@@ -146,7 +149,7 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 		}
 	}
 	if len(ids) == 1 {
-		return &kvpb.InitResponse{ClusterId: clusterID}, s.awaitLeader(ctx)
+		return &kvpb.InitResponse{ClusterId: clusterID}, nil
 	}
 	todo = append(todo, "change-membership "+strings.Trim(fmt.Sprint(ids), "[]"))
 	for _, m := range req.Members {
@@ -464,7 +467,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Node, m.RaftId, m.ClusterId, m.Role, m.Leader = n.self, n.raftID, s.clusterID, kvpb.Role_ROLE_UNINITIALIZED, s.members[n.lead]
 	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.raft.prevIndex+1, n.raft.last(), s.index, n.raft.bytes
 	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
-	m.Healthy = m.UnhealthyReason == ""
+	m.Healthy, m.Durable = m.UnhealthyReason == "", n.disk != nil
 	m.Keys, m.StoreBytes = s.size()
 	if n.rn == nil {
 		return m

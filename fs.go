@@ -4,23 +4,29 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"syscall"
 )
 
 // fileSystem does what package os does under the same names.
 type fileSystem interface {
 	create(path string) (file, error) // empties it if it exists
-	open(path string) (file, error)   // to write
+	open(path string) (file, error)   // to read and write
 	readFile(path string) ([]byte, error)
 	rename(from, to string) error
 	remove(path string) error
 	readDir(dir string) ([]string, error) // names, sorted
+	// lock makes a directory this process's own, and makes it if it is not there.
+	lock(dir string) (io.Closer, error)
 	// syncDir makes the names in a directory durable.
 	syncDir(dir string) error
 }
 
 type file interface {
+	io.ReaderAt
 	io.WriterAt
 	io.Closer
 	// sync makes the content durable, and of the metadata what reading it needs.
@@ -49,6 +55,21 @@ func (osFS) readDir(dir string) ([]string, error) {
 		names[i] = e.Name()
 	}
 	return names, err
+}
+
+func (osFS) lock(dir string) (io.Closer, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "LOCK"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("the data directory %s: another process uses it (%w)", dir, err)
+	}
+	return f, nil
 }
 
 func (osFS) syncDir(dir string) error {

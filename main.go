@@ -9,6 +9,9 @@
 //   - The loop (node.run), one a node. It alone touches the RawNode, the log,
 //     the fields of node, and writes to the store. Everybody else leaves work in
 //     its inbox and reads what it publishes.
+//   - The writer (disk.run), one a node with a data directory: it alone touches
+//     the log on disk. Beside it, one goroutine fills the log's next segment and
+//     one writes a snapshot from a view (disk.start).
 //   - A peer (peer.run), one for each other member: it keeps a stream open and
 //     sends what the loop queued. Beside it a goroutine waits for the stream's
 //     end, and a timer for an answer to its hello.
@@ -54,6 +57,7 @@ type options struct {
 	advertise string        // host:port for the others; empty: the one listened on
 	heartbeat time.Duration // between two heartbeats of a leader
 	election  time.Duration // without a heartbeat before an election, at least
+	dataDir   string        // empty: all is in memory only
 	logBytes  int64         // of entries, before old ones are dropped
 	insecure  bool          // beyond loopback without TLS
 	logLevel  slog.Level
@@ -125,6 +129,7 @@ func parseOptions(args []string, stderr io.Writer, env func(string) (string, boo
 	fs.StringVar(&o.advertise, "advertise", "", "`host:port` at which others reach this node (default: the address listened on)")
 	fs.DurationVar(&o.heartbeat, "heartbeat", o.heartbeat, "time between a leader's heartbeats")
 	fs.DurationVar(&o.election, "election-timeout", o.election, "least time without a leader before an election")
+	fs.StringVar(&o.dataDir, "data-dir", "", "`directory` that keeps all that the node has promised (default: it is in memory only)")
 	fs.Int64Var(&o.logBytes, "log-bytes", o.logBytes, "`bytes` of log entries kept before old ones are dropped")
 	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
@@ -202,6 +207,22 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	nw := newNetwork(n, log, o.dialer)
 	n.net = nw
 	s := newServer(n, nw)
+	if o.dataDir != "" {
+		d, err := openDisk(osFS{}, o.dataDir, o.logBytes, log)
+		if err == nil {
+			defer d.close()
+			err = n.open(d)
+		}
+		if err != nil {
+			_ = listener.Close()
+			nw.close()
+			return err
+		}
+		writer, endWriter := context.WithCancel(context.Background())
+		written := make(chan struct{})
+		go func() { d.run(writer); close(written) }()
+		defer func() { endWriter(); <-written }()
+	}
 
 	loop, endLoop := context.WithCancel(context.Background())
 	defer endLoop()

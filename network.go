@@ -53,6 +53,7 @@ type receiver interface {
 	peerUp(raftID, life uint64, outbound bool)
 	peerDown(raftID uint64, lost bool, cause error)
 	receiveMessages(context.Context, []inbound) error
+	readSnapshot(io.Reader) (*store, error)
 	receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error
 	snapshotSent(to uint64, v *view, err error)
 }
@@ -554,7 +555,7 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 		r := &chunkReader{s: s, data: first.Data}
 		r.stalled = time.AfterFunc(helloTimeout, func() { cancel(errors.New("the sender does not send")) })
 		defer r.stalled.Stop()
-		st, err := readSnapshot(r)
+		st, err := nw.r.readSnapshot(r)
 		if err != nil {
 			return status.Error(codes.DataLoss, err.Error())
 		}
@@ -613,7 +614,7 @@ func toWire(ms []*raftpb.Message) []*kvpb.RaftMessage {
 			Commit: m.GetCommit(), Reject: m.GetReject(), RejectHint: m.GetRejectHint(), Context: m.GetContext(),
 		}
 		for _, e := range m.GetEntries() {
-			w.Entries = append(w.Entries, &kvpb.Entry{Term: e.GetTerm(), Index: e.GetIndex(), Type: kvpb.EntryType(e.GetType()), Data: e.GetData()})
+			w.Entries = append(w.Entries, wireEntry(e))
 		}
 		out[i] = w
 	}

@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"runtime"
 	"slices"
@@ -46,6 +47,7 @@ var (
 	errOverloaded     = errors.New("this node has too many calls waiting")
 	errNotLeader      = errors.New("this node does not lead")
 	errInCluster      = errors.New("this node is in a cluster already")
+	errRemoved        = errors.New("this node was removed from its cluster while it was away: delete its data directory, all of it, and have it added again")
 )
 
 // transport is what the loop needs of the network. Nothing in it blocks.
@@ -99,6 +101,7 @@ type node struct {
 	self *kvpb.Node   // constant
 	log  *slog.Logger // constant
 	net  transport    // constant
+	disk *disk        // constant; nil: in memory only
 	in   inbox        // any goroutine
 	pub  atomic.Pointer[published]
 	// onPublish is called by the loop whenever pub has changed.
@@ -110,6 +113,12 @@ type node struct {
 	raft   *raftLog
 	store  *store // the loop writes, others get
 	err    error  // why the loop must end
+
+	mark     uint64 // index of the last snapshot on disk
+	queued   int    // jobs that the disk has not done
+	logged   uint64 // bytes of the entries on disk that the last snapshot there does not cover
+	saving   *view  // a snapshot on its way to the disk
+	savingAt uint64 // logged, when that was opened
 
 	now        uint64 // ticks since the start
 	term, lead uint64
@@ -189,6 +198,39 @@ func (n *node) newLife() {
 	n.out = nil
 }
 
+// open makes the node the member that its data directory holds, if that holds
+// one. What it knows to be committed is applied when it returns.
+func (n *node) open(d *disk) error {
+	n.disk = d
+	r, err := d.recover(n.self.Id)
+	if r == nil || err != nil {
+		return err
+	}
+	n.raftID = r.identity.RaftId
+	n.sequence = r.batch.Boots << 40 // above all of earlier processes
+	n.store.install(r.store)
+	n.raft.reset(raftSnapshot(r.store.header()))
+	var entries []*raftpb.Entry
+	for _, e := range r.batch.Entries {
+		entries = append(entries, raftEntry(e))
+	}
+	if err := n.raft.append(entries); err != nil {
+		return err
+	}
+	n.mark, n.logged = r.store.index, n.raft.bytes
+	h := r.batch.GetHardState()
+	n.raft.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
+	if h.GetCommit() > n.raft.last() {
+		return d.refuse("its log ends at entry %d, and says that entry %d is committed", n.raft.last(), h.GetCommit())
+	}
+	if err := n.start(); err != nil {
+		return err
+	}
+	n.configured()
+	n.turn(input{})
+	return n.err
+}
+
 // randomID returns a number that nobody has drawn before. Not 0, and below
 // what raft keeps for itself.
 func randomID() uint64 {
@@ -240,6 +282,10 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
 	n.raft.reset(raftSnapshot(s.header()))
 	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
+	if n.disk != nil {
+		v := s.open()
+		n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
+	}
 	if err := n.start(); err != nil {
 		return 0, err
 	}
@@ -581,26 +627,110 @@ func (n *node) syncSoftState() {
 	n.term, n.lead, n.role = st.GetTerm(), st.Lead, st.RaftState
 }
 
-// append stores entries, a snapshot and the hard state, and only then releases
-// the answers that depend on them.
+// append stores entries, a snapshot and the hard state, and releases the
+// answers that depend on them only once all of that is durable.
 func (n *node) append(m *raftpb.Message) {
-	if snap := m.GetSnapshot(); !raft.IsEmptySnap(snap) {
-		n.installPending(snap)
+	batch := &kvpb.LogBatch{}
+	snap := m.GetSnapshot()
+	if !raft.IsEmptySnap(snap) {
+		if n.installPending(snap); n.err != nil {
+			return
+		}
+		batch.Snapshot = &kvpb.SnapshotMark{Index: n.store.index, Term: n.store.term, File: n.store.file}
+		batch.Discards = true
 	}
 	if err := n.raft.append(m.GetEntries()); err != nil {
 		n.err = err
 		return
 	}
+	old := n.raft.hard
 	if m.Term != nil {
 		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
-	n.respond(m.GetResponses())
+	responses := m.GetResponses()
+	voted := old.GetTerm() != n.raft.hard.GetTerm() || old.GetVote() != n.raft.hard.GetVote()
+	promises := voted || batch.Discards || len(m.GetEntries()) > 0
+	if n.disk == nil || !promises && n.queued == 0 {
+		n.respond(responses, nil) // what is committed, others know too
+		return
+	}
+	if promises {
+		batch.HardState = wireHardState(n.raft.hard)
+	}
+	for _, e := range m.GetEntries() {
+		batch.Entries = append(batch.Entries, wireEntry(e))
+		n.logged += entryBytes(e)
+	}
+	if n.saving != nil && n.logged > 4*uint64(n.opts.logBytes) {
+		n.disk.hold(true) // until the snapshot is there
+	}
+	lives := make([]uint64, len(responses))
+	for i, r := range responses {
+		lives[i] = n.lives[r.GetTo()]
+	}
+	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
-func (n *node) respond(responses []*raftpb.Message) {
-	for _, r := range responses {
+// persist has the disk do a job and then calls done, in the loop. The first one
+// makes the directory this node's.
+func (n *node) persist(j diskJob, done func()) {
+	if n.mark == 0 {
+		n.mark = n.store.index
+		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.raftID, LogId: randomID()}
+	}
+	j.done = func(err error) {
+		n.in.event(func() {
+			n.queued--
+			if err != nil {
+				n.err = fmt.Errorf("writing to the data directory: %w", err)
+			} else {
+				done()
+			}
+		})
+	}
+	n.queued++
+	n.disk.enqueue(j)
+}
+
+// save writes a snapshot of the state to the disk, beside the loop.
+func (n *node) save() {
+	v := n.store.open()
+	n.saving, n.savingAt = v, n.logged
+	n.disk.start(func() {
+		mark, err := n.disk.save(v)
+		n.in.event(func() { n.saved(v, mark, err) })
+	})
+}
+
+// saved makes a snapshot that has been written the one that counts.
+func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
+	v.close()
+	n.saving = nil
+	n.disk.hold(false)
+	switch {
+	case err != nil:
+		n.err = fmt.Errorf("writing a snapshot to the data directory: %w", err)
+	case mark.Index <= n.mark: // a leader's has overtaken it
+		n.disk.start(func() { _ = n.disk.remove(mark.File) })
+	default:
+		n.log.Info("saved a snapshot", "index", mark.Index)
+		n.mark, n.logged = mark.Index, n.logged-n.savingAt
+		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
+	}
+}
+
+// respond lets answers go, but not to another life of whom they are for: it
+// may count on what this node promised to the one before (with
+// AsyncStorageWrites raft asks for votes before its log is durable).
+func (n *node) respond(responses []*raftpb.Message, lives []uint64) {
+	for i, r := range responses {
+		if n.rn == nil {
+			return
+		}
 		if r.GetTo() != n.raftID {
-			n.send(r)
+			if lives == nil || lives[i] == n.lives[r.GetTo()] {
+				n.send(r)
+			}
 		} else if err := n.rn.Step(r); err != nil {
 			n.err = fmt.Errorf("raft: %w", err)
 		}
@@ -617,7 +747,7 @@ func (n *node) apply(m *raftpb.Message) {
 		}
 	}
 	n.count.EntriesApplied += uint64(len(m.GetEntries()))
-	n.respond(m.GetResponses())
+	n.respond(m.GetResponses(), nil)
 	if n.leads() && len(n.heldReads) > 0 {
 		held := n.heldReads
 		n.heldReads = nil
@@ -708,6 +838,10 @@ func (n *node) disowned(by uint64) {
 // removed drops the state of a node that is no member any more. It may be
 // added again, as somebody new.
 func (n *node) removed() {
+	if n.mark != 0 {
+		n.err = errRemoved
+		return
+	}
 	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID))
 	n.flush()
 	n.failAll(errNotInitialized)
@@ -715,10 +849,13 @@ func (n *node) removed() {
 	n.net.setMembers(0, n.raftID, nil, nil)
 }
 
-// compact keeps the log's size in bounds. What a snapshot on its way needs to
-// be followed by the log is kept for a while.
+// compact keeps the log's size in bounds, on disk too. What a snapshot on its
+// way needs to be followed by the log is kept for a while.
 func (n *node) compact() {
 	limit := uint64(n.opts.logBytes)
+	if n.disk != nil && n.saving == nil && n.logged > limit {
+		n.save()
+	}
 	if n.raft.bytes <= limit {
 		return
 	}
@@ -931,6 +1068,29 @@ func (n *node) closeViews() {
 	})
 }
 
+// readSnapshot reads a snapshot from a peer and, if this node has a disk, makes
+// it durable there. Any goroutine may call it.
+func (n *node) readSnapshot(r io.Reader) (*store, error) {
+	if n.disk == nil {
+		return readSnapshot(r)
+	}
+	w := n.disk.newSnapshot()
+	s, err := readSnapshot(io.TeeReader(r, w))
+	index := uint64(0)
+	if err == nil {
+		index = s.index
+	}
+	name, err := w.finish(index, err)
+	if w.err != nil { // not the sender's fault
+		n.in.event(func() { n.err = fmt.Errorf("writing to the data directory: %w", w.err) })
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.file = name
+	return s, nil
+}
+
 // receiveSnapshot hands a snapshot that came from a peer to raft and returns
 // once raft has taken or ignored it. Any goroutine may call it.
 func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error {
@@ -956,8 +1116,11 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 		n.pending = s
 		err = n.rn.Step(m)
 		n.drain()
-		n.pending = nil // if it is still there, this node was ahead of it
 	}
+	if (n.pending != nil || err != nil) && s.file != "" { // raft did not take it
+		n.disk.start(func() { _ = n.disk.remove(s.file) })
+	}
+	n.pending = nil
 	if fresh && n.store.clusterID == 0 {
 		n.rn, n.raft, n.term, n.lead, n.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
 	}
@@ -974,6 +1137,10 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 	n.store.install(n.pending)
 	n.pending = nil
 	n.raft.reset(snap)
+	if n.disk != nil && n.mark != 0 { // else persist makes the directory, and the mark
+		n.mark = n.store.index
+	}
+	n.logged = 0
 	n.count.SnapshotsInstalled++
 	n.log.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
 	if p := n.own; p != nil && n.store.proposers[n.raftID] >= p.sequence {

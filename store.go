@@ -58,6 +58,7 @@ type store struct {
 	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
 	removed   []uint64              // raft IDs, oldest first
 	proposers map[uint64]uint64     // by raft ID: the last batch applied
+	file      string                // that it was read from, if that is in the data directory
 
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
@@ -451,7 +452,7 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 // any more. Open views keep what they have.
 func (s *store) install(t *store) {
 	s.index, s.term, s.version = t.index, t.term, t.version
-	s.conf, s.members, s.removed, s.proposers = t.conf, t.members, t.removed, t.proposers
+	s.conf, s.members, s.removed, s.proposers, s.file = t.conf, t.members, t.removed, t.proposers, t.file
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.clusterID, s.shards, s.keys, s.bytes, s.views = t.clusterID, t.shards, t.keys, t.bytes, nil

@@ -23,8 +23,6 @@
 // oldest one needed: those before may go. While a segment is written, a
 // goroutine fills the next one (".wal.tmp"), which it begins only once the one
 // before has its name: if that is not there, it was lost.
-//
-// It stands by itself so far: nodes keep their log in memory only.
 
 package main
 
@@ -62,6 +60,7 @@ var (
 
 // walOptions tune a log.
 type walOptions struct {
+	id           uint64 // of the log; 0: any
 	segmentBytes int // a multiple of sectorBytes; 0: the default
 	log          *slog.Logger
 	progress     func(done, total int) // segments replayed, called by openWAL; or nil
@@ -72,7 +71,7 @@ type walOptions struct {
 // whoever queues batches may. c must not be used any more.
 func mergeBatch(b, c *kvpb.LogBatch) error {
 	b.HardState, b.Snapshot = cmp.Or(c.HardState, b.HardState), cmp.Or(c.Snapshot, b.Snapshot)
-	b.FirstSegment = cmp.Or(c.FirstSegment, b.FirstSegment)
+	b.FirstSegment, b.Boots = cmp.Or(c.FirstSegment, b.FirstSegment), cmp.Or(c.Boots, b.Boots)
 	if c.Discards {
 		b.Discards, b.Entries = true, nil
 	}
@@ -197,7 +196,7 @@ func openWAL(fs fileSystem, dir string, o walOptions) (*wal, *kvpb.LogBatch, err
 		w.fillNext()
 	}
 	if err == nil && state == nil {
-		w.at = walPlace{id: randomID(), batch: 1}
+		w.at = walPlace{id: cmp.Or(o.id, randomID()), batch: 1}
 		err = w.append(&kvpb.LogBatch{})
 	}
 	if err != nil {
@@ -269,7 +268,7 @@ func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
 	if h := s.HardState; h != nil {
 		h.Commit = max(h.Commit, mark) // raft insists, and a snapshot holds what is committed
 	}
-	w.head = &kvpb.LogBatch{HardState: s.HardState, Snapshot: s.Snapshot, FirstSegment: s.FirstSegment}
+	w.head = headOf(s)
 	if w.file, err = w.fs.open(w.path(w.at.segment)); err == nil {
 		err = writeSync(w.file, again, offset)
 	}
@@ -300,7 +299,7 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []by
 		}
 		p := placeOf(raw)
 		if w.at.id == 0 { // the first one of all that there are
-			w.at = walPlace{p.id, n, p.batch, p.before}
+			w.at = walPlace{cmp.Or(w.opts.id, p.id), n, p.batch, p.before}
 		}
 		if p != w.at {
 			err = fmt.Errorf("batch %d of segment %d of log %x is in the place of batch %d of segment %d of log %x, or batches before it are missing",
@@ -351,8 +350,13 @@ func (w *wal) append(b *kvpb.LogBatch) error {
 	return w.err
 }
 
+// headOf is what the first batch of a segment repeats of those before.
+func headOf(b *kvpb.LogBatch) *kvpb.LogBatch {
+	return &kvpb.LogBatch{HardState: b.HardState, Snapshot: b.Snapshot, FirstSegment: b.FirstSegment, Boots: b.Boots}
+}
+
 func (w *wal) write(b *kvpb.LogBatch) error {
-	head := &kvpb.LogBatch{HardState: w.head.HardState, Snapshot: w.head.Snapshot, FirstSegment: w.head.FirstSegment}
+	head := headOf(w.head)
 	if err := mergeBatch(head, b); err != nil {
 		return err
 	}

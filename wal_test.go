@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -169,6 +170,19 @@ type simHandle struct {
 }
 
 func (h simHandle) Close() error { return nil }
+
+func (h simHandle) ReadAt(b []byte, offset int64) (int, error) {
+	if _, err := h.fs.call("read"); err != nil {
+		return 0, err
+	}
+	return bytes.NewReader(h.f.cache).ReadAt(b, offset)
+}
+
+// lock implements fileSystem.
+func (s *simFS) lock(string) (io.Closer, error) {
+	_, err := s.call("open LOCK")
+	return io.NopCloser(nil), err
+}
 
 func (h simHandle) WriteAt(b []byte, offset int64) (int, error) {
 	do, err := h.fs.call(fmt.Sprintf("write %d+%d", offset, len(b)))

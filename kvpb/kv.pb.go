@@ -2169,9 +2169,8 @@ type MetricsResponse struct {
 	BuildVersion string `protobuf:"bytes,27,opt,name=build_version,json=buildVersion,proto3" json:"build_version,omitempty"`
 	// Sessions that are open.
 	Sessions uint64 `protobuf:"varint,28,opt,name=sessions,proto3" json:"sessions,omitempty"`
-	// Whether the node has a data directory; bytes of its log and snapshots there.
-	Durable       bool   `protobuf:"varint,29,opt,name=durable,proto3" json:"durable,omitempty"`
-	DiskBytes     uint64 `protobuf:"varint,30,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	// Whether the node has a data directory.
+	Durable       bool `protobuf:"varint,29,opt,name=durable,proto3" json:"durable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2407,13 +2406,6 @@ func (x *MetricsResponse) GetDurable() bool {
 		return x.Durable
 	}
 	return false
-}
-
-func (x *MetricsResponse) GetDiskBytes() uint64 {
-	if x != nil {
-		return x.DiskBytes
-	}
-	return 0
 }
 
 // Hello opens a stream between two nodes.
@@ -3960,10 +3952,12 @@ func (x *LogBatch) GetBoots() uint64 {
 type Identity struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1. A node refuses a number that it does not know.
-	Format        uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	ClusterId     uint64 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	NodeId        uint64 `protobuf:"varint,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	RaftId        uint64 `protobuf:"varint,4,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
+	Format    uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	ClusterId uint64 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	NodeId    uint64 `protobuf:"varint,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	RaftId    uint64 `protobuf:"varint,4,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
+	// Random, and told to nobody, so that no stored value can pass for a batch.
+	LogId         uint64 `protobuf:"varint,5,opt,name=log_id,json=logId,proto3" json:"log_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4022,6 +4016,13 @@ func (x *Identity) GetNodeId() uint64 {
 func (x *Identity) GetRaftId() uint64 {
 	if x != nil {
 		return x.RaftId
+	}
+	return 0
+}
+
+func (x *Identity) GetLogId() uint64 {
+	if x != nil {
+		return x.LogId
 	}
 	return 0
 }
@@ -4259,7 +4260,7 @@ const file_kv_proto_rawDesc = "" +
 	"\alearner\x18\x05 \x01(\bR\alearner\x12\x1c\n" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x120\n" +
 	"\bprogress\x18\a \x01(\v2\x0f.kv.v1.ProgressH\x00R\bprogress\x88\x01\x01B\v\n" +
-	"\t_progress\"\x8e\b\n" +
+	"\t_progress\"\xef\a\n" +
 	"\x0fMetricsResponse\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -4295,9 +4296,7 @@ const file_kv_proto_rawDesc = "" +
 	"\x10unhealthy_reason\x18\x1a \x01(\tR\x0funhealthyReason\x12#\n" +
 	"\rbuild_version\x18\x1b \x01(\tR\fbuildVersion\x12\x1a\n" +
 	"\bsessions\x18\x1c \x01(\x04R\bsessions\x12\x18\n" +
-	"\adurable\x18\x1d \x01(\bR\adurable\x12\x1d\n" +
-	"\n" +
-	"disk_bytes\x18\x1e \x01(\x04R\tdiskBytesB\t\n" +
+	"\adurable\x18\x1d \x01(\bR\adurableB\t\n" +
 	"\a_leader\"~\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
@@ -4407,13 +4406,14 @@ const file_kv_proto_rawDesc = "" +
 	"\bdiscards\x18\x03 \x01(\bR\bdiscards\x12&\n" +
 	"\aentries\x18\x04 \x03(\v2\f.kv.v1.EntryR\aentries\x12#\n" +
 	"\rfirst_segment\x18\x05 \x01(\x04R\ffirstSegment\x12\x14\n" +
-	"\x05boots\x18\x06 \x01(\x04R\x05boots\"s\n" +
+	"\x05boots\x18\x06 \x01(\x04R\x05boots\"\x8a\x01\n" +
 	"\bIdentity\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x02 \x01(\x04R\tclusterId\x12\x17\n" +
 	"\anode_id\x18\x03 \x01(\x04R\x06nodeId\x12\x17\n" +
-	"\araft_id\x18\x04 \x01(\x04R\x06raftId\"K\n" +
+	"\araft_id\x18\x04 \x01(\x04R\x06raftId\x12\x15\n" +
+	"\x06log_id\x18\x05 \x01(\x04R\x05logId\"K\n" +
 	"\tHardState\x12\x12\n" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x12\n" +
 	"\x04vote\x18\x02 \x01(\x04R\x04vote\x12\x16\n" +

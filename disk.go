@@ -1,0 +1,422 @@
+// The data directory: whose it is, the log, the snapshots; and the writer, which
+// works beside the loop so that a disk that stalls stops neither ticks nor
+// heartbeats.
+//
+// LOCK is locked by the process that uses the directory. identity says whose it
+// is: it gets its name once the log has its first batch, so all that is found
+// beside identity.tmp was never acknowledged. *.wal is the log (wal.go). *.snap
+// are snapshots: the log names the one that counts. *.tmp was not finished.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	identityFormat = 1
+	// progressEvery is between two lines of log about how far a start is.
+	progressEvery = time.Second
+)
+
+// disk is an open data directory.
+type disk struct {
+	fs           fileSystem
+	dir          string
+	log          *slog.Logger
+	segmentBytes int
+	background   func(func()) // runs what takes long; nil: a goroutine each
+	unlock       io.Closer
+	running      sync.WaitGroup // background goroutines
+
+	wal *wal // the writer's; nil: the directory is empty
+
+	mu    sync.Mutex
+	queue []diskJob
+	held  bool // nothing is to be written for now
+	wake  chan struct{}
+}
+
+// diskJob is something to be made durable. With an identity it is the first of
+// a new directory, and with a view it begins with a snapshot of it.
+type diskJob struct {
+	identity *kvpb.Identity
+	view     *view
+	batch    *kvpb.LogBatch
+	done     func(error) // called by the writer
+}
+
+// recovered is what a directory holds.
+type recovered struct {
+	identity *kvpb.Identity
+	store    *store
+	batch    *kvpb.LogBatch
+}
+
+// openDisk locks a directory, and makes it if it is not there.
+func openDisk(fsys fileSystem, dir string, logBytes int64, log *slog.Logger) (*disk, error) {
+	unlock, err := fsys.lock(dir)
+	if err != nil {
+		return nil, err
+	}
+	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
+	return &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: make(chan struct{}, 1)}, nil
+}
+
+// close ends all writing and unlocks the directory. The writer has ended.
+func (d *disk) close() {
+	d.running.Wait()
+	if d.wal != nil {
+		d.wal.close()
+	}
+	_ = d.unlock.Close()
+}
+
+func (d *disk) path(name string) string { return filepath.Join(d.dir, name) }
+
+// refuse says why a directory is not started from.
+func (d *disk) refuse(format string, args ...any) error {
+	return fmt.Errorf("the data directory %s: %w", d.dir, fmt.Errorf(format, args...))
+}
+
+// recover reads the directory; nil: it is empty. It removes what a start that
+// was not finished has left, and files that do not count any more.
+func (d *disk) recover(nodeID uint64) (*recovered, error) {
+	names, err := d.fs.readDir(d.dir)
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]bool{}
+	others := false
+	for _, name := range names {
+		found[name] = true
+		others = others || strings.HasSuffix(name, ".wal")
+	}
+	switch {
+	case !found["identity"] && others && !found["identity.tmp"]:
+		return nil, d.refuse("it has a log, but no file named identity that says whose. Put that back, or delete all of the directory: the cluster takes the node back")
+	case !found["identity"]:
+		return nil, d.clean(names, "", "identity.tmp")
+	}
+	id, err := d.readIdentity()
+	switch {
+	case err != nil:
+		return nil, err
+	case id.NodeId != nodeID:
+		return nil, d.refuse("it is that of node %d, this is node %d", id.NodeId, nodeID)
+	case !others:
+		return nil, d.refuse("its log is missing. Put that back, or delete all of the directory: the cluster takes the node back")
+	}
+	r := &recovered{identity: id}
+	if d.wal, r.batch, err = openWAL(d.fs, d.dir, d.walOptions(id)); err != nil {
+		return nil, err
+	}
+	if r.store, err = d.loadSnapshot(r.batch.GetSnapshot(), id); err != nil {
+		return nil, err
+	}
+	r.batch.Boots++
+	if err := d.wal.append(&kvpb.LogBatch{Boots: r.batch.Boots}); err != nil {
+		return nil, err
+	}
+	return r, d.clean(names, r.batch.Snapshot.File, "")
+}
+
+func (d *disk) walOptions(id *kvpb.Identity) walOptions {
+	said := time.Now()
+	return walOptions{id: id.LogId, segmentBytes: d.segmentBytes, log: d.log, background: d.background, progress: func(done, total int) {
+		if time.Since(said) > progressEvery {
+			said = time.Now()
+			d.log.Info("reading the log", "segments", done, "of", total)
+		}
+	}}
+}
+
+func (d *disk) readIdentity() (*kvpb.Identity, error) {
+	const advice = "Put it back as it was, or delete all of the directory: the cluster takes the node back"
+	f, err := d.fs.open(d.path("identity"))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var id kvpb.Identity
+	b, err := io.ReadAll(io.LimitReader(newFrameReader(io.NewSectionReader(f, 0, math.MaxInt64)), maxFrameBytes))
+	if err == nil {
+		err = proto.Unmarshal(b, &id)
+	}
+	switch {
+	case err != nil:
+		return nil, d.refuse("its file identity is damaged: %w. %s", err, advice)
+	case id.Format > identityFormat:
+		return nil, d.refuse("its format is %d, this program knows %d: start the newer one that made it", id.Format, identityFormat)
+	case id.Format != identityFormat || id.ClusterId == 0 || id.NodeId == 0 || id.RaftId == 0 || id.RaftId >= maxRaftID || id.LogId == 0:
+		return nil, d.refuse("its file identity is invalid. %s", advice)
+	}
+	return &id, nil
+}
+
+// loadSnapshot reads the snapshot that the log names.
+func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store, error) {
+	const advice = "Nothing was changed. Put the file back as it was, or, if the node's cluster works without it, delete all of the directory: the cluster takes the node back. Else restore a backup"
+	if mark == nil {
+		return nil, d.refuse("its log names no snapshot. %s", advice)
+	}
+	path := d.path(mark.File)
+	f, err := d.fs.open(path)
+	if err != nil {
+		return nil, fmt.Errorf("the snapshot that the log names: %w. %s", err, advice)
+	}
+	defer f.Close()
+	s, err := readSnapshot(&loggedReader{r: io.NewSectionReader(f, 0, math.MaxInt64), log: d.log, said: time.Now()})
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w. %s", path, err, advice)
+	case s.index != mark.Index || s.term != mark.Term || s.clusterID != id.ClusterId:
+		return nil, fmt.Errorf("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s", path, s.index, s.clusterID, mark.Index, id.ClusterId, advice)
+	}
+	s.file = mark.File
+	return s, nil
+}
+
+// loggedReader says now and then how far it is.
+type loggedReader struct {
+	r     io.Reader
+	log   *slog.Logger
+	said  time.Time
+	bytes int
+}
+
+func (l *loggedReader) Read(b []byte) (int, error) {
+	n, err := l.r.Read(b)
+	l.bytes += n
+	if time.Since(l.said) > progressEvery {
+		l.said = time.Now()
+		l.log.Info("reading the snapshot", "MiB", l.bytes>>20)
+	}
+	return n, err
+}
+
+// clean removes unfinished files, and of the snapshots, and the log if there is
+// none, all but one. The last to go is what says that they may.
+func (d *disk) clean(names []string, keep, last string) error {
+	var errs []error
+	for _, name := range names {
+		unfinished := strings.HasSuffix(name, ".tmp") && (keep == "" || !strings.HasSuffix(name, ".wal.tmp")) // else the log's
+		old := strings.HasSuffix(name, ".snap") && name != keep || strings.HasSuffix(name, ".wal") && keep == ""
+		if name != last && (unfinished || old) {
+			errs = append(errs, d.remove(name))
+		}
+	}
+	if last != "" && slices.Contains(names, last) {
+		errs = append(errs, d.fs.syncDir(d.dir), d.remove(last))
+	}
+	return errors.Join(append(errs, d.fs.syncDir(d.dir))...)
+}
+
+// snapshotWriter writes a snapshot's file.
+type snapshotWriter struct {
+	d    *disk
+	name string // while it is not finished
+	file file
+	w    io.Writer
+	err  error // the first one of the disk
+}
+
+func (d *disk) newSnapshot() *snapshotWriter {
+	w := &snapshotWriter{d: d, name: fmt.Sprintf("%016x.tmp", randomID())}
+	if w.file, w.err = d.fs.create(d.path(w.name)); w.err == nil {
+		w.w = io.NewOffsetWriter(w.file, 0)
+	}
+	return w
+}
+
+func (w *snapshotWriter) Write(b []byte) (n int, err error) {
+	if w.err == nil {
+		n, w.err = w.w.Write(b)
+	}
+	return n, w.err
+}
+
+// finish makes what was written durable as the snapshot of an index, under a
+// name that is used once. After an error, its own or the caller's, it removes
+// the file.
+func (w *snapshotWriter) finish(index uint64, err error) (name string, _ error) {
+	name = fmt.Sprintf("%016x-%s.snap", index, strings.TrimSuffix(w.name, ".tmp"))
+	step := func(f func() error) {
+		if err == nil && w.err == nil {
+			w.err = f()
+		}
+	}
+	step(func() error { return w.file.sync() })
+	if w.w != nil {
+		err = cmp.Or(err, w.file.Close())
+	}
+	step(func() error { return w.d.fs.rename(w.d.path(w.name), w.d.path(name)) })
+	step(func() error { return w.d.fs.syncDir(w.d.dir) })
+	if err = cmp.Or(w.err, err); err != nil {
+		_ = w.d.remove(w.name)
+	}
+	return name, err
+}
+
+// save writes a view as a snapshot.
+func (d *disk) save(v *view) (*kvpb.SnapshotMark, error) {
+	w := d.newSnapshot()
+	name, err := w.finish(v.header.Index, v.writeTo(w))
+	return &kvpb.SnapshotMark{Index: v.header.Index, Term: v.header.Term, File: name}, err
+}
+
+// start runs f beside the writer.
+func (d *disk) start(f func()) {
+	if d.background != nil {
+		d.background(f)
+	} else {
+		d.running.Go(f)
+	}
+}
+
+// enqueue leaves a job for the writer.
+func (d *disk) enqueue(j diskJob) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.queue = append(d.queue, j)
+	d.signal()
+}
+
+// hold stops writing, or lets it go on.
+func (d *disk) hold(on bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.held = on; !on {
+		d.signal()
+	}
+}
+
+func (d *disk) signal() {
+	select {
+	case d.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run is the writer's goroutine.
+func (d *disk) run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.wake:
+		}
+		if d.write() != nil {
+			return // the loop knows, and ends
+		}
+	}
+}
+
+// write makes all that is queued durable, by one sync, and then says so.
+func (d *disk) write() error {
+	d.mu.Lock()
+	jobs := d.queue
+	if d.held {
+		jobs = nil
+	} else {
+		d.queue = nil
+	}
+	d.mu.Unlock()
+	if len(jobs) == 0 {
+		return nil
+	}
+	err := d.persist(jobs)
+	for _, j := range jobs {
+		j.done(err)
+	}
+	return err
+}
+
+func (d *disk) persist(jobs []diskJob) (err error) {
+	batch := &kvpb.LogBatch{}
+	for _, j := range jobs {
+		if j.identity != nil {
+			err = d.begin(j)
+		}
+		if err = cmp.Or(err, mergeBatch(batch, j.batch)); err != nil {
+			return err
+		}
+	}
+	if err := d.wal.append(batch); err != nil {
+		return err
+	}
+	if id := jobs[0].identity; id != nil {
+		if err := errors.Join(d.fs.rename(d.path("identity.tmp"), d.path("identity")), d.fs.syncDir(d.dir)); err != nil {
+			return err
+		}
+	}
+	if mark := batch.Snapshot; mark != nil {
+		return errors.Join(d.wal.release(mark.Index), d.removeBefore(mark))
+	}
+	return nil
+}
+
+// begin makes an empty directory that of a node, but for the last step.
+func (d *disk) begin(j diskJob) error {
+	b, err := proto.Marshal(j.identity)
+	if err != nil {
+		return err
+	}
+	f, err := d.fs.create(d.path("identity.tmp"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	w := newFrameWriter(io.NewOffsetWriter(f, 0))
+	if _, err := w.Write(b); err != nil {
+		return err
+	}
+	if err := errors.Join(w.flush(), f.sync(), d.fs.syncDir(d.dir)); err != nil {
+		return err
+	}
+	if j.view != nil {
+		if j.batch.Snapshot, err = d.save(j.view); err != nil {
+			return err
+		}
+	}
+	d.wal, _, err = openWAL(d.fs, d.dir, d.walOptions(j.identity))
+	return err
+}
+
+// removeBefore removes the snapshots that are older than the one that counts.
+func (d *disk) removeBefore(mark *kvpb.SnapshotMark) error {
+	names, err := d.fs.readDir(d.dir)
+	for _, name := range names {
+		hex, _, ok := strings.Cut(name, "-")
+		index, parseErr := strconv.ParseUint(hex, 16, 64)
+		if ok && parseErr == nil && strings.HasSuffix(name, ".snap") && index <= mark.Index && name != mark.File {
+			err = errors.Join(err, d.remove(name))
+		}
+	}
+	return err
+}
+
+// remove removes a file that may be gone already.
+func (d *disk) remove(name string) error {
+	if err := d.fs.remove(d.path(name)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
