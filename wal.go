@@ -61,7 +61,7 @@ var (
 // walOptions tune a log.
 type walOptions struct {
 	id           uint64 // of the log; 0: any
-	segmentBytes int // a multiple of sectorBytes; 0: the default
+	segmentBytes int    // a multiple of sectorBytes; 0: the default
 	log          *slog.Logger
 	progress     func(done, total int) // segments replayed, called by openWAL; or nil
 	background   func(func())          // runs what fills a segment; nil: a goroutine
