@@ -42,9 +42,10 @@ type disk struct {
 	dir          string
 	log          *slog.Logger
 	segmentBytes int
-	background   func(func()) // runs what takes long; nil: a goroutine each
+	start        func(func()) // runs what takes long beside the writer
+	background   func(func()) // as in walOptions
 	unlock       io.Closer
-	running      sync.WaitGroup // background goroutines
+	running      sync.WaitGroup // what start runs
 
 	wal *wal // the writer's; nil: the directory is empty
 
@@ -77,7 +78,9 @@ func openDisk(fsys fileSystem, dir string, logBytes int64, log *slog.Logger) (*d
 		return nil, err
 	}
 	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
-	return &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: make(chan struct{}, 1)}, nil
+	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: make(chan struct{}, 1)}
+	d.start = d.running.Go
+	return d, nil
 }
 
 // close ends all writing and unlocks the directory. The writer has ended.
@@ -280,15 +283,6 @@ func (d *disk) save(v *view) (*kvpb.SnapshotMark, error) {
 	w := d.newSnapshot()
 	name, err := w.finish(v.header.Index, v.writeTo(w))
 	return &kvpb.SnapshotMark{Index: v.header.Index, Term: v.header.Term, File: name}, err
-}
-
-// start runs f beside the writer.
-func (d *disk) start(f func()) {
-	if d.background != nil {
-		d.background(f)
-	} else {
-		d.running.Go(f)
-	}
 }
 
 // enqueue leaves a job for the writer.

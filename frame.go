@@ -35,17 +35,17 @@ type frameWriter struct {
 }
 
 func newFrameWriter(w io.Writer) *frameWriter {
-	f := &frameWriter{w: w, buf: make([]byte, frameHeaderBytes, maxFrameBytes)}
+	f := &frameWriter{w: w, buf: make([]byte, frameHeaderBytes, 4<<10)}
 	_, f.err = io.WriteString(w, frameMagic)
 	return f
 }
 
 func (f *frameWriter) Write(b []byte) (n int, err error) {
 	for len(b) > 0 && err == nil {
-		room := min(cap(f.buf)-len(f.buf), len(b))
+		room := min(maxFrameBytes-len(f.buf), len(b))
 		f.buf = append(f.buf, b[:room]...)
 		n, b = n+room, b[room:]
-		if len(f.buf) == cap(f.buf) {
+		if len(f.buf) == maxFrameBytes {
 			err = f.flush()
 		}
 	}
@@ -97,7 +97,7 @@ func (f *frameReader) next() error {
 		if string(magic) != frameMagic {
 			return errFrameFormat
 		}
-		f.offset, f.buf = int64(len(magic)), make([]byte, maxFrameBytes)
+		f.offset, f.buf = int64(len(magic)), make([]byte, 4<<10)
 	}
 	header := f.buf[:frameHeaderBytes]
 	if _, err := io.ReadFull(f.r, header); err == io.EOF {
@@ -108,6 +108,9 @@ func (f *frameReader) next() error {
 	size, sum := binary.LittleEndian.Uint32(header), binary.LittleEndian.Uint32(header[4:])
 	if size == 0 || size > maxFrameBytes-frameHeaderBytes {
 		return fmt.Errorf("offset %d: a frame is damaged", f.offset)
+	}
+	if int(size) > len(f.buf) {
+		f.buf = make([]byte, size)
 	}
 	data := f.buf[:size]
 	if _, err := io.ReadFull(f.r, data); err != nil {

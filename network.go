@@ -71,6 +71,7 @@ type network struct {
 
 	mu        sync.Mutex
 	members   map[uint64]*kvpb.Node
+	removed   []uint64                      // not to be heard, even before they may be told so
 	peers     map[uint64]*peer              // by raft ID: members, and those who have a stream to us
 	inbound   map[uint64]*inboundStream     // by raft ID: at most one stream is heard
 	receiving map[uint64]context.CancelFunc // by raft ID: snapshots under way to us
@@ -150,7 +151,7 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 	self := nw.r.hello().From.Node.Id
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
-	nw.members = members
+	nw.members, nw.removed = members, removed
 	for id, p := range nw.peers {
 		if m := members[id]; m != nil && m.Address != p.node.Address || m == nil && nw.inbound[id] == nil || slices.Contains(removed, id) {
 			p.cancel()
@@ -443,6 +444,9 @@ func (nw *network) openInbound(h *kvpb.Hello, cancel context.CancelCauseFunc) (d
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	id := h.From.RaftId
+	if slices.Contains(nw.removed, id) {
+		return nil, status.Error(codes.Unavailable, "its removal is about to be known")
+	}
 	if nw.peers[id] == nil {
 		if len(nw.peers) >= maxMembers+maxStrangers {
 			return nil, status.Error(codes.ResourceExhausted, "too many peers that no configuration names")

@@ -106,6 +106,7 @@ type node struct {
 	pub  atomic.Pointer[published]
 	// onPublish is called by the loop whenever pub has changed.
 	onPublish func(*published)
+	onApply   func(*raftpb.Entry) // called by the loop; nil: nobody asks
 
 	raftID uint64 // new whenever the node has lost its memory
 	life   uint64 // new whenever raftID is, and in every process
@@ -114,9 +115,14 @@ type node struct {
 	store  *store // the loop writes, others get
 	err    error  // why the loop must end
 
-	mark     uint64 // index of the last snapshot on disk
-	queued   int    // jobs that the disk has not done
-	logged   uint64 // bytes of the entries on disk that the last snapshot there does not cover
+	mark   uint64 // index of the last snapshot on disk
+	queued int    // jobs that the disk has not done
+	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
+	// gone is whom this node tells that they were removed: it must know so after
+	// a restart, too, or it might need the vote of one that has left for good.
+	gone   []uint64
+	toTell bool // gone has changed
+
 	saving   *view  // a snapshot on its way to the disk
 	savingAt uint64 // logged, when that was opened
 
@@ -195,7 +201,7 @@ func (n *node) newLife() {
 	n.store.install(newStore())
 	n.term, n.lead, n.role, n.caughtUp, n.campaignAt = 0, 0, raft.StateFollower, false, 0
 	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
-	n.out = nil
+	n.out, n.gone = nil, nil
 }
 
 // open makes the node the member that its data directory holds, if that holds
@@ -217,7 +223,7 @@ func (n *node) open(d *disk) error {
 	if err := n.raft.append(entries); err != nil {
 		return err
 	}
-	n.mark, n.logged = r.store.index, n.raft.bytes
+	n.mark, n.logged, n.gone = r.store.index, n.raft.bytes, r.store.removed
 	h := r.batch.GetHardState()
 	n.raft.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
 	if h.GetCommit() > n.raft.last() {
@@ -282,10 +288,8 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
 	n.raft.reset(raftSnapshot(s.header()))
 	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
-	if n.disk != nil {
-		v := s.open()
-		n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
-	}
+	v := s.open()
+	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
 	if err := n.start(); err != nil {
 		return 0, err
 	}
@@ -647,10 +651,14 @@ func (n *node) append(m *raftpb.Message) {
 	if m.Term != nil {
 		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
-	responses := m.GetResponses()
+	responses, told := m.GetResponses(), func() {}
+	if !raft.IsEmptySnap(snap) {
+		told = n.toldLater()
+	}
 	voted := old.GetTerm() != n.raft.hard.GetTerm() || old.GetVote() != n.raft.hard.GetVote()
 	promises := voted || batch.Discards || len(m.GetEntries()) > 0
 	if n.disk == nil || !promises && n.queued == 0 {
+		told()
 		n.respond(responses, nil) // what is committed, others know too
 		return
 	}
@@ -668,12 +676,25 @@ func (n *node) append(m *raftpb.Message) {
 	for i, r := range responses {
 		lives[i] = n.lives[r.GetTo()]
 	}
-	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
+	n.persist(diskJob{batch: batch}, func() {
+		told()
+		n.respond(responses, lives)
+	})
+}
+
+// toldLater returns what lets the removed ones know, once that is durable.
+func (n *node) toldLater() func() {
+	removed := n.store.removed
+	return func() { n.gone, n.toTell = removed, true }
 }
 
 // persist has the disk do a job and then calls done, in the loop. The first one
 // makes the directory this node's.
 func (n *node) persist(j diskJob, done func()) {
+	if n.disk == nil {
+		done()
+		return
+	}
 	if n.mark == 0 {
 		n.mark = n.store.index
 		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.raftID, LogId: randomID()}
@@ -731,7 +752,7 @@ func (n *node) respond(responses []*raftpb.Message, lives []uint64) {
 			if lives == nil || lives[i] == n.lives[r.GetTo()] {
 				n.send(r)
 			}
-		} else if err := n.rn.Step(r); err != nil {
+		} else if err := n.rn.Step(r); err != nil && !errors.Is(err, raft.ErrStepPeerNotFound) { // removed meanwhile
 			n.err = fmt.Errorf("raft: %w", err)
 		}
 	}
@@ -768,6 +789,9 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 		return fmt.Errorf("the last one applied was %d", s.index)
 	}
 	s.index, s.term = e.GetIndex(), e.GetTerm()
+	if n.onApply != nil {
+		n.onApply(e)
+	}
 	if e.GetType() != raftpb.EntryNormal {
 		return n.applyConfChange(e)
 	}
@@ -801,6 +825,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 	} else {
 		n.store.configure(n.rn.ApplyConfChange(cc), ctx.Members)
 		n.configured()
+		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, n.toldLater())
 	}
 	n.changeAt = 0
 	return nil
@@ -1169,12 +1194,13 @@ func (n *node) checkConditions() {
 func (n *node) publish() {
 	old := n.pub.Load()
 	if old.conf == n.store.conf && old.raftID == n.raftID && old.term == n.term && old.lead == n.lead &&
-		old.leading == n.leads() && old.caughtUp == n.caughtUp && old.lost == len(n.met) {
+		old.leading == n.leads() && old.caughtUp == n.caughtUp && old.lost == len(n.met) && !n.toTell {
 		return
 	}
+	n.toTell = false
 	p := &published{
 		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(), leader: n.store.members[n.lead],
-		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp, lost: len(n.met),
+		conf: n.store.conf, members: n.store.members, removed: n.gone, caughtUp: n.caughtUp, lost: len(n.met),
 		noLeader: n.noLeader(), unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
 	}
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {

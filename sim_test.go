@@ -75,6 +75,8 @@ type simConfig struct {
 	late          float64 // probability that a message outlives its stream
 	queue         int     // messages that a stream holds
 	snapshotDies  float64
+	durable       float64 // probability that a site has a disk
+	disk          float64 // mean time of a write to it
 	clients, keys int
 	valueBytes    int
 	think         float64 // mean, between two calls of a client
@@ -93,9 +95,11 @@ type simConfig struct {
 	ackEarly  bool // a write is acknowledged when raft has taken it
 	forget    bool // snapshots come without the proposers
 	twice     bool // batches are applied as often as they come
+	ackUnsync bool // what depends on the disk does not wait for it
+	dropVote  bool // the hard state does not get to the disk
 }
 
-var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate"}
+var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe"}
 
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
@@ -107,6 +111,7 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 		think: pick(.5, 2, 10), timeout: pick(30, 100, 300), faultEvery: pick(20, 60, 200), outage: pick(20, 60, 150), adminEvery: pick(60, 200, 1000),
 	}
 	c.voters = min(c.nodes, int(pick(1, 2, 3, 3, 3, 5)))
+	c.durable, c.disk = pick(0, 0, .5, 1, 1, 1), pick(.01, .1, .5, 2)
 	for _, f := range simFaults {
 		if rng.IntN(3) > 0 {
 			c.faults = append(c.faults, f)
@@ -145,6 +150,18 @@ type site struct {
 	cur   *proc  // nil: dead
 	old   uint64 // the last raft ID
 	lives int
+	most  uint64 // index of the last entry that it ever applied
+	fs    *simFS // nil: it has no disk
+	slow  int64  // until then the disk does nothing
+}
+
+// keeps is the raft ID that a process will have again that starts here; 0: a
+// new one.
+func (st *site) keeps() uint64 {
+	if st.fs == nil || st.fs.names[simDir+"/identity"] == nil {
+		return 0
+	}
+	return st.old
 }
 
 // proc is a process: a node from its start to its death. It is the node's
@@ -164,16 +181,21 @@ type proc struct {
 	term, commit uint64
 	applied      uint64
 	version      map[string]uint64        // of local reads
-	tail         map[uint64]*raftpb.Entry // of the log, from applied on: it may be compacted in the turn that applies it
-	installed    uint64
+	fresh        map[uint64]*raftpb.Entry // applied, and not yet observed
 
 	members   map[uint64]*kvpb.Node
+	removed   []uint64
 	peers     map[uint64]*simPeer
 	inbound   map[uint64]*simStream
 	receiving map[uint64]*transfer
 	sending   []*transfer
 	calls     []*op
 	hellos    []*simStream // on their way to here
+
+	disk    *disk
+	writing bool          // the disk is at work
+	written kvpb.LogBatch // what it has of the log, in short: hard state and the last index
+	broken  bool          // it has failed
 }
 
 // sim is a run.
@@ -258,7 +280,11 @@ func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 		states: map[uint64]uint64{}, names: map[uint64]string{}, values: map[string]*op{}, seen: map[string]uint64{}, count: map[string]int{},
 	}
 	for i := range cfg.nodes {
-		s.sites = append(s.sites, &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}})
+		st := &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}}
+		if rng.Float64() < cfg.durable {
+			st.fs = newSimFS()
+		}
+		s.sites = append(s.sites, st)
 		s.cut = append(s.cut, make([]int, cfg.nodes))
 	}
 	s.trace("seed %d: %+v", seed, cfg)
@@ -332,16 +358,20 @@ func (s *sim) start(st *site) {
 	o.logBytes, o.id = s.cfg.logBytes, st.node.Id
 	p := &proc{
 		s: s, site: st, peers: map[uint64]*simPeer{}, inbound: map[uint64]*simStream{}, receiving: map[uint64]*transfer{},
-		rate: .8 + .4*s.rng.Float64(),
+		rate: .8 + .4*s.rng.Float64(), fresh: map[uint64]*raftpb.Entry{},
 	}
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
+	p.n.onApply = func(e *raftpb.Entry) { p.fresh[e.GetIndex()] = e }
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
 		p.n.raftID = old
 		if err := p.n.start(); err != nil {
 			s.failf("starting under the old raft ID: %v", err)
 		}
+	}
+	if st.fs != nil {
+		p.openDisk()
 	}
 	p.identify()
 	s.trace("%v starts at %s", p, st.node.Address)
@@ -354,7 +384,7 @@ func (p *proc) identify() {
 		return
 	}
 	s, n := p.s, p.n
-	p.raftID, p.term, p.commit, p.applied, p.version, p.tail = n.raftID, 0, 0, 0, map[string]uint64{}, map[uint64]*raftpb.Entry{}
+	p.raftID, p.term, p.commit, p.applied, p.version = n.raftID, 0, 0, 0, map[string]uint64{}
 	s.count["lives"]++
 	p.site.old = n.raftID
 	if s.cfg.reuseID {
@@ -362,6 +392,9 @@ func (p *proc) identify() {
 	}
 	p.site.lives++
 	name := fmt.Sprintf("%d.%d", n.self.Id, p.site.lives)
+	if was, ok := s.names[n.raftID]; ok && n.mark != 0 && was[0] == name[0] { // it has kept its memory
+		delete(s.lives, n.raftID)
+	}
 	for _, id := range []uint64{n.raftID, n.life} {
 		if other, ok := s.lives[id]; ok {
 			s.failf("the ID %x of %s was that of %s", id, name, other)
@@ -388,7 +421,7 @@ func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 		l.s.count["log: "+r.Message]++
 	}
 	l.s.trace("  %v logs: %s", l.p, b.String())
-	if r.Message == "the cluster cannot go on" && slices.ContainsFunc(l.s.alive(), func(q *proc) bool { return q.n.store.index > l.p.n.store.index }) {
+	if r.Message == "the cluster cannot go on" && slices.ContainsFunc(l.s.sites, func(st *site) bool { return st.most > l.p.n.store.index && (st.cur != nil || st.keeps() != 0) }) {
 		l.s.count["alarms of nodes that lag"]++
 	} else if r.Message == "the cluster cannot go on" {
 		l.s.failf("%v says that too much memory is lost, and that is not so:%s", l.p, l.s.overview())
@@ -424,8 +457,118 @@ func (p *proc) turn(ticks int) {
 	}
 	p.n.turn(in)
 	p.inTurn = false
+	if n := p.n; n.err == errRemoved || n.err != nil && p.broken {
+		p.giveUp()
+		return
+	}
 	p.check()
 	p.poll()
+	p.startWriting()
+}
+
+// openDisk opens the process's data directory.
+func (p *proc) openDisk() {
+	s, st := p.s, p.site
+	d, err := openDisk(st.fs, simDir, s.cfg.logBytes, p.n.log)
+	if err != nil {
+		s.failf("%v cannot lock its data directory: %v", st.node, err)
+	}
+	d.background = func(f func()) { f() }
+	d.start = func(f func()) { s.after(s.diskTime(st), p, func() { p.onDisk(f) }) }
+	p.disk = d
+	if err := p.n.open(d); err != nil {
+		s.failf("node %d does not start from its data directory: %v", st.node.Id, err)
+	}
+	if n := p.n; n.rn != nil {
+		s.count["starts from a disk"]++
+		p.written.HardState = wireHardState(n.raft.hard)
+		p.written.FirstSegment = n.raft.last()
+	}
+}
+
+func (s *sim) diskTime(st *site) float64 {
+	return s.expo(s.cfg.disk) + max(0, float64(st.slow-s.now)/simTick)
+}
+
+// onDisk does something on the disk, which may fail at it.
+func (p *proc) onDisk(f func()) {
+	fs := p.site.fs
+	f()
+	p.broken = p.broken || fs.failAt > 0 && len(fs.calls) >= fs.failAt
+	p.wake()
+}
+
+// startWriting has the disk write what is queued, some time.
+func (p *proc) startWriting() {
+	if p.disk == nil || p.writing || len(p.disk.queue) == 0 {
+		return
+	}
+	p.writing = true
+	p.s.after(p.s.diskTime(p.site), p, func() {
+		p.writing = false
+		p.onDisk(p.write)
+	})
+}
+
+// write is a pass of the writer. It notes what the disk has then.
+func (p *proc) write() {
+	s, w := p.s, &kvpb.LogBatch{HardState: p.written.HardState, FirstSegment: p.written.FirstSegment}
+	for _, j := range p.disk.queue {
+		if s.cfg.dropVote {
+			j.batch.HardState = nil
+		}
+		w.HardState = cmp.Or(j.batch.HardState, w.HardState)
+		if j.batch.Discards {
+			w.FirstSegment = j.batch.Snapshot.Index
+		} else if j.view != nil {
+			w.FirstSegment = j.view.header.Index
+		}
+		for _, e := range j.batch.Entries {
+			w.FirstSegment = e.Index
+		}
+	}
+	if p.disk.write() == nil && !p.disk.held {
+		p.written.HardState, p.written.FirstSegment = w.HardState, w.FirstSegment
+	}
+	s.count["disk writes"]++
+}
+
+// promises checks that what a message promises is on the disk (I7).
+func (p *proc) promises(m *raftpb.Message) {
+	if p.disk == nil || p.n.mark == 0 || m.GetReject() {
+		return
+	}
+	h := p.written.HardState
+	switch m.GetType() {
+	case raftpb.MsgVoteResp:
+		if h.GetTerm() < m.GetTerm() || h.GetTerm() == m.GetTerm() && h.GetVote() != m.GetTo() {
+			p.s.failf("I7: %v grants a vote in term %d, the disk has %v", p, m.GetTerm(), h)
+		}
+	case raftpb.MsgAppResp:
+		if m.GetIndex() > p.written.FirstSegment && h.GetTerm() == m.GetTerm() || h.GetTerm() < m.GetTerm() {
+			p.s.failf("I7: %v acknowledges entry %d in term %d, the disk has entry %d, %v", p, m.GetIndex(), m.GetTerm(), p.written.FirstSegment, h)
+		}
+	}
+}
+
+// giveUp ends a process whose node has stopped by itself: its disk has failed,
+// or it was removed, and whoever runs it empties the directory.
+func (p *proc) giveUp() {
+	p.s.trace("%v stops: %v", p, p.n.err)
+	p.s.count["stops: "+errorClass(p.n.err)]++
+	p.n.failAll(p.n.err)
+	p.poll()
+	if p.n.err == errRemoved {
+		p.site.fs = newSimFS()
+	}
+	p.die(p.s.expo(20))
+}
+
+func errorClass(err error) string {
+	if err == errRemoved {
+		return "removed"
+	}
+	return "disk"
 }
 
 // check checks the invariants that one node can break in one turn.
@@ -455,10 +598,10 @@ func (p *proc) check() {
 		}
 		p.term, p.commit = term, commit
 	}
-	p.keepTail()
 	if n.store.index > p.applied {
 		s.observe(p, p.applied+1, n.store.index)
 		p.applied = n.store.index
+		p.site.most = max(p.site.most, p.applied)
 		if p.applied%stateEvery == 0 {
 			s.compareState(p)
 		}
@@ -471,20 +614,6 @@ func (p *proc) entry(i uint64) *raftpb.Entry {
 		return es[0]
 	}
 	return nil
-}
-
-func (p *proc) keepTail() {
-	if c := p.n.count.SnapshotsInstalled; c != p.installed {
-		p.installed = c
-		clear(p.tail)
-	}
-	for i := p.n.raft.last(); i > max(p.applied, p.n.raft.prevIndex); i-- {
-		e := p.entry(i)
-		if p.tail[i] == e {
-			break
-		}
-		p.tail[i] = e
-	}
 }
 
 // stateOf hashes what a snapshot of a node would hold.
@@ -531,8 +660,8 @@ type change struct {
 func (s *sim) observe(p *proc, from, to uint64) {
 	o := &s.oracle
 	for i := from; i <= to; i++ {
-		e := p.tail[i]
-		delete(p.tail, i)
+		e := p.fresh[i]
+		delete(p.fresh, i)
 		switch {
 		case i < uint64(len(o.entries)):
 			if was := o.entries[i]; e != nil && was != nil && (was.GetTerm() != e.GetTerm() || was.GetType() != e.GetType() || !bytes.Equal(was.GetData(), e.GetData())) {
@@ -623,7 +752,7 @@ type simStream struct {
 
 // setMembers implements transport.
 func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64) {
-	p.members = members
+	p.members, p.removed = members, removed
 	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
 		peer := p.peers[id]
 		if m := members[id]; m != nil && m.Address != peer.node.Address || m == nil && p.inbound[id] == nil || slices.Contains(removed, id) {
@@ -723,6 +852,10 @@ func (st *simStream) greet() {
 	p.hellos = slices.DeleteFunc(p.hellos, func(o *simStream) bool { return o == st })
 	w := p.n.accept(st.hello)
 	from := st.hello.From
+	if w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && slices.Contains(p.removed, from.RaftId) {
+		st.breakBoth()
+		return
+	}
 	if w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED {
 		if p.peers[from.RaftId] == nil {
 			p.addPeer(from.RaftId, from.Node)
@@ -811,6 +944,9 @@ func (p *proc) send(to, life uint64, ms []*raftpb.Message) {
 	if peer == nil || peer.life != life || peer.stream == nil {
 		s.count["messages unsent"] += len(ms)
 		return
+	}
+	for _, m := range ms {
+		p.promises(m)
 	}
 	st := peer.stream
 	if st.queued+len(ms) > s.cfg.queue {
@@ -990,9 +1126,17 @@ func (t *transfer) install() {
 	if !bytes.Equal(t.data, bytesOf(t.v)) {
 		s.failf("a view of %v has changed while it was open", t.from)
 	}
-	st, err := readSnapshot(bytes.NewReader(t.data))
-	if err != nil {
+	var st *store
+	var err error
+	if p.disk == nil {
+		st, err = p.n.readSnapshot(bytes.NewReader(t.data))
+	} else {
+		p.onDisk(func() { st, err = p.n.readSnapshot(bytes.NewReader(t.data)) })
+	}
+	if err != nil && !p.broken {
 		s.failf("a snapshot of %v cannot be read: %v", t.from, err)
+	} else if err != nil {
+		return
 	}
 	if s.cfg.forget {
 		clear(st.proposers)
@@ -1446,8 +1590,9 @@ func (s *sim) wish() {
 // process, if any, has lost it.
 func (s *sim) remain(voters []uint64, without *proc) bool {
 	n := 0
-	for _, p := range s.alive() {
-		if p != without && p.n.rn != nil && slices.Contains(voters, p.n.raftID) {
+	for _, st := range s.sites {
+		p := st.cur
+		if p != nil && p != without && p.n.rn != nil && slices.Contains(voters, p.n.raftID) || p == nil && slices.Contains(voters, st.keeps()) {
 			n++
 		}
 	}
@@ -1458,6 +1603,11 @@ func (s *sim) remain(voters []uint64, without *proc) bool {
 // both halves of every configuration that a member has applied, or will if the
 // changes in its log are committed. Nodes that have not healed count as lost.
 func (s *sim) mayLose(p *proc) bool {
+	for _, st := range s.sites {
+		if st.cur == nil && st.keeps() != 0 {
+			return false // nobody knows what it has applied
+		}
+	}
 	newest := &store{}
 	for _, q := range s.alive() {
 		if q.n.rn != nil && q.n.store.index > newest.index {
@@ -1504,11 +1654,38 @@ func (s *sim) fault() {
 	fired := true
 	switch kind {
 	case "kill":
-		if fired = s.mayLose(p); fired {
+		if fired = p.site.keeps() != 0 || s.mayLose(p); fired {
+			p.die(length)
+		}
+	case "power":
+		if fired = p.site.keeps() != 0; fired {
+			p.losePower(length)
+		}
+	case "all":
+		fired = false
+		for _, p := range s.alive() {
+			if p.site.keeps() != 0 {
+				fired = true
+				p.losePower(length)
+			}
+		}
+	case "disk":
+		if fired = p.disk != nil; fired {
+			p.breakDisk(s.rng.IntN(40), simFault(s.rng.IntN(int(faultCrash))))
+		}
+	case "stall":
+		if fired = p.disk != nil; fired {
+			s.trace("FAULT: the disk of %v stalls for %.0f ticks", p, length)
+			p.site.slow = s.now + int64(length*simTick)
+		}
+	case "wipe":
+		if fired = p.site.keeps() != 0 && s.mayLose(p); fired {
+			s.trace("FAULT: %v loses its disk", p)
+			p.site.fs = newSimFS()
 			p.die(length)
 		}
 	case "stop":
-		if fired = s.mayLose(p) && !p.paused; fired {
+		if fired = (p.site.keeps() != 0 || s.mayLose(p)) && !p.paused; fired {
 			p.stop(length)
 		}
 	case "pause":
@@ -1582,11 +1759,38 @@ func (s *sim) partition(kind string, one *site, length float64) {
 	})
 }
 
+// breakDisk makes a call to the file system fail, after some others.
+func (p *proc) breakDisk(calls int, fault simFault) {
+	fs := p.site.fs
+	p.s.trace("FAULT: the disk of %v fails in %d calls: %d", p, calls, fault)
+	fs.failAt, fs.fault = len(fs.calls)+1+calls, fault
+}
+
+// losePower ends a process in the middle of what its disk does, and what was
+// not synced is gone, or torn.
+func (p *proc) losePower(length float64) {
+	s, st := p.s, p.site
+	if s.rng.IntN(2) == 0 && len(p.disk.queue) > 0 {
+		p.breakDisk(s.rng.IntN(12), faultCrash)
+		_ = p.disk.write()
+	}
+	p.die(length)
+	s.count["power lost"]++
+	r := s.rng
+	if s.rng.IntN(3) == 0 {
+		r = nil
+	}
+	st.fs = st.fs.lose(r)
+}
+
 // die ends a process at once; another starts after some ticks.
 func (p *proc) die(length float64) {
 	s, st := p.s, p.site
 	s.trace("FAULT: %v dies for %.0f ticks", p, length)
 	p.dead, st.cur = true, nil
+	if st.fs != nil {
+		st.fs = st.fs.restart(s.rng.IntN(2) == 0)
+	}
 	for _, o := range p.calls {
 		s.clients[o.client].rest(o)
 	}
@@ -1623,7 +1827,7 @@ func (p *proc) stop(length float64) {
 		}
 	}
 	s.after(5, p, func() {
-		if !s.mayLose(p) {
+		if s.calm || p.site.keeps() == 0 && !s.mayLose(p) {
 			return
 		}
 		n.err = errStopping
@@ -1681,6 +1885,9 @@ func (s *sim) settle() {
 	s.calm = true
 	s.cfg.latency = min(s.cfg.latency, .3)
 	for _, st := range s.sites {
+		if st.fs != nil {
+			st.fs.failAt, st.slow = 0, 0
+		}
 		if st.cur == nil {
 			s.start(st)
 		}
