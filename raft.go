@@ -505,10 +505,29 @@ func (n *node) receive(in inbound) {
 		}
 		return
 	}
+	n.learnCommit(m)
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
 		n.log.Debug("raft refused a message", "type", m.GetType(), "from", from, "err", err)
 	}
 	n.syncSoftState()
+}
+
+// learnCommit takes from the answer to a call for votes what is committed. A
+// node without a leader can need that: if it has forgotten, or never heard, that
+// a change of membership is committed, it asks for votes by the old
+// configuration, perhaps of nodes that have left for good, or of learners whose
+// log is longer. Raft takes commits from a leader only; so here is one, for no
+// longer than the call.
+func (n *node) learnCommit(m *raftpb.Message) {
+	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp || n.lead != 0 {
+		return
+	}
+	st := n.rn.BasicStatus()
+	if term, err := n.raft.Term(m.GetCommit()); err != nil || term != m.GetLogTerm() || m.GetCommit() <= st.GetCommit() {
+		return // equal entries have equal ones before them (Raft paper, section 5.3)
+	}
+	_ = n.rn.Step(&raftpb.Message{Type: raftpb.MsgHeartbeat.Enum(), From: m.From, To: m.To, Term: new(st.GetTerm()), Commit: m.Commit})
+	_ = n.rn.ForgetLeader()
 }
 
 // receiveUninitialized answers a leader as raft with an empty log would: it
@@ -1009,6 +1028,11 @@ func (n *node) send(m *raftpb.Message) {
 	case raftpb.MsgHeartbeat:
 		if len(m.GetContext()) == 8 {
 			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
+		}
+	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
+		commit := n.rn.BasicStatus().GetCommit()
+		if term, err := n.raft.Term(commit); err == nil {
+			m.Commit, m.LogTerm = &commit, &term
 		}
 	}
 	for i := range n.out {

@@ -2805,16 +2805,18 @@ func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
 // receiver are those of the stream's Hello.
 type RaftMessage struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Type          RaftMessageType        `protobuf:"varint,1,opt,name=type,proto3,enum=kv.v1.RaftMessageType" json:"type,omitempty"`
-	Term          uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
-	LogTerm       uint64                 `protobuf:"varint,3,opt,name=log_term,json=logTerm,proto3" json:"log_term,omitempty"`
-	Index         uint64                 `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
-	Entries       []*Entry               `protobuf:"bytes,5,rep,name=entries,proto3" json:"entries,omitempty"`
-	Commit        uint64                 `protobuf:"varint,6,opt,name=commit,proto3" json:"commit,omitempty"`
-	Reject        bool                   `protobuf:"varint,7,opt,name=reject,proto3" json:"reject,omitempty"`
-	RejectHint    uint64                 `protobuf:"varint,8,opt,name=reject_hint,json=rejectHint,proto3" json:"reject_hint,omitempty"`
-	Context       []byte                 `protobuf:"bytes,9,opt,name=context,proto3" json:"context,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  RaftMessageType        `protobuf:"varint,1,opt,name=type,proto3,enum=kv.v1.RaftMessageType" json:"type,omitempty"`
+	Term  uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
+	// In the answer to a call for votes, unlike raft's: what the sender knows to
+	// be committed, and the term of that entry.
+	LogTerm       uint64   `protobuf:"varint,3,opt,name=log_term,json=logTerm,proto3" json:"log_term,omitempty"`
+	Index         uint64   `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
+	Entries       []*Entry `protobuf:"bytes,5,rep,name=entries,proto3" json:"entries,omitempty"`
+	Commit        uint64   `protobuf:"varint,6,opt,name=commit,proto3" json:"commit,omitempty"`
+	Reject        bool     `protobuf:"varint,7,opt,name=reject,proto3" json:"reject,omitempty"`
+	RejectHint    uint64   `protobuf:"varint,8,opt,name=reject_hint,json=rejectHint,proto3" json:"reject_hint,omitempty"`
+	Context       []byte   `protobuf:"bytes,9,opt,name=context,proto3" json:"context,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
