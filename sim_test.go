@@ -504,6 +504,12 @@ func (p *proc) startWriting() {
 		return
 	}
 	p.writing = true
+	if p.s.cfg.ackUnsync {
+		for i, j := range p.disk.queue {
+			j.done(nil)
+			p.disk.queue[i].done = func(error) {}
+		}
+	}
 	p.s.after(p.s.diskTime(p.site), p, func() {
 		p.writing = false
 		p.onDisk(p.write)
@@ -2284,6 +2290,9 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a write acknowledged when it is proposed", func(c *simConfig) { c.ackEarly = true }},
 		{"snapshots without proposers", func(c *simConfig) { c.forget = true }},
 		{"batches applied again", func(c *simConfig) { c.twice = true }},
+		{"answers before the disk has synced", func(c *simConfig) { c.ackUnsync, c.durable = true, 1 }},
+		{"a hard state that does not get to the disk", func(c *simConfig) { c.dropVote, c.durable = true, 1 }},
+		{"messages that reach the next life", func(c *simConfig) { c.crossLife, c.durable, c.late = true, 1, 1 }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for seed := range uint64(200) {
@@ -2305,7 +2314,7 @@ func TestMessagesAcrossLives(t *testing.T) {
 	for seed := range uint64(40) {
 		t.Run(fmt.Sprint(seed+1), func(t *testing.T) {
 			s, err := simulate(t, seed+1, 4000, nil, func(c *simConfig) {
-				c.crossLife, c.late, c.faults = true, 1, append(c.faults, "kill", "kill")
+				c.crossLife, c.late, c.durable, c.faults = true, 1, 0, append(c.faults, "kill", "kill")
 			})
 			if err != nil {
 				t.Error(err)
