@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -18,6 +20,11 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	_ "google.golang.org/grpc/health" // has gRPC's clients check it
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -667,5 +674,82 @@ func TestReasonsArrive(t *testing.T) {
 			}
 			return nil
 		})
+	}
+}
+
+// TestServiceConfig: gRPC's clients retry as the README has it, over the nodes
+// that are healthy.
+func TestServiceConfig(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, config, _ := strings.Cut(string(readme), "```json\n")
+	config, _, _ = strings.Cut(config, "```")
+	nodes := map[string]*fakeNode{}
+	r := manual.NewBuilderWithScheme("test")
+	state := resolver.State{}
+	for i := range 3 {
+		f := newFakeNode(t)
+		if i > 0 {
+			f.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+		}
+		nodes[f.addr] = f
+		state.Endpoints = append(state.Endpoints, resolver.Endpoint{Addresses: []resolver.Address{{Addr: f.addr}}})
+	}
+	r.InitialState(state)
+	conn, err := grpc.NewClient("test:///nodes", grpc.WithResolvers(r), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultServiceConfig(config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithTimeout(t.Context(), rpcTimeout)
+	defer cancel()
+	kv := kvpb.NewKVServiceClient(conn)
+	calls := func() (all []int) {
+		for _, e := range state.Endpoints {
+			_, n := nodes[e.Addresses[0].Addr].take()
+			all = append(all, n)
+		}
+		return all
+	}
+	var total [3]int
+	eventually(t, func() error {
+		if _, err := kv.Get(ctx, &kvpb.GetRequest{Key: "k"}); err != nil {
+			t.Fatal(err)
+		}
+		for i, n := range calls() {
+			total[i] += n
+		}
+		if total[1] == 0 || total[2] == 0 {
+			return fmt.Errorf("the nodes got %d calls", total)
+		}
+		return nil
+	})
+	if total[0] != 0 {
+		t.Error("a node that is not SERVING was called")
+	}
+	var tries atomic.Int32
+	for _, f := range nodes {
+		f.failWith(func(context.Context) error {
+			if tries.Add(1) < 5 {
+				return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
+			}
+			return nil
+		})
+	}
+	set := withID(7, 1, setWrite("k", "v")).GetSet()
+	if _, err := kv.Set(ctx, set); err != nil {
+		t.Fatal(err)
+	}
+	if n := calls(); n[0] != 0 || n[1] < 2 || n[2] < 2 || n[1]+n[2] != 5 {
+		t.Errorf("the nodes got %d calls", n)
+	}
+	for _, f := range nodes {
+		for _, id := range f.ids {
+			if !proto.Equal(id, set.RequestId) {
+				t.Errorf("sent under %v", id)
+			}
+		}
 	}
 }
