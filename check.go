@@ -173,9 +173,10 @@ func checkWrites(ws []*kvpb.Write) error {
 		var err error
 		switch op := w.GetOperation().(type) {
 		case *kvpb.Write_Set:
-			err = errors.Join(validateKey(op.Set.GetKey()), validateValue(op.Set.GetValue()))
+			err = validateSet(op.Set)
 		case *kvpb.Write_Delete:
-			err = validateKey(op.Delete.GetKey())
+			err = validateDelete(op.Delete)
+		case *kvpb.Write_OpenSession:
 		default:
 			err = errors.New("a write of an unknown kind")
 		}

@@ -469,6 +469,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
 	m.Healthy, m.Durable = m.UnhealthyReason == "", n.disk != nil
 	m.Keys, m.StoreBytes = s.size()
+	m.Sessions = uint64(len(s.sessions))
 	if n.rn == nil {
 		return m
 	}

@@ -843,6 +843,17 @@ func badDelete(name, key string) badCall {
 	}}
 }
 
+func badWrite(name string, w *kvpb.Write) badCall {
+	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) (err error) {
+		if set := w.GetSet(); set != nil {
+			_, err = n.Set(ctx, set)
+		} else {
+			_, err = n.Delete(ctx, w.GetDelete())
+		}
+		return err
+	}}
+}
+
 func badLearner(name string, id uint64, address string, code codes.Code, reason string) badCall {
 	return badCall{name, code, reason, func(ctx context.Context, n *testNode) error {
 		_, err := n.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: id, Address: address}})
@@ -982,6 +993,11 @@ func TestBadInput(t *testing.T) {
 		badGet("get of an empty key", "", false),
 		badGet("local get of a long key", long, true),
 		badDelete("delete of an empty key", ""),
+		badWrite("set with session 0", withID(0, 1, setWrite("k", "v"))),
+		badWrite("set with sequence 0", withID(1, 0, setWrite("k", "v"))),
+		badWrite("delete with session 0", withID(0, 1, deleteWrite("k"))),
+		badWrite("delete with sequence 0", withID(1, 0, deleteWrite("k"))),
+		badWrite("delete of what must not exist", deleteIf("k", 0)),
 		badDelete("delete of a long key", long),
 		badList("list of a long prefix", &kvpb.ListRequest{Prefix: long}),
 		badList("list from a long token", &kvpb.ListRequest{PageToken: long, Local: true}),

@@ -21,6 +21,8 @@ type call struct {
 	record []byte // the write as a field of a Batch; nil: a read
 	state  atomic.Int32
 	since  uint64       // tick in which the loop took it
+	wait   uint64       // ticks until its deadline is near; 0: it has none
+	ended  bool         // the loop's
 	done   chan outcome // one slot: the loop never waits
 	fn     func()       // in place of done: the loop's own reads
 }

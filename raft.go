@@ -42,6 +42,7 @@ const (
 var (
 	errNoLeader       = errors.New("there is no leader")
 	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
+	errUnknownInTime  = fmt.Errorf("the deadline is near, and %w", errOutcomeUnknown)
 	errNotInitialized = errors.New("this node is in no cluster")
 	errStopping       = errors.New("this node is stopping")
 	errOverloaded     = errors.New("this node has too many calls waiting")
@@ -401,42 +402,67 @@ func (n *node) leads() bool {
 	return n.rn != nil && n.role == raft.StateLeader && n.store.term == n.term
 }
 
-// expire ends calls that found no leader for too long.
+// expire ends calls that found no leader for too long, or whose deadline is near.
 func (n *node) expire() {
-	if n.lead != 0 {
-		return
+	var noLeader error
+	if n.rn == nil {
+		noLeader = errNotInitialized
+	} else if n.lead == 0 {
+		noLeader = n.noLeader()
 	}
 	wait := n.ticksOf(leaderWait)
-	overdue := func(calls []*call) int {
-		i := 0
-		for i < len(calls) && n.now-calls[i].since >= wait {
-			i++
+	overdue := func(c *call) error {
+		if c.wait != 0 && n.now-c.since >= c.wait {
+			return context.DeadlineExceeded
+		} else if n.now-c.since >= wait {
+			return noLeader
 		}
-		return i
+		return nil
 	}
-	err := errNotInitialized
-	if n.rn != nil {
-		err = n.noLeader()
+	end := func(calls []*call) []*call {
+		return slices.DeleteFunc(calls, func(c *call) bool {
+			err := overdue(c)
+			if err != nil {
+				n.finish(c, outcome{err: err})
+			}
+			return err != nil
+		})
 	}
-	i := overdue(n.writes)
-	n.fail(n.writes[:i], err)
-	n.writes = n.writes[i:]
-	i = overdue(n.reads)
-	n.fail(n.reads[:i], err)
-	n.reads = n.reads[i:]
-	if n.own != nil && overdue(n.own.calls) == len(n.own.calls) {
+	n.writes, n.reads = end(n.writes), end(n.reads)
+	if n.round != nil {
+		n.round.calls = end(n.round.calls)
+	}
+	for i := range n.confirmed {
+		n.confirmed[i].calls = end(n.confirmed[i].calls)
+	}
+	if n.own == nil {
+		return
+	}
+	late := 0
+	for _, c := range n.own.calls {
+		err := overdue(c)
+		if err == context.DeadlineExceeded {
+			n.finish(c, outcome{err: errUnknownInTime})
+		}
+		if err != nil {
+			late++
+		}
+	}
+	if noLeader != nil && late == len(n.own.calls) {
 		n.failOwn()
 	}
 }
 
-// finish ends a call.
+// finish ends a call, if it has not ended.
 func (n *node) finish(c *call, o outcome) {
-	if c.fn == nil {
+	switch {
+	case c.fn != nil && o.err == nil:
+		c.fn()
+	case c.fn == nil && !c.ended:
+		c.ended = true
 		n.doneCalls++
 		n.doneBytes += len(c.record)
 		c.done <- o
-	} else if o.err == nil {
-		c.fn()
 	}
 }
 
@@ -814,11 +840,12 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 	if e.GetType() != raftpb.EntryNormal {
 		return n.applyConfChange(e)
 	}
+	before := s.version
 	proposer, sequence, results, err := s.apply(e.GetData())
 	if err != nil {
 		return err
 	}
-	n.count.WritesApplied += uint64(len(results))
+	n.count.WritesApplied += s.version - before
 	if p := n.own; p != nil && proposer == n.raftID && sequence == p.sequence {
 		n.own = nil
 		if len(results) != len(p.calls) {
@@ -826,7 +853,7 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 			return nil
 		}
 		for i, c := range p.calls {
-			n.finish(c, outcome{result: results[i]})
+			n.finish(c, results[i])
 		}
 	}
 	return nil

@@ -31,7 +31,7 @@ const (
 	maxKeyBytes   = 64 << 10
 	maxValueBytes = 1 << 20
 	// maxWriteBytes bounds an encoded write.
-	maxWriteBytes = maxKeyBytes + maxValueBytes + 64
+	maxWriteBytes = maxKeyBytes + maxValueBytes + 128
 	// maxListItems and maxListBytes bound a page of List.
 	maxListItems = 10_000
 	maxListBytes = 1 << 20
@@ -43,6 +43,8 @@ const (
 	adminTimeout = time.Minute
 	// probeTimeout bounds the wait for a node to say who it is.
 	probeTimeout = 3 * time.Second
+	// maxMargin bounds how long before its caller's deadline a call ends.
+	maxMargin = 50 * time.Millisecond
 
 	errorDomain     = "kv.v1"
 	leaderMetadata  = "x-raft-leader"
@@ -99,6 +101,27 @@ func validateValue(value []byte) error {
 	return nil
 }
 
+func validateID(id *kvpb.RequestId) error {
+	switch {
+	case id == nil || id.Session != 0 && id.Sequence != 0:
+		return nil
+	case id.Session == 0:
+		return invalid("request_id.session", "it is 0")
+	}
+	return invalid("request_id.sequence", "it is 0")
+}
+
+func validateSet(r *kvpb.SetRequest) error {
+	return cmp.Or(validateKey(r.GetKey()), validateValue(r.GetValue()), validateID(r.GetRequestId()))
+}
+
+func validateDelete(r *kvpb.DeleteRequest) error {
+	if r != nil && r.ExpectedVersion != nil && *r.ExpectedVersion == 0 {
+		return invalid("expected_version", "it is 0: there is nothing to delete")
+	}
+	return cmp.Or(validateKey(r.GetKey()), validateID(r.GetRequestId()))
+}
+
 func validateNode(field string, n *kvpb.Node) error {
 	if n.GetId() == 0 {
 		return invalid(field+".id", "it is 0")
@@ -122,6 +145,10 @@ func toStatus(err error, kv bool) error {
 		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_LEADER
 	case errors.Is(err, errOutcomeUnknown):
 		code, reason = codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN
+	case errors.Is(err, errSessionUnknown):
+		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN
+	case errors.Is(err, errSequenceTooOld):
+		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD
 	case errors.Is(err, errNotInitialized) && kv:
 		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED
 	case errors.Is(err, errNotInitialized):
@@ -211,13 +238,46 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	s.inFlight++
 	s.mu.Unlock()
 	defer s.left()
-	resp, err := handler(ctx, req)
+	kv, inner := strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName), ctx
+	if !kv { // else the loop sees to it: a context costs too much for each call
+		var cancel context.CancelFunc
+		inner, cancel = withMargin(ctx)
+		defer cancel()
+	}
+	resp, err := handler(inner, req)
 	if err != nil {
 		_ = grpc.SetTrailer(ctx, *s.leader.Load())
-		return nil, toStatus(err, strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName))
+		return nil, toStatus(err, kv)
 	}
 	_ = grpc.SetHeader(ctx, *s.leader.Load())
 	return resp, nil
+}
+
+// margin is how long before its caller's deadline a call ends, so that the
+// status and its reason get there: it is left so much time.
+func margin(left time.Duration) time.Duration { return min(left/10, maxMargin) }
+
+// withMargin returns a context that ends a margin before ctx does.
+func withMargin(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, deadline.Add(-margin(time.Until(deadline))))
+}
+
+// waitOf is withMargin in ticks of the loop, the one that has begun included;
+// 0: there is no deadline, or it is too near to be told in ticks.
+func (s *server) waitOf(ctx context.Context) uint64 {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return 0
+	}
+	left := time.Until(deadline)
+	if left -= margin(left); left < 2*s.n.tickDuration() {
+		return 0
+	}
+	return s.n.ticksOf(left)
 }
 
 func (s *server) left() {
@@ -284,20 +344,36 @@ func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetRespon
 
 // Set implements KVService.
 func (s *server) Set(ctx context.Context, req *kvpb.SetRequest) (*kvpb.SetResponse, error) {
-	if err := cmp.Or(validateKey(req.Key), validateValue(req.Value)); err != nil {
+	if err := validateSet(req); err != nil {
 		return nil, err
 	}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: req.Key, Value: req.Value}}}) // without unknown fields
-	return &kvpb.SetResponse{Version: r.version}, err
+	w := &kvpb.SetRequest{Key: req.Key, Value: req.Value, ExpectedVersion: req.ExpectedVersion, RequestId: knownID(req.RequestId)}
+	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Set{Set: w}})
+	return &kvpb.SetResponse{Version: r.version, CompareFailed: r.compareFailed}, err
 }
 
 // Delete implements KVService.
 func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.DeleteResponse, error) {
-	if err := validateKey(req.Key); err != nil {
+	if err := validateDelete(req); err != nil {
 		return nil, err
 	}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: req.Key}}})
-	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version}, err
+	w := &kvpb.DeleteRequest{Key: req.Key, ExpectedVersion: req.ExpectedVersion, RequestId: knownID(req.RequestId)}
+	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: w}})
+	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version, CompareFailed: r.compareFailed}, err
+}
+
+// OpenSession implements KVService.
+func (s *server) OpenSession(ctx context.Context, _ *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
+	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}})
+	return &kvpb.OpenSessionResponse{Session: r.version}, err
+}
+
+// knownID is an id without unknown fields: the log has none.
+func knownID(id *kvpb.RequestId) *kvpb.RequestId {
+	if id == nil {
+		return nil
+	}
+	return &kvpb.RequestId{Session: id.Session, Sequence: id.Sequence}
 }
 
 // List implements KVService.
@@ -320,7 +396,7 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 		if s.n.rn == nil {
 			return errNotInitialized
 		}
-		v = s.n.store.open()
+		v = s.n.store.openKeys()
 		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
 		return nil
 	})
@@ -343,12 +419,17 @@ func (s *server) write(ctx context.Context, w *kvpb.Write) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	return s.call(ctx, record)
+	r, err := s.call(ctx, record)
+	// Its caller has time left, and a second session does no harm, either.
+	if err == errOutcomeUnknown && (requestID(w) != nil || w.GetOpenSession() != nil) {
+		err = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, err.Error()+"; it may be sent again")
+	}
+	return r, err
 }
 
 // call takes a write, or with no record a read, through the loop.
 func (s *server) call(ctx context.Context, record []byte) (result, error) {
-	c := &call{record: record, done: make(chan outcome, 1)}
+	c := &call{record: record, wait: s.waitOf(ctx), done: make(chan outcome, 1)}
 	if err := s.n.in.call(c); err != nil {
 		return result{}, err
 	}
@@ -362,6 +443,6 @@ func (s *server) call(ctx context.Context, record []byte) (result, error) {
 		if ctx.Err() == context.Canceled {
 			return result{}, apiError(codes.Canceled, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errOutcomeUnknown.Error())
 		}
-		return result{}, errOutcomeUnknown
+		return result{}, errUnknownInTime
 	}
 }

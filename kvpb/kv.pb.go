@@ -36,8 +36,9 @@ const (
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
 	// UNAVAILABLE: no leader for 2 s. Nothing was applied.
 	ErrorReason_ERROR_REASON_NO_LEADER ErrorReason = 2
-	// DEADLINE_EXCEEDED, or CANCELLED by the caller: the write was sent off and
-	// its fate is not known.
+	// The write was sent off and its fate is not known. UNAVAILABLE: it has a
+	// request_id, or opens a session, and may be sent again. DEADLINE_EXCEEDED: it
+	// has none, or the deadline ended it; CANCELLED: the caller did.
 	ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN ErrorReason = 3
 	// FAILED_PRECONDITION from ClusterService, UNAVAILABLE from KVService: the
 	// node is in no cluster.
@@ -1120,8 +1121,8 @@ func (x *SetRequest) GetRequestId() *RequestId {
 
 type SetResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The key's new version: a count of all writes applied by the cluster, this
-	// one included. No two writes share one.
+	// The key's new version: a count of all writes applied by the cluster, and of
+	// the sessions opened, this one included. No two share one.
 	Version uint64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	// The key does not have the expected version: nothing was written, and version
 	// is the one that it has; 0: it is absent.
@@ -2151,9 +2152,10 @@ type MetricsResponse struct {
 	// Bytes of keys and values; bytes of the log's entries.
 	StoreBytes uint64 `protobuf:"varint,15,opt,name=store_bytes,json=storeBytes,proto3" json:"store_bytes,omitempty"`
 	LogBytes   uint64 `protobuf:"varint,16,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
-	// Since the process started: entries and writes applied, linearizable reads
-	// released, rounds of ReadIndex, changes of leader seen, snapshots sent and
-	// installed, messages dropped because a queue to a peer was full or down.
+	// Since the process started: entries and writes applied (OpenSession is one),
+	// linearizable reads released, rounds of ReadIndex, changes of leader seen,
+	// snapshots sent and installed, messages dropped because a queue to a peer was
+	// full or down.
 	EntriesApplied     uint64 `protobuf:"varint,17,opt,name=entries_applied,json=entriesApplied,proto3" json:"entries_applied,omitempty"`
 	WritesApplied      uint64 `protobuf:"varint,18,opt,name=writes_applied,json=writesApplied,proto3" json:"writes_applied,omitempty"`
 	ReadsReleased      uint64 `protobuf:"varint,19,opt,name=reads_released,json=readsReleased,proto3" json:"reads_released,omitempty"`

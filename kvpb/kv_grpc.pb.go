@@ -57,7 +57,8 @@ type KVServiceClient interface {
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
-	// the one whose writes were applied the longest ago goes first.
+	// the one whose writes were applied the longest ago goes first. It may be sent
+	// again: a session that nobody knows of does no harm.
 	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Operations of one
@@ -162,7 +163,8 @@ type KVServiceServer interface {
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
-	// the one whose writes were applied the longest ago goes first.
+	// the one whose writes were applied the longest ago goes first. It may be sent
+	// again: a session that nobody knows of does no harm.
 	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Operations of one
