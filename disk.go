@@ -19,10 +19,12 @@ import (
 	"log/slog"
 	"math"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -34,7 +36,15 @@ const (
 	identityFormat = 1
 	// progressEvery is between two lines of log about how far a start is.
 	progressEvery = time.Second
+	// refusal is what an operator can do about a directory that is damaged.
+	refusal = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
+		"Else, if this node's cluster works without it, delete its data directory, all of it: the cluster takes it back. " +
+		"Else restore a backup"
 )
+
+// ownName matches the names of what a node makes in its directory. Anything
+// else in there is let alone.
+var ownName = regexp.MustCompile(`^(identity(\.tmp)?|[0-9a-f]{16}(\.tmp|\.wal|\.wal\.tmp|-[0-9a-f]{16}\.snap))$`)
 
 // disk is an open data directory.
 type disk struct {
@@ -46,6 +56,7 @@ type disk struct {
 	background   func(func()) // as in walOptions
 	unlock       io.Closer
 	running      sync.WaitGroup // what start runs
+	closing      atomic.Bool    // it need not finish
 
 	wal *wal // the writer's; nil: the directory is empty
 
@@ -85,6 +96,7 @@ func openDisk(fsys fileSystem, dir string, logBytes int64, log *slog.Logger) (*d
 
 // close ends all writing and unlocks the directory. The writer has ended.
 func (d *disk) close() {
+	d.closing.Store(true)
 	d.running.Wait()
 	if d.wal != nil {
 		d.wal.close()
@@ -106,6 +118,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	if err != nil {
 		return nil, err
 	}
+	names = slices.DeleteFunc(names, func(name string) bool { return !ownName.MatchString(name) })
 	found := map[string]bool{}
 	others := false
 	for _, name := range names {
@@ -114,7 +127,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	}
 	switch {
 	case !found["identity"] && others && !found["identity.tmp"]:
-		return nil, d.refuse("it has a log, but no file named identity that says whose. Put that back, or delete all of the directory: the cluster takes the node back")
+		return nil, d.refuse("it has a log, but no file named identity that says whose. %s", refusal)
 	case !found["identity"]:
 		return nil, d.clean(names, "", "identity.tmp")
 	}
@@ -125,13 +138,18 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	case id.NodeId != nodeID:
 		return nil, d.refuse("it is that of node %d, this is node %d", id.NodeId, nodeID)
 	case !others:
-		return nil, d.refuse("its log is missing. Put that back, or delete all of the directory: the cluster takes the node back")
+		return nil, d.refuse("its log, files named *.wal, is missing. %s", refusal)
 	}
 	r := &recovered{identity: id}
-	if d.wal, r.batch, err = openWAL(d.fs, d.dir, d.walOptions(id)); err != nil {
-		return nil, err
+	o := d.walOptions(id)
+	o.check = func(b *kvpb.LogBatch) (err error) {
+		if last, commit := b.Snapshot.GetIndex()+uint64(len(b.Entries)), b.HardState.GetCommit(); commit > last {
+			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s", last, commit, refusal)
+		}
+		r.store, err = d.loadSnapshot(b.Snapshot, id)
+		return err
 	}
-	if r.store, err = d.loadSnapshot(r.batch.GetSnapshot(), id); err != nil {
+	if d.wal, r.batch, err = openWAL(d.fs, d.dir, o); err != nil {
 		return nil, err
 	}
 	r.batch.Boots++
@@ -152,46 +170,45 @@ func (d *disk) walOptions(id *kvpb.Identity) walOptions {
 }
 
 func (d *disk) readIdentity() (*kvpb.Identity, error) {
-	const advice = "Put it back as it was, or delete all of the directory: the cluster takes the node back"
 	f, err := d.fs.open(d.path("identity"))
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	var id kvpb.Identity
-	b, err := io.ReadAll(io.LimitReader(newFrameReader(io.NewSectionReader(f, 0, math.MaxInt64)), maxFrameBytes))
+	r := newFrameReader(io.NewSectionReader(f, 0, math.MaxInt64))
+	b, err := io.ReadAll(io.LimitReader(r, maxFrameBytes))
 	if err == nil {
 		err = proto.Unmarshal(b, &id)
 	}
 	switch {
 	case err != nil:
-		return nil, d.refuse("its file identity is damaged: %w. %s", err, advice)
+		return nil, d.refuse("its file identity, offset %d: %w. %s", r.offset, err, refusal)
 	case id.Format > identityFormat:
 		return nil, d.refuse("its format is %d, this program knows %d: start the newer one that made it", id.Format, identityFormat)
 	case id.Format != identityFormat || id.ClusterId == 0 || id.NodeId == 0 || id.RaftId == 0 || id.RaftId >= maxRaftID || id.LogId == 0:
-		return nil, d.refuse("its file identity is invalid. %s", advice)
+		return nil, d.refuse("its file identity is invalid. %s", refusal)
 	}
 	return &id, nil
 }
 
 // loadSnapshot reads the snapshot that the log names.
 func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store, error) {
-	const advice = "Nothing was changed. Put the file back as it was, or, if the node's cluster works without it, delete all of the directory: the cluster takes the node back. Else restore a backup"
 	if mark == nil {
-		return nil, d.refuse("its log names no snapshot. %s", advice)
+		return nil, d.refuse("its log names no snapshot. %s", refusal)
 	}
 	path := d.path(mark.File)
 	f, err := d.fs.open(path)
 	if err != nil {
-		return nil, fmt.Errorf("the snapshot that the log names: %w. %s", err, advice)
+		return nil, d.refuse("the snapshot that its log names: %w. %s", err, refusal)
 	}
 	defer f.Close()
 	s, err := readSnapshot(&loggedReader{r: io.NewSectionReader(f, 0, math.MaxInt64), log: d.log, said: time.Now()})
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("%s: %w. %s", path, err, advice)
+		return nil, d.refuse("%s: %w. %s", path, err, refusal)
 	case s.index != mark.Index || s.term != mark.Term || s.clusterID != id.ClusterId:
-		return nil, fmt.Errorf("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s", path, s.index, s.clusterID, mark.Index, id.ClusterId, advice)
+		return nil, d.refuse("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s", path, s.index, s.clusterID, mark.Index, id.ClusterId, refusal)
 	}
 	s.file = mark.File
 	return s, nil
@@ -250,6 +267,9 @@ func (d *disk) newSnapshot() *snapshotWriter {
 }
 
 func (w *snapshotWriter) Write(b []byte) (n int, err error) {
+	if w.d.closing.Load() {
+		return 0, errStopping
+	}
 	if w.err == nil {
 		n, w.err = w.w.Write(b)
 	}
@@ -352,6 +372,9 @@ func (d *disk) persist(jobs []diskJob) (err error) {
 		if err = cmp.Or(err, mergeBatch(batch, j.batch)); err != nil {
 			return err
 		}
+	}
+	if proto.Size(batch) == 0 {
+		return nil // its answers only had to wait for others
 	}
 	if err := d.wal.append(batch); err != nil {
 		return err

@@ -6,7 +6,6 @@ package main
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"hash/crc32"
 	"io"
 )
@@ -22,8 +21,9 @@ const (
 )
 
 var (
-	castagnoli     = crc32.MakeTable(crc32.Castagnoli)
-	errFrameFormat = errors.New("it is no snapshot, or of a format that this program does not know")
+	castagnoli      = crc32.MakeTable(crc32.Castagnoli)
+	errFrameFormat  = errors.New("it does not begin as it should, or is of a format that this program does not know")
+	errFrameDamaged = errors.New("a frame is damaged")
 )
 
 // frameWriter writes what it is given in frames, each by one Write.
@@ -66,7 +66,7 @@ func (f *frameWriter) flush() error {
 	return err
 }
 
-// frameReader reads frames, and says where they are damaged.
+// frameReader reads frames. After an error, offset is where.
 type frameReader struct {
 	r      io.Reader
 	sum    uint32
@@ -103,21 +103,21 @@ func (f *frameReader) next() error {
 	if _, err := io.ReadFull(f.r, header); err == io.EOF {
 		return err
 	} else if err != nil {
-		return fmt.Errorf("offset %d: %w", f.offset, err)
+		return err
 	}
 	size, sum := binary.LittleEndian.Uint32(header), binary.LittleEndian.Uint32(header[4:])
 	if size == 0 || size > maxFrameBytes-frameHeaderBytes {
-		return fmt.Errorf("offset %d: a frame is damaged", f.offset)
+		return errFrameDamaged
 	}
 	if int(size) > len(f.buf) {
 		f.buf = make([]byte, size)
 	}
 	data := f.buf[:size]
 	if _, err := io.ReadFull(f.r, data); err != nil {
-		return fmt.Errorf("offset %d: %w", f.offset, noEOF(err))
+		return noEOF(err)
 	}
 	if f.sum = crc32.Update(f.sum, castagnoli, data); f.sum != sum {
-		return fmt.Errorf("offset %d: a frame is damaged", f.offset)
+		return errFrameDamaged
 	}
 	f.offset += int64(frameHeaderBytes + size)
 	f.data = data

@@ -48,7 +48,7 @@ var (
 	errOverloaded     = errors.New("this node has too many calls waiting")
 	errNotLeader      = errors.New("this node does not lead")
 	errInCluster      = errors.New("this node is in a cluster already")
-	errRemoved        = errors.New("this node was removed from its cluster while it was away: delete its data directory, all of it, and have it added again")
+	errRemoved        = fmt.Errorf("%w: it was removed from its cluster: delete its data directory, all of it, and have it added again", errStopping)
 )
 
 // transport is what the loop needs of the network. Nothing in it blocks.
@@ -224,15 +224,14 @@ func (n *node) open(d *disk) error {
 	if err := n.raft.append(entries); err != nil {
 		return err
 	}
-	n.mark, n.logged, n.gone = r.store.index, n.raft.bytes, r.store.removed
+	n.mark, n.gone = r.store.index, r.store.removed
+	n.logged = n.raft.bytes + sectorBytes*uint64(len(entries))
 	h := r.batch.GetHardState()
 	n.raft.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
-	if h.GetCommit() > n.raft.last() {
-		return d.refuse("its log ends at entry %d, and says that entry %d is committed", n.raft.last(), h.GetCommit())
-	}
 	if err := n.start(); err != nil {
 		return err
 	}
+	n.publish() // who it is, before it says hello
 	n.configured()
 	n.turn(input{})
 	return n.err
@@ -712,8 +711,8 @@ func (n *node) append(m *raftpb.Message) {
 	}
 	for _, e := range m.GetEntries() {
 		batch.Entries = append(batch.Entries, wireEntry(e))
-		n.logged += entryBytes(e)
 	}
+	n.logged += uint64(sectors(headerBytes + proto.Size(batch)))
 	if n.saving != nil && n.logged > 4*uint64(n.opts.logBytes) {
 		n.disk.hold(true) // until the snapshot is there
 	}
@@ -748,7 +747,7 @@ func (n *node) persist(j diskJob, done func()) {
 		n.in.event(func() {
 			n.queued--
 			if err != nil {
-				n.err = fmt.Errorf("writing to the data directory: %w", err)
+				n.diskFailed(err)
 			} else {
 				done()
 			}
@@ -756,6 +755,11 @@ func (n *node) persist(j diskJob, done func()) {
 	}
 	n.queued++
 	n.disk.enqueue(j)
+}
+
+// diskFailed ends the node: what is on the disk nobody knows.
+func (n *node) diskFailed(err error) {
+	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
 }
 
 // save writes a snapshot of the state to the disk, beside the loop.
@@ -775,7 +779,7 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 	n.disk.hold(false)
 	switch {
 	case err != nil:
-		n.err = fmt.Errorf("writing a snapshot to the data directory: %w", err)
+		n.diskFailed(err)
 	case mark.Index <= n.mark: // a leader's has overtaken it
 		n.disk.start(func() { _ = n.disk.remove(mark.File) })
 	default:
@@ -1158,7 +1162,7 @@ func (n *node) readSnapshot(r io.Reader) (*store, error) {
 	}
 	name, err := w.finish(index, err)
 	if w.err != nil { // not the sender's fault
-		n.in.event(func() { n.err = fmt.Errorf("writing to the data directory: %w", w.err) })
+		n.in.event(func() { n.diskFailed(w.err) })
 	}
 	if err != nil {
 		return nil, err
@@ -1170,10 +1174,21 @@ func (n *node) readSnapshot(r io.Reader) (*store, error) {
 // receiveSnapshot hands a snapshot that came from a peer to raft and returns
 // once raft has taken or ignored it. Any goroutine may call it.
 func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error {
-	return n.do(ctx, func() error { return n.stepSnapshot(h, term, s) })
+	err := n.do(ctx, func() error { return n.stepSnapshot(h, term, s) })
+	n.in.event(func() { n.discard(s) }) // if ctx ended first
+	return err
+}
+
+// discard removes the file of a snapshot from a peer, unless it is installed.
+func (n *node) discard(s *store) {
+	if file := s.file; file != "" {
+		s.file = ""
+		n.disk.start(func() { _ = n.disk.remove(file) })
+	}
 }
 
 func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
+	defer n.discard(s)
 	if !n.hears(h) || h.ClusterId != s.clusterID {
 		return errors.New("the snapshot is of or to another life, or another cluster")
 	}
@@ -1193,9 +1208,6 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 		err = n.rn.Step(m)
 		n.drain()
 	}
-	if (n.pending != nil || err != nil) && s.file != "" { // raft did not take it
-		n.disk.start(func() { _ = n.disk.remove(s.file) })
-	}
 	n.pending = nil
 	if fresh && n.store.clusterID == 0 {
 		n.rn, n.raft, n.term, n.lead, n.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
@@ -1211,6 +1223,7 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 		return
 	}
 	n.store.install(n.pending)
+	n.pending.file = "" // it is the store's
 	n.pending = nil
 	n.raft.reset(snap)
 	if n.disk != nil && n.mark != 0 { // else persist makes the directory, and the mark
@@ -1227,6 +1240,9 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 }
 
 func (n *node) checkConditions() {
+	if n.err != nil {
+		return // nobody asks a broken node for anything: run ends them
+	}
 	conds := n.conds
 	n.conds = nil
 	for _, c := range conds {

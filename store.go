@@ -506,11 +506,12 @@ func (v *view) writeTo(to io.Writer) error {
 
 // readSnapshot reads a snapshot into a new store, or says why it is none.
 func readSnapshot(r io.Reader) (*store, error) {
-	br := bufio.NewReaderSize(newFrameReader(r), 64<<10)
+	frames := newFrameReader(r)
+	br := bufio.NewReaderSize(frames, 64<<10)
 	next := func() (*kvpb.SnapshotRecord, error) {
 		var rec kvpb.SnapshotRecord
 		if err := (protodelim.UnmarshalOptions{MaxSize: maxRecordBytes}).UnmarshalFrom(br, &rec); err != nil {
-			return nil, fmt.Errorf("snapshot: %w", noEOF(err))
+			return nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, noEOF(err))
 		}
 		return &rec, nil
 	}

@@ -65,6 +65,8 @@ type walOptions struct {
 	log          *slog.Logger
 	progress     func(done, total int) // segments replayed, called by openWAL; or nil
 	background   func(func())          // runs what fills a segment; nil: a goroutine
+	// check says what else must be found intact before openWAL changes anything.
+	check func(*kvpb.LogBatch) error // or nil
 }
 
 // mergeBatch makes b say what b says and then c: replay does so with all, and
@@ -105,10 +107,13 @@ func checksum(b []byte) uint32 {
 	return crc32.Update(crc32.Checksum(b[:36], castagnoli), castagnoli, b[40:])
 }
 
+// sectors rounds a size up to whole sectors.
+func sectors(size int) int { return (size + sectorBytes - 1) / sectorBytes * sectorBytes }
+
 // encode encodes the batch whose place is p.
 func (p walPlace) encode(b *kvpb.LogBatch) ([]byte, error) {
 	size := headerBytes + proto.Size(b)
-	buf := make([]byte, headerBytes, (size+sectorBytes-1)/sectorBytes*sectorBytes)
+	buf := make([]byte, headerBytes, sectors(size))
 	buf, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(buf, b)
 	buf = buf[:cap(buf)]
 	copy(buf, walMagic)
@@ -201,7 +206,7 @@ func openWAL(fs fileSystem, dir string, o walOptions) (*wal, *kvpb.LogBatch, err
 	}
 	if err != nil {
 		w.close()
-		return nil, nil, fmt.Errorf("the log: %w", err)
+		return nil, nil, err
 	}
 	return w, state, nil
 }
@@ -211,9 +216,7 @@ func (w *wal) path(segment uint64) string {
 }
 
 func (w *wal) damage(segment uint64, offset int, format string, args ...any) error {
-	return fmt.Errorf("%s, offset %d: %s. Nothing was changed. If a file was moved or altered, put it back as it was. "+
-		"Else, if this node's cluster works without it, delete its data directory, all of it: the cluster takes it back. "+
-		"Else restore a backup", w.path(segment), offset, fmt.Sprintf(format, args...))
+	return fmt.Errorf("%s, offset %d: %s. %s", w.path(segment), offset, fmt.Sprintf(format, args...), refusal)
 }
 
 // list returns the numbers of all segments.
@@ -267,6 +270,11 @@ func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
 	}
 	if h := s.HardState; h != nil {
 		h.Commit = max(h.Commit, mark) // raft insists, and a snapshot holds what is committed
+	}
+	if w.opts.check != nil {
+		if err := w.opts.check(s); err != nil {
+			return nil, err
+		}
 	}
 	w.head = headOf(s)
 	if w.file, err = w.fs.open(w.path(w.at.segment)); err == nil {
