@@ -243,39 +243,48 @@ func (b *bubble) leaderAndRest() (uint64, []uint64) {
 // reads, one writes. After an error they move on.
 func (b *bubble) load(h *history, timeout time.Duration, ids ...uint64) (stop func()) {
 	b.epoch++
-	conns := make([]*grpc.ClientConn, len(ids))
-	for i, id := range ids {
-		conns[i] = b.client(id) // nodes may restart
+	var conns []*grpc.ClientConn
+	var nodes []kvpb.KVServiceClient
+	for _, id := range ids {
+		conn := b.client(id) // nodes may restart
+		conns, nodes = append(conns, conn), append(nodes, kvpb.NewKVServiceClient(conn))
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	for client := range 2 * len(ids) {
-		wg.Go(func() {
-			r := rand.New(rand.NewPCG(2, uint64(client)))
-			at := client
-			for i := 0; ctx.Err() == nil; i++ {
-				op := operation{name: "get", key: b.key(r.IntN(5))}
-				if client >= len(ids) {
-					op.name, op.value = "set", fmt.Sprintf("%d of client %d", i, client)
-				}
-				call, cancel := context.WithTimeout(context.Background(), timeout)
-				if err := h.do(call, kvpb.NewKVServiceClient(conns[at%len(ids)]), client, op); err != nil {
-					at++
-				}
-				cancel()
-				sleep(ctx, b.think/2+time.Duration(r.Int64N(int64(b.think))))
-			}
-		})
-	}
+	end := h.load(nodes, b.key, b.think, timeout, true)
 	return sync.OnceFunc(func() {
-		cancel()
-		wg.Wait()
+		end()
 		for _, conn := range conns {
 			_ = conn.Close()
 		}
 	})
 }
 
+// load has two clients call each node until stop is called, and record it: one
+// reads, one writes, to five keys. Those that move go to another after an error.
+func (h *history) load(nodes []kvpb.KVServiceClient, key func(int) string, think, timeout time.Duration, move bool) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for client := range 2 * len(nodes) {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(2, uint64(client)))
+			at := client
+			for i := 0; ctx.Err() == nil; i++ {
+				op := operation{name: "get", key: key(r.IntN(5))}
+				if client >= len(nodes) {
+					op.name, op.value = "set", fmt.Sprintf("%d of client %d", i, client)
+				}
+				call, cancel := context.WithTimeout(context.Background(), timeout)
+				if err := h.do(call, nodes[at%len(nodes)], client, op); err != nil && move {
+					at++
+				}
+				cancel()
+				sleep(ctx, think/2+time.Duration(r.Int64N(int64(think))))
+			}
+		})
+	}
+	return func() { cancel(); wg.Wait() }
+}
+
+// key names a key of load in this epoch.
 func (b *bubble) key(i int) string { return fmt.Sprintf("key %d.%d", b.epoch, i) }
 
 // readAll reads what load has left, through a node.
