@@ -371,7 +371,8 @@ func (n *node) tick() {
 	}
 	if n.campaignAt != 0 && n.now >= n.campaignAt {
 		n.campaignAt = 0
-		if n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
+		// What the dead leader sent last may have made it the leader again.
+		if (n.lead == 0 || !n.connected[n.lead]) && n.role == raft.StateFollower && n.isVoter(n.raftID) {
 			_ = n.rn.Campaign()
 		}
 	}
