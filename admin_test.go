@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 
+	"go.etcd.io/raft/v3"
 	"google.golang.org/grpc/codes"
 
 	"raft-key-value/kvpb"
@@ -73,4 +74,94 @@ func TestRemoveAtOnce(t *testing.T) {
 	_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Remove: []uint64{6}})
 	wantError(t, err, codes.NotFound, "UNKNOWN_MEMBER")
 	release()
+}
+
+// call makes a request in the background, by way of a node.
+func (c *testCluster) call(f func() error) <-chan error {
+	ended := make(chan error, 1)
+	go func() { ended <- f() }()
+	return ended
+}
+
+func (c *testCluster) addMoved(id uint64, address string) error {
+	_, err := c.nodes[id].AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: id, Address: address}})
+	return err
+}
+
+// TestNewLeaderJudgesLater: a learner that has caught up is not refused because
+// the leader is new and has not heard from it.
+func TestNewLeaderJudgesLater(t *testing.T) {
+	c := newCluster(t, 4, patient)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.cut(4)
+	c.transfer(1, 2)
+	ended := c.call(func() error {
+		_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}})
+		return err
+	})
+	c.inLoop(2, func(n *node) error { // until it waits
+		if len(n.conds) == 0 && len(ended) == 0 {
+			return errors.New("node 2 has no request yet")
+		}
+		return nil
+	})
+	c.heal()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTransferToSilent: raft takes no writes while it waits for a node that is
+// to lead, so it is not even asked if that node does not answer.
+func TestTransferToSilent(t *testing.T) {
+	c := newCluster(t, 3, func(o *options) { o.election = o.heartbeat * 12 })
+	c.init(1, 2, 3)
+	refused := func(leader, to uint64) {
+		t.Helper()
+		_, err := c.nodes[leader].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
+		wantError(t, err, codes.Unavailable, "UNREACHABLE")
+		c.inLoop(leader, func(n *node) error {
+			if n.changeAt != 0 || n.role != raft.StateLeader {
+				t.Errorf("raft was asked to make node %d the leader", to)
+			}
+			return nil
+		})
+	}
+	leader := c.settled(1, 2, 3)
+	to := 1 + leader%3
+	release := c.hold(to)
+	c.inLoop(leader, func(n *node) error {
+		if pr := n.progressOf()[n.store.raftIDsOf(to)[0]]; pr.RecentActive || n.role != raft.StateLeader {
+			return errors.New("it was heard of")
+		}
+		return nil
+	})
+	refused(leader, to)
+	release()
+	c.transfer(leader, to)
+	leader, to = to, leader
+	c.stop(to)
+	c.inLoop(leader, func(n *node) error {
+		if n.connected[n.store.raftIDsOf(to)[0]] {
+			return errors.New("it is connected")
+		}
+		return nil
+	})
+	refused(leader, to)
+}
+
+// TestLeaderMovesAlone: nobody can take a node's place while it leads, if nobody
+// else could lead.
+func TestLeaderMovesAlone(t *testing.T) {
+	c := newCluster(t, 2, patient)
+	c.init(1)
+	first := c.nodes[1]
+	moved := c.start(1, "127.0.0.1:0")
+	c.nodes[1] = first
+	t.Cleanup(func() { c.nodes[3] = moved }) // to be stopped, too
+	wantError(t, c.addMoved(1, moved.address), codes.AlreadyExists, "MEMBER_EXISTS")
+	c.addLearner(1, 2) // others are not kept waiting
+	wantError(t, c.addMoved(1, moved.address), codes.AlreadyExists, "MEMBER_EXISTS")
+	c.works(1, 2)
 }

@@ -256,7 +256,12 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	case present != nil:
 		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	case m.Id == n.self.Id: // whoever leads is not replaced
-		n.transferLeader(n.successor(n.store.conf.GetVoters()))
+		if to := n.successor(n.store.conf.GetVoters()); to != 0 {
+			n.transferLeader(to)
+		} else if len(n.store.conf.GetVoters()) == 1 {
+			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
+				fmt.Sprintf("node %d is at %s and leads; no other voter could lead while it is replaced", m.Id, n.self.Address))
+		}
 		return false, nil
 	case len(n.store.members) >= maxMembers:
 		return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
@@ -346,6 +351,9 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		return false, err
 	}
 	changes, err := n.changesTo(want, req)
+	if err != nil && n.now-n.leadHeard <= uint64(n.electionTicks()) {
+		return false, nil // a leader that is new has not heard from everybody yet
+	}
 	if err != nil || len(changes) == 0 {
 		return true, err
 	}
@@ -469,12 +477,15 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	if !n.isVoter(ids[0]) {
 		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
 	}
-	if *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
-		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
+	if !n.connected[ids[0]] || *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
+		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+			fmt.Sprintf("node %d does not answer, or did not take over", nodeID))
 	}
 	if n.mayChange() {
 		*start = cmp.Or(*start, n.now)
-		n.transferLeader(ids[0])
+		if n.progressOf()[ids[0]].RecentActive { // else raft would take no writes for nothing
+			n.transferLeader(ids[0])
+		}
 	}
 	return false, nil
 }
