@@ -234,28 +234,13 @@ func (c *client) addLearner(ctx context.Context) error {
 }
 
 func (c *client) changeMembership(ctx context.Context) error {
-	return c.change(ctx, &kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain})
+	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, &kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain},
+		new(kvpb.ChangeMembershipResponse), fmt.Sprintf("voters: %v\n", c.ids))
 }
 
-// remove names all voters but one. It has them from the leader if that
-// answers: a node that lags might not know the newest.
 func (c *client) remove(ctx context.Context) error {
-	id, best := c.ids[0], bestMetrics(c.survey(ctx))
-	if findMember(best, id) == nil {
-		return fmt.Errorf("no node that answers knows a member %d", id)
-	}
-	req := &kvpb.ChangeMembershipRequest{RemoveLearners: c.ids}
-	for _, m := range best.Members {
-		if m.Voter && m.Node.GetId() != id {
-			req.Members = append(req.Members, m.Node.GetId())
-		}
-	}
-	return c.change(ctx, req)
-}
-
-func (c *client) change(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, req, new(kvpb.ChangeMembershipResponse),
-		fmt.Sprintf("voters: %v\n", req.Members))
+	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, &kvpb.ChangeMembershipRequest{Remove: c.ids},
+		new(kvpb.ChangeMembershipResponse), fmt.Sprintf("node %d is removed\n", c.ids[0]))
 }
 
 func (c *client) transferLeader(ctx context.Context) error {

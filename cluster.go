@@ -259,7 +259,12 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	case present != nil:
 		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	case m.Id == n.self.Id: // whoever leads is not replaced
-		n.transferLeader(n.successor(n.store.conf.GetVoters()))
+		if to := n.successor(n.store.conf.GetVoters()); to != 0 {
+			n.transferLeader(to)
+		} else if len(n.store.conf.GetVoters()) == 1 {
+			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
+				fmt.Sprintf("node %d is at %s and leads; no other voter could lead while it is replaced", m.Id, n.self.Address))
+		}
 		return false, nil
 	case len(n.store.members) >= maxMembers:
 		return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
@@ -291,23 +296,51 @@ func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error 
 
 // ChangeMembership implements ClusterService.
 func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) (*kvpb.ChangeMembershipResponse, error) {
-	if len(req.Members) == 0 || len(req.Members) > maxMembers || len(req.RemoveLearners) > maxMembers {
-		return nil, invalid("members", "there are %d, there have to be 1 to %d", len(req.Members), maxMembers)
+	ids := slices.Sorted(slices.Values(slices.Concat(req.Members, req.Remove)))
+	if len(ids) == 0 || len(ids) > maxMembers {
+		return nil, invalid("members", "with those to be removed there are %d, there have to be 1 to %d", len(ids), maxMembers)
 	}
-	ids := slices.Sorted(slices.Values(slices.Concat(req.Members, req.RemoveLearners)))
-	if ids[0] == 0 || len(slices.Compact(ids)) < len(req.Members)+len(req.RemoveLearners) {
+	if ids[0] == 0 || len(slices.Compact(ids)) < len(req.Members)+len(req.Remove) {
 		return nil, invalid("members", "an id is 0 or stands there twice")
 	}
-	return &kvpb.ChangeMembershipResponse{}, s.onLeader(ctx,
+	before := s.n.pub.Load().members
+	err := s.onLeader(ctx,
 		func(ctx context.Context) error { return s.changeMembership(ctx, req) },
 		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
 			_, err := c.ChangeMembership(ctx, req)
 			return err
 		})
+	if len(req.Members) == 0 && len(req.Remove) == 1 && errorReason(err) == "UNKNOWN_MEMBER" && isNamed(before, req.Remove[0]) {
+		err = nil // a leader that had no time to answer has removed it
+	}
+	return &kvpb.ChangeMembershipResponse{}, err
+}
+
+// isNamed reports whether a node has a raft ID among members.
+func isNamed(members map[uint64]*kvpb.Node, nodeID uint64) bool {
+	for _, m := range members {
+		if m.Id == nodeID {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	return s.awaitChange(ctx, func() (bool, error) { return s.n.stepMembership(req) })
+	known := false
+	return s.awaitChange(ctx, func() (bool, error) {
+		for _, id := range req.Remove {
+			if !known && !isNamed(s.n.store.members, id) {
+				return false, unknownMember(id)
+			}
+		}
+		known = true // until this request itself has removed it
+		return s.n.stepMembership(req)
+	})
+}
+
+func unknownMember(id uint64) error {
+	return apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", id))
 }
 
 // stepMembership takes the next step towards the voters that a request names,
@@ -316,11 +349,14 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if isJoint(n.store.conf) {
 		return false, nil
 	}
-	want, err := n.resolve(req.Members)
+	want, err := n.votersToBe(req)
 	if err != nil {
 		return false, err
 	}
 	changes, err := n.changesTo(want, req)
+	if err != nil && n.now-n.leadHeard <= uint64(n.electionTicks()) {
+		return false, nil // a leader that is new has not heard from everybody yet
+	}
 	if err != nil || len(changes) == 0 {
 		return true, err
 	}
@@ -350,6 +386,22 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	return false, n.proposeChange(nil, changes...)
 }
 
+// votersToBe returns the raft IDs of the voters that a request wants.
+func (n *node) votersToBe(req *kvpb.ChangeMembershipRequest) (want []uint64, err error) {
+	if len(req.Members) > 0 {
+		return n.resolve(req.Members)
+	}
+	for _, id := range n.store.conf.GetVoters() {
+		if !slices.Contains(req.Remove, n.store.members[id].Id) {
+			want = append(want, id)
+		}
+	}
+	if len(want) == 0 {
+		return nil, invalid("remove", "no voter would be left")
+	}
+	return want, nil
+}
+
 // resolve returns the raft IDs of nodes. Of a node that is just being taken
 // back, it is the one that votes.
 func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
@@ -357,7 +409,7 @@ func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
 	for _, nodeID := range nodeIDs {
 		of := n.store.raftIDsOf(nodeID)
 		if len(of) == 0 {
-			return nil, apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", nodeID), "id", strconv.FormatUint(nodeID, 10))
+			return nil, unknownMember(nodeID)
 		}
 		i := slices.IndexFunc(of, func(id uint64) bool { return n.isVoter(id) })
 		ids = append(ids, of[max(i, 0)])
@@ -367,35 +419,25 @@ func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
 
 // changesTo returns what changes the configuration to one with the wanted
 // voters; nothing, if that is so already.
-func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) ([]*raftpb.ConfChangeSingle, error) {
-	var changes []*raftpb.ConfChangeSingle
-	voters, progress := n.store.conf.GetVoters(), n.progressOf()
-	for _, id := range want {
-		if slices.Contains(voters, id) {
-			continue
-		}
-		if pr := progress[id]; !n.isCaughtUp(pr) {
-			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %s is too far behind to vote: it has entry %d of %d", n.describe(id), pr.Match, n.store.index))
-		}
-		changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
-	}
-	for _, id := range voters {
-		if slices.Contains(want, id) {
-			continue
-		}
-		t := raftpb.ConfChangeRemoveNode
-		if req.Retain {
-			t = raftpb.ConfChangeAddLearnerNode
-		}
-		changes = append(changes, confChange(t, id))
-		req = proto.CloneOf(req) // with the lives that were to take its place
-		req.RemoveLearners = append(req.RemoveLearners, n.store.members[id].Id)
-	}
-	for _, nodeID := range req.RemoveLearners {
-		for _, id := range n.store.raftIDsOf(nodeID) {
-			if slices.Contains(n.store.conf.GetLearners(), id) {
-				changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) (changes []*raftpb.ConfChangeSingle, err error) {
+	leaves := func(id uint64) bool { return n.isVoter(id) && !slices.Contains(want, id) }
+	progress := n.progressOf()
+	for _, m := range sortedMembers(n.store.members) {
+		id, removed := m.RaftId, slices.Contains(req.Remove, m.Node.Id)
+		switch {
+		case slices.Contains(want, id):
+			if n.isVoter(id) {
+				continue
 			}
+			if pr := progress[id]; !n.isCaughtUp(pr) {
+				return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
+					fmt.Sprintf("node %d is too far behind to vote: it has entry %d of %d", m.Node.Id, pr.Match, n.store.index))
+			}
+			changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
+		case leaves(id) && req.Retain && !removed:
+			changes = append(changes, confChange(raftpb.ConfChangeAddLearnerNode, id))
+		case removed || slices.ContainsFunc(n.store.raftIDsOf(m.Node.Id), leaves): // a life that was to take the place of one that leaves
+			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
 	return changes, nil
@@ -438,12 +480,15 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	if !n.isVoter(ids[0]) {
 		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
 	}
-	if *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
-		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
+	if !n.connected[ids[0]] || *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
+		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+			fmt.Sprintf("node %d does not answer, or did not take over", nodeID))
 	}
 	if n.mayChange() {
 		*start = cmp.Or(*start, n.now)
-		n.transferLeader(ids[0])
+		if n.progressOf()[ids[0]].RecentActive { // else raft would take no writes for nothing
+			n.transferLeader(ids[0])
+		}
 	}
 	return false, nil
 }

@@ -414,7 +414,7 @@ func TestRemovedWhileAway(t *testing.T) {
 		c.wants(3, true, "k", "v", version) // it does not know better yet
 		req := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}}
 		if !voter {
-			req.RemoveLearners = []uint64{3}
+			req.Remove = []uint64{3}
 		}
 		c.change(1, req)
 		c.set(2, "k", "later")
@@ -810,7 +810,7 @@ func TestSnapshotTransfer(t *testing.T) {
 			c.noTransfers(1, 2, 3, 4)
 			c.works(1, 2, 3, 4)
 			c.sameStates(1, 2, 3, 4)
-			c.change(via, &kvpb.ChangeMembershipRequest{Members: three, RemoveLearners: []uint64{4}})
+			c.change(via, &kvpb.ChangeMembershipRequest{Members: three, Remove: []uint64{4}})
 			c.uninitialized(4)
 			c.stop(4)
 		}

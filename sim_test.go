@@ -1487,8 +1487,8 @@ func (s *sim) addLearner(st *site, then func(error)) {
 
 // changeMembership is server.changeMembership.
 func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(error)) {
-	s.request(fmt.Sprintf("have voters %v, retain %v, without learners %v", req.Members, req.Retain, req.RemoveLearners), 150, func(n *node) (bool, error) {
-		if want, err := n.resolve(req.Members); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
+	s.request(fmt.Sprintf("have voters %v, retain %v, without %v", req.Members, req.Retain, req.Remove), 150, func(n *node) (bool, error) {
+		if want, err := n.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
 			return false, errNotNow // an operator would not
 		}
 		return n.stepMembership(req)
@@ -1583,10 +1583,15 @@ func (s *sim) wish() {
 			if s.rng.IntN(3) > 0 {
 				req.Members = append(req.Members, st.node.Id)
 			} else if s.rng.IntN(4) == 0 {
-				req.RemoveLearners = append(req.RemoveLearners, st.node.Id)
+				req.Remove = append(req.Remove, st.node.Id)
 			}
 		}
-		if len(req.Members) > 0 {
+		if s.rng.IntN(4) == 0 { // all but some
+			req.Remove, req.Members = append(req.Remove, st.node.Id), nil
+			slices.Sort(req.Remove)
+			req.Remove = slices.Compact(req.Remove)
+		}
+		if len(req.Members) > 0 || len(req.Remove) > 0 {
 			s.changeMembership(req, func(error) {})
 		}
 	}

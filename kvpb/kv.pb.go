@@ -78,6 +78,9 @@ const (
 	// FAILED_PRECONDITION: the sequence of the request_id is 1,024 or more below
 	// the highest of its session. As above.
 	ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD ErrorReason = 18
+	// UNAVAILABLE: the node has failed and is about to end; the message has the
+	// cause. Nothing was applied.
+	ErrorReason_ERROR_REASON_NODE_FAILED ErrorReason = 19
 )
 
 // Enum value maps for ErrorReason.
@@ -102,6 +105,7 @@ var (
 		16: "ERROR_REASON_WRONG_NODE",
 		17: "ERROR_REASON_SESSION_UNKNOWN",
 		18: "ERROR_REASON_SEQUENCE_TOO_OLD",
+		19: "ERROR_REASON_NODE_FAILED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -123,6 +127,7 @@ var (
 		"ERROR_REASON_WRONG_NODE":          16,
 		"ERROR_REASON_SESSION_UNKNOWN":     17,
 		"ERROR_REASON_SEQUENCE_TOO_OLD":    18,
+		"ERROR_REASON_NODE_FAILED":         19,
 	}
 )
 
@@ -1652,14 +1657,16 @@ func (*AddLearnerResponse) Descriptor() ([]byte, []int) {
 
 type ChangeMembershipRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The ids of the voters to be, at least one.
+	// The ids of the voters to be. Empty: the present ones, without those in
+	// remove, of which there has to be one then.
 	Members []uint64 `protobuf:"varint,1,rep,packed,name=members,proto3" json:"members,omitempty"`
 	// Keep voters that are not named as learners.
 	Retain bool `protobuf:"varint,2,opt,name=retain,proto3" json:"retain,omitempty"`
-	// The ids of learners to be removed in the same change. Other learners stay.
-	RemoveLearners []uint64 `protobuf:"varint,3,rep,packed,name=remove_learners,json=removeLearners,proto3" json:"remove_learners,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The ids of members to be removed in the same change, learners or voters.
+	// Other learners stay.
+	Remove        []uint64 `protobuf:"varint,3,rep,packed,name=remove,proto3" json:"remove,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeMembershipRequest) Reset() {
@@ -1706,9 +1713,9 @@ func (x *ChangeMembershipRequest) GetRetain() bool {
 	return false
 }
 
-func (x *ChangeMembershipRequest) GetRemoveLearners() []uint64 {
+func (x *ChangeMembershipRequest) GetRemove() []uint64 {
 	if x != nil {
-		return x.RemoveLearners
+		return x.Remove
 	}
 	return nil
 }
@@ -4235,11 +4242,11 @@ const file_kv_proto_rawDesc = "" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"4\n" +
 	"\x11AddLearnerRequest\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\"\x14\n" +
-	"\x12AddLearnerResponse\"t\n" +
+	"\x12AddLearnerResponse\"c\n" +
 	"\x17ChangeMembershipRequest\x12\x18\n" +
 	"\amembers\x18\x01 \x03(\x04R\amembers\x12\x16\n" +
-	"\x06retain\x18\x02 \x01(\bR\x06retain\x12'\n" +
-	"\x0fremove_learners\x18\x03 \x03(\x04R\x0eremoveLearners\"\x1a\n" +
+	"\x06retain\x18\x02 \x01(\bR\x06retain\x12\x16\n" +
+	"\x06remove\x18\x03 \x03(\x04R\x06remove\"\x1a\n" +
 	"\x18ChangeMembershipResponse\"0\n" +
 	"\x15TransferLeaderRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\"\x18\n" +
@@ -4425,7 +4432,7 @@ const file_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xe1\x04\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xff\x04\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -4446,7 +4453,8 @@ const file_kv_proto_rawDesc = "" +
 	"\x14ERROR_REASON_CORRUPT\x10\x0f\x12\x1b\n" +
 	"\x17ERROR_REASON_WRONG_NODE\x10\x10\x12 \n" +
 	"\x1cERROR_REASON_SESSION_UNKNOWN\x10\x11\x12!\n" +
-	"\x1dERROR_REASON_SEQUENCE_TOO_OLD\x10\x12*~\n" +
+	"\x1dERROR_REASON_SEQUENCE_TOO_OLD\x10\x12\x12\x1c\n" +
+	"\x18ERROR_REASON_NODE_FAILED\x10\x13*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
