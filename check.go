@@ -157,34 +157,11 @@ func (c *peerCheck) checkProposal(m *raftpb.Message) error {
 	if n := len(e.GetData()); n == 0 || n > maxEntryBytes+maxWriteBytes {
 		return fmt.Errorf("its entry has %d bytes", n)
 	}
-	var b kvpb.Batch
-	if err := proto.Unmarshal(e.GetData(), &b); err != nil {
-		return err
+	b, err := parseBatch(e.GetData()) // or every node would stop when it applies it
+	if err == nil && (b.proposer != m.GetFrom() || b.sequence == 0 || len(b.writes) == 0) {
+		err = errors.New("its batch is not its sender's, or empty")
 	}
-	if b.Proposer != m.GetFrom() || b.Sequence == 0 || len(b.Writes) == 0 {
-		return errors.New("its batch is not its sender's, or empty")
-	}
-	return checkWrites(b.Writes)
-}
-
-// checkWrites finds what a service would have refused, or a newer one accepted.
-func checkWrites(ws []*kvpb.Write) error {
-	for _, w := range ws {
-		var err error
-		switch op := w.GetOperation().(type) {
-		case *kvpb.Write_Set:
-			err = validateSet(op.Set)
-		case *kvpb.Write_Delete:
-			err = validateDelete(op.Delete)
-		case *kvpb.Write_OpenSession:
-		default:
-			err = errors.New("a write of an unknown kind")
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return err
 }
 
 // decodeConfChange decodes the data of an entry that changes the configuration.

@@ -22,6 +22,7 @@
 //     it reads a view, which nobody changes.
 //   - gRPC's own: one for each call. A call waits in server.call or node.await
 //     and reads the store under its lock.
+//     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,
 //     each in a goroutine, and for a signal, in another.

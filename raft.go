@@ -462,7 +462,11 @@ func (n *node) finish(c *call, o outcome) {
 		c.ended = true
 		n.doneCalls++
 		n.doneBytes += len(c.record)
-		c.done <- o
+		if g := c.group; g == nil {
+			c.done <- o
+		} else if c.out, g.left = o, g.left-1; g.left == 0 {
+			close(g.done)
+		}
 	}
 }
 
@@ -972,7 +976,7 @@ func (n *node) nextProposal() *proposal {
 		}
 		if c.state.CompareAndSwap(callQueued, callProposed) {
 			p.calls = append(p.calls, c)
-			size += len(c.record)
+			size += len(c.record) + 4
 		} else {
 			n.finish(c, outcome{}) // given up: nobody waits
 		}
@@ -987,18 +991,10 @@ func (n *node) nextProposal() *proposal {
 	p.data = protowire.AppendTag(p.data, 2, protowire.VarintType)
 	p.data = protowire.AppendVarint(p.data, p.sequence)
 	for _, c := range p.calls {
-		p.data = append(p.data, c.record...)
+		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
+		p.data = protowire.AppendBytes(p.data, c.record)
 	}
 	return p
-}
-
-// encodeWrite encodes a write as a field of a Batch: batches are made by
-// joining them.
-func encodeWrite(w *kvpb.Write) ([]byte, error) {
-	b := make([]byte, 0, proto.Size(w)+8)
-	b = protowire.AppendTag(b, 3, protowire.BytesType)
-	b = protowire.AppendVarint(b, uint64(proto.Size(w)))
-	return proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(b, w)
 }
 
 // askRead starts a ReadIndex for all reads that wait (Raft thesis, section

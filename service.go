@@ -17,12 +17,16 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -84,44 +88,6 @@ func invalid(field, format string, args ...any) error {
 	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, field+": "+fmt.Sprintf(format, args...), "field", field)
 }
 
-func validateKey(key string) error {
-	if key == "" {
-		return invalid("key", "it is empty")
-	}
-	if len(key) > maxKeyBytes {
-		return invalid("key", "it has %d bytes, the limit is %d", len(key), maxKeyBytes)
-	}
-	return nil
-}
-
-func validateValue(value []byte) error {
-	if len(value) > maxValueBytes {
-		return invalid("value", "it has %d bytes, the limit is %d", len(value), maxValueBytes)
-	}
-	return nil
-}
-
-func validateID(id *kvpb.RequestId) error {
-	switch {
-	case id == nil || id.Session != 0 && id.Sequence != 0:
-		return nil
-	case id.Session == 0:
-		return invalid("request_id.session", "it is 0")
-	}
-	return invalid("request_id.sequence", "it is 0")
-}
-
-func validateSet(r *kvpb.SetRequest) error {
-	return cmp.Or(validateKey(r.GetKey()), validateValue(r.GetValue()), validateID(r.GetRequestId()))
-}
-
-func validateDelete(r *kvpb.DeleteRequest) error {
-	if r != nil && r.ExpectedVersion != nil && *r.ExpectedVersion == 0 {
-		return invalid("expected_version", "it is 0: there is nothing to delete")
-	}
-	return cmp.Or(validateKey(r.GetKey()), validateID(r.GetRequestId()))
-}
-
 func validateNode(field string, n *kvpb.Node) error {
 	if n.GetId() == 0 {
 		return invalid(field+".id", "it is 0")
@@ -179,16 +145,19 @@ type server struct {
 	health *health.Server
 	leader atomic.Pointer[metadata.MD] // x-raft-leader
 
+	stopping chan struct{} // closed by stop
+
 	mu       sync.Mutex
 	inFlight int
 	idle     chan struct{} // closed when stopping and nothing is in flight
 }
 
 func newServer(n *node, nw *network) *server {
-	s := &server{n: n, net: nw, health: health.NewServer()}
+	s := &server{n: n, net: nw, health: health.NewServer(), stopping: make(chan struct{})}
 	s.leader.Store(&metadata.MD{})
 	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
+		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.InitialWindowSize(windowBytes),
@@ -293,6 +262,7 @@ func (s *server) left() {
 func (s *server) stop(ctx context.Context) {
 	s.health.Shutdown()
 	s.handOver(ctx)
+	close(s.stopping)
 	s.mu.Lock()
 	s.idle = make(chan struct{})
 	if s.inFlight == 0 {
@@ -324,7 +294,7 @@ func (s *server) handOver(ctx context.Context) {
 
 // Get implements KVService.
 func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetResponse, error) {
-	if err := validateKey(req.Key); err != nil {
+	if err := (&kvOp{kind: opGet, key: []byte(req.Key)}).check(); err != nil {
 		return nil, err
 	}
 	if !req.Local {
@@ -344,36 +314,20 @@ func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetRespon
 
 // Set implements KVService.
 func (s *server) Set(ctx context.Context, req *kvpb.SetRequest) (*kvpb.SetResponse, error) {
-	if err := validateSet(req); err != nil {
-		return nil, err
-	}
-	w := &kvpb.SetRequest{Key: req.Key, Value: req.Value, ExpectedVersion: req.ExpectedVersion, RequestId: knownID(req.RequestId)}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Set{Set: w}})
+	r, err := s.write(ctx, opSet, req)
 	return &kvpb.SetResponse{Version: r.version, CompareFailed: r.compareFailed}, err
 }
 
 // Delete implements KVService.
 func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.DeleteResponse, error) {
-	if err := validateDelete(req); err != nil {
-		return nil, err
-	}
-	w := &kvpb.DeleteRequest{Key: req.Key, ExpectedVersion: req.ExpectedVersion, RequestId: knownID(req.RequestId)}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: w}})
+	r, err := s.write(ctx, opDelete, req)
 	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version, CompareFailed: r.compareFailed}, err
 }
 
 // OpenSession implements KVService.
-func (s *server) OpenSession(ctx context.Context, _ *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}})
+func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
+	r, err := s.write(ctx, opOpenSession, req)
 	return &kvpb.OpenSessionResponse{Session: r.version}, err
-}
-
-// knownID is an id without unknown fields: the log has none.
-func knownID(id *kvpb.RequestId) *kvpb.RequestId {
-	if id == nil {
-		return nil
-	}
-	return &kvpb.RequestId{Session: id.Session, Sequence: id.Sequence}
 }
 
 // List implements KVService.
@@ -414,17 +368,26 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	return resp, nil
 }
 
-func (s *server) write(ctx context.Context, w *kvpb.Write) (result, error) {
-	record, err := encodeWrite(w)
+func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Message) (result, error) {
+	record, err := encodeOperation(kind, req)
+	if err != nil {
+		return result{}, err
+	}
+	o, err := parseOperation(record)
 	if err != nil {
 		return result{}, err
 	}
 	r, err := s.call(ctx, record)
-	// Its caller has time left, and a second session does no harm, either.
-	if err == errOutcomeUnknown && (requestID(w) != nil || w.GetOpenSession() != nil) {
-		err = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, err.Error()+"; it may be sent again")
+	return r, o.unknown(err)
+}
+
+// unknown makes an unknown outcome one after which the write may be sent again,
+// if it may. Its caller has time left.
+func (o *kvOp) unknown(err error) error {
+	if err == errOutcomeUnknown && (o.hasID || o.kind == opOpenSession) { // a second session does no harm
+		return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, err.Error()+"; it may be sent again")
 	}
-	return r, err
+	return err
 }
 
 // call takes a write, or with no record a read, through the loop.

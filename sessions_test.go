@@ -439,7 +439,7 @@ func TestUnknownOutcomes(t *testing.T) {
 			ctx, cancel := context.WithCancel(context.Background())
 			ended := make(chan error, 1)
 			go func() {
-				_, err := (&server{n: n}).write(lateContext{ctx, &late}, w)
+				_, err := writeAs(lateContext{ctx, &late}, &server{n: n}, w)
 				ended <- err
 			}()
 			var in input
@@ -752,4 +752,15 @@ func TestServiceConfig(t *testing.T) {
 			}
 		}
 	}
+}
+
+// writeAs calls what the method of a write calls.
+func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
+	switch op := w.Operation.(type) {
+	case *kvpb.Write_Set:
+		return s.write(ctx, opSet, op.Set)
+	case *kvpb.Write_Delete:
+		return s.write(ctx, opDelete, op.Delete)
+	}
+	return s.write(ctx, opOpenSession, w.GetOpenSession())
 }

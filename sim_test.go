@@ -2297,7 +2297,6 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"batches applied again", func(c *simConfig) { c.twice = true }},
 		{"answers before the disk has synced", func(c *simConfig) { c.ackUnsync, c.durable = true, 1 }},
 		{"a hard state that does not get to the disk", func(c *simConfig) { c.dropVote, c.durable = true, 1 }},
-		{"messages that reach the next life", func(c *simConfig) { c.crossLife, c.durable, c.late = true, 1, 1 }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for seed := range uint64(200) {

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"container/list"
 	"errors"
@@ -156,95 +157,73 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	if len(data) == 0 {
 		return 0, 0, nil, nil // the first entry of a term
 	}
-	var b kvpb.Batch
-	if err := proto.Unmarshal(data, &b); err != nil {
-		return 0, 0, nil, fmt.Errorf("decoding a batch: %w", err)
+	b, err := parseBatch(data)
+	if err != nil {
+		return 0, 0, nil, fmt.Errorf("%w: if this node is older than its cluster, start a newer one", err)
 	}
-	if !s.fresh(b.Proposer, b.Sequence) {
-		return b.Proposer, b.Sequence, nil, nil
+	if !s.fresh(b.proposer, b.sequence) {
+		return b.proposer, b.sequence, nil, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	results = make([]outcome, len(b.Writes))
-	for i, w := range b.Writes {
+	results = make([]outcome, len(b.writes))
+	for i := range b.writes {
 		if s.sameVersion && i > 0 {
 			s.version--
 		}
-		if results[i], err = s.applyOnce(w); err != nil {
-			return 0, 0, nil, err
-		}
+		results[i] = s.applyOnce(&b.writes[i])
 	}
-	return b.Proposer, b.Sequence, results, nil
+	return b.proposer, b.sequence, results, nil
 }
 
 // applyOnce applies a write, unless its id says that it was applied before, or
 // that nobody can know.
-func (s *store) applyOnce(w *kvpb.Write) (outcome, error) {
-	id := requestID(w)
-	if id == nil {
-		r, err := s.applyWrite(w)
-		return outcome{result: r}, err
+func (s *store) applyOnce(w *kvOp) outcome {
+	if !w.hasID {
+		return outcome{result: s.applyWrite(w)}
 	}
-	e := s.sessions[id.Session]
+	e := s.sessions[w.session]
 	if e == nil {
-		return outcome{err: errSessionUnknown}, nil
+		return outcome{err: errSessionUnknown}
 	}
 	s.recent.MoveToBack(e)
 	ses, limit := e.Value.(*session), uint64(s.answerLimit)
 	highest := ses.highest()
-	if highest > limit && id.Sequence <= highest-limit {
-		return outcome{err: errSequenceTooOld}, nil
+	if highest > limit && w.sequence <= highest-limit {
+		return outcome{err: errSequenceTooOld}
 	}
-	i, found := slices.BinarySearchFunc(ses.answers, id.Sequence, func(a firstAnswer, sequence uint64) int { return cmp.Compare(a.sequence, sequence) })
+	i, found := slices.BinarySearchFunc(ses.answers, w.sequence, func(a firstAnswer, sequence uint64) int { return cmp.Compare(a.sequence, sequence) })
 	if found {
-		return outcome{result: ses.answers[i].result}, nil
+		return outcome{result: ses.answers[i].result}
 	}
-	r, err := s.applyWrite(w)
+	r := s.applyWrite(w)
 	if i < len(ses.answers) && len(s.views) > 0 {
 		ses.answers = slices.Clip(ses.answers) // has Insert make a copy
 	}
-	ses.answers = slices.Insert(ses.answers, i, firstAnswer{id.Sequence, r})
+	ses.answers = slices.Insert(ses.answers, i, firstAnswer{w.sequence, r})
 	for highest = ses.highest(); highest > limit && ses.answers[0].sequence <= highest-limit; {
 		ses.answers = ses.answers[1:]
 	}
-	return outcome{result: r}, err
+	return outcome{result: r}
 }
 
-// requestID returns the id of a write; nil: it has none.
-func requestID(w *kvpb.Write) *kvpb.RequestId {
-	return cmp.Or(w.GetSet().GetRequestId(), w.GetDelete().GetRequestId())
-}
-
-func (s *store) applyWrite(w *kvpb.Write) (result, error) {
-	switch op := w.Operation.(type) {
-	case *kvpb.Write_Set:
-		if v, ok := s.compare(op.Set.Key, op.Set.ExpectedVersion); !ok {
-			return result{version: v, compareFailed: true}, nil
+func (s *store) applyWrite(w *kvOp) result {
+	if w.compares {
+		if v := s.shards[shardOf(string(w.key))][string(w.key)].version; v != w.expected {
+			return result{version: v, compareFailed: true}
 		}
-		s.version++
-		return result{version: s.version, found: s.set(op.Set.Key, item{op.Set.Value, s.version})}, nil
-	case *kvpb.Write_Delete:
-		if v, ok := s.compare(op.Delete.Key, op.Delete.ExpectedVersion); !ok {
-			return result{version: v, compareFailed: true}, nil
-		}
-		s.version++
-		return result{version: s.version, found: s.delete(op.Delete.Key)}, nil
-	case *kvpb.Write_OpenSession:
-		s.version++
+	}
+	s.version++
+	r := result{version: s.version}
+	switch key := string(w.key); w.kind {
+	case opSet:
+		r.found = s.set(key, item{bytes.Clone(w.value), s.version})
+	case opDelete:
+		r.found = s.delete(key)
+	default:
 		s.openSession(s.version)
-		return result{version: s.version}, nil
 	}
-	return result{}, errors.New("a write of an unknown kind: this node is older than its cluster")
-}
-
-// compare reports whether a key has the version that a write expects, if it
-// expects one, and otherwise the one that it has.
-func (s *store) compare(key string, expected *uint64) (version uint64, ok bool) {
-	if expected == nil {
-		return 0, true
-	}
-	version = s.shards[shardOf(key)][key].version
-	return version, version == *expected
+	return r
 }
 
 // openSession adds a session, in place of the one used the longest ago if

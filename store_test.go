@@ -900,3 +900,6 @@ func FuzzReadSnapshot(f *testing.F) {
 		}
 	})
 }
+
+// encodeWrite is what a service makes of a request.
+func encodeWrite(w *kvpb.Write) ([]byte, error) { return proto.Marshal(w) }

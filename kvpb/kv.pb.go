@@ -591,15 +591,17 @@ func (x *PipelineRequest) GetOperations() []*Operation {
 	return nil
 }
 
-// Operation is what a unary method would do with the same request.
+// Operation is what a unary method would do with the same request. It has the
+// field numbers of Write, so that a write goes into the log as it came. A field
+// that is not known, or stands there twice, is INVALID_ARGUMENT.
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Operation:
 	//
-	//	*Operation_Get
 	//	*Operation_Set
 	//	*Operation_Delete
 	//	*Operation_OpenSession
+	//	*Operation_Get
 	Operation     isOperation_Operation `protobuf_oneof:"operation"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -642,15 +644,6 @@ func (x *Operation) GetOperation() isOperation_Operation {
 	return nil
 }
 
-func (x *Operation) GetGet() *GetRequest {
-	if x != nil {
-		if x, ok := x.Operation.(*Operation_Get); ok {
-			return x.Get
-		}
-	}
-	return nil
-}
-
 func (x *Operation) GetSet() *SetRequest {
 	if x != nil {
 		if x, ok := x.Operation.(*Operation_Set); ok {
@@ -678,33 +671,42 @@ func (x *Operation) GetOpenSession() *OpenSessionRequest {
 	return nil
 }
 
+func (x *Operation) GetGet() *GetRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Operation_Get); ok {
+			return x.Get
+		}
+	}
+	return nil
+}
+
 type isOperation_Operation interface {
 	isOperation_Operation()
 }
 
-type Operation_Get struct {
-	Get *GetRequest `protobuf:"bytes,1,opt,name=get,proto3,oneof"`
-}
-
 type Operation_Set struct {
-	Set *SetRequest `protobuf:"bytes,2,opt,name=set,proto3,oneof"`
+	Set *SetRequest `protobuf:"bytes,1,opt,name=set,proto3,oneof"`
 }
 
 type Operation_Delete struct {
-	Delete *DeleteRequest `protobuf:"bytes,3,opt,name=delete,proto3,oneof"`
+	Delete *DeleteRequest `protobuf:"bytes,2,opt,name=delete,proto3,oneof"`
 }
 
 type Operation_OpenSession struct {
-	OpenSession *OpenSessionRequest `protobuf:"bytes,4,opt,name=open_session,json=openSession,proto3,oneof"`
+	OpenSession *OpenSessionRequest `protobuf:"bytes,3,opt,name=open_session,json=openSession,proto3,oneof"`
 }
 
-func (*Operation_Get) isOperation_Operation() {}
+type Operation_Get struct {
+	Get *GetRequest `protobuf:"bytes,4,opt,name=get,proto3,oneof"`
+}
 
 func (*Operation_Set) isOperation_Operation() {}
 
 func (*Operation_Delete) isOperation_Operation() {}
 
 func (*Operation_OpenSession) isOperation_Operation() {}
+
+func (*Operation_Get) isOperation_Operation() {}
 
 type PipelineResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -755,10 +757,10 @@ type OperationResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Result:
 	//
-	//	*OperationResult_Get
 	//	*OperationResult_Set
 	//	*OperationResult_Delete
 	//	*OperationResult_OpenSession
+	//	*OperationResult_Get
 	//	*OperationResult_Error
 	Result        isOperationResult_Result `protobuf_oneof:"result"`
 	unknownFields protoimpl.UnknownFields
@@ -802,15 +804,6 @@ func (x *OperationResult) GetResult() isOperationResult_Result {
 	return nil
 }
 
-func (x *OperationResult) GetGet() *GetResponse {
-	if x != nil {
-		if x, ok := x.Result.(*OperationResult_Get); ok {
-			return x.Get
-		}
-	}
-	return nil
-}
-
 func (x *OperationResult) GetSet() *SetResponse {
 	if x != nil {
 		if x, ok := x.Result.(*OperationResult_Set); ok {
@@ -838,6 +831,15 @@ func (x *OperationResult) GetOpenSession() *OpenSessionResponse {
 	return nil
 }
 
+func (x *OperationResult) GetGet() *GetResponse {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_Get); ok {
+			return x.Get
+		}
+	}
+	return nil
+}
+
 func (x *OperationResult) GetError() *OperationError {
 	if x != nil {
 		if x, ok := x.Result.(*OperationResult_Error); ok {
@@ -851,33 +853,33 @@ type isOperationResult_Result interface {
 	isOperationResult_Result()
 }
 
-type OperationResult_Get struct {
-	Get *GetResponse `protobuf:"bytes,1,opt,name=get,proto3,oneof"`
-}
-
 type OperationResult_Set struct {
-	Set *SetResponse `protobuf:"bytes,2,opt,name=set,proto3,oneof"`
+	Set *SetResponse `protobuf:"bytes,1,opt,name=set,proto3,oneof"`
 }
 
 type OperationResult_Delete struct {
-	Delete *DeleteResponse `protobuf:"bytes,3,opt,name=delete,proto3,oneof"`
+	Delete *DeleteResponse `protobuf:"bytes,2,opt,name=delete,proto3,oneof"`
 }
 
 type OperationResult_OpenSession struct {
-	OpenSession *OpenSessionResponse `protobuf:"bytes,4,opt,name=open_session,json=openSession,proto3,oneof"`
+	OpenSession *OpenSessionResponse `protobuf:"bytes,3,opt,name=open_session,json=openSession,proto3,oneof"`
+}
+
+type OperationResult_Get struct {
+	Get *GetResponse `protobuf:"bytes,4,opt,name=get,proto3,oneof"`
 }
 
 type OperationResult_Error struct {
 	Error *OperationError `protobuf:"bytes,5,opt,name=error,proto3,oneof"`
 }
 
-func (*OperationResult_Get) isOperationResult_Result() {}
-
 func (*OperationResult_Set) isOperationResult_Result() {}
 
 func (*OperationResult_Delete) isOperationResult_Result() {}
 
 func (*OperationResult_OpenSession) isOperationResult_Result() {}
+
+func (*OperationResult_Get) isOperationResult_Result() {}
 
 func (*OperationResult_Error) isOperationResult_Result() {}
 
@@ -4176,18 +4178,18 @@ const file_kv_proto_rawDesc = "" +
 	"operations\x18\x01 \x03(\v2\x10.kv.v1.OperationR\n" +
 	"operations\"\xd6\x01\n" +
 	"\tOperation\x12%\n" +
-	"\x03get\x18\x01 \x01(\v2\x11.kv.v1.GetRequestH\x00R\x03get\x12%\n" +
-	"\x03set\x18\x02 \x01(\v2\x11.kv.v1.SetRequestH\x00R\x03set\x12.\n" +
-	"\x06delete\x18\x03 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x12>\n" +
-	"\fopen_session\x18\x04 \x01(\v2\x19.kv.v1.OpenSessionRequestH\x00R\vopenSessionB\v\n" +
+	"\x03set\x18\x01 \x01(\v2\x11.kv.v1.SetRequestH\x00R\x03set\x12.\n" +
+	"\x06delete\x18\x02 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x12>\n" +
+	"\fopen_session\x18\x03 \x01(\v2\x19.kv.v1.OpenSessionRequestH\x00R\vopenSession\x12%\n" +
+	"\x03get\x18\x04 \x01(\v2\x11.kv.v1.GetRequestH\x00R\x03getB\v\n" +
 	"\toperation\"D\n" +
 	"\x10PipelineResponse\x120\n" +
 	"\aresults\x18\x01 \x03(\v2\x16.kv.v1.OperationResultR\aresults\"\x8c\x02\n" +
 	"\x0fOperationResult\x12&\n" +
-	"\x03get\x18\x01 \x01(\v2\x12.kv.v1.GetResponseH\x00R\x03get\x12&\n" +
-	"\x03set\x18\x02 \x01(\v2\x12.kv.v1.SetResponseH\x00R\x03set\x12/\n" +
-	"\x06delete\x18\x03 \x01(\v2\x15.kv.v1.DeleteResponseH\x00R\x06delete\x12?\n" +
-	"\fopen_session\x18\x04 \x01(\v2\x1a.kv.v1.OpenSessionResponseH\x00R\vopenSession\x12-\n" +
+	"\x03set\x18\x01 \x01(\v2\x12.kv.v1.SetResponseH\x00R\x03set\x12/\n" +
+	"\x06delete\x18\x02 \x01(\v2\x15.kv.v1.DeleteResponseH\x00R\x06delete\x12?\n" +
+	"\fopen_session\x18\x03 \x01(\v2\x1a.kv.v1.OpenSessionResponseH\x00R\vopenSession\x12&\n" +
+	"\x03get\x18\x04 \x01(\v2\x12.kv.v1.GetResponseH\x00R\x03get\x12-\n" +
 	"\x05error\x18\x05 \x01(\v2\x15.kv.v1.OperationErrorH\x00R\x05errorB\b\n" +
 	"\x06result\"j\n" +
 	"\x0eOperationError\x12\x12\n" +
@@ -4585,15 +4587,15 @@ var file_kv_proto_goTypes = []any{
 }
 var file_kv_proto_depIdxs = []int32{
 	9,  // 0: kv.v1.PipelineRequest.operations:type_name -> kv.v1.Operation
-	13, // 1: kv.v1.Operation.get:type_name -> kv.v1.GetRequest
-	15, // 2: kv.v1.Operation.set:type_name -> kv.v1.SetRequest
-	17, // 3: kv.v1.Operation.delete:type_name -> kv.v1.DeleteRequest
-	6,  // 4: kv.v1.Operation.open_session:type_name -> kv.v1.OpenSessionRequest
+	15, // 1: kv.v1.Operation.set:type_name -> kv.v1.SetRequest
+	17, // 2: kv.v1.Operation.delete:type_name -> kv.v1.DeleteRequest
+	6,  // 3: kv.v1.Operation.open_session:type_name -> kv.v1.OpenSessionRequest
+	13, // 4: kv.v1.Operation.get:type_name -> kv.v1.GetRequest
 	11, // 5: kv.v1.PipelineResponse.results:type_name -> kv.v1.OperationResult
-	14, // 6: kv.v1.OperationResult.get:type_name -> kv.v1.GetResponse
-	16, // 7: kv.v1.OperationResult.set:type_name -> kv.v1.SetResponse
-	18, // 8: kv.v1.OperationResult.delete:type_name -> kv.v1.DeleteResponse
-	7,  // 9: kv.v1.OperationResult.open_session:type_name -> kv.v1.OpenSessionResponse
+	16, // 6: kv.v1.OperationResult.set:type_name -> kv.v1.SetResponse
+	18, // 7: kv.v1.OperationResult.delete:type_name -> kv.v1.DeleteResponse
+	7,  // 8: kv.v1.OperationResult.open_session:type_name -> kv.v1.OpenSessionResponse
+	14, // 9: kv.v1.OperationResult.get:type_name -> kv.v1.GetResponse
 	12, // 10: kv.v1.OperationResult.error:type_name -> kv.v1.OperationError
 	0,  // 11: kv.v1.OperationError.reason:type_name -> kv.v1.ErrorReason
 	5,  // 12: kv.v1.SetRequest.request_id:type_name -> kv.v1.RequestId
@@ -4677,16 +4679,16 @@ func file_kv_proto_init() {
 		return
 	}
 	file_kv_proto_msgTypes[4].OneofWrappers = []any{
-		(*Operation_Get)(nil),
 		(*Operation_Set)(nil),
 		(*Operation_Delete)(nil),
 		(*Operation_OpenSession)(nil),
+		(*Operation_Get)(nil),
 	}
 	file_kv_proto_msgTypes[6].OneofWrappers = []any{
-		(*OperationResult_Get)(nil),
 		(*OperationResult_Set)(nil),
 		(*OperationResult_Delete)(nil),
 		(*OperationResult_OpenSession)(nil),
+		(*OperationResult_Get)(nil),
 		(*OperationResult_Error)(nil),
 	}
 	file_kv_proto_msgTypes[9].OneofWrappers = []any{}

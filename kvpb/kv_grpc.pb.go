@@ -61,10 +61,11 @@ type KVServiceClient interface {
 	// again: a session that nobody knows of does no harm.
 	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
-	// each by itself: one that fails does not end the stream. Operations of one
-	// stream may be applied together and in any order, as if sent side by side.
-	// The node stops reading while 65,536 of a stream's operations, or 16 MiB of
-	// them, are not answered.
+	// each by itself: one that fails does not end the stream. Writes of one stream
+	// are applied in its order; a read may run beside the writes before and after
+	// it. The node reads no further request while 8,192 of a stream's operations,
+	// or 8 MiB of them, are not answered. A stream that ends without the answer to
+	// a write leaves its outcome unknown.
 	Pipeline(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PipelineRequest, PipelineResponse], error)
 }
 
@@ -167,10 +168,11 @@ type KVServiceServer interface {
 	// again: a session that nobody knows of does no harm.
 	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
-	// each by itself: one that fails does not end the stream. Operations of one
-	// stream may be applied together and in any order, as if sent side by side.
-	// The node stops reading while 65,536 of a stream's operations, or 16 MiB of
-	// them, are not answered.
+	// each by itself: one that fails does not end the stream. Writes of one stream
+	// are applied in its order; a read may run beside the writes before and after
+	// it. The node reads no further request while 8,192 of a stream's operations,
+	// or 8 MiB of them, are not answered. A stream that ends without the answer to
+	// a write leaves its outcome unknown.
 	Pipeline(grpc.BidiStreamingServer[PipelineRequest, PipelineResponse]) error
 	mustEmbedUnimplementedKVServiceServer()
 }
