@@ -116,7 +116,7 @@ func (k *KV) Do(ctx context.Context, client int, op Operation) error {
 	}
 	resp, err := k.stub(client).Get(ctx, &kvpb.GetRequest{Key: op.Key, Local: k.Local})
 	if err == nil && resp.Value == nil {
-		return absent
+		return ErrAbsent
 	}
 	return err
 }

@@ -249,12 +249,12 @@ func Key(i uint64, size int) string {
 	return string(b)
 }
 
-// absent is the error of a read that found nothing.
-var absent = fmt.Errorf("ABSENT")
+// ErrAbsent is the error of a read that found nothing.
+var ErrAbsent = fmt.Errorf("ABSENT")
 
 // ErrorName is the code of an error, and the reason if the node gave one.
 func ErrorName(err error) string {
-	if err == absent {
+	if err == ErrAbsent {
 		return err.Error()
 	}
 	name := codeName(status.Code(err))

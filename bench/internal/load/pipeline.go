@@ -195,7 +195,7 @@ func resultError(r *kvpb.OperationResult) error {
 		return nil
 	case *kvpb.OperationResult_Get:
 		if r.Get.GetValue() == nil {
-			return absent
+			return ErrAbsent
 		}
 		return nil
 	case *kvpb.OperationResult_Error:
