@@ -129,7 +129,7 @@ func (r *report) write(w io.Writer, format string) error {
 	r.writeStreams(w)
 	for _, c := range r.Cells {
 		if len(c.Errors) > 0 {
-			fmt.Fprintf(w, "Errors of %s with %d clients: %s\n", c.Name, c.Clients, load.Errors(c.Errors))
+			fmt.Fprintf(w, "Errors of %s, clients %d: %s\n", c.Name, c.Clients, load.Errors(c.Errors))
 		}
 	}
 	return nil

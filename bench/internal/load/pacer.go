@@ -2,12 +2,14 @@ package load
 
 import (
 	"context"
-	"sync"
 	"time"
 )
 
 // overtime is how long after the end of a run what was due before is still sent.
 const overtime = time.Second
+
+// sleep is another in tests with a fake clock.
+var sleep = (*timer).sleep
 
 // pacer says when operations are due. Whoever is free takes the next; one at a
 // time sleeps until it is due. An operation is due at its time whether anybody
@@ -16,14 +18,14 @@ type pacer struct {
 	start, end time.Time
 	interval   float64 // in nanoseconds
 
-	mu    sync.Mutex
+	turn  chan struct{} // one slot: full while somebody has what is below
 	taken uint64
 	timer *timer
 }
 
 func newPacer(start, end time.Time, rate float64) (*pacer, error) {
 	t, err := newTimer()
-	return &pacer{start: start, end: end, interval: float64(time.Second) / rate, timer: t}, err
+	return &pacer{start: start, end: end, interval: float64(time.Second) / rate, turn: make(chan struct{}, 1), timer: t}, err
 }
 
 func (p *pacer) close() { p.timer.close() }
@@ -35,8 +37,8 @@ func (p *pacer) due(i uint64) time.Time {
 // take waits until an operation is due and returns when it was, and others
 // that are due by now, n in all; none: the end has come.
 func (p *pacer) take(ctx context.Context, n int, due []time.Time) []time.Time {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.turn <- struct{}{}
+	defer func() { <-p.turn }()
 	for ctx.Err() == nil && len(due) < n {
 		now, next := time.Now(), p.due(p.taken)
 		switch {
@@ -48,7 +50,7 @@ func (p *pacer) take(ctx context.Context, n int, due []time.Time) []time.Time {
 		case len(due) > 0:
 			return due
 		default:
-			p.timer.sleep(next.Sub(now))
+			sleep(p.timer, next.Sub(now))
 		}
 	}
 	return due
@@ -56,10 +58,8 @@ func (p *pacer) take(ctx context.Context, n int, due []time.Time) []time.Time {
 
 // unsent counts what was due in the time measured and taken by nobody. It
 // records how long each had waited at the end: its latency would have been
-// more.
+// more. It is called when nobody takes any more.
 func (p *pacer) unsent(begin time.Time, h *Histogram) (n uint64) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	for ; p.due(p.taken).Before(p.end); p.taken++ {
 		if due := p.due(p.taken); !due.Before(begin) {
 			h.Record(p.end.Add(overtime).Sub(due))
