@@ -5,6 +5,7 @@ package main
 
 import (
 	"errors"
+	"net"
 	"sync"
 	"testing"
 
@@ -164,4 +165,29 @@ func TestLeaderMovesAlone(t *testing.T) {
 	c.addLearner(1, 2) // others are not kept waiting
 	wantError(t, c.addMoved(1, moved.address), codes.AlreadyExists, "MEMBER_EXISTS")
 	c.works(1, 2)
+}
+
+// TestZone: addresses may have a zone, as link-local ones of IPv6 must.
+func TestZone(t *testing.T) {
+	c := newCluster(t, 0)
+	plain := c.options
+	for id := uint64(1); id <= 2; id++ {
+		l, err := net.Listen("tcp", "[::1%lo]:0")
+		if err != nil {
+			t.Skip(err)
+		}
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		_ = l.Close()
+		c.options = func(o *options) { plain(o); o.advertise = "[::1%lo]:" + port }
+		c.start(id, "[::1%lo]:"+port)
+		c.nodes[id].address = "[::1%lo]:" + port
+	}
+	c.init(1, 2)
+	c.works(1, 2)
+	endpoints := "--endpoints=" + c.nodes[2].address
+	runCommand(t, 0, "", "set", "k", "v", endpoints)
+	out, _ := runCommand(t, 0, "", "get", "k", endpoints)
+	wantText(t, "get", out, "v")
+	_, err := c.nodes[2].AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 3, Address: "[::1%lo]:1"}})
+	wantError(t, err, codes.Unavailable, "UNREACHABLE") // forwarded
 }

@@ -25,7 +25,6 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -242,12 +241,29 @@ func (c *client) transferLeader(ctx context.Context) error {
 func (c *client) set(ctx context.Context) (err error) {
 	req := &kvpb.SetRequest{Key: c.args[0], Value: []byte(c.args[1])}
 	if c.args[1] == "-" {
-		// One byte more than the server takes, for it to refuse.
-		if req.Value, err = io.ReadAll(io.LimitReader(c.stdin, maxValueBytes+1)); err != nil {
+		if req.Value, err = readValue(ctx, c.stdin); err != nil {
 			return err
 		}
 	}
 	return c.do(ctx, kvpb.KVService_Set_FullMethodName, req, new(kvpb.SetResponse), "")
+}
+
+// readValue reads all of r, up to one byte more than a node takes, for it to
+// refuse. If ctx ends first, what reads goes on until the process ends.
+func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
+	var value []byte
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		value, err = io.ReadAll(io.LimitReader(r, maxValueBytes+1))
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return value, err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("reading stdin: %w", ctx.Err())
+	}
 }
 
 var errNotFound = errors.New("not found")
@@ -468,7 +484,7 @@ func (c *client) call(ctx context.Context, method string, req, resp proto.Messag
 // answer at all and to be read. It tells whether another node may be tried.
 func send(ctx context.Context, addr string, share time.Duration, method string,
 	req, resp proto.Message) (leader string, again bool, err error) {
-	conn, err := grpc.NewClient("dns:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	conn, err := dial(addr)
 	if err != nil {
 		return "", true, err
 	}
