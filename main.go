@@ -21,7 +21,7 @@
 //     and reads the store under its lock.
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,
-//     each in a goroutine, and for a signal, in another.
+//     for calls to end, and for a signal, each in a goroutine.
 //   - A sub-command asks several nodes at once, and waits for stdin, in
 //     goroutines of its own.
 package main
