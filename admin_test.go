@@ -4,11 +4,16 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"net"
 	"sync"
 	"testing"
+	"time"
 
 	"go.etcd.io/raft/v3"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
 	"raft-key-value/kvpb"
@@ -164,4 +169,112 @@ func TestLeaderMovesAlone(t *testing.T) {
 	c.addLearner(1, 2) // others are not kept waiting
 	wantError(t, c.addMoved(1, moved.address), codes.AlreadyExists, "MEMBER_EXISTS")
 	c.works(1, 2)
+}
+
+// TestZone: addresses may have a zone, as link-local ones of IPv6 must.
+func TestZone(t *testing.T) {
+	c := newCluster(t, 0)
+	plain := c.options
+	for id := uint64(1); id <= 2; id++ {
+		l, err := net.Listen("tcp", "[::1%lo]:0")
+		if err != nil {
+			t.Skip(err)
+		}
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		_ = l.Close()
+		c.options = func(o *options) { plain(o); o.advertise = "[::1%lo]:" + port }
+		c.start(id, "[::1%lo]:"+port)
+		c.nodes[id].address = "[::1%lo]:" + port
+	}
+	c.init(1, 2)
+	c.works(1, 2)
+	endpoints := "--endpoints=" + c.nodes[2].address
+	runCommand(t, 0, "", "set", "k", "v", endpoints)
+	out, _ := runCommand(t, 0, "", "get", "k", endpoints)
+	wantText(t, "get", out, "v")
+	_, err := c.nodes[2].AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 3, Address: "[::1%lo]:1"}})
+	wantError(t, err, codes.Unavailable, "UNREACHABLE") // forwarded
+}
+
+// TestAnswersInTime: a request that its deadline cuts short is answered before
+// that, so that the caller learns why.
+func TestAnswersInTime(t *testing.T) {
+	caller, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	earlier, cancel := inTime(caller)
+	defer cancel()
+	theirs, _ := caller.Deadline()
+	if ours, ok := earlier.Deadline(); !ok || theirs.Sub(ours) != 100*time.Millisecond {
+		t.Errorf("it waits until %v, its caller until %v", ours, theirs)
+	}
+	c := newCluster(t, 3, patient)
+	// soon makes a call that cannot be done. On a busy machine even that answer
+	// may be late, and the call is made again.
+	soon := func(f func(context.Context) error) (err error) {
+		t.Helper()
+		eventually(t, func() error {
+			ctx, cancel := context.WithTimeout(c.ctx, 500*time.Millisecond)
+			defer cancel()
+			if err = f(ctx); reasonOf(err) == "" {
+				return fmt.Errorf("no node's answer, but %v", err)
+			}
+			return nil
+		})
+		return err
+	}
+	release := c.hold(2)
+	err := soon(func(ctx context.Context) error {
+		c.restart(1) // who has initialised once does not again
+		_, err := c.nodes[1].Init(ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+		return err
+	})
+	wantError(t, err, codes.DeadlineExceeded, "DEADLINE")
+	wantPart(t, err.Error(), fmt.Sprintf("was made, but: context deadline exceeded; what is left: add-learner 2=%s, then add-learner 3=%s, then change-membership 1 2 3",
+		c.nodes[2].address, c.nodes[3].address))
+	release()
+	c.addLearner(1, 2)
+
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}})
+	c.settled(1, 2)
+
+	defer c.hold(2)() // nothing is committed any more
+	ctx, cancel := context.WithTimeout(c.ctx, 200*time.Millisecond)
+	defer cancel()
+	_, err = c.nodes[1].server.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.proto(3)[0]})
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("whoever began a change got: %v", err)
+	}
+	wantError(t, soon(func(ctx context.Context) error {
+		_, err := c.nodes[1].ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1}})
+		return err
+	}), codes.Aborted, "CHANGE_IN_PROGRESS")
+}
+
+// TestNodeFails: a call that a node can never answer, because it has failed, is
+// told so, and why.
+func TestNodeFails(t *testing.T) {
+	n := turnNode()
+	n.net = deafNetwork{}
+	s := newServer(n, newNetwork(n, n.log, nil))
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.intercept(t.Context(), &kvpb.SetRequest{Key: "k"}, &grpc.UnaryServerInfo{FullMethod: kvpb.KVService_Set_FullMethodName},
+			func(ctx context.Context, req any) (any, error) { return s.Set(ctx, req.(*kvpb.SetRequest)) })
+		ended <- err
+	}()
+	eventually(t, func() error {
+		if n.in.mu.Lock(); n.in.callCount == 0 {
+			defer n.in.mu.Unlock()
+			return errors.New("no call yet")
+		}
+		n.in.mu.Unlock()
+		return nil
+	})
+	n.in.event(func() { n.err = errors.New("the disk is gone") })
+	if err := n.run(t.Context()); err == nil || err.Error() != "the disk is gone" {
+		t.Error(err)
+	}
+	err := <-ended
+	wantError(t, err, codes.Unavailable, "NODE_FAILED")
+	wantPart(t, err.Error(), "the disk is gone")
 }

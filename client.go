@@ -25,7 +25,6 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -251,8 +250,7 @@ func (c *client) transferLeader(ctx context.Context) error {
 func (c *client) set(ctx context.Context) (err error) {
 	req, resp := &kvpb.SetRequest{Key: c.args[0], Value: []byte(c.args[1]), ExpectedVersion: c.ifVersion}, new(kvpb.SetResponse)
 	if c.args[1] == "-" {
-		// One byte more than the server takes, for it to refuse.
-		if req.Value, err = io.ReadAll(io.LimitReader(c.stdin, maxValueBytes+1)); err != nil {
+		if req.Value, err = readValue(ctx, c.stdin); err != nil {
 			return err
 		}
 	}
@@ -271,6 +269,24 @@ func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
 	resp := new(kvpb.OpenSessionResponse)
 	err := c.call(ctx, kvpb.KVService_OpenSession_FullMethodName, &kvpb.OpenSessionRequest{}, resp)
 	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, err
+}
+
+// readValue reads all of r, up to one byte more than a node takes, for it to
+// refuse. If ctx ends first, what reads goes on until the process ends.
+func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
+	var value []byte
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		value, err = io.ReadAll(io.LimitReader(r, maxValueBytes+1))
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return value, err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("reading stdin: %w", ctx.Err())
+	}
 }
 
 var errNotFound = errors.New("not found")
@@ -521,7 +537,7 @@ type failure struct {
 // send makes a call to one node, which has only its share of the time to
 // answer at all, and to do what may be sent again.
 func send(ctx context.Context, addr string, share time.Duration, method string, req, resp proto.Message) (f failure, err error) {
-	conn, err := grpc.NewClient("dns:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	conn, err := dial(addr)
 	if err != nil {
 		return failure{again: true}, err
 	}

@@ -9,6 +9,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -399,6 +400,25 @@ func TestClientGivesUp(t *testing.T) {
 				t.Errorf("sent %d times: %s", n, errs)
 			}
 		})
+	}
+}
+
+// TestClientSilentStdin: waiting for a value is bounded like all else.
+func TestClientSilentStdin(t *testing.T) {
+	silent, w := io.Pipe()
+	defer w.Close()
+	var out, errs bytes.Buffer
+	ended := make(chan int, 1)
+	go func() {
+		ended <- runClient(t.Context(), []string{"set", "k", "-", "--timeout", "50ms", "--endpoints", closedAddress}, silent, &out, &errs)
+	}()
+	select {
+	case exit := <-ended:
+		if exit != 1 || !strings.Contains(errs.String(), "reading stdin") {
+			t.Errorf("exit status %d, %s", exit, &errs)
+		}
+	case <-time.After(pollDeadline):
+		t.Fatal("it waits for stdin beyond its timeout")
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -25,43 +26,48 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// onLeader has the leader do a request of ClusterService: here by local, or
-// there by remote. A request is forwarded once: what arrives forwarded at a
-// node that does not lead goes back. All these requests state what shall be,
-// so one that was cut short by a change of leader is simply made again.
-func (s *server) onLeader(ctx context.Context, local func(context.Context) error, remote func(context.Context, kvpb.ClusterServiceClient) error) error {
-	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+// inTime bounds a request. Its wait ends before the caller's, so that the answer
+// that says why still gets there.
+func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
+	if deadline, ok := ctx.Deadline(); ok {
+		return context.WithDeadline(ctx, deadline.Add(-margin(time.Until(deadline))))
+	}
+	return context.WithTimeout(ctx, adminTimeout)
+}
+
+// onLeader has the leader do the request that ctx came with: here by local, or
+// where the leader is. A request is forwarded once: what arrives forwarded at a
+// node that does not lead goes back. All these requests state what shall be, so
+// one that was cut short by a change of leader is simply made again.
+func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local func(context.Context) error) error {
+	ctx, cancel := inTime(ctx)
 	defer cancel()
 	md, _ := metadata.FromIncomingContext(ctx)
 	forwarded := len(md.Get(forwardMetadata)) > 0
 	for {
 		p := s.n.pub.Load()
-		var err error
-		stale := false // the node at the leader's address is another life by now
+		err := errNotLeader
 		switch {
 		case p.clusterID == 0:
 			return errNotInitialized
 		case p.leading:
 			err = local(ctx)
 		case forwarded:
-			return errNotLeader
-		case p.leader != nil && p.lead != p.raftID:
-			err = s.forward(ctx, p.leader.Address, remote)
-			stale = errorReason(err) == "NOT_INITIALIZED"
-		default:
+		case p.leader == nil || p.lead == p.raftID:
 			if err := s.awaitLeader(ctx); err != nil {
 				return err
 			}
 			continue
+		default:
+			err = s.forward(ctx, p.leader.Address, req, resp)
 		}
-		again := stale || errors.Is(err, errNotLeader) || status.Code(err) == codes.Unavailable && errorReason(err) != "UNREACHABLE"
+		// The node at the leader's address may be another life by now, in no cluster.
+		reason := errorReason(err)
+		again := err == errNotLeader || reason == "NOT_INITIALIZED" || status.Code(err) == codes.Unavailable && reason != "UNREACHABLE"
 		if !again || forwarded {
 			return err
 		}
-		select { // before it is tried again: something has changed, or enough time has passed
-		case <-p.next:
-		case <-time.After(s.n.opts.heartbeat):
-		case <-ctx.Done():
+		if sleep(ctx, s.n.opts.heartbeat); ctx.Err() != nil {
 			return err
 		}
 	}
@@ -86,81 +92,77 @@ func (s *server) awaitLeader(ctx context.Context) error {
 	}
 }
 
-func (s *server) forward(ctx context.Context, address string, remote func(context.Context, kvpb.ClusterServiceClient) error) error {
+func (s *server) forward(ctx context.Context, address string, req, resp proto.Message) error {
 	conn, err := s.net.dial(address)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	return remote(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), kvpb.NewClusterServiceClient(conn))
+	method, _ := grpc.Method(ctx)
+	return conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)
 }
 
-// probe asks the node at an address who it is, and checks that it is the one
-// that is meant.
-func (s *server) probe(ctx context.Context, m *kvpb.Node) (*kvpb.Welcome, error) {
+// probe asks a node for its raft ID in this life. It has to be the one that is
+// meant, and in no other cluster than this node.
+func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
+	p := s.n.pub.Load()
+	if m.Id == s.n.self.Id && m.Address == s.n.self.Address {
+		return p.raftID, nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	w, err := s.net.probe(ctx, m.Address)
 	if err != nil {
-		return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
+		return 0, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+			fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
 	}
 	if there := w.Peer.Node; there.Id != m.Id || there.Address != m.Address {
-		return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE, fmt.Sprintf("%d=%s was asked for, but %d=%s answers", m.Id, m.Address, there.Id, there.Address))
+		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
+			fmt.Sprintf("%d=%s was asked for, but %d=%s answers", m.Id, m.Address, there.Id, there.Address))
 	}
-	return w, nil
+	if w.ClusterId != 0 && w.ClusterId != p.clusterID {
+		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+			fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
+	}
+	return w.Peer.RaftId, nil
 }
 
 // Init implements ClusterService.
 func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	ctx, cancel := inTime(ctx)
 	defer cancel()
 	if err := s.checkInit(req.Members); err != nil {
 		return nil, err
 	}
-	for i, m := range req.Members {
-		req.Members[i] = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
-	}
 	if s.n.pub.Load().clusterID != 0 {
 		return nil, errInCluster
 	}
+	var ids []uint64
+	var others []*kvpb.Node
+	var todo []string
 	for _, m := range req.Members {
-		if m.Id == s.n.self.Id {
-			continue
-		}
-		if w, err := s.probe(ctx, m); err != nil {
+		if _, err := s.probe(ctx, m); err != nil {
 			return nil, err
-		} else if w.ClusterId != 0 {
-			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in cluster %016x already", m.Id, m.Address, w.ClusterId))
+		}
+		if ids = append(ids, m.Id); m.Id != s.n.self.Id {
+			others, todo = append(others, m), append(todo, fmt.Sprintf("add-learner %d=%s", m.Id, m.Address))
 		}
 	}
 	var clusterID uint64
 	if err := s.n.do(ctx, func() (err error) { clusterID, err = s.n.bootstrap(); return err }); err != nil {
 		return nil, err
 	}
-	if err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil }); err != nil {
-		return nil, err
-	}
-	ids := []uint64{s.n.self.Id}
-	todo := []string{}
-	for _, m := range req.Members {
-		if m.Id != s.n.self.Id {
-			ids = append(ids, m.Id)
-			todo = append(todo, fmt.Sprintf("add-learner %d=%s", m.Id, m.Address))
-		}
-	}
-	if len(ids) == 1 {
-		return &kvpb.InitResponse{ClusterId: clusterID}, nil
-	}
 	todo = append(todo, "change-membership "+strings.Trim(fmt.Sprint(ids), "[]"))
-	for _, m := range req.Members {
-		if m.Id != s.n.self.Id {
-			if err := s.addLearner(ctx, m); err != nil {
-				return nil, halfWay(err, clusterID, todo)
-			}
+	err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil })
+	for i := 0; err == nil && i < len(others); i++ {
+		if err = s.addLearner(ctx, others[i]); err == nil {
 			todo = todo[1:]
 		}
 	}
-	if err := s.changeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids}); err != nil {
+	if err == nil {
+		err = s.changeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids})
+	}
+	if err != nil {
 		return nil, halfWay(err, clusterID, todo)
 	}
 	return &kvpb.InitResponse{ClusterId: clusterID}, nil
@@ -177,20 +179,20 @@ func (s *server) checkInit(members []*kvpb.Node) error {
 	if len(members) == 0 || len(members) > maxMembers {
 		return invalid("members", "there are %d, there have to be 1 to %d", len(members), maxMembers)
 	}
-	ids, addresses := map[uint64]bool{}, map[string]bool{}
+	taken := map[any]bool{} // ids and addresses
 	for _, m := range members {
 		if err := validateNode("members", m); err != nil {
 			return err
 		}
-		if ids[m.Id] || addresses[m.Address] {
+		if taken[m.Id] || taken[m.Address] {
 			return invalid("members", "%d=%s has the id or the address of another", m.Id, m.Address)
 		}
-		ids[m.Id], addresses[m.Address] = true, true
+		taken[m.Id], taken[m.Address] = true, true
 		if (m.Id == s.n.self.Id) != (m.Address == s.n.self.Address) {
 			return invalid("members", "%d=%s: this node is %d=%s", m.Id, m.Address, s.n.self.Id, s.n.self.Address)
 		}
 	}
-	if !ids[s.n.self.Id] {
+	if !taken[s.n.self.Id] {
 		return invalid("members", "the called node, %d=%s, is not among them", s.n.self.Id, s.n.self.Address)
 	}
 	return nil
@@ -201,13 +203,8 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 	if err := validateNode("node", req.Node); err != nil {
 		return nil, err
 	}
-	req = &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: req.Node.Id, Address: req.Node.Address}}
-	return &kvpb.AddLearnerResponse{}, s.onLeader(ctx,
-		func(ctx context.Context) error { return s.addLearner(ctx, req.Node) },
-		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
-			_, err := c.AddLearner(ctx, req)
-			return err
-		})
+	resp := &kvpb.AddLearnerResponse{}
+	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.addLearner(ctx, req.Node) })
 }
 
 // errPastLife means that a node was asked before it knew that it is removed.
@@ -215,8 +212,9 @@ var errPastLife = errors.New("the node is about to drop its state")
 
 // addLearner adds a node on the leader and waits until it has caught up.
 func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
+	m = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
 	for {
-		raftID, err := s.raftIDOf(ctx, m)
+		raftID, err := s.probe(ctx, m)
 		if err == nil {
 			err = s.awaitChange(ctx, func() (bool, error) { return s.n.stepLearner(raftID, m) })
 		}
@@ -225,19 +223,6 @@ func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 		}
 		sleep(ctx, s.n.opts.heartbeat) // it will be somebody new
 	}
-}
-
-// raftIDOf asks a node for its raft ID in this life.
-func (s *server) raftIDOf(ctx context.Context, m *kvpb.Node) (uint64, error) {
-	p := s.n.pub.Load()
-	if proto.Equal(m, s.n.self) {
-		return p.raftID, nil
-	}
-	w, err := s.probe(ctx, m)
-	if err == nil && w.ClusterId != 0 && w.ClusterId != p.clusterID {
-		err = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
-	}
-	return w.GetPeer().GetRaftId(), err
 }
 
 // stepLearner takes the next step of making a life of a node a member, if one
@@ -276,17 +261,21 @@ func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle
 	return &raftpb.ConfChangeSingle{Type: t.Enum(), NodeId: new(raftID)}
 }
 
-// awaitChange waits on the leader until f says that the membership is as it
-// shall be.
+// awaitChange waits on the leader until f, which takes steps, says that the
+// membership is as it shall be.
 func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error {
 	n := s.n
+	started := false
 	var busy atomic.Bool // with somebody else's change
 	err := n.await(ctx, func() (bool, error) {
 		if !n.leads() {
 			return false, errNotLeader
 		}
-		busy.Store(isJoint(n.store.conf))
-		return f()
+		was := n.changeAt
+		ok, err := f()
+		started = started || n.changeAt > was
+		busy.Store(!started && !n.mayChange())
+		return ok, err
 	})
 	if errors.Is(err, context.DeadlineExceeded) && busy.Load() {
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS, "another change of membership was running until the deadline")
@@ -303,17 +292,12 @@ func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 	if ids[0] == 0 || len(slices.Compact(ids)) < len(req.Members)+len(req.Remove) {
 		return nil, invalid("members", "an id is 0 or stands there twice")
 	}
-	before := s.n.pub.Load().members
-	err := s.onLeader(ctx,
-		func(ctx context.Context) error { return s.changeMembership(ctx, req) },
-		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
-			_, err := c.ChangeMembership(ctx, req)
-			return err
-		})
+	before, resp := s.n.pub.Load().members, &kvpb.ChangeMembershipResponse{}
+	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.changeMembership(ctx, req) })
 	if len(req.Members) == 0 && len(req.Remove) == 1 && errorReason(err) == "UNKNOWN_MEMBER" && isNamed(before, req.Remove[0]) {
 		err = nil // a leader that had no time to answer has removed it
 	}
-	return &kvpb.ChangeMembershipResponse{}, err
+	return resp, err
 }
 
 // isNamed reports whether a node has a raft ID among members.
@@ -448,17 +432,11 @@ func (s *server) TransferLeader(ctx context.Context, req *kvpb.TransferLeaderReq
 	if req.NodeId == 0 {
 		return nil, invalid("node_id", "it is 0")
 	}
-	return &kvpb.TransferLeaderResponse{}, s.onLeader(ctx,
-		func(ctx context.Context) error { return s.transferLeader(ctx, req.NodeId) },
-		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
-			_, err := c.TransferLeader(ctx, req)
-			return err
-		})
-}
-
-func (s *server) transferLeader(ctx context.Context, nodeID uint64) error {
-	var start uint64
-	return s.n.await(ctx, func() (bool, error) { return s.n.stepTransfer(nodeID, &start) })
+	resp := &kvpb.TransferLeaderResponse{}
+	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+		var start uint64
+		return s.n.await(ctx, func() (bool, error) { return s.n.stepTransfer(req.NodeId, &start) })
+	})
 }
 
 // stepTransfer has raft make a node the leader; true: it is. start is the tick

@@ -25,7 +25,9 @@
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,
-//     each in a goroutine, and for a signal, in another.
+//     for calls to end, and for a signal, each in a goroutine.
+//   - A sub-command asks several nodes at once, and waits for stdin, in
+//     goroutines of its own.
 package main
 
 import (
@@ -36,6 +38,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -169,10 +172,10 @@ func (o *options) check() error {
 	case o.logBytes < 1<<20 || o.logBytes > 1<<40:
 		return fmt.Errorf("--log-bytes %d is not between 1 MiB and 1 TiB", o.logBytes)
 	}
-	if ip := net.ParseIP(host); o.advertise == "" && (host == "" || ip != nil && ip.IsUnspecified()) {
+	if o.advertise == "" && isEverywhere(host) {
 		return fmt.Errorf("--addr %s listens everywhere: --advertise has to say where the others find this node", o.addr)
 	}
-	if host, port, _ := net.SplitHostPort(o.advertise); o.advertise != "" && (host == "" || port == "0" || net.ParseIP(host).IsUnspecified()) {
+	if host, port, _ := net.SplitHostPort(o.advertise); o.advertise != "" && (isEverywhere(host) || port == "0") {
 		return fmt.Errorf("--advertise %q is not host:port at which a node can be reached", o.advertise)
 	}
 	for _, a := range []string{o.addr, o.advertise} {
@@ -186,8 +189,15 @@ func (o *options) check() error {
 }
 
 func isLoopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
+	ip, _ := netip.ParseAddr(host)
+	return host == "localhost" || ip.Unmap().IsLoopback()
+}
+
+// isEverywhere reports whether a host means all addresses of a machine, at none
+// of which another machine finds it.
+func isEverywhere(host string) bool {
+	ip, _ := netip.ParseAddr(host)
+	return host == "" || ip.Unmap().WithZone("").IsUnspecified()
 }
 
 // run runs a node until ctx ends or the node cannot go on. It calls ready once

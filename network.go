@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -123,12 +124,17 @@ func (nw *network) goroutine(f func()) {
 	}
 }
 
-// dial makes a connection to a node. It comes back at most a second after the
-// node does.
+// dial makes a connection to a node. An address can have what a URL must not:
+// the zone in [fe80::1%eth0]:21001.
+func dial(address string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())...)
+}
+
+// dial makes a connection to a peer. It comes back at most a second after the
+// peer does.
 func (nw *network) dial(address string) (*grpc.ClientConn, error) {
 	opts := []grpc.DialOption{
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithNoProxy(),
 		grpc.WithIdleTimeout(0),
 		grpc.WithInitialWindowSize(windowBytes),
 		grpc.WithInitialConnWindowSize(windowBytes),
@@ -143,7 +149,7 @@ func (nw *network) dial(address string) (*grpc.ClientConn, error) {
 	if nw.dialer != nil {
 		opts = append(opts, grpc.WithContextDialer(nw.dialer))
 	}
-	return grpc.NewClient("passthrough:///"+address, opts...)
+	return dial(address, opts...)
 }
 
 // setMembers implements transport.

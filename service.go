@@ -98,41 +98,41 @@ func validateNode(field string, n *kvpb.Node) error {
 	return nil
 }
 
-// toStatus makes the errors of the loop those of the API.
+// apiErrors are the errors of the loop, and what they are in the API.
+var apiErrors = []struct {
+	err    error
+	code   codes.Code
+	reason kvpb.ErrorReason
+}{
+	{errNoLeader, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER},
+	{errNotLeader, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_LEADER},
+	{errOutcomeUnknown, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN},
+	{errSessionUnknown, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN},
+	{errSequenceTooOld, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD},
+	{errNotInitialized, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
+	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
+	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
+	{errStopping, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_STOPPING},
+	{errContradiction, codes.DataLoss, kvpb.ErrorReason_ERROR_REASON_CORRUPT},
+	{context.DeadlineExceeded, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE},
+	{context.Canceled, codes.Canceled, kvpb.ErrorReason_ERROR_REASON_DEADLINE},
+}
+
+// toStatus makes the errors of the loop those of the API. What it does not know
+// has ended the loop: a write with such an error was not proposed.
 func toStatus(err error, kv bool) error {
 	if _, ok := status.FromError(err); ok {
 		return err
 	}
-	code, reason := codes.Internal, kvpb.ErrorReason_ERROR_REASON_UNSPECIFIED
-	switch {
-	case errors.Is(err, errNoLeader):
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER
-	case errors.Is(err, errNotLeader):
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_LEADER
-	case errors.Is(err, errOutcomeUnknown):
-		code, reason = codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN
-	case errors.Is(err, errSessionUnknown):
-		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN
-	case errors.Is(err, errSequenceTooOld):
-		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD
-	case errors.Is(err, errNotInitialized) && kv:
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED
-	case errors.Is(err, errNotInitialized):
-		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED
-	case errors.Is(err, errInCluster):
-		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED
-	case errors.Is(err, errOverloaded):
-		code, reason = codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED
-	case errors.Is(err, errStopping):
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_STOPPING
-	case errors.Is(err, errContradiction):
-		code, reason = codes.DataLoss, kvpb.ErrorReason_ERROR_REASON_CORRUPT
-	case errors.Is(err, context.DeadlineExceeded):
-		code, reason = codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE
-	case errors.Is(err, context.Canceled):
-		code, reason = codes.Canceled, kvpb.ErrorReason_ERROR_REASON_DEADLINE
+	for _, e := range apiErrors {
+		if errors.Is(err, e.err) {
+			if e.err == errNotInitialized && !kv {
+				e.code = codes.FailedPrecondition
+			}
+			return apiError(e.code, e.reason, err.Error())
+		}
 	}
-	return apiError(code, reason, err.Error())
+	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NODE_FAILED, "this node has failed: "+err.Error())
 }
 
 // server is what a node offers by gRPC.
@@ -146,10 +146,7 @@ type server struct {
 	leader atomic.Pointer[metadata.MD] // x-raft-leader
 
 	stopping chan struct{} // closed by stop
-
-	mu       sync.Mutex
-	inFlight int
-	idle     chan struct{} // closed when stopping and nothing is in flight
+	running  sync.RWMutex  // each call holds it shared; stop, for good
 }
 
 func newServer(n *node, nw *network) *server {
@@ -196,27 +193,17 @@ func (s *server) published(p *published) {
 	set(restartHealth, healthy && !isJoint(p.conf))
 }
 
-// intercept names the leader in every answer, and counts calls for stop.
-func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	s.mu.Lock()
-	if s.idle != nil {
-		s.mu.Unlock()
-		_ = grpc.SetTrailer(ctx, *s.leader.Load())
-		return nil, toStatus(errStopping, true)
+// intercept names the leader in every answer, and lets stop wait for calls.
+func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	if s.running.TryRLock() {
+		defer s.running.RUnlock()
+		resp, err = handler(ctx, req)
+	} else {
+		err = errStopping
 	}
-	s.inFlight++
-	s.mu.Unlock()
-	defer s.left()
-	kv, inner := strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName), ctx
-	if !kv { // else the loop sees to it: a context costs too much for each call
-		var cancel context.CancelFunc
-		inner, cancel = withMargin(ctx)
-		defer cancel()
-	}
-	resp, err := handler(inner, req)
 	if err != nil {
 		_ = grpc.SetTrailer(ctx, *s.leader.Load())
-		return nil, toStatus(err, kv)
+		return nil, toStatus(err, strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName))
 	}
 	_ = grpc.SetHeader(ctx, *s.leader.Load())
 	return resp, nil
@@ -226,16 +213,7 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 // status and its reason get there: it is left so much time.
 func margin(left time.Duration) time.Duration { return min(left/10, maxMargin) }
 
-// withMargin returns a context that ends a margin before ctx does.
-func withMargin(ctx context.Context) (context.Context, context.CancelFunc) {
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		return context.WithCancel(ctx)
-	}
-	return context.WithDeadline(ctx, deadline.Add(-margin(time.Until(deadline))))
-}
-
-// waitOf is withMargin in ticks of the loop, the one that has begun included;
+// waitOf is how long a call may take, in ticks of the loop, the one that has begun included;
 // 0: there is no deadline, or it is too near to be told in ticks.
 func (s *server) waitOf(ctx context.Context) uint64 {
 	deadline, ok := ctx.Deadline()
@@ -249,28 +227,16 @@ func (s *server) waitOf(ctx context.Context) uint64 {
 	return s.n.ticksOf(left)
 }
 
-func (s *server) left() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.inFlight--; s.idle != nil && s.inFlight == 0 {
-		close(s.idle)
-	}
-}
-
 // stop hands leadership over, refuses new calls, and waits for those that run
 // until ctx ends.
 func (s *server) stop(ctx context.Context) {
 	s.health.Shutdown()
 	s.handOver(ctx)
 	close(s.stopping)
-	s.mu.Lock()
-	s.idle = make(chan struct{})
-	if s.inFlight == 0 {
-		close(s.idle)
-	}
-	s.mu.Unlock()
+	ended := make(chan struct{})
+	go func() { s.running.Lock(); close(ended) }() // ends with the calls, at the latest when gRPC is stopped
 	select {
-	case <-s.idle:
+	case <-ended:
 	case <-ctx.Done():
 	}
 }
