@@ -200,7 +200,7 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 	path := d.path(mark.File)
 	f, err := d.fs.open(path)
 	if err != nil {
-		return nil, d.refuse("the snapshot that its log names: %w. %s", err, refusal)
+		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, refusal)
 	}
 	defer f.Close()
 	s, err := readSnapshot(&loggedReader{r: io.NewSectionReader(f, 0, math.MaxInt64), log: d.log, said: time.Now()})
@@ -281,17 +281,16 @@ func (w *snapshotWriter) Write(b []byte) (n int, err error) {
 // the file.
 func (w *snapshotWriter) finish(index uint64, err error) (name string, _ error) {
 	name = fmt.Sprintf("%016x-%s.snap", index, strings.TrimSuffix(w.name, ".tmp"))
-	step := func(f func() error) {
-		if err == nil && w.err == nil {
-			w.err = f()
-		}
+	if err == nil {
+		w.err = ifNot(w.err, w.file.sync)
 	}
-	step(func() error { return w.file.sync() })
 	if w.w != nil {
-		err = cmp.Or(err, w.file.Close())
+		_ = w.file.Close() // synced, or to be removed
 	}
-	step(func() error { return w.d.fs.rename(w.d.path(w.name), w.d.path(name)) })
-	step(func() error { return w.d.fs.syncDir(w.d.dir) })
+	if err == nil {
+		rename := func() error { return w.d.fs.rename(w.d.path(w.name), w.d.path(name)) }
+		w.err = ifNot(w.err, rename, w.d.syncDir)
+	}
 	if err = cmp.Or(w.err, err); err != nil {
 		_ = w.d.remove(w.name)
 	}
@@ -380,15 +379,28 @@ func (d *disk) persist(jobs []diskJob) (err error) {
 		return err
 	}
 	if id := jobs[0].identity; id != nil {
-		if err := errors.Join(d.fs.rename(d.path("identity.tmp"), d.path("identity")), d.fs.syncDir(d.dir)); err != nil {
+		err = d.fs.rename(d.path("identity.tmp"), d.path("identity"))
+		if err = ifNot(err, d.syncDir); err != nil {
 			return err
 		}
 	}
 	if mark := batch.Snapshot; mark != nil {
-		return errors.Join(d.wal.release(mark.Index), d.removeBefore(mark))
+		return ifNot(d.wal.release(mark.Index), func() error { return d.removeBefore(mark) })
 	}
 	return nil
 }
+
+// ifNot takes the steps that follow if nothing has failed.
+func ifNot(err error, steps ...func() error) error {
+	for _, step := range steps {
+		if err == nil {
+			err = step()
+		}
+	}
+	return err
+}
+
+func (d *disk) syncDir() error { return d.fs.syncDir(d.dir) }
 
 // begin makes an empty directory that of a node, but for the last step.
 func (d *disk) begin(j diskJob) error {
@@ -402,10 +414,8 @@ func (d *disk) begin(j diskJob) error {
 	}
 	defer f.Close()
 	w := newFrameWriter(io.NewOffsetWriter(f, 0))
-	if _, err := w.Write(b); err != nil {
-		return err
-	}
-	if err := errors.Join(w.flush(), f.sync(), d.fs.syncDir(d.dir)); err != nil {
+	_, err = w.Write(b)
+	if err = ifNot(err, w.flush, f.sync, d.syncDir); err != nil {
 		return err
 	}
 	if j.view != nil {

@@ -227,7 +227,7 @@ func (w *wal) list() (numbers []uint64, err error) {
 		base, suffix, _ := strings.Cut(name, ".")
 		n, err := strconv.ParseUint(base, 16, 64)
 		switch {
-		case err != nil: // not a file of the log
+		case err != nil || len(base) != 16: // not a file of the log
 		case suffix == "wal":
 			numbers, newest = append(numbers, n), n
 		case suffix == "wal.tmp" && n > newest+1:

@@ -1,0 +1,785 @@
+// The data directory over a simulated file system: nodes without goroutines,
+// whose disk fails at any call, and comes back in any way.
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"testing/cryptotest"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	diskLogBytes = 2 * simSegment
+	leaderID     = 77 // the raft ID of whom diskFollower hears
+)
+
+// diskNode is a process with a data directory, and what it sent.
+type diskNode struct {
+	fs   *simFS
+	n    *node
+	d    *disk
+	sent []*raftpb.Message
+	slow []func() // what the disk does beside the writer, if it is slow
+}
+
+func (d *diskNode) send(_, _ uint64, ms []*raftpb.Message)                     { d.sent = append(d.sent, ms...) }
+func (d *diskNode) sendSnapshot(uint64, uint64, uint64, *view)                 {}
+func (d *diskNode) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
+
+// newDiskNode is a process that has not opened its directory yet.
+func newDiskNode(fs *simFS, id uint64) *diskNode {
+	o := defaultOptions()
+	o.logBytes = diskLogBytes
+	p := &diskNode{fs: fs, n: newNode(o, &kvpb.Node{Id: id, Address: fmt.Sprintf("127.0.0.1:%d", id)}, quiet())}
+	p.n.net = p
+	return p
+}
+
+// openDiskNode starts a process.
+func openDiskNode(fs *simFS, id uint64) (*diskNode, error) {
+	p := newDiskNode(fs, id)
+	var err error
+	if p.d, err = openDisk(fs, simDir, diskLogBytes, quiet()); err != nil {
+		return nil, err
+	}
+	p.d.background = func(f func()) { f() }
+	if err := p.n.open(p.d); err != nil {
+		return nil, err
+	}
+	return p, p.settle()
+}
+
+// settle lets loop and writer work until nothing is left to do.
+func (p *diskNode) settle() error {
+	for p.n.err == nil {
+		in := p.n.in.take()
+		if len(in.events)+len(in.calls)+len(in.messages) > 0 {
+			p.n.turn(in)
+		} else if p.d.write() == nil && len(p.n.in.next.events) == 0 {
+			return nil
+		}
+	}
+	return p.n.err
+}
+
+// slowDown makes snapshots wait until do or the test lets them be written.
+func (p *diskNode) slowDown() {
+	p.d.background = func(f func()) { p.slow = append(p.slow, f) }
+}
+
+// lead makes a cluster's only voter its leader.
+func (p *diskNode) lead() error {
+	p.n.in.event(func() { _ = p.n.rn.Campaign() })
+	if err := p.settle(); err != nil {
+		return err
+	}
+	if !p.n.leads() {
+		return errors.New("it does not lead")
+	}
+	return nil
+}
+
+// diskOp is a write. A value of nil deletes.
+type diskOp struct {
+	key   string
+	value []byte
+}
+
+// do makes a write. It was acknowledged if the error is nil.
+func (p *diskNode) do(op diskOp) error {
+	w := &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: op.key}}}
+	if op.value != nil {
+		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: op.key, Value: op.value}}
+	}
+	record, err := encodeWrite(w)
+	if err != nil {
+		return err
+	}
+	c := &call{record: record, done: make(chan outcome, 1)}
+	if err := p.n.in.call(c); err != nil {
+		return err
+	}
+	failed := p.settle()
+	for slow := p.slow; failed == nil && len(slow) > 0; slow = slow[1:] {
+		p.slow = slow[1:]
+		slow[0]()
+		failed = p.settle()
+	}
+	select {
+	case o := <-c.done:
+		return o.err
+	default:
+		return cmp.Or(failed, errors.New("no answer"))
+	}
+}
+
+// diskModel is the state after each write of a script.
+type diskModel []map[string]keyItem
+
+func modelOf(script []diskOp) diskModel {
+	m := diskModel{{}}
+	for i, op := range script {
+		next := map[string]keyItem{}
+		for k, it := range m[i] {
+			next[k] = it
+		}
+		if op.value == nil {
+			delete(next, op.key)
+		} else {
+			next[op.key] = keyItem{op.key, item{op.value, uint64(i + 1)}}
+		}
+		m = append(m, next)
+	}
+	return m
+}
+
+// differs says how a node's state differs from that after n writes.
+func (m diskModel) differs(s *store, n int) string {
+	if s.version != uint64(n) || s.keys != uint64(len(m[n])) {
+		return fmt.Sprintf("%d keys of version %d, not %d of version %d", s.keys, s.version, len(m[n]), n)
+	}
+	for k, want := range m[n] {
+		if it, ok, err := s.get(k); err != nil || !ok || it.version != want.version || !bytes.Equal(it.value, want.value) {
+			return fmt.Sprintf("%q is %d bytes of version %d (%v), not %d of version %d", k, len(it.value), it.version, err, len(want.value), want.version)
+		}
+	}
+	return ""
+}
+
+func diskScript(r *rand.Rand, n, size int) (ops []diskOp) {
+	for i := range n {
+		op := diskOp{key: fmt.Sprint("k", r.IntN(9)), value: bytes.Repeat([]byte{byte(i)}, r.IntN(size))}
+		if r.IntN(6) == 0 {
+			op.value = nil
+		}
+		ops = append(ops, op)
+	}
+	return ops
+}
+
+// comeBack is how the machine comes back.
+func (s *simFS) comeBack(how string, r *rand.Rand) *simFS {
+	switch how {
+	case "restart", "evict":
+		return s.restart(how == "evict")
+	case "lose":
+		return s.lose(nil)
+	}
+	return s.lose(r)
+}
+
+// checkFailed: a node that stopped has done nothing any more but to remove
+// what it had not finished, and does nothing now.
+func checkFailed(p *diskNode, at int) error {
+	after := p.fs.calls[min(at, len(p.fs.calls)):]
+	if i := slices.IndexFunc(after, func(c string) bool { return !strings.HasPrefix(c, "remove") }); i >= 0 && p.fs.fault != faultCrash {
+		return fmt.Errorf("%w: after the failure it went on: %q", errModel, after)
+	}
+	calls := len(p.fs.calls)
+	if err := p.do(diskOp{"late", []byte("late")}); err == nil || len(p.fs.calls) != calls {
+		return fmt.Errorf("%w: a write after the failure: %v, %q", errModel, err, p.fs.calls[calls:])
+	}
+	return nil
+}
+
+// eachFault runs a scenario with each of its calls failing in each way. Run
+// reports how far it got; verify starts again and compares.
+func eachFault[T any](t *testing.T, run func(*simFS) (T, error), verify func(*simFS, T) error) {
+	t.Helper()
+	cryptotest.SetGlobalRandom(t, 1)
+	fs := newSimFS()
+	if _, err := run(fs); err != nil {
+		t.Fatal(err)
+	}
+	calls, runs, survived := fs.calls, 0, 0
+	kinds := map[string]int{}
+	for at := 1; at <= len(calls); at += raceStep(7) {
+		kinds[strings.Fields(calls[at-1])[0]]++
+		for fault := range numFaults {
+			if fault == faultENOSPC && !strings.HasPrefix(calls[at-1], "write") {
+				continue
+			}
+			how := []string{"restart", "lose", "some", "evict", "some"}[(at+2*int(fault))%5]
+			fs := newSimFS()
+			fs.failAt, fs.fault = at, fault
+			got, err := run(fs)
+			if errors.Is(err, errModel) {
+				t.Fatalf("call %d of %d (%s), fault %d: %v", at, len(calls), calls[at-1], fault, err)
+			}
+			if runs++; err == nil {
+				survived++
+			}
+			fs = fs.comeBack(how, seededRand(uint64(at)+uint64(fault)<<32))
+			if err := verify(fs, got); err != nil {
+				t.Fatalf("call %d of %d (%s), fault %d, %s: %v", at, len(calls), calls[at-1], fault, how, err)
+			}
+		}
+	}
+	t.Logf("%d runs, %d went on; calls: %v", runs, survived, kinds)
+	for _, kind := range []string{"create", "open", "readDir", "write", "sync", "rename", "remove", "syncDir"} {
+		if kinds[kind] == 0 {
+			t.Errorf("no call of %s", kind)
+		}
+	}
+}
+
+// aloneRun is how far a cluster of one voter got.
+type aloneRun struct {
+	made bool // bootstrap was acknowledged
+	done int  // writes that were
+}
+
+// TestDiskFaults: a cluster of one voter that writes, compacts and restarts has
+// after any fault what was acknowledged, or one write more.
+func TestDiskFaults(t *testing.T) {
+	script := diskScript(seededRand(1), 36, 900)
+	model := modelOf(script)
+	run := func(fs *simFS) (r aloneRun, err error) {
+		p, err := openDiskNode(fs, 1)
+		if err != nil {
+			return r, err
+		}
+		if _, err := p.n.bootstrap(); err != nil {
+			return r, err
+		}
+		if err := p.settle(); err != nil {
+			return r, cmp.Or(checkFailed(p, fs.failAt), err)
+		}
+		p.slowDown()
+		for r.made = true; r.done < len(script); r.done++ {
+			if r.done == len(script)*2/3 {
+				p.d.close()
+				if p, err = openDiskNode(fs, 1); err == nil {
+					err = p.lead()
+				}
+				if err != nil {
+					return r, err
+				}
+				p.slowDown()
+			}
+			if err := p.do(script[r.done]); err != nil {
+				return r, cmp.Or(checkFailed(p, fs.failAt), err)
+			}
+		}
+		if p.n.mark < 28 {
+			return r, fmt.Errorf("%w: hardly a snapshot", errModel)
+		}
+		return r, nil
+	}
+	verify := func(fs *simFS, r aloneRun) error {
+		p, err := openDiskNode(fs, 1)
+		if err != nil {
+			return err
+		}
+		if p.n.rn == nil {
+			if r.made {
+				return errors.New("it is in no cluster any more")
+			}
+			if _, err := p.n.bootstrap(); err != nil {
+				return err
+			}
+		} else if err := p.lead(); err != nil {
+			return err
+		}
+		if err := p.settle(); err != nil {
+			return err
+		}
+		n := int(p.n.store.version)
+		if n != r.done && n != r.done+1 {
+			return fmt.Errorf("%d writes, %d were acknowledged", n, r.done)
+		}
+		if d := model.differs(p.n.store, n); d != "" {
+			return errors.New(d)
+		}
+		more := diskScript(seededRand(2), 12, 900)
+		all := modelOf(slices.Concat(script[:n], more))
+		for i, op := range more {
+			if err := p.do(op); err != nil {
+				return fmt.Errorf("write %d after it: %w", i, err)
+			}
+		}
+		fs = fs.lose(nil)
+		if p, err = openDiskNode(fs, 1); err == nil {
+			err = p.lead()
+		}
+		if err != nil {
+			return err
+		}
+		if d := all.differs(p.n.store, n+len(more)); d != "" {
+			return fmt.Errorf("after it: %s", d)
+		}
+		return tidy(fs, p)
+	}
+	eachFault(t, run, verify)
+}
+
+// tidy: a directory holds what counts, and nothing else.
+func tidy(fs *simFS, p *diskNode) error {
+	names, _ := fs.readDir(simDir)
+	snaps := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return !strings.HasSuffix(n, ".snap") })
+	temps := slices.DeleteFunc(slices.Clone(names), func(n string) bool {
+		return !strings.HasSuffix(n, ".tmp") || strings.HasSuffix(n, ".wal.tmp")
+	})
+	if len(snaps) != 1 || len(temps) > 0 || len(names) > 12 {
+		return fmt.Errorf("left in the directory: %q", names)
+	}
+	return nil
+}
+
+// diskFollower is a node that hears a leader, who is not there: the test says
+// what it says.
+type diskFollower struct {
+	*diskNode
+	hello  *kvpb.Hello
+	leader *store // all that the leader applied
+	last   uint64 // the index of its last entry
+	term   uint64
+	acked  promise
+}
+
+// promise is what a follower has told others.
+type promise struct {
+	raftID     uint64
+	index      uint64 // acknowledged in term
+	term, vote uint64
+}
+
+func openFollower(fs *simFS) (*diskFollower, error) {
+	p, err := openDiskNode(fs, 2)
+	if err != nil {
+		return nil, err
+	}
+	f := &diskFollower{diskNode: p, leader: newStore(), term: 5, last: 10}
+	me, leader := p.n.self, &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}
+	s := f.leader
+	s.clusterID, s.index, s.term = 9, f.last, f.term
+	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID, p.n.raftID, 1 << 40}, AutoLeave: new(false)}, []*kvpb.Member{
+		{RaftId: leaderID, Node: leader}, {RaftId: p.n.raftID, Node: me}, {RaftId: 1 << 40, Node: &kvpb.Node{Id: 3, Address: "127.0.0.1:3"}}})
+	f.connect()
+	return f, p.settle()
+}
+
+// connect opens a stream from the leader, and one from node 3.
+func (f *diskFollower) connect() {
+	f.hello = &kvpb.Hello{ClusterId: 9, From: &kvpb.Peer{RaftId: leaderID, Life: 1}, To: &kvpb.Peer{RaftId: f.n.raftID, Life: f.n.life}}
+	f.n.peerUp(leaderID, 1, false)
+	f.n.peerUp(1<<40, 1, false)
+}
+
+// hears lets messages of the leader, or of node 3, arrive, and notes what the
+// node promises.
+func (f *diskFollower) hears(ms ...*raftpb.Message) error {
+	for _, m := range ms {
+		h := proto.CloneOf(f.hello)
+		h.From.RaftId = m.GetFrom()
+		if err := f.n.receiveMessages(context.Background(), []inbound{{f.to(m), h}}); err != nil {
+			return err
+		}
+	}
+	err := f.settle()
+	f.note()
+	return err
+}
+
+func (f *diskFollower) to(m *raftpb.Message) *raftpb.Message {
+	m.To = new(f.n.raftID)
+	return m
+}
+
+func (f *diskFollower) note() {
+	for _, m := range f.sent {
+		switch m.GetType() {
+		case raftpb.MsgAppResp, raftpb.MsgVoteResp: // all others may leave before
+		default:
+			continue
+		}
+		f.acked.raftID = f.n.raftID
+		if m.GetTerm() > f.acked.term {
+			f.acked.term, f.acked.vote = m.GetTerm(), 0
+		}
+		switch {
+		case m.GetReject():
+		case m.GetType() == raftpb.MsgAppResp:
+			f.acked.index = max(f.acked.index, m.GetIndex())
+		default:
+			f.acked.vote = m.GetTo()
+		}
+	}
+	f.sent = nil
+}
+
+// entries makes the leader's next entries: it has applied them when they are sent.
+func (f *diskFollower) entries(ops ...diskOp) *raftpb.Message {
+	m := message(raftpb.MsgApp, leaderID, f.term, func(m *raftpb.Message) {
+		m.Index, m.LogTerm, m.Commit = new(f.last), new(f.leader.term), new(f.last)
+	})
+	for _, op := range ops {
+		f.last++
+		set := &kvpb.SetRequest{Key: op.key, Value: op.value}
+		data, _ := proto.Marshal(&kvpb.Batch{Proposer: leaderID, Sequence: f.last, Writes: []*kvpb.Write{{Operation: &kvpb.Write_Set{Set: set}}}})
+		m.Entries = append(m.Entries, logEntry(f.last, f.term, data))
+		f.leader.index, f.leader.term = f.last, f.term
+		_, _, _, _ = f.leader.apply(data)
+	}
+	return m
+}
+
+// snapshot lets the leader's state arrive.
+func (f *diskFollower) snapshot() error {
+	v := f.leader.open()
+	defer v.close()
+	var b bytes.Buffer
+	if err := v.writeTo(&b); err != nil {
+		return err
+	}
+	s, err := f.n.readSnapshot(&b)
+	if err != nil {
+		return cmp.Or(f.settle(), err)
+	}
+	var stepped error
+	f.n.in.event(func() { stepped = f.n.stepSnapshot(f.hello, f.term, s) })
+	err = f.settle()
+	f.note()
+	return cmp.Or(err, stepped)
+}
+
+// TestDiskFollowerFaults: a node that joins by a snapshot, follows, votes, falls
+// behind, gets another snapshot and compacts has after any fault what it
+// promised.
+func TestDiskFollowerFaults(t *testing.T) {
+	states := func(script []diskOp) map[uint64]string { // by index
+		f := &diskFollower{leader: newStore(), term: 5, last: 10}
+		f.leader.members[leaderID] = &kvpb.Node{}
+		m := map[uint64]string{10: keysOf(f.leader)}
+		for _, op := range script {
+			f.entries(op)
+			m[f.last] = keysOf(f.leader)
+		}
+		return m
+	}
+	script := slices.DeleteFunc(diskScript(seededRand(3), 60, 900), func(op diskOp) bool { return op.value == nil })
+	model := states(script)
+	run := func(fs *simFS) (p promise, err error) {
+		f, err := openFollower(fs)
+		if err != nil {
+			return p, err
+		}
+		steps := []func() error{f.snapshot}
+		follow := func(from, to int) {
+			for i := from; i < to; i += 2 {
+				steps = append(steps, func() error { return f.hears(f.entries(script[i:min(i+2, to)]...)) })
+			}
+		}
+		follow(0, 20)
+		steps = append(steps, func() error { // it votes for another, who does not win
+			f.hears()
+			f.term++
+			for range 20 {
+				f.n.turn(input{ticks: 100})
+			}
+			err := f.hears(message(raftpb.MsgVote, 1<<40, f.term, func(m *raftpb.Message) { m.Index, m.LogTerm = new(f.last), new(f.leader.term) }))
+			if err == nil && f.acked.vote != 1<<40 {
+				err = fmt.Errorf("%w: it does not vote", errModel)
+			}
+			f.term++
+			return err
+		}, func() error { f.entries(script[20:25]...); return f.snapshot() })
+		follow(25, len(script))
+		for _, step := range steps {
+			if err := step(); err != nil {
+				if errors.Is(err, errModel) {
+					return f.acked, err
+				}
+				before := f.acked
+				failed := checkFailed(f.diskNode, fs.failAt)
+				if f.note(); f.acked != before {
+					failed = fmt.Errorf("%w: promised after the failure", errModel)
+				}
+				return f.acked, cmp.Or(failed, err)
+			}
+		}
+		if f.acked.index != f.last || f.n.mark <= 35 {
+			return f.acked, fmt.Errorf("%w: acknowledged %d of %d, last snapshot %d", errModel, f.acked.index, f.last, f.n.mark)
+		}
+		return f.acked, nil
+	}
+	verify := func(fs *simFS, p promise) error {
+		f, err := openFollower(fs)
+		if err != nil {
+			return err
+		}
+		n := f.n
+		if n.rn == nil {
+			if p.term > 0 {
+				return fmt.Errorf("it has forgotten all, and had promised %+v", p)
+			}
+			return cmp.Or(f.snapshot(), tidy(fs, f.diskNode))
+		}
+		if p.raftID != 0 && n.raftID != p.raftID {
+			return errors.New("it is somebody else")
+		}
+		if h := n.raft.hard; h.GetTerm() < p.term || h.GetTerm() == p.term && p.vote != 0 && h.GetVote() != p.vote {
+			return fmt.Errorf("term %d and vote %x, and had promised %+v", h.GetTerm(), h.GetVote(), p)
+		}
+		if n.raft.last() < p.index {
+			return fmt.Errorf("its log ends at %d, and had promised %+v", n.raft.last(), p)
+		}
+		f.term, f.last = n.raft.hard.GetTerm()+1, n.raft.last()
+		f.leader.term, _ = n.raft.Term(f.last)
+		if err := f.hears(f.entries()); err != nil { // commits all of it
+			return err
+		}
+		if n.store.index != f.last || keysOf(n.store) != model[f.last] {
+			return fmt.Errorf("not what it was at %d: applied %d, of %d\n%s\n%s", f.last, n.store.index, len(model), keysOf(n.store), model[f.last])
+		}
+		return tidy(fs, f.diskNode)
+	}
+	eachFault(t, run, verify)
+}
+
+// keysOf is all keys of a store.
+func keysOf(s *store) string {
+	var b strings.Builder
+	for i := range s.shards {
+		for k, it := range s.shards[i] {
+			fmt.Fprintf(&b, "%s %x %d\n", k, it.value, it.version)
+		}
+	}
+	lines := strings.Split(b.String(), "\n")
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+// wantRefusal checks that a directory is refused in these words, and that
+// nothing in it was changed.
+func wantRefusal(t *testing.T, fs *simFS, id uint64, words ...string) {
+	t.Helper()
+	fs.calls = nil
+	p, err := openDiskNode(fs, id)
+	if err == nil {
+		t.Fatalf("started, with entry %d", p.n.store.index)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("%v\ndoes not say %q", err, w)
+		}
+	}
+	if fs.mutates() {
+		t.Errorf("something was changed: %q", fs.calls)
+	}
+}
+
+// usedDir is the directory of a cluster of one voter, with a torn last batch,
+// segments and a snapshot that a start would remove, so that all that it could
+// change is there. Snap is the snapshot that counts.
+func usedDir(t *testing.T) (fs *simFS, snap string) {
+	t.Helper()
+	fs = newSimFS()
+	p, err := openDiskNode(fs, 1)
+	if err == nil {
+		_, err = p.n.bootstrap()
+	}
+	if err = cmp.Or(err, p.settle()); err != nil {
+		t.Fatal(err)
+	}
+	for _, op := range diskScript(seededRand(1), 40, 60) {
+		if err := p.do(op); err != nil {
+			t.Fatal(err)
+		}
+	}
+	snap = p.d.path(p.d.wal.head.Snapshot.File)
+	torn := encodeAt(t, p.d.wal.at, &kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: 99, Data: make([]byte, 600)}}})
+	torn[600]++
+	if _, err := p.d.wal.file.WriteAt(torn, int64(p.d.wal.offset)); err != nil {
+		t.Fatal(err)
+	}
+	fs = fs.clone()
+	for _, name := range []string{"0000000000000001-0000000000000001.snap", "00000000000000aa.tmp"} {
+		fs.names[p.d.path(name)] = fs.names[snap]
+	}
+	return fs, snap
+}
+
+// TestDiskRefuses: what is damaged, missing or another's.
+func TestDiskRefuses(t *testing.T) {
+	const advice, backup = "delete its data directory", "restore a backup"
+	identity := simDir + "/identity"
+	edit := func(change func(*kvpb.Identity)) func(*simFS) {
+		return func(fs *simFS) {
+			var id kvpb.Identity
+			if err := proto.Unmarshal(unframed(t, fs.names[identity].cache), &id); err != nil {
+				t.Fatal(err)
+			}
+			change(&id)
+			b, err := proto.Marshal(&id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fs.names[identity].cache = framed(b)
+		}
+	}
+	first, snap := usedDir(t)
+	other, _ := usedDir(t)
+	logs := func(fs *simFS) (paths []string) {
+		for path := range fs.names {
+			if strings.HasSuffix(path, ".wal") {
+				paths = append(paths, path)
+			}
+		}
+		slices.Sort(paths)
+		return paths
+	}
+	for name, c := range map[string]struct {
+		damage func(*simFS)
+		words  []string
+	}{
+		"another node's":         {edit(func(id *kvpb.Identity) { id.NodeId = 4 }), []string{"it is that of node 4, this is node 1"}},
+		"newer identity":         {edit(func(id *kvpb.Identity) { id.Format++ }), []string{"its format is 2", "start the newer one"}},
+		"newer frames":           {func(fs *simFS) { fs.names[identity].cache[7]++ }, []string{"identity", "format that this program does not know"}},
+		"no format":              {edit(func(id *kvpb.Identity) { id.Format = 0 }), []string{"identity is invalid", advice, backup}},
+		"no cluster":             {edit(func(id *kvpb.Identity) { id.ClusterId = 0 }), []string{"identity is invalid", advice, backup}},
+		"another cluster's":      {edit(func(id *kvpb.Identity) { id.ClusterId++ }), []string{snap, "of cluster", advice, backup}},
+		"another log's identity": {edit(func(id *kvpb.Identity) { id.LogId++ }), []string{"of log", advice, backup}},
+		"another directory's":    {func(fs *simFS) { fs.names[identity] = other.names[identity] }, []string{"of log", advice, backup}},
+		"identity missing":       {func(fs *simFS) { delete(fs.names, identity) }, []string{"no file named identity", advice, backup}},
+		"identity empty":         {func(fs *simFS) { fs.names[identity].cache = nil }, []string{"identity, offset 0: unexpected EOF", advice, backup}},
+		"log missing": {func(fs *simFS) {
+			for _, path := range logs(fs) {
+				delete(fs.names, path)
+			}
+		}, []string{"its log, files named *.wal, is missing", advice, backup}},
+		"oldest segment missing": {func(fs *simFS) { delete(fs.names, logs(fs)[0]) }, []string{logs(first)[0] + ", offset 0: the segment is missing", advice, backup}},
+		"snapshot missing":       {func(fs *simFS) { delete(fs.names, snap) }, []string{snap[2:], "does not exist", advice, backup}},
+		"snapshot cut":           {func(fs *simFS) { f := fs.names[snap]; f.cache = f.cache[:len(f.cache)-1] }, []string{snap + ": snapshot, offset 8: unexpected EOF", advice, backup}},
+		"snapshot empty":         {func(fs *simFS) { fs.names[snap].cache = nil }, []string{snap + ": snapshot, offset 0: unexpected EOF", advice, backup}},
+		"another snapshot": {func(fs *simFS) {
+			h := &kvpb.SnapshotHeader{Format: 1, ClusterId: 1, Index: 1, Term: 1, ConfState: &kvpb.ConfState{Voters: []uint64{1}}, Members: []*kvpb.Member{{RaftId: 1, Node: &kvpb.Node{Id: 1}}}}
+			fs.names[snap].cache = recordBytes(t, &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Header{Header: h}}, &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{}}})
+		}, []string{snap + ": it is of entry 1 of cluster 0000000000000001, and should be", advice, backup}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fs := first.clone()
+			c.damage(fs)
+			wantRefusal(t, fs, 1, c.words...)
+		})
+	}
+	p, err := openDiskNode(first, 1) // and undamaged it is not refused
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tidy(first, p); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDiskEveryByte: damage to any byte of the identity or of a snapshot.
+func TestDiskEveryByte(t *testing.T) {
+	fs, snap := usedDir(t)
+	for path, step := range map[string]int{simDir + "/identity": 1, snap: raceStep(7)} {
+		b := fs.names[path].cache
+		for i := 0; i < len(b); i += step {
+			bit := byte(1) << (i % 8)
+			b[i] ^= bit
+			wantRefusal(t, fs, 1, path[2:], "offset", cmp.Or(map[bool]string{true: "does not begin as it should"}[i < 8], "delete its data directory"))
+			if b[i] ^= bit; t.Failed() {
+				t.Fatalf("byte %d of %d of %s", i, len(b), path)
+			}
+		}
+	}
+}
+
+// TestDiskLeavesOthersAlone: a directory may hold what is not the node's.
+func TestDiskLeavesOthersAlone(t *testing.T) {
+	for _, used := range []bool{false, true} {
+		fs := newSimFS()
+		if used {
+			fs, _ = usedDir(t)
+		}
+		foreign := []string{"LOCK", "backup.snap", "letter.tmp", "1.wal", "0123456789abcdef.snap", "notes"}
+		for _, name := range foreign {
+			fs.names[simDir+"/"+name] = &simFile{}
+		}
+		fs = fs.clone()
+		p, err := openDiskNode(fs, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if used != (p.n.rn != nil) {
+			t.Error("in a cluster: ", !used)
+		}
+		for _, name := range foreign {
+			if fs.names[simDir+"/"+name] == nil {
+				t.Errorf("%s is gone", name)
+			}
+		}
+	}
+}
+
+// TestDiskSyncs: a write costs a sync on the leader and one on a follower. What
+// is committed costs none.
+func TestDiskSyncs(t *testing.T) {
+	syncs := func(p *diskNode, f func() error) int {
+		t.Helper()
+		p.fs.calls = nil
+		if err := f(); err != nil {
+			t.Fatal(err)
+		}
+		return len(slices.DeleteFunc(p.fs.calls, func(c string) bool { return !strings.HasPrefix(c, "sync") }))
+	}
+	p, err := openDiskNode(newSimFS(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.d.segmentBytes = 1 << 20
+	_, _ = p.n.bootstrap()
+	if err := p.settle(); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if n := syncs(p, func() error { return p.do(diskOp{"k", []byte("v")}) }); n != 1 {
+			t.Errorf("a write costs %d syncs on the leader", n)
+		}
+	}
+	f, err := openFollower(newSimFS())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.d.segmentBytes = 1 << 20
+	if err := f.snapshot(); err != nil {
+		t.Fatal(err)
+	}
+	if n := syncs(f.diskNode, func() error { return f.hears(f.entries(diskOp{"k", []byte("v")})) }); n != 1 {
+		t.Errorf("a write costs %d syncs on a follower", n)
+	}
+	if n := syncs(f.diskNode, func() error { return f.hears(f.entries()) }); n != 0 || f.n.store.index != f.last {
+		t.Errorf("a commit costs %d syncs, applied %d of %d", n, f.n.store.index, f.last)
+	}
+	// A commit that comes while the disk writes waits for it, and costs none either.
+	if n := syncs(f.diskNode, func() error {
+		f.n.turn(input{messages: []inbound{{f.to(f.entries(diskOp{"k", []byte("w")})), f.hello}}})
+		if err := f.d.write(); err != nil { // the loop does not know yet
+			return err
+		}
+		before := f.n.queued
+		f.n.turn(input{messages: []inbound{{f.to(f.entries()), f.hello}}})
+		if f.n.queued != before+1 {
+			t.Error("it did not have to wait")
+		}
+		return f.settle()
+	}); n != 1 || f.n.store.index != f.last {
+		t.Errorf("an entry, and its commit meanwhile, cost %d syncs, applied %d of %d", n, f.n.store.index, f.last)
+	}
+}
