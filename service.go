@@ -21,8 +21,10 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -38,7 +40,9 @@ const (
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
-	maxStreamsPerConnection = 4096
+	maxStreamsPerConnection = 1024
+	// maxHeaderBytes bounds the metadata of a call.
+	maxHeaderBytes = 16 << 10
 	// adminTimeout bounds requests of ClusterService that have no deadline.
 	adminTimeout = time.Minute
 	// probeTimeout bounds the wait for a node to say who it is.
@@ -163,6 +167,7 @@ func newServer(n *node, nw *network) *server {
 	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.InitialWindowSize(windowBytes),
 		grpc.InitialConnWindowSize(windowBytes),
@@ -217,6 +222,11 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		return nil, toStatus(err, strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName))
 	}
 	_ = grpc.SetHeader(ctx, *s.leader.Load())
+	if p, ok := grpcpeer.FromContext(ctx); ok {
+		if c, ok := p.Addr.(*limitedConn); ok && !c.answered(proto.Size(resp.(proto.Message))) {
+			return nil, toStatus(errOverloaded, true)
+		}
+	}
 	return resp, nil
 }
 
