@@ -504,6 +504,7 @@ func (c *client) do(ctx context.Context, method string, req, resp proto.Message,
 func (c *client) call(ctx context.Context, method string, req, resp proto.Message) error {
 	deadline, _ := ctx.Deadline()
 	write, unknown := slices.Contains(writes, method), false
+	var said []string
 	for {
 		addrs, failures, again := slices.Clone(c.endpoints), []string{}, true
 		for i := 0; i < len(addrs) && again; i++ {
@@ -520,8 +521,11 @@ func (c *client) call(ctx context.Context, method string, req, resp proto.Messag
 				addrs = slices.Insert(addrs, i+1, f.leader)
 			}
 		}
+		if said == nil || ctx.Err() == nil {
+			said = failures // what failed before the time was up tells more
+		}
 		if !again || !write || ctx.Err() != nil || time.Until(deadline) < pollInterval {
-			return errors.New(oneOf(unknown, "the outcome is unknown, it may or may not have been applied: ", "") + strings.Join(failures, "; "))
+			return errors.New(oneOf(unknown, "the outcome is unknown, it may or may not have been applied: ", "") + strings.Join(said, "; "))
 		}
 		time.Sleep(pollInterval)
 	}

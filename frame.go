@@ -52,12 +52,12 @@ func (f *frameWriter) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// flush writes the frame that was begun.
+// flush writes the frame that was begun, if one was.
 func (f *frameWriter) flush() error {
-	if f.err != nil {
+	data := f.buf[frameHeaderBytes:]
+	if f.err != nil || len(data) == 0 {
 		return f.err
 	}
-	data := f.buf[frameHeaderBytes:]
 	f.sum = crc32.Update(f.sum, castagnoli, data)
 	binary.LittleEndian.PutUint32(f.buf, uint32(len(data)))
 	binary.LittleEndian.PutUint32(f.buf[4:], f.sum)

@@ -239,7 +239,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	defer endLoop()
 	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
 	go func() { loopErr <- n.run(loop) }()
-	go func() { serveErr <- s.grpc.Serve(listener) }()
+	go func() { serveErr <- s.grpc.Serve(&limiter{Listener: listener, conns: map[*limitedConn]bool{}}) }()
 	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address)
 	ready(s)
 

@@ -35,7 +35,7 @@ const (
 	// maxStreamBytes is where a batch of messages is cut: one more may follow.
 	maxStreamBytes = 1 << 20
 	// maxMessageBytes is the largest gRPC message that a node accepts.
-	maxMessageBytes = 8 << 20
+	maxMessageBytes = 4 << 20
 	// maxStrangers bounds the peers that no configuration names, yet.
 	maxStrangers = 16
 	// helloTimeout bounds how long a stream may stay silent at its start, and

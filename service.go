@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -42,13 +43,15 @@ const (
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
-	maxStreamsPerConnection = 4096
+	maxStreamsPerConnection = 1024
+	// maxHeaderBytes bounds the metadata of a call.
+	maxHeaderBytes = 16 << 10
 	// adminTimeout bounds requests of ClusterService that have no deadline.
 	adminTimeout = time.Minute
 	// probeTimeout bounds the wait for a node to say who it is.
 	probeTimeout = 3 * time.Second
 	// maxMargin bounds how long before its caller's deadline a call ends.
-	maxMargin = 50 * time.Millisecond
+	maxMargin = 100 * time.Millisecond
 
 	errorDomain     = "kv.v1"
 	leaderMetadata  = "x-raft-leader"
@@ -156,6 +159,7 @@ func newServer(n *node, nw *network) *server {
 		grpc.UnaryInterceptor(s.intercept),
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.InitialWindowSize(windowBytes),
 		grpc.InitialConnWindowSize(windowBytes),
@@ -206,6 +210,11 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		return nil, toStatus(err, strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName))
 	}
 	_ = grpc.SetHeader(ctx, *s.leader.Load())
+	if p, ok := grpcpeer.FromContext(ctx); ok {
+		if c, ok := p.Addr.(*limitedConn); ok && !c.answered(proto.Size(resp.(proto.Message))) {
+			return nil, toStatus(errOverloaded, true)
+		}
+	}
 	return resp, nil
 }
 

@@ -667,7 +667,7 @@ func TestReasonsArrive(t *testing.T) {
 		}},
 	} {
 		eventually(t, func() error {
-			ctx, cancel := context.WithTimeout(c.ctx, 300*time.Millisecond)
+			ctx, cancel := context.WithTimeout(c.ctx, time.Second)
 			defer cancel()
 			if err := tt.call(ctx, c.nodes[leader]); status.Code(err) != codes.DeadlineExceeded || reasonOf(err) != tt.reason {
 				return fmt.Errorf("got %v %q, want %s", err, reasonOf(err), tt.reason)
