@@ -44,8 +44,8 @@ func (b *bench) connect(ctx context.Context, echo string) (err error) {
 		}
 	}
 	if b.setShare < 1 && b.fill {
-		fmt.Fprintf(b.stderr, "setting %s keys\n", load.Count(float64(b.keys)))
-		if err := load.Fill(ctx, b.kv, load.Options{Keys: b.keys, KeySize: b.keySize, Value: load.Value(b.valueSize), Progress: b.progress("fill")}); err != nil {
+		fmt.Fprintf(b.stderr, "setting %s keys\n", load.Count(float64(b.sizes.Keys)))
+		if err := load.Fill(ctx, b.kv, load.Options{Keys: b.sizes.Keys, KeySize: b.sizes.Key, Value: load.Value(b.sizes.Value), Progress: b.progress("fill")}); err != nil {
 			return err
 		}
 	}
@@ -77,16 +77,20 @@ func (b *bench) progress(what string) func(load.Result) {
 	}
 }
 
-// measure measures bare RPC and the nodes in turn.
-func (b *bench) measure(ctx context.Context, l load.Options) (*point, error) {
-	bareLoad := l
-	bareLoad.Pipeline = false
+// bareLoad is the load on bare RPC that goes with one on the nodes.
+func (b *bench) bareLoad(l load.Options) load.Options {
 	if l.Pipeline {
-		bareLoad.Depth = 1
+		l.Pipeline, l.Depth = false, 1
 	}
 	if b.bareClients > 0 {
-		bareLoad.Clients = b.bareClients
+		l.Clients = b.bareClients
 	}
+	return l
+}
+
+// measure measures bare RPC and the nodes in turn.
+func (b *bench) measure(ctx context.Context, l load.Options) (*point, error) {
+	bareLoad := b.bareLoad(l)
 	p := &point{Clients: l.Clients, Rate: l.Rate}
 	target, bare := &series{}, &series{}
 	for round := range b.rounds {

@@ -5,16 +5,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"raft-key-value/bench/internal/load"
@@ -25,9 +24,7 @@ type options struct {
 	endpoints   []string
 	op          string
 	setShare    float64
-	keySize     int
-	valueSize   int
-	keys        uint64
+	sizes       load.Sizes
 	clients     []int
 	rates       []float64
 	connections int
@@ -46,31 +43,14 @@ type options struct {
 	plot        string
 }
 
-func main() {
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	status := execute(ctx, os.Args[1:])
-	cancel()
-	os.Exit(status)
-}
+func main() { os.Exit(load.Main("bench", execute)) }
 
-// execute returns the exit status.
-func execute(ctx context.Context, args []string) int {
-	served, err := load.ServeEcho(args)
-	if !served {
-		var o options
-		if o, err = parseOptions(args, os.Stderr); errors.Is(err, flag.ErrHelp) {
-			return 0
-		} else if err != nil {
-			fmt.Fprintf(os.Stderr, "bench: %v\n", err)
-			return 2
-		}
-		err = run(ctx, o, os.Stdout, os.Stderr)
-	}
+func execute(ctx context.Context, args []string) error {
+	o, err := parseOptions(args, os.Stderr)
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
-		return 1
+		return load.Usage(err)
 	}
-	return 0
+	return run(ctx, o, os.Stdout, os.Stderr)
 }
 
 // sweep is what --plot draws if no clients are named.
@@ -84,9 +64,7 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	endpoints := fs.String("endpoints", "127.0.0.1:21001", "`host:port,...` of nodes")
 	fs.StringVar(&o.op, "op", "set", "set, get or mixed")
 	fs.Float64Var(&o.setShare, "set-share", .5, "share of sets in mixed")
-	fs.IntVar(&o.keySize, "key-size", 16, "`bytes` of a key")
-	fs.IntVar(&o.valueSize, "value-size", 128, "`bytes` of a value")
-	fs.Uint64Var(&o.keys, "keys", 10_000, "keys to choose from, all equally often")
+	load.SizeFlags(fs, &o.sizes)
 	clients := fs.String("clients", "", "how many at once; `n,...` measures one after the other (default 64; with --plot "+sweep+")")
 	rates := fs.String("rate", "", "operations a second of all clients, whether they are answered or not; `n,...` measures one after the other (default: each client's next operation follows its last)")
 	fs.IntVar(&o.connections, "connections", 16, "the most connections; never more than clients")
@@ -107,11 +85,8 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 		fmt.Fprintln(stderr, "bench puts a raft-key-value cluster under load.\n\nFlags:")
 		fs.PrintDefaults()
 	}
-	if err := fs.Parse(args); err != nil {
+	if err := load.ParseFlags(fs, args); err != nil {
 		return o, err
-	}
-	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unknown argument %q", fs.Arg(0))
 	}
 	for e := range strings.SplitSeq(*endpoints, ",") {
 		o.endpoints = append(o.endpoints, strings.TrimSpace(e))
@@ -122,28 +97,16 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 		*clients = "64"
 	}
 	var err error
-	if o.clients, err = list(*clients, strconv.Atoi); err != nil {
+	if o.clients, err = load.ParseList(*clients, strconv.Atoi); err != nil {
 		return o, fmt.Errorf("--clients: %w", err)
 	}
 	if *rates != "" {
-		if o.rates, err = list(*rates, func(s string) (float64, error) { return strconv.ParseFloat(s, 64) }); err != nil {
+		if o.rates, err = load.ParseList(*rates, func(s string) (float64, error) { return strconv.ParseFloat(s, 64) }); err != nil {
 			return o, fmt.Errorf("--rate: %w", err)
 		}
 	}
 	o.defaults()
 	return o, o.check()
-}
-
-// list parses numbers that are separated by commas.
-func list[T any](s string, parse func(string) (T, error)) (numbers []T, err error) {
-	for part := range strings.SplitSeq(s, ",") {
-		n, err := parse(strings.TrimSpace(part))
-		if err != nil {
-			return nil, err
-		}
-		numbers = append(numbers, n)
-	}
-	return numbers, nil
 }
 
 // defaults fills in what depends on other settings.
@@ -184,12 +147,6 @@ func (o *options) check() error {
 		return fmt.Errorf("-o %q is not text or json", o.output)
 	case !(o.setShare >= 0 && o.setShare <= 1):
 		return fmt.Errorf("--set-share %v is not between 0 and 1", o.setShare)
-	case o.keySize < 1 || o.keySize > 64<<10:
-		return fmt.Errorf("--key-size %d is not between 1 and 65536", o.keySize)
-	case o.valueSize < 0 || o.valueSize > 1<<20:
-		return fmt.Errorf("--value-size %d is not between 0 and 1048576", o.valueSize)
-	case o.keys < 1 || o.keySize < 16 && o.keys > 1<<(4*o.keySize):
-		return fmt.Errorf("--keys %d do not fit into --key-size %d", o.keys, o.keySize)
 	case o.connections < 1 || o.connections > 10_000:
 		return fmt.Errorf("--connections %d is not between 1 and 10000", o.connections)
 	case o.depth < 1 || o.depth > 65536:
@@ -201,22 +158,17 @@ func (o *options) check() error {
 	case len(o.rates) > 0 && len(o.clients) > 1:
 		return errors.New("either --clients or --rate may be a list")
 	}
-	for _, c := range o.clients {
-		if c < 1 || c > 10_000 {
-			return fmt.Errorf("--clients %d is not between 1 and 10000", c)
-		}
-	}
 	for _, r := range o.rates {
 		if !(r > 0 && r <= 1e7) {
 			return fmt.Errorf("--rate %v is not between 0 and 10000000", r)
 		}
 	}
-	return nil
+	return cmp.Or(o.sizes.Check(), load.CheckClients(o.clients))
 }
 
 // run measures and reports.
 func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
-	echo, err := load.StartEcho(o.valueSize)
+	echo, err := load.StartEcho(o.sizes.Value)
 	if err != nil {
 		return err
 	}
@@ -250,7 +202,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 func (o *options) loads() (loads []load.Options) {
 	base := load.Options{
 		Clients: o.clients[0], Depth: o.depth, Pipeline: o.mode == "pipeline", Warmup: o.warmup, Duration: o.duration / time.Duration(o.rounds),
-		SetShare: o.setShare, Keys: o.keys, KeySize: o.keySize, Value: load.Value(o.valueSize),
+		SetShare: o.setShare, Keys: o.sizes.Keys, KeySize: o.sizes.Key, Value: load.Value(o.sizes.Value),
 	}
 	for _, r := range o.rates {
 		base.Rate = r

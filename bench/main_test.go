@@ -77,6 +77,13 @@ func TestDefaults(t *testing.T) {
 	if o := parse("--mode pipeline"); o.depth != 1000 || o.bareClients != 256 || !o.loads()[0].Pipeline {
 		t.Errorf("%+v", o)
 	}
+	piped := &bench{options: parse("--mode pipeline")}
+	if l := piped.bareLoad(piped.loads()[0]); l.Pipeline || l.Depth != 1 || l.Clients != 256 {
+		t.Errorf("%+v", l)
+	}
+	if b := (&bench{options: parse("--depth 3")}); b.bareLoad(b.loads()[0]).Depth != 3 || b.bareLoad(b.loads()[0]).Clients != 64 {
+		t.Errorf("%+v", b)
+	}
 	if l := new(parse("--plot x.svg")).loads(); len(l) != 10 || l[9].Clients != 512 {
 		t.Errorf("%+v", l)
 	}
@@ -87,7 +94,7 @@ func TestDefaults(t *testing.T) {
 
 // testReport has points as a machine might give, and one without an answer.
 func testReport() *report {
-	r := &report{Settings: settings{Op: "set", SetShare: 1, KeySize: 16, ValueSize: 128, Mode: "unary", Depth: 1, Target: "leader", Addresses: []string{"a<b&c:1"}}}
+	r := &report{Settings: settings{Op: "set", SetShare: 1, KeySize: 16, ValueSize: 128, Mode: "a<b&c", Depth: 1, Target: "leader", Addresses: []string{"127.0.0.1:1"}}}
 	for i, n := range []int{1, 64, 1000} {
 		r.Points = append(r.Points, &point{
 			Clients: n, Share: .5, BareClients: n,

@@ -35,7 +35,7 @@ type settings struct {
 }
 
 func (o *options) settings(addresses []string) settings {
-	return settings{addresses, o.op, o.setShare, o.keySize, o.valueSize, o.keys, o.connections, o.depth, o.mode, o.target, o.local, o.sessions, o.duration.Seconds(), o.rounds}
+	return settings{addresses, o.op, o.setShare, o.sizes.Key, o.sizes.Value, o.sizes.Keys, o.connections, o.depth, o.mode, o.target, o.local, o.sessions, o.duration.Seconds(), o.rounds}
 }
 
 // point is one load.

@@ -34,7 +34,7 @@ type compare struct {
 
 // start starts all systems and makes all ready that is not to be measured.
 func (c *compare) start(ctx context.Context) (err error) {
-	if c.echo, err = load.StartEcho(c.valueSize); err != nil {
+	if c.echo, err = load.StartEcho(c.sizes.Value); err != nil {
 		return err
 	}
 	if c.pingPong, err = c.echo.PingPong(); err != nil {
@@ -93,7 +93,7 @@ func (c *compare) leaveOut(format string, args ...any) {
 // prepare sets all keys and opens sessions.
 func (c *compare) prepare(ctx context.Context) error {
 	fmt.Fprintln(c.stderr, "setting all keys")
-	fill := load.Options{Keys: c.keys, KeySize: c.keySize, Value: load.Value(c.valueSize)}
+	fill := load.Options{Keys: c.sizes.Keys, KeySize: c.sizes.Key, Value: load.Value(c.sizes.Value)}
 	for _, t := range []load.Target{c.memory.KV, c.etcdTarget(c.noSync, false)} {
 		if t != nil {
 			if err := load.Fill(ctx, t, fill); err != nil {
@@ -195,7 +195,7 @@ type cell struct {
 
 // plan lists what is measured in a round, in order: each after its ceiling.
 func (c *compare) plan() (cells []*cell) {
-	base := load.Options{Depth: 1, Warmup: c.warmup, Duration: c.duration, Keys: c.keys, KeySize: c.keySize, Value: load.Value(c.valueSize)}
+	base := load.Options{Depth: 1, Warmup: c.warmup, Duration: c.duration, Keys: c.sizes.Keys, KeySize: c.sizes.Key, Value: load.Value(c.sizes.Value)}
 	add := func(name string, t load.Target, clients int, setShare float64, depth int, pipeline bool) {
 		o := base
 		o.Clients, o.SetShare, o.Depth, o.Pipeline = clients, setShare, depth, pipeline

@@ -6,17 +6,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strconv"
-	"strings"
-	"syscall"
 	"time"
 
 	"raft-key-value/bench/internal/load"
@@ -24,52 +22,33 @@ import (
 
 // options are the program's settings.
 type options struct {
-	clients   []int
-	rounds    int
-	duration  time.Duration
-	warmup    time.Duration
-	keySize   int
-	valueSize int
-	keys      uint64
-	depth     int
-	sessions  bool
-	etcd      bool
-	durable   bool
-	pipeline  bool
-	binary    string
-	source    string
-	dir       string
-	output    string
+	clients  []int
+	rounds   int
+	duration time.Duration
+	warmup   time.Duration
+	sizes    load.Sizes
+	depth    int
+	sessions bool
+	etcd     bool
+	durable  bool
+	pipeline bool
+	binary   string
+	source   string
+	dir      string
+	output   string
 }
 
-func main() {
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	status := execute(ctx, os.Args[1:])
-	cancel()
-	os.Exit(status)
-}
+func main() { os.Exit(load.Main("compare", execute)) }
 
-// execute returns the exit status.
-func execute(ctx context.Context, args []string) int {
-	served, err := load.ServeEcho(args)
-	if !served {
-		served, err = serveEtcd(args)
+func execute(ctx context.Context, args []string) error {
+	if served, err := serveEtcd(args); served {
+		return err
 	}
-	if !served {
-		var o options
-		if o, err = parseOptions(args, os.Stderr); errors.Is(err, flag.ErrHelp) {
-			return 0
-		} else if err != nil {
-			fmt.Fprintf(os.Stderr, "compare: %v\n", err)
-			return 2
-		}
-		err = run(ctx, o, os.Stdout, os.Stderr)
-	}
+	o, err := parseOptions(args, os.Stderr)
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "compare: %v\n", err)
-		return 1
+		return load.Usage(err)
 	}
-	return 0
+	return run(ctx, o, os.Stdout, os.Stderr)
 }
 
 // parseOptions reads the settings.
@@ -81,9 +60,7 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	fs.IntVar(&o.rounds, "rounds", 5, "rounds of all systems in turn; medians count")
 	fs.DurationVar(&o.duration, "duration", time.Second, "time of each measurement in each round")
 	fs.DurationVar(&o.warmup, "warmup", 250*time.Millisecond, "time before each measurement that does not count")
-	fs.IntVar(&o.keySize, "key-size", 16, "`bytes` of a key")
-	fs.IntVar(&o.valueSize, "value-size", 128, "`bytes` of a value")
-	fs.Uint64Var(&o.keys, "keys", 10_000, "keys to choose from, all equally often")
+	load.SizeFlags(fs, &o.sizes)
 	fs.IntVar(&o.depth, "depth", 1000, "sets in flight on a stream")
 	fs.BoolVar(&o.sessions, "sessions", true, "give writes ids, so that they take effect once")
 	fs.BoolVar(&o.etcd, "etcd", true, "measure etcd, too")
@@ -97,18 +74,12 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 		fmt.Fprintln(stderr, "compare measures raft-key-value beside etcd and bare RPC.\n\nFlags:")
 		fs.PrintDefaults()
 	}
-	if err := fs.Parse(args); err != nil {
+	if err := load.ParseFlags(fs, args); err != nil {
 		return o, err
 	}
-	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unknown argument %q", fs.Arg(0))
-	}
-	for part := range strings.SplitSeq(*clients, ",") {
-		n, err := strconv.Atoi(strings.TrimSpace(part))
-		if err != nil || n < 1 || n > 10_000 {
-			return o, fmt.Errorf("--clients: %q is not between 1 and 10000", part)
-		}
-		o.clients = append(o.clients, n)
+	var err error
+	if o.clients, err = load.ParseList(*clients, strconv.Atoi); err != nil {
+		return o, fmt.Errorf("--clients: %w", err)
 	}
 	return o, o.check()
 }
@@ -117,16 +88,12 @@ func (o *options) check() error {
 	switch {
 	case o.rounds < 1 || o.duration < 10*time.Millisecond || o.warmup < 0:
 		return errors.New("--rounds has to be 1 or more, --duration 10ms or more, --warmup not negative")
-	case o.keySize < 1 || o.keySize > 64<<10 || o.valueSize < 0 || o.valueSize > 1<<20:
-		return errors.New("--key-size has to be between 1 and 65536, --value-size between 0 and 1048576")
-	case o.keys < 1 || o.keySize < 16 && o.keys > 1<<(4*o.keySize):
-		return fmt.Errorf("--keys %d do not fit into --key-size %d", o.keys, o.keySize)
 	case o.depth < 1 || o.depth > 1000:
 		return fmt.Errorf("--depth %d is not between 1 and 1000, which is what a session remembers", o.depth)
 	case o.output != "text" && o.output != "json":
 		return fmt.Errorf("-o %q is not text or json", o.output)
 	}
-	return nil
+	return cmp.Or(o.sizes.Check(), load.CheckClients(o.clients))
 }
 
 // run starts everything, measures, reports, and ends everything.

@@ -57,7 +57,7 @@ var (
 func (c *compare) report(cells []*cell) *report {
 	r := &report{
 		Machine: load.ThisMachine(c.pingPong), FsyncUs: float64(c.fsync) / float64(time.Microsecond),
-		KeySize: c.keySize, ValueSize: c.valueSize, Keys: c.keys, Sessions: c.sessions, Rounds: c.rounds, Seconds: c.duration.Seconds(),
+		KeySize: c.sizes.Key, ValueSize: c.sizes.Value, Keys: c.sizes.Keys, Sessions: c.sessions, Rounds: c.rounds, Seconds: c.duration.Seconds(),
 		LeftOut: c.leftOut, Clients: c.clients,
 	}
 	if c.etcd {

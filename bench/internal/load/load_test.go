@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -331,6 +332,34 @@ func TestPipelineErrors(t *testing.T) {
 	failed := r.Errors["RESOURCE_EXHAUSTED OVERLOADED"]
 	if err != nil || failed == 0 || r.Failed() != failed || r.Operations != 2*failed {
 		t.Errorf("%d operations, errors %v, %v", r.Operations, r.Errors, err)
+	}
+}
+
+// TestWindow pops operations in the order in which they were pushed, around the
+// end of the ring, and no more than there are.
+func TestWindow(t *testing.T) {
+	w := newWindow(3)
+	at := func(seconds ...int64) (times []time.Time) {
+		for _, s := range seconds {
+			times = append(times, time.Unix(s, 0))
+		}
+		return times
+	}
+	w.push(at(1, 2))
+	if n := w.room(); n != 1 {
+		t.Errorf("room for %d", n)
+	}
+	one, _ := w.pop(1, nil)
+	w.push(at(3, 4))
+	rest, err := w.pop(3, nil)
+	if err != nil || !slices.Equal(one, at(1)) || !slices.Equal(rest, at(2, 3, 4)) {
+		t.Errorf("%v, %v, %v", one, rest, err)
+	}
+	if _, err := w.pop(1, nil); err == nil {
+		t.Error("popped what was not pushed")
+	}
+	if w.push(at(5)); w.fail(errors.New("ended")) != 1 || w.room() != 0 {
+		t.Error("room in a stream that has ended")
 	}
 }
 
