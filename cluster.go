@@ -44,7 +44,7 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 	defer cancel()
 	md, _ := metadata.FromIncomingContext(ctx)
 	forwarded := len(md.Get(forwardMetadata)) > 0
-	for {
+	for leaderless := time.Duration(0); ; {
 		p := s.n.pub.Load()
 		err := errNotLeader
 		switch {
@@ -53,41 +53,23 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 		case p.leading:
 			err = local(ctx)
 		case forwarded:
-		case p.leader == nil || p.lead == p.raftID:
-			if err := s.awaitLeader(ctx); err != nil {
+		case p.leader == nil || p.lead == p.raftID: // none, or this node has not settled
+			if err = p.noLeader; leaderless > leaderWait {
 				return err
 			}
-			continue
+			leaderless += s.n.opts.heartbeat
 		default:
 			err = s.forward(ctx, p.leader.Address, req, resp)
 		}
 		// The node at the leader's address may be another life by now, in no cluster.
 		reason := errorReason(err)
-		again := err == errNotLeader || reason == "NOT_INITIALIZED" || status.Code(err) == codes.Unavailable && reason != "UNREACHABLE"
+		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) || reason == "NOT_INITIALIZED" ||
+			status.Code(err) == codes.Unavailable && reason != "UNREACHABLE"
 		if !again || forwarded {
 			return err
 		}
 		if sleep(ctx, s.n.opts.heartbeat); ctx.Err() != nil {
 			return err
-		}
-	}
-}
-
-// awaitLeader waits until a leader is known that has settled.
-func (s *server) awaitLeader(ctx context.Context) error {
-	t := time.NewTimer(leaderWait)
-	defer t.Stop()
-	for {
-		p := s.n.pub.Load()
-		if p.leading || p.leader != nil && p.lead != p.raftID {
-			return nil
-		}
-		select {
-		case <-p.next:
-		case <-t.C:
-			return p.noLeader
-		case <-ctx.Done():
-			return ctx.Err()
 		}
 	}
 }
@@ -153,7 +135,7 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 		return nil, err
 	}
 	todo = append(todo, "change-membership "+strings.Trim(fmt.Sprint(ids), "[]"))
-	err := s.awaitLeader(ctx)
+	err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil })
 	for i := 0; err == nil && i < len(others); i++ {
 		if err = s.addLearner(ctx, others[i]); err == nil {
 			todo = todo[1:]
@@ -539,9 +521,8 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	}
 	// Explicit: raft would leave the joint configuration without looking who leads.
 	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx, Transition: raftpb.ConfChangeTransitionJointExplicit.Enum()}
-	stays := changes[0].GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(changes[0].GetNodeId())
-	if len(changes) == 1 && stays && changes[0].GetType() != raftpb.ConfChangeRemoveNode {
-		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // nobody leaves
+	if c := changes[0]; len(changes) == 1 && (c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())) {
+		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // no voter leaves
 	}
 	if err := n.store.checkConfChange(cc, who); err != nil {
 		return err
