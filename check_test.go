@@ -377,9 +377,8 @@ func checkRows() []checkRow {
 		{name: "append: type of entry", peer: newFollower, bad: withType(appendMessage(3, 3, 8, 7, logEntry(9, 3, nil)), 3, nil), good: withType(appendMessage(3, 3, 8, 7, logEntry(9, 3, nil)), 0, []byte{0xff})},
 
 		conf("garbage", garbage(confEntry(changes())), confEntry(changes())),
-		conf("garbage, old form", garbage(confEntryV1(v1(4))), confEntryV1(v1(4))),
+		conf("old form", confEntryV1(v1(4)), confEntry(changes(addNode(4)))),
 		conf("raft ID 0", confEntry(changes(addNode(0))), confEntry(changes(addNode(4)))),
-		conf("raft ID 0, old form", confEntryV1(v1(0)), confEntryV1(v1(4))),
 		conf("raft ID 0 among others", confEntry(changes(addNode(4), addNode(0))), confEntry(changes(addNode(4), addNode(5)))),
 		conf("raft ID of raft", confEntry(changes(addNode(maxRaftID))), confEntry(changes(addNode(maxRaftID-1)))),
 		{name: "change: unknown transition", peer: newFollower, bad: appendMessage(3, 3, 8, 9, confEntry(&raftpb.ConfChangeV2{Transition: raftpb.ConfChangeTransition(3).Enum()})), good: appendMessage(3, 3, 8, 9, confEntry(&raftpb.ConfChangeV2{Transition: raftpb.ConfChangeTransition(2).Enum()})),

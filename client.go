@@ -440,7 +440,6 @@ func oneOf(b bool, yes, no string) string {
 
 // health polls if it waits: a stream would end with a node that restarts.
 func (c *client) health(ctx context.Context) error {
-	deadline, _ := ctx.Deadline()
 	c.local, c.timeout = true, min(c.timeout, askTimeout) // One node that hangs must not take up the wait.
 	for {
 		req, resp := &healthpb.HealthCheckRequest{Service: c.service}, new(healthpb.HealthCheckResponse)
@@ -448,10 +447,12 @@ func (c *client) health(ctx context.Context) error {
 		if err == nil && resp.Status == healthpb.HealthCheckResponse_SERVING {
 			return c.print(protoJSON{resp}, "SERVING\n")
 		}
-		if !c.wait || ctx.Err() != nil || time.Until(deadline) < pollInterval {
+		if c.wait {
+			sleep(ctx, pollInterval)
+		}
+		if !c.wait || ctx.Err() != nil {
 			return cmp.Or(err, fmt.Errorf("%q is %v", c.service, resp.Status))
 		}
-		time.Sleep(pollInterval)
 	}
 }
 

@@ -44,7 +44,7 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 	defer cancel()
 	md, _ := metadata.FromIncomingContext(ctx)
 	forwarded := len(md.Get(forwardMetadata)) > 0
-	for {
+	for leaderless := time.Duration(0); ; {
 		p := s.n.pub.Load()
 		err := errNotLeader
 		switch {
@@ -53,41 +53,23 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 		case p.leading:
 			err = local(ctx)
 		case forwarded:
-		case p.leader == nil || p.lead == p.raftID:
-			if err := s.awaitLeader(ctx); err != nil {
+		case p.leader == nil || p.lead == p.raftID: // none, or this node has not settled
+			if err = p.noLeader; leaderless > leaderWait {
 				return err
 			}
-			continue
+			leaderless += s.n.opts.heartbeat
 		default:
 			err = s.forward(ctx, p.leader.Address, req, resp)
 		}
 		// The node at the leader's address may be another life by now, in no cluster.
 		reason := errorReason(err)
-		again := err == errNotLeader || reason == "NOT_INITIALIZED" || status.Code(err) == codes.Unavailable && reason != "UNREACHABLE"
+		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) || reason == "NOT_INITIALIZED" ||
+			status.Code(err) == codes.Unavailable && reason != "UNREACHABLE"
 		if !again || forwarded {
 			return err
 		}
 		if sleep(ctx, s.n.opts.heartbeat); ctx.Err() != nil {
 			return err
-		}
-	}
-}
-
-// awaitLeader waits until a leader is known that has settled.
-func (s *server) awaitLeader(ctx context.Context) error {
-	t := time.NewTimer(leaderWait)
-	defer t.Stop()
-	for {
-		p := s.n.pub.Load()
-		if p.leading || p.leader != nil && p.lead != p.raftID {
-			return nil
-		}
-		select {
-		case <-p.next:
-		case <-t.C:
-			return p.noLeader
-		case <-ctx.Done():
-			return ctx.Err()
 		}
 	}
 }
@@ -244,9 +226,7 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	case present != nil:
 		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	case m.Id == n.self.Id: // whoever leads is not replaced
-		if to := n.successor(n.store.conf.GetVoters()); to != 0 {
-			n.transferLeader(to)
-		} else if len(n.store.conf.GetVoters()) == 1 {
+		if voters := n.store.conf.GetVoters(); !n.handOver(voters) && len(voters) == 1 {
 			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
 				fmt.Sprintf("node %d is at %s and leads; no other voter could lead while it is replaced", m.Id, n.self.Address))
 		}
@@ -353,8 +333,7 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	}
 	if !slices.Contains(want, n.raftID) {
 		// This node leaves: the change is made by one who stays.
-		if to := n.successor(want); to != 0 {
-			n.transferLeader(to)
+		if n.handOver(want) {
 			return false, nil
 		}
 		changes = changes[:0]
@@ -465,7 +444,7 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	if n.mayChange() {
 		*start = cmp.Or(*start, n.now)
 		if n.progressOf()[ids[0]].RecentActive { // else raft would take no writes for nothing
-			n.transferLeader(ids[0])
+			n.handOver(ids)
 		}
 	}
 	return false, nil
@@ -540,9 +519,8 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	}
 	// Explicit: raft would leave the joint configuration without looking who leads.
 	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx, Transition: raftpb.ConfChangeTransitionJointExplicit.Enum()}
-	stays := changes[0].GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(changes[0].GetNodeId())
-	if len(changes) == 1 && stays && changes[0].GetType() != raftpb.ConfChangeRemoveNode {
-		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // nobody leaves
+	if c := changes[0]; len(changes) == 1 && (c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())) {
+		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // no voter leaves
 	}
 	if err := n.store.checkConfChange(cc, who); err != nil {
 		return err
@@ -558,15 +536,9 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 func (n *node) leaveJoint() {
 	if n.isVoter(n.raftID) {
 		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
-	} else if to := n.successor(n.store.conf.GetVoters()); to != 0 {
-		n.rn.TransferLeader(to)
+	} else {
+		n.handOver(n.store.conf.GetVoters())
 	}
-}
-
-// transferLeader asks raft to make another voter the leader.
-func (n *node) transferLeader(to uint64) {
-	n.changeAt = n.now
-	n.rn.TransferLeader(to)
 }
 
 // meeting is a life of a node that is not the one its members know.
@@ -661,15 +633,19 @@ func (n *node) progressOf() map[uint64]progress {
 	return m
 }
 
-// successor returns the raft ID among ids, another than this node, that has
-// most of the log and has been heard of; 0: there is none.
-func (n *node) successor(ids []uint64) (best uint64) {
-	progress := n.progressOf()
+// handOver asks raft to make another node the leader: the voter among ids that
+// has most of the log and has been heard of; false: there is none.
+func (n *node) handOver(ids []uint64) bool {
+	best, progress := uint64(0), n.progressOf()
 	for _, id := range ids {
 		pr, ok := progress[id]
 		if ok && id != n.raftID && !pr.IsLearner && n.connected[id] && (best == 0 || pr.Match > progress[best].Match) {
 			best = id
 		}
 	}
-	return best
+	if best != 0 {
+		n.changeAt = n.now
+		n.rn.TransferLeader(best)
+	}
+	return best != 0
 }

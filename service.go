@@ -256,14 +256,7 @@ func (s *server) handOver(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 2*n.opts.election)
 	defer cancel()
 	_ = n.await(ctx, func() (bool, error) {
-		if n.role != raft.StateLeader {
-			return true, nil
-		}
-		to := n.successor(n.store.conf.GetVoters())
-		if to != 0 && n.mayChange() {
-			n.transferLeader(to)
-		}
-		return to == 0, nil
+		return n.role != raft.StateLeader || n.mayChange() && !n.handOver(n.store.conf.GetVoters()), nil
 	})
 }
 

@@ -1832,10 +1832,8 @@ func (p *proc) die(length float64) {
 func (p *proc) stop(length float64) {
 	s, n := p.s, p.n
 	if n.leads() && n.mayChange() {
-		if to := n.successor(n.store.conf.GetVoters()); to != 0 {
-			n.in.event(func() { n.transferLeader(to) })
-			p.wake()
-		}
+		n.in.event(func() { n.handOver(n.store.conf.GetVoters()) })
+		p.wake()
 	}
 	s.after(5, p, func() {
 		if s.calm || p.site.keeps() == 0 && !s.mayLose(p) {

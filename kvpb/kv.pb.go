@@ -47,7 +47,8 @@ const (
 	ErrorReason_ERROR_REASON_ALREADY_INITIALIZED ErrorReason = 5
 	// NOT_FOUND: no member has this id.
 	ErrorReason_ERROR_REASON_UNKNOWN_MEMBER ErrorReason = 6
-	// ALREADY_EXISTS: another member has this id or address.
+	// ALREADY_EXISTS: another member has this id or address. Or the leader has
+	// the id, and no other voter could lead while it is replaced.
 	ErrorReason_ERROR_REASON_MEMBER_EXISTS ErrorReason = 7
 	// FAILED_PRECONDITION: a learner is too far behind to become a voter, or a
 	// node that is no voter was to lead.
@@ -358,14 +359,13 @@ func (RaftMessageType) EnumDescriptor() ([]byte, []int) {
 	return file_kv_proto_rawDescGZIP(), []int{3}
 }
 
+// EntryType has the numbers of etcd raft's EntryType.
 type EntryType int32
 
 const (
 	// Data is a Batch, or empty at the start of a term.
 	EntryType_ENTRY_TYPE_UNSPECIFIED EntryType = 0
-	// Data is etcd raft's ConfChange, its context a ConfChangeContext.
-	EntryType_ENTRY_TYPE_CONF_CHANGE EntryType = 1
-	// The same with etcd raft's ConfChangeV2.
+	// Data is etcd raft's ConfChangeV2, its context a ConfChangeContext.
 	EntryType_ENTRY_TYPE_CONF_CHANGE_V2 EntryType = 2
 )
 
@@ -373,12 +373,10 @@ const (
 var (
 	EntryType_name = map[int32]string{
 		0: "ENTRY_TYPE_UNSPECIFIED",
-		1: "ENTRY_TYPE_CONF_CHANGE",
 		2: "ENTRY_TYPE_CONF_CHANGE_V2",
 	}
 	EntryType_value = map[string]int32{
 		"ENTRY_TYPE_UNSPECIFIED":    0,
-		"ENTRY_TYPE_CONF_CHANGE":    1,
 		"ENTRY_TYPE_CONF_CHANGE_V2": 2,
 	}
 )
@@ -4484,10 +4482,9 @@ const file_kv_proto_rawDesc = "" +
 	"\x1cRAFT_MESSAGE_TYPE_READ_INDEX\x10\x10\x12)\n" +
 	"%RAFT_MESSAGE_TYPE_READ_INDEX_RESPONSE\x10\x11\x12\x1e\n" +
 	"\x1aRAFT_MESSAGE_TYPE_PRE_VOTE\x10\x12\x12'\n" +
-	"#RAFT_MESSAGE_TYPE_PRE_VOTE_RESPONSE\x10\x13*b\n" +
+	"#RAFT_MESSAGE_TYPE_PRE_VOTE_RESPONSE\x10\x13*F\n" +
 	"\tEntryType\x12\x1a\n" +
-	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1a\n" +
-	"\x16ENTRY_TYPE_CONF_CHANGE\x10\x01\x12\x1d\n" +
+	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\xd6\x02\n" +
 	"\tKVService\x12,\n" +
 	"\x03Get\x12\x11.kv.v1.GetRequest\x1a\x12.kv.v1.GetResponse\x12,\n" +

@@ -701,9 +701,8 @@ type RaftServiceClient interface {
 	// Stream carries messages from the caller to the called node: a Hello,
 	// answered by one Welcome; then, if that accepts, batches of messages.
 	Stream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[StreamRequest, StreamResponse], error)
-	// InstallSnapshot carries one snapshot: a Hello with the first chunk, then
-	// parts of at most 1 MiB. The answer comes once the snapshot has been
-	// handed to raft.
+	// InstallSnapshot carries one snapshot: a Hello, then parts of at most 1 MiB.
+	// The answer comes once the snapshot has been handed to raft.
 	InstallSnapshot(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[InstallSnapshotRequest, InstallSnapshotResponse], error)
 }
 
@@ -750,9 +749,8 @@ type RaftServiceServer interface {
 	// Stream carries messages from the caller to the called node: a Hello,
 	// answered by one Welcome; then, if that accepts, batches of messages.
 	Stream(grpc.BidiStreamingServer[StreamRequest, StreamResponse]) error
-	// InstallSnapshot carries one snapshot: a Hello with the first chunk, then
-	// parts of at most 1 MiB. The answer comes once the snapshot has been
-	// handed to raft.
+	// InstallSnapshot carries one snapshot: a Hello, then parts of at most 1 MiB.
+	// The answer comes once the snapshot has been handed to raft.
 	InstallSnapshot(grpc.ClientStreamingServer[InstallSnapshotRequest, InstallSnapshotResponse]) error
 	mustEmbedUnimplementedRaftServiceServer()
 }
