@@ -245,11 +245,15 @@ func (c *realCluster) refuses() {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
 	defer cancel()
-	_, err := c.leader.kv.Get(ctx, &kvpb.GetRequest{Key: "k"})
-	wantError(c.t, err, codes.Unavailable, "NO_LEADER")
-	if _, err = c.leader.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err == nil {
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_, err := c.leader.kv.Get(ctx, &kvpb.GetRequest{Key: "k"})
+		wantError(c.t, err, codes.Unavailable, "NO_LEADER")
+	})
+	if _, err := c.leader.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err == nil {
 		c.t.Error("a leader that is alone takes a write")
 	}
+	wg.Wait()
 }
 
 // undisturbed checks that the leader has stayed.

@@ -56,7 +56,7 @@ const (
 )
 
 // inBubble calls f with nodes 1 to n that are a cluster.
-func inBubble(t *testing.T, n uint64, f func(*bubble), set ...func(*options)) {
+func inBubble(t *testing.T, n uint64, f func(*testing.T, *bubble), set ...func(*options)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -76,7 +76,7 @@ func inBubble(t *testing.T, n uint64, f func(*bubble), set ...func(*options)) {
 			ids = append(ids, id+1)
 		}
 		b.init(ids...)
-		f(b)
+		f(t, b)
 	})
 }
 
@@ -326,7 +326,7 @@ func between(t *testing.T, what string, d, low, high time.Duration) {
 
 func TestClockIdle(t *testing.T) {
 	const hours = 2
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		leader, rest := b.leaderAndRest()
 		before, err := b.metrics(leader)
 		if err != nil {
@@ -373,7 +373,7 @@ func TestClockLeaderGone(t *testing.T) {
 		{"silent", func(b *bubble, leader uint64) { b.do(leader, black) }, 500 * time.Millisecond, 5 * time.Second}, // with luckless elections
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, 3, func(b *bubble) {
+			inBubble(t, 3, func(t *testing.T, b *bubble) {
 				for range times(6) {
 					leader, rest := b.leaderAndRest()
 					h := newHistory()
@@ -401,7 +401,7 @@ func TestClockLeaderGone(t *testing.T) {
 
 // TestClockStop: a node that stops hands over, and nobody notices.
 func TestClockStop(t *testing.T) {
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		for range times(3) {
 			leader, rest := b.leaderAndRest()
 			h := newHistory()
@@ -410,6 +410,9 @@ func TestClockStop(t *testing.T) {
 			start := time.Now()
 			b.stop(leader)
 			between(t, "the stop", time.Since(start), 0, 2*time.Second)
+			if m, err := b.metrics(rest[0]); err != nil || m.Leader == nil || m.Leader.Id == leader {
+				t.Errorf("it has not handed over: %v, %v", m.GetLeader(), err)
+			}
 			time.Sleep(300 * time.Millisecond)
 			between(t, "without a write", h.longestGap(start), 0, 30*time.Millisecond)
 			stop()
@@ -426,7 +429,7 @@ func TestClockStop(t *testing.T) {
 func TestClockAway(t *testing.T) {
 	for _, f := range []fault{cut, black} {
 		t.Run(fmt.Sprint(f), func(t *testing.T) {
-			inBubble(t, 3, func(b *bubble) {
+			inBubble(t, 3, func(t *testing.T, b *bubble) {
 				for i := range times(1) {
 					leader, rest := b.leaderAndRest()
 					b.do(rest[0], f)
@@ -518,7 +521,7 @@ func (w *healthWatch) wants(t *testing.T, what string, serving bool, start time.
 }
 
 func TestClockHealth(t *testing.T) {
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		leader, rest := b.leaderAndRest()
 		for _, name := range []string{"kv.v1.KVService", "restart"} {
 			follower, other, lead := b.watch(rest[0], name), b.watch(rest[1], name), b.watch(leader, name)
@@ -582,7 +585,7 @@ func TestClockHealth(t *testing.T) {
 }
 
 func TestClockNoLeader(t *testing.T) {
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		leader, rest := b.leaderAndRest()
 		for _, id := range rest {
 			b.do(id, black)
@@ -620,7 +623,7 @@ func TestClockNoLeader(t *testing.T) {
 // TestClockUnknown: a write that was sent off and never answered ends, with the
 // truth about it: nobody knows.
 func TestClockUnknown(t *testing.T) {
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		for _, patience := range []time.Duration{300 * time.Millisecond, time.Minute} {
 			leader, rest := b.leaderAndRest()
 			for _, id := range rest {
@@ -648,7 +651,7 @@ func TestClockUnknown(t *testing.T) {
 
 // TestClockKeepalive: a connection that went dead without a word is found.
 func TestClockKeepalive(t *testing.T) {
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		leader, rest := b.leaderAndRest()
 		time.Sleep(time.Minute)
 		start := time.Now()
@@ -682,7 +685,7 @@ func TestClockKeepalive(t *testing.T) {
 // TestClockRolling restarts nodes without a disk, one after the other, each
 // when the health name restart says so on all.
 func TestClockRolling(t *testing.T) {
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		h := newHistory()
 		b.think = 50 * time.Millisecond
 		stop := b.load(h, 5*time.Second, 1, 2, 3)
@@ -709,7 +712,7 @@ func TestClockRolling(t *testing.T) {
 
 // TestClockFaults breaks something every now and then.
 func TestClockFaults(t *testing.T) {
-	inBubble(t, 3, func(b *bubble) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		r := rand.New(rand.NewPCG(3, 3))
 		b.think = 50 * time.Millisecond
 		for range times(1) {
