@@ -357,7 +357,7 @@ func TestClientExactlyOnce(t *testing.T) {
 				}
 				return nil
 			})
-			runCommand(t, 0, "", append(strings.Fields(command), "--endpoints", first.addr+","+second.addr)...)
+			runCommand(t, 0, "", append(strings.Fields(command), "--timeout", "20s", "--endpoints", first.addr+","+second.addr)...)
 			if len(first.ids) != 3 || len(second.ids) != 3 || first.opened != 1 || second.opened != 0 {
 				t.Errorf("%d and %d writes were sent, %d and %d sessions opened", len(first.ids), len(second.ids), first.opened, second.opened)
 			}
@@ -373,31 +373,40 @@ func TestClientExactlyOnce(t *testing.T) {
 // What is known of a write that got no answer.
 func TestClientGivesUp(t *testing.T) {
 	const mayBe = "may or may not have been applied"
+	broken, noLeader := status.Error(codes.Unavailable, "broken"), apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none")
+	unknown := apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
+	gone := apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN, "gone")
 	for _, test := range []struct {
 		name   string
-		errors []error // in turn, the last one for ever
-		want   string
+		errors []error // in turn
 		mayBe  bool
-		often  bool // it is sent until the timeout
 	}{
-		{"never a leader", []error{apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none")}, "NO_LEADER", false, true},
-		{"always broken", []error{status.Error(codes.Unavailable, "broken")}, "broken", true, true},
-		{"broken, then no leader", []error{status.Error(codes.Unavailable, "broken"), apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none")}, "NO_LEADER", true, true},
-		{"unknown, then no session", []error{apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown"), apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN, "gone")}, "SESSION_UNKNOWN", true, false},
-		{"no session", []error{apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN, "gone")}, "SESSION_UNKNOWN", false, false},
+		{"no session", []error{gone}, false},
+		{"no leader, then no session", []error{noLeader, noLeader, gone}, false},
+		{"broken, then no session", []error{broken, noLeader, gone}, true},
+		{"unknown, then no session", []error{unknown, gone}, true},
+		{"no answer until the timeout", nil, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			f := newFakeNode(t)
 			tries := 0
-			f.failWith(func(context.Context) error {
+			timeout, want := "20s", "SESSION_UNKNOWN"
+			if test.errors == nil {
+				timeout, want = "1s", "DEADLINE_EXCEEDED"
+			}
+			f.failWith(func(ctx context.Context) error {
+				if test.errors == nil {
+					<-ctx.Done()
+					return ctx.Err()
+				}
 				tries++
-				return test.errors[min(tries, len(test.errors))-1]
+				return test.errors[tries-1]
 			})
-			_, errs := runCommand(t, 1, "", "set", "k", "v", "--timeout", "900ms", "--endpoints", f.addr)
-			wantPart(t, errs, test.want)
-			if _, n := f.take(); strings.Contains(errs, mayBe) != test.mayBe || (n > len(test.errors)) != test.often {
-				t.Errorf("sent %d times: %s", n, errs)
+			_, errs := runCommand(t, 1, "", "set", "k", "v", "--timeout", timeout, "--endpoints", f.addr)
+			wantPart(t, errs, want)
+			if strings.Contains(errs, mayBe) != test.mayBe || tries != len(test.errors) {
+				t.Errorf("sent %d times: %s", tries, errs)
 			}
 		})
 	}

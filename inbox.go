@@ -11,6 +11,7 @@ import (
 // input is what one turn of the loop works on.
 type input struct {
 	ticks    int
+	clock    uint64 // how many ticks the time since the start is long
 	calls    []*call
 	messages []inbound
 	events   []func()
@@ -20,7 +21,7 @@ type input struct {
 type call struct {
 	record []byte // the write as a field of a Batch; nil: a read
 	state  atomic.Int32
-	since  uint64       // tick in which the loop took it
+	since  uint64       // when the loop took it, by its clock
 	wait   uint64       // ticks until its deadline is near; 0: it has none
 	ended  bool         // the loop's
 	done   chan outcome // one slot: the loop never waits

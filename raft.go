@@ -128,6 +128,7 @@ type node struct {
 	savingAt uint64 // logged, when that was opened
 
 	now        uint64 // ticks since the start
+	clock      uint64 // the same, with those that a busy loop has missed: what callers wait by
 	term, lead uint64
 	role       raft.StateType
 	leadHeard  uint64 // tick of the leader's last message
@@ -301,7 +302,7 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 func (n *node) run(ctx context.Context) error {
 	ticker := time.NewTicker(n.tickDuration())
 	defer ticker.Stop()
-	ticks := 0
+	start, ticks := time.Now(), 0
 	for n.err == nil {
 		select {
 		case <-ctx.Done():
@@ -313,7 +314,7 @@ func (n *node) run(ctx context.Context) error {
 			runtime.Gosched() // let those who are about to queue something do so
 		}
 		in := n.in.take()
-		in.ticks, ticks = ticks, 0
+		in.clock, in.ticks, ticks = uint64(time.Since(start)/n.tickDuration()), ticks, 0
 		n.turn(in)
 	}
 	n.in.close()
@@ -344,6 +345,7 @@ func (n *node) turn(in input) {
 	for _, msg := range in.messages {
 		n.receive(msg)
 	}
+	n.clock = max(n.clock, in.clock)
 	for range in.ticks {
 		n.tick()
 	}
@@ -360,6 +362,7 @@ func (n *node) turn(in input) {
 // tick lets time pass, for raft and for whatever waits.
 func (n *node) tick() {
 	n.now++
+	n.clock++
 	n.expire()
 	if n.rn == nil {
 		return
@@ -412,9 +415,9 @@ func (n *node) expire() {
 	}
 	wait := n.ticksOf(leaderWait)
 	overdue := func(c *call) error {
-		if c.wait != 0 && n.now-c.since >= c.wait {
+		if c.wait != 0 && n.clock-c.since >= c.wait {
 			return context.DeadlineExceeded
-		} else if n.now-c.since >= wait {
+		} else if n.clock-c.since >= wait {
 			return noLeader
 		}
 		return nil
@@ -502,7 +505,7 @@ func (n *node) failAll(err error) {
 
 // enqueue takes a call in.
 func (n *node) enqueue(c *call) {
-	c.since = n.now
+	c.since = n.clock
 	if c.record == nil {
 		n.reads = append(n.reads, c)
 	} else {
@@ -671,7 +674,7 @@ func (n *node) syncSoftState() {
 		n.retryReads()
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
-			n.reads = append(n.reads, &call{since: n.now, fn: func() { n.caughtUp = true }})
+			n.reads = append(n.reads, &call{since: n.clock, fn: func() { n.caughtUp = true }})
 		}
 	}
 	if st.GetTerm() != n.term {

@@ -7,7 +7,8 @@
 // committed entries never change, I6 nothing goes back, I2 an acknowledged
 // write is the one committed, no read of anything else, no raft ID twice, no
 // node stops. Whenever a node's applied index is a multiple of stateEvery, and
-// at the end: I5 equal states. At the end: I1 porcupine, I9 all heals.
+// at the end: I5 equal states. With each answer to a write with an id: I8 it is
+// the first one. At the end: I1 porcupine, I9 all heals.
 
 package main
 
@@ -85,6 +86,8 @@ type simConfig struct {
 	outage        float64 // mean, of a fault that lasts
 	faults        []string
 	adminEvery    float64
+	sessions      int // that are kept
+	answers       int // that each keeps
 
 	reckless bool // operators ask for voters of whom a majority is dead
 
@@ -97,6 +100,9 @@ type simConfig struct {
 	twice     bool // batches are applied as often as they come
 	ackUnsync bool // what depends on the disk does not wait for it
 	dropVote  bool // the hard state does not get to the disk
+	strangers bool // snapshots come without the sessions
+	careless  bool // a write is applied as often as it comes
+	sameCount bool // all writes of an entry have one version
 }
 
 var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe"}
@@ -110,6 +116,7 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 		snapshotDies: pick(0, .2, .5), clients: 1 + rng.IntN(6), keys: 1 + rng.IntN(8), valueBytes: int(pick(0, 100, 400)),
 		think: pick(.5, 2, 10), timeout: pick(30, 100, 300), faultEvery: pick(20, 60, 200), outage: pick(20, 60, 150), adminEvery: pick(60, 200, 1000),
 	}
+	c.sessions, c.answers = int(pick(2, 4, 20)), int(pick(1, 4, 20))
 	c.voters = min(c.nodes, int(pick(1, 2, 3, 3, 3, 5)))
 	c.durable, c.disk = pick(0, 0, .5, 1, 1, 1), pick(.01, .1, .5, 2)
 	for _, f := range simFaults {
@@ -189,7 +196,7 @@ type proc struct {
 	inbound   map[uint64]*simStream
 	receiving map[uint64]*transfer
 	sending   []*transfer
-	calls     []*op
+	calls     []*attempt
 	hellos    []*simStream // on their way to here
 
 	disk    *disk
@@ -223,6 +230,7 @@ type sim struct {
 	clients []*caller
 	admins  []*admin
 	values  map[string]*op
+	ids     map[[2]uint64]*op // by session and sequence
 	seen    map[string]uint64 // by key: the newest version that a client has been told of
 	history []*op
 	clock   int64
@@ -277,7 +285,7 @@ func (s *sim) tail() string {
 func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 	s := &sim{
 		cfg: cfg, seed: seed, rng: rng, sink: sink, leaders: map[uint64]uint64{}, lives: map[uint64]string{},
-		states: map[uint64]uint64{}, names: map[uint64]string{}, values: map[string]*op{}, seen: map[string]uint64{}, count: map[string]int{},
+		states: map[uint64]uint64{}, names: map[uint64]string{}, values: map[string]*op{}, ids: map[[2]uint64]*op{}, seen: map[string]uint64{}, count: map[string]int{},
 	}
 	for i := range cfg.nodes {
 		st := &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}}
@@ -363,6 +371,7 @@ func (s *sim) start(st *site) {
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
 	p.n.onApply = func(e *raftpb.Entry) { p.fresh[e.GetIndex()] = e }
+	p.n.store.sessionLimit, p.n.store.answerLimit, p.n.store.sameVersion = s.cfg.sessions, s.cfg.answers, s.cfg.sameCount
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
 		p.n.raftID = old
@@ -454,6 +463,11 @@ func (p *proc) turn(ticks int) {
 	in.ticks = ticks
 	if p.s.cfg.twice {
 		clear(p.n.store.proposers)
+	}
+	if s := p.n.store; p.s.cfg.careless {
+		for e := s.recent.Front(); e != nil; e = e.Next() {
+			e.Value.(*session).answers = nil
+		}
 	}
 	p.n.turn(in)
 	p.inTurn = false
@@ -649,6 +663,14 @@ type oracle struct {
 	version  uint64
 	keys     map[string][]change
 	versions map[uint64]change
+	sessions []*modelSession      // the one used the longest ago first
+	first    map[[2]uint64]result // all answers ever, by session and sequence
+}
+
+// modelSession is what a session is meant to be.
+type modelSession struct {
+	id, highest uint64
+	answers     map[uint64]bool // by sequence: there is one
 }
 
 // change is what a write did to a key.
@@ -676,7 +698,7 @@ func (s *sim) observe(p *proc, from, to uint64) {
 		case e == nil && i > 1:
 			s.failf("the simulator has not seen entry %d before %v has applied and compacted it", i, p)
 		case e == nil:
-			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}}
+			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}, first: map[[2]uint64]result{}}
 		default:
 			o.entries = append(o.entries, proto.CloneOf(e))
 			s.commit(e)
@@ -718,23 +740,98 @@ func (s *sim) commit(e *raftpb.Entry) {
 	}
 	o.last[b.Proposer] = b.Sequence
 	for _, w := range b.Writes {
-		o.version++
-		c := change{key: w.GetDelete().GetKey(), version: o.version, at: s.tock()}
-		if set := w.GetSet(); set != nil {
-			c.key, c.value, c.present = set.Key, string(set.Value), true
-			op := s.values[c.value]
-			if op == nil || op.key != c.key || op.committed != 0 {
-				s.failf("I2: entry %d sets %q to %q, which nobody wrote, or again", e.GetIndex(), c.key, c.value)
-			}
-			op.committed, c.op = c.version, op
-		}
-		if h := o.keys[c.key]; len(h) > 0 {
-			c.found = h[len(h)-1].present
-		}
-		o.keys[c.key] = append(o.keys[c.key], c)
-		o.versions[c.version] = c
-		s.count["writes committed"]++
+		s.commitWrite(e.GetIndex(), w)
 	}
+}
+
+// commitWrite applies a write to the oracle, if its id is new.
+func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
+	o := &s.oracle
+	if w.GetOpenSession() != nil {
+		o.version++
+		o.versions[o.version] = change{version: o.version}
+		o.sessions = append(o.sessions, &modelSession{id: o.version, answers: map[uint64]bool{}})
+		if len(o.sessions) > s.cfg.sessions {
+			o.sessions = o.sessions[1:]
+		}
+		s.count["sessions opened"]++
+		return
+	}
+	c := change{at: s.tock()}
+	var id *kvpb.RequestId
+	var expected *uint64
+	if set := w.GetSet(); set != nil {
+		c.key, c.value, c.present, id, expected = set.Key, string(set.Value), true, set.RequestId, set.ExpectedVersion
+		c.op = s.values[c.value]
+	} else {
+		del := w.GetDelete()
+		c.key, id, expected = del.Key, del.RequestId, del.ExpectedVersion
+		c.op = s.ids[[2]uint64{id.GetSession(), id.GetSequence()}] // nil without an id
+	}
+	if id != nil && !s.isNew(id) {
+		return
+	}
+	present := uint64(0) // the key's version
+	if h := o.keys[c.key]; len(h) > 0 && h[len(h)-1].present {
+		present, c.found = h[len(h)-1].version, true
+	}
+	if expected != nil && *expected != present {
+		s.count["compares failed"]++
+		if id != nil {
+			o.first[[2]uint64{id.Session, id.Sequence}] = result{version: present, compareFailed: true}
+		}
+		return
+	}
+	if (c.present || id != nil) && (c.op == nil || c.op.key != c.key || c.op.committed != 0) {
+		s.failf("I2: entry %d sets %q to %q, which nobody wrote, or again", index, c.key, c.value)
+	}
+	o.version++
+	c.version = o.version
+	if c.op != nil {
+		c.op.committed = c.version
+	}
+	if id != nil {
+		o.first[[2]uint64{id.Session, id.Sequence}] = result{version: c.version, found: c.found}
+	}
+	o.keys[c.key] = append(o.keys[c.key], c)
+	o.versions[c.version] = c
+	s.count["writes committed"]++
+}
+
+// sessionOf finds a session that the oracle keeps.
+func (o *oracle) sessionOf(id uint64) (i int, ses *modelSession) {
+	for i, ses := range o.sessions {
+		if ses.id == id {
+			return i, ses
+		}
+	}
+	return -1, nil
+}
+
+// tooOld reports whether a session cannot know any more what a sequence was.
+func (s *sim) tooOld(ses *modelSession, sequence uint64) bool {
+	return ses.highest >= uint64(s.cfg.answers) && sequence <= ses.highest-uint64(s.cfg.answers)
+}
+
+// isNew reports whether a write is to be applied, by its id.
+func (s *sim) isNew(id *kvpb.RequestId) bool {
+	o := &s.oracle
+	i, ses := o.sessionOf(id.Session)
+	if ses == nil {
+		s.count["writes without a session"]++
+		return false
+	}
+	o.sessions = append(slices.Delete(o.sessions, i, i+1), ses)
+	switch {
+	case s.tooOld(ses, id.Sequence):
+		s.count["writes too old"]++
+		return false
+	case ses.answers[id.Sequence]:
+		s.count["writes repeated"]++
+		return false
+	}
+	ses.highest, ses.answers[id.Sequence] = max(ses.highest, id.Sequence), true
+	return true
 }
 
 // simPeer is a process's way to a peer, as peer in network.go.
@@ -1147,6 +1244,10 @@ func (t *transfer) install() {
 	if s.cfg.forget {
 		clear(st.proposers)
 	}
+	if s.cfg.strangers {
+		clear(st.sessions)
+		st.recent.Init()
+	}
 	delete(p.receiving, t.hello.From.RaftId)
 	p.n.in.event(func() {
 		err := p.n.stepSnapshot(t.hello, t.term, st)
@@ -1181,77 +1282,140 @@ func (t *transfer) end(err error) {
 
 // caller makes one call after another.
 type caller struct {
-	s  *sim
-	id int
-	n  int
-	op *op // the one that runs
+	s        *sim
+	id       int
+	n        int
+	op       *op // the one that runs
+	session  uint64
+	sequence uint64
+	past     []*op // some writes with ids, to be sent again
 }
 
-// op is a call of a client.
+// op is a call of a client: one write, however often it is sent.
 type op struct {
 	client    int
-	kind      string // set, delete, get
+	kind      string // set, delete, get, open
 	key       string
 	value     string
-	c         *call
-	p         *proc
+	id        *kvpb.RequestId
+	expected  *uint64
+	record    []byte
+	sent      *attempt // the one that it waits for
 	begun     int64
 	ended     int64  // 0: it was given up, or its outcome is not known
 	version   uint64 // of the write, or of what was read
 	found     bool
+	compare   bool   // it failed
 	atLeast   uint64 // version of the key that was known when it began
 	committed uint64 // version of the write, as the oracle knows it
+	unknown   bool   // the fate of an attempt is not
 	failed    bool   // nothing was or will be applied
 }
 
-func (o *op) String() string {
-	return fmt.Sprintf("client %d: %s %s %.12s", o.client, o.kind, o.key, o.value)
+// attempt is an op on its way through a process.
+type attempt struct {
+	o *op
+	c *call
+	p *proc
 }
 
-// act makes a client's next call.
+func (o *op) String() string {
+	return fmt.Sprintf("client %d: %s %s %.12s %v", o.client, o.kind, o.key, o.value, o.id)
+}
+
+// act makes a client's next call: a new one, or a past write once more.
 func (c *caller) act() {
 	s := c.s
-	p := s.anyProc()
-	if p == nil || s.quiet {
+	if s.quiet {
 		s.after(s.expo(s.cfg.think), nil, c.act)
 		return
 	}
+	if len(c.past) > 0 && s.rng.IntN(8) == 0 {
+		c.op = c.past[s.rng.IntN(len(c.past))]
+		c.op.failed = false
+		s.count["calls repeated"]++
+	} else {
+		c.op = c.newOp()
+		s.history = append(s.history, c.op)
+		s.count["calls"]++
+	}
+	c.send(c.op)
+}
+
+func (c *caller) newOp() *op {
+	s := c.s
 	c.n++
-	o := &op{client: c.id, p: p, key: fmt.Sprintf("k%d", s.rng.IntN(s.cfg.keys)), begun: s.tock()}
+	o := &op{client: c.id, key: fmt.Sprintf("k%d", s.rng.IntN(s.cfg.keys)), begun: s.tock()}
 	o.atLeast = s.seen[o.key]
 	w := &kvpb.Write{}
 	switch k := s.rng.IntN(10); {
+	case k < 6 && (c.session == 0 || s.rng.IntN(30) == 0):
+		o.kind, o.key, w.Operation = "open", "", &kvpb.Write_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}
 	case k < 5:
 		o.kind, o.value = "set", fmt.Sprintf("%d.%d.%s", c.id, c.n, strings.Repeat(".", s.rng.IntN(s.cfg.valueBytes+1)))
-		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: o.key, Value: []byte(o.value)}}
 		s.values[o.value] = o
+		c.identify(o)
+		if s.rng.IntN(4) == 0 {
+			o.expected = new(s.seen[o.key] * uint64(min(1, s.rng.IntN(4))))
+		}
+		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: o.key, Value: []byte(o.value), RequestId: o.id, ExpectedVersion: o.expected}}
 	case k < 6:
 		o.kind = "delete"
-		w.Operation = &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: o.key}}
+		if c.identify(o); o.id != nil && o.atLeast != 0 && s.rng.IntN(2) == 0 {
+			o.expected = &o.atLeast
+		}
+		w.Operation = &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: o.key, RequestId: o.id, ExpectedVersion: o.expected}}
 	default:
 		o.kind = "get"
-		s.readLocal(p, o.key)
+		return o
 	}
-	o.c = &call{done: make(chan outcome, 1)}
-	if o.kind != "get" {
-		var err error
-		if o.c.record, err = encodeWrite(w); err != nil {
-			s.failf("%v: %v", o, err)
+	var err error
+	if o.record, err = encodeWrite(w); err != nil {
+		s.failf("%v: %v", o, err)
+	}
+	return o
+}
+
+// identify gives most writes an id.
+func (c *caller) identify(o *op) {
+	s := c.s
+	if s.rng.IntN(4) == 0 {
+		return
+	}
+	c.sequence += 1 + uint64(s.rng.IntN(2)*s.rng.IntN(3))
+	o.id = &kvpb.RequestId{Session: c.session, Sequence: c.sequence}
+	s.ids[[2]uint64{c.session, c.sequence}] = o
+	if c.past = append(c.past, o); len(c.past) > 6 {
+		c.past = c.past[1:]
+	}
+}
+
+// send sends an op through some node.
+func (c *caller) send(o *op) {
+	s, p := c.s, c.s.anyProc()
+	if p == nil {
+		s.after(s.expo(s.cfg.think), nil, func() { c.send(o) })
+		return
+	}
+	a := &attempt{o: o, p: p, c: &call{record: o.record, done: make(chan outcome, 1)}}
+	o.sent = a
+	timeout := s.expo(s.cfg.timeout) + 1
+	if s.rng.IntN(2) == 0 {
+		a.c.wait = uint64(timeout)
+	}
+	s.after(timeout, nil, func() { c.timeout(a) })
+	if o.kind == "get" {
+		s.readLocal(p, o.key)
+		if s.cfg.readNow {
+			s.finishRead(a)
+			return
 		}
 	}
-	c.op = o
-	s.history = append(s.history, o)
-	s.count["calls"]++
-	s.after(s.expo(s.cfg.timeout)+1, nil, func() { c.timeout(o) })
-	if o.kind == "get" && s.cfg.readNow {
-		s.finishRead(o)
+	if err := p.n.in.call(a.c); err != nil {
+		c.finish(a, outcome{err: err})
 		return
 	}
-	if err := p.n.in.call(o.c); err != nil {
-		c.finish(o, outcome{err: err})
-		return
-	}
-	p.calls = append(p.calls, o)
+	p.calls = append(p.calls, a)
 	p.wake()
 }
 
@@ -1268,86 +1432,131 @@ func (p *proc) poll() {
 	}
 	calls := p.calls
 	p.calls = nil
-	for _, o := range calls {
+	for _, a := range calls {
 		select {
-		case out := <-o.c.done:
-			p.s.clients[o.client].finish(o, out)
+		case out := <-a.c.done:
+			p.s.clients[a.o.client].finish(a, out)
 		default:
-			if p.s.cfg.ackEarly && o.kind == "set" && o.c.state.Load() == callProposed {
-				o.ended, o.version = p.s.tock(), 0
-				p.s.clients[o.client].rest(o)
+			if o := a.o; p.s.cfg.ackEarly && o.kind == "set" && o.sent == a && a.c.state.Load() == callProposed {
+				o.ended, o.version, o.sent = p.s.tock(), 0, nil
+				p.s.clients[o.client].rest()
 				continue
 			}
-			p.calls = append(p.calls, o)
+			p.calls = append(p.calls, a)
 		}
 	}
 }
 
 // timeout gives a call up, as server.call does.
-func (c *caller) timeout(o *op) {
-	if c.op != o {
+func (c *caller) timeout(a *attempt) {
+	if a.o.sent != a {
 		return
 	}
-	o.failed = o.kind == "get" || o.c.state.CompareAndSwap(callQueued, callGivenUp)
 	c.s.count["calls given up"]++
-	c.rest(o)
+	c.again(a, a.o.kind == "get" || a.c.state.CompareAndSwap(callQueued, callGivenUp))
 }
 
-// rest has the client make its next call some time, if this one was its last.
-func (c *caller) rest(o *op) {
-	if c.op == o {
-		c.op = nil
-		c.s.after(c.s.expo(c.s.cfg.think), nil, c.act)
+// rest has the client make its next call some time.
+func (c *caller) rest() {
+	c.op = nil
+	c.s.after(c.s.expo(c.s.cfg.think), nil, c.act)
+}
+
+// again sends a write with an id another time, for a while; of the last attempt
+// it is known, or not, that it will not be applied.
+func (c *caller) again(a *attempt, refused bool) {
+	s, o := c.s, a.o
+	o.sent = nil
+	o.unknown = o.unknown || !refused
+	if o.id != nil && s.rng.IntN(10) > 0 {
+		s.after(s.expo(s.cfg.think), nil, func() { c.send(o) })
+		return
 	}
+	c.giveUp(o)
+}
+
+func (c *caller) giveUp(o *op) {
+	o.failed = !o.unknown && o.ended == 0
+	c.rest()
 }
 
 // finish takes the answer to a call.
-func (c *caller) finish(o *op, out outcome) {
-	s := c.s
-	if c.op != o {
+func (c *caller) finish(a *attempt, out outcome) {
+	s, o := c.s, a.o
+	if o.sent != a {
 		return // given up
 	}
 	switch {
 	case errors.Is(out.err, errOutcomeUnknown):
 		s.count["outcomes unknown"]++
+		c.again(a, false)
+	case out.err == errSessionUnknown, out.err == errSequenceTooOld:
+		s.count["writes refused by session"]++
+		_, ses := s.oracle.sessionOf(o.id.Session)
+		if in := a.p.n.rn != nil; in && out.err == errSessionUnknown && ses != nil || in && out.err == errSequenceTooOld && ses != nil && !s.tooOld(ses, o.id.Sequence) {
+			s.failf("I8: %v is refused: %v", o, out.err)
+		}
+		if out.err == errSessionUnknown && o.id.Session == c.session {
+			c.session, c.sequence = 0, 0
+		}
+		o.sent = nil
+		c.giveUp(o)
 	case out.err != nil:
 		s.count["calls refused"]++
-		o.failed = true
+		c.again(a, true)
 	case o.kind == "get":
 		if s.rng.IntN(4) > 0 {
-			s.finishRead(o)
+			s.finishRead(a)
 		} else { // whoever waited wakes late
 			s.after(s.expo(1), nil, func() {
-				if c.op == o && !o.p.dead {
-					s.finishRead(o)
+				if o.sent == a && !a.p.dead {
+					s.finishRead(a)
 				}
 			})
 		}
-		return
 	default:
 		s.finishWrite(o, out.result)
+		if o.kind == "open" {
+			c.session, c.sequence = o.version, 0
+		}
+		o.sent = nil
+		c.rest()
 	}
-	c.rest(o)
 }
 
-// finishWrite compares what was acknowledged with what is committed.
+// finishWrite compares what was acknowledged with what is committed, and with
+// what was acknowledged before.
 func (s *sim) finishWrite(o *op, r result) {
-	o.ended, o.version, o.found = s.tock(), r.version, r.found
+	if o.ended != 0 {
+		if before := (result{o.version, o.found, o.compare}); r != before && !s.cfg.ackEarly {
+			s.failf("I8: %v was acknowledged with %+v, before that with %+v", o, r, before)
+		}
+		s.count["answers repeated"]++
+		return
+	}
+	o.ended, o.version, o.found, o.compare = s.tock(), r.version, r.found, r.compareFailed
 	ch := s.oracle.versions[r.version]
 	if r.version > s.oracle.version {
 		s.count["acknowledged before seen"]++ // by a node that then left: checked at the end
-	} else if ch.key != o.key || ch.value != o.value || ch.present != (o.kind == "set") || ch.found != r.found {
+	} else if first, ok := s.oracle.first[o.key2()]; o.id != nil && (!ok || r != first) {
+		s.failf("I8: %v was acknowledged with %+v, its first answer is %+v, %v", o, r, first, ok)
+	} else if !o.compare && (ch.key != o.key || ch.value != o.value || ch.present != (o.kind == "set") || ch.found != r.found) {
 		s.failf("I2: %v was acknowledged with version %d, found %v; committed is %+v", o, r.version, r.found, ch)
 	}
 	s.seen[o.key] = max(s.seen[o.key], r.version)
 	s.count["writes acknowledged"]++
 }
 
+// key2 is the id as the key of a map.
+func (o *op) key2() [2]uint64 { return [2]uint64{o.id.GetSession(), o.id.GetSequence()} }
+
 // finishRead reads, and checks that the key was in this state at some moment
 // since the read began, and after all that anybody knew then.
-func (s *sim) finishRead(o *op) {
-	defer s.clients[o.client].rest(o)
-	it, ok, err := o.p.n.store.get(o.key)
+func (s *sim) finishRead(a *attempt) {
+	o := a.o
+	o.sent = nil
+	defer s.clients[o.client].rest()
+	it, ok, err := a.p.n.store.get(o.key)
 	if err != nil {
 		o.failed = true
 		return
@@ -1365,7 +1574,7 @@ func (s *sim) finishRead(o *op) {
 		s.count["reads"]++
 		return
 	}
-	s.failf("I1: %v through %v is %.12q (%v) of version %d; when it began, version %d of the key was known", o, o.p, it.value, ok, it.version, o.atLeast)
+	s.failf("I1: %v through %v is %.12q (%v) of version %d; when it began, version %d of the key was known", o, a.p, it.value, ok, it.version, o.atLeast)
 }
 
 // readLocal reads without asking anybody: something committed, and on one node
@@ -1802,8 +2011,10 @@ func (p *proc) die(length float64) {
 	if st.fs != nil {
 		st.fs = st.fs.restart(s.rng.IntN(2) == 0)
 	}
-	for _, o := range p.calls {
-		s.clients[o.client].rest(o)
+	for _, a := range p.calls {
+		if a.o.sent == a {
+			s.clients[a.o.client].again(a, false)
+		}
 	}
 	p.calls = nil
 	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
@@ -1925,6 +2136,15 @@ func (s *sim) settle() {
 		if it, ok, err := p.n.store.get("fresh"); err != nil || !ok || it.version != o.version {
 			s.failf("I9: a fresh read through %v: %v, %v, %v; want version %d", p, it, ok, err, o.version)
 		}
+	}
+	// A retry through each of them takes effect once.
+	w, _ = encodeWrite(openWrite())
+	id := s.ask(members[0], w).version
+	o = &op{client: -1, kind: "set", key: "once", value: "once", begun: s.tock(), id: &kvpb.RequestId{Session: id, Sequence: 1}}
+	s.values[o.value] = o
+	w, _ = encodeWrite(withID(id, 1, setWrite(o.key, o.value)))
+	for _, p := range members {
+		s.finishWrite(o, s.ask(p, w))
 	}
 	s.until(settleTicks, s.unequal)
 }
@@ -2053,6 +2273,13 @@ func (s *sim) unequal() string {
 				present++
 			}
 		}
+		var kept []uint64
+		for e := st.recent.Front(); e != nil; e = e.Next() {
+			kept = append(kept, e.Value.(*session).id)
+		}
+		if !slices.EqualFunc(o.sessions, kept, func(ses *modelSession, id uint64) bool { return ses.id == id }) {
+			s.failf("I5: %v has sessions %d", p, kept)
+		}
 		if keys, _ := st.size(); keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
 			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v", p, keys, st.version, st.conf, present, o.version, o.conf)
 		}
@@ -2075,15 +2302,19 @@ func (s *sim) linearizable() {
 	for _, o := range s.history {
 		end := o.ended
 		switch {
-		case o.kind != "get" && o.committed == 0 && end != 0:
-			s.failf("I2: %v was acknowledged, but never committed", o)
-		case o.kind == "set" && end != 0 && !s.cfg.ackEarly && (o.version != o.committed || o.found != s.oracle.versions[o.committed].found):
-			s.failf("I2: %v was acknowledged with version %d, but is version %d", o, o.version, o.committed)
-		case o.kind == "set" && o.committed != 0 && o.failed:
-			s.failf("%v was refused, but committed", o)
-		case o.kind == "get" && end == 0, o.kind != "get" && o.committed == 0:
+		case o.kind == "open":
 			continue
-		case o.kind != "get":
+		case o.id != nil && end != 0 && !s.cfg.ackEarly && s.oracle.first[o.key2()] != result{o.version, o.found, o.compare}:
+			s.failf("I8: %v was acknowledged with version %d, its first answer is %+v", o, o.version, s.oracle.first[o.key2()])
+		case o.kind != "get" && o.committed == 0 && end != 0 && !o.compare:
+			s.failf("I2: %v was acknowledged, but never committed", o)
+		case o.kind == "set" && end != 0 && !o.compare && !s.cfg.ackEarly && (o.version != o.committed || o.found != s.oracle.versions[o.committed].found):
+			s.failf("I2: %v was acknowledged with version %d, but is version %d", o, o.version, o.committed)
+		case (o.failed || o.compare) && o.committed != 0:
+			s.failf("%v was refused, but committed", o)
+		case o.kind == "get" && end == 0, o.kind != "get" && o.committed == 0 && !o.compare:
+			continue
+		case o.kind != "get" && !o.compare:
 			ch := s.oracle.versions[o.committed]
 			end = cmp.Or(end, ch.at)
 			o.version, o.found = ch.version, ch.found
@@ -2104,20 +2335,22 @@ func (s *sim) linearizable() {
 func (s *sim) ownDeletes() {
 	unknown := map[string][]*op{}
 	for _, o := range s.history {
-		if o.kind == "delete" && o.ended != 0 {
+		switch {
+		case o.kind != "delete" || o.compare || o.committed != 0:
+		case o.ended != 0:
 			ch := s.oracle.versions[o.version]
 			if ch.key != o.key || ch.present || ch.found != o.found {
 				s.failf("I2: %v was acknowledged with version %d, which is %+v", o, o.version, ch)
 			}
 			o.committed, ch.op = o.version, o
 			s.oracle.versions[o.version] = ch
-		} else if o.kind == "delete" && !o.failed {
+		case o.id == nil && !o.failed:
 			unknown[o.key] = append(unknown[o.key], o)
 		}
 	}
 	for _, v := range slices.Sorted(maps.Keys(s.oracle.versions)) {
 		ch := s.oracle.versions[v]
-		if ch.op != nil {
+		if ch.op != nil || ch.key == "" {
 			continue
 		}
 		u := unknown[ch.key]
@@ -2131,8 +2364,17 @@ func (s *sim) ownDeletes() {
 
 func stepKey(state, in, _ any) (bool, any) {
 	k, o := state.(keyState), in.(*op)
-	if o.kind == "get" {
+	present := uint64(0)
+	if k.present {
+		present = k.version
+	}
+	switch {
+	case o.kind == "get":
 		return o.found == k.present && (!k.present || o.value == k.value && o.version == k.version), k
+	case o.compare:
+		return o.version == present && *o.expected != present, k
+	case o.expected != nil && *o.expected != present:
+		return false, k
 	}
 	return o.version > k.version && o.found == k.present, keyState{o.kind == "set", o.value, o.version}
 }
@@ -2268,7 +2510,7 @@ func TestSameRaftIDLosesWrite(t *testing.T) {
 	for _, reuse := range []bool{false, true} {
 		t.Run(fmt.Sprintf("reuse=%v", reuse), func(t *testing.T) {
 			cryptotest.SetGlobalRandom(t, 1)
-			cfg := simConfig{nodes: 3, voters: 3, election: 10, logBytes: 64 << 10, latency: .1, queue: 1000, keys: 1, adminEvery: 1e9, reuseID: reuse}
+			cfg := simConfig{nodes: 3, voters: 3, election: 10, logBytes: 64 << 10, latency: .1, queue: 1000, keys: 1, adminEvery: 1e9, sessions: 4, answers: 4, reuseID: reuse}
 			s := newSim(1, cfg, rand.New(rand.NewPCG(1, 1)), nil)
 			err := s.try(s.loseMemory)
 			if !reuse && err != nil {
@@ -2295,6 +2537,9 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"batches applied again", func(c *simConfig) { c.twice = true }},
 		{"answers before the disk has synced", func(c *simConfig) { c.ackUnsync, c.durable = true, 1 }},
 		{"a hard state that does not get to the disk", func(c *simConfig) { c.dropVote, c.durable = true, 1 }},
+		{"snapshots without sessions", func(c *simConfig) { c.strangers = true }},
+		{"a retry applied twice", func(c *simConfig) { c.careless = true }},
+		{"writes of one entry with one version", func(c *simConfig) { c.sameCount = true }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for seed := range uint64(200) {
