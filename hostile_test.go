@@ -370,7 +370,9 @@ func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) 
 		return resp, true
 	case "Set":
 		var r kvpb.SetRequest
-		if !valid(&r, func() error { return cmp.Or((&kvOp{kind: opGet, key: []byte(r.Key)}).check(), (&kvOp{kind: opSet, key: []byte("k"), value: r.Value}).check()) }) {
+		if !valid(&r, func() error {
+			return cmp.Or((&kvOp{kind: opGet, key: []byte(r.Key)}).check(), (&kvOp{kind: opSet, key: []byte("k"), value: r.Value}).check())
+		}) {
 			return nil, true
 		}
 		if r.ExpectedVersion != nil || r.RequestId != nil {

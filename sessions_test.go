@@ -398,29 +398,20 @@ func TestDeadlines(t *testing.T) {
 	}
 }
 
-// TestMargin: the interceptor has operators' requests end early.
+// TestMargin: operators' requests end early, and all of them some time.
 func TestMargin(t *testing.T) {
-	n := turnNode()
-	s := newServer(n, newNetwork(n, n.log, nil))
-	defer s.grpc.Stop()
 	deadline := time.Now().Add(time.Hour)
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	for method, want := range map[string]time.Time{
-		kvpb.ClusterService_Init_FullMethodName: deadline.Add(-maxMargin), kvpb.ClusterService_Metrics_FullMethodName: deadline.Add(-maxMargin), kvpb.KVService_Set_FullMethodName: deadline,
-	} {
-		_, _ = s.intercept(ctx, nil, &grpc.UnaryServerInfo{FullMethod: method}, func(ctx context.Context, _ any) (any, error) {
-			if got, ok := ctx.Deadline(); !ok || !got.Equal(want) {
-				t.Errorf("%s: %v, want %v", method, got, want)
-			}
-			return nil, nil
-		})
-		_, _ = s.intercept(context.Background(), nil, &grpc.UnaryServerInfo{FullMethod: method}, func(ctx context.Context, _ any) (any, error) {
-			if _, ok := ctx.Deadline(); ok {
-				t.Errorf("%s: a deadline", method)
-			}
-			return nil, nil
-		})
+	ctx, cancel = inTime(ctx)
+	defer cancel()
+	if got, ok := ctx.Deadline(); !ok || !got.Equal(deadline.Add(-maxMargin)) {
+		t.Errorf("%v, want %v", got, deadline.Add(-maxMargin))
+	}
+	ctx, cancel = inTime(context.Background())
+	defer cancel()
+	if _, ok := ctx.Deadline(); !ok {
+		t.Error("no deadline")
 	}
 }
 
@@ -670,8 +661,8 @@ func TestReasonsArrive(t *testing.T) {
 		badGet("", "k", false).call,
 		badLearner("", leader, c.nodes[leader].address, 0, "").call,
 	} {
-		eventually(t, func() error {
-			ctx, cancel := context.WithTimeout(c.ctx, time.Second)
+		eventually(t, func() error { // the machine may be busy for so long
+			ctx, cancel := context.WithTimeout(c.ctx, 500*time.Millisecond)
 			defer cancel()
 			if err := call(ctx, c.nodes[leader]); status.Code(err) != codes.DeadlineExceeded || reasonOf(err) == "" {
 				return fmt.Errorf("got %w %q", err, reasonOf(err))
