@@ -63,6 +63,9 @@ type command struct {
 // commands is a function because help refers to it.
 func commands() map[string]*command {
 	const short, long, many = 5 * time.Second, time.Minute, 1 << 16
+	local := func(c *client, fs *flag.FlagSet) {
+		fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
+	}
 	return map[string]*command{
 		"init":        {"ID=ADDR [ID=ADDR ...]", "make a cluster of these voters, calling the first", 1, many, long, (*client).init, nil},
 		"add-learner": {"ID=ADDR", "add a node without a vote and wait until it has caught up", 1, 1, long, (*client).addLearner, nil},
@@ -73,14 +76,9 @@ func commands() map[string]*command {
 		"remove":          {"ID", "remove a voter or a learner", 1, 1, long, (*client).remove, nil},
 		"transfer-leader": {"ID", "make this voter the leader", 1, 1, short, (*client).transferLeader, nil},
 		"set":             {"KEY VALUE", "write a key; the VALUE - is read from stdin", 2, 2, short, (*client).set, nil},
-		"get": {"KEY", "print the exact bytes of a value\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get,
-			func(c *client, fs *flag.FlagSet) {
-				fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
-			}},
-		"list": {"[PREFIX]", "print keys in order, with versions and values\nA line is a key, a version, and a value, quoted as Go does, with tabs between.", 0, 1, short, (*client).list,
-			func(c *client, fs *flag.FlagSet) {
-				fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
-			}},
+		"get":             {"KEY", "print the exact bytes of a value\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get, local},
+		"list": {"[PREFIX]", "print keys in order, with versions and values\nA line is a key, a version, and a value, quoted as Go does, with tabs between.",
+			0, 1, short, (*client).list, local},
 		"delete": {"KEY", "remove a key\nThe exit status is 1 if it was not there.", 1, 1, short, (*client).delete, nil},
 		"status": {"", `show every member as it sees itself
 The JSON is {"members": [{"node_id", "address", "reachable", "error", "metrics"}]}, where
@@ -506,7 +504,8 @@ func send(ctx context.Context, addr string, share time.Duration, method string,
 }
 
 // reads are the methods without an effect.
-var reads = []string{kvpb.KVService_Get_FullMethodName, kvpb.KVService_List_FullMethodName, kvpb.ClusterService_Metrics_FullMethodName, healthpb.Health_Check_FullMethodName}
+var reads = []string{kvpb.KVService_Get_FullMethodName, kvpb.KVService_List_FullMethodName,
+	kvpb.ClusterService_Metrics_FullMethodName, healthpb.Health_Check_FullMethodName}
 
 // judge tells whether a call that failed may be sent to another node, and adds
 // to the error if its effect is not known. A node's UNAVAILABLE means "not
