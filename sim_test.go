@@ -1626,7 +1626,7 @@ func (p *proc) stop(length float64) {
 		p.wake()
 	}
 	s.after(5, p, func() {
-		if !s.mayLose(p) {
+		if s.calm || !s.mayLose(p) {
 			return
 		}
 		n.err = errStopping
