@@ -229,8 +229,8 @@ func TestAnswersInTime(t *testing.T) {
 		return err
 	})
 	wantError(t, err, codes.DeadlineExceeded, "DEADLINE")
-	wantPart(t, err.Error(), fmt.Sprintf("was made, but: context deadline exceeded; what is left: add-learner 2=%s, then add-learner 3=%s, then change-membership 1 2 3",
-		c.nodes[2].address, c.nodes[3].address))
+	wantPart(t, err.Error(), fmt.Sprintf("was made, but: context deadline exceeded; what is left: "+
+		"add-learner 2=%s, then add-learner 3=%s, then change-membership 1 2 3", c.nodes[2].address, c.nodes[3].address))
 	release()
 	c.addLearner(1, 2)
 

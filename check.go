@@ -45,7 +45,8 @@ type peerCheck struct {
 // errContradiction if the node must stop, another error if the message has to
 // be dropped.
 func (c *peerCheck) check(m *raftpb.Message) error {
-	if m.GetTerm() >= maxCounter || m.GetIndex() >= maxCounter || m.GetLogTerm() >= maxCounter || m.GetCommit() >= maxCounter || m.GetRejectHint() >= maxCounter {
+	if m.GetTerm() >= maxCounter || m.GetIndex() >= maxCounter || m.GetLogTerm() >= maxCounter ||
+		m.GetCommit() >= maxCounter || m.GetRejectHint() >= maxCounter {
 		return errors.New("a term or an index is out of range")
 	}
 	local := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex
@@ -60,20 +61,8 @@ func (c *peerCheck) check(m *raftpb.Message) error {
 		if !m.GetReject() && m.GetTerm() == c.term && m.GetIndex() > c.log.last() {
 			return fmt.Errorf("it acknowledges entry %d of %d", m.GetIndex(), c.log.last())
 		}
-	case raftpb.MsgHeartbeat:
-		// raftLog.commitTo
-		if m.GetTerm() >= c.term && m.GetCommit() > c.log.last() {
-			return fmt.Errorf("%w: it commits entry %d, the log ends at %d", errContradiction, m.GetCommit(), c.log.last())
-		}
-		return checkHeartbeatContext(m)
-	case raftpb.MsgHeartbeatResp:
-		// readOnly.recvAck, readOnly.maybeAdvance
-		if err := checkHeartbeatContext(m); err != nil {
-			return err
-		}
-		if ctx := m.GetContext(); len(ctx) > 0 && m.GetTerm() == c.term && binary.LittleEndian.Uint64(ctx) > c.readBeat {
-			return errors.New("it acknowledges a read that was not sent")
-		}
+	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
+		return c.checkHeartbeat(m)
 	case raftpb.MsgProp:
 		return c.checkProposal(m)
 	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
@@ -94,9 +83,15 @@ func (c *peerCheck) check(m *raftpb.Message) error {
 	return nil
 }
 
-func checkHeartbeatContext(m *raftpb.Message) error {
-	if n := len(m.GetContext()); n != 0 && n != 8 {
-		return fmt.Errorf("its context has %d bytes", n) // binary.Uint64 in readOnly.recvAck
+func (c *peerCheck) checkHeartbeat(m *raftpb.Message) error {
+	ctx := m.GetContext()
+	switch isBeat := m.GetType() == raftpb.MsgHeartbeat; {
+	case isBeat && m.GetTerm() >= c.term && m.GetCommit() > c.log.last(): // raftLog.commitTo
+		return fmt.Errorf("%w: it commits entry %d, the log ends at %d", errContradiction, m.GetCommit(), c.log.last())
+	case len(ctx) != 0 && len(ctx) != 8: // readOnly.recvAck
+		return fmt.Errorf("its context has %d bytes", len(ctx))
+	case !isBeat && len(ctx) > 0 && m.GetTerm() == c.term && binary.LittleEndian.Uint64(ctx) > c.readBeat: // readOnly.maybeAdvance
+		return errors.New("it acknowledges a read that was not sent")
 	}
 	return nil
 }
@@ -109,19 +104,22 @@ func (c *peerCheck) checkAppend(m *raftpb.Message) error {
 	if term > m.GetTerm() {
 		return errors.New("its entries are of a later term than itself")
 	}
-	if m.GetTerm() >= c.term && index <= c.commit {
-		if t, err := c.log.Term(index); err == nil && t != term {
+	contradicts := func() error {
+		if t, err := c.log.Term(index); err == nil && t != term && index <= c.commit && m.GetTerm() >= c.term {
 			return fmt.Errorf("%w: entry %d is of term %d there and of term %d here", errContradiction, index, term, t)
 		}
+		return nil
+	}
+	if err := contradicts(); err != nil {
+		return err
 	}
 	for _, e := range m.GetEntries() {
 		if e.GetIndex() != index+1 || e.GetTerm() < term || e.GetTerm() > m.GetTerm() || e.GetTerm() == 0 {
 			return fmt.Errorf("entry %d of term %d does not follow entry %d of term %d", e.GetIndex(), e.GetTerm(), index, term)
 		}
-		if index, term = e.GetIndex(), e.GetTerm(); index <= c.commit && m.GetTerm() >= c.term {
-			if t, err := c.log.Term(index); err == nil && t != term {
-				return fmt.Errorf("%w: entry %d is of term %d there and of term %d here", errContradiction, index, term, t)
-			}
+		index, term = e.GetIndex(), e.GetTerm()
+		if err := contradicts(); err != nil {
+			return err
 		}
 		if err := checkEntry(e); err != nil {
 			return fmt.Errorf("entry %d: %w", index, err)

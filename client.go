@@ -64,6 +64,9 @@ type command struct {
 // commands is a function because help refers to it.
 func commands() map[string]*command {
 	const short, long, many = 5 * time.Second, time.Minute, 1 << 16
+	local := func(c *client, fs *flag.FlagSet) {
+		fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
+	}
 	return map[string]*command{
 		"init":        {"ID=ADDR [ID=ADDR ...]", "make a cluster of these voters, calling the first", 1, many, long, (*client).init, nil},
 		"add-learner": {"ID=ADDR", "add a node without a vote and wait until it has caught up", 1, 1, long, (*client).addLearner, nil},
@@ -74,14 +77,9 @@ func commands() map[string]*command {
 		"remove":          {"ID", "remove a voter or a learner", 1, 1, long, (*client).remove, nil},
 		"transfer-leader": {"ID", "make this voter the leader", 1, 1, short, (*client).transferLeader, nil},
 		"set":             {"KEY VALUE", "write a key; the VALUE - is read from stdin", 2, 2, short, (*client).set, (*client).versionFlag},
-		"get": {"KEY", "print the exact bytes of a value\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get,
-			func(c *client, fs *flag.FlagSet) {
-				fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
-			}},
-		"list": {"[PREFIX]", "print keys in order, with versions and values\nA line is a key, a version, and a value, quoted as Go does, with tabs between.", 0, 1, short, (*client).list,
-			func(c *client, fs *flag.FlagSet) {
-				fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
-			}},
+		"get":             {"KEY", "print the exact bytes of a value\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get, local},
+		"list": {"[PREFIX]", "print keys in order, with versions and values\nA line is a key, a version, and a value, quoted as Go does, with tabs between.",
+			0, 1, short, (*client).list, local},
 		"delete": {"KEY", "remove a key\nThe exit status is 1 if it was not there.", 1, 1, short, (*client).delete, (*client).versionFlag},
 		"status": {"", `show every member as it sees itself
 The JSON is {"members": [{"node_id", "address", "reachable", "error", "metrics"}]}, where

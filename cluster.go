@@ -213,7 +213,8 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	present := n.store.members[raftID]
 	for id, other := range n.store.members {
 		if id != raftID && other.Id != m.Id && other.Address == m.Address || id == raftID && other.Id != m.Id {
-			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf("node %d is at %s", other.Id, other.Address))
+			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
+				fmt.Sprintf("node %d is at %s", other.Id, other.Address))
 		}
 	}
 	switch {
@@ -258,7 +259,8 @@ func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error 
 		return ok, err
 	})
 	if errors.Is(err, context.DeadlineExceeded) && busy.Load() {
-		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS, "another change of membership was running until the deadline")
+		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
+			"another change of membership was running until the deadline")
 	}
 	return err
 }
@@ -274,27 +276,19 @@ func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 	}
 	before, resp := s.n.pub.Load().members, &kvpb.ChangeMembershipResponse{}
 	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.changeMembership(ctx, req) })
-	if len(req.Members) == 0 && len(req.Remove) == 1 && errorReason(err) == "UNKNOWN_MEMBER" && isNamed(before, req.Remove[0]) {
-		err = nil // a leader that had no time to answer has removed it
-	}
-	return resp, err
-}
-
-// isNamed reports whether a node has a raft ID among members.
-func isNamed(members map[uint64]*kvpb.Node, nodeID uint64) bool {
-	for _, m := range members {
-		if m.Id == nodeID {
-			return true
+	for _, m := range before {
+		if len(req.Members) == 0 && len(ids) == 1 && m.Id == ids[0] && errorReason(err) == "UNKNOWN_MEMBER" {
+			err = nil // a leader that had no time to answer has removed it
 		}
 	}
-	return false
+	return resp, err
 }
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
 	known := false
 	return s.awaitChange(ctx, func() (bool, error) {
 		for _, id := range req.Remove {
-			if !known && !isNamed(s.n.store.members, id) {
+			if !known && len(s.n.store.raftIDsOf(id)) == 0 {
 				return false, unknownMember(id)
 			}
 		}
@@ -329,19 +323,17 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	}
 	up := len(slices.DeleteFunc(slices.Clone(want), func(id uint64) bool { return id != n.raftID && !n.connected[id] }))
 	if up < len(want)/2+1 {
-		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("%d of these %d voters are connected: they could not go on", up, len(want)))
+		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
+			fmt.Sprintf("%d of these %d voters are connected: they could not go on", up, len(want)))
 	}
 	if !slices.Contains(want, n.raftID) {
 		// This node leaves: the change is made by one who stays.
 		if n.handOver(want) {
 			return false, nil
 		}
-		changes = changes[:0]
-		for _, id := range want { // nobody who stays is a voter yet
-			if !n.isVoter(id) {
-				changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
-			}
-		}
+		changes = slices.DeleteFunc(changes, func(c *raftpb.ConfChangeSingle) bool { // nobody who stays is a voter yet
+			return c.GetType() != raftpb.ConfChangeAddNode
+		})
 		if len(changes) == 0 {
 			return false, nil // they are voters, but not heard of: wait
 		}
@@ -496,7 +488,9 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 			Learner: slices.Contains(s.conf.GetLearners(), id) || slices.Contains(s.conf.GetLearnersNext(), id),
 		}
 		if pr, ok := progress[id]; ok {
-			ms.Progress = &kvpb.Progress{MatchIndex: pr.Match, NextIndex: pr.Next, State: pr.State.String(), RecentActive: pr.RecentActive, CaughtUp: n.isCaughtUp(pr)}
+			ms.Progress = &kvpb.Progress{
+				MatchIndex: pr.Match, NextIndex: pr.Next, State: pr.State.String(), RecentActive: pr.RecentActive, CaughtUp: n.isCaughtUp(pr),
+			}
 		}
 		m.Members = append(m.Members, ms)
 	}
@@ -562,11 +556,13 @@ func (n *node) heal() {
 	progress := n.progressOf()
 	for _, m := range sortedMembers(n.store.members) {
 		ids := n.store.raftIDsOf(m.Node.Id)
-		if met := n.met[m.RaftId]; met != nil && n.now-met.tick < n.ticksOf(leaderWait) && n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId) {
+		if met := n.met[m.RaftId]; met != nil && n.now-met.tick < n.ticksOf(leaderWait) &&
+			n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId) {
 			_ = n.addIncarnation(met.Peer)
 			return
 		}
-		if len(ids) == 1 || m.Node.Id == n.self.Id || !slices.Contains(n.store.conf.GetLearners(), m.RaftId) || !n.connected[m.RaftId] || !n.isCaughtUp(progress[m.RaftId]) {
+		if len(ids) == 1 || m.Node.Id == n.self.Id || !slices.Contains(n.store.conf.GetLearners(), m.RaftId) ||
+			!n.connected[m.RaftId] || !n.isCaughtUp(progress[m.RaftId]) {
 			continue
 		}
 		var changes []*raftpb.ConfChangeSingle
@@ -613,7 +609,8 @@ func (n *node) quorumLost() error {
 			}
 		}
 		if need := len(voters)/2 + 1; len(voters) > 0 && len(voters)-len(lost) < need {
-			return fmt.Errorf("%w: %d of %d voters are needed, but node %s restarted without memory", errNoLeader, need, len(voters), strings.Join(lost, " and node "))
+			return fmt.Errorf("%w: %d of %d voters are needed, but node %s restarted without memory",
+				errNoLeader, need, len(voters), strings.Join(lost, " and node "))
 		}
 	}
 	return nil

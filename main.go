@@ -174,7 +174,8 @@ func (o *options) check() error {
 		case advertised && (isEverywhere(host) || o.advertise != "" && port == "0"):
 			return fmt.Errorf("--advertise has to say where the others find this node, %q does not", a.address)
 		case !isLoopback(host) && !o.insecure:
-			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; --insecure allows that", a.address)
+			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; "+
+				"--insecure allows that", a.address)
 		}
 	}
 	return nil
