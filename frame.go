@@ -8,6 +8,7 @@ import (
 	"errors"
 	"hash/crc32"
 	"io"
+	"slices"
 )
 
 // A framed stream is 8 bytes of magic, the last of them the version, and then
@@ -35,17 +36,17 @@ type frameWriter struct {
 }
 
 func newFrameWriter(w io.Writer) *frameWriter {
-	f := &frameWriter{w: w, buf: make([]byte, frameHeaderBytes, maxFrameBytes)}
+	f := &frameWriter{w: w, buf: make([]byte, frameHeaderBytes)}
 	_, f.err = io.WriteString(w, frameMagic)
 	return f
 }
 
 func (f *frameWriter) Write(b []byte) (n int, err error) {
 	for len(b) > 0 && err == nil {
-		room := min(cap(f.buf)-len(f.buf), len(b))
+		room := min(maxFrameBytes-len(f.buf), len(b))
 		f.buf = append(f.buf, b[:room]...)
 		n, b = n+room, b[room:]
-		if len(f.buf) == cap(f.buf) {
+		if len(f.buf) == maxFrameBytes {
 			err = f.flush()
 		}
 	}
@@ -97,7 +98,7 @@ func (f *frameReader) next() error {
 		if string(magic) != frameMagic {
 			return errFrameFormat
 		}
-		f.offset, f.buf = int64(len(magic)), make([]byte, maxFrameBytes)
+		f.offset, f.buf = int64(len(magic)), make([]byte, frameHeaderBytes)
 	}
 	header := f.buf[:frameHeaderBytes]
 	if _, err := io.ReadFull(f.r, header); err == io.EOF {
@@ -109,6 +110,7 @@ func (f *frameReader) next() error {
 	if size == 0 || size > maxFrameBytes-frameHeaderBytes {
 		return errFrameDamaged
 	}
+	f.buf = slices.Grow(f.buf[:0], int(size))
 	data := f.buf[:size]
 	if _, err := io.ReadFull(f.r, data); err != nil {
 		return noEOF(err)
