@@ -135,7 +135,7 @@ func checkEntry(e *raftpb.Entry) error {
 	switch e.GetType() {
 	case raftpb.EntryNormal:
 		return nil // a batch is decoded when it is applied
-	case raftpb.EntryConfChange, raftpb.EntryConfChangeV2:
+	case raftpb.EntryConfChangeV2:
 		_, _, err := decodeConfChange(e)
 		return err
 	}
@@ -157,45 +157,17 @@ func (c *peerCheck) checkProposal(m *raftpb.Message) error {
 	if n := len(e.GetData()); n == 0 || n > maxEntryBytes+maxWriteBytes {
 		return fmt.Errorf("its entry has %d bytes", n)
 	}
-	var b kvpb.Batch
-	if err := proto.Unmarshal(e.GetData(), &b); err != nil {
-		return err
+	b, err := parseBatch(e.GetData()) // or every node would stop when it applies it
+	if err == nil && (b.proposer != m.GetFrom() || b.sequence == 0 || len(b.writes) == 0) {
+		err = errors.New("its batch is not its sender's, or empty")
 	}
-	if b.Proposer != m.GetFrom() || b.Sequence == 0 || len(b.Writes) == 0 {
-		return errors.New("its batch is not its sender's, or empty")
-	}
-	return checkWrites(b.Writes)
-}
-
-// checkWrites finds what a service would have refused, or a newer one accepted.
-func checkWrites(ws []*kvpb.Write) error {
-	for _, w := range ws {
-		var err error
-		switch op := w.GetOperation().(type) {
-		case *kvpb.Write_Set:
-			err = errors.Join(validateKey(op.Set.GetKey()), validateValue(op.Set.GetValue()))
-		case *kvpb.Write_Delete:
-			err = validateKey(op.Delete.GetKey())
-		default:
-			err = errors.New("a write of an unknown kind")
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return err
 }
 
 // decodeConfChange decodes the data of an entry that changes the configuration.
 func decodeConfChange(e *raftpb.Entry) (*raftpb.ConfChangeV2, *kvpb.ConfChangeContext, error) {
 	var cc raftpb.ConfChangeV2
-	if e.GetType() == raftpb.EntryConfChange {
-		var v1 raftpb.ConfChange
-		if err := proto.Unmarshal(e.GetData(), &v1); err != nil {
-			return nil, nil, err
-		}
-		proto.Merge(&cc, v1.AsV2())
-	} else if err := proto.Unmarshal(e.GetData(), &cc); err != nil {
+	if err := proto.Unmarshal(e.GetData(), &cc); err != nil {
 		return nil, nil, err
 	}
 	if t := cc.GetTransition(); t < raftpb.ConfChangeTransitionAuto || t > raftpb.ConfChangeTransitionJointExplicit {
@@ -221,24 +193,21 @@ func decodeConfChange(e *raftpb.Entry) (*raftpb.ConfChangeV2, *kvpb.ConfChangeCo
 // tryConfChange returns the configuration that a change leads to, or why raft
 // would panic over it (raft.applyConfChange).
 func tryConfChange(cs *raftpb.ConfState, cc *raftpb.ConfChangeV2) (*raftpb.ConfState, error) {
-	cfg, progress, err := restoreConfState(cs)
+	t, err := trackerOf(cs)
 	if err != nil {
 		return nil, err
 	}
-	t := tracker.MakeProgressTracker(1, 0)
-	t.Config, t.Progress = cfg, progress
 	changer := confchange.Changer{Tracker: t, LastIndex: 1}
 	if cc.LeaveJoint() {
-		cfg, progress, err = changer.LeaveJoint()
+		t.Config, t.Progress, err = changer.LeaveJoint()
 	} else if autoLeave, joint := cc.EnterJoint(); joint {
-		cfg, progress, err = changer.EnterJoint(autoLeave, cc.GetChanges()...)
+		t.Config, t.Progress, err = changer.EnterJoint(autoLeave, cc.GetChanges()...)
 	} else {
-		cfg, progress, err = changer.Simple(cc.GetChanges()...)
+		t.Config, t.Progress, err = changer.Simple(cc.GetChanges()...)
 	}
 	if err != nil {
 		return nil, err
 	}
-	t.Config, t.Progress = cfg, progress
 	return t.ConfState(), nil
 }
 
@@ -267,18 +236,19 @@ func (s *store) checkConfChange(cc *raftpb.ConfChangeV2, ctx *kvpb.ConfChangeCon
 // checkConfState finds what raft would panic over when it restores a snapshot
 // (raft.restore).
 func checkConfState(cs *raftpb.ConfState) error {
-	cfg, progress, err := restoreConfState(cs)
+	t, err := trackerOf(cs)
 	if err != nil {
 		return err
 	}
 	if len(cs.GetVoters()) == 0 {
 		return errors.New("a configuration without voters")
 	}
-	t := tracker.MakeProgressTracker(1, 0)
-	t.Config, t.Progress = cfg, progress
 	return cs.Equivalent(t.ConfState())
 }
 
-func restoreConfState(cs *raftpb.ConfState) (tracker.Config, tracker.ProgressMap, error) {
-	return confchange.Restore(confchange.Changer{Tracker: tracker.MakeProgressTracker(1, 0), LastIndex: 1}, cs)
+// trackerOf is what raft makes of a configuration.
+func trackerOf(cs *raftpb.ConfState) (t tracker.ProgressTracker, err error) {
+	t = tracker.MakeProgressTracker(1, 0)
+	t.Config, t.Progress, err = confchange.Restore(confchange.Changer{Tracker: t, LastIndex: 1}, cs)
+	return t, err
 }

@@ -377,9 +377,8 @@ func checkRows() []checkRow {
 		{name: "append: type of entry", peer: newFollower, bad: withType(appendMessage(3, 3, 8, 7, logEntry(9, 3, nil)), 3, nil), good: withType(appendMessage(3, 3, 8, 7, logEntry(9, 3, nil)), 0, []byte{0xff})},
 
 		conf("garbage", garbage(confEntry(changes())), confEntry(changes())),
-		conf("garbage, old form", garbage(confEntryV1(v1(4))), confEntryV1(v1(4))),
+		conf("old form", confEntryV1(v1(4)), confEntry(changes(addNode(4)))),
 		conf("raft ID 0", confEntry(changes(addNode(0))), confEntry(changes(addNode(4)))),
-		conf("raft ID 0, old form", confEntryV1(v1(0)), confEntryV1(v1(4))),
 		conf("raft ID 0 among others", confEntry(changes(addNode(4), addNode(0))), confEntry(changes(addNode(4), addNode(5)))),
 		conf("raft ID of raft", confEntry(changes(addNode(maxRaftID))), confEntry(changes(addNode(maxRaftID-1)))),
 		{name: "change: unknown transition", peer: newFollower, bad: appendMessage(3, 3, 8, 9, confEntry(&raftpb.ConfChangeV2{Transition: raftpb.ConfChangeTransition(3).Enum()})), good: appendMessage(3, 3, 8, 9, confEntry(&raftpb.ConfChangeV2{Transition: raftpb.ConfChangeTransition(2).Enum()})),
@@ -435,6 +434,9 @@ func checkRows() []checkRow {
 		{name: "proposal: long key", peer: newLeader, bad: proposalOf(setWrite(strings.Repeat("k", maxKeyBytes+1), "")), good: proposalOf(setWrite(strings.Repeat("k", maxKeyBytes), ""))},
 		{name: "proposal: long key to delete", peer: newLeader, bad: proposalOf(deleteWrite(strings.Repeat("k", maxKeyBytes+1))), good: proposalOf(deleteWrite(strings.Repeat("k", maxKeyBytes)))},
 		{name: "proposal: long value", peer: newLeader, bad: proposalOf(setWrite("k", strings.Repeat("v", maxValueBytes+1))), good: proposalOf(setWrite("k", strings.Repeat("v", maxValueBytes)))},
+		{name: "proposal: session 0", peer: newLeader, bad: proposalOf(withID(0, 1, setWrite("k", ""))), good: proposalOf(withID(1, 1, setWrite("k", "")))},
+		{name: "proposal: sequence 0", peer: newLeader, bad: proposalOf(withID(1, 0, deleteWrite("k"))), good: proposalOf(withID(1, 1, deleteWrite("k")), openWrite())},
+		{name: "proposal: delete of nothing", peer: newLeader, bad: proposalOf(deleteIf("k", 0)), good: proposalOf(deleteIf("k", 1), setIf("k", "v", 0))},
 		{name: "proposal: unknown write", peer: newLeader, bad: proposalOf(write, &kvpb.Write{}), good: proposalOf(write, write)},
 
 		// Of a peer, raft would send these contexts back; its own it looks into.

@@ -25,7 +25,6 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -50,6 +49,7 @@ type client struct {
 	endpoints, args     []string
 	ids                 []uint64     // of arguments ID and ID=ADDR
 	nodes               []*kvpb.Node // of arguments ID=ADDR
+	ifVersion           *uint64
 }
 
 // command is a sub-command. The first line of its help is a summary.
@@ -73,7 +73,7 @@ func commands() map[string]*command {
 			}},
 		"remove":          {"ID", "remove a voter or a learner", 1, 1, long, (*client).remove, nil},
 		"transfer-leader": {"ID", "make this voter the leader", 1, 1, short, (*client).transferLeader, nil},
-		"set":             {"KEY VALUE", "write a key; the VALUE - is read from stdin", 2, 2, short, (*client).set, nil},
+		"set":             {"KEY VALUE", "write a key; the VALUE - is read from stdin", 2, 2, short, (*client).set, (*client).versionFlag},
 		"get": {"KEY", "print the exact bytes of a value\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get,
 			func(c *client, fs *flag.FlagSet) {
 				fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
@@ -82,7 +82,7 @@ func commands() map[string]*command {
 			func(c *client, fs *flag.FlagSet) {
 				fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
 			}},
-		"delete": {"KEY", "remove a key\nThe exit status is 1 if it was not there.", 1, 1, short, (*client).delete, nil},
+		"delete": {"KEY", "remove a key\nThe exit status is 1 if it was not there.", 1, 1, short, (*client).delete, (*client).versionFlag},
 		"status": {"", `show every member as it sees itself
 The JSON is {"members": [{"node_id", "address", "reachable", "error", "metrics"}]}, where
 metrics is a MetricsResponse or null. A node or leader of 0 is not known.
@@ -95,6 +95,14 @@ The exit status is 1 if no node answers.`, 0, 0, short, (*client).status, nil},
 		"version": {"", "print the version", 0, 0, short, (*client).version, nil},
 		"help":    {"[COMMAND]", "explain a command", 0, 1, short, (*client).help, nil},
 	}
+}
+
+func (c *client) versionFlag(fs *flag.FlagSet) {
+	fs.Func("if-version", "only if the key has this `VERSION`, or exit status 1; 0, for set: only if it is not there", func(s string) error {
+		n, err := strconv.ParseUint(s, 10, 64)
+		c.ifVersion = &n
+		return err
+	})
 }
 
 const helpNotes = "Flags stand before or after the arguments; what follows -- is an argument.\n" +
@@ -225,28 +233,13 @@ func (c *client) addLearner(ctx context.Context) error {
 }
 
 func (c *client) changeMembership(ctx context.Context) error {
-	return c.change(ctx, &kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain})
+	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, &kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain},
+		new(kvpb.ChangeMembershipResponse), fmt.Sprintf("voters: %v\n", c.ids))
 }
 
-// remove names all voters but one. It has them from the leader if that
-// answers: a node that lags might not know the newest.
 func (c *client) remove(ctx context.Context) error {
-	id, best := c.ids[0], bestMetrics(c.survey(ctx))
-	if findMember(best, id) == nil {
-		return fmt.Errorf("no node that answers knows a member %d", id)
-	}
-	req := &kvpb.ChangeMembershipRequest{RemoveLearners: c.ids}
-	for _, m := range best.Members {
-		if m.Voter && m.Node.GetId() != id {
-			req.Members = append(req.Members, m.Node.GetId())
-		}
-	}
-	return c.change(ctx, req)
-}
-
-func (c *client) change(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, req, new(kvpb.ChangeMembershipResponse),
-		fmt.Sprintf("voters: %v\n", req.Members))
+	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, &kvpb.ChangeMembershipRequest{Remove: c.ids},
+		new(kvpb.ChangeMembershipResponse), fmt.Sprintf("node %d is removed\n", c.ids[0]))
 }
 
 func (c *client) transferLeader(ctx context.Context) error {
@@ -255,17 +248,55 @@ func (c *client) transferLeader(ctx context.Context) error {
 }
 
 func (c *client) set(ctx context.Context) (err error) {
-	req := &kvpb.SetRequest{Key: c.args[0], Value: []byte(c.args[1])}
+	req, resp := &kvpb.SetRequest{Key: c.args[0], Value: []byte(c.args[1]), ExpectedVersion: c.ifVersion}, new(kvpb.SetResponse)
 	if c.args[1] == "-" {
-		// One byte more than the server takes, for it to refuse.
-		if req.Value, err = io.ReadAll(io.LimitReader(c.stdin, maxValueBytes+1)); err != nil {
+		if req.Value, err = readValue(ctx, c.stdin); err != nil {
 			return err
 		}
 	}
-	return c.do(ctx, kvpb.KVService_Set_FullMethodName, req, new(kvpb.SetResponse), "")
+	if req.RequestId, err = c.newID(ctx); err != nil {
+		return err
+	}
+	err = c.do(ctx, kvpb.KVService_Set_FullMethodName, req, resp, "")
+	if err == nil && resp.CompareFailed {
+		err = compareError(resp.Version)
+	}
+	return err
+}
+
+// newID opens a session for one write, which may then be sent again and again.
+func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
+	resp := new(kvpb.OpenSessionResponse)
+	err := c.call(ctx, kvpb.KVService_OpenSession_FullMethodName, &kvpb.OpenSessionRequest{}, resp)
+	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, err
+}
+
+// readValue reads all of r, up to one byte more than a node takes, for it to
+// refuse. If ctx ends first, what reads goes on until the process ends.
+func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
+	var value []byte
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		value, err = io.ReadAll(io.LimitReader(r, maxValueBytes+1))
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return value, err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("reading stdin: %w", ctx.Err())
+	}
 }
 
 var errNotFound = errors.New("not found")
+
+func compareError(version uint64) error {
+	if version == 0 {
+		return errors.New("compare failed: the key is not there")
+	}
+	return fmt.Errorf("compare failed: the key has version %d", version)
+}
 
 func (c *client) get(ctx context.Context) error {
 	req, resp := &kvpb.GetRequest{Key: c.args[0], Local: c.local}, new(kvpb.GetResponse)
@@ -300,10 +331,17 @@ func (c *client) list(ctx context.Context) error {
 	}
 }
 
-func (c *client) delete(ctx context.Context) error {
-	req, resp := &kvpb.DeleteRequest{Key: c.args[0]}, new(kvpb.DeleteResponse)
-	if err := c.do(ctx, kvpb.KVService_Delete_FullMethodName, req, resp, ""); err != nil || resp.Deleted {
+func (c *client) delete(ctx context.Context) (err error) {
+	req, resp := &kvpb.DeleteRequest{Key: c.args[0], ExpectedVersion: c.ifVersion}, new(kvpb.DeleteResponse)
+	if req.RequestId, err = c.newID(ctx); err != nil {
 		return err
+	}
+	err = c.do(ctx, kvpb.KVService_Delete_FullMethodName, req, resp, "")
+	switch {
+	case err != nil || resp.Deleted:
+		return err
+	case resp.CompareFailed:
+		return compareError(resp.Version)
 	}
 	return errNotFound
 }
@@ -343,7 +381,7 @@ func (c *client) ask(ctx context.Context, addrs []string) []*memberRow {
 	for i, addr := range addrs {
 		answers.Go(func() {
 			m := new(kvpb.MetricsResponse)
-			_, _, err := send(ctx, addr, min(c.timeout/2, askTimeout), kvpb.ClusterService_Metrics_FullMethodName, &kvpb.MetricsRequest{}, m)
+			_, err := send(ctx, addr, min(c.timeout/2, askTimeout), kvpb.ClusterService_Metrics_FullMethodName, &kvpb.MetricsRequest{}, m)
 			rows[i] = &memberRow{m.GetNode().GetId(), addr, true, "", protoJSON{m}, m}
 			if err != nil {
 				rows[i] = &memberRow{Address: addr, Error: err.Error()}
@@ -402,7 +440,6 @@ func oneOf(b bool, yes, no string) string {
 
 // health polls if it waits: a stream would end with a node that restarts.
 func (c *client) health(ctx context.Context) error {
-	deadline, _ := ctx.Deadline()
 	c.local, c.timeout = true, min(c.timeout, askTimeout) // One node that hangs must not take up the wait.
 	for {
 		req, resp := &healthpb.HealthCheckRequest{Service: c.service}, new(healthpb.HealthCheckResponse)
@@ -410,10 +447,12 @@ func (c *client) health(ctx context.Context) error {
 		if err == nil && resp.Status == healthpb.HealthCheckResponse_SERVING {
 			return c.print(protoJSON{resp}, "SERVING\n")
 		}
-		if !c.wait || ctx.Err() != nil || time.Until(deadline) < pollInterval {
+		if c.wait {
+			sleep(ctx, pollInterval)
+		}
+		if !c.wait || ctx.Err() != nil {
 			return cmp.Or(err, fmt.Errorf("%q is %v", c.service, resp.Status))
 		}
-		time.Sleep(pollInterval)
 	}
 }
 
@@ -461,67 +500,96 @@ func (c *client) do(ctx context.Context, method string, req, resp proto.Message,
 }
 
 // call sends a request to one endpoint after another until one answers. What
-// has an effect goes to a second one only if the first cannot have applied it.
+// has an effect goes to a second one only if the first cannot have applied it,
+// or if it takes effect once; that is sent until the timeout.
 func (c *client) call(ctx context.Context, method string, req, resp proto.Message) error {
-	addrs, failures := slices.Clone(c.endpoints), []string{}
-	for i := 0; i < len(addrs); i++ {
-		leader, again, err := send(ctx, addrs[i], c.timeout/time.Duration(len(addrs)), method, req, resp)
-		if err == nil {
-			return nil
+	deadline, _ := ctx.Deadline()
+	write, unknown := slices.Contains(writes, method), false
+	var said []string
+	for {
+		addrs, failures, again := slices.Clone(c.endpoints), []string{}, true
+		for i := 0; i < len(addrs) && again; i++ {
+			f, err := send(ctx, addrs[i], c.timeout/time.Duration(len(addrs)), method, req, resp)
+			if err == nil && write { // the next one goes there first
+				c.endpoints = slices.Concat(addrs[i:i+1], addrs[:i], addrs[i+1:])
+			}
+			if err == nil {
+				return nil
+			}
+			failures = append(failures, addrs[i]+": "+err.Error())
+			again, unknown = f.again, unknown || f.unknown
+			if f.leader != "" && !c.local && !slices.Contains(addrs[:i+1], f.leader) {
+				addrs = slices.Insert(addrs, i+1, f.leader)
+			}
 		}
-		if failures = append(failures, addrs[i]+": "+err.Error()); !again {
-			break
+		if said == nil || ctx.Err() == nil {
+			said = failures // what failed before the time was up tells more
 		}
-		if leader != "" && !c.local && !slices.Contains(addrs[:i+1], leader) {
-			addrs = slices.Insert(addrs, i+1, leader)
+		if !again || !write || ctx.Err() != nil || time.Until(deadline) < pollInterval {
+			return errors.New(oneOf(unknown, "the outcome is unknown, it may or may not have been applied: ", "") + strings.Join(said, "; "))
 		}
+		time.Sleep(pollInterval)
 	}
-	return errors.New(strings.Join(failures, "; "))
+}
+
+// failure is what a call to one node that failed means for others.
+type failure struct {
+	leader  string // where to go next
+	again   bool   // another node may be tried
+	unknown bool   // it may or may not have been applied
 }
 
 // send makes a call to one node, which has only its share of the time to
-// answer at all and to be read. It tells whether another node may be tried.
-func send(ctx context.Context, addr string, share time.Duration, method string,
-	req, resp proto.Message) (leader string, again bool, err error) {
-	conn, err := grpc.NewClient("dns:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+// answer at all, and to do what may be sent again.
+func send(ctx context.Context, addr string, share time.Duration, method string, req, resp proto.Message) (f failure, err error) {
+	conn, err := dial(addr)
 	if err != nil {
-		return "", true, err
+		return failure{again: true}, err
 	}
 	defer conn.Close()
 	short, cancel := context.WithTimeout(ctx, share)
 	defer cancel()
-	if slices.Contains(reads, method) {
+	if slices.Contains(reads, method) || slices.Contains(writes, method) {
 		ctx = short
 	}
 	var trailer metadata.MD
 	// A first call without an effect tells whether anybody is there.
 	if _, err = healthpb.NewHealthClient(conn).Check(short, &healthpb.HealthCheckRequest{}, grpc.Trailer(&trailer)); err != nil {
-		again, err = true, errors.New(errorText(err))
+		f.again = true
 	} else if err = conn.Invoke(ctx, method, req, resp, grpc.Trailer(&trailer)); err != nil {
-		again, err = judge(method, err)
+		f.again, f.unknown = judge(method, err)
 	}
-	return strings.Join(trailer.Get(leaderMetadata), ""), again, err
+	if err != nil {
+		err = errors.New(errorText(err))
+	}
+	f.leader = strings.Join(trailer.Get(leaderMetadata), "")
+	return f, err
 }
 
-// reads are the methods without an effect.
-var reads = []string{kvpb.KVService_Get_FullMethodName, kvpb.KVService_List_FullMethodName, kvpb.ClusterService_Metrics_FullMethodName, healthpb.Health_Check_FullMethodName}
+// reads are the methods without an effect, writes those that take effect once
+// however often they are sent: all have an id, or open a session for it.
+var (
+	reads  = []string{kvpb.KVService_Get_FullMethodName, kvpb.KVService_List_FullMethodName, kvpb.ClusterService_Metrics_FullMethodName, healthpb.Health_Check_FullMethodName}
+	writes = []string{kvpb.KVService_OpenSession_FullMethodName, kvpb.KVService_Set_FullMethodName, kvpb.KVService_Delete_FullMethodName}
+)
 
-// judge tells whether a call that failed may be sent to another node, and adds
-// to the error if its effect is not known. A node's UNAVAILABLE means "not
-// applied", but gRPC has one of its own for a connection that broke. A node's
-// DEADLINE means that for a write of a key, but not for a change of the cluster.
-func judge(method string, err error) (again bool, _ error) {
-	code, reason, note := status.Code(err), errorReason(err), ""
+// judge tells of a call that failed whether it may be sent to another node, and
+// whether its effect is not known. A node's UNAVAILABLE means "not applied", or
+// that it may be sent again, but gRPC has one of its own for a connection that
+// broke. A node's DEADLINE means "not applied" for a write of a key, but not
+// for a change of the cluster.
+func judge(method string, err error) (again, unknown bool) {
+	code, reason := status.Code(err), errorReason(err)
+	transient := code == codes.Unavailable || code == codes.DeadlineExceeded
 	switch {
-	case slices.Contains(reads, method):
-		again = code == codes.Unavailable || code == codes.DeadlineExceeded
+	case slices.Contains(reads, method) || method == kvpb.KVService_OpenSession_FullMethodName:
+		return transient, false
+	case slices.Contains(writes, method):
+		return transient, reason == "" || reason == "OUTCOME_UNKNOWN"
 	case code == codes.Unavailable && reason != "":
-		again = method != kvpb.ClusterService_Init_FullMethodName // That is about the called node.
-	case reason == "DEADLINE" && strings.HasPrefix(method, "/"+kvpb.KVService_ServiceDesc.ServiceName):
-	case reason == "" || code == codes.DeadlineExceeded:
-		note = "the outcome is unknown, it may or may not have been applied: "
+		return method != kvpb.ClusterService_Init_FullMethodName, false // That is about the called node.
 	}
-	return again, errors.New(note + errorText(err))
+	return false, reason == "" || code == codes.DeadlineExceeded
 }
 
 func errorText(err error) string {

@@ -9,6 +9,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -28,7 +29,7 @@ import (
 )
 
 // fakeNode answers calls as a node might. Its interceptor counts calls but for
-// those of Metrics and health, and lets the test fail them.
+// those of OpenSession, Metrics and health, and lets the test fail them.
 type fakeNode struct {
 	kvpb.UnimplementedKVServiceServer
 	kvpb.UnimplementedClusterServiceServer
@@ -43,6 +44,10 @@ type fakeNode struct {
 	data    map[string][]byte
 	metrics *kvpb.MetricsResponse
 	asked   int // for metrics, since setMetrics
+	refuse  int // so many calls of OpenSession
+	opened  uint64
+	ids     []*kvpb.RequestId // of all writes counted
+	version uint64            // with which compares fail
 }
 
 func newFakeNode(t *testing.T) *fakeNode {
@@ -62,13 +67,17 @@ func newFakeNode(t *testing.T) *fakeNode {
 }
 
 func (f *fakeNode) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	if info.FullMethod == healthpb.Health_Check_FullMethodName || info.FullMethod == kvpb.ClusterService_Metrics_FullMethodName {
+	switch info.FullMethod {
+	case healthpb.Health_Check_FullMethodName, kvpb.ClusterService_Metrics_FullMethodName, kvpb.KVService_OpenSession_FullMethodName:
 		return handler(ctx, req)
 	}
 	f.mu.Lock()
 	fail := f.fail
 	f.calls++
 	f.last = req.(proto.Message)
+	if w, ok := req.(interface{ GetRequestId() *kvpb.RequestId }); ok {
+		f.ids = append(f.ids, w.GetRequestId())
+	}
 	f.mu.Unlock()
 	if fail != nil {
 		if err := fail(ctx); err != nil {
@@ -124,9 +133,22 @@ func (f *fakeNode) Get(_ context.Context, r *kvpb.GetRequest) (*kvpb.GetResponse
 	return &kvpb.GetResponse{}, nil
 }
 
+func (f *fakeNode) OpenSession(context.Context, *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.refuse--; f.refuse >= 0 {
+		return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "no leader")
+	}
+	f.opened++
+	return &kvpb.OpenSessionResponse{Session: 40 + f.opened}, nil
+}
+
 func (f *fakeNode) Set(_ context.Context, r *kvpb.SetRequest) (*kvpb.SetResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if r.ExpectedVersion != nil && *r.ExpectedVersion != f.version {
+		return &kvpb.SetResponse{Version: f.version, CompareFailed: true}, nil
+	}
 	f.data[r.Key] = r.Value
 	return &kvpb.SetResponse{Version: 8}, nil
 }
@@ -134,6 +156,9 @@ func (f *fakeNode) Set(_ context.Context, r *kvpb.SetRequest) (*kvpb.SetResponse
 func (f *fakeNode) Delete(_ context.Context, r *kvpb.DeleteRequest) (*kvpb.DeleteResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if r.ExpectedVersion != nil && *r.ExpectedVersion != f.version {
+		return &kvpb.DeleteResponse{Version: f.version, CompareFailed: true}, nil
+	}
 	_, ok := f.data[r.Key]
 	delete(f.data, r.Key)
 	return &kvpb.DeleteResponse{Deleted: ok, Version: 9}, nil
@@ -209,6 +234,7 @@ func TestClientUsageErrors(t *testing.T) {
 	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", closedAddress) // A call would be exit status 1.
 	for _, line := range []string{
 		"get", "get a b", "set a", "set a b c", "get a --nosuch", "get a -o yaml", "get a --timeout x", "set a b --local",
+		"set a b --if-version", "set a b --if-version -1", "delete a --if-version x", "get a --if-version 1",
 		"get a --endpoints x", "get a --endpoints ,", "get a --endpoints=", "get a --endpoints :1",
 		"init", "init 1", "init x=a:1", "init 0=a:1", "init 1=a", "init 1=:1", "init 1=a:", "add-learner 1=a:1 2=b:1", "add-learner 1",
 		"remove x", "remove 0", "remove -- -1", "remove 1=a:1", "transfer-leader", "transfer-leader x", "change-membership",
@@ -290,6 +316,121 @@ func TestClientKeys(t *testing.T) {
 	}
 }
 
+func TestClientCompare(t *testing.T) {
+	f := newFakeNode(t)
+	f.version = 7
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", f.addr)
+	runCommand(t, 0, "", "set", "k", "v", "--if-version", "7")
+	if req, _ := f.take(); req.(*kvpb.SetRequest).GetExpectedVersion() != 7 {
+		t.Errorf("sent %v", req)
+	}
+	out, errs := runCommand(t, 1, "", "set", "k", "v", "--if-version", "0")
+	wantText(t, "set", out+errs, "raft-key-value: set: compare failed: the key has version 7\n")
+	out, errs = runCommand(t, 1, "", "delete", "k", "--if-version", "6", "-o", "json")
+	wantText(t, "delete", out+errs, `{"deleted":false,"version":"7","compare_failed":true}`+"\nraft-key-value: delete: compare failed: the key has version 7\n")
+	f.version = 0
+	out, errs = runCommand(t, 1, "", "set", "k", "v", "--if-version", "6", "-o", "json")
+	wantText(t, "set", out+errs, `{"version":"0","compare_failed":true}`+"\nraft-key-value: set: compare failed: the key is not there\n")
+	runCommand(t, 0, "", "set", "k", "v", "--if-version", "0")
+	if req, _ := f.take(); req.(*kvpb.SetRequest).ExpectedVersion == nil {
+		t.Errorf("sent %v", req)
+	}
+	runCommand(t, 0, "", "set", "k", "v")
+	if req, _ := f.take(); req.(*kvpb.SetRequest).ExpectedVersion != nil {
+		t.Errorf("sent %v", req)
+	}
+}
+
+// A write is sent until it is answered, and always under the same id.
+func TestClientExactlyOnce(t *testing.T) {
+	for _, command := range []string{"set k v", "delete k"} {
+		t.Run(command, func(t *testing.T) {
+			t.Parallel()
+			first, second := newFakeNode(t), newFakeNode(t)
+			first.refuse, second.refuse = 1, 1 // so that the session comes from the first in the second round
+			second.data["k"] = nil
+			tries := 0
+			first.failWith(func(context.Context) error { return status.Error(codes.Unavailable, "broken") })
+			second.failWith(func(context.Context) error {
+				if tries++; tries < 3 {
+					return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
+				}
+				return nil
+			})
+			runCommand(t, 0, "", append(strings.Fields(command), "--timeout", "20s", "--endpoints", first.addr+","+second.addr)...)
+			if len(first.ids) != 3 || len(second.ids) != 3 || first.opened != 1 || second.opened != 0 {
+				t.Errorf("%d and %d writes were sent, %d and %d sessions opened", len(first.ids), len(second.ids), first.opened, second.opened)
+			}
+			for _, id := range append(first.ids, second.ids...) {
+				if id.GetSession() != 41 || id.GetSequence() != 1 {
+					t.Errorf("sent under the id %v", id)
+				}
+			}
+		})
+	}
+}
+
+// What is known of a write that got no answer.
+func TestClientGivesUp(t *testing.T) {
+	const mayBe = "may or may not have been applied"
+	broken, noLeader := status.Error(codes.Unavailable, "broken"), apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none")
+	unknown := apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
+	gone := apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN, "gone")
+	for _, test := range []struct {
+		name   string
+		errors []error // in turn
+		mayBe  bool
+	}{
+		{"no session", []error{gone}, false},
+		{"no leader, then no session", []error{noLeader, noLeader, gone}, false},
+		{"broken, then no session", []error{broken, noLeader, gone}, true},
+		{"unknown, then no session", []error{unknown, gone}, true},
+		{"no answer until the timeout", nil, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFakeNode(t)
+			tries := 0
+			timeout, want := "20s", "SESSION_UNKNOWN"
+			if test.errors == nil {
+				timeout, want = "1s", "DEADLINE_EXCEEDED"
+			}
+			f.failWith(func(ctx context.Context) error {
+				if test.errors == nil {
+					<-ctx.Done()
+					return ctx.Err()
+				}
+				tries++
+				return test.errors[tries-1]
+			})
+			_, errs := runCommand(t, 1, "", "set", "k", "v", "--timeout", timeout, "--endpoints", f.addr)
+			wantPart(t, errs, want)
+			if strings.Contains(errs, mayBe) != test.mayBe || tries != len(test.errors) {
+				t.Errorf("sent %d times: %s", tries, errs)
+			}
+		})
+	}
+}
+
+// TestClientSilentStdin: waiting for a value is bounded like all else.
+func TestClientSilentStdin(t *testing.T) {
+	silent, w := io.Pipe()
+	defer w.Close()
+	var out, errs bytes.Buffer
+	ended := make(chan int, 1)
+	go func() {
+		ended <- runClient(t.Context(), []string{"set", "k", "-", "--timeout", "50ms", "--endpoints", closedAddress}, silent, &out, &errs)
+	}()
+	select {
+	case exit := <-ended:
+		if exit != 1 || !strings.Contains(errs.String(), "reading stdin") {
+			t.Errorf("exit status %d, %s", exit, &errs)
+		}
+	case <-time.After(pollDeadline):
+		t.Fatal("it waits for stdin beyond its timeout")
+	}
+}
+
 func TestClientMembership(t *testing.T) {
 	f := newFakeNode(t)
 	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", "")
@@ -312,16 +453,9 @@ func TestClientMembership(t *testing.T) {
 	wantText(t, "change-membership", out, "voters: [3 1 2]\n")
 	changed(&kvpb.ChangeMembershipRequest{Members: []uint64{3, 1, 2}, Retain: true})
 
-	f.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 1, Address: f.addr}, Role: kvpb.Role_ROLE_LEADER, Members: []*kvpb.MemberStatus{
-		{Node: &kvpb.Node{Id: 1, Address: f.addr}, Voter: true}, {Node: &kvpb.Node{Id: 2, Address: closedAddress}, Voter: true},
-		{Node: &kvpb.Node{Id: 3, Address: closedAddress}, Learner: true},
-	}})
-	runCommand(t, 0, "", "remove", "2")
-	changed(&kvpb.ChangeMembershipRequest{Members: []uint64{1}, RemoveLearners: []uint64{2}})
-	runCommand(t, 0, "", "remove", "3")
-	changed(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, RemoveLearners: []uint64{3}})
-	runCommand(t, 1, "", "remove", "9")
-	runCommand(t, 1, "", "remove", "9", "--endpoints", closedAddress)
+	out, _ = runCommand(t, 0, "", "remove", "2")
+	wantText(t, "remove", out, "node 2 is removed\n")
+	changed(&kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
 }
 
 // The leader is another node than the one that is called, and knows more.
@@ -421,7 +555,7 @@ func TestClientHealth(t *testing.T) {
 }
 
 // A call goes on to the second endpoint only if the first cannot have applied
-// it; else the outcome is told as it is known.
+// it, or if it takes effect once; else the outcome is told as it is known.
 func TestClientResend(t *testing.T) {
 	answer := func(err error) func(context.Context) error { return func(context.Context) error { return err } }
 	unavailable := answer(apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "no leader"))
@@ -440,15 +574,18 @@ func TestClientResend(t *testing.T) {
 		{"not applied", "delete k", unavailable, ""},
 		{"not applied", "transfer-leader 1", unavailable, ""},
 		{"not applied", "init 1=h:1", unavailable, "no leader (UNAVAILABLE NO_LEADER)"},
-		{"bare", "set k v", bare, mayBe},
+		{"bare", "set k v", bare, ""},
 		{"bare", "init 1=h:1", bare, mayBe},
 		{"bare", "get k", bare, ""},
-		{"late", "set k v", late, "late (DEADLINE_EXCEEDED DEADLINE)"},
+		{"late", "set k v", late, ""},
 		{"late", "change-membership 1", late, mayBe},
-		{"unknown", "set k v", unknown, mayBe},
+		{"unknown", "set k v", unknown, ""},
+		{"unknown", "delete k", unknown, ""},
+		{"unknown", "change-membership 1", unknown, mayBe},
 		{"refused", "set k v", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
 		{"refused", "get k", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
-		{"hang", "set k v", hang, mayBe},
+		{"hang", "set k v", hang, ""},
+		{"hang", "transfer-leader 1", hang, mayBe},
 		{"hang", "get k", hang, ""},
 	} {
 		t.Run(test.name+" "+test.command, func(t *testing.T) {
@@ -489,10 +626,9 @@ func TestClientConnections(t *testing.T) {
 	live.take()
 	// The connection breaks while the call runs.
 	broken.failWith(func(ctx context.Context) error { go broken.server.Stop(); <-ctx.Done(); return ctx.Err() })
-	_, errs := runCommand(t, 1, "", "set", "k", "v", "--endpoints", broken.addr+","+live.addr)
-	wantPart(t, errs, "may or may not have been applied")
-	if _, n := live.take(); n != 0 {
-		t.Error("a write whose fate is unknown was sent again")
+	runCommand(t, 0, "", "set", "k", "v", "--endpoints", broken.addr+","+live.addr)
+	if _, n := live.take(); n != 1 {
+		t.Errorf("a write whose fate is unknown was sent again %d times", n)
 	}
 }
 
@@ -513,7 +649,7 @@ func TestClientFollowsLeader(t *testing.T) {
 		t.Errorf("the leader was called %d times, want 2", n)
 	}
 	leader.failWith(names(follower.addr)) // Nodes that name each other are asked once each.
-	runCommand(t, 1, "", "set", "k", "v")
+	runCommand(t, 1, "", "get", "k")
 	if _, n := leader.take(); n != 1 {
 		t.Errorf("the leader was called %d times, want 1", n)
 	}

@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -25,142 +26,125 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// onLeader has the leader do a request of ClusterService: here by local, or
-// there by remote. A request is forwarded once: what arrives forwarded at a
-// node that does not lead goes back. All these requests state what shall be,
-// so one that was cut short by a change of leader is simply made again.
-func (s *server) onLeader(ctx context.Context, local func(context.Context) error, remote func(context.Context, kvpb.ClusterServiceClient) error) error {
-	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+// inTime bounds a request. Its wait ends before the caller's, so that the answer
+// that says why still gets there.
+func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
+	if deadline, ok := ctx.Deadline(); ok {
+		return context.WithDeadline(ctx, deadline.Add(-margin(time.Until(deadline))))
+	}
+	return context.WithTimeout(ctx, adminTimeout)
+}
+
+// onLeader has the leader do the request that ctx came with: here by local, or
+// where the leader is. A request is forwarded once: what arrives forwarded at a
+// node that does not lead goes back. All these requests state what shall be, so
+// one that was cut short by a change of leader is simply made again.
+func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local func(context.Context) error) error {
+	ctx, cancel := inTime(ctx)
 	defer cancel()
 	md, _ := metadata.FromIncomingContext(ctx)
 	forwarded := len(md.Get(forwardMetadata)) > 0
-	for {
+	for leaderless := time.Duration(0); ; {
 		p := s.n.pub.Load()
-		var err error
-		stale := false // the node at the leader's address is another life by now
+		err := errNotLeader
 		switch {
 		case p.clusterID == 0:
 			return errNotInitialized
 		case p.leading:
 			err = local(ctx)
 		case forwarded:
-			return errNotLeader
-		case p.leader != nil && p.lead != p.raftID:
-			err = s.forward(ctx, p.leader.Address, remote)
-			stale = errorReason(err) == "NOT_INITIALIZED"
-		default:
-			if err := s.awaitLeader(ctx); err != nil {
+		case p.leader == nil || p.lead == p.raftID: // none, or this node has not settled
+			if err = p.noLeader; leaderless > leaderWait {
 				return err
 			}
-			continue
+			leaderless += s.n.opts.heartbeat
+		default:
+			err = s.forward(ctx, p.leader.Address, req, resp)
 		}
-		again := stale || errors.Is(err, errNotLeader) || status.Code(err) == codes.Unavailable && errorReason(err) != "UNREACHABLE"
+		// The node at the leader's address may be another life by now, in no cluster.
+		reason := errorReason(err)
+		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) || reason == "NOT_INITIALIZED" ||
+			status.Code(err) == codes.Unavailable && reason != "UNREACHABLE"
 		if !again || forwarded {
 			return err
 		}
-		select { // before it is tried again: something has changed, or enough time has passed
-		case <-p.next:
-		case <-time.After(s.n.opts.heartbeat):
-		case <-ctx.Done():
+		if sleep(ctx, s.n.opts.heartbeat); ctx.Err() != nil {
 			return err
 		}
 	}
 }
 
-// awaitLeader waits until a leader is known that has settled.
-func (s *server) awaitLeader(ctx context.Context) error {
-	t := time.NewTimer(leaderWait)
-	defer t.Stop()
-	for {
-		p := s.n.pub.Load()
-		if p.leading || p.leader != nil && p.lead != p.raftID {
-			return nil
-		}
-		select {
-		case <-p.next:
-		case <-t.C:
-			return p.noLeader
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-func (s *server) forward(ctx context.Context, address string, remote func(context.Context, kvpb.ClusterServiceClient) error) error {
+func (s *server) forward(ctx context.Context, address string, req, resp proto.Message) error {
 	conn, err := s.net.dial(address)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	return remote(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), kvpb.NewClusterServiceClient(conn))
+	method, _ := grpc.Method(ctx)
+	return conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)
 }
 
-// probe asks the node at an address who it is, and checks that it is the one
-// that is meant.
-func (s *server) probe(ctx context.Context, m *kvpb.Node) (*kvpb.Welcome, error) {
+// probe asks a node for its raft ID in this life. It has to be the one that is
+// meant, and in no other cluster than this node.
+func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
+	p := s.n.pub.Load()
+	if m.Id == s.n.self.Id && m.Address == s.n.self.Address {
+		return p.raftID, nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	w, err := s.net.probe(ctx, m.Address)
 	if err != nil {
-		return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
+		return 0, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+			fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
 	}
 	if there := w.Peer.Node; there.Id != m.Id || there.Address != m.Address {
-		return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE, fmt.Sprintf("%d=%s was asked for, but %d=%s answers", m.Id, m.Address, there.Id, there.Address))
+		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
+			fmt.Sprintf("%d=%s was asked for, but %d=%s answers", m.Id, m.Address, there.Id, there.Address))
 	}
-	return w, nil
+	if w.ClusterId != 0 && w.ClusterId != p.clusterID {
+		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+			fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
+	}
+	return w.Peer.RaftId, nil
 }
 
 // Init implements ClusterService.
 func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	ctx, cancel := inTime(ctx)
 	defer cancel()
 	if err := s.checkInit(req.Members); err != nil {
 		return nil, err
 	}
-	for i, m := range req.Members {
-		req.Members[i] = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
-	}
 	if s.n.pub.Load().clusterID != 0 {
 		return nil, errInCluster
 	}
+	var ids []uint64
+	var others []*kvpb.Node
+	var todo []string
 	for _, m := range req.Members {
-		if m.Id == s.n.self.Id {
-			continue
-		}
-		if w, err := s.probe(ctx, m); err != nil {
+		if _, err := s.probe(ctx, m); err != nil {
 			return nil, err
-		} else if w.ClusterId != 0 {
-			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in cluster %016x already", m.Id, m.Address, w.ClusterId))
+		}
+		if ids = append(ids, m.Id); m.Id != s.n.self.Id {
+			others, todo = append(others, m), append(todo, fmt.Sprintf("add-learner %d=%s", m.Id, m.Address))
 		}
 	}
 	var clusterID uint64
 	if err := s.n.do(ctx, func() (err error) { clusterID, err = s.n.bootstrap(); return err }); err != nil {
 		return nil, err
 	}
-	if err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil }); err != nil {
-		return nil, err
-	}
-	ids := []uint64{s.n.self.Id}
-	todo := []string{}
-	for _, m := range req.Members {
-		if m.Id != s.n.self.Id {
-			ids = append(ids, m.Id)
-			todo = append(todo, fmt.Sprintf("add-learner %d=%s", m.Id, m.Address))
-		}
-	}
-	if len(ids) == 1 {
-		return &kvpb.InitResponse{ClusterId: clusterID}, nil
-	}
 	todo = append(todo, "change-membership "+strings.Trim(fmt.Sprint(ids), "[]"))
-	for _, m := range req.Members {
-		if m.Id != s.n.self.Id {
-			if err := s.addLearner(ctx, m); err != nil {
-				return nil, halfWay(err, clusterID, todo)
-			}
+	err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil })
+	for i := 0; err == nil && i < len(others); i++ {
+		if err = s.addLearner(ctx, others[i]); err == nil {
 			todo = todo[1:]
 		}
 	}
-	if err := s.changeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids}); err != nil {
+	if err == nil {
+		err = s.changeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids})
+	}
+	if err != nil {
 		return nil, halfWay(err, clusterID, todo)
 	}
 	return &kvpb.InitResponse{ClusterId: clusterID}, nil
@@ -177,20 +161,20 @@ func (s *server) checkInit(members []*kvpb.Node) error {
 	if len(members) == 0 || len(members) > maxMembers {
 		return invalid("members", "there are %d, there have to be 1 to %d", len(members), maxMembers)
 	}
-	ids, addresses := map[uint64]bool{}, map[string]bool{}
+	taken := map[any]bool{} // ids and addresses
 	for _, m := range members {
 		if err := validateNode("members", m); err != nil {
 			return err
 		}
-		if ids[m.Id] || addresses[m.Address] {
+		if taken[m.Id] || taken[m.Address] {
 			return invalid("members", "%d=%s has the id or the address of another", m.Id, m.Address)
 		}
-		ids[m.Id], addresses[m.Address] = true, true
+		taken[m.Id], taken[m.Address] = true, true
 		if (m.Id == s.n.self.Id) != (m.Address == s.n.self.Address) {
 			return invalid("members", "%d=%s: this node is %d=%s", m.Id, m.Address, s.n.self.Id, s.n.self.Address)
 		}
 	}
-	if !ids[s.n.self.Id] {
+	if !taken[s.n.self.Id] {
 		return invalid("members", "the called node, %d=%s, is not among them", s.n.self.Id, s.n.self.Address)
 	}
 	return nil
@@ -201,13 +185,8 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 	if err := validateNode("node", req.Node); err != nil {
 		return nil, err
 	}
-	req = &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: req.Node.Id, Address: req.Node.Address}}
-	return &kvpb.AddLearnerResponse{}, s.onLeader(ctx,
-		func(ctx context.Context) error { return s.addLearner(ctx, req.Node) },
-		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
-			_, err := c.AddLearner(ctx, req)
-			return err
-		})
+	resp := &kvpb.AddLearnerResponse{}
+	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.addLearner(ctx, req.Node) })
 }
 
 // errPastLife means that a node was asked before it knew that it is removed.
@@ -215,8 +194,9 @@ var errPastLife = errors.New("the node is about to drop its state")
 
 // addLearner adds a node on the leader and waits until it has caught up.
 func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
+	m = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
 	for {
-		raftID, err := s.raftIDOf(ctx, m)
+		raftID, err := s.probe(ctx, m)
 		if err == nil {
 			err = s.awaitChange(ctx, func() (bool, error) { return s.n.stepLearner(raftID, m) })
 		}
@@ -225,19 +205,6 @@ func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 		}
 		sleep(ctx, s.n.opts.heartbeat) // it will be somebody new
 	}
-}
-
-// raftIDOf asks a node for its raft ID in this life.
-func (s *server) raftIDOf(ctx context.Context, m *kvpb.Node) (uint64, error) {
-	p := s.n.pub.Load()
-	if proto.Equal(m, s.n.self) {
-		return p.raftID, nil
-	}
-	w, err := s.probe(ctx, m)
-	if err == nil && w.ClusterId != 0 && w.ClusterId != p.clusterID {
-		err = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED, fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
-	}
-	return w.GetPeer().GetRaftId(), err
 }
 
 // stepLearner takes the next step of making a life of a node a member, if one
@@ -259,7 +226,10 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	case present != nil:
 		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	case m.Id == n.self.Id: // whoever leads is not replaced
-		n.transferLeader(n.successor(n.store.conf.GetVoters()))
+		if voters := n.store.conf.GetVoters(); !n.handOver(voters) && len(voters) == 1 {
+			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
+				fmt.Sprintf("node %d is at %s and leads; no other voter could lead while it is replaced", m.Id, n.self.Address))
+		}
 		return false, nil
 	case len(n.store.members) >= maxMembers:
 		return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
@@ -271,17 +241,21 @@ func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle
 	return &raftpb.ConfChangeSingle{Type: t.Enum(), NodeId: new(raftID)}
 }
 
-// awaitChange waits on the leader until f says that the membership is as it
-// shall be.
+// awaitChange waits on the leader until f, which takes steps, says that the
+// membership is as it shall be.
 func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error {
 	n := s.n
+	started := false
 	var busy atomic.Bool // with somebody else's change
 	err := n.await(ctx, func() (bool, error) {
 		if !n.leads() {
 			return false, errNotLeader
 		}
-		busy.Store(isJoint(n.store.conf))
-		return f()
+		was := n.changeAt
+		ok, err := f()
+		started = started || n.changeAt > was
+		busy.Store(!started && !n.mayChange())
+		return ok, err
 	})
 	if errors.Is(err, context.DeadlineExceeded) && busy.Load() {
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS, "another change of membership was running until the deadline")
@@ -291,23 +265,46 @@ func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error 
 
 // ChangeMembership implements ClusterService.
 func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) (*kvpb.ChangeMembershipResponse, error) {
-	if len(req.Members) == 0 || len(req.Members) > maxMembers || len(req.RemoveLearners) > maxMembers {
-		return nil, invalid("members", "there are %d, there have to be 1 to %d", len(req.Members), maxMembers)
+	ids := slices.Sorted(slices.Values(slices.Concat(req.Members, req.Remove)))
+	if len(ids) == 0 || len(ids) > maxMembers {
+		return nil, invalid("members", "with those to be removed there are %d, there have to be 1 to %d", len(ids), maxMembers)
 	}
-	ids := slices.Sorted(slices.Values(slices.Concat(req.Members, req.RemoveLearners)))
-	if ids[0] == 0 || len(slices.Compact(ids)) < len(req.Members)+len(req.RemoveLearners) {
+	if ids[0] == 0 || len(slices.Compact(ids)) < len(req.Members)+len(req.Remove) {
 		return nil, invalid("members", "an id is 0 or stands there twice")
 	}
-	return &kvpb.ChangeMembershipResponse{}, s.onLeader(ctx,
-		func(ctx context.Context) error { return s.changeMembership(ctx, req) },
-		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
-			_, err := c.ChangeMembership(ctx, req)
-			return err
-		})
+	before, resp := s.n.pub.Load().members, &kvpb.ChangeMembershipResponse{}
+	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.changeMembership(ctx, req) })
+	if len(req.Members) == 0 && len(req.Remove) == 1 && errorReason(err) == "UNKNOWN_MEMBER" && isNamed(before, req.Remove[0]) {
+		err = nil // a leader that had no time to answer has removed it
+	}
+	return resp, err
+}
+
+// isNamed reports whether a node has a raft ID among members.
+func isNamed(members map[uint64]*kvpb.Node, nodeID uint64) bool {
+	for _, m := range members {
+		if m.Id == nodeID {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	return s.awaitChange(ctx, func() (bool, error) { return s.n.stepMembership(req) })
+	known := false
+	return s.awaitChange(ctx, func() (bool, error) {
+		for _, id := range req.Remove {
+			if !known && !isNamed(s.n.store.members, id) {
+				return false, unknownMember(id)
+			}
+		}
+		known = true // until this request itself has removed it
+		return s.n.stepMembership(req)
+	})
+}
+
+func unknownMember(id uint64) error {
+	return apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", id))
 }
 
 // stepMembership takes the next step towards the voters that a request names,
@@ -316,11 +313,14 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if isJoint(n.store.conf) {
 		return false, nil
 	}
-	want, err := n.resolve(req.Members)
+	want, err := n.votersToBe(req)
 	if err != nil {
 		return false, err
 	}
 	changes, err := n.changesTo(want, req)
+	if err != nil && n.now-n.leadHeard <= uint64(n.electionTicks()) {
+		return false, nil // a leader that is new has not heard from everybody yet
+	}
 	if err != nil || len(changes) == 0 {
 		return true, err
 	}
@@ -333,8 +333,7 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	}
 	if !slices.Contains(want, n.raftID) {
 		// This node leaves: the change is made by one who stays.
-		if to := n.successor(want); to != 0 {
-			n.transferLeader(to)
+		if n.handOver(want) {
 			return false, nil
 		}
 		changes = changes[:0]
@@ -350,6 +349,22 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	return false, n.proposeChange(nil, changes...)
 }
 
+// votersToBe returns the raft IDs of the voters that a request wants.
+func (n *node) votersToBe(req *kvpb.ChangeMembershipRequest) (want []uint64, err error) {
+	if len(req.Members) > 0 {
+		return n.resolve(req.Members)
+	}
+	for _, id := range n.store.conf.GetVoters() {
+		if !slices.Contains(req.Remove, n.store.members[id].Id) {
+			want = append(want, id)
+		}
+	}
+	if len(want) == 0 {
+		return nil, invalid("remove", "no voter would be left")
+	}
+	return want, nil
+}
+
 // resolve returns the raft IDs of nodes. Of a node that is just being taken
 // back, it is the one that votes.
 func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
@@ -357,7 +372,7 @@ func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
 	for _, nodeID := range nodeIDs {
 		of := n.store.raftIDsOf(nodeID)
 		if len(of) == 0 {
-			return nil, apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", nodeID), "id", strconv.FormatUint(nodeID, 10))
+			return nil, unknownMember(nodeID)
 		}
 		i := slices.IndexFunc(of, func(id uint64) bool { return n.isVoter(id) })
 		ids = append(ids, of[max(i, 0)])
@@ -367,35 +382,25 @@ func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
 
 // changesTo returns what changes the configuration to one with the wanted
 // voters; nothing, if that is so already.
-func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) ([]*raftpb.ConfChangeSingle, error) {
-	var changes []*raftpb.ConfChangeSingle
-	voters, progress := n.store.conf.GetVoters(), n.progressOf()
-	for _, id := range want {
-		if slices.Contains(voters, id) {
-			continue
-		}
-		if pr := progress[id]; !n.isCaughtUp(pr) {
-			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %s is too far behind to vote: it has entry %d of %d", n.describe(id), pr.Match, n.store.index))
-		}
-		changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
-	}
-	for _, id := range voters {
-		if slices.Contains(want, id) {
-			continue
-		}
-		t := raftpb.ConfChangeRemoveNode
-		if req.Retain {
-			t = raftpb.ConfChangeAddLearnerNode
-		}
-		changes = append(changes, confChange(t, id))
-		req = proto.CloneOf(req) // with the lives that were to take its place
-		req.RemoveLearners = append(req.RemoveLearners, n.store.members[id].Id)
-	}
-	for _, nodeID := range req.RemoveLearners {
-		for _, id := range n.store.raftIDsOf(nodeID) {
-			if slices.Contains(n.store.conf.GetLearners(), id) {
-				changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) (changes []*raftpb.ConfChangeSingle, err error) {
+	leaves := func(id uint64) bool { return n.isVoter(id) && !slices.Contains(want, id) }
+	progress := n.progressOf()
+	for _, m := range sortedMembers(n.store.members) {
+		id, removed := m.RaftId, slices.Contains(req.Remove, m.Node.Id)
+		switch {
+		case slices.Contains(want, id):
+			if n.isVoter(id) {
+				continue
 			}
+			if pr := progress[id]; !n.isCaughtUp(pr) {
+				return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
+					fmt.Sprintf("node %d is too far behind to vote: it has entry %d of %d", m.Node.Id, pr.Match, n.store.index))
+			}
+			changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
+		case leaves(id) && req.Retain && !removed:
+			changes = append(changes, confChange(raftpb.ConfChangeAddLearnerNode, id))
+		case removed || slices.ContainsFunc(n.store.raftIDsOf(m.Node.Id), leaves): // a life that was to take the place of one that leaves
+			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
 	return changes, nil
@@ -406,17 +411,11 @@ func (s *server) TransferLeader(ctx context.Context, req *kvpb.TransferLeaderReq
 	if req.NodeId == 0 {
 		return nil, invalid("node_id", "it is 0")
 	}
-	return &kvpb.TransferLeaderResponse{}, s.onLeader(ctx,
-		func(ctx context.Context) error { return s.transferLeader(ctx, req.NodeId) },
-		func(ctx context.Context, c kvpb.ClusterServiceClient) error {
-			_, err := c.TransferLeader(ctx, req)
-			return err
-		})
-}
-
-func (s *server) transferLeader(ctx context.Context, nodeID uint64) error {
-	var start uint64
-	return s.n.await(ctx, func() (bool, error) { return s.n.stepTransfer(nodeID, &start) })
+	resp := &kvpb.TransferLeaderResponse{}
+	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+		var start uint64
+		return s.n.await(ctx, func() (bool, error) { return s.n.stepTransfer(req.NodeId, &start) })
+	})
 }
 
 // stepTransfer has raft make a node the leader; true: it is. start is the tick
@@ -438,12 +437,15 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	if !n.isVoter(ids[0]) {
 		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
 	}
-	if *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
-		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, fmt.Sprintf("node %d did not take over", nodeID))
+	if !n.connected[ids[0]] || *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
+		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+			fmt.Sprintf("node %d does not answer, or did not take over", nodeID))
 	}
 	if n.mayChange() {
 		*start = cmp.Or(*start, n.now)
-		n.transferLeader(ids[0])
+		if n.progressOf()[ids[0]].RecentActive { // else raft would take no writes for nothing
+			n.handOver(ids)
+		}
 	}
 	return false, nil
 }
@@ -469,6 +471,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
 	m.Healthy, m.Durable = m.UnhealthyReason == "", n.disk != nil
 	m.Keys, m.StoreBytes = s.size()
+	m.Sessions = uint64(len(s.sessions))
 	if n.rn == nil {
 		return m
 	}
@@ -516,9 +519,8 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	}
 	// Explicit: raft would leave the joint configuration without looking who leads.
 	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx, Transition: raftpb.ConfChangeTransitionJointExplicit.Enum()}
-	stays := changes[0].GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(changes[0].GetNodeId())
-	if len(changes) == 1 && stays && changes[0].GetType() != raftpb.ConfChangeRemoveNode {
-		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // nobody leaves
+	if c := changes[0]; len(changes) == 1 && (c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())) {
+		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // no voter leaves
 	}
 	if err := n.store.checkConfChange(cc, who); err != nil {
 		return err
@@ -534,15 +536,9 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 func (n *node) leaveJoint() {
 	if n.isVoter(n.raftID) {
 		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
-	} else if to := n.successor(n.store.conf.GetVoters()); to != 0 {
-		n.rn.TransferLeader(to)
+	} else {
+		n.handOver(n.store.conf.GetVoters())
 	}
-}
-
-// transferLeader asks raft to make another voter the leader.
-func (n *node) transferLeader(to uint64) {
-	n.changeAt = n.now
-	n.rn.TransferLeader(to)
 }
 
 // meeting is a life of a node that is not the one its members know.
@@ -637,15 +633,19 @@ func (n *node) progressOf() map[uint64]progress {
 	return m
 }
 
-// successor returns the raft ID among ids, another than this node, that has
-// most of the log and has been heard of; 0: there is none.
-func (n *node) successor(ids []uint64) (best uint64) {
-	progress := n.progressOf()
+// handOver asks raft to make another node the leader: the voter among ids that
+// has most of the log and has been heard of; false: there is none.
+func (n *node) handOver(ids []uint64) bool {
+	best, progress := uint64(0), n.progressOf()
 	for _, id := range ids {
 		pr, ok := progress[id]
 		if ok && id != n.raftID && !pr.IsLearner && n.connected[id] && (best == 0 || pr.Match > progress[best].Match) {
 			best = id
 		}
 	}
-	return best
+	if best != 0 {
+		n.changeAt = n.now
+		n.rn.TransferLeader(best)
+	}
+	return best != 0
 }

@@ -520,7 +520,7 @@ func TestCluster(t *testing.T) {
 	}
 
 	// Remove, add again. Whom its cluster has removed knows nothing any more.
-	c.change(2, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}})
+	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
 	c.uninitialized(2)
 	wantError(t, getError(c, 2, true), codes.Unavailable, "NOT_INITIALIZED")
 	c.works(1, 3)
@@ -536,7 +536,7 @@ func TestCluster(t *testing.T) {
 		t.Fatalf("a retained voter is no learner: %v", m)
 	}
 	c.works(1, 2, 3)
-	c.change(2, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, RemoveLearners: []uint64{2}})
+	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
 	c.uninitialized(2)
 	c.addLearner(1, 2)
 	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
@@ -545,7 +545,7 @@ func TestCluster(t *testing.T) {
 	leader := c.settled(1, 2, 3)
 	c.sameStates(1, 2, 3)
 	rest := slices.DeleteFunc([]uint64{1, 2, 3}, func(id uint64) bool { return id == leader })
-	c.change(leader, &kvpb.ChangeMembershipRequest{Members: rest})
+	c.change(leader, &kvpb.ChangeMembershipRequest{Remove: []uint64{leader}})
 	c.uninitialized(leader)
 	c.settled(rest...)
 	c.works(rest...)
@@ -763,7 +763,7 @@ func TestAddAgainBeforeItJoined(t *testing.T) {
 	})
 	cancel()
 	<-ended
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1}, RemoveLearners: []uint64{2}})
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1}, Remove: []uint64{2}})
 	c.addLearner(1, 2)
 	c.works(1, 2)
 	c.sameStates(1, 2)
@@ -839,6 +839,17 @@ func badList(name string, req *kvpb.ListRequest) badCall {
 func badDelete(name, key string) badCall {
 	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) error {
 		_, err := n.Delete(ctx, &kvpb.DeleteRequest{Key: key})
+		return err
+	}}
+}
+
+func badWrite(name string, w *kvpb.Write) badCall {
+	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) (err error) {
+		if set := w.GetSet(); set != nil {
+			_, err = n.Set(ctx, set)
+		} else {
+			_, err = n.Delete(ctx, w.GetDelete())
+		}
 		return err
 	}}
 }
@@ -982,6 +993,11 @@ func TestBadInput(t *testing.T) {
 		badGet("get of an empty key", "", false),
 		badGet("local get of a long key", long, true),
 		badDelete("delete of an empty key", ""),
+		badWrite("set with session 0", withID(0, 1, setWrite("k", "v"))),
+		badWrite("set with sequence 0", withID(1, 0, setWrite("k", "v"))),
+		badWrite("delete with session 0", withID(0, 1, deleteWrite("k"))),
+		badWrite("delete with sequence 0", withID(1, 0, deleteWrite("k"))),
+		badWrite("delete of what must not exist", deleteIf("k", 0)),
 		badDelete("delete of a long key", long),
 		badList("list of a long prefix", &kvpb.ListRequest{Prefix: long}),
 		badList("list from a long token", &kvpb.ListRequest{PageToken: long, Local: true}),
@@ -1007,13 +1023,16 @@ func TestBadInput(t *testing.T) {
 		badChange("no voters", voters(), invalid, "INVALID_FIELD"),
 		badChange("voter 0", voters(0, 1, 2), invalid, "INVALID_FIELD"),
 		badChange("a voter twice", voters(1, 2, 2), invalid, "INVALID_FIELD"),
-		badChange("a voter that is to leave", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, RemoveLearners: []uint64{2}}, invalid, "INVALID_FIELD"),
+		badChange("a voter that is to leave", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Remove: []uint64{2}}, invalid, "INVALID_FIELD"),
 		badChange("too many voters", voters(slices.Collect(func(yield func(uint64) bool) {
 			for i := uint64(1); i < 100 && yield(i); i++ {
 			}
 		})...), invalid, "INVALID_FIELD"),
 		badChange("an unknown voter", voters(1, 2, 3, 99), codes.NotFound, "UNKNOWN_MEMBER"),
 		badChange("a voter that is not caught up", voters(1, 2, 3, 4), codes.FailedPrecondition, "NOT_CAUGHT_UP"),
+		badChange("no voter left", &kvpb.ChangeMembershipRequest{Remove: []uint64{1, 2, 3}}, invalid, "INVALID_FIELD"),
+		badChange("an unknown member to be removed", &kvpb.ChangeMembershipRequest{Remove: []uint64{99}}, codes.NotFound, "UNKNOWN_MEMBER"),
+		badChange("a learner and an unknown one to be removed", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4, 99}}, codes.NotFound, "UNKNOWN_MEMBER"),
 		badTransfer("leader 0", 0, invalid, "INVALID_FIELD"),
 		badTransfer("an unknown leader", 99, codes.NotFound, "UNKNOWN_MEMBER"),
 		badTransfer("a learner as leader", 4, codes.FailedPrecondition, "NOT_CAUGHT_UP"),
@@ -1063,7 +1082,7 @@ func TestBadInput(t *testing.T) {
 	// could be done.
 	for _, b := range []badCall{
 		forwarded(badLearner("add-learner", 5, c.nodes[5].address, codes.Unavailable, "NOT_LEADER")),
-		forwarded(badChange("change-membership", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, RemoveLearners: []uint64{4}}, codes.Unavailable, "NOT_LEADER")),
+		forwarded(badChange("change-membership", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}}, codes.Unavailable, "NOT_LEADER")),
 		forwarded(badTransfer("transfer-leader", 1, codes.Unavailable, "NOT_LEADER")),
 	} {
 		t.Run(b.name, func(t *testing.T) {
@@ -1144,7 +1163,7 @@ func TestForwarding(t *testing.T) {
 			return err
 		})
 		c.named(id, "ChangeMembership", func(o ...grpc.CallOption) error {
-			_, err := n.ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, RemoveLearners: []uint64{4}}, o...)
+			_, err := n.ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}}, o...)
 			if err != nil {
 				t.Errorf("ChangeMembership on node %d: %v", id, err)
 			}
@@ -1691,7 +1710,7 @@ func TestHealth(t *testing.T) {
 		c.health(4, "kv.v1.KVService", serving)
 		c.wants(4, true, "k", fmt.Sprint("again ", i), version)
 	}
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, RemoveLearners: []uint64{4}})
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}})
 	all(4, notServing)
 
 	resp, err := grpc_health_v1.NewHealthClient(c.nodes[1].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: "nobody"})

@@ -36,8 +36,8 @@ const (
 	identityFormat = 1
 	// progressEvery is between two lines of log about how far a start is.
 	progressEvery = time.Second
-	// refusal is what an operator can do about a directory that is damaged.
-	refusal = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
+	// whatToDo is what an operator can do about a directory that is damaged.
+	whatToDo = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
 		"Else, if this node's cluster works without it, delete its data directory, all of it: the cluster takes it back. " +
 		"Else restore a backup"
 )
@@ -52,10 +52,11 @@ type disk struct {
 	dir          string
 	log          *slog.Logger
 	segmentBytes int
-	background   func(func()) // runs what takes long; nil: a goroutine each
+	start        func(func()) // runs what takes long beside the writer
+	background   func(func()) // as in walOptions
 	unlock       io.Closer
-	running      sync.WaitGroup // background goroutines
-	closing      atomic.Bool    // they need not finish
+	running      sync.WaitGroup // what start runs
+	closing      atomic.Bool    // it need not finish
 
 	wal *wal // the writer's; nil: the directory is empty
 
@@ -88,7 +89,9 @@ func openDisk(fsys fileSystem, dir string, logBytes int64, log *slog.Logger) (*d
 		return nil, err
 	}
 	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
-	return &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: make(chan struct{}, 1)}, nil
+	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: make(chan struct{}, 1)}
+	d.start = d.running.Go
+	return d, nil
 }
 
 // close ends all writing and unlocks the directory. The writer has ended.
@@ -124,7 +127,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	}
 	switch {
 	case !found["identity"] && others && !found["identity.tmp"]:
-		return nil, d.refuse("it has a log, but no file named identity that says whose. %s", refusal)
+		return nil, d.refuse("it has a log, but no file named identity that says whose. %s", whatToDo)
 	case !found["identity"]:
 		return nil, d.clean(names, "", "identity.tmp")
 	}
@@ -135,13 +138,13 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	case id.NodeId != nodeID:
 		return nil, d.refuse("it is that of node %d, this is node %d", id.NodeId, nodeID)
 	case !others:
-		return nil, d.refuse("its log, files named *.wal, is missing. %s", refusal)
+		return nil, d.refuse("its log, files named *.wal, is missing. %s", whatToDo)
 	}
 	r := &recovered{identity: id}
 	o := d.walOptions(id)
 	o.check = func(b *kvpb.LogBatch) (err error) {
 		if last, commit := b.Snapshot.GetIndex()+uint64(len(b.Entries)), b.HardState.GetCommit(); commit > last {
-			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s", last, commit, refusal)
+			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s", last, commit, whatToDo)
 		}
 		r.store, err = d.loadSnapshot(b.Snapshot, id)
 		return err
@@ -180,11 +183,11 @@ func (d *disk) readIdentity() (*kvpb.Identity, error) {
 	}
 	switch {
 	case err != nil:
-		return nil, d.refuse("its file identity, offset %d: %w. %s", r.offset, err, refusal)
+		return nil, d.refuse("its file identity, offset %d: %w. %s", r.offset, err, whatToDo)
 	case id.Format > identityFormat:
 		return nil, d.refuse("its format is %d, this program knows %d: start the newer one that made it", id.Format, identityFormat)
 	case id.Format != identityFormat || id.ClusterId == 0 || id.NodeId == 0 || id.RaftId == 0 || id.RaftId >= maxRaftID || id.LogId == 0:
-		return nil, d.refuse("its file identity is invalid. %s", refusal)
+		return nil, d.refuse("its file identity is invalid. %s", whatToDo)
 	}
 	return &id, nil
 }
@@ -192,20 +195,20 @@ func (d *disk) readIdentity() (*kvpb.Identity, error) {
 // loadSnapshot reads the snapshot that the log names.
 func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store, error) {
 	if mark == nil {
-		return nil, d.refuse("its log names no snapshot. %s", refusal)
+		return nil, d.refuse("its log names no snapshot. %s", whatToDo)
 	}
 	path := d.path(mark.File)
 	f, err := d.fs.open(path)
 	if err != nil {
-		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, refusal)
+		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, whatToDo)
 	}
 	defer f.Close()
 	s, err := readSnapshot(&loggedReader{r: io.NewSectionReader(f, 0, math.MaxInt64), log: d.log, said: time.Now()})
 	switch {
 	case err != nil:
-		return nil, d.refuse("%s: %w. %s", path, err, refusal)
+		return nil, d.refuse("%s: %w. %s", path, err, whatToDo)
 	case s.index != mark.Index || s.term != mark.Term || s.clusterID != id.ClusterId:
-		return nil, d.refuse("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s", path, s.index, s.clusterID, mark.Index, id.ClusterId, refusal)
+		return nil, d.refuse("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s", path, s.index, s.clusterID, mark.Index, id.ClusterId, whatToDo)
 	}
 	s.file = mark.File
 	return s, nil
@@ -299,15 +302,6 @@ func (d *disk) save(v *view) (*kvpb.SnapshotMark, error) {
 	w := d.newSnapshot()
 	name, err := w.finish(v.header.Index, v.writeTo(w))
 	return &kvpb.SnapshotMark{Index: v.header.Index, Term: v.header.Term, File: name}, err
-}
-
-// start runs f beside the writer.
-func (d *disk) start(f func()) {
-	if d.background != nil {
-		d.background(f)
-	} else {
-		d.running.Go(f)
-	}
 }
 
 // enqueue leaves a job for the writer.

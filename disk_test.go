@@ -55,7 +55,7 @@ func openDiskNode(fs *simFS, id uint64) (*diskNode, error) {
 	if p.d, err = openDisk(fs, simDir, diskLogBytes, quiet()); err != nil {
 		return nil, err
 	}
-	p.d.background = func(f func()) { f() }
+	p.d.background, p.d.start = func(f func()) { f() }, func(f func()) { f() }
 	if err := p.n.open(p.d); err != nil {
 		return nil, err
 	}
@@ -115,7 +115,7 @@ func TestDiskCleanFaults(t *testing.T) {
 
 // slowDown makes snapshots wait until do or the test lets them be written.
 func (p *diskNode) slowDown() {
-	p.d.background = func(f func()) { p.slow = append(p.slow, f) }
+	p.d.start = func(f func()) { p.slow = append(p.slow, f) }
 }
 
 // lead makes a cluster's only voter its leader.
@@ -138,11 +138,10 @@ type diskOp struct {
 
 // call makes a write that somebody waits for.
 func (p *diskNode) call(op diskOp) (*call, error) {
-	w := &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: op.key}}}
+	record, err := encodeOperation(opDelete, &kvpb.DeleteRequest{Key: op.key})
 	if op.value != nil {
-		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: op.key, Value: op.value}}
+		record, err = encodeOperation(opSet, &kvpb.SetRequest{Key: op.key, Value: op.value})
 	}
-	record, err := encodeWrite(w)
 	if err != nil {
 		return nil, err
 	}
@@ -583,7 +582,7 @@ func TestDiskFollowerFaults(t *testing.T) {
 			return err
 		}, func() error { f.entries(next(5)...); received = f.last; return f.snapshot() }, func() error {
 			f.slow[0]() // it has been overtaken
-			f.slow, f.d.background = nil, func(f func()) { f() }
+			f.slow, f.d.start = nil, func(f func()) { f() }
 			return cmp.Or(f.settle(), tidy(fs, f.diskNode))
 		}, follow(func() bool { return f.last == 10+uint64(len(script)) }))
 		for _, step := range steps {

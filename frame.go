@@ -8,7 +8,6 @@ import (
 	"errors"
 	"hash/crc32"
 	"io"
-	"slices"
 )
 
 // A framed stream is 8 bytes of magic, the last of them the version, and then
@@ -36,7 +35,7 @@ type frameWriter struct {
 }
 
 func newFrameWriter(w io.Writer) *frameWriter {
-	f := &frameWriter{w: w, buf: make([]byte, frameHeaderBytes)}
+	f := &frameWriter{w: w, buf: make([]byte, frameHeaderBytes, 4<<10)}
 	_, f.err = io.WriteString(w, frameMagic)
 	return f
 }
@@ -53,12 +52,12 @@ func (f *frameWriter) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// flush writes the frame that was begun.
+// flush writes the frame that was begun, if one was.
 func (f *frameWriter) flush() error {
-	if f.err != nil {
+	data := f.buf[frameHeaderBytes:]
+	if f.err != nil || len(data) == 0 {
 		return f.err
 	}
-	data := f.buf[frameHeaderBytes:]
 	f.sum = crc32.Update(f.sum, castagnoli, data)
 	binary.LittleEndian.PutUint32(f.buf, uint32(len(data)))
 	binary.LittleEndian.PutUint32(f.buf[4:], f.sum)
@@ -98,7 +97,7 @@ func (f *frameReader) next() error {
 		if string(magic) != frameMagic {
 			return errFrameFormat
 		}
-		f.offset, f.buf = int64(len(magic)), make([]byte, frameHeaderBytes)
+		f.offset, f.buf = int64(len(magic)), make([]byte, 4<<10)
 	}
 	header := f.buf[:frameHeaderBytes]
 	if _, err := io.ReadFull(f.r, header); err == io.EOF {
@@ -110,7 +109,9 @@ func (f *frameReader) next() error {
 	if size == 0 || size > maxFrameBytes-frameHeaderBytes {
 		return errFrameDamaged
 	}
-	f.buf = slices.Grow(f.buf[:0], int(size))
+	if int(size) > len(f.buf) {
+		f.buf = make([]byte, size)
+	}
 	data := f.buf[:size]
 	if _, err := io.ReadFull(f.r, data); err != nil {
 		return noEOF(err)

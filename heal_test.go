@@ -414,7 +414,7 @@ func TestRemovedWhileAway(t *testing.T) {
 		c.wants(3, true, "k", "v", version) // it does not know better yet
 		req := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}}
 		if !voter {
-			req.RemoveLearners = []uint64{3}
+			req.Remove = []uint64{3}
 		}
 		c.change(1, req)
 		c.set(2, "k", "later")
@@ -617,8 +617,14 @@ func (c *testCluster) noTransfers(ids ...uint64) {
 				defer s.n.store.mu.RUnlock()
 				s.net.mu.Lock()
 				defer s.net.mu.Unlock()
-				if len(s.n.views)+len(s.n.store.views)+len(s.net.receiving) > 0 {
-					return fmt.Errorf("node %d sends from %d views, has %d open, receives %d", id, len(s.n.views), len(s.n.store.views), len(s.net.receiving))
+				receives := 0
+				for key := range s.net.inbound {
+					if key.snapshot {
+						receives++
+					}
+				}
+				if len(s.n.views)+len(s.n.store.views)+receives > 0 {
+					return fmt.Errorf("node %d sends from %d views, has %d open, receives %d", id, len(s.n.views), len(s.n.store.views), receives)
 				}
 				return nil
 			})
@@ -810,7 +816,7 @@ func TestSnapshotTransfer(t *testing.T) {
 			c.noTransfers(1, 2, 3, 4)
 			c.works(1, 2, 3, 4)
 			c.sameStates(1, 2, 3, 4)
-			c.change(via, &kvpb.ChangeMembershipRequest{Members: three, RemoveLearners: []uint64{4}})
+			c.change(via, &kvpb.ChangeMembershipRequest{Members: three, Remove: []uint64{4}})
 			c.uninitialized(4)
 			c.stop(4)
 		}
@@ -952,17 +958,6 @@ func liveHeap() uint64 {
 	return m.HeapAlloc
 }
 
-// discard is a stream that sends to nobody.
-type discard struct {
-	grpc.ClientStream
-	take func(*kvpb.InstallSnapshotRequest) error
-}
-
-func (d *discard) Send(r *kvpb.InstallSnapshotRequest) error { return d.take(r) }
-func (d *discard) CloseAndRecv() (*kvpb.InstallSnapshotResponse, error) {
-	return &kvpb.InstallSnapshotResponse{}, nil
-}
-
 func TestSnapshotHeap(t *testing.T) {
 	const limit = 8 << 20 // of a node
 	c := newCluster(t, 1)
@@ -1012,11 +1007,9 @@ func TestSnapshotHeap(t *testing.T) {
 		t.Logf("%s: %d KiB over the map, %d chunks", what, over>>10, chunks)
 		peak, chunks, size = 0, 0, 0
 	}
-	stalled := time.AfterFunc(time.Hour, func() {})
-	if err := v.writeTo(&chunkSender{s: &discard{take: sample}, stalled: stalled}); err != nil {
+	if err := v.writeTo(chunkWriter(func(b []byte) error { return sample(&kvpb.InstallSnapshotRequest{Data: b}) })); err != nil {
 		t.Fatal(err)
 	}
-	stalled.Stop()
 	check("writing a view", limit)
 	if err := transferTo(t, v, sample); err != nil {
 		t.Fatal(err)

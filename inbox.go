@@ -11,6 +11,7 @@ import (
 // input is what one turn of the loop works on.
 type input struct {
 	ticks    int
+	clock    uint64 // how many ticks the time since the start is long
 	calls    []*call
 	messages []inbound
 	events   []func()
@@ -20,8 +21,12 @@ type input struct {
 type call struct {
 	record []byte // the write as a field of a Batch; nil: a read
 	state  atomic.Int32
-	since  uint64       // tick in which the loop took it
+	since  uint64       // when the loop took it, by its clock
+	wait   uint64       // ticks until its deadline is near; 0: it has none
+	ended  bool         // the loop's
 	done   chan outcome // one slot: the loop never waits
+	group  *group       // in place of done: what it is part of
+	out    outcome      // for the group, once that is done
 	fn     func()       // in place of done: the loop's own reads
 }
 
@@ -69,19 +74,23 @@ func (b *inbox) signal() {
 	}
 }
 
-// call queues a call.
-func (b *inbox) call(c *call) error {
+// call queues calls, all or none.
+func (b *inbox) call(calls ...*call) error {
+	bytes := 0
+	for _, c := range calls {
+		bytes += len(c.record)
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
 	case b.closed:
 		return errStopping
-	case b.callCount >= maxQueuedCalls || b.callBytes+len(c.record) > maxQueuedBytes:
+	case b.callCount+len(calls) > maxQueuedCalls || b.callBytes+bytes > maxQueuedBytes:
 		return errOverloaded
 	}
-	b.callCount++
-	b.callBytes += len(c.record)
-	b.next.calls = append(b.next.calls, c)
+	b.callCount += len(calls)
+	b.callBytes += bytes
+	b.next.calls = append(b.next.calls, calls...)
 	b.signal()
 	return nil
 }

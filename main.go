@@ -22,12 +22,16 @@
 //     it reads a view, which nobody changes.
 //   - gRPC's own: one for each call. A call waits in server.call or node.await
 //     and reads the store under its lock.
+//     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,
-//     each in a goroutine, and for a signal, in another.
+//     for calls to end, and for a signal, each in a goroutine.
+//   - A sub-command asks several nodes at once, and waits for stdin, in
+//     goroutines of its own.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -35,6 +39,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -133,14 +138,14 @@ func parseOptions(args []string, stderr io.Writer, env func(string) (string, boo
 	fs.Int64Var(&o.logBytes, "log-bytes", o.logBytes, "`bytes` of log entries kept before old ones are dropped")
 	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	var first []string // the environment: flags go before it
 	fs.VisitAll(func(f *flag.Flag) {
-		if v, ok := env(environmentName(f.Name)); ok {
-			if err := fs.Set(f.Name, v); err != nil {
-				args = append([]string{"--" + f.Name + "=" + v}, args...) // fails below, in the usual words
-			}
+		name := "RAFT_KEY_VALUE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if v, ok := env(name); ok {
+			first = append(first, "--"+f.Name+"="+v)
 		}
 	})
-	if err := fs.Parse(args); err != nil {
+	if err := fs.Parse(append(first, args...)); err != nil {
 		return o, err
 	}
 	if fs.NArg() > 0 {
@@ -149,18 +154,10 @@ func parseOptions(args []string, stderr io.Writer, env func(string) (string, boo
 	return o, o.check()
 }
 
-// environmentName is the environment variable that stands for a flag.
-func environmentName(name string) string {
-	return "RAFT_KEY_VALUE_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-}
-
 func (o *options) check() error {
-	host, _, err := net.SplitHostPort(o.addr)
 	switch {
 	case o.id == 0:
 		return errors.New("--id is needed, and not 0")
-	case err != nil:
-		return fmt.Errorf("--addr %q is not host:port", o.addr)
 	case o.heartbeat < 10*time.Millisecond || o.heartbeat > leaderWait:
 		return fmt.Errorf("--heartbeat %v is not between 10ms and %v", o.heartbeat, leaderWait)
 	case o.election < 3*o.heartbeat || o.election > time.Hour:
@@ -168,25 +165,31 @@ func (o *options) check() error {
 	case o.logBytes < 1<<20 || o.logBytes > 1<<40:
 		return fmt.Errorf("--log-bytes %d is not between 1 MiB and 1 TiB", o.logBytes)
 	}
-	if ip := net.ParseIP(host); o.advertise == "" && (host == "" || ip != nil && ip.IsUnspecified()) {
-		return fmt.Errorf("--addr %s listens everywhere: --advertise has to say where the others find this node", o.addr)
-	}
-	if host, port, _ := net.SplitHostPort(o.advertise); o.advertise != "" && (host == "" || port == "0" || net.ParseIP(host).IsUnspecified()) {
-		return fmt.Errorf("--advertise %q is not host:port at which a node can be reached", o.advertise)
-	}
-	for _, a := range []string{o.addr, o.advertise} {
-		if host, port, err := net.SplitHostPort(a); a != "" && (err != nil || port == "") {
-			return fmt.Errorf("%q is not host:port", a)
-		} else if a != "" && !isLoopback(host) && !o.insecure {
-			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; --insecure allows that", a)
+	for _, a := range []struct{ flag, address string }{{"addr", o.addr}, {"advertise", cmp.Or(o.advertise, o.addr)}} {
+		host, port, err := net.SplitHostPort(a.address)
+		advertised := a.flag == "advertise"
+		switch {
+		case err != nil || port == "":
+			return fmt.Errorf("--%s %q is not host:port", a.flag, a.address)
+		case advertised && (isEverywhere(host) || o.advertise != "" && port == "0"):
+			return fmt.Errorf("--advertise has to say where the others find this node, %q does not", a.address)
+		case !isLoopback(host) && !o.insecure:
+			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; --insecure allows that", a.address)
 		}
 	}
 	return nil
 }
 
 func isLoopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
+	ip, _ := netip.ParseAddr(host)
+	return host == "localhost" || ip.Unmap().IsLoopback()
+}
+
+// isEverywhere reports whether a host means all addresses of a machine, at none
+// of which another machine finds it.
+func isEverywhere(host string) bool {
+	ip, _ := netip.ParseAddr(host)
+	return host == "" || ip.Unmap().WithZone("").IsUnspecified()
 }
 
 // run runs a node until ctx ends or the node cannot go on. It calls ready once
@@ -228,7 +231,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	defer endLoop()
 	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
 	go func() { loopErr <- n.run(loop) }()
-	go func() { serveErr <- s.grpc.Serve(listener) }()
+	go func() { serveErr <- s.grpc.Serve(&limiter{Listener: listener, conns: map[*limitedConn]bool{}}) }()
 	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address)
 	ready(s)
 

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -34,7 +35,7 @@ const (
 	// maxStreamBytes is where a batch of messages is cut: one more may follow.
 	maxStreamBytes = 1 << 20
 	// maxMessageBytes is the largest gRPC message that a node accepts.
-	maxMessageBytes = 8 << 20
+	maxMessageBytes = 4 << 20
 	// maxStrangers bounds the peers that no configuration names, yet.
 	maxStrangers = 16
 	// helloTimeout bounds how long a stream may stay silent at its start, and
@@ -69,11 +70,18 @@ type network struct {
 	wg      sync.WaitGroup
 	dropped atomic.Uint64 // messages that a queue did not take
 
-	mu        sync.Mutex
-	members   map[uint64]*kvpb.Node
-	peers     map[uint64]*peer              // by raft ID: members, and those who have a stream to us
-	inbound   map[uint64]*inboundStream     // by raft ID: at most one stream is heard
-	receiving map[uint64]context.CancelFunc // by raft ID: snapshots under way to us
+	mu      sync.Mutex
+	members map[uint64]*kvpb.Node
+	removed []uint64         // not to be heard, even before they may be told so
+	peers   map[uint64]*peer // by raft ID: members, and those who have a stream to us
+	inbound map[inboundKey]*inboundStream
+}
+
+// inboundKey is what there is one of at most: the stream at which a peer is
+// heard, and a snapshot on its way from it.
+type inboundKey struct {
+	raftID   uint64
+	snapshot bool
 }
 
 type inboundStream struct {
@@ -90,6 +98,7 @@ type peer struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wake   chan struct{} // one slot: full while there is something to send
+	said   string        // the last refusal that was logged
 
 	mu    sync.Mutex
 	life  uint64 // of the peer at the other end of the stream; 0: no stream
@@ -99,10 +108,7 @@ type peer struct {
 }
 
 func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, string) (net.Conn, error)) *network {
-	nw := &network{
-		r: r, log: log, dialer: dialer,
-		peers: map[uint64]*peer{}, inbound: map[uint64]*inboundStream{}, receiving: map[uint64]context.CancelFunc{},
-	}
+	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
 	nw.ctx, nw.cancel = context.WithCancel(context.Background())
 	return nw
 }
@@ -122,12 +128,17 @@ func (nw *network) goroutine(f func()) {
 	}
 }
 
-// dial makes a connection to a node. It comes back at most a second after the
-// node does.
+// dial makes a connection to a node. An address can have what a URL must not:
+// the zone in [fe80::1%eth0]:21001.
+func dial(address string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())...)
+}
+
+// dial makes a connection to a peer. It comes back at most a second after the
+// peer does.
 func (nw *network) dial(address string) (*grpc.ClientConn, error) {
 	opts := []grpc.DialOption{
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithNoProxy(),
 		grpc.WithIdleTimeout(0),
 		grpc.WithInitialWindowSize(windowBytes),
 		grpc.WithInitialConnWindowSize(windowBytes),
@@ -142,7 +153,7 @@ func (nw *network) dial(address string) (*grpc.ClientConn, error) {
 	if nw.dialer != nil {
 		opts = append(opts, grpc.WithContextDialer(nw.dialer))
 	}
-	return grpc.NewClient("passthrough:///"+address, opts...)
+	return dial(address, opts...)
 }
 
 // setMembers implements transport.
@@ -150,15 +161,15 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 	self := nw.r.hello().From.Node.Id
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
-	nw.members = members
+	nw.members, nw.removed = members, removed
 	for id, p := range nw.peers {
-		if m := members[id]; m != nil && m.Address != p.node.Address || m == nil && nw.inbound[id] == nil || slices.Contains(removed, id) {
+		if m := members[id]; m != nil && m.Address != p.node.Address || m == nil && !nw.isHeard(id) || slices.Contains(removed, id) {
 			p.cancel()
 			delete(nw.peers, id)
 		}
 	}
-	for id, s := range nw.inbound {
-		if slices.Contains(removed, id) || s.hello.To.RaftId != raftID || !sameCluster(clusterID, members, s.hello) {
+	for key, s := range nw.inbound {
+		if slices.Contains(removed, key.raftID) || s.hello.To.RaftId != raftID || !sameCluster(clusterID, members, s.hello) {
 			s.cancel(errors.New("not a peer of this node any more"))
 		}
 	}
@@ -252,19 +263,10 @@ func (p *peer) take() []*raftpb.Message {
 // run is the peer's goroutine: it keeps a stream open and sends.
 func (p *peer) run() {
 	defer func() { _ = p.conn.Close() }()
-	var said string
 	for p.ctx.Err() == nil {
 		err := p.stream()
 		p.open(0)
 		p.nw.r.peerDown(p.raftID, true, err)
-		if p.ctx.Err() != nil {
-			return
-		}
-		var v verdictError
-		if text := err.Error(); errors.As(err, &v) && text != said {
-			said = text
-			p.nw.log.Info("peer refuses this node", "peer", p.node.Id, "address", p.node.Address, "verdict", text)
-		}
 		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
 	}
 }
@@ -279,18 +281,16 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// verdictError is a peer's refusal to talk.
-type verdictError struct{ w *kvpb.Welcome }
-
-func (e verdictError) Error() string {
-	n := e.w.GetPeer().GetNode()
-	switch e.w.GetVerdict() {
+// refusal is why a peer would not talk.
+func refusal(w *kvpb.Welcome) error {
+	n := w.GetPeer().GetNode()
+	switch w.GetVerdict() {
 	case kvpb.Verdict_VERDICT_OTHER_CLUSTER:
-		return fmt.Sprintf("node %d at %s is in another cluster, %016x", n.GetId(), n.GetAddress(), e.w.ClusterId)
+		return fmt.Errorf("node %d at %s is in another cluster, %016x", n.GetId(), n.GetAddress(), w.ClusterId)
 	case kvpb.Verdict_VERDICT_REMOVED:
-		return fmt.Sprintf("node %d at %s says that this node was removed", n.GetId(), n.GetAddress())
+		return fmt.Errorf("node %d at %s says that this node was removed", n.GetId(), n.GetAddress())
 	}
-	return fmt.Sprintf("it is node %d at %s, raft ID %x", n.GetId(), n.GetAddress(), e.w.GetPeer().GetRaftId())
+	return fmt.Errorf("it is node %d at %s, raft ID %x", n.GetId(), n.GetAddress(), w.GetPeer().GetRaftId())
 }
 
 // stream opens a stream to the peer and sends until it breaks.
@@ -309,7 +309,12 @@ func (p *peer) stream() error {
 	}
 	if w.GetVerdict() != kvpb.Verdict_VERDICT_ACCEPTED || w.GetPeer().GetRaftId() != p.raftID {
 		p.nw.r.refused(h.From.RaftId, p.raftID, w)
-		return verdictError{w}
+		err := refusal(w)
+		if text := err.Error(); text != p.said {
+			p.said = text
+			p.nw.log.Info("peer refuses this node", "peer", p.node.Id, "address", p.node.Address, "verdict", text)
+		}
+		return err
 	}
 	p.open(w.Peer.Life)
 	p.nw.r.peerUp(p.raftID, w.Peer.Life, true)
@@ -335,10 +340,16 @@ func (p *peer) stream() error {
 	}
 }
 
+var errSilent = errors.New("the other node is silent")
+
+// alarm ends a stream, unless it is reset or stopped within helloTimeout.
+func alarm(cancel context.CancelCauseFunc) *time.Timer {
+	return time.AfterFunc(helloTimeout, func() { cancel(errSilent) })
+}
+
 // greet says hello and waits for the answer.
 func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.CancelCauseFunc) (*kvpb.Welcome, error) {
-	t := time.AfterFunc(helloTimeout, func() { cancel(errors.New("no answer to hello")) })
-	defer t.Stop()
+	defer alarm(cancel).Stop()
 	if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil && err != io.EOF {
 		return nil, err
 	}
@@ -370,18 +381,21 @@ func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, er
 
 // Stream implements RaftService: it hears a peer.
 func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
-	ctx, cancel := context.WithCancelCause(s.Context())
-	defer cancel(nil)
-	return nw.serve(ctx, func() error {
-		h, err := firstHello(cancel, s.Recv, (*kvpb.StreamRequest).GetHello)
+	return nw.serve(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+		first, err := s.Recv()
 		if err != nil {
 			return err
+		}
+		silent.Stop()
+		h := first.Hello
+		if h == nil {
+			return errNoHello
 		}
 		w := nw.r.accept(h)
 		if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetRaftId() == 0 {
 			return s.Send(&kvpb.StreamResponse{Welcome: w})
 		}
-		done, err := nw.openInbound(h, cancel)
+		done, err := nw.hear(h, false, cancel)
 		if err != nil {
 			return err
 		}
@@ -402,12 +416,18 @@ func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
 	})
 }
 
-// serve calls f, but returns as soon as ctx ends: that tears the stream down,
-// and f, which may be waiting in it, returns too.
-func (nw *network) serve(ctx context.Context, f func() error) error {
+var errNoHello = status.Error(codes.InvalidArgument, "the first request has no hello")
+
+// serve calls f, but returns as soon as the stream is cancelled: that tears it
+// down, and f, which may be waiting in it, returns too.
+func (nw *network) serve(s grpc.ServerStream, f func(context.Context, context.CancelCauseFunc, *time.Timer) error) error {
+	ctx, cancel := context.WithCancelCause(s.Context())
+	defer cancel(nil)
+	silent := alarm(cancel)
+	defer silent.Stop()
 	ended := make(chan error, 1)
 	nw.mu.Lock()
-	nw.goroutine(func() { ended <- f() })
+	nw.goroutine(func() { ended <- f(ctx, cancel, silent) })
 	nw.mu.Unlock()
 	select {
 	case err := <-ended:
@@ -422,49 +442,44 @@ func (nw *network) serve(ctx context.Context, f func() error) error {
 	}
 }
 
-// firstHello receives the first request of a stream.
-func firstHello[T any](cancel context.CancelCauseFunc, recv func() (T, error), hello func(T) *kvpb.Hello) (*kvpb.Hello, error) {
-	t := time.AfterFunc(helloTimeout, func() { cancel(errors.New("no hello")) })
-	defer t.Stop()
-	req, err := recv()
-	if err != nil {
-		return nil, err
-	}
-	if hello(req) == nil {
-		return nil, status.Error(codes.InvalidArgument, "the first request has no hello")
-	}
-	return hello(req), nil
-}
-
-// openInbound makes a stream the one at which a peer is heard, and makes sure
-// that there is one to answer on, even to a peer that the configuration does
-// not name yet.
-func (nw *network) openInbound(h *kvpb.Hello, cancel context.CancelCauseFunc) (done func(), err error) {
+// hear lets a peer's stream or snapshot take the place of an earlier one. It
+// makes sure that there is a stream to answer on, even to a peer that the
+// configuration does not name yet.
+func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCauseFunc) (done func(), err error) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
-	id := h.From.RaftId
+	id, key := h.From.RaftId, inboundKey{h.From.RaftId, snapshot}
+	if slices.Contains(nw.removed, id) {
+		return nil, status.Error(codes.Unavailable, "its removal is about to be known")
+	}
 	if nw.peers[id] == nil {
 		if len(nw.peers) >= maxMembers+maxStrangers {
 			return nil, status.Error(codes.ResourceExhausted, "too many peers that no configuration names")
 		}
 		nw.addPeer(id, h.From.GetNode())
 	}
-	if old := nw.inbound[id]; old != nil {
+	if old := nw.inbound[key]; old != nil {
 		old.cancel(errors.New("replaced by a newer stream"))
 	}
 	s := &inboundStream{h, cancel}
-	nw.inbound[id] = s
+	nw.inbound[key] = s
 	return func() {
 		nw.mu.Lock()
 		defer nw.mu.Unlock()
-		if nw.inbound[id] == s {
-			delete(nw.inbound, id)
-			if p := nw.peers[id]; p != nil && nw.members[id] == nil {
-				p.cancel()
-				delete(nw.peers, id)
-			}
+		if nw.inbound[key] != s {
+			return
+		}
+		delete(nw.inbound, key)
+		if p := nw.peers[id]; p != nil && nw.members[id] == nil && !nw.isHeard(id) {
+			p.cancel()
+			delete(nw.peers, id)
 		}
 	}, nil
+}
+
+// isHeard reports whether a peer has a stream to this node. nw.mu is held.
+func (nw *network) isHeard(id uint64) bool {
+	return nw.inbound[inboundKey{id, false}] != nil || nw.inbound[inboundKey{id, true}] != nil
 }
 
 // sendSnapshot implements transport.
@@ -493,73 +508,59 @@ func (p *peer) snapshot(life, term uint64, v *view) error {
 	if err != nil {
 		return err
 	}
+	silent := alarm(cancel)
+	defer silent.Stop()
 	h := p.nw.r.hello()
 	h.To = &kvpb.Peer{Node: p.node, RaftId: p.raftID, Life: life}
-	c := &chunkSender{s: s, first: &kvpb.InstallSnapshotRequest{Hello: h, Term: term}}
-	c.stalled = time.AfterFunc(helloTimeout, func() { cancel(errors.New("the receiver does not read")) })
-	defer c.stalled.Stop()
-	if err := v.writeTo(c); err != nil && err != io.EOF {
-		return cmpCause(ctx, err)
+	if err = s.Send(&kvpb.InstallSnapshotRequest{Hello: h, Term: term}); err == nil {
+		err = v.writeTo(chunkWriter(func(b []byte) error {
+			err := s.Send(&kvpb.InstallSnapshotRequest{Data: b})
+			silent.Reset(helloTimeout)
+			return err
+		}))
 	}
-	if _, err := s.CloseAndRecv(); err != nil { // has the receiver's reason
-		return cmpCause(ctx, err)
+	if err == nil || err == io.EOF { // the answer has the receiver's reason
+		_, err = s.CloseAndRecv()
 	}
-	return nil
-}
-
-// cmpCause prefers the reason for which we gave up to what gRPC made of it.
-func cmpCause(ctx context.Context, err error) error {
-	if cause := context.Cause(ctx); cause != nil && cause != ctx.Err() {
-		return cause
+	if err != nil && context.Cause(ctx) == errSilent {
+		err = errSilent
 	}
 	return err
 }
 
-// chunkSender sends each frame of a snapshot in a message.
-type chunkSender struct {
-	s       kvpb.RaftService_InstallSnapshotClient
-	first   *kvpb.InstallSnapshotRequest
-	stalled *time.Timer
-}
+// chunkWriter sends what is written to it.
+type chunkWriter func([]byte) error
 
-func (c *chunkSender) Write(b []byte) (int, error) {
-	req := &kvpb.InstallSnapshotRequest{}
-	if c.first != nil {
-		req, c.first = c.first, nil
-	}
-	req.Data = b
-	if err := c.s.Send(req); err != nil {
-		return 0, err
-	}
-	c.stalled.Reset(helloTimeout)
-	return len(b), nil
-}
+func (f chunkWriter) Write(b []byte) (int, error) { return len(b), f(b) }
 
-// InstallSnapshot implements RaftService. A second one from the same peer ends
-// the first.
+// InstallSnapshot implements RaftService.
 func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) error {
-	ctx, cancel := context.WithCancelCause(s.Context())
-	defer cancel(nil)
-	return nw.serve(ctx, func() error {
-		var first *kvpb.InstallSnapshotRequest
-		recv := func() (_ *kvpb.InstallSnapshotRequest, err error) { first, err = s.Recv(); return first, err }
-		h, err := firstHello(cancel, recv, (*kvpb.InstallSnapshotRequest).GetHello)
+	return nw.serve(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+		first, err := s.Recv()
 		if err != nil {
 			return err
 		}
-		if w := nw.r.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetRaftId() == 0 || h.GetTo().GetLife() != w.Peer.Life {
-			return status.Error(codes.FailedPrecondition, "refused: "+verdictError{w}.Error())
+		h := first.Hello
+		if h == nil {
+			return errNoHello
 		}
-		done := nw.openReceiving(h.From.RaftId, func() { cancel(errors.New("replaced by a newer snapshot")) })
+		if w := nw.r.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetRaftId() == 0 || h.GetTo().GetLife() != w.Peer.Life {
+			return status.Error(codes.FailedPrecondition, "refused: "+refusal(w).Error())
+		}
+		done, err := nw.hear(h, true, cancel)
+		if err != nil {
+			return err
+		}
 		defer done()
-		r := &chunkReader{s: s, data: first.Data}
-		r.stalled = time.AfterFunc(helloTimeout, func() { cancel(errors.New("the sender does not send")) })
-		defer r.stalled.Stop()
-		st, err := nw.r.readSnapshot(r)
+		st, err := nw.r.readSnapshot(&chunkReader{first.Data, func() ([]byte, error) {
+			req, err := s.Recv()
+			silent.Reset(helloTimeout)
+			return req.GetData(), err
+		}})
 		if err != nil {
 			return status.Error(codes.DataLoss, err.Error())
 		}
-		r.stalled.Stop()
+		silent.Stop()
 		if err := nw.r.receiveSnapshot(ctx, h, first.Term, st); err != nil {
 			return status.Error(codes.FailedPrecondition, err.Error())
 		}
@@ -567,42 +568,19 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 	})
 }
 
-func (nw *network) openReceiving(from uint64, cancel func()) (done func()) {
-	nw.mu.Lock()
-	defer nw.mu.Unlock()
-	if old := nw.receiving[from]; old != nil {
-		old()
-	}
-	ended := false
-	nw.receiving[from] = func() { ended = true; cancel() }
-	return func() {
-		nw.mu.Lock()
-		defer nw.mu.Unlock()
-		if !ended {
-			delete(nw.receiving, from)
-		}
-	}
-}
-
-// chunkReader is the reader at the other end of a chunkSender.
+// chunkReader reads what a chunkWriter has sent.
 type chunkReader struct {
-	s       kvpb.RaftService_InstallSnapshotServer
-	data    []byte // received, not yet read
-	stalled *time.Timer
+	data []byte // received, not yet read
+	recv func() ([]byte, error)
 }
 
-func (c *chunkReader) Read(b []byte) (int, error) {
-	for len(c.data) == 0 {
-		req, err := c.s.Recv()
-		if err != nil {
-			return 0, err // io.EOF: the sender has sent all
-		}
-		c.stalled.Reset(helloTimeout)
-		c.data = req.Data
+func (c *chunkReader) Read(b []byte) (n int, err error) {
+	for len(c.data) == 0 && err == nil {
+		c.data, err = c.recv() // io.EOF: all was sent
 	}
-	n := copy(b, c.data)
+	n = copy(b, c.data)
 	c.data = c.data[n:]
-	return n, nil
+	return n, err
 }
 
 // toWire makes raft's messages those of kv.proto.
@@ -621,36 +599,17 @@ func toWire(ms []*raftpb.Message) []*kvpb.RaftMessage {
 	return out
 }
 
-// rawMessage and rawEntry hold what raft's types only point to.
-type rawMessage struct {
-	raftpb.Message
-	typ                                                    raftpb.MessageType
-	from, to, term, logTerm, index, commitIndex, hintIndex uint64
-	rejected                                               bool
-}
-
-type rawEntry struct {
-	raftpb.Entry
-	typ         raftpb.EntryType
-	term, index uint64
-}
-
 // fromWire makes messages of kv.proto raft's, between the two ends of the
-// stream whatever they say themselves.
+// stream whatever they say themselves. They share their fields.
 func fromWire(ms []*kvpb.RaftMessage, h *kvpb.Hello) []inbound {
 	out := make([]inbound, len(ms))
 	for i, w := range ms {
-		r := &rawMessage{
-			typ: raftpb.MessageType(w.GetType() - 1), from: h.From.RaftId, to: h.To.RaftId, term: w.GetTerm(), logTerm: w.GetLogTerm(),
-			index: w.GetIndex(), commitIndex: w.GetCommit(), hintIndex: w.GetRejectHint(), rejected: w.GetReject(),
+		m := &raftpb.Message{
+			Type: raftpb.MessageType(w.Type - 1).Enum(), From: &h.From.RaftId, To: &h.To.RaftId, Term: &w.Term, LogTerm: &w.LogTerm,
+			Index: &w.Index, Commit: &w.Commit, Reject: &w.Reject, RejectHint: &w.RejectHint, Context: w.Context,
 		}
-		m := &r.Message
-		m.Type, m.From, m.To, m.LogTerm, m.Index, m.Commit, m.RejectHint, m.Reject = &r.typ, &r.from, &r.to, &r.logTerm, &r.index, &r.commitIndex, &r.hintIndex, &r.rejected
-		m.Term, m.Context = &r.term, w.GetContext()
-		for _, e := range w.GetEntries() {
-			re := &rawEntry{typ: raftpb.EntryType(e.GetType()), term: e.GetTerm(), index: e.GetIndex()}
-			re.Type, re.Term, re.Index, re.Data = &re.typ, &re.term, &re.index, e.GetData()
-			m.Entries = append(m.Entries, &re.Entry)
+		for _, e := range w.Entries {
+			m.Entries = append(m.Entries, &raftpb.Entry{Type: raftpb.EntryType(e.Type).Enum(), Term: &e.Term, Index: &e.Index, Data: e.Data})
 		}
 		out[i] = inbound{m: m, hello: h}
 	}

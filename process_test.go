@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -45,6 +46,8 @@ type process struct {
 	tb      testing.TB
 	id      uint64
 	address string
+	args    []string // besides --id and --addr
+	within  []string // the command that runs it; empty: none
 	log     string
 	cmd     *exec.Cmd
 	conn    *grpc.ClientConn
@@ -55,14 +58,23 @@ type process struct {
 // startProcesses starts nodes and makes them a cluster of voters.
 func startProcesses(tb testing.TB, n int) []*process {
 	tb.Helper()
-	dir := tb.TempDir()
 	var ps []*process
-	req := &kvpb.InitRequest{}
 	for i := range n {
-		p := &process{tb: tb, id: uint64(i + 1), address: "127.0.0.1:0", log: filepath.Join(dir, fmt.Sprintf("%d.log", i+1))}
+		ps = append(ps, &process{id: uint64(i + 1), address: "127.0.0.1:0"})
+	}
+	formCluster(tb, ps)
+	return ps
+}
+
+// formCluster starts processes and makes them a cluster of voters.
+func formCluster(tb testing.TB, ps []*process) {
+	tb.Helper()
+	dir := tb.TempDir()
+	req := &kvpb.InitRequest{}
+	for _, p := range ps {
+		p.tb, p.log = tb, filepath.Join(dir, fmt.Sprintf("%d.log", p.id))
 		p.start()
 		tb.Cleanup(func() { p.signal(syscall.SIGKILL); _ = p.conn.Close() })
-		ps = append(ps, p)
 		req.Members = append(req.Members, &kvpb.Node{Id: p.id, Address: p.address})
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
@@ -71,7 +83,6 @@ func startProcesses(tb testing.TB, n int) []*process {
 		tb.Fatal(err)
 	}
 	awaitHealthy(tb, ps, 30*time.Second)
-	return ps
 }
 
 // commandOf is our program with these arguments.
@@ -93,7 +104,11 @@ func (p *process) start() {
 	}
 	defer func() { _ = log.Close() }()
 	before, _ := os.ReadFile(p.log)
-	p.cmd = commandOf(log, "--id", strconv.FormatUint(p.id, 10), "--addr", p.address)
+	p.cmd = commandOf(log, append([]string{"--id", strconv.FormatUint(p.id, 10), "--addr", p.address}, p.args...)...)
+	if len(p.within) > 0 {
+		p.cmd.Args = append(slices.Clone(p.within), p.cmd.Args...)
+		p.cmd.Path, p.cmd.Err = exec.LookPath(p.within[0])
+	}
 	if err := p.cmd.Start(); err != nil {
 		p.tb.Fatal(err)
 	}
@@ -108,7 +123,7 @@ func (p *process) start() {
 	})
 	if p.conn == nil {
 		// Comes back sooner than gRPC's default of a second.
-		p.conn, err = grpc.NewClient("passthrough:///"+p.address, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}))
+		p.conn, err = grpc.NewClient("passthrough:///"+p.address, grpc.WithNoProxy(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}))
 		if err != nil {
 			p.tb.Fatal(err)
 		}

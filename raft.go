@@ -42,6 +42,7 @@ const (
 var (
 	errNoLeader       = errors.New("there is no leader")
 	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
+	errUnknownInTime  = fmt.Errorf("the deadline is near, and %w", errOutcomeUnknown)
 	errNotInitialized = errors.New("this node is in no cluster")
 	errStopping       = errors.New("this node is stopping")
 	errOverloaded     = errors.New("this node has too many calls waiting")
@@ -106,6 +107,7 @@ type node struct {
 	pub  atomic.Pointer[published]
 	// onPublish is called by the loop whenever pub has changed.
 	onPublish func(*published)
+	onApply   func(*raftpb.Entry) // called by the loop; nil: nobody asks
 
 	raftID uint64 // new whenever the node has lost its memory
 	life   uint64 // new whenever raftID is, and in every process
@@ -114,13 +116,19 @@ type node struct {
 	store  *store // the loop writes, others get
 	err    error  // why the loop must end
 
-	mark     uint64 // index of the last snapshot on disk
-	queued   int    // jobs that the disk has not done
-	logged   uint64 // bytes of the entries on disk that the last snapshot there does not cover
+	mark   uint64 // index of the last snapshot on disk
+	queued int    // jobs that the disk has not done
+	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
+	// gone is whom this node tells that they were removed: it must know so after
+	// a restart, too, or it might need the vote of one that has left for good.
+	gone   []uint64
+	toTell bool // gone has changed
+
 	saving   *view  // a snapshot on its way to the disk
 	savingAt uint64 // logged, when that was opened
 
 	now        uint64 // ticks since the start
+	clock      uint64 // the same, with those that a busy loop has missed: what callers wait by
 	term, lead uint64
 	role       raft.StateType
 	leadHeard  uint64 // tick of the leader's last message
@@ -195,7 +203,7 @@ func (n *node) newLife() {
 	n.store.install(newStore())
 	n.term, n.lead, n.role, n.caughtUp, n.campaignAt = 0, 0, raft.StateFollower, false, 0
 	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
-	n.out = nil
+	n.out, n.gone = nil, nil
 }
 
 // open makes the node the member that its data directory holds, if that holds
@@ -217,7 +225,8 @@ func (n *node) open(d *disk) error {
 	if err := n.raft.append(entries); err != nil {
 		return err
 	}
-	n.mark, n.logged = r.store.index, n.raft.bytes+sectorBytes*uint64(len(entries))
+	n.mark, n.gone = r.store.index, r.store.removed
+	n.logged = n.raft.bytes + sectorBytes*uint64(len(entries))
 	h := r.batch.GetHardState()
 	n.raft.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
 	if err := n.start(); err != nil {
@@ -280,10 +289,8 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
 	n.raft.reset(raftSnapshot(s.header()))
 	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
-	if n.disk != nil {
-		v := s.open()
-		n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
-	}
+	v := s.open()
+	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
 	if err := n.start(); err != nil {
 		return 0, err
 	}
@@ -295,7 +302,7 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 func (n *node) run(ctx context.Context) error {
 	ticker := time.NewTicker(n.tickDuration())
 	defer ticker.Stop()
-	ticks := 0
+	start, ticks := time.Now(), 0
 	for n.err == nil {
 		select {
 		case <-ctx.Done():
@@ -307,7 +314,7 @@ func (n *node) run(ctx context.Context) error {
 			runtime.Gosched() // let those who are about to queue something do so
 		}
 		in := n.in.take()
-		in.ticks, ticks = ticks, 0
+		in.clock, in.ticks, ticks = uint64(time.Since(start)/n.tickDuration()), ticks, 0
 		n.turn(in)
 	}
 	n.in.close()
@@ -338,6 +345,7 @@ func (n *node) turn(in input) {
 	for _, msg := range in.messages {
 		n.receive(msg)
 	}
+	n.clock = max(n.clock, in.clock)
 	for range in.ticks {
 		n.tick()
 	}
@@ -354,6 +362,7 @@ func (n *node) turn(in input) {
 // tick lets time pass, for raft and for whatever waits.
 func (n *node) tick() {
 	n.now++
+	n.clock++
 	n.expire()
 	if n.rn == nil {
 		return
@@ -365,7 +374,8 @@ func (n *node) tick() {
 	}
 	if n.campaignAt != 0 && n.now >= n.campaignAt {
 		n.campaignAt = 0
-		if n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
+		// What the dead leader sent last may have made it the leader again.
+		if (n.lead == 0 || !n.connected[n.lead]) && n.role == raft.StateFollower && n.isVoter(n.raftID) {
 			_ = n.rn.Campaign()
 		}
 	}
@@ -395,42 +405,71 @@ func (n *node) leads() bool {
 	return n.rn != nil && n.role == raft.StateLeader && n.store.term == n.term
 }
 
-// expire ends calls that found no leader for too long.
+// expire ends calls that found no leader for too long, or whose deadline is near.
 func (n *node) expire() {
-	if n.lead != 0 {
-		return
+	var noLeader error
+	if n.rn == nil {
+		noLeader = errNotInitialized
+	} else if n.lead == 0 {
+		noLeader = n.noLeader()
 	}
 	wait := n.ticksOf(leaderWait)
-	overdue := func(calls []*call) int {
-		i := 0
-		for i < len(calls) && n.now-calls[i].since >= wait {
-			i++
+	overdue := func(c *call) error {
+		if c.wait != 0 && n.clock-c.since >= c.wait {
+			return context.DeadlineExceeded
+		} else if n.clock-c.since >= wait {
+			return noLeader
 		}
-		return i
+		return nil
 	}
-	err := errNotInitialized
-	if n.rn != nil {
-		err = n.noLeader()
+	end := func(calls []*call) []*call {
+		return slices.DeleteFunc(calls, func(c *call) bool {
+			err := overdue(c)
+			if err != nil {
+				n.finish(c, outcome{err: err})
+			}
+			return err != nil
+		})
 	}
-	i := overdue(n.writes)
-	n.fail(n.writes[:i], err)
-	n.writes = n.writes[i:]
-	i = overdue(n.reads)
-	n.fail(n.reads[:i], err)
-	n.reads = n.reads[i:]
-	if n.own != nil && overdue(n.own.calls) == len(n.own.calls) {
+	n.writes, n.reads = end(n.writes), end(n.reads)
+	if n.round != nil {
+		n.round.calls = end(n.round.calls)
+	}
+	for i := range n.confirmed {
+		n.confirmed[i].calls = end(n.confirmed[i].calls)
+	}
+	if n.own == nil {
+		return
+	}
+	late := 0
+	for _, c := range n.own.calls {
+		err := overdue(c)
+		if err == context.DeadlineExceeded {
+			n.finish(c, outcome{err: errUnknownInTime})
+		}
+		if err != nil {
+			late++
+		}
+	}
+	if noLeader != nil && late == len(n.own.calls) {
 		n.failOwn()
 	}
 }
 
-// finish ends a call.
+// finish ends a call, if it has not ended.
 func (n *node) finish(c *call, o outcome) {
-	if c.fn == nil {
+	switch {
+	case c.fn != nil && o.err == nil:
+		c.fn()
+	case c.fn == nil && !c.ended:
+		c.ended = true
 		n.doneCalls++
 		n.doneBytes += len(c.record)
-		c.done <- o
-	} else if o.err == nil {
-		c.fn()
+		if g := c.group; g == nil {
+			c.done <- o
+		} else if c.out, g.left = o, g.left-1; g.left == 0 {
+			close(g.done)
+		}
 	}
 }
 
@@ -466,7 +505,7 @@ func (n *node) failAll(err error) {
 
 // enqueue takes a call in.
 func (n *node) enqueue(c *call) {
-	c.since = n.now
+	c.since = n.clock
 	if c.record == nil {
 		n.reads = append(n.reads, c)
 	} else {
@@ -499,10 +538,29 @@ func (n *node) receive(in inbound) {
 		}
 		return
 	}
+	n.learnCommit(m)
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
 		n.log.Debug("raft refused a message", "type", m.GetType(), "from", from, "err", err)
 	}
 	n.syncSoftState()
+}
+
+// learnCommit takes from the answer to a call for votes what is committed. A
+// node without a leader can need that: if it has forgotten, or never heard, that
+// a change of membership is committed, it asks for votes by the old
+// configuration, perhaps of nodes that have left for good, or of learners whose
+// log is longer. Raft takes commits from a leader only; so here is one, for no
+// longer than the call.
+func (n *node) learnCommit(m *raftpb.Message) {
+	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp || n.lead != 0 {
+		return
+	}
+	st := n.rn.BasicStatus()
+	if term, err := n.raft.Term(m.GetCommit()); err != nil || term != m.GetLogTerm() || m.GetCommit() <= st.GetCommit() {
+		return // equal entries have equal ones before them (Raft paper, section 5.3)
+	}
+	_ = n.rn.Step(&raftpb.Message{Type: raftpb.MsgHeartbeat.Enum(), From: m.From, To: m.To, Term: new(st.GetTerm()), Commit: m.Commit})
+	_ = n.rn.ForgetLeader()
 }
 
 // receiveUninitialized answers a leader as raft with an empty log would: it
@@ -616,7 +674,7 @@ func (n *node) syncSoftState() {
 		n.retryReads()
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
-			n.reads = append(n.reads, &call{since: n.now, fn: func() { n.caughtUp = true }})
+			n.reads = append(n.reads, &call{since: n.clock, fn: func() { n.caughtUp = true }})
 		}
 	}
 	if st.GetTerm() != n.term {
@@ -645,10 +703,14 @@ func (n *node) append(m *raftpb.Message) {
 	if m.Term != nil {
 		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
-	responses := m.GetResponses()
+	responses, told := m.GetResponses(), func() {}
+	if !raft.IsEmptySnap(snap) {
+		told = n.toldLater()
+	}
 	voted := old.GetTerm() != n.raft.hard.GetTerm() || old.GetVote() != n.raft.hard.GetVote()
 	promises := voted || batch.Discards || len(m.GetEntries()) > 0
 	if n.disk == nil || !promises && n.queued == 0 {
+		told()
 		n.respond(responses, nil) // what is committed, others know too
 		return
 	}
@@ -666,12 +728,25 @@ func (n *node) append(m *raftpb.Message) {
 	for i, r := range responses {
 		lives[i] = n.lives[r.GetTo()]
 	}
-	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
+	n.persist(diskJob{batch: batch}, func() {
+		told()
+		n.respond(responses, lives)
+	})
+}
+
+// toldLater returns what lets the removed ones know, once that is durable.
+func (n *node) toldLater() func() {
+	removed := n.store.removed
+	return func() { n.gone, n.toTell = removed, true }
 }
 
 // persist has the disk do a job and then calls done, in the loop. The first one
 // makes the directory this node's.
 func (n *node) persist(j diskJob, done func()) {
+	if n.disk == nil {
+		done()
+		return
+	}
 	if n.mark == 0 {
 		n.mark = n.store.index
 		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.raftID, LogId: randomID()}
@@ -734,7 +809,7 @@ func (n *node) respond(responses []*raftpb.Message, lives []uint64) {
 			if lives == nil || lives[i] == n.lives[r.GetTo()] {
 				n.send(r)
 			}
-		} else if err := n.rn.Step(r); err != nil {
+		} else if err := n.rn.Step(r); err != nil && !errors.Is(err, raft.ErrStepPeerNotFound) { // removed meanwhile
 			n.err = fmt.Errorf("raft: %w", err)
 		}
 	}
@@ -771,14 +846,18 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 		return fmt.Errorf("the last one applied was %d", s.index)
 	}
 	s.index, s.term = e.GetIndex(), e.GetTerm()
+	if n.onApply != nil {
+		n.onApply(e)
+	}
 	if e.GetType() != raftpb.EntryNormal {
 		return n.applyConfChange(e)
 	}
+	before := s.version
 	proposer, sequence, results, err := s.apply(e.GetData())
 	if err != nil {
 		return err
 	}
-	n.count.WritesApplied += uint64(len(results))
+	n.count.WritesApplied += s.version - before
 	if p := n.own; p != nil && proposer == n.raftID && sequence == p.sequence {
 		n.own = nil
 		if len(results) != len(p.calls) {
@@ -786,7 +865,7 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 			return nil
 		}
 		for i, c := range p.calls {
-			n.finish(c, outcome{result: results[i]})
+			n.finish(c, results[i])
 		}
 	}
 	return nil
@@ -804,6 +883,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 	} else {
 		n.store.configure(n.rn.ApplyConfChange(cc), ctx.Members)
 		n.configured()
+		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, n.toldLater())
 	}
 	n.changeAt = 0
 	return nil
@@ -899,7 +979,7 @@ func (n *node) nextProposal() *proposal {
 		}
 		if c.state.CompareAndSwap(callQueued, callProposed) {
 			p.calls = append(p.calls, c)
-			size += len(c.record)
+			size += len(c.record) + 4
 		} else {
 			n.finish(c, outcome{}) // given up: nobody waits
 		}
@@ -914,18 +994,10 @@ func (n *node) nextProposal() *proposal {
 	p.data = protowire.AppendTag(p.data, 2, protowire.VarintType)
 	p.data = protowire.AppendVarint(p.data, p.sequence)
 	for _, c := range p.calls {
-		p.data = append(p.data, c.record...)
+		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
+		p.data = protowire.AppendBytes(p.data, c.record)
 	}
 	return p
-}
-
-// encodeWrite encodes a write as a field of a Batch: batches are made by
-// joining them.
-func encodeWrite(w *kvpb.Write) ([]byte, error) {
-	b := make([]byte, 0, proto.Size(w)+8)
-	b = protowire.AppendTag(b, 3, protowire.BytesType)
-	b = protowire.AppendVarint(b, uint64(proto.Size(w)))
-	return proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(b, w)
 }
 
 // askRead starts a ReadIndex for all reads that wait (Raft thesis, section
@@ -987,6 +1059,11 @@ func (n *node) send(m *raftpb.Message) {
 	case raftpb.MsgHeartbeat:
 		if len(m.GetContext()) == 8 {
 			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
+		}
+	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
+		commit := n.rn.BasicStatus().GetCommit()
+		if term, err := n.raft.Term(commit); err == nil {
+			m.Commit, m.LogTerm = &commit, &term
 		}
 	}
 	for i := range n.out {
@@ -1184,12 +1261,13 @@ func (n *node) checkConditions() {
 func (n *node) publish() {
 	old := n.pub.Load()
 	if old.conf == n.store.conf && old.raftID == n.raftID && old.term == n.term && old.lead == n.lead &&
-		old.leading == n.leads() && old.caughtUp == n.caughtUp && old.lost == len(n.met) {
+		old.leading == n.leads() && old.caughtUp == n.caughtUp && old.lost == len(n.met) && !n.toTell {
 		return
 	}
+	n.toTell = false
 	p := &published{
 		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(), leader: n.store.members[n.lead],
-		conf: n.store.conf, members: n.store.members, removed: n.store.removed, caughtUp: n.caughtUp, lost: len(n.met),
+		conf: n.store.conf, members: n.store.members, removed: n.gone, caughtUp: n.caughtUp, lost: len(n.met),
 		noLeader: n.noLeader(), unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
 	}
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {

@@ -17,12 +17,17 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -31,18 +36,22 @@ const (
 	maxKeyBytes   = 64 << 10
 	maxValueBytes = 1 << 20
 	// maxWriteBytes bounds an encoded write.
-	maxWriteBytes = maxKeyBytes + maxValueBytes + 64
+	maxWriteBytes = maxKeyBytes + maxValueBytes + 128
 	// maxListItems and maxListBytes bound a page of List.
 	maxListItems = 10_000
 	maxListBytes = 1 << 20
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
-	maxStreamsPerConnection = 4096
+	maxStreamsPerConnection = 1024
+	// maxHeaderBytes bounds the metadata of a call.
+	maxHeaderBytes = 16 << 10
 	// adminTimeout bounds requests of ClusterService that have no deadline.
 	adminTimeout = time.Minute
 	// probeTimeout bounds the wait for a node to say who it is.
 	probeTimeout = 3 * time.Second
+	// maxMargin bounds how long before its caller's deadline a call ends.
+	maxMargin = 100 * time.Millisecond
 
 	errorDomain     = "kv.v1"
 	leaderMetadata  = "x-raft-leader"
@@ -82,23 +91,6 @@ func invalid(field, format string, args ...any) error {
 	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, field+": "+fmt.Sprintf(format, args...), "field", field)
 }
 
-func validateKey(key string) error {
-	if key == "" {
-		return invalid("key", "it is empty")
-	}
-	if len(key) > maxKeyBytes {
-		return invalid("key", "it has %d bytes, the limit is %d", len(key), maxKeyBytes)
-	}
-	return nil
-}
-
-func validateValue(value []byte) error {
-	if len(value) > maxValueBytes {
-		return invalid("value", "it has %d bytes, the limit is %d", len(value), maxValueBytes)
-	}
-	return nil
-}
-
 func validateNode(field string, n *kvpb.Node) error {
 	if n.GetId() == 0 {
 		return invalid(field+".id", "it is 0")
@@ -109,37 +101,41 @@ func validateNode(field string, n *kvpb.Node) error {
 	return nil
 }
 
-// toStatus makes the errors of the loop those of the API.
+// apiErrors are the errors of the loop, and what they are in the API.
+var apiErrors = []struct {
+	err    error
+	code   codes.Code
+	reason kvpb.ErrorReason
+}{
+	{errNoLeader, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER},
+	{errNotLeader, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_LEADER},
+	{errOutcomeUnknown, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN},
+	{errSessionUnknown, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN},
+	{errSequenceTooOld, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD},
+	{errNotInitialized, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
+	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
+	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
+	{errStopping, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_STOPPING},
+	{errContradiction, codes.DataLoss, kvpb.ErrorReason_ERROR_REASON_CORRUPT},
+	{context.DeadlineExceeded, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE},
+	{context.Canceled, codes.Canceled, kvpb.ErrorReason_ERROR_REASON_DEADLINE},
+}
+
+// toStatus makes the errors of the loop those of the API. What it does not know
+// has ended the loop: a write with such an error was not proposed.
 func toStatus(err error, kv bool) error {
 	if _, ok := status.FromError(err); ok {
 		return err
 	}
-	code, reason := codes.Internal, kvpb.ErrorReason_ERROR_REASON_UNSPECIFIED
-	switch {
-	case errors.Is(err, errNoLeader):
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER
-	case errors.Is(err, errNotLeader):
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_LEADER
-	case errors.Is(err, errOutcomeUnknown):
-		code, reason = codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN
-	case errors.Is(err, errNotInitialized) && kv:
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED
-	case errors.Is(err, errNotInitialized):
-		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED
-	case errors.Is(err, errInCluster):
-		code, reason = codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED
-	case errors.Is(err, errOverloaded):
-		code, reason = codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED
-	case errors.Is(err, errStopping):
-		code, reason = codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_STOPPING
-	case errors.Is(err, errContradiction):
-		code, reason = codes.DataLoss, kvpb.ErrorReason_ERROR_REASON_CORRUPT
-	case errors.Is(err, context.DeadlineExceeded):
-		code, reason = codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE
-	case errors.Is(err, context.Canceled):
-		code, reason = codes.Canceled, kvpb.ErrorReason_ERROR_REASON_DEADLINE
+	for _, e := range apiErrors {
+		if errors.Is(err, e.err) {
+			if e.err == errNotInitialized && !kv {
+				e.code = codes.FailedPrecondition
+			}
+			return apiError(e.code, e.reason, err.Error())
+		}
 	}
-	return apiError(code, reason, err.Error())
+	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NODE_FAILED, "this node has failed: "+err.Error())
 }
 
 // server is what a node offers by gRPC.
@@ -152,17 +148,18 @@ type server struct {
 	health *health.Server
 	leader atomic.Pointer[metadata.MD] // x-raft-leader
 
-	mu       sync.Mutex
-	inFlight int
-	idle     chan struct{} // closed when stopping and nothing is in flight
+	stopping chan struct{} // closed by stop
+	running  sync.RWMutex  // each call holds it shared; stop, for good
 }
 
 func newServer(n *node, nw *network) *server {
-	s := &server{n: n, net: nw, health: health.NewServer()}
+	s := &server{n: n, net: nw, health: health.NewServer(), stopping: make(chan struct{})}
 	s.leader.Store(&metadata.MD{})
 	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
+		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.InitialWindowSize(windowBytes),
 		grpc.InitialConnWindowSize(windowBytes),
@@ -200,32 +197,43 @@ func (s *server) published(p *published) {
 	set(restartHealth, healthy && !isJoint(p.conf))
 }
 
-// intercept names the leader in every answer, and counts calls for stop.
-func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	s.mu.Lock()
-	if s.idle != nil {
-		s.mu.Unlock()
-		_ = grpc.SetTrailer(ctx, *s.leader.Load())
-		return nil, toStatus(errStopping, true)
+// intercept names the leader in every answer, and lets stop wait for calls.
+func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	if s.running.TryRLock() {
+		defer s.running.RUnlock()
+		resp, err = handler(ctx, req)
+	} else {
+		err = errStopping
 	}
-	s.inFlight++
-	s.mu.Unlock()
-	defer s.left()
-	resp, err := handler(ctx, req)
 	if err != nil {
 		_ = grpc.SetTrailer(ctx, *s.leader.Load())
 		return nil, toStatus(err, strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName))
 	}
 	_ = grpc.SetHeader(ctx, *s.leader.Load())
+	if p, ok := grpcpeer.FromContext(ctx); ok {
+		if c, ok := p.Addr.(*limitedConn); ok && !c.answered(proto.Size(resp.(proto.Message))) {
+			return nil, toStatus(errOverloaded, true)
+		}
+	}
 	return resp, nil
 }
 
-func (s *server) left() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.inFlight--; s.idle != nil && s.inFlight == 0 {
-		close(s.idle)
+// margin is how long before its caller's deadline a call ends, so that the
+// status and its reason get there: it is left so much time.
+func margin(left time.Duration) time.Duration { return min(left/10, maxMargin) }
+
+// waitOf is how long a call may take, in ticks of the loop, the one that has begun included;
+// 0: there is no deadline, or it is too near to be told in ticks.
+func (s *server) waitOf(ctx context.Context) uint64 {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return 0
 	}
+	left := time.Until(deadline)
+	if left -= margin(left); left < 2*s.n.tickDuration() {
+		return 0
+	}
+	return s.n.ticksOf(left)
 }
 
 // stop hands leadership over, refuses new calls, and waits for those that run
@@ -233,14 +241,11 @@ func (s *server) left() {
 func (s *server) stop(ctx context.Context) {
 	s.health.Shutdown()
 	s.handOver(ctx)
-	s.mu.Lock()
-	s.idle = make(chan struct{})
-	if s.inFlight == 0 {
-		close(s.idle)
-	}
-	s.mu.Unlock()
+	close(s.stopping)
+	ended := make(chan struct{})
+	go func() { s.running.Lock(); close(ended) }() // ends with the calls, at the latest when gRPC is stopped
 	select {
-	case <-s.idle:
+	case <-ended:
 	case <-ctx.Done():
 	}
 }
@@ -251,20 +256,13 @@ func (s *server) handOver(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 2*n.opts.election)
 	defer cancel()
 	_ = n.await(ctx, func() (bool, error) {
-		if n.role != raft.StateLeader {
-			return true, nil
-		}
-		to := n.successor(n.store.conf.GetVoters())
-		if to != 0 && n.mayChange() {
-			n.transferLeader(to)
-		}
-		return to == 0, nil
+		return n.role != raft.StateLeader || n.mayChange() && !n.handOver(n.store.conf.GetVoters()), nil
 	})
 }
 
 // Get implements KVService.
 func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetResponse, error) {
-	if err := validateKey(req.Key); err != nil {
+	if err := (&kvOp{kind: opGet, key: []byte(req.Key)}).check(); err != nil {
 		return nil, err
 	}
 	if !req.Local {
@@ -284,20 +282,20 @@ func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetRespon
 
 // Set implements KVService.
 func (s *server) Set(ctx context.Context, req *kvpb.SetRequest) (*kvpb.SetResponse, error) {
-	if err := cmp.Or(validateKey(req.Key), validateValue(req.Value)); err != nil {
-		return nil, err
-	}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: req.Key, Value: req.Value}}}) // without unknown fields
-	return &kvpb.SetResponse{Version: r.version}, err
+	r, err := s.write(ctx, opSet, req)
+	return &kvpb.SetResponse{Version: r.version, CompareFailed: r.compareFailed}, err
 }
 
 // Delete implements KVService.
 func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.DeleteResponse, error) {
-	if err := validateKey(req.Key); err != nil {
-		return nil, err
-	}
-	r, err := s.write(ctx, &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: req.Key}}})
-	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version}, err
+	r, err := s.write(ctx, opDelete, req)
+	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version, CompareFailed: r.compareFailed}, err
+}
+
+// OpenSession implements KVService.
+func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
+	r, err := s.write(ctx, opOpenSession, req)
+	return &kvpb.OpenSessionResponse{Session: r.version}, err
 }
 
 // List implements KVService.
@@ -320,7 +318,7 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 		if s.n.rn == nil {
 			return errNotInitialized
 		}
-		v = s.n.store.open()
+		v = s.n.store.openKeys()
 		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
 		return nil
 	})
@@ -338,17 +336,31 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	return resp, nil
 }
 
-func (s *server) write(ctx context.Context, w *kvpb.Write) (result, error) {
-	record, err := encodeWrite(w)
+func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Message) (result, error) {
+	record, err := encodeOperation(kind, req)
 	if err != nil {
 		return result{}, err
 	}
-	return s.call(ctx, record)
+	o, err := parseOperation(record)
+	if err != nil {
+		return result{}, err
+	}
+	r, err := s.call(ctx, record)
+	return r, o.unknown(err)
+}
+
+// unknown makes an unknown outcome one after which the write may be sent again,
+// if it may. Its caller has time left.
+func (o *kvOp) unknown(err error) error {
+	if err == errOutcomeUnknown && (o.hasID || o.kind == opOpenSession) { // a second session does no harm
+		return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, err.Error()+"; it may be sent again")
+	}
+	return err
 }
 
 // call takes a write, or with no record a read, through the loop.
 func (s *server) call(ctx context.Context, record []byte) (result, error) {
-	c := &call{record: record, done: make(chan outcome, 1)}
+	c := &call{record: record, wait: s.waitOf(ctx), done: make(chan outcome, 1)}
 	if err := s.n.in.call(c); err != nil {
 		return result{}, err
 	}
@@ -362,6 +374,6 @@ func (s *server) call(ctx context.Context, record []byte) (result, error) {
 		if ctx.Err() == context.Canceled {
 			return result{}, apiError(codes.Canceled, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errOutcomeUnknown.Error())
 		}
-		return result{}, errOutcomeUnknown
+		return result{}, errUnknownInTime
 	}
 }

@@ -7,7 +7,8 @@
 // committed entries never change, I6 nothing goes back, I2 an acknowledged
 // write is the one committed, no read of anything else, no raft ID twice, no
 // node stops. Whenever a node's applied index is a multiple of stateEvery, and
-// at the end: I5 equal states. At the end: I1 porcupine, I9 all heals.
+// at the end: I5 equal states. With each answer to a write with an id: I8 it is
+// the first one. At the end: I1 porcupine, I9 all heals.
 
 package main
 
@@ -75,6 +76,8 @@ type simConfig struct {
 	late          float64 // probability that a message outlives its stream
 	queue         int     // messages that a stream holds
 	snapshotDies  float64
+	durable       float64 // probability that a site has a disk
+	disk          float64 // mean time of a write to it
 	clients, keys int
 	valueBytes    int
 	think         float64 // mean, between two calls of a client
@@ -83,6 +86,8 @@ type simConfig struct {
 	outage        float64 // mean, of a fault that lasts
 	faults        []string
 	adminEvery    float64
+	sessions      int // that are kept
+	answers       int // that each keeps
 
 	reckless bool // operators ask for voters of whom a majority is dead
 
@@ -93,9 +98,14 @@ type simConfig struct {
 	ackEarly  bool // a write is acknowledged when raft has taken it
 	forget    bool // snapshots come without the proposers
 	twice     bool // batches are applied as often as they come
+	ackUnsync bool // what depends on the disk does not wait for it
+	dropVote  bool // the hard state does not get to the disk
+	strangers bool // snapshots come without the sessions
+	careless  bool // a write is applied as often as it comes
+	sameCount bool // all writes of an entry have one version
 }
 
-var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate"}
+var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe"}
 
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
@@ -106,7 +116,9 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 		snapshotDies: pick(0, .2, .5), clients: 1 + rng.IntN(6), keys: 1 + rng.IntN(8), valueBytes: int(pick(0, 100, 400)),
 		think: pick(.5, 2, 10), timeout: pick(30, 100, 300), faultEvery: pick(20, 60, 200), outage: pick(20, 60, 150), adminEvery: pick(60, 200, 1000),
 	}
+	c.sessions, c.answers = int(pick(2, 4, 20)), int(pick(1, 4, 20))
 	c.voters = min(c.nodes, int(pick(1, 2, 3, 3, 3, 5)))
+	c.durable, c.disk = pick(0, 0, .5, 1, 1, 1), pick(.01, .1, .5, 2)
 	for _, f := range simFaults {
 		if rng.IntN(3) > 0 {
 			c.faults = append(c.faults, f)
@@ -145,6 +157,18 @@ type site struct {
 	cur   *proc  // nil: dead
 	old   uint64 // the last raft ID
 	lives int
+	most  uint64 // index of the last entry that it ever applied
+	fs    *simFS // nil: it has no disk
+	slow  int64  // until then the disk does nothing
+}
+
+// keeps is the raft ID that a process will have again that starts here; 0: a
+// new one.
+func (st *site) keeps() uint64 {
+	if st.fs == nil || st.fs.names[simDir+"/identity"] == nil {
+		return 0
+	}
+	return st.old
 }
 
 // proc is a process: a node from its start to its death. It is the node's
@@ -164,16 +188,21 @@ type proc struct {
 	term, commit uint64
 	applied      uint64
 	version      map[string]uint64        // of local reads
-	tail         map[uint64]*raftpb.Entry // of the log, from applied on: it may be compacted in the turn that applies it
-	installed    uint64
+	fresh        map[uint64]*raftpb.Entry // applied, and not yet observed
 
 	members   map[uint64]*kvpb.Node
+	removed   []uint64
 	peers     map[uint64]*simPeer
 	inbound   map[uint64]*simStream
 	receiving map[uint64]*transfer
 	sending   []*transfer
-	calls     []*op
+	calls     []*attempt
 	hellos    []*simStream // on their way to here
+
+	disk    *disk
+	writing bool          // the disk is at work
+	written kvpb.LogBatch // what it has of the log, in short: hard state and the last index
+	broken  bool          // it has failed
 }
 
 // sim is a run.
@@ -201,6 +230,7 @@ type sim struct {
 	clients []*caller
 	admins  []*admin
 	values  map[string]*op
+	ids     map[[2]uint64]*op // by session and sequence
 	seen    map[string]uint64 // by key: the newest version that a client has been told of
 	history []*op
 	clock   int64
@@ -255,10 +285,14 @@ func (s *sim) tail() string {
 func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 	s := &sim{
 		cfg: cfg, seed: seed, rng: rng, sink: sink, leaders: map[uint64]uint64{}, lives: map[uint64]string{},
-		states: map[uint64]uint64{}, names: map[uint64]string{}, values: map[string]*op{}, seen: map[string]uint64{}, count: map[string]int{},
+		states: map[uint64]uint64{}, names: map[uint64]string{}, values: map[string]*op{}, ids: map[[2]uint64]*op{}, seen: map[string]uint64{}, count: map[string]int{},
 	}
 	for i := range cfg.nodes {
-		s.sites = append(s.sites, &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}})
+		st := &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}}
+		if rng.Float64() < cfg.durable {
+			st.fs = newSimFS()
+		}
+		s.sites = append(s.sites, st)
 		s.cut = append(s.cut, make([]int, cfg.nodes))
 	}
 	s.trace("seed %d: %+v", seed, cfg)
@@ -332,16 +366,21 @@ func (s *sim) start(st *site) {
 	o.logBytes, o.id = s.cfg.logBytes, st.node.Id
 	p := &proc{
 		s: s, site: st, peers: map[uint64]*simPeer{}, inbound: map[uint64]*simStream{}, receiving: map[uint64]*transfer{},
-		rate: .8 + .4*s.rng.Float64(),
+		rate: .8 + .4*s.rng.Float64(), fresh: map[uint64]*raftpb.Entry{},
 	}
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
+	p.n.onApply = func(e *raftpb.Entry) { p.fresh[e.GetIndex()] = e }
+	p.n.store.sessionLimit, p.n.store.answerLimit, p.n.store.sameVersion = s.cfg.sessions, s.cfg.answers, s.cfg.sameCount
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
 		p.n.raftID = old
 		if err := p.n.start(); err != nil {
 			s.failf("starting under the old raft ID: %v", err)
 		}
+	}
+	if st.fs != nil {
+		p.openDisk()
 	}
 	p.identify()
 	s.trace("%v starts at %s", p, st.node.Address)
@@ -354,7 +393,7 @@ func (p *proc) identify() {
 		return
 	}
 	s, n := p.s, p.n
-	p.raftID, p.term, p.commit, p.applied, p.version, p.tail = n.raftID, 0, 0, 0, map[string]uint64{}, map[uint64]*raftpb.Entry{}
+	p.raftID, p.term, p.commit, p.applied, p.version = n.raftID, 0, 0, 0, map[string]uint64{}
 	s.count["lives"]++
 	p.site.old = n.raftID
 	if s.cfg.reuseID {
@@ -362,6 +401,9 @@ func (p *proc) identify() {
 	}
 	p.site.lives++
 	name := fmt.Sprintf("%d.%d", n.self.Id, p.site.lives)
+	if was, ok := s.names[n.raftID]; ok && n.mark != 0 && was[0] == name[0] { // it has kept its memory
+		delete(s.lives, n.raftID)
+	}
 	for _, id := range []uint64{n.raftID, n.life} {
 		if other, ok := s.lives[id]; ok {
 			s.failf("the ID %x of %s was that of %s", id, name, other)
@@ -388,7 +430,7 @@ func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 		l.s.count["log: "+r.Message]++
 	}
 	l.s.trace("  %v logs: %s", l.p, b.String())
-	if r.Message == "the cluster cannot go on" && slices.ContainsFunc(l.s.alive(), func(q *proc) bool { return q.n.store.index > l.p.n.store.index }) {
+	if r.Message == "the cluster cannot go on" && slices.ContainsFunc(l.s.sites, func(st *site) bool { return st.most > l.p.n.store.index && (st.cur != nil || st.keeps() != 0) }) {
 		l.s.count["alarms of nodes that lag"]++
 	} else if r.Message == "the cluster cannot go on" {
 		l.s.failf("%v says that too much memory is lost, and that is not so:%s", l.p, l.s.overview())
@@ -422,10 +464,131 @@ func (p *proc) turn(ticks int) {
 	if p.s.cfg.twice {
 		clear(p.n.store.proposers)
 	}
+	if s := p.n.store; p.s.cfg.careless {
+		for e := s.recent.Front(); e != nil; e = e.Next() {
+			e.Value.(*session).answers = nil
+		}
+	}
 	p.n.turn(in)
 	p.inTurn = false
+	if n := p.n; n.err == errRemoved || n.err != nil && p.broken {
+		p.giveUp()
+		return
+	}
 	p.check()
 	p.poll()
+	p.startWriting()
+}
+
+// openDisk opens the process's data directory.
+func (p *proc) openDisk() {
+	s, st := p.s, p.site
+	d, err := openDisk(st.fs, simDir, s.cfg.logBytes, p.n.log)
+	if err != nil {
+		s.failf("%v cannot lock its data directory: %v", st.node, err)
+	}
+	d.background = func(f func()) { f() }
+	d.start = func(f func()) { s.after(s.diskTime(st), p, func() { p.onDisk(f) }) }
+	p.disk = d
+	if err := p.n.open(d); err != nil {
+		s.failf("node %d does not start from its data directory: %v", st.node.Id, err)
+	}
+	if n := p.n; n.rn != nil {
+		s.count["starts from a disk"]++
+		p.written.HardState = wireHardState(n.raft.hard)
+		p.written.FirstSegment = n.raft.last()
+	}
+}
+
+func (s *sim) diskTime(st *site) float64 {
+	return s.expo(s.cfg.disk) + max(0, float64(st.slow-s.now)/simTick)
+}
+
+// onDisk does something on the disk, which may fail at it.
+func (p *proc) onDisk(f func()) {
+	fs := p.site.fs
+	f()
+	p.broken = p.broken || fs.failAt > 0 && len(fs.calls) >= fs.failAt
+	p.wake()
+}
+
+// startWriting has the disk write what is queued, some time.
+func (p *proc) startWriting() {
+	if p.disk == nil || p.writing || len(p.disk.queue) == 0 {
+		return
+	}
+	p.writing = true
+	if p.s.cfg.ackUnsync {
+		for i, j := range p.disk.queue {
+			j.done(nil)
+			p.disk.queue[i].done = func(error) {}
+		}
+	}
+	p.s.after(p.s.diskTime(p.site), p, func() {
+		p.writing = false
+		p.onDisk(p.write)
+	})
+}
+
+// write is a pass of the writer. It notes what the disk has then.
+func (p *proc) write() {
+	s, w := p.s, &kvpb.LogBatch{HardState: p.written.HardState, FirstSegment: p.written.FirstSegment}
+	for _, j := range p.disk.queue {
+		if s.cfg.dropVote {
+			j.batch.HardState = nil
+		}
+		w.HardState = cmp.Or(j.batch.HardState, w.HardState)
+		if j.batch.Discards {
+			w.FirstSegment = j.batch.Snapshot.Index
+		} else if j.view != nil {
+			w.FirstSegment = j.view.header.Index
+		}
+		for _, e := range j.batch.Entries {
+			w.FirstSegment = e.Index
+		}
+	}
+	if p.disk.write() == nil && !p.disk.held {
+		p.written.HardState, p.written.FirstSegment = w.HardState, w.FirstSegment
+	}
+	s.count["disk writes"]++
+}
+
+// promises checks that what a message promises is on the disk (I7).
+func (p *proc) promises(m *raftpb.Message) {
+	if p.disk == nil || p.n.mark == 0 || m.GetReject() {
+		return
+	}
+	h := p.written.HardState
+	switch m.GetType() {
+	case raftpb.MsgVoteResp:
+		if h.GetTerm() < m.GetTerm() || h.GetTerm() == m.GetTerm() && h.GetVote() != m.GetTo() {
+			p.s.failf("I7: %v grants a vote in term %d, the disk has %v", p, m.GetTerm(), h)
+		}
+	case raftpb.MsgAppResp:
+		if m.GetIndex() > p.written.FirstSegment && h.GetTerm() == m.GetTerm() || h.GetTerm() < m.GetTerm() {
+			p.s.failf("I7: %v acknowledges entry %d in term %d, the disk has entry %d, %v", p, m.GetIndex(), m.GetTerm(), p.written.FirstSegment, h)
+		}
+	}
+}
+
+// giveUp ends a process whose node has stopped by itself: its disk has failed,
+// or it was removed, and whoever runs it empties the directory.
+func (p *proc) giveUp() {
+	p.s.trace("%v stops: %v", p, p.n.err)
+	p.s.count["stops: "+errorClass(p.n.err)]++
+	p.n.failAll(p.n.err)
+	p.poll()
+	if p.n.err == errRemoved {
+		p.site.fs = newSimFS()
+	}
+	p.die(p.s.expo(20))
+}
+
+func errorClass(err error) string {
+	if err == errRemoved {
+		return "removed"
+	}
+	return "disk"
 }
 
 // check checks the invariants that one node can break in one turn.
@@ -455,10 +618,10 @@ func (p *proc) check() {
 		}
 		p.term, p.commit = term, commit
 	}
-	p.keepTail()
 	if n.store.index > p.applied {
 		s.observe(p, p.applied+1, n.store.index)
 		p.applied = n.store.index
+		p.site.most = max(p.site.most, p.applied)
 		if p.applied%stateEvery == 0 {
 			s.compareState(p)
 		}
@@ -471,20 +634,6 @@ func (p *proc) entry(i uint64) *raftpb.Entry {
 		return es[0]
 	}
 	return nil
-}
-
-func (p *proc) keepTail() {
-	if c := p.n.count.SnapshotsInstalled; c != p.installed {
-		p.installed = c
-		clear(p.tail)
-	}
-	for i := p.n.raft.last(); i > max(p.applied, p.n.raft.prevIndex); i-- {
-		e := p.entry(i)
-		if p.tail[i] == e {
-			break
-		}
-		p.tail[i] = e
-	}
 }
 
 // stateOf hashes what a snapshot of a node would hold.
@@ -514,6 +663,14 @@ type oracle struct {
 	version  uint64
 	keys     map[string][]change
 	versions map[uint64]change
+	sessions []*modelSession      // the one used the longest ago first
+	first    map[[2]uint64]result // all answers ever, by session and sequence
+}
+
+// modelSession is what a session is meant to be.
+type modelSession struct {
+	id, highest uint64
+	answers     map[uint64]bool // by sequence: there is one
 }
 
 // change is what a write did to a key.
@@ -531,8 +688,8 @@ type change struct {
 func (s *sim) observe(p *proc, from, to uint64) {
 	o := &s.oracle
 	for i := from; i <= to; i++ {
-		e := p.tail[i]
-		delete(p.tail, i)
+		e := p.fresh[i]
+		delete(p.fresh, i)
 		switch {
 		case i < uint64(len(o.entries)):
 			if was := o.entries[i]; e != nil && was != nil && (was.GetTerm() != e.GetTerm() || was.GetType() != e.GetType() || !bytes.Equal(was.GetData(), e.GetData())) {
@@ -541,7 +698,7 @@ func (s *sim) observe(p *proc, from, to uint64) {
 		case e == nil && i > 1:
 			s.failf("the simulator has not seen entry %d before %v has applied and compacted it", i, p)
 		case e == nil:
-			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}}
+			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}, first: map[[2]uint64]result{}}
 		default:
 			o.entries = append(o.entries, proto.CloneOf(e))
 			s.commit(e)
@@ -583,23 +740,98 @@ func (s *sim) commit(e *raftpb.Entry) {
 	}
 	o.last[b.Proposer] = b.Sequence
 	for _, w := range b.Writes {
-		o.version++
-		c := change{key: w.GetDelete().GetKey(), version: o.version, at: s.tock()}
-		if set := w.GetSet(); set != nil {
-			c.key, c.value, c.present = set.Key, string(set.Value), true
-			op := s.values[c.value]
-			if op == nil || op.key != c.key || op.committed != 0 {
-				s.failf("I2: entry %d sets %q to %q, which nobody wrote, or again", e.GetIndex(), c.key, c.value)
-			}
-			op.committed, c.op = c.version, op
-		}
-		if h := o.keys[c.key]; len(h) > 0 {
-			c.found = h[len(h)-1].present
-		}
-		o.keys[c.key] = append(o.keys[c.key], c)
-		o.versions[c.version] = c
-		s.count["writes committed"]++
+		s.commitWrite(e.GetIndex(), w)
 	}
+}
+
+// commitWrite applies a write to the oracle, if its id is new.
+func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
+	o := &s.oracle
+	if w.GetOpenSession() != nil {
+		o.version++
+		o.versions[o.version] = change{version: o.version}
+		o.sessions = append(o.sessions, &modelSession{id: o.version, answers: map[uint64]bool{}})
+		if len(o.sessions) > s.cfg.sessions {
+			o.sessions = o.sessions[1:]
+		}
+		s.count["sessions opened"]++
+		return
+	}
+	c := change{at: s.tock()}
+	var id *kvpb.RequestId
+	var expected *uint64
+	if set := w.GetSet(); set != nil {
+		c.key, c.value, c.present, id, expected = set.Key, string(set.Value), true, set.RequestId, set.ExpectedVersion
+		c.op = s.values[c.value]
+	} else {
+		del := w.GetDelete()
+		c.key, id, expected = del.Key, del.RequestId, del.ExpectedVersion
+		c.op = s.ids[[2]uint64{id.GetSession(), id.GetSequence()}] // nil without an id
+	}
+	if id != nil && !s.isNew(id) {
+		return
+	}
+	present := uint64(0) // the key's version
+	if h := o.keys[c.key]; len(h) > 0 && h[len(h)-1].present {
+		present, c.found = h[len(h)-1].version, true
+	}
+	if expected != nil && *expected != present {
+		s.count["compares failed"]++
+		if id != nil {
+			o.first[[2]uint64{id.Session, id.Sequence}] = result{version: present, compareFailed: true}
+		}
+		return
+	}
+	if (c.present || id != nil) && (c.op == nil || c.op.key != c.key || c.op.committed != 0) {
+		s.failf("I2: entry %d sets %q to %q, which nobody wrote, or again", index, c.key, c.value)
+	}
+	o.version++
+	c.version = o.version
+	if c.op != nil {
+		c.op.committed = c.version
+	}
+	if id != nil {
+		o.first[[2]uint64{id.Session, id.Sequence}] = result{version: c.version, found: c.found}
+	}
+	o.keys[c.key] = append(o.keys[c.key], c)
+	o.versions[c.version] = c
+	s.count["writes committed"]++
+}
+
+// sessionOf finds a session that the oracle keeps.
+func (o *oracle) sessionOf(id uint64) (i int, ses *modelSession) {
+	for i, ses := range o.sessions {
+		if ses.id == id {
+			return i, ses
+		}
+	}
+	return -1, nil
+}
+
+// tooOld reports whether a session cannot know any more what a sequence was.
+func (s *sim) tooOld(ses *modelSession, sequence uint64) bool {
+	return ses.highest >= uint64(s.cfg.answers) && sequence <= ses.highest-uint64(s.cfg.answers)
+}
+
+// isNew reports whether a write is to be applied, by its id.
+func (s *sim) isNew(id *kvpb.RequestId) bool {
+	o := &s.oracle
+	i, ses := o.sessionOf(id.Session)
+	if ses == nil {
+		s.count["writes without a session"]++
+		return false
+	}
+	o.sessions = append(slices.Delete(o.sessions, i, i+1), ses)
+	switch {
+	case s.tooOld(ses, id.Sequence):
+		s.count["writes too old"]++
+		return false
+	case ses.answers[id.Sequence]:
+		s.count["writes repeated"]++
+		return false
+	}
+	ses.highest, ses.answers[id.Sequence] = max(ses.highest, id.Sequence), true
+	return true
 }
 
 // simPeer is a process's way to a peer, as peer in network.go.
@@ -623,7 +855,7 @@ type simStream struct {
 
 // setMembers implements transport.
 func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64) {
-	p.members = members
+	p.members, p.removed = members, removed
 	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
 		peer := p.peers[id]
 		if m := members[id]; m != nil && m.Address != peer.node.Address || m == nil && p.inbound[id] == nil || slices.Contains(removed, id) {
@@ -723,6 +955,10 @@ func (st *simStream) greet() {
 	p.hellos = slices.DeleteFunc(p.hellos, func(o *simStream) bool { return o == st })
 	w := p.n.accept(st.hello)
 	from := st.hello.From
+	if w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && slices.Contains(p.removed, from.RaftId) {
+		st.breakBoth()
+		return
+	}
 	if w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED {
 		if p.peers[from.RaftId] == nil {
 			p.addPeer(from.RaftId, from.Node)
@@ -811,6 +1047,9 @@ func (p *proc) send(to, life uint64, ms []*raftpb.Message) {
 	if peer == nil || peer.life != life || peer.stream == nil {
 		s.count["messages unsent"] += len(ms)
 		return
+	}
+	for _, m := range ms {
+		p.promises(m)
 	}
 	st := peer.stream
 	if st.queued+len(ms) > s.cfg.queue {
@@ -990,12 +1229,24 @@ func (t *transfer) install() {
 	if !bytes.Equal(t.data, bytesOf(t.v)) {
 		s.failf("a view of %v has changed while it was open", t.from)
 	}
-	st, err := readSnapshot(bytes.NewReader(t.data))
-	if err != nil {
+	var st *store
+	var err error
+	if p.disk == nil {
+		st, err = p.n.readSnapshot(bytes.NewReader(t.data))
+	} else {
+		p.onDisk(func() { st, err = p.n.readSnapshot(bytes.NewReader(t.data)) })
+	}
+	if err != nil && !p.broken {
 		s.failf("a snapshot of %v cannot be read: %v", t.from, err)
+	} else if err != nil {
+		return
 	}
 	if s.cfg.forget {
 		clear(st.proposers)
+	}
+	if s.cfg.strangers {
+		clear(st.sessions)
+		st.recent.Init()
 	}
 	delete(p.receiving, t.hello.From.RaftId)
 	p.n.in.event(func() {
@@ -1031,77 +1282,140 @@ func (t *transfer) end(err error) {
 
 // caller makes one call after another.
 type caller struct {
-	s  *sim
-	id int
-	n  int
-	op *op // the one that runs
+	s        *sim
+	id       int
+	n        int
+	op       *op // the one that runs
+	session  uint64
+	sequence uint64
+	past     []*op // some writes with ids, to be sent again
 }
 
-// op is a call of a client.
+// op is a call of a client: one write, however often it is sent.
 type op struct {
 	client    int
-	kind      string // set, delete, get
+	kind      string // set, delete, get, open
 	key       string
 	value     string
-	c         *call
-	p         *proc
+	id        *kvpb.RequestId
+	expected  *uint64
+	record    []byte
+	sent      *attempt // the one that it waits for
 	begun     int64
 	ended     int64  // 0: it was given up, or its outcome is not known
 	version   uint64 // of the write, or of what was read
 	found     bool
+	compare   bool   // it failed
 	atLeast   uint64 // version of the key that was known when it began
 	committed uint64 // version of the write, as the oracle knows it
+	unknown   bool   // the fate of an attempt is not
 	failed    bool   // nothing was or will be applied
 }
 
-func (o *op) String() string {
-	return fmt.Sprintf("client %d: %s %s %.12s", o.client, o.kind, o.key, o.value)
+// attempt is an op on its way through a process.
+type attempt struct {
+	o *op
+	c *call
+	p *proc
 }
 
-// act makes a client's next call.
+func (o *op) String() string {
+	return fmt.Sprintf("client %d: %s %s %.12s %v", o.client, o.kind, o.key, o.value, o.id)
+}
+
+// act makes a client's next call: a new one, or a past write once more.
 func (c *caller) act() {
 	s := c.s
-	p := s.anyProc()
-	if p == nil || s.quiet {
+	if s.quiet {
 		s.after(s.expo(s.cfg.think), nil, c.act)
 		return
 	}
+	if len(c.past) > 0 && s.rng.IntN(8) == 0 {
+		c.op = c.past[s.rng.IntN(len(c.past))]
+		c.op.failed = false
+		s.count["calls repeated"]++
+	} else {
+		c.op = c.newOp()
+		s.history = append(s.history, c.op)
+		s.count["calls"]++
+	}
+	c.send(c.op)
+}
+
+func (c *caller) newOp() *op {
+	s := c.s
 	c.n++
-	o := &op{client: c.id, p: p, key: fmt.Sprintf("k%d", s.rng.IntN(s.cfg.keys)), begun: s.tock()}
+	o := &op{client: c.id, key: fmt.Sprintf("k%d", s.rng.IntN(s.cfg.keys)), begun: s.tock()}
 	o.atLeast = s.seen[o.key]
 	w := &kvpb.Write{}
 	switch k := s.rng.IntN(10); {
+	case k < 6 && (c.session == 0 || s.rng.IntN(30) == 0):
+		o.kind, o.key, w.Operation = "open", "", &kvpb.Write_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}
 	case k < 5:
 		o.kind, o.value = "set", fmt.Sprintf("%d.%d.%s", c.id, c.n, strings.Repeat(".", s.rng.IntN(s.cfg.valueBytes+1)))
-		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: o.key, Value: []byte(o.value)}}
 		s.values[o.value] = o
+		c.identify(o)
+		if s.rng.IntN(4) == 0 {
+			o.expected = new(s.seen[o.key] * uint64(min(1, s.rng.IntN(4))))
+		}
+		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: o.key, Value: []byte(o.value), RequestId: o.id, ExpectedVersion: o.expected}}
 	case k < 6:
 		o.kind = "delete"
-		w.Operation = &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: o.key}}
+		if c.identify(o); o.id != nil && o.atLeast != 0 && s.rng.IntN(2) == 0 {
+			o.expected = &o.atLeast
+		}
+		w.Operation = &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: o.key, RequestId: o.id, ExpectedVersion: o.expected}}
 	default:
 		o.kind = "get"
-		s.readLocal(p, o.key)
+		return o
 	}
-	o.c = &call{done: make(chan outcome, 1)}
-	if o.kind != "get" {
-		var err error
-		if o.c.record, err = encodeWrite(w); err != nil {
-			s.failf("%v: %v", o, err)
+	var err error
+	if o.record, err = encodeWrite(w); err != nil {
+		s.failf("%v: %v", o, err)
+	}
+	return o
+}
+
+// identify gives most writes an id.
+func (c *caller) identify(o *op) {
+	s := c.s
+	if s.rng.IntN(4) == 0 {
+		return
+	}
+	c.sequence += 1 + uint64(s.rng.IntN(2)*s.rng.IntN(3))
+	o.id = &kvpb.RequestId{Session: c.session, Sequence: c.sequence}
+	s.ids[[2]uint64{c.session, c.sequence}] = o
+	if c.past = append(c.past, o); len(c.past) > 6 {
+		c.past = c.past[1:]
+	}
+}
+
+// send sends an op through some node.
+func (c *caller) send(o *op) {
+	s, p := c.s, c.s.anyProc()
+	if p == nil {
+		s.after(s.expo(s.cfg.think), nil, func() { c.send(o) })
+		return
+	}
+	a := &attempt{o: o, p: p, c: &call{record: o.record, done: make(chan outcome, 1)}}
+	o.sent = a
+	timeout := s.expo(s.cfg.timeout) + 1
+	if s.rng.IntN(2) == 0 {
+		a.c.wait = uint64(timeout)
+	}
+	s.after(timeout, nil, func() { c.timeout(a) })
+	if o.kind == "get" {
+		s.readLocal(p, o.key)
+		if s.cfg.readNow {
+			s.finishRead(a)
+			return
 		}
 	}
-	c.op = o
-	s.history = append(s.history, o)
-	s.count["calls"]++
-	s.after(s.expo(s.cfg.timeout)+1, nil, func() { c.timeout(o) })
-	if o.kind == "get" && s.cfg.readNow {
-		s.finishRead(o)
+	if err := p.n.in.call(a.c); err != nil {
+		c.finish(a, outcome{err: err})
 		return
 	}
-	if err := p.n.in.call(o.c); err != nil {
-		c.finish(o, outcome{err: err})
-		return
-	}
-	p.calls = append(p.calls, o)
+	p.calls = append(p.calls, a)
 	p.wake()
 }
 
@@ -1118,86 +1432,131 @@ func (p *proc) poll() {
 	}
 	calls := p.calls
 	p.calls = nil
-	for _, o := range calls {
+	for _, a := range calls {
 		select {
-		case out := <-o.c.done:
-			p.s.clients[o.client].finish(o, out)
+		case out := <-a.c.done:
+			p.s.clients[a.o.client].finish(a, out)
 		default:
-			if p.s.cfg.ackEarly && o.kind == "set" && o.c.state.Load() == callProposed {
-				o.ended, o.version = p.s.tock(), 0
-				p.s.clients[o.client].rest(o)
+			if o := a.o; p.s.cfg.ackEarly && o.kind == "set" && o.sent == a && a.c.state.Load() == callProposed {
+				o.ended, o.version, o.sent = p.s.tock(), 0, nil
+				p.s.clients[o.client].rest()
 				continue
 			}
-			p.calls = append(p.calls, o)
+			p.calls = append(p.calls, a)
 		}
 	}
 }
 
 // timeout gives a call up, as server.call does.
-func (c *caller) timeout(o *op) {
-	if c.op != o {
+func (c *caller) timeout(a *attempt) {
+	if a.o.sent != a {
 		return
 	}
-	o.failed = o.kind == "get" || o.c.state.CompareAndSwap(callQueued, callGivenUp)
 	c.s.count["calls given up"]++
-	c.rest(o)
+	c.again(a, a.o.kind == "get" || a.c.state.CompareAndSwap(callQueued, callGivenUp))
 }
 
-// rest has the client make its next call some time, if this one was its last.
-func (c *caller) rest(o *op) {
-	if c.op == o {
-		c.op = nil
-		c.s.after(c.s.expo(c.s.cfg.think), nil, c.act)
+// rest has the client make its next call some time.
+func (c *caller) rest() {
+	c.op = nil
+	c.s.after(c.s.expo(c.s.cfg.think), nil, c.act)
+}
+
+// again sends a write with an id another time, for a while; of the last attempt
+// it is known, or not, that it will not be applied.
+func (c *caller) again(a *attempt, refused bool) {
+	s, o := c.s, a.o
+	o.sent = nil
+	o.unknown = o.unknown || !refused
+	if o.id != nil && s.rng.IntN(10) > 0 {
+		s.after(s.expo(s.cfg.think), nil, func() { c.send(o) })
+		return
 	}
+	c.giveUp(o)
+}
+
+func (c *caller) giveUp(o *op) {
+	o.failed = !o.unknown && o.ended == 0
+	c.rest()
 }
 
 // finish takes the answer to a call.
-func (c *caller) finish(o *op, out outcome) {
-	s := c.s
-	if c.op != o {
+func (c *caller) finish(a *attempt, out outcome) {
+	s, o := c.s, a.o
+	if o.sent != a {
 		return // given up
 	}
 	switch {
 	case errors.Is(out.err, errOutcomeUnknown):
 		s.count["outcomes unknown"]++
+		c.again(a, false)
+	case out.err == errSessionUnknown, out.err == errSequenceTooOld:
+		s.count["writes refused by session"]++
+		_, ses := s.oracle.sessionOf(o.id.Session)
+		if in := a.p.n.rn != nil; in && out.err == errSessionUnknown && ses != nil || in && out.err == errSequenceTooOld && ses != nil && !s.tooOld(ses, o.id.Sequence) {
+			s.failf("I8: %v is refused: %v", o, out.err)
+		}
+		if out.err == errSessionUnknown && o.id.Session == c.session {
+			c.session, c.sequence = 0, 0
+		}
+		o.sent = nil
+		c.giveUp(o)
 	case out.err != nil:
 		s.count["calls refused"]++
-		o.failed = true
+		c.again(a, true)
 	case o.kind == "get":
 		if s.rng.IntN(4) > 0 {
-			s.finishRead(o)
+			s.finishRead(a)
 		} else { // whoever waited wakes late
 			s.after(s.expo(1), nil, func() {
-				if c.op == o && !o.p.dead {
-					s.finishRead(o)
+				if o.sent == a && !a.p.dead {
+					s.finishRead(a)
 				}
 			})
 		}
-		return
 	default:
 		s.finishWrite(o, out.result)
+		if o.kind == "open" {
+			c.session, c.sequence = o.version, 0
+		}
+		o.sent = nil
+		c.rest()
 	}
-	c.rest(o)
 }
 
-// finishWrite compares what was acknowledged with what is committed.
+// finishWrite compares what was acknowledged with what is committed, and with
+// what was acknowledged before.
 func (s *sim) finishWrite(o *op, r result) {
-	o.ended, o.version, o.found = s.tock(), r.version, r.found
+	if o.ended != 0 {
+		if before := (result{o.version, o.found, o.compare}); r != before && !s.cfg.ackEarly {
+			s.failf("I8: %v was acknowledged with %+v, before that with %+v", o, r, before)
+		}
+		s.count["answers repeated"]++
+		return
+	}
+	o.ended, o.version, o.found, o.compare = s.tock(), r.version, r.found, r.compareFailed
 	ch := s.oracle.versions[r.version]
 	if r.version > s.oracle.version {
 		s.count["acknowledged before seen"]++ // by a node that then left: checked at the end
-	} else if ch.key != o.key || ch.value != o.value || ch.present != (o.kind == "set") || ch.found != r.found {
+	} else if first, ok := s.oracle.first[o.key2()]; o.id != nil && (!ok || r != first) {
+		s.failf("I8: %v was acknowledged with %+v, its first answer is %+v, %v", o, r, first, ok)
+	} else if !o.compare && (ch.key != o.key || ch.value != o.value || ch.present != (o.kind == "set") || ch.found != r.found) {
 		s.failf("I2: %v was acknowledged with version %d, found %v; committed is %+v", o, r.version, r.found, ch)
 	}
 	s.seen[o.key] = max(s.seen[o.key], r.version)
 	s.count["writes acknowledged"]++
 }
 
+// key2 is the id as the key of a map.
+func (o *op) key2() [2]uint64 { return [2]uint64{o.id.GetSession(), o.id.GetSequence()} }
+
 // finishRead reads, and checks that the key was in this state at some moment
 // since the read began, and after all that anybody knew then.
-func (s *sim) finishRead(o *op) {
-	defer s.clients[o.client].rest(o)
-	it, ok, err := o.p.n.store.get(o.key)
+func (s *sim) finishRead(a *attempt) {
+	o := a.o
+	o.sent = nil
+	defer s.clients[o.client].rest()
+	it, ok, err := a.p.n.store.get(o.key)
 	if err != nil {
 		o.failed = true
 		return
@@ -1215,7 +1574,7 @@ func (s *sim) finishRead(o *op) {
 		s.count["reads"]++
 		return
 	}
-	s.failf("I1: %v through %v is %.12q (%v) of version %d; when it began, version %d of the key was known", o, o.p, it.value, ok, it.version, o.atLeast)
+	s.failf("I1: %v through %v is %.12q (%v) of version %d; when it began, version %d of the key was known", o, a.p, it.value, ok, it.version, o.atLeast)
 }
 
 // readLocal reads without asking anybody: something committed, and on one node
@@ -1337,8 +1696,8 @@ func (s *sim) addLearner(st *site, then func(error)) {
 
 // changeMembership is server.changeMembership.
 func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(error)) {
-	s.request(fmt.Sprintf("have voters %v, retain %v, without learners %v", req.Members, req.Retain, req.RemoveLearners), 150, func(n *node) (bool, error) {
-		if want, err := n.resolve(req.Members); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
+	s.request(fmt.Sprintf("have voters %v, retain %v, without %v", req.Members, req.Retain, req.Remove), 150, func(n *node) (bool, error) {
+		if want, err := n.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
 			return false, errNotNow // an operator would not
 		}
 		return n.stepMembership(req)
@@ -1433,10 +1792,15 @@ func (s *sim) wish() {
 			if s.rng.IntN(3) > 0 {
 				req.Members = append(req.Members, st.node.Id)
 			} else if s.rng.IntN(4) == 0 {
-				req.RemoveLearners = append(req.RemoveLearners, st.node.Id)
+				req.Remove = append(req.Remove, st.node.Id)
 			}
 		}
-		if len(req.Members) > 0 {
+		if s.rng.IntN(4) == 0 { // all but some
+			req.Remove, req.Members = append(req.Remove, st.node.Id), nil
+			slices.Sort(req.Remove)
+			req.Remove = slices.Compact(req.Remove)
+		}
+		if len(req.Members) > 0 || len(req.Remove) > 0 {
 			s.changeMembership(req, func(error) {})
 		}
 	}
@@ -1446,8 +1810,9 @@ func (s *sim) wish() {
 // process, if any, has lost it.
 func (s *sim) remain(voters []uint64, without *proc) bool {
 	n := 0
-	for _, p := range s.alive() {
-		if p != without && p.n.rn != nil && slices.Contains(voters, p.n.raftID) {
+	for _, st := range s.sites {
+		p := st.cur
+		if p != nil && p != without && p.n.rn != nil && slices.Contains(voters, p.n.raftID) || p == nil && slices.Contains(voters, st.keeps()) {
 			n++
 		}
 	}
@@ -1458,6 +1823,11 @@ func (s *sim) remain(voters []uint64, without *proc) bool {
 // both halves of every configuration that a member has applied, or will if the
 // changes in its log are committed. Nodes that have not healed count as lost.
 func (s *sim) mayLose(p *proc) bool {
+	for _, st := range s.sites {
+		if st.cur == nil && st.keeps() != 0 {
+			return false // nobody knows what it has applied
+		}
+	}
 	newest := &store{}
 	for _, q := range s.alive() {
 		if q.n.rn != nil && q.n.store.index > newest.index {
@@ -1504,11 +1874,38 @@ func (s *sim) fault() {
 	fired := true
 	switch kind {
 	case "kill":
-		if fired = s.mayLose(p); fired {
+		if fired = p.site.keeps() != 0 || s.mayLose(p); fired {
+			p.die(length)
+		}
+	case "power":
+		if fired = p.site.keeps() != 0; fired {
+			p.losePower(length)
+		}
+	case "all":
+		fired = false
+		for _, p := range s.alive() {
+			if p.site.keeps() != 0 {
+				fired = true
+				p.losePower(length)
+			}
+		}
+	case "disk":
+		if fired = p.disk != nil; fired {
+			p.breakDisk(s.rng.IntN(40), simFault(s.rng.IntN(int(faultCrash))))
+		}
+	case "stall":
+		if fired = p.disk != nil; fired {
+			s.trace("FAULT: the disk of %v stalls for %.0f ticks", p, length)
+			p.site.slow = s.now + int64(length*simTick)
+		}
+	case "wipe":
+		if fired = p.site.keeps() != 0 && s.mayLose(p); fired {
+			s.trace("FAULT: %v loses its disk", p)
+			p.site.fs = newSimFS()
 			p.die(length)
 		}
 	case "stop":
-		if fired = s.mayLose(p) && !p.paused; fired {
+		if fired = (p.site.keeps() != 0 || s.mayLose(p)) && !p.paused; fired {
 			p.stop(length)
 		}
 	case "pause":
@@ -1582,13 +1979,42 @@ func (s *sim) partition(kind string, one *site, length float64) {
 	})
 }
 
+// breakDisk makes a call to the file system fail, after some others.
+func (p *proc) breakDisk(calls int, fault simFault) {
+	fs := p.site.fs
+	p.s.trace("FAULT: the disk of %v fails in %d calls: %d", p, calls, fault)
+	fs.failAt, fs.fault = len(fs.calls)+1+calls, fault
+}
+
+// losePower ends a process in the middle of what its disk does, and what was
+// not synced is gone, or torn.
+func (p *proc) losePower(length float64) {
+	s, st := p.s, p.site
+	if s.rng.IntN(2) == 0 && len(p.disk.queue) > 0 {
+		p.breakDisk(s.rng.IntN(12), faultCrash)
+		_ = p.disk.write()
+	}
+	p.die(length)
+	s.count["power lost"]++
+	r := s.rng
+	if s.rng.IntN(3) == 0 {
+		r = nil
+	}
+	st.fs = st.fs.lose(r)
+}
+
 // die ends a process at once; another starts after some ticks.
 func (p *proc) die(length float64) {
 	s, st := p.s, p.site
 	s.trace("FAULT: %v dies for %.0f ticks", p, length)
 	p.dead, st.cur = true, nil
-	for _, o := range p.calls {
-		s.clients[o.client].rest(o)
+	if st.fs != nil {
+		st.fs = st.fs.restart(s.rng.IntN(2) == 0)
+	}
+	for _, a := range p.calls {
+		if a.o.sent == a {
+			s.clients[a.o.client].again(a, false)
+		}
 	}
 	p.calls = nil
 	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
@@ -1617,13 +2043,11 @@ func (p *proc) die(length float64) {
 func (p *proc) stop(length float64) {
 	s, n := p.s, p.n
 	if n.leads() && n.mayChange() {
-		if to := n.successor(n.store.conf.GetVoters()); to != 0 {
-			n.in.event(func() { n.transferLeader(to) })
-			p.wake()
-		}
+		n.in.event(func() { n.handOver(n.store.conf.GetVoters()) })
+		p.wake()
 	}
 	s.after(5, p, func() {
-		if !s.mayLose(p) {
+		if s.calm || p.site.keeps() == 0 && !s.mayLose(p) {
 			return
 		}
 		n.err = errStopping
@@ -1681,6 +2105,9 @@ func (s *sim) settle() {
 	s.calm = true
 	s.cfg.latency = min(s.cfg.latency, .3)
 	for _, st := range s.sites {
+		if st.fs != nil {
+			st.fs.failAt, st.slow = 0, 0
+		}
 		if st.cur == nil {
 			s.start(st)
 		}
@@ -1709,6 +2136,15 @@ func (s *sim) settle() {
 		if it, ok, err := p.n.store.get("fresh"); err != nil || !ok || it.version != o.version {
 			s.failf("I9: a fresh read through %v: %v, %v, %v; want version %d", p, it, ok, err, o.version)
 		}
+	}
+	// A retry through each of them takes effect once.
+	w, _ = encodeWrite(openWrite())
+	id := s.ask(members[0], w).version
+	o = &op{client: -1, kind: "set", key: "once", value: "once", begun: s.tock(), id: &kvpb.RequestId{Session: id, Sequence: 1}}
+	s.values[o.value] = o
+	w, _ = encodeWrite(withID(id, 1, setWrite(o.key, o.value)))
+	for _, p := range members {
+		s.finishWrite(o, s.ask(p, w))
 	}
 	s.until(settleTicks, s.unequal)
 }
@@ -1837,6 +2273,13 @@ func (s *sim) unequal() string {
 				present++
 			}
 		}
+		var kept []uint64
+		for e := st.recent.Front(); e != nil; e = e.Next() {
+			kept = append(kept, e.Value.(*session).id)
+		}
+		if !slices.EqualFunc(o.sessions, kept, func(ses *modelSession, id uint64) bool { return ses.id == id }) {
+			s.failf("I5: %v has sessions %d", p, kept)
+		}
 		if keys, _ := st.size(); keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
 			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v", p, keys, st.version, st.conf, present, o.version, o.conf)
 		}
@@ -1859,15 +2302,19 @@ func (s *sim) linearizable() {
 	for _, o := range s.history {
 		end := o.ended
 		switch {
-		case o.kind != "get" && o.committed == 0 && end != 0:
-			s.failf("I2: %v was acknowledged, but never committed", o)
-		case o.kind == "set" && end != 0 && !s.cfg.ackEarly && (o.version != o.committed || o.found != s.oracle.versions[o.committed].found):
-			s.failf("I2: %v was acknowledged with version %d, but is version %d", o, o.version, o.committed)
-		case o.kind == "set" && o.committed != 0 && o.failed:
-			s.failf("%v was refused, but committed", o)
-		case o.kind == "get" && end == 0, o.kind != "get" && o.committed == 0:
+		case o.kind == "open":
 			continue
-		case o.kind != "get":
+		case o.id != nil && end != 0 && !s.cfg.ackEarly && s.oracle.first[o.key2()] != result{o.version, o.found, o.compare}:
+			s.failf("I8: %v was acknowledged with version %d, its first answer is %+v", o, o.version, s.oracle.first[o.key2()])
+		case o.kind != "get" && o.committed == 0 && end != 0 && !o.compare:
+			s.failf("I2: %v was acknowledged, but never committed", o)
+		case o.kind == "set" && end != 0 && !o.compare && !s.cfg.ackEarly && (o.version != o.committed || o.found != s.oracle.versions[o.committed].found):
+			s.failf("I2: %v was acknowledged with version %d, but is version %d", o, o.version, o.committed)
+		case (o.failed || o.compare) && o.committed != 0:
+			s.failf("%v was refused, but committed", o)
+		case o.kind == "get" && end == 0, o.kind != "get" && o.committed == 0 && !o.compare:
+			continue
+		case o.kind != "get" && !o.compare:
 			ch := s.oracle.versions[o.committed]
 			end = cmp.Or(end, ch.at)
 			o.version, o.found = ch.version, ch.found
@@ -1888,20 +2335,22 @@ func (s *sim) linearizable() {
 func (s *sim) ownDeletes() {
 	unknown := map[string][]*op{}
 	for _, o := range s.history {
-		if o.kind == "delete" && o.ended != 0 {
+		switch {
+		case o.kind != "delete" || o.compare || o.committed != 0:
+		case o.ended != 0:
 			ch := s.oracle.versions[o.version]
 			if ch.key != o.key || ch.present || ch.found != o.found {
 				s.failf("I2: %v was acknowledged with version %d, which is %+v", o, o.version, ch)
 			}
 			o.committed, ch.op = o.version, o
 			s.oracle.versions[o.version] = ch
-		} else if o.kind == "delete" && !o.failed {
+		case o.id == nil && !o.failed:
 			unknown[o.key] = append(unknown[o.key], o)
 		}
 	}
 	for _, v := range slices.Sorted(maps.Keys(s.oracle.versions)) {
 		ch := s.oracle.versions[v]
-		if ch.op != nil {
+		if ch.op != nil || ch.key == "" {
 			continue
 		}
 		u := unknown[ch.key]
@@ -1915,8 +2364,17 @@ func (s *sim) ownDeletes() {
 
 func stepKey(state, in, _ any) (bool, any) {
 	k, o := state.(keyState), in.(*op)
-	if o.kind == "get" {
+	present := uint64(0)
+	if k.present {
+		present = k.version
+	}
+	switch {
+	case o.kind == "get":
 		return o.found == k.present && (!k.present || o.value == k.value && o.version == k.version), k
+	case o.compare:
+		return o.version == present && *o.expected != present, k
+	case o.expected != nil && *o.expected != present:
+		return false, k
 	}
 	return o.version > k.version && o.found == k.present, keyState{o.kind == "set", o.value, o.version}
 }
@@ -2052,7 +2510,7 @@ func TestSameRaftIDLosesWrite(t *testing.T) {
 	for _, reuse := range []bool{false, true} {
 		t.Run(fmt.Sprintf("reuse=%v", reuse), func(t *testing.T) {
 			cryptotest.SetGlobalRandom(t, 1)
-			cfg := simConfig{nodes: 3, voters: 3, election: 10, logBytes: 64 << 10, latency: .1, queue: 1000, keys: 1, adminEvery: 1e9, reuseID: reuse}
+			cfg := simConfig{nodes: 3, voters: 3, election: 10, logBytes: 64 << 10, latency: .1, queue: 1000, keys: 1, adminEvery: 1e9, sessions: 4, answers: 4, reuseID: reuse}
 			s := newSim(1, cfg, rand.New(rand.NewPCG(1, 1)), nil)
 			err := s.try(s.loseMemory)
 			if !reuse && err != nil {
@@ -2077,6 +2535,11 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a write acknowledged when it is proposed", func(c *simConfig) { c.ackEarly = true }},
 		{"snapshots without proposers", func(c *simConfig) { c.forget = true }},
 		{"batches applied again", func(c *simConfig) { c.twice = true }},
+		{"answers before the disk has synced", func(c *simConfig) { c.ackUnsync, c.durable = true, 1 }},
+		{"a hard state that does not get to the disk", func(c *simConfig) { c.dropVote, c.durable = true, 1 }},
+		{"snapshots without sessions", func(c *simConfig) { c.strangers = true }},
+		{"a retry applied twice", func(c *simConfig) { c.careless = true }},
+		{"writes of one entry with one version", func(c *simConfig) { c.sameCount = true }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for seed := range uint64(200) {
@@ -2098,7 +2561,7 @@ func TestMessagesAcrossLives(t *testing.T) {
 	for seed := range uint64(40) {
 		t.Run(fmt.Sprint(seed+1), func(t *testing.T) {
 			s, err := simulate(t, seed+1, 4000, nil, func(c *simConfig) {
-				c.crossLife, c.late, c.faults = true, 1, append(c.faults, "kill", "kill")
+				c.crossLife, c.late, c.durable, c.faults = true, 1, 0, append(c.faults, "kill", "kill")
 			})
 			if err != nil {
 				t.Error(err)

@@ -5,7 +5,9 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
+	"container/list"
 	"errors"
 	"fmt"
 	"io"
@@ -27,6 +29,9 @@ const (
 	numShards = 1 << 12
 	// maxRemoved is how many removed raft IDs are remembered.
 	maxRemoved = 1024
+	// maxSessions is how many sessions are kept, maxAnswers how many sequences
+	// of each are told from new ones. All nodes of a cluster have to agree.
+	maxSessions, maxAnswers = 10_000, 1024
 	// snapshotFormat is the version of the snapshot's encoding.
 	snapshotFormat = 1
 	// maxRecordBytes is the largest record that a snapshot may hold: a key and
@@ -46,6 +51,32 @@ type keyItem struct {
 	item
 }
 
+// What a write that carries a request_id can end with besides an answer.
+var (
+	errSessionUnknown = errors.New("the session was never opened, or has been dropped: the write was not applied now")
+	errSequenceTooOld = errors.New("the sequence is too far below the highest of its session: the write was not applied now")
+)
+
+// session is what is known of a client's writes. Views share the answers: what
+// stands in them is not changed while one is open.
+type session struct {
+	id      uint64
+	answers []firstAnswer // by sequence, the last of them the highest
+}
+
+// firstAnswer is the one that repeats of a sequence get, too.
+type firstAnswer struct {
+	sequence uint64
+	result
+}
+
+func (s *session) highest() uint64 {
+	if len(s.answers) == 0 {
+		return 0
+	}
+	return s.answers[len(s.answers)-1].sequence
+}
+
 // store is the state that the log determines; a snapshot holds all of it.
 //
 // mu guards the fields below it: readers hold it shared, the loop alone writes.
@@ -59,6 +90,12 @@ type store struct {
 	removed   []uint64              // raft IDs, oldest first
 	proposers map[uint64]uint64     // by raft ID: the last batch applied
 	file      string                // that it was read from, if that is in the data directory
+	sessions  map[uint64]*list.Element
+	recent    *list.List // of all *session, the one used the longest ago first
+	// maxSessions and maxAnswers, but for the simulator, which may also have all
+	// writes of an entry share a version.
+	sessionLimit, answerLimit int
+	sameVersion               bool
 
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
@@ -73,7 +110,9 @@ func newStore() *store {
 		conf:      raftpb.EnsureConfState(nil),
 		members:   map[uint64]*kvpb.Node{},
 		proposers: map[uint64]uint64{},
-		shards:    make([]map[string]item, numShards),
+		sessions:  map[uint64]*list.Element{}, recent: list.New(),
+		sessionLimit: maxSessions, answerLimit: maxAnswers,
+		shards: make([]map[string]item, numShards),
 	}
 }
 
@@ -105,41 +144,95 @@ func (s *store) size() (keys, bytes uint64) {
 	return s.keys, s.bytes
 }
 
-// result is the outcome of one write.
+// result is the answer to one write.
 type result struct {
-	version uint64 // of the write itself
-	found   bool   // whether the key was there before
+	version       uint64 // of the write itself; after a failed compare that of the key, 0: absent
+	found         bool   // whether the key was there before
+	compareFailed bool
 }
 
 // apply applies the data of a normal entry and says which batch it was and how
 // each of its writes went. A batch that is not fresh has no results.
-func (s *store) apply(data []byte) (proposer, sequence uint64, results []result, err error) {
+func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome, err error) {
 	if len(data) == 0 {
 		return 0, 0, nil, nil // the first entry of a term
 	}
-	var b kvpb.Batch
-	if err := proto.Unmarshal(data, &b); err != nil {
-		return 0, 0, nil, fmt.Errorf("decoding a batch: %w", err)
+	b, err := parseBatch(data)
+	if err != nil {
+		return 0, 0, nil, fmt.Errorf("%w: if this node is older than its cluster, start a newer one", err)
 	}
-	if !s.fresh(b.Proposer, b.Sequence) {
-		return b.Proposer, b.Sequence, nil, nil
+	if !s.fresh(b.proposer, b.sequence) {
+		return b.proposer, b.sequence, nil, nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	results = make([]result, len(b.Writes))
-	for i, w := range b.Writes {
-		s.version++
-		results[i].version = s.version
-		switch op := w.Operation.(type) {
-		case *kvpb.Write_Set:
-			results[i].found = s.set(op.Set.Key, item{op.Set.Value, s.version})
-		case *kvpb.Write_Delete:
-			results[i].found = s.delete(op.Delete.Key)
-		default:
-			return 0, 0, nil, errors.New("a write of an unknown kind: this node is older than its cluster")
+	results = make([]outcome, len(b.writes))
+	for i := range b.writes {
+		if s.sameVersion && i > 0 {
+			s.version--
+		}
+		results[i] = s.applyOnce(&b.writes[i])
+	}
+	return b.proposer, b.sequence, results, nil
+}
+
+// applyOnce applies a write, unless its id says that it was applied before, or
+// that nobody can know.
+func (s *store) applyOnce(w *kvOp) outcome {
+	if !w.hasID {
+		return outcome{result: s.applyWrite(w)}
+	}
+	e := s.sessions[w.session]
+	if e == nil {
+		return outcome{err: errSessionUnknown}
+	}
+	s.recent.MoveToBack(e)
+	ses, limit := e.Value.(*session), uint64(s.answerLimit)
+	highest := ses.highest()
+	if highest > limit && w.sequence <= highest-limit {
+		return outcome{err: errSequenceTooOld}
+	}
+	i, found := slices.BinarySearchFunc(ses.answers, w.sequence, func(a firstAnswer, sequence uint64) int { return cmp.Compare(a.sequence, sequence) })
+	if found {
+		return outcome{result: ses.answers[i].result}
+	}
+	r := s.applyWrite(w)
+	if i < len(ses.answers) && len(s.views) > 0 {
+		ses.answers = slices.Clip(ses.answers) // has Insert make a copy
+	}
+	ses.answers = slices.Insert(ses.answers, i, firstAnswer{w.sequence, r})
+	for highest = ses.highest(); highest > limit && ses.answers[0].sequence <= highest-limit; {
+		ses.answers = ses.answers[1:]
+	}
+	return outcome{result: r}
+}
+
+func (s *store) applyWrite(w *kvOp) result {
+	if w.compares {
+		if v := s.shards[shardOf(string(w.key))][string(w.key)].version; v != w.expected {
+			return result{version: v, compareFailed: true}
 		}
 	}
-	return b.Proposer, b.Sequence, results, nil
+	s.version++
+	r := result{version: s.version}
+	switch key := string(w.key); w.kind {
+	case opSet:
+		r.found = s.set(key, item{bytes.Clone(w.value), s.version})
+	case opDelete:
+		r.found = s.delete(key)
+	default:
+		s.openSession(s.version)
+	}
+	return r
+}
+
+// openSession adds a session, in place of the one used the longest ago if
+// there are too many.
+func (s *store) openSession(id uint64) {
+	if len(s.sessions) >= s.sessionLimit {
+		delete(s.sessions, s.recent.Remove(s.recent.Front()).(*session).id)
+	}
+	s.sessions[id] = s.recent.PushBack(&session{id: id})
 }
 
 // fresh reports whether a batch is to be applied, and remembers that it was.
@@ -239,13 +332,24 @@ type view struct {
 	store    *store
 	header   *kvpb.SnapshotHeader
 	keys     uint64
+	sessions []session // as in recent
 	shards   []map[string]item
 	replaced map[uint64][]keyItem // by shard
 }
 
-// open opens a view, in no more time than that of one write. Only the loop may
-// call it.
+// open opens a view. Only the loop may call it.
 func (s *store) open() *view {
+	v := s.openKeys()
+	v.sessions = make([]session, 0, len(s.sessions))
+	for e := s.recent.Front(); e != nil; e = e.Next() {
+		v.sessions = append(v.sessions, *e.Value.(*session))
+	}
+	return v
+}
+
+// openKeys opens a view without sessions, in no more time than that of one
+// write. Only the loop may call it.
+func (s *store) openKeys() *view {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	v := &view{store: s, header: s.header(), keys: s.keys, shards: s.shards, replaced: map[uint64][]keyItem{}}
@@ -312,8 +416,9 @@ func (s *store) header() *kvpb.SnapshotHeader {
 			LearnersNext:   slices.Clone(s.conf.GetLearnersNext()),
 			AutoLeave:      s.conf.GetAutoLeave(),
 		},
-		Removed: slices.Clone(s.removed),
-		Keys:    s.keys,
+		Removed:  slices.Clone(s.removed),
+		Keys:     s.keys,
+		Sessions: uint64(len(s.sessions)),
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.members)) {
 		h.Members = append(h.Members, &kvpb.Member{RaftId: id, Node: s.members[id]})
@@ -351,6 +456,15 @@ func (v *view) writeTo(to io.Writer) error {
 	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Header{Header: v.header}}); err != nil {
 		return err
 	}
+	for _, ses := range v.sessions {
+		m := &kvpb.Session{Id: ses.id, Highest: ses.highest()}
+		for _, a := range ses.answers {
+			m.Answers = append(m.Answers, &kvpb.Answer{Sequence: a.sequence, Version: a.version, Found: a.found, CompareFailed: a.compareFailed})
+		}
+		if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Session{Session: m}}); err != nil {
+			return err
+		}
+	}
 	var kv kvpb.KeyValue
 	rec := &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_KeyValue{KeyValue: &kv}}
 	for i := range uint64(numShards) {
@@ -384,8 +498,8 @@ func readSnapshot(r io.Reader) (*store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := newStore()
-	if err := s.restoreHeader(rec.GetHeader()); err != nil {
+	s, header := newStore(), rec.GetHeader()
+	if err := s.restoreHeader(header); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
 	for last := uint64(0); ; {
@@ -394,6 +508,10 @@ func readSnapshot(r io.Reader) (*store, error) {
 			return nil, err
 		}
 		switch rec := rec.Record.(type) {
+		case *kvpb.SnapshotRecord_Session:
+			if err := s.restoreSession(rec.Session); err != nil {
+				return nil, fmt.Errorf("snapshot: session %d: %w", len(s.sessions)+1, err)
+			}
 		case *kvpb.SnapshotRecord_KeyValue:
 			kv := rec.KeyValue
 			if kv.Key == "" || kv.Version == 0 || kv.Version > s.version || shardOf(kv.Key) < last {
@@ -404,8 +522,8 @@ func readSnapshot(r io.Reader) (*store, error) {
 				return nil, fmt.Errorf("snapshot: key %d stands there twice", s.keys)
 			}
 		case *kvpb.SnapshotRecord_Footer:
-			if rec.Footer.Keys != s.keys {
-				return nil, fmt.Errorf("snapshot: it has %d keys, its footer says %d", s.keys, rec.Footer.Keys)
+			if n := uint64(len(s.sessions)); rec.Footer.Keys != s.keys || header.Keys != s.keys || header.Sessions != n {
+				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, s.keys, header.Sessions, header.Keys, rec.Footer.Keys)
 			}
 			if _, err := br.ReadByte(); err != io.EOF {
 				return nil, fmt.Errorf("snapshot: something follows its footer: %v", err)
@@ -449,11 +567,30 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	return checkConfState(s.conf)
 }
 
+func (s *store) restoreSession(m *kvpb.Session) error {
+	if m.Id == 0 || m.Id > s.version || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions || s.keys > 0 {
+		return errors.New("its id is invalid, or it is out of place")
+	}
+	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}
+	for i, a := range m.Answers {
+		ses.answers[i] = firstAnswer{a.Sequence, result{a.Version, a.Found, a.CompareFailed}}
+		if a.Sequence == 0 || i > 0 && a.Sequence <= m.Answers[i-1].Sequence || a.Version > s.version || a.Version == 0 && !a.CompareFailed {
+			return errors.New("an answer is invalid or out of place")
+		}
+	}
+	if ses.highest() != m.Highest || m.Highest > maxAnswers && ses.answers[0].sequence <= m.Highest-maxAnswers {
+		return errors.New("its answers are not the last ones")
+	}
+	s.sessions[m.Id] = s.recent.PushBack(ses)
+	return nil
+}
+
 // install replaces the state by that of another store, which must not be used
 // any more. Open views keep what they have.
 func (s *store) install(t *store) {
 	s.index, s.term, s.version = t.index, t.term, t.version
 	s.conf, s.members, s.removed, s.proposers, s.file = t.conf, t.members, t.removed, t.proposers, t.file
+	s.sessions, s.recent = t.sessions, t.recent
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.clusterID, s.shards, s.keys, s.bytes, s.views = t.clusterID, t.shards, t.keys, t.bytes, nil

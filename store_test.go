@@ -65,13 +65,25 @@ func mustMarshal(t testing.TB, m proto.Message) []byte {
 	return b
 }
 
-// applyBatch applies a batch as the next entry.
-func applyBatch(t testing.TB, s *store, proposer, sequence uint64, ws ...*kvpb.Write) []result {
+// tryBatch applies a batch as the next entry.
+func tryBatch(t testing.TB, s *store, proposer, sequence uint64, ws ...*kvpb.Write) []outcome {
 	t.Helper()
 	s.index++
 	p, q, results, err := s.apply(mustMarshal(t, &kvpb.Batch{Proposer: proposer, Sequence: sequence, Writes: ws}))
 	if err != nil || p != proposer || q != sequence {
 		t.Fatalf("apply: batch %d of %d, err %v", q, p, err)
+	}
+	return results
+}
+
+// applyBatch is tryBatch with writes that all have an answer.
+func applyBatch(t testing.TB, s *store, proposer, sequence uint64, ws ...*kvpb.Write) (results []result) {
+	t.Helper()
+	for _, o := range tryBatch(t, s, proposer, sequence, ws...) {
+		if o.err != nil {
+			t.Fatal(o.err)
+		}
+		results = append(results, o.result)
 	}
 	return results
 }
@@ -174,7 +186,7 @@ func TestStoreModel(t *testing.T) {
 			for range 1 + r.IntN(4) {
 				key := keys[r.IntN(len(keys))]
 				_, found := next[key]
-				want = append(want, result{version + uint64(len(want)) + 1, found})
+				want = append(want, result{version: version + uint64(len(want)) + 1, found: found})
 				if r.IntN(3) == 0 {
 					ws = append(ws, deleteWrite(key))
 					delete(next, key)
@@ -216,7 +228,7 @@ func TestStoreModel(t *testing.T) {
 
 func TestStoreApply(t *testing.T) {
 	s := newTestStore()
-	if got := applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("a", "2"), deleteWrite("a"), deleteWrite("a")); !slices.Equal(got, []result{{1, false}, {2, true}, {3, true}, {4, false}}) {
+	if got := applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("a", "2"), deleteWrite("a"), deleteWrite("a")); !slices.Equal(got, []result{{version: 1}, {version: 2, found: true}, {version: 3, found: true}, {version: 4}}) {
 		t.Errorf("results %v: each write has a version of its own", got)
 	}
 	applyBatch(t, s, 1, 5, setWrite("a", "3"))
@@ -546,6 +558,23 @@ func validHeader() *kvpb.SnapshotHeader {
 	}
 }
 
+// headerOf is a valid header before so many sessions and keys.
+func headerOf(sessions, keys uint64) *kvpb.SnapshotRecord {
+	return headerRecord(func(h *kvpb.SnapshotHeader) { h.Sessions, h.Keys = sessions, keys })
+}
+
+func sessionRecord(id, highest uint64, answers ...*kvpb.Answer) *kvpb.SnapshotRecord {
+	return &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Session{Session: &kvpb.Session{Id: id, Highest: highest, Answers: answers}}}
+}
+
+// answersTo are answers of version 9 to sequences.
+func answersTo(sequences ...uint64) (answers []*kvpb.Answer) {
+	for _, q := range sequences {
+		answers = append(answers, &kvpb.Answer{Sequence: q, Version: 9})
+	}
+	return answers
+}
+
 func headerRecord(change func(h *kvpb.SnapshotHeader)) *kvpb.SnapshotRecord {
 	h := validHeader()
 	change(h)
@@ -595,6 +624,8 @@ func realSnapshots(t testing.TB) [][]byte {
 	s := newTestStore()
 	empty := snapshotBytes(t, s)
 	applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("b", ""), setWrite(crowded()[0], "x"), setWrite(crowded()[1], "y"), deleteWrite("b"))
+	applyBatch(t, s, 2, 1, openWrite(), openWrite(), openWrite())
+	applyBatch(t, s, 2, 2, withID(7, 2000, setWrite("a", "2")), withID(7, 1000, setIf("a", "3", 4)), withID(6, 1, deleteWrite("a")), withID(6, 2, setIf("a", "4", 0)), withID(6, 3, setIf("a", "5", 0)))
 	small := snapshotBytes(t, s)
 	s.configure(&raftpb.ConfState{Voters: []uint64{1, 4}, Learners: []uint64{5}, VotersOutgoing: []uint64{1, 2}, LearnersNext: []uint64{2}, AutoLeave: new(true)}, plainMembers(4, 5))
 	joint := snapshotBytes(t, s)
@@ -691,8 +722,11 @@ func TestSnapshotRefused(t *testing.T) {
 	}
 	valid := map[string][]*kvpb.SnapshotRecord{
 		"empty":              {header, footerRecord(0)},
-		"keys":               {header, keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
-		"one shard":          {header, keyRecord(crowded()[0], 9), keyRecord(crowded()[1], 1), footerRecord(2)},
+		"keys":               {headerOf(0, 2), keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
+		"one shard":          {headerOf(0, 2), keyRecord(crowded()[0], 9), keyRecord(crowded()[1], 1), footerRecord(2)},
+		"sessions":           {headerOf(2, 1), sessionRecord(9, 1024, answersTo(1, 1024)...), sessionRecord(1, 0), keyRecord(low, 9), footerRecord(1)},
+		"highest session":    {headerOf(1, 0), sessionRecord(9, 1<<64-1, answersTo(1<<64-1024, 1<<64-1)...), footerRecord(0)},
+		"failed compare":     {headerOf(1, 0), sessionRecord(9, 7, &kvpb.Answer{Sequence: 7, CompareFailed: true}), footerRecord(0)},
 		"most removed":       with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved) }),
 		"no proposers":       with(func(h *kvpb.SnapshotHeader) { h.Proposers = nil }),
 		"one node twice":     with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node = plainNode(1) }),
@@ -710,49 +744,65 @@ func TestSnapshotRefused(t *testing.T) {
 		contents(t, s)
 	}
 	for name, records := range map[string][]*kvpb.SnapshotRecord{
-		"nothing":               {},
-		"no header":             {footerRecord(0)},
-		"key for a header":      {keyRecord(low, 1), footerRecord(1)},
-		"empty record":          {{}, footerRecord(0)},
-		"empty record later":    {header, {}, footerRecord(0)},
-		"header only":           {header},
-		"no footer":             {header, keyRecord(low, 1)},
-		"two headers":           {header, header, footerRecord(0)},
-		"footer too high":       {header, keyRecord(low, 1), footerRecord(2)},
-		"footer too low":        {header, keyRecord(low, 1), footerRecord(0)},
-		"two footers":           {header, footerRecord(0), footerRecord(0)},
-		"key after the footer":  {header, footerRecord(0), keyRecord(low, 1)},
-		"shards out of order":   {header, keyRecord(high, 1), keyRecord(low, 2), footerRecord(2)},
-		"key twice":             {header, keyRecord(low, 1), keyRecord(low, 1), footerRecord(2)},
-		"key twice, once count": {header, keyRecord(low, 1), keyRecord(low, 2), footerRecord(1)},
-		"empty key":             {header, keyRecord("", 1), footerRecord(1)},
-		"version too high":      {header, keyRecord(low, 10), footerRecord(1)},
-		"version 0":             {header, keyRecord(low, 0), footerRecord(1)},
-		"format 0":              with(func(h *kvpb.SnapshotHeader) { h.Format = 0 }),
-		"format 2":              with(func(h *kvpb.SnapshotHeader) { h.Format = 2 }),
-		"no cluster":            with(func(h *kvpb.SnapshotHeader) { h.ClusterId = 0 }),
-		"no index":              with(func(h *kvpb.SnapshotHeader) { h.Index = 0 }),
-		"no term":               with(func(h *kvpb.SnapshotHeader) { h.Term = 0 }),
-		"too many removed":      with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved+1) }),
-		"member 0":              with(func(h *kvpb.SnapshotHeader) { h.Members[2].RaftId = 0 }),
-		"member without node":   with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node = nil }),
-		"member with node 0":    with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node.Id = 0 }),
-		"member twice":          with(func(h *kvpb.SnapshotHeader) { h.Members = append(h.Members, h.Members[2]) }),
-		"member too many":       with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2, 3, 4) }),
-		"member missing":        with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2) }),
-		"other member":          with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2, 4) }),
-		"proposer no member":    with(func(h *kvpb.SnapshotHeader) { h.Proposers[0].RaftId = 4 }),
-		"proposer 0":            with(func(h *kvpb.SnapshotHeader) { h.Proposers[0].RaftId = 0 }),
-		"no configuration":      conf(nil),
-		"no voters":             conf(&kvpb.ConfState{Learners: []uint64{1}}, 1),
-		"voter 0":               conf(&kvpb.ConfState{Voters: []uint64{0, 1}}, 1),
-		"voter twice":           conf(&kvpb.ConfState{Voters: []uint64{1, 1}}, 1),
-		"voter and learner":     conf(&kvpb.ConfState{Voters: []uint64{1, 2}, Learners: []uint64{2}}, 1, 2),
-		"auto-leave, not joint": conf(&kvpb.ConfState{Voters: []uint64{1}, AutoLeave: true}, 1),
-		"next, not joint":       conf(&kvpb.ConfState{Voters: []uint64{1}, LearnersNext: []uint64{2}}, 1, 2),
-		"next, not outgoing":    conf(&kvpb.ConfState{Voters: []uint64{1}, VotersOutgoing: []uint64{1}, LearnersNext: []uint64{2}}, 1, 2),
-		"joint without voters":  conf(&kvpb.ConfState{VotersOutgoing: []uint64{1}}, 1),
-		"learner and outgoing":  conf(&kvpb.ConfState{Voters: []uint64{1}, VotersOutgoing: []uint64{1, 2}, Learners: []uint64{2}}, 1, 2),
+		"nothing":                {},
+		"no header":              {footerRecord(0)},
+		"key for a header":       {keyRecord(low, 1), footerRecord(1)},
+		"empty record":           {{}, footerRecord(0)},
+		"empty record later":     {header, {}, footerRecord(0)},
+		"header only":            {header},
+		"no footer":              {headerOf(0, 1), keyRecord(low, 1)},
+		"two headers":            {header, header, footerRecord(0)},
+		"footer too high":        {headerOf(0, 1), keyRecord(low, 1), footerRecord(2)},
+		"footer too low":         {headerOf(0, 1), keyRecord(low, 1), footerRecord(0)},
+		"two footers":            {header, footerRecord(0), footerRecord(0)},
+		"key after the footer":   {header, footerRecord(0), keyRecord(low, 1)},
+		"shards out of order":    {headerOf(0, 2), keyRecord(high, 1), keyRecord(low, 2), footerRecord(2)},
+		"key twice":              {headerOf(0, 2), keyRecord(low, 1), keyRecord(low, 1), footerRecord(2)},
+		"key twice, once count":  {headerOf(0, 1), keyRecord(low, 1), keyRecord(low, 2), footerRecord(1)},
+		"empty key":              {headerOf(0, 1), keyRecord("", 1), footerRecord(1)},
+		"version too high":       {headerOf(0, 1), keyRecord(low, 10), footerRecord(1)},
+		"version 0":              {headerOf(0, 1), keyRecord(low, 0), footerRecord(1)},
+		"header with more keys":  {headerOf(0, 2), keyRecord(low, 1), footerRecord(1)},
+		"header with fewer":      {headerOf(0, 0), keyRecord(low, 1), footerRecord(1)},
+		"session missing":        {headerOf(2, 0), sessionRecord(9, 0), footerRecord(0)},
+		"session too many":       {headerOf(0, 0), sessionRecord(9, 0), footerRecord(0)},
+		"session behind a key":   {headerOf(1, 1), keyRecord(low, 1), sessionRecord(9, 0), footerRecord(1)},
+		"session 0":              {headerOf(1, 0), sessionRecord(0, 0), footerRecord(0)},
+		"session too high":       {headerOf(1, 0), sessionRecord(10, 0), footerRecord(0)},
+		"session twice":          {headerOf(2, 0), sessionRecord(9, 0), sessionRecord(9, 0), footerRecord(0)},
+		"sequence 0":             {headerOf(1, 0), sessionRecord(9, 1, answersTo(0, 1)...), footerRecord(0)},
+		"sequences out of order": {headerOf(1, 0), sessionRecord(9, 1, answersTo(2, 1)...), footerRecord(0)},
+		"sequence twice":         {headerOf(1, 0), sessionRecord(9, 1, answersTo(1, 1)...), footerRecord(0)},
+		"highest is not there":   {headerOf(1, 0), sessionRecord(9, 2, answersTo(1)...), footerRecord(0)},
+		"highest of none":        {headerOf(1, 0), sessionRecord(9, 1), footerRecord(0)},
+		"below the window":       {headerOf(1, 0), sessionRecord(9, 1025, answersTo(1, 1025)...), footerRecord(0)},
+		"answer's version":       {headerOf(1, 0), sessionRecord(9, 1, &kvpb.Answer{Sequence: 1, Version: 10}), footerRecord(0)},
+		"answer without one":     {headerOf(1, 0), sessionRecord(9, 1, &kvpb.Answer{Sequence: 1}), footerRecord(0)},
+		"format 0":               with(func(h *kvpb.SnapshotHeader) { h.Format = 0 }),
+		"format 2":               with(func(h *kvpb.SnapshotHeader) { h.Format = 2 }),
+		"no cluster":             with(func(h *kvpb.SnapshotHeader) { h.ClusterId = 0 }),
+		"no index":               with(func(h *kvpb.SnapshotHeader) { h.Index = 0 }),
+		"no term":                with(func(h *kvpb.SnapshotHeader) { h.Term = 0 }),
+		"too many removed":       with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved+1) }),
+		"member 0":               with(func(h *kvpb.SnapshotHeader) { h.Members[2].RaftId = 0 }),
+		"member without node":    with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node = nil }),
+		"member with node 0":     with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node.Id = 0 }),
+		"member twice":           with(func(h *kvpb.SnapshotHeader) { h.Members = append(h.Members, h.Members[2]) }),
+		"member too many":        with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2, 3, 4) }),
+		"member missing":         with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2) }),
+		"other member":           with(func(h *kvpb.SnapshotHeader) { h.Members = plainMembers(1, 2, 4) }),
+		"proposer no member":     with(func(h *kvpb.SnapshotHeader) { h.Proposers[0].RaftId = 4 }),
+		"proposer 0":             with(func(h *kvpb.SnapshotHeader) { h.Proposers[0].RaftId = 0 }),
+		"no configuration":       conf(nil),
+		"no voters":              conf(&kvpb.ConfState{Learners: []uint64{1}}, 1),
+		"voter 0":                conf(&kvpb.ConfState{Voters: []uint64{0, 1}}, 1),
+		"voter twice":            conf(&kvpb.ConfState{Voters: []uint64{1, 1}}, 1),
+		"voter and learner":      conf(&kvpb.ConfState{Voters: []uint64{1, 2}, Learners: []uint64{2}}, 1, 2),
+		"auto-leave, not joint":  conf(&kvpb.ConfState{Voters: []uint64{1}, AutoLeave: true}, 1),
+		"next, not joint":        conf(&kvpb.ConfState{Voters: []uint64{1}, LearnersNext: []uint64{2}}, 1, 2),
+		"next, not outgoing":     conf(&kvpb.ConfState{Voters: []uint64{1}, VotersOutgoing: []uint64{1}, LearnersNext: []uint64{2}}, 1, 2),
+		"joint without voters":   conf(&kvpb.ConfState{VotersOutgoing: []uint64{1}}, 1),
+		"learner and outgoing":   conf(&kvpb.ConfState{Voters: []uint64{1}, VotersOutgoing: []uint64{1, 2}, Learners: []uint64{2}}, 1, 2),
 	} {
 		if _, err := readSnapshot(bytes.NewReader(recordBytes(t, records...))); err == nil {
 			t.Errorf("%s: accepted", name)
@@ -822,7 +872,8 @@ func FuzzReadSnapshot(f *testing.F) {
 		f.Add(b)
 	}
 	header := headerRecord(func(*kvpb.SnapshotHeader) {})
-	f.Add(recordBytes(f, header, keyRecord("a", 1), footerRecord(1)))
+	f.Add(recordBytes(f, headerOf(0, 1), keyRecord("a", 1), footerRecord(1)))
+	f.Add(recordBytes(f, headerOf(2, 1), sessionRecord(9, 1024, answersTo(1, 5, 1024)...), sessionRecord(1, 0), keyRecord("a", 1), footerRecord(1)))
 	f.Add(recordBytes(f, header, footerRecord(0)))
 	f.Add(framed(protowire.AppendVarint(unframed(f, recordBytes(f, header)), maxRecordBytes)))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -849,3 +900,6 @@ func FuzzReadSnapshot(f *testing.F) {
 		}
 	})
 }
+
+// encodeWrite is what a service makes of a request.
+func encodeWrite(w *kvpb.Write) ([]byte, error) { return proto.Marshal(w) }

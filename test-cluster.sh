@@ -235,6 +235,15 @@ run 1 delete gone
 write 1 empty ''
 for id in 1 2 3; do expect "$id" empty ''; done
 
+title 'A write may depend on the version of its key'
+run 0 set -o json --if-version 0 once first # 0: the key is not there
+version=$(sed -n 's/.*"version":"\([0-9]*\)".*/\1/p' "$tmp/out")
+run 1 set --if-version 0 once again
+grep -q 'compare failed' "$tmp/err" || fail "set does not say that the compare failed"
+run 0 set --endpoints "${addr[3]}" --if-version "$version" once second
+remember once second
+expect 1 once second
+
 title 'Another node leads'
 find_leader
 to=$((leader % 3 + 1))

@@ -216,7 +216,7 @@ func (w *wal) path(segment uint64) string {
 }
 
 func (w *wal) damage(segment uint64, offset int, format string, args ...any) error {
-	return fmt.Errorf("%s, offset %d: %s. %s", w.path(segment), offset, fmt.Sprintf(format, args...), refusal)
+	return fmt.Errorf("%s, offset %d: %s. %s", w.path(segment), offset, fmt.Sprintf(format, args...), whatToDo)
 }
 
 // list returns the numbers of all segments.

@@ -36,8 +36,9 @@ const (
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
 	// UNAVAILABLE: no leader for 2 s. Nothing was applied.
 	ErrorReason_ERROR_REASON_NO_LEADER ErrorReason = 2
-	// DEADLINE_EXCEEDED, or CANCELLED by the caller: the write was sent off and
-	// its fate is not known.
+	// The write was sent off and its fate is not known. UNAVAILABLE: it has a
+	// request_id, or opens a session, and may be sent again. DEADLINE_EXCEEDED: it
+	// has none, or the deadline ended it; CANCELLED: the caller did.
 	ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN ErrorReason = 3
 	// FAILED_PRECONDITION from ClusterService, UNAVAILABLE from KVService: the
 	// node is in no cluster.
@@ -46,7 +47,8 @@ const (
 	ErrorReason_ERROR_REASON_ALREADY_INITIALIZED ErrorReason = 5
 	// NOT_FOUND: no member has this id.
 	ErrorReason_ERROR_REASON_UNKNOWN_MEMBER ErrorReason = 6
-	// ALREADY_EXISTS: another member has this id or address.
+	// ALREADY_EXISTS: another member has this id or address. Or the leader has
+	// the id, and no other voter could lead while it is replaced.
 	ErrorReason_ERROR_REASON_MEMBER_EXISTS ErrorReason = 7
 	// FAILED_PRECONDITION: a learner is too far behind to become a voter, or a
 	// node that is no voter was to lead.
@@ -77,6 +79,9 @@ const (
 	// FAILED_PRECONDITION: the sequence of the request_id is 1,024 or more below
 	// the highest of its session. As above.
 	ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD ErrorReason = 18
+	// UNAVAILABLE: the node has failed and is about to end; the message has the
+	// cause. Nothing was applied.
+	ErrorReason_ERROR_REASON_NODE_FAILED ErrorReason = 19
 )
 
 // Enum value maps for ErrorReason.
@@ -101,6 +106,7 @@ var (
 		16: "ERROR_REASON_WRONG_NODE",
 		17: "ERROR_REASON_SESSION_UNKNOWN",
 		18: "ERROR_REASON_SEQUENCE_TOO_OLD",
+		19: "ERROR_REASON_NODE_FAILED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -122,6 +128,7 @@ var (
 		"ERROR_REASON_WRONG_NODE":          16,
 		"ERROR_REASON_SESSION_UNKNOWN":     17,
 		"ERROR_REASON_SEQUENCE_TOO_OLD":    18,
+		"ERROR_REASON_NODE_FAILED":         19,
 	}
 )
 
@@ -352,14 +359,13 @@ func (RaftMessageType) EnumDescriptor() ([]byte, []int) {
 	return file_kv_proto_rawDescGZIP(), []int{3}
 }
 
+// EntryType has the numbers of etcd raft's EntryType.
 type EntryType int32
 
 const (
 	// Data is a Batch, or empty at the start of a term.
 	EntryType_ENTRY_TYPE_UNSPECIFIED EntryType = 0
-	// Data is etcd raft's ConfChange, its context a ConfChangeContext.
-	EntryType_ENTRY_TYPE_CONF_CHANGE EntryType = 1
-	// The same with etcd raft's ConfChangeV2.
+	// Data is etcd raft's ConfChangeV2, its context a ConfChangeContext.
 	EntryType_ENTRY_TYPE_CONF_CHANGE_V2 EntryType = 2
 )
 
@@ -367,12 +373,10 @@ const (
 var (
 	EntryType_name = map[int32]string{
 		0: "ENTRY_TYPE_UNSPECIFIED",
-		1: "ENTRY_TYPE_CONF_CHANGE",
 		2: "ENTRY_TYPE_CONF_CHANGE_V2",
 	}
 	EntryType_value = map[string]int32{
 		"ENTRY_TYPE_UNSPECIFIED":    0,
-		"ENTRY_TYPE_CONF_CHANGE":    1,
 		"ENTRY_TYPE_CONF_CHANGE_V2": 2,
 	}
 )
@@ -585,15 +589,17 @@ func (x *PipelineRequest) GetOperations() []*Operation {
 	return nil
 }
 
-// Operation is what a unary method would do with the same request.
+// Operation is what a unary method would do with the same request. It has the
+// field numbers of Write, so that a write goes into the log as it came. A field
+// that is not known, or stands there twice, is INVALID_ARGUMENT.
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Operation:
 	//
-	//	*Operation_Get
 	//	*Operation_Set
 	//	*Operation_Delete
 	//	*Operation_OpenSession
+	//	*Operation_Get
 	Operation     isOperation_Operation `protobuf_oneof:"operation"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -636,15 +642,6 @@ func (x *Operation) GetOperation() isOperation_Operation {
 	return nil
 }
 
-func (x *Operation) GetGet() *GetRequest {
-	if x != nil {
-		if x, ok := x.Operation.(*Operation_Get); ok {
-			return x.Get
-		}
-	}
-	return nil
-}
-
 func (x *Operation) GetSet() *SetRequest {
 	if x != nil {
 		if x, ok := x.Operation.(*Operation_Set); ok {
@@ -672,33 +669,42 @@ func (x *Operation) GetOpenSession() *OpenSessionRequest {
 	return nil
 }
 
+func (x *Operation) GetGet() *GetRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Operation_Get); ok {
+			return x.Get
+		}
+	}
+	return nil
+}
+
 type isOperation_Operation interface {
 	isOperation_Operation()
 }
 
-type Operation_Get struct {
-	Get *GetRequest `protobuf:"bytes,1,opt,name=get,proto3,oneof"`
-}
-
 type Operation_Set struct {
-	Set *SetRequest `protobuf:"bytes,2,opt,name=set,proto3,oneof"`
+	Set *SetRequest `protobuf:"bytes,1,opt,name=set,proto3,oneof"`
 }
 
 type Operation_Delete struct {
-	Delete *DeleteRequest `protobuf:"bytes,3,opt,name=delete,proto3,oneof"`
+	Delete *DeleteRequest `protobuf:"bytes,2,opt,name=delete,proto3,oneof"`
 }
 
 type Operation_OpenSession struct {
-	OpenSession *OpenSessionRequest `protobuf:"bytes,4,opt,name=open_session,json=openSession,proto3,oneof"`
+	OpenSession *OpenSessionRequest `protobuf:"bytes,3,opt,name=open_session,json=openSession,proto3,oneof"`
 }
 
-func (*Operation_Get) isOperation_Operation() {}
+type Operation_Get struct {
+	Get *GetRequest `protobuf:"bytes,4,opt,name=get,proto3,oneof"`
+}
 
 func (*Operation_Set) isOperation_Operation() {}
 
 func (*Operation_Delete) isOperation_Operation() {}
 
 func (*Operation_OpenSession) isOperation_Operation() {}
+
+func (*Operation_Get) isOperation_Operation() {}
 
 type PipelineResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -749,10 +755,10 @@ type OperationResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Result:
 	//
-	//	*OperationResult_Get
 	//	*OperationResult_Set
 	//	*OperationResult_Delete
 	//	*OperationResult_OpenSession
+	//	*OperationResult_Get
 	//	*OperationResult_Error
 	Result        isOperationResult_Result `protobuf_oneof:"result"`
 	unknownFields protoimpl.UnknownFields
@@ -796,15 +802,6 @@ func (x *OperationResult) GetResult() isOperationResult_Result {
 	return nil
 }
 
-func (x *OperationResult) GetGet() *GetResponse {
-	if x != nil {
-		if x, ok := x.Result.(*OperationResult_Get); ok {
-			return x.Get
-		}
-	}
-	return nil
-}
-
 func (x *OperationResult) GetSet() *SetResponse {
 	if x != nil {
 		if x, ok := x.Result.(*OperationResult_Set); ok {
@@ -832,6 +829,15 @@ func (x *OperationResult) GetOpenSession() *OpenSessionResponse {
 	return nil
 }
 
+func (x *OperationResult) GetGet() *GetResponse {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_Get); ok {
+			return x.Get
+		}
+	}
+	return nil
+}
+
 func (x *OperationResult) GetError() *OperationError {
 	if x != nil {
 		if x, ok := x.Result.(*OperationResult_Error); ok {
@@ -845,33 +851,33 @@ type isOperationResult_Result interface {
 	isOperationResult_Result()
 }
 
-type OperationResult_Get struct {
-	Get *GetResponse `protobuf:"bytes,1,opt,name=get,proto3,oneof"`
-}
-
 type OperationResult_Set struct {
-	Set *SetResponse `protobuf:"bytes,2,opt,name=set,proto3,oneof"`
+	Set *SetResponse `protobuf:"bytes,1,opt,name=set,proto3,oneof"`
 }
 
 type OperationResult_Delete struct {
-	Delete *DeleteResponse `protobuf:"bytes,3,opt,name=delete,proto3,oneof"`
+	Delete *DeleteResponse `protobuf:"bytes,2,opt,name=delete,proto3,oneof"`
 }
 
 type OperationResult_OpenSession struct {
-	OpenSession *OpenSessionResponse `protobuf:"bytes,4,opt,name=open_session,json=openSession,proto3,oneof"`
+	OpenSession *OpenSessionResponse `protobuf:"bytes,3,opt,name=open_session,json=openSession,proto3,oneof"`
+}
+
+type OperationResult_Get struct {
+	Get *GetResponse `protobuf:"bytes,4,opt,name=get,proto3,oneof"`
 }
 
 type OperationResult_Error struct {
 	Error *OperationError `protobuf:"bytes,5,opt,name=error,proto3,oneof"`
 }
 
-func (*OperationResult_Get) isOperationResult_Result() {}
-
 func (*OperationResult_Set) isOperationResult_Result() {}
 
 func (*OperationResult_Delete) isOperationResult_Result() {}
 
 func (*OperationResult_OpenSession) isOperationResult_Result() {}
+
+func (*OperationResult_Get) isOperationResult_Result() {}
 
 func (*OperationResult_Error) isOperationResult_Result() {}
 
@@ -1120,8 +1126,8 @@ func (x *SetRequest) GetRequestId() *RequestId {
 
 type SetResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The key's new version: a count of all writes applied by the cluster, this
-	// one included. No two writes share one.
+	// The key's new version: a count of all writes applied by the cluster, and of
+	// the sessions opened, this one included. No two share one.
 	Version uint64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	// The key does not have the expected version: nothing was written, and version
 	// is the one that it has; 0: it is absent.
@@ -1651,14 +1657,16 @@ func (*AddLearnerResponse) Descriptor() ([]byte, []int) {
 
 type ChangeMembershipRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The ids of the voters to be, at least one.
+	// The ids of the voters to be. Empty: the present ones, without those in
+	// remove, of which there has to be one then.
 	Members []uint64 `protobuf:"varint,1,rep,packed,name=members,proto3" json:"members,omitempty"`
 	// Keep voters that are not named as learners.
 	Retain bool `protobuf:"varint,2,opt,name=retain,proto3" json:"retain,omitempty"`
-	// The ids of learners to be removed in the same change. Other learners stay.
-	RemoveLearners []uint64 `protobuf:"varint,3,rep,packed,name=remove_learners,json=removeLearners,proto3" json:"remove_learners,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The ids of members to be removed in the same change, learners or voters.
+	// Other learners stay.
+	Remove        []uint64 `protobuf:"varint,3,rep,packed,name=remove,proto3" json:"remove,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeMembershipRequest) Reset() {
@@ -1705,9 +1713,9 @@ func (x *ChangeMembershipRequest) GetRetain() bool {
 	return false
 }
 
-func (x *ChangeMembershipRequest) GetRemoveLearners() []uint64 {
+func (x *ChangeMembershipRequest) GetRemove() []uint64 {
 	if x != nil {
-		return x.RemoveLearners
+		return x.Remove
 	}
 	return nil
 }
@@ -2151,9 +2159,10 @@ type MetricsResponse struct {
 	// Bytes of keys and values; bytes of the log's entries.
 	StoreBytes uint64 `protobuf:"varint,15,opt,name=store_bytes,json=storeBytes,proto3" json:"store_bytes,omitempty"`
 	LogBytes   uint64 `protobuf:"varint,16,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
-	// Since the process started: entries and writes applied, linearizable reads
-	// released, rounds of ReadIndex, changes of leader seen, snapshots sent and
-	// installed, messages dropped because a queue to a peer was full or down.
+	// Since the process started: entries and writes applied (OpenSession is one),
+	// linearizable reads released, rounds of ReadIndex, changes of leader seen,
+	// snapshots sent and installed, messages dropped because a queue to a peer was
+	// full or down.
 	EntriesApplied     uint64 `protobuf:"varint,17,opt,name=entries_applied,json=entriesApplied,proto3" json:"entries_applied,omitempty"`
 	WritesApplied      uint64 `protobuf:"varint,18,opt,name=writes_applied,json=writesApplied,proto3" json:"writes_applied,omitempty"`
 	ReadsReleased      uint64 `protobuf:"varint,19,opt,name=reads_released,json=readsReleased,proto3" json:"reads_released,omitempty"`
@@ -2805,16 +2814,18 @@ func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
 // receiver are those of the stream's Hello.
 type RaftMessage struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Type          RaftMessageType        `protobuf:"varint,1,opt,name=type,proto3,enum=kv.v1.RaftMessageType" json:"type,omitempty"`
-	Term          uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
-	LogTerm       uint64                 `protobuf:"varint,3,opt,name=log_term,json=logTerm,proto3" json:"log_term,omitempty"`
-	Index         uint64                 `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
-	Entries       []*Entry               `protobuf:"bytes,5,rep,name=entries,proto3" json:"entries,omitempty"`
-	Commit        uint64                 `protobuf:"varint,6,opt,name=commit,proto3" json:"commit,omitempty"`
-	Reject        bool                   `protobuf:"varint,7,opt,name=reject,proto3" json:"reject,omitempty"`
-	RejectHint    uint64                 `protobuf:"varint,8,opt,name=reject_hint,json=rejectHint,proto3" json:"reject_hint,omitempty"`
-	Context       []byte                 `protobuf:"bytes,9,opt,name=context,proto3" json:"context,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  RaftMessageType        `protobuf:"varint,1,opt,name=type,proto3,enum=kv.v1.RaftMessageType" json:"type,omitempty"`
+	Term  uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
+	// In the answer to a call for votes, unlike raft's: what the sender knows to
+	// be committed, and the term of that entry.
+	LogTerm       uint64   `protobuf:"varint,3,opt,name=log_term,json=logTerm,proto3" json:"log_term,omitempty"`
+	Index         uint64   `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
+	Entries       []*Entry `protobuf:"bytes,5,rep,name=entries,proto3" json:"entries,omitempty"`
+	Commit        uint64   `protobuf:"varint,6,opt,name=commit,proto3" json:"commit,omitempty"`
+	Reject        bool     `protobuf:"varint,7,opt,name=reject,proto3" json:"reject,omitempty"`
+	RejectHint    uint64   `protobuf:"varint,8,opt,name=reject_hint,json=rejectHint,proto3" json:"reject_hint,omitempty"`
+	Context       []byte   `protobuf:"bytes,9,opt,name=context,proto3" json:"context,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4165,18 +4176,18 @@ const file_kv_proto_rawDesc = "" +
 	"operations\x18\x01 \x03(\v2\x10.kv.v1.OperationR\n" +
 	"operations\"\xd6\x01\n" +
 	"\tOperation\x12%\n" +
-	"\x03get\x18\x01 \x01(\v2\x11.kv.v1.GetRequestH\x00R\x03get\x12%\n" +
-	"\x03set\x18\x02 \x01(\v2\x11.kv.v1.SetRequestH\x00R\x03set\x12.\n" +
-	"\x06delete\x18\x03 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x12>\n" +
-	"\fopen_session\x18\x04 \x01(\v2\x19.kv.v1.OpenSessionRequestH\x00R\vopenSessionB\v\n" +
+	"\x03set\x18\x01 \x01(\v2\x11.kv.v1.SetRequestH\x00R\x03set\x12.\n" +
+	"\x06delete\x18\x02 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x12>\n" +
+	"\fopen_session\x18\x03 \x01(\v2\x19.kv.v1.OpenSessionRequestH\x00R\vopenSession\x12%\n" +
+	"\x03get\x18\x04 \x01(\v2\x11.kv.v1.GetRequestH\x00R\x03getB\v\n" +
 	"\toperation\"D\n" +
 	"\x10PipelineResponse\x120\n" +
 	"\aresults\x18\x01 \x03(\v2\x16.kv.v1.OperationResultR\aresults\"\x8c\x02\n" +
 	"\x0fOperationResult\x12&\n" +
-	"\x03get\x18\x01 \x01(\v2\x12.kv.v1.GetResponseH\x00R\x03get\x12&\n" +
-	"\x03set\x18\x02 \x01(\v2\x12.kv.v1.SetResponseH\x00R\x03set\x12/\n" +
-	"\x06delete\x18\x03 \x01(\v2\x15.kv.v1.DeleteResponseH\x00R\x06delete\x12?\n" +
-	"\fopen_session\x18\x04 \x01(\v2\x1a.kv.v1.OpenSessionResponseH\x00R\vopenSession\x12-\n" +
+	"\x03set\x18\x01 \x01(\v2\x12.kv.v1.SetResponseH\x00R\x03set\x12/\n" +
+	"\x06delete\x18\x02 \x01(\v2\x15.kv.v1.DeleteResponseH\x00R\x06delete\x12?\n" +
+	"\fopen_session\x18\x03 \x01(\v2\x1a.kv.v1.OpenSessionResponseH\x00R\vopenSession\x12&\n" +
+	"\x03get\x18\x04 \x01(\v2\x12.kv.v1.GetResponseH\x00R\x03get\x12-\n" +
 	"\x05error\x18\x05 \x01(\v2\x15.kv.v1.OperationErrorH\x00R\x05errorB\b\n" +
 	"\x06result\"j\n" +
 	"\x0eOperationError\x12\x12\n" +
@@ -4231,11 +4242,11 @@ const file_kv_proto_rawDesc = "" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"4\n" +
 	"\x11AddLearnerRequest\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\"\x14\n" +
-	"\x12AddLearnerResponse\"t\n" +
+	"\x12AddLearnerResponse\"c\n" +
 	"\x17ChangeMembershipRequest\x12\x18\n" +
 	"\amembers\x18\x01 \x03(\x04R\amembers\x12\x16\n" +
-	"\x06retain\x18\x02 \x01(\bR\x06retain\x12'\n" +
-	"\x0fremove_learners\x18\x03 \x03(\x04R\x0eremoveLearners\"\x1a\n" +
+	"\x06retain\x18\x02 \x01(\bR\x06retain\x12\x16\n" +
+	"\x06remove\x18\x03 \x03(\x04R\x06remove\"\x1a\n" +
 	"\x18ChangeMembershipResponse\"0\n" +
 	"\x15TransferLeaderRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\"\x18\n" +
@@ -4421,7 +4432,7 @@ const file_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xe1\x04\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xff\x04\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -4442,7 +4453,8 @@ const file_kv_proto_rawDesc = "" +
 	"\x14ERROR_REASON_CORRUPT\x10\x0f\x12\x1b\n" +
 	"\x17ERROR_REASON_WRONG_NODE\x10\x10\x12 \n" +
 	"\x1cERROR_REASON_SESSION_UNKNOWN\x10\x11\x12!\n" +
-	"\x1dERROR_REASON_SEQUENCE_TOO_OLD\x10\x12*~\n" +
+	"\x1dERROR_REASON_SEQUENCE_TOO_OLD\x10\x12\x12\x1c\n" +
+	"\x18ERROR_REASON_NODE_FAILED\x10\x13*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -4470,10 +4482,9 @@ const file_kv_proto_rawDesc = "" +
 	"\x1cRAFT_MESSAGE_TYPE_READ_INDEX\x10\x10\x12)\n" +
 	"%RAFT_MESSAGE_TYPE_READ_INDEX_RESPONSE\x10\x11\x12\x1e\n" +
 	"\x1aRAFT_MESSAGE_TYPE_PRE_VOTE\x10\x12\x12'\n" +
-	"#RAFT_MESSAGE_TYPE_PRE_VOTE_RESPONSE\x10\x13*b\n" +
+	"#RAFT_MESSAGE_TYPE_PRE_VOTE_RESPONSE\x10\x13*F\n" +
 	"\tEntryType\x12\x1a\n" +
-	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1a\n" +
-	"\x16ENTRY_TYPE_CONF_CHANGE\x10\x01\x12\x1d\n" +
+	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\xd6\x02\n" +
 	"\tKVService\x12,\n" +
 	"\x03Get\x12\x11.kv.v1.GetRequest\x1a\x12.kv.v1.GetResponse\x12,\n" +
@@ -4573,15 +4584,15 @@ var file_kv_proto_goTypes = []any{
 }
 var file_kv_proto_depIdxs = []int32{
 	9,  // 0: kv.v1.PipelineRequest.operations:type_name -> kv.v1.Operation
-	13, // 1: kv.v1.Operation.get:type_name -> kv.v1.GetRequest
-	15, // 2: kv.v1.Operation.set:type_name -> kv.v1.SetRequest
-	17, // 3: kv.v1.Operation.delete:type_name -> kv.v1.DeleteRequest
-	6,  // 4: kv.v1.Operation.open_session:type_name -> kv.v1.OpenSessionRequest
+	15, // 1: kv.v1.Operation.set:type_name -> kv.v1.SetRequest
+	17, // 2: kv.v1.Operation.delete:type_name -> kv.v1.DeleteRequest
+	6,  // 3: kv.v1.Operation.open_session:type_name -> kv.v1.OpenSessionRequest
+	13, // 4: kv.v1.Operation.get:type_name -> kv.v1.GetRequest
 	11, // 5: kv.v1.PipelineResponse.results:type_name -> kv.v1.OperationResult
-	14, // 6: kv.v1.OperationResult.get:type_name -> kv.v1.GetResponse
-	16, // 7: kv.v1.OperationResult.set:type_name -> kv.v1.SetResponse
-	18, // 8: kv.v1.OperationResult.delete:type_name -> kv.v1.DeleteResponse
-	7,  // 9: kv.v1.OperationResult.open_session:type_name -> kv.v1.OpenSessionResponse
+	16, // 6: kv.v1.OperationResult.set:type_name -> kv.v1.SetResponse
+	18, // 7: kv.v1.OperationResult.delete:type_name -> kv.v1.DeleteResponse
+	7,  // 8: kv.v1.OperationResult.open_session:type_name -> kv.v1.OpenSessionResponse
+	14, // 9: kv.v1.OperationResult.get:type_name -> kv.v1.GetResponse
 	12, // 10: kv.v1.OperationResult.error:type_name -> kv.v1.OperationError
 	0,  // 11: kv.v1.OperationError.reason:type_name -> kv.v1.ErrorReason
 	5,  // 12: kv.v1.SetRequest.request_id:type_name -> kv.v1.RequestId
@@ -4665,16 +4676,16 @@ func file_kv_proto_init() {
 		return
 	}
 	file_kv_proto_msgTypes[4].OneofWrappers = []any{
-		(*Operation_Get)(nil),
 		(*Operation_Set)(nil),
 		(*Operation_Delete)(nil),
 		(*Operation_OpenSession)(nil),
+		(*Operation_Get)(nil),
 	}
 	file_kv_proto_msgTypes[6].OneofWrappers = []any{
-		(*OperationResult_Get)(nil),
 		(*OperationResult_Set)(nil),
 		(*OperationResult_Delete)(nil),
 		(*OperationResult_OpenSession)(nil),
+		(*OperationResult_Get)(nil),
 		(*OperationResult_Error)(nil),
 	}
 	file_kv_proto_msgTypes[9].OneofWrappers = []any{}

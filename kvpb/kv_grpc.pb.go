@@ -57,13 +57,15 @@ type KVServiceClient interface {
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
-	// the one whose writes were applied the longest ago goes first.
+	// the one whose writes were applied the longest ago goes first. It may be sent
+	// again: a session that nobody knows of does no harm.
 	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
-	// each by itself: one that fails does not end the stream. Operations of one
-	// stream may be applied together and in any order, as if sent side by side.
-	// The node stops reading while 65,536 of a stream's operations, or 16 MiB of
-	// them, are not answered.
+	// each by itself: one that fails does not end the stream. Writes of one stream
+	// are applied in its order; a read may run beside the writes before and after
+	// it. The node reads no further request while 8,192 of a stream's operations,
+	// or 8 MiB of them, are not answered. A stream that ends without the answer to
+	// a write leaves its outcome unknown.
 	Pipeline(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PipelineRequest, PipelineResponse], error)
 }
 
@@ -162,13 +164,15 @@ type KVServiceServer interface {
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
-	// the one whose writes were applied the longest ago goes first.
+	// the one whose writes were applied the longest ago goes first. It may be sent
+	// again: a session that nobody knows of does no harm.
 	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
-	// each by itself: one that fails does not end the stream. Operations of one
-	// stream may be applied together and in any order, as if sent side by side.
-	// The node stops reading while 65,536 of a stream's operations, or 16 MiB of
-	// them, are not answered.
+	// each by itself: one that fails does not end the stream. Writes of one stream
+	// are applied in its order; a read may run beside the writes before and after
+	// it. The node reads no further request while 8,192 of a stream's operations,
+	// or 8 MiB of them, are not answered. A stream that ends without the answer to
+	// a write leaves its outcome unknown.
 	Pipeline(grpc.BidiStreamingServer[PipelineRequest, PipelineResponse]) error
 	mustEmbedUnimplementedKVServiceServer()
 }
@@ -697,9 +701,8 @@ type RaftServiceClient interface {
 	// Stream carries messages from the caller to the called node: a Hello,
 	// answered by one Welcome; then, if that accepts, batches of messages.
 	Stream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[StreamRequest, StreamResponse], error)
-	// InstallSnapshot carries one snapshot: a Hello with the first chunk, then
-	// parts of at most 1 MiB. The answer comes once the snapshot has been
-	// handed to raft.
+	// InstallSnapshot carries one snapshot: a Hello, then parts of at most 1 MiB.
+	// The answer comes once the snapshot has been handed to raft.
 	InstallSnapshot(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[InstallSnapshotRequest, InstallSnapshotResponse], error)
 }
 
@@ -746,9 +749,8 @@ type RaftServiceServer interface {
 	// Stream carries messages from the caller to the called node: a Hello,
 	// answered by one Welcome; then, if that accepts, batches of messages.
 	Stream(grpc.BidiStreamingServer[StreamRequest, StreamResponse]) error
-	// InstallSnapshot carries one snapshot: a Hello with the first chunk, then
-	// parts of at most 1 MiB. The answer comes once the snapshot has been
-	// handed to raft.
+	// InstallSnapshot carries one snapshot: a Hello, then parts of at most 1 MiB.
+	// The answer comes once the snapshot has been handed to raft.
 	InstallSnapshot(grpc.ClientStreamingServer[InstallSnapshotRequest, InstallSnapshotResponse]) error
 	mustEmbedUnimplementedRaftServiceServer()
 }

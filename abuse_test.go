@@ -1,0 +1,411 @@
+// Clients that misbehave: what they cost a node in memory, and other clients in
+// time.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"io"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// rude is an HTTP/2 connection that does as it likes.
+type rude struct {
+	net.Conn
+	fr   *http2.Framer
+	enc  *hpack.Encoder
+	buf  bytes.Buffer
+	next uint32
+}
+
+func dialRude(address string) (*rude, error) {
+	conn, err := net.DialTimeout("tcp", address, 5*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	r := &rude{Conn: conn, fr: http2.NewFramer(conn, conn), next: 1}
+	r.enc = hpack.NewEncoder(&r.buf)
+	_ = conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	if _, err = io.WriteString(conn, http2.ClientPreface); err == nil {
+		err = r.fr.WriteSettings()
+	}
+	for err == nil {
+		var f http2.Frame
+		if f, err = r.fr.ReadFrame(); err == nil && f.Header().Type == http2.FrameSettings {
+			err = r.fr.WriteSettingsAck()
+			break
+		}
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	go func() { // ends with the connection
+		_, _ = io.Copy(io.Discard, conn)
+	}()
+	return r, nil
+}
+
+// call begins a call: its headers, and the length of its message.
+func (r *rude) call(method string, length int, more ...string) (stream uint32, err error) {
+	r.buf.Reset()
+	fields := append([]string{":method", "POST", ":scheme", "http", ":path", method, ":authority", "x", "content-type", "application/grpc", "te", "trailers"}, more...)
+	for i := 0; i < len(fields); i += 2 {
+		_ = r.enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	stream, r.next = r.next, r.next+2
+	block := slices.Clone(r.buf.Bytes())
+	first := block[:min(len(block), 16<<10)]
+	err = r.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: first, EndHeaders: len(first) == len(block)})
+	for block = block[len(first):]; len(block) > 0 && err == nil; {
+		part := block[:min(len(block), 16<<10)]
+		block = block[len(part):]
+		err = r.fr.WriteContinuation(stream, len(block) == 0, part)
+	}
+	if err == nil && length >= 0 {
+		err = r.fr.WriteData(stream, false, binary.BigEndian.AppendUint32([]byte{0}, uint32(length)))
+	}
+	return stream, err
+}
+
+// abuse is something that many do at once until ctx ends. Each calls begun once
+// it has done the worst of it.
+type abuse struct {
+	name string
+	many int
+	f    func(ctx context.Context, address string, begun func())
+}
+
+const setMethod, getMethod = "/kv.v1.KVService/Set", "/kv.v1.KVService/Get"
+
+var abuses = []abuse{
+	{"silent connections", 1500, func(ctx context.Context, address string, begun func()) {
+		if conn, err := net.Dial("tcp", address); err == nil {
+			begun()
+			<-ctx.Done()
+			_ = conn.Close()
+		}
+	}},
+	{"connections without calls", 1500, func(ctx context.Context, address string, begun func()) {
+		if r, err := dialRude(address); err == nil {
+			begun()
+			<-ctx.Done()
+			_ = r.Close()
+		}
+	}},
+	{"requests that never end", 4, func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+		defer stop()
+		chunk := make([]byte, 16<<10)
+		for range 500 {
+			s, err := r.call(setMethod, 1<<20)
+			for i := 0; i < 3 && err == nil; i++ { // within a window of 64 KiB
+				err = r.fr.WriteData(s, false, chunk)
+			}
+			if err != nil {
+				break
+			}
+		}
+		begun()
+		<-ctx.Done()
+	}},
+	{"large requests that never end", 4, func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+		defer stop()
+		chunk := make([]byte, 16<<10)
+		for range 5 {
+			s, err := r.call(setMethod, maxMessageBytes)
+			for i := 0; i < 250 && err == nil; i++ { // nearly all of it
+				err = r.fr.WriteData(s, false, chunk)
+			}
+			if err != nil {
+				break
+			}
+		}
+		begun()
+		<-ctx.Done()
+	}},
+	{"answers that nobody reads", 4, func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+		defer stop()
+		req, _ := proto.Marshal(&kvpb.GetRequest{Key: "large"})
+		for range 1000 {
+			s, err := r.call(getMethod, len(req))
+			if err == nil {
+				err = r.fr.WriteData(s, true, req)
+			}
+			if err != nil {
+				break
+			}
+		}
+		begun()
+		<-ctx.Done()
+	}},
+	{"huge headers", 4, func(ctx context.Context, address string, begun func()) {
+		huge := strings.Repeat("x", 1<<20)
+		for ctx.Err() == nil {
+			r, err := dialRude(address)
+			if err != nil {
+				sleep(ctx, 50*time.Millisecond)
+				continue
+			}
+			stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+			_, _ = r.call(getMethod, -1, "x-huge", huge)
+			stop()
+			_ = r.Close()
+			begun()
+			sleep(ctx, 50*time.Millisecond)
+		}
+	}},
+	{"pings and resets", 4, func(ctx context.Context, address string, begun func()) {
+		for ctx.Err() == nil {
+			r, err := dialRude(address)
+			if err != nil {
+				sleep(ctx, 50*time.Millisecond)
+				continue
+			}
+			stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+			for range 100 {
+				s, err := r.call(setMethod, 100)
+				if err == nil {
+					err = r.fr.WriteRSTStream(s, http2.ErrCodeCancel)
+				}
+				if err == nil {
+					err = r.fr.WritePing(false, [8]byte{})
+				}
+				if err != nil {
+					break
+				}
+			}
+			stop()
+			_ = r.Close()
+			begun()
+			sleep(ctx, 50*time.Millisecond)
+		}
+	}},
+	{"messages over the limit", 4, func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+		defer stop()
+		chunk := make([]byte, 16<<10)
+		for ctx.Err() == nil && err == nil {
+			var s uint32
+			if s, err = r.call(setMethod, 1<<30); err == nil {
+				err = r.fr.WriteData(s, false, chunk)
+			}
+			begun()
+			sleep(ctx, time.Millisecond)
+		}
+		<-ctx.Done()
+	}},
+	{"hellos", 4, func(ctx context.Context, address string, begun func()) {
+		for ctx.Err() == nil {
+			r, err := dialRude(address)
+			if err != nil {
+				sleep(ctx, 50*time.Millisecond)
+				continue
+			}
+			stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+			for i := 0; i < 200 && err == nil; i++ {
+				id := rand.Uint64()
+				req, _ := proto.Marshal(&kvpb.StreamRequest{Hello: &kvpb.Hello{From: &kvpb.Peer{Node: &kvpb.Node{Id: id, Address: "127.0.0.1:1"}, RaftId: id, Life: id}, To: &kvpb.Peer{}}})
+				var s uint32
+				if s, err = r.call(kvpb.RaftService_Stream_FullMethodName, len(req)); err == nil {
+					err = r.fr.WriteData(s, false, req) // and the stream stays open
+				}
+			}
+			stop()
+			_ = r.Close()
+			begun()
+			sleep(ctx, 50*time.Millisecond)
+		}
+	}},
+	{"a byte a second", 200, func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		s, err := r.call(setMethod, 100)
+		for i := 0; i < 90 && ctx.Err() == nil && err == nil; i++ {
+			err = r.fr.WriteData(s, false, []byte{0})
+			begun()
+			sleep(ctx, time.Second)
+		}
+		_ = r.Close()
+	}},
+}
+
+// begin has many do it. ready is closed when all have begun.
+func (a abuse) begin(address string) (ready <-chan struct{}, stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var begun, ended sync.WaitGroup
+	for range a.many {
+		begun.Add(1)
+		ended.Go(func() {
+			once := sync.OnceFunc(begun.Done)
+			defer once()
+			a.f(ctx, address, once)
+		})
+	}
+	all := make(chan struct{})
+	go func() { begun.Wait(); close(all) }()
+	return all, func() { cancel(); ended.Wait() }
+}
+
+// maxAbuse is what any of them may cost a node in memory.
+const maxAbuse = 256 << 20
+
+func TestAbuse(t *testing.T) {
+	t.Parallel()
+	p := startProcesses(t, 1)[0]
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute+10**soak)
+	defer cancel()
+	if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
+		t.Fatal(err)
+	}
+	idle := p.rss()
+	for _, a := range abuses {
+		most, calls := 0, 0
+		ready, stop := a.begin(p.address)
+		for start, done := time.Now(), false; !done || time.Since(start) < *soak/15; calls++ {
+			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil {
+				t.Errorf("%s: a call of another fails: %v", a.name, err)
+				break
+			}
+			most = max(most, p.rss()-idle)
+			select {
+			case <-ready:
+				done = true
+			default:
+			}
+		}
+		stop()
+		if most > maxAbuse {
+			t.Errorf("%s: %d MiB, the limit is %d", a.name, most>>20, maxAbuse>>20)
+		}
+		t.Logf("%s: %d MiB, %d calls of another meanwhile", a.name, most>>20, calls)
+	}
+}
+
+func TestConnectionLimits(t *testing.T) {
+	l := &limiter{Listener: &refusing{left: maxConnections}, conns: map[*limitedConn]bool{}}
+	var conns []*limitedConn
+	for range maxConnections {
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn.(*limitedConn))
+	}
+	if conn, err := l.Accept(); err != io.EOF {
+		t.Errorf("one more connection than the limit: %v, %v", conn, err)
+	}
+	_ = conns[0].Close()
+	l.Listener = &refusing{left: 1}
+	if _, err := l.Accept(); err != nil {
+		t.Errorf("there is room for one: %v", err)
+	}
+
+	a, b := conns[1], conns[2]
+	if !a.answered(maxUnreadBytes/2) || !b.answered(maxUnreadBytes/2) || !a.answered(1) {
+		t.Error("answers within the limit are refused")
+	}
+	if b.answered(1); l.unread >= maxUnreadBytes || l.conns[a] == l.conns[b] || l.unread != a.unread+b.unread {
+		t.Errorf("beyond the limit: %d bytes are unread, %d and %d", l.unread, a.unread, b.unread)
+	}
+	if a.answered(1) && b.answered(1) {
+		t.Error("a connection that was closed gets an answer")
+	}
+	for _, c := range conns {
+		_ = c.Close()
+	}
+	if l.unread != 0 {
+		t.Errorf("%d bytes of nobody are unread", l.unread)
+	}
+}
+
+// refusing is a listener that has so many connections left, and one to refuse.
+type refusing struct {
+	net.Listener
+	left int
+}
+
+func (r *refusing) Accept() (net.Conn, error) {
+	if r.left--; r.left < -1 {
+		return nil, io.EOF
+	}
+	conn, _ := net.Pipe()
+	return conn, nil
+}
+
+// BenchmarkAbuse reports the 99th percentile of a well-behaved client's Sets
+// with and without each abuse beside it.
+func BenchmarkAbuse(b *testing.B) {
+	for _, a := range append([]abuse{{name: "none"}}, abuses...) {
+		b.Run(a.name, func(b *testing.B) {
+			p := startProcesses(b, 1)[0]
+			ctx := context.Background()
+			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
+				b.Fatal(err)
+			}
+			p99 := func() time.Duration {
+				took := make([]time.Duration, 2000)
+				for i := range took {
+					start := time.Now()
+					if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil {
+						b.Fatal(err)
+					}
+					took[i] = time.Since(start)
+				}
+				slices.Sort(took)
+				return took[len(took)*99/100]
+			}
+			p99() // warms up
+			for b.Loop() {
+				before := p99()
+				var during time.Duration
+				if a.f != nil {
+					ready, stop := a.begin(p.address)
+					<-ready
+					during = p99()
+					stop()
+				} else {
+					during = p99()
+				}
+				b.ReportMetric(float64(before.Microseconds()), "alone-p99-us")
+				b.ReportMetric(float64(during.Microseconds()), "abused-p99-us")
+				b.ReportMetric(float64(during)/float64(before), "times")
+				b.ReportMetric(0, "ns/op")
+			}
+		})
+	}
+}

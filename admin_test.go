@@ -1,0 +1,280 @@
+// What operators ask for at bad moments: beside each other, of nodes that do
+// not answer, and under a leader that is new.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"raft-key-value/kvpb"
+)
+
+// hold keeps a node's loop busy: its streams stay open, but it answers nothing.
+func (c *testCluster) hold(id uint64) (release func()) {
+	c.t.Helper()
+	held, goOn := make(chan struct{}), make(chan struct{})
+	c.nodes[id].server.n.in.event(func() { close(held); <-goOn })
+	<-held
+	release = sync.OnceFunc(func() { close(goOn) })
+	c.t.Cleanup(release) // before the nodes are stopped
+	return release
+}
+
+// inLoop polls a condition in a node's loop.
+func (c *testCluster) inLoop(id uint64, f func(*node) error) {
+	c.t.Helper()
+	n := c.nodes[id].server.n
+	eventually(c.t, func() error { return n.do(c.ctx, func() error { return f(n) }) })
+}
+
+// patient keeps the cluster from electing another leader by itself.
+func patient(o *options) { o.election = o.heartbeat * 500 }
+
+// staleView makes a node believe that it has applied no more than at a moment
+// before: what it publishes stays as it was.
+func (c *testCluster) staleView(id uint64, p published) (release func()) {
+	c.t.Helper()
+	release = c.hold(id)
+	p.next = make(chan struct{})
+	c.nodes[id].server.n.pub.Store(&p)
+	return release
+}
+
+func TestRemoveAtOnce(t *testing.T) {
+	c := newCluster(t, 5, patient)
+	c.init(1, 2, 3, 4, 5)
+	var wg sync.WaitGroup
+	for id := uint64(4); id <= 5; id++ { // two operators
+		wg.Go(func() { c.change(id-3, &kvpb.ChangeMembershipRequest{Remove: []uint64{id}}) })
+	}
+	wg.Wait()
+	c.settled(1, 2, 3)
+
+	// Node 2 does not know a learner yet that it is asked to have removed.
+	without := *c.nodes[2].server.n.pub.Load()
+	c.addLearner(1, 4)
+	c.inLoop(2, func(n *node) error {
+		if len(n.store.raftIDsOf(4)) == 0 {
+			return errors.New("node 2 does not know node 4 yet")
+		}
+		return nil
+	})
+	with := *c.nodes[2].server.n.pub.Load()
+	release := c.staleView(2, without)
+	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}})
+	release()
+	// It asks again, because whoever led then had no time to answer.
+	release = c.staleView(2, with)
+	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}})
+	_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Remove: []uint64{6}})
+	wantError(t, err, codes.NotFound, "UNKNOWN_MEMBER")
+	release()
+}
+
+// call makes a request in the background, by way of a node.
+func (c *testCluster) call(f func() error) <-chan error {
+	ended := make(chan error, 1)
+	go func() { ended <- f() }()
+	return ended
+}
+
+func (c *testCluster) addMoved(id uint64, address string) error {
+	_, err := c.nodes[id].AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: id, Address: address}})
+	return err
+}
+
+// TestNewLeaderJudgesLater: a learner that has caught up is not refused because
+// the leader is new and has not heard from it.
+func TestNewLeaderJudgesLater(t *testing.T) {
+	c := newCluster(t, 4, patient)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.cut(4)
+	c.transfer(1, 2)
+	ended := c.call(func() error {
+		_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}})
+		return err
+	})
+	c.inLoop(2, func(n *node) error { // until it waits
+		if len(n.conds) == 0 && len(ended) == 0 {
+			return errors.New("node 2 has no request yet")
+		}
+		return nil
+	})
+	c.heal()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTransferToSilent: raft takes no writes while it waits for a node that is
+// to lead, so it is not even asked if that node does not answer.
+func TestTransferToSilent(t *testing.T) {
+	c := newCluster(t, 3, func(o *options) { o.election = o.heartbeat * 12 })
+	c.init(1, 2, 3)
+	refused := func(leader, to uint64) {
+		t.Helper()
+		_, err := c.nodes[leader].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
+		wantError(t, err, codes.Unavailable, "UNREACHABLE")
+		c.inLoop(leader, func(n *node) error {
+			if n.changeAt != 0 || n.role != raft.StateLeader {
+				t.Errorf("raft was asked to make node %d the leader", to)
+			}
+			return nil
+		})
+	}
+	leader := c.settled(1, 2, 3)
+	to := 1 + leader%3
+	release := c.hold(to)
+	c.inLoop(leader, func(n *node) error {
+		if pr := n.progressOf()[n.store.raftIDsOf(to)[0]]; pr.RecentActive || n.role != raft.StateLeader {
+			return errors.New("it was heard of")
+		}
+		return nil
+	})
+	refused(leader, to)
+	release()
+	c.transfer(leader, to)
+	leader, to = to, leader
+	c.stop(to)
+	c.inLoop(leader, func(n *node) error {
+		if n.connected[n.store.raftIDsOf(to)[0]] {
+			return errors.New("it is connected")
+		}
+		return nil
+	})
+	refused(leader, to)
+}
+
+// TestLeaderMovesAlone: nobody can take a node's place while it leads, if nobody
+// else could lead.
+func TestLeaderMovesAlone(t *testing.T) {
+	c := newCluster(t, 2, patient)
+	c.init(1)
+	first := c.nodes[1]
+	moved := c.start(1, "127.0.0.1:0")
+	c.nodes[1] = first
+	t.Cleanup(func() { c.nodes[3] = moved }) // to be stopped, too
+	wantError(t, c.addMoved(1, moved.address), codes.AlreadyExists, "MEMBER_EXISTS")
+	c.addLearner(1, 2) // others are not kept waiting
+	wantError(t, c.addMoved(1, moved.address), codes.AlreadyExists, "MEMBER_EXISTS")
+	c.works(1, 2)
+}
+
+// TestZone: addresses may have a zone, as link-local ones of IPv6 must.
+func TestZone(t *testing.T) {
+	c := newCluster(t, 0)
+	plain := c.options
+	for id := uint64(1); id <= 2; id++ {
+		l, err := net.Listen("tcp", "[::1%lo]:0")
+		if err != nil {
+			t.Skip(err)
+		}
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		_ = l.Close()
+		c.options = func(o *options) { plain(o); o.advertise = "[::1%lo]:" + port }
+		c.start(id, "[::1%lo]:"+port)
+		c.nodes[id].address = "[::1%lo]:" + port
+	}
+	c.init(1, 2)
+	c.works(1, 2)
+	endpoints := "--endpoints=" + c.nodes[2].address
+	runCommand(t, 0, "", "set", "k", "v", endpoints)
+	out, _ := runCommand(t, 0, "", "get", "k", endpoints)
+	wantText(t, "get", out, "v")
+	_, err := c.nodes[2].AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 3, Address: "[::1%lo]:1"}})
+	wantError(t, err, codes.Unavailable, "UNREACHABLE") // forwarded
+}
+
+// TestAnswersInTime: a request that its deadline cuts short is answered before
+// that, so that the caller learns why.
+func TestAnswersInTime(t *testing.T) {
+	caller, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	earlier, cancel := inTime(caller)
+	defer cancel()
+	theirs, _ := caller.Deadline()
+	if ours, ok := earlier.Deadline(); !ok || theirs.Sub(ours) != 100*time.Millisecond {
+		t.Errorf("it waits until %v, its caller until %v", ours, theirs)
+	}
+	c := newCluster(t, 3, patient)
+	// soon makes a call that cannot be done. On a busy machine even that answer
+	// may be late, and the call is made again.
+	soon := func(f func(context.Context) error) (err error) {
+		t.Helper()
+		eventually(t, func() error {
+			ctx, cancel := context.WithTimeout(c.ctx, 500*time.Millisecond)
+			defer cancel()
+			if err = f(ctx); reasonOf(err) == "" {
+				return fmt.Errorf("no node's answer, but %v", err)
+			}
+			return nil
+		})
+		return err
+	}
+	release := c.hold(2)
+	err := soon(func(ctx context.Context) error {
+		c.restart(1) // who has initialised once does not again
+		_, err := c.nodes[1].Init(ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+		return err
+	})
+	wantError(t, err, codes.DeadlineExceeded, "DEADLINE")
+	wantPart(t, err.Error(), fmt.Sprintf("was made, but: context deadline exceeded; what is left: add-learner 2=%s, then add-learner 3=%s, then change-membership 1 2 3",
+		c.nodes[2].address, c.nodes[3].address))
+	release()
+	c.addLearner(1, 2)
+
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}})
+	c.settled(1, 2)
+
+	defer c.hold(2)() // nothing is committed any more
+	ctx, cancel := context.WithTimeout(c.ctx, 200*time.Millisecond)
+	defer cancel()
+	_, err = c.nodes[1].server.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.proto(3)[0]})
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("whoever began a change got: %v", err)
+	}
+	wantError(t, soon(func(ctx context.Context) error {
+		_, err := c.nodes[1].ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1}})
+		return err
+	}), codes.Aborted, "CHANGE_IN_PROGRESS")
+}
+
+// TestNodeFails: a call that a node can never answer, because it has failed, is
+// told so, and why.
+func TestNodeFails(t *testing.T) {
+	n := turnNode()
+	n.net = deafNetwork{}
+	s := newServer(n, newNetwork(n, n.log, nil))
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.intercept(t.Context(), &kvpb.SetRequest{Key: "k"}, &grpc.UnaryServerInfo{FullMethod: kvpb.KVService_Set_FullMethodName},
+			func(ctx context.Context, req any) (any, error) { return s.Set(ctx, req.(*kvpb.SetRequest)) })
+		ended <- err
+	}()
+	eventually(t, func() error {
+		if n.in.mu.Lock(); n.in.callCount == 0 {
+			defer n.in.mu.Unlock()
+			return errors.New("no call yet")
+		}
+		n.in.mu.Unlock()
+		return nil
+	})
+	n.in.event(func() { n.err = errors.New("the disk is gone") })
+	if err := n.run(t.Context()); err == nil || err.Error() != "the disk is gone" {
+		t.Error(err)
+	}
+	err := <-ended
+	wantError(t, err, codes.Unavailable, "NODE_FAILED")
+	wantPart(t, err.Error(), "the disk is gone")
+}

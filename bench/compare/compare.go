@@ -1,0 +1,256 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"raft-key-value/bench/internal/load"
+)
+
+// connections is the most that any system gets; fewer clients use fewer.
+const connections = 16
+
+// compare has what is measured.
+type compare struct {
+	options
+	dir     string
+	stderr  io.Writer
+	leftOut []string
+
+	echo            *load.Echo
+	pingPong        time.Duration
+	bare            *load.KV
+	memory, disk    *ours // nil: left out
+	noSync, sync    *etcd // nil: left out
+	fsync           time.Duration
+	pipelineLeftOut bool
+}
+
+// start starts all systems and makes all ready that is not to be measured.
+func (c *compare) start(ctx context.Context) (err error) {
+	if c.echo, err = load.StartEcho(c.sizes.Value); err != nil {
+		return err
+	}
+	if c.pingPong, err = c.echo.PingPong(); err != nil {
+		return err
+	}
+	if c.fsync, err = syncTime(c.dir); err != nil {
+		return err
+	}
+	if c.bare, err = load.DialKV([]string{c.echo.RPC}, connections); err != nil {
+		return err
+	}
+	if err := c.startOurs(ctx); err != nil {
+		return err
+	}
+	if c.etcd {
+		fmt.Fprintf(c.stderr, "starting etcd %s\n", etcdVersion())
+		if c.noSync, err = startEtcd(ctx, filepath.Join(c.dir, "etcd-memory"), false); err != nil {
+			return err
+		}
+		if c.durable {
+			if c.sync, err = startEtcd(ctx, filepath.Join(c.dir, "etcd-disk"), true); err != nil {
+				return err
+			}
+		}
+	}
+	return c.prepare(ctx)
+}
+
+func (c *compare) startOurs(ctx context.Context) (err error) {
+	fmt.Fprintln(c.stderr, "starting raft-key-value")
+	binary, err := c.build(ctx)
+	if err != nil {
+		return err
+	}
+	if c.memory, err = startOurs(ctx, binary, filepath.Join(c.dir, "memory"), false); err != nil {
+		return err
+	}
+	if !c.durable {
+		return nil
+	}
+	c.disk, err = startOurs(ctx, binary, filepath.Join(c.dir, "disk"), true)
+	if errors.Is(err, errNoDataDir) {
+		c.leaveOut("durable writes: %v", err)
+		return nil
+	}
+	return err
+}
+
+// leaveOut says what is not measured, now and with the result.
+func (c *compare) leaveOut(format string, args ...any) {
+	s := fmt.Sprintf(format, args...)
+	fmt.Fprintf(c.stderr, "left out: %s\n", s)
+	c.leftOut = append(c.leftOut, s)
+}
+
+// prepare sets all keys and opens sessions.
+func (c *compare) prepare(ctx context.Context) error {
+	fmt.Fprintln(c.stderr, "setting all keys")
+	fill := load.Options{Keys: c.sizes.Keys, KeySize: c.sizes.Key, Value: load.Value(c.sizes.Value)}
+	for _, t := range []load.Target{c.memory.KV, c.etcdTarget(c.noSync, false)} {
+		if t != nil {
+			if err := load.Fill(ctx, t, fill); err != nil {
+				return err
+			}
+		}
+	}
+	if c.pipeline {
+		if err := c.memory.CheckPipeline(ctx); errors.Is(err, load.ErrNoPipeline) {
+			c.pipelineLeftOut = true
+			c.leaveOut("streams: %v", err)
+		} else if err != nil {
+			return err
+		}
+	}
+	if !c.sessions {
+		return nil
+	}
+	kvs := []*load.KV{c.bare, c.memory.KV}
+	if c.disk != nil {
+		kvs = append(kvs, c.disk.KV)
+	}
+	for _, kv := range kvs {
+		if err := kv.OpenSessions(ctx, slices.Max(c.clients)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// etcdTarget is nil if there is no such cluster.
+func (c *compare) etcdTarget(e *etcd, serializable bool) load.Target {
+	if e == nil {
+		return nil
+	}
+	return etcdTarget{e, serializable}
+}
+
+// stop ends all that was started.
+func (c *compare) stop() {
+	if c.bare != nil {
+		c.bare.Close()
+	}
+	for _, o := range []*ours{c.memory, c.disk} {
+		if o != nil {
+			o.stop()
+		}
+	}
+	for _, e := range []*etcd{c.noSync, c.sync} {
+		if e != nil {
+			e.stop()
+		}
+	}
+	if c.echo != nil {
+		c.echo.Stop()
+	}
+}
+
+// syncTime is the median time to write 4 KiB to the end of a file and sync it.
+func syncTime(dir string) (time.Duration, error) {
+	f, err := os.Create(filepath.Join(dir, "sync"))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }()
+	times := make([]time.Duration, 101)
+	for i := range times {
+		start := time.Now()
+		if _, err := f.Write(make([]byte, 4096)); err != nil {
+			return 0, err
+		}
+		if err := f.Sync(); err != nil {
+			return 0, err
+		}
+		times[i] = time.Since(start)
+	}
+	slices.Sort(times)
+	return times[len(times)/2], nil
+}
+
+// The names of what is measured.
+const (
+	bareSet, bareGet         = "bare RPC, Set", "bare RPC, Get"
+	setMemory, setDisk       = "Set, in memory", "Set, durable"
+	getRead, getLocal        = "Get, linearizable", "Get, local"
+	etcdNoSync, etcdSync     = "etcd put, no fsync", "etcd put, fsync"
+	etcdRead, etcdLocal      = "etcd range, linearizable", "etcd range, serializable"
+	streamMemory, streamDisk = "Pipeline, in memory", "Pipeline, durable"
+)
+
+// cell is one system under one load, measured once in each round.
+type cell struct {
+	name        string
+	target      load.Target
+	load        load.Options
+	throughputs []float64
+	result      load.Result
+}
+
+// plan lists what is measured in a round, in order: each after its ceiling.
+func (c *compare) plan() (cells []*cell) {
+	base := load.Options{Depth: 1, Warmup: c.warmup, Duration: c.duration, Keys: c.sizes.Keys, KeySize: c.sizes.Key, Value: load.Value(c.sizes.Value)}
+	add := func(name string, t load.Target, clients int, setShare float64, depth int, pipeline bool) {
+		o := base
+		o.Clients, o.SetShare, o.Depth, o.Pipeline = clients, setShare, depth, pipeline
+		cells = append(cells, &cell{name: name, target: t, load: o})
+	}
+	for _, n := range c.clients {
+		add(bareSet, c.bare, n, 1, 1, false)
+		add(setMemory, c.memory.KV, n, 1, 1, false)
+		if c.noSync != nil {
+			add(etcdNoSync, etcdTarget{c.noSync, false}, n, 1, 1, false)
+		}
+		if c.disk != nil {
+			add(setDisk, c.disk.KV, n, 1, 1, false)
+		}
+		if c.sync != nil {
+			add(etcdSync, etcdTarget{c.sync, false}, n, 1, 1, false)
+		}
+		add(bareGet, c.bare, n, 0, 1, false)
+		add(getRead, c.memory.KV, n, 0, 1, false)
+		if c.noSync != nil {
+			add(etcdRead, etcdTarget{c.noSync, false}, n, 0, 1, false)
+		}
+		add(getLocal, c.memory.Locally(), n, 0, 1, false)
+		if c.noSync != nil {
+			add(etcdLocal, etcdTarget{c.noSync, true}, n, 0, 1, false)
+		}
+	}
+	if c.pipeline && !c.pipelineLeftOut {
+		add(streamMemory, c.memory.KV, 1, 1, c.depth, true)
+		if c.disk != nil {
+			add(streamDisk, c.disk.KV, 1, 1, c.depth, true)
+		}
+	}
+	return cells
+}
+
+// measure measures all cells, round after round. Every other round goes
+// backwards, so that what drifts hits all alike.
+func (c *compare) measure(ctx context.Context, cells []*cell) error {
+	done := 0
+	for round := range c.rounds {
+		order := slices.Clone(cells)
+		if round%2 == 1 {
+			slices.Reverse(order)
+		}
+		for _, cell := range order {
+			r, err := load.Run(ctx, cell.load, cell.target)
+			if err != nil {
+				return err
+			}
+			cell.result.Add(r)
+			cell.throughputs = append(cell.throughputs, r.Throughput())
+			done++
+			fmt.Fprintf(c.stderr, "%d/%d: %d clients, %s: %s/s, errors %s\n", done, len(cells)*c.rounds, cell.load.Clients, cell.name, load.Count(r.Throughput()), load.Count(float64(r.Failed())))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,215 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/server/v3/embed"
+	"google.golang.org/grpc"
+
+	_ "raft-key-value/bench/internal/conflict"
+	"raft-key-value/bench/internal/load"
+)
+
+// etcdCommand is the hidden sub-command that is a member of etcd: its number,
+// its directory, whether it syncs, and all members' peer addresses.
+const etcdCommand = "serve-etcd"
+
+// serveEtcd serves as a member of etcd if args say that this process is one.
+func serveEtcd(args []string) (served bool, err error) {
+	if len(args) != 5 || args[0] != etcdCommand {
+		return false, nil
+	}
+	number, err := strconv.Atoi(args[1])
+	if err != nil {
+		return true, err
+	}
+	cfg, client, err := etcdConfig(number, args[2], args[3] == "sync", strings.Split(args[4], ","))
+	if err != nil {
+		return true, err
+	}
+	e, err := embed.StartEtcd(cfg)
+	if err != nil {
+		return true, err
+	}
+	select {
+	case <-e.Server.ReadyNotify():
+		load.ServeUntilParentEnds(client)
+		return true, nil
+	case err := <-e.Err():
+		return true, err
+	case <-time.After(startTimeout):
+		return true, errors.New("etcd is not ready")
+	}
+}
+
+// etcdConfig has stock settings, but for the log and the quota, so that a run
+// does not fill it.
+func etcdConfig(number int, dir string, sync bool, peers []string) (cfg *embed.Config, client string, err error) {
+	ports, err := freePorts(1)
+	if err != nil {
+		return nil, "", err
+	}
+	var cluster []string
+	for i, p := range peers {
+		cluster = append(cluster, fmt.Sprintf("m%d=http://%s", i, p))
+	}
+	peer, own := []url.URL{{Scheme: "http", Host: peers[number]}}, []url.URL{{Scheme: "http", Host: ports[0]}}
+	cfg = embed.NewConfig()
+	cfg.Name, cfg.Dir = fmt.Sprintf("m%d", number), dir
+	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = peer, peer
+	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = own, own
+	cfg.InitialCluster = strings.Join(cluster, ",")
+	cfg.UnsafeNoFsync = !sync
+	cfg.QuotaBackendBytes = 8 << 30
+	cfg.LogLevel, cfg.LogOutputs = "error", []string{filepath.Join(filepath.Dir(dir), cfg.Name+".log")}
+	return cfg, ports[0], nil
+}
+
+// freePorts picks addresses that nobody listens on.
+func freePorts(n int) (addresses []string, err error) {
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = l.Close() }()
+		addresses = append(addresses, l.Addr().String())
+	}
+	return addresses, nil
+}
+
+// etcd is a cluster of it.
+type etcd struct {
+	members []*load.Child
+	conns   []*grpc.ClientConn
+	stubs   []etcdserverpb.KVClient
+}
+
+// startEtcd starts a cluster and connects to its leader.
+func startEtcd(ctx context.Context, dir string, sync bool) (_ *etcd, err error) {
+	e := &etcd{}
+	defer func() {
+		if err != nil {
+			e.stop()
+		}
+	}()
+	peers, err := freePorts(clusterSize)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	mode := map[bool]string{true: "sync", false: "no-sync"}[sync]
+	type started struct {
+		*load.Child
+		err error
+	}
+	members := make(chan started)
+	for i := range clusterSize { // at once: none is ready before there is a majority
+		go func() {
+			m, err := load.StartSelf(os.Stderr, etcdCommand, strconv.Itoa(i), filepath.Join(dir, strconv.Itoa(i)), mode, strings.Join(peers, ","))
+			members <- started{m, err}
+		}()
+	}
+	var addresses []string
+	var errs []error
+	for range clusterSize {
+		m := <-members
+		if m.err != nil {
+			errs = append(errs, m.err)
+			continue
+		}
+		e.members = append(e.members, m.Child)
+		addresses = append(addresses, m.Ready[0])
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	leader, err := etcdLeader(ctx, addresses)
+	if err != nil {
+		return nil, err
+	}
+	e.conns, err = load.Dial([]string{leader}, connections)
+	for _, c := range e.conns {
+		e.stubs = append(e.stubs, etcdserverpb.NewKVClient(c))
+	}
+	return e, err
+}
+
+// etcdLeader finds the client address of the leader.
+func etcdLeader(ctx context.Context, addresses []string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	conns, err := load.Dial(addresses, len(addresses))
+	if err != nil {
+		return "", err
+	}
+	leader := ""
+	for i, c := range conns {
+		st, err := etcdserverpb.NewMaintenanceClient(c).Status(ctx, &etcdserverpb.StatusRequest{})
+		if err != nil {
+			return "", err
+		}
+		if st.Leader == st.Header.MemberId {
+			leader = addresses[i]
+		}
+		_ = c.Close()
+	}
+	if leader == "" {
+		return "", errors.New("etcd has no leader")
+	}
+	return leader, nil
+}
+
+// stop ends the members.
+func (e *etcd) stop() {
+	for _, c := range e.conns {
+		_ = c.Close()
+	}
+	for _, m := range e.members {
+		m.Stop()
+	}
+}
+
+// etcdTarget is etcd under load, by its generated stubs.
+type etcdTarget struct {
+	*etcd
+	serializable bool
+}
+
+// Do implements load.Target.
+func (t etcdTarget) Do(ctx context.Context, client int, op load.Operation) error {
+	stub := t.stubs[client%len(t.stubs)]
+	if op.Set {
+		_, err := stub.Put(ctx, &etcdserverpb.PutRequest{Key: []byte(op.Key), Value: op.Value})
+		return err
+	}
+	resp, err := stub.Range(ctx, &etcdserverpb.RangeRequest{Key: []byte(op.Key), Serializable: t.serializable})
+	if err == nil && len(resp.Kvs) == 0 {
+		return load.ErrAbsent
+	}
+	return err
+}
+
+// etcdVersion is that of the module that this program was built with.
+func etcdVersion() string {
+	info, _ := debug.ReadBuildInfo()
+	for _, m := range info.Deps {
+		if m.Path == "go.etcd.io/etcd/server/v3" {
+			return m.Version
+		}
+	}
+	return "unknown"
+}

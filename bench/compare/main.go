@@ -1,0 +1,132 @@
+// Compare runs the same load against bare RPC, this store and etcd, in memory
+// and on disk, in turn on this machine, and prints what share of bare RPC each
+// reaches.
+//
+//	cd bench && go run ./compare
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"raft-key-value/bench/internal/load"
+)
+
+// options are the program's settings.
+type options struct {
+	clients  []int
+	rounds   int
+	duration time.Duration
+	warmup   time.Duration
+	sizes    load.Sizes
+	depth    int
+	sessions bool
+	etcd     bool
+	durable  bool
+	pipeline bool
+	binary   string
+	source   string
+	dir      string
+	output   string
+}
+
+func main() { os.Exit(load.Main("compare", execute)) }
+
+func execute(ctx context.Context, args []string) error {
+	if served, err := serveEtcd(args); served {
+		return err
+	}
+	o, err := parseOptions(args, os.Stderr)
+	if err != nil {
+		return load.Usage(err)
+	}
+	return run(ctx, o, os.Stdout, os.Stderr)
+}
+
+// parseOptions reads the settings.
+func parseOptions(args []string, stderr io.Writer) (options, error) {
+	o := options{}
+	fs := flag.NewFlagSet("compare", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	clients := fs.String("clients", "1,64,256,1000", "how many at once; `n,...`")
+	fs.IntVar(&o.rounds, "rounds", 5, "rounds of all systems in turn; medians count")
+	fs.DurationVar(&o.duration, "duration", time.Second, "time of each measurement in each round")
+	fs.DurationVar(&o.warmup, "warmup", 250*time.Millisecond, "time before each measurement that does not count")
+	load.SizeFlags(fs, &o.sizes)
+	fs.IntVar(&o.depth, "depth", 1000, "sets in flight on a stream")
+	fs.BoolVar(&o.sessions, "sessions", true, "give writes ids, so that they take effect once")
+	fs.BoolVar(&o.etcd, "etcd", true, "measure etcd, too")
+	fs.BoolVar(&o.durable, "durable", true, "measure writes to disk, too")
+	fs.BoolVar(&o.pipeline, "pipeline", true, "measure streams, too")
+	fs.StringVar(&o.binary, "binary", "", "`file` of the node's program (default: built from --source)")
+	fs.StringVar(&o.source, "source", "..", "`directory` of the node's source")
+	fs.StringVar(&o.dir, "dir", "", "`directory` for a temporary directory with all data; the disk there is what is measured (default: the system's)")
+	fs.StringVar(&o.output, "o", "text", "text or json")
+	fs.Usage = func() {
+		fmt.Fprintln(stderr, "compare measures raft-key-value beside etcd and bare RPC.\n\nFlags:")
+		fs.PrintDefaults()
+	}
+	if err := load.ParseFlags(fs, args); err != nil {
+		return o, err
+	}
+	var err error
+	if o.clients, err = load.ParseList(*clients, strconv.Atoi); err != nil {
+		return o, fmt.Errorf("--clients: %w", err)
+	}
+	return o, o.check()
+}
+
+func (o *options) check() error {
+	switch {
+	case o.rounds < 1 || o.duration < 10*time.Millisecond || o.warmup < 0:
+		return errors.New("--rounds has to be 1 or more, --duration 10ms or more, --warmup not negative")
+	case o.depth < 1 || o.depth > 1000:
+		return fmt.Errorf("--depth %d is not between 1 and 1000, which is what a session remembers", o.depth)
+	case o.output != "text" && o.output != "json":
+		return fmt.Errorf("-o %q is not text or json", o.output)
+	}
+	return cmp.Or(o.sizes.Check(), load.CheckClients(o.clients))
+}
+
+// run starts everything, measures, reports, and ends everything.
+func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
+	dir, err := os.MkdirTemp(o.dir, "raft-key-value-compare-")
+	if err != nil {
+		return err
+	}
+	c := &compare{options: o, dir: dir, stderr: stderr}
+	defer func() {
+		c.stop()
+		err = errors.Join(err, os.RemoveAll(dir))
+	}()
+	if err := c.start(ctx); err != nil {
+		return err
+	}
+	cells := c.plan()
+	each := o.warmup + o.duration
+	fmt.Fprintf(stderr, "%d measurements of %v: about %v\n", len(cells)*o.rounds, each, (time.Duration(len(cells)*o.rounds) * (each + 50*time.Millisecond)).Round(time.Second))
+	if err := c.measure(ctx, cells); err != nil {
+		return err
+	}
+	return c.report(cells).write(stdout, o.output)
+}
+
+// build makes the node's program.
+func (c *compare) build(ctx context.Context) (string, error) {
+	if c.binary != "" {
+		return filepath.Abs(c.binary)
+	}
+	path := filepath.Join(c.dir, "raft-key-value")
+	if out, err := command(ctx, c.source, "go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build in %s: %w\n%s", c.source, err, out)
+	}
+	return path, nil
+}

@@ -1,0 +1,98 @@
+package load
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+)
+
+// usageError is an error of the command line.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// Usage makes an error one of the command line.
+func Usage(err error) error { return usageError{err} }
+
+// Main runs a program, or the echo process if this is one, until it has ended
+// or a signal ends it. It returns the exit status.
+func Main(name string, run func(ctx context.Context, args []string) error) int {
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer cancel()
+	served, err := ServeEcho(os.Args[1:])
+	if !served {
+		err = run(ctx, os.Args[1:])
+	}
+	if err == nil || errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+	if errors.As(err, new(usageError)) {
+		return 2
+	}
+	return 1
+}
+
+// ParseFlags parses a command line that has flags only.
+func ParseFlags(fs *flag.FlagSet, args []string) error {
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if fs.NArg() > 0 {
+		return fmt.Errorf("unknown argument %q", fs.Arg(0))
+	}
+	return nil
+}
+
+// ParseList parses numbers that are separated by commas.
+func ParseList[T any](s string, parse func(string) (T, error)) (numbers []T, err error) {
+	for part := range strings.SplitSeq(s, ",") {
+		n, err := parse(strings.TrimSpace(part))
+		if err != nil {
+			return nil, err
+		}
+		numbers = append(numbers, n)
+	}
+	return numbers, nil
+}
+
+// SizeFlags defines the flags that say what keys and values are like.
+func SizeFlags(fs *flag.FlagSet, o *Sizes) {
+	fs.IntVar(&o.Key, "key-size", 16, "`bytes` of a key")
+	fs.IntVar(&o.Value, "value-size", 128, "`bytes` of a value")
+	fs.Uint64Var(&o.Keys, "keys", 10_000, "keys to choose from, all equally often")
+}
+
+// Sizes say what keys and values are like.
+type Sizes struct {
+	Key, Value int
+	Keys       uint64
+}
+
+// Check says which flag is out of bounds.
+func (s Sizes) Check() error {
+	switch {
+	case s.Key < 1 || s.Key > 64<<10:
+		return fmt.Errorf("--key-size %d is not between 1 and 65536", s.Key)
+	case s.Value < 0 || s.Value > 1<<20:
+		return fmt.Errorf("--value-size %d is not between 0 and 1048576", s.Value)
+	case s.Keys < 1 || s.Key < 16 && s.Keys > 1<<(4*s.Key):
+		return fmt.Errorf("--keys %d do not fit into --key-size %d", s.Keys, s.Key)
+	}
+	return nil
+}
+
+// CheckClients says which number of clients is out of bounds.
+func CheckClients(clients []int) error {
+	for _, c := range clients {
+		if c < 1 || c > 10_000 {
+			return fmt.Errorf("--clients %d is not between 1 and 10000", c)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,562 @@
+// Hostile input, decoder by decoder: fuzz targets for what peers and clients
+// may send. FuzzPeerMessage, FuzzReadSnapshot and those of the log on disk are
+// beside what they test.
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+	"testing/cryptotest"
+	"testing/synctest"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+func FuzzFrameReader(f *testing.F) {
+	f.Add([]byte(nil), 0, byte(0))
+	f.Add([]byte("some data"), 3, byte(0))
+	f.Add(bytes.Repeat([]byte("x"), maxFrameBytes), maxFrameBytes, byte(1))
+	f.Add(make([]byte, 2*(maxFrameBytes-frameHeaderBytes)), 1, byte(1)) // the last frame is full
+	f.Fuzz(func(t *testing.T, b []byte, at int, flip byte) {
+		// As it stands: whatever it is, reading it ends, and costs no more than a frame.
+		if n := allocated(func() { _, _ = io.Copy(io.Discard, newFrameReader(bytes.NewReader(b))) }); n > 2*maxFrameBytes {
+			t.Errorf("%d bytes made it allocate %d", len(b), n)
+		}
+		// Framed, it comes out as it went in; damaged, what comes out is a part
+		// of it. The length is not under the checksum, but what it delimits is.
+		whole := framed(b)
+		if got, err := io.ReadAll(newFrameReader(bytes.NewReader(whole))); err != nil || !bytes.Equal(got, b) {
+			t.Fatalf("%d bytes came out as %d: %v", len(b), len(got), err)
+		}
+		if at = max(at, 0) % len(whole); flip == 0 {
+			whole = whole[:at]
+		} else {
+			whole[at] ^= flip
+		}
+		got, err := io.ReadAll(newFrameReader(bytes.NewReader(whole)))
+		if !bytes.HasPrefix(b, got) || flip != 0 && err == nil {
+			t.Errorf("byte %d was changed by %d: %d of %d bytes, %v", at, flip, len(got), len(b), err)
+		}
+	})
+}
+
+// lone is a node without a network, fed by hand.
+type lone struct {
+	t      *testing.T
+	n      *node
+	hellos []*kvpb.Hello // of streams to it
+	calls  []*call
+
+	raftID, term, commit, applied uint64
+	terms                         map[uint64]uint64 // of committed entries, by index
+}
+
+func (*lone) send(uint64, uint64, []*raftpb.Message) {}
+func (l *lone) sendSnapshot(to, _, _ uint64, v *view) {
+	l.n.snapshotSent(to, v, errors.New("nobody is there"))
+}
+func (*lone) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
+
+// The states in which what is sent may find a node.
+const (
+	inNoCluster = iota
+	following
+	leading
+	alone
+	loneStates
+)
+
+// newLone is node 1 by raft ID 1, in cluster 7 with 2 and 3, unless it is alone
+// or in none.
+func newLone(t *testing.T, state int) *lone {
+	o := defaultOptions()
+	o.id, o.logBytes = 1, 1<<20
+	l := &lone{t: t, n: newNode(o, plainNode(1), slog.New(slog.DiscardHandler)), terms: map[uint64]uint64{}}
+	l.n.net, l.n.raftID, l.n.life = l, 1, 1
+	l.n.publish()
+	for id := uint64(2); id <= 3; id++ {
+		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(id), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
+		l.hellos = append(l.hellos, h)
+		l.n.peerUp(id, id, true)
+	}
+	l.turn(0)
+	switch state {
+	case following, leading:
+		l.n.in.event(func() {
+			if err := l.n.stepSnapshot(l.hellos[0], 1, newTestStore()); err != nil {
+				t.Fatal(err)
+			}
+		})
+		l.turn(0)
+	case alone:
+		l.n.in.event(func() { _, _ = l.n.bootstrap() })
+		l.turn(0)
+	}
+	if state == leading {
+		for l.n.term < 2 {
+			l.turn(1)
+			l.hears(0, message(raftpb.MsgPreVoteResp, 2, l.n.term+1))
+		}
+		l.hears(0, message(raftpb.MsgVoteResp, 2, 2))
+		l.hears(0, message(raftpb.MsgAppResp, 2, 2, func(m *raftpb.Message) { *m.Index = 2 }))
+		if !l.n.leads() {
+			t.Fatal("it does not lead")
+		}
+	}
+	return l
+}
+
+// hears takes messages of a stream in.
+func (l *lone) hears(stream int, ms ...*raftpb.Message) {
+	_ = l.n.in.deliver(context.Background(), fromWire(toWire(ms), l.hellos[stream]))
+	l.turn(0)
+}
+
+// turn runs the loop's body and checks what must always hold; false: the node
+// has stopped, for a reason that it may have.
+func (l *lone) turn(ticks int) bool {
+	l.t.Helper()
+	n := l.n
+	for i := 0; i == 0 || len(n.in.next.events) > 0; i++ {
+		in := n.in.take()
+		in.ticks, ticks = ticks, 0
+		n.turn(in)
+	}
+	if err := n.err; err != nil {
+		// What a majority has in its log cannot be undone, only not understood.
+		if text := err.Error(); !errors.Is(err, errContradiction) && !(strings.HasPrefix(text, "applying entry ") && (strings.Contains(text, "decoding a batch") || strings.Contains(text, "unknown kind"))) {
+			l.t.Fatal(err)
+		}
+		return false
+	}
+	if n.raftID != l.raftID {
+		l.raftID, l.term, l.commit, l.applied, l.terms = n.raftID, 0, 0, 0, map[uint64]uint64{}
+	}
+	if n.rn == nil {
+		return true
+	}
+	st := n.rn.BasicStatus()
+	if term, commit, applied := st.GetTerm(), st.GetCommit(), n.store.index; term < l.term || commit < l.commit || applied < l.applied || applied > commit || n.raft.prevIndex > applied || commit > n.raft.last() {
+		l.t.Fatalf("from term %d, commit %d, applied %d to %d, %d, %d; the log is (%d, %d]", l.term, l.commit, l.applied, term, commit, applied, n.raft.prevIndex, n.raft.last())
+	}
+	for i := max(l.applied, n.raft.prevIndex) + 1; i <= n.store.index; i++ {
+		l.terms[i], _ = n.raft.Term(i)
+	}
+	for i, term := range l.terms {
+		if now, err := n.raft.Term(i); err == nil && now != term {
+			l.t.Fatalf("entry %d was applied with term %d and has term %d now", i, term, now)
+		}
+	}
+	l.term, l.commit, l.applied = st.GetTerm(), st.GetCommit(), n.store.index
+	if c := n.store.conf; n.store.clusterID != 0 && checkConfState(c) != nil {
+		l.t.Fatalf("the configuration is %v", c)
+	}
+	return true
+}
+
+// do does what a byte says with data.
+func (l *lone) do(what byte, data []byte) {
+	stream := int(what>>4) % len(l.hellos)
+	h := l.hellos[stream]
+	switch what & 15 {
+	case 0, 1:
+		var req kvpb.StreamRequest
+		if proto.Unmarshal(data, &req) == nil {
+			_ = l.n.in.deliver(context.Background(), fromWire(req.Messages, h))
+		}
+	case 2:
+		var hello kvpb.Hello
+		if proto.Unmarshal(data, &hello) == nil {
+			// As network.Stream does.
+			if w := l.n.accept(&hello); w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && hello.GetTo().GetRaftId() != 0 && len(l.hellos) < 8 {
+				l.n.peerUp(hello.From.RaftId, hello.From.Life, false)
+				l.hellos = append(l.hellos, &hello)
+			}
+		}
+	case 3:
+		var w kvpb.Welcome
+		if proto.Unmarshal(data, &w) == nil && w.GetPeer().GetNode() != nil {
+			l.n.refused(l.n.raftID, h.From.RaftId, &w)
+		}
+	case 4:
+		var req kvpb.InstallSnapshotRequest
+		if proto.Unmarshal(data, &req) == nil {
+			if s, err := readSnapshot(bytes.NewReader(framed(req.Data))); err == nil {
+				l.n.in.event(func() { _ = l.n.stepSnapshot(h, req.Term, s) })
+			}
+		}
+	case 5:
+		l.n.peerDown(h.From.RaftId, stream%2 == 0, io.EOF)
+	case 6:
+		l.n.peerUp(h.From.RaftId, h.From.Life, true)
+	case 7:
+		var w kvpb.SetRequest
+		if proto.Unmarshal(data, &w) == nil && (&kvOp{kind: opGet, key: []byte(w.Key)}).check() == nil && (&kvOp{kind: opSet, key: []byte("k"), value: w.Value}).check() == nil && len(l.calls) < 64 {
+			record, err := encodeWrite(setWrite(w.Key, string(w.Value)))
+			if err != nil {
+				l.t.Fatal(err)
+			}
+			l.call(record)
+		}
+	case 8:
+		l.call(nil)
+	case 9:
+		var req kvpb.ChangeMembershipRequest
+		if proto.Unmarshal(data, &req) == nil && len(req.Members) > 0 && !slices.Contains(req.Members, 0) {
+			l.admin(func() (bool, error) { return l.n.stepMembership(&req) })
+		}
+	case 10:
+		var m kvpb.Member
+		if proto.Unmarshal(data, &m) == nil && validateNode("node", m.Node) == nil && m.RaftId != 0 && m.RaftId < maxRaftID {
+			l.admin(func() (bool, error) { return l.n.stepLearner(m.RaftId, m.Node) })
+		}
+	case 11:
+		l.admin(func() (bool, error) { return l.n.stepTransfer(uint64(len(data)), new(uint64)) })
+	default:
+		l.turn(1 + len(data)%40)
+	}
+}
+
+func (l *lone) call(record []byte) {
+	c := &call{record: record, done: make(chan outcome, 1)}
+	if l.n.in.call(c) == nil {
+		l.calls = append(l.calls, c)
+	}
+}
+
+// admin takes a step of an operator's request, which only a leader does.
+func (l *lone) admin(f func() (bool, error)) {
+	l.n.in.event(func() {
+		if l.n.leads() {
+			_, _ = f()
+		}
+	})
+}
+
+// ended ends the node as run does: every call has to have an outcome.
+func (l *lone) ended() {
+	l.n.rn = nil
+	in := l.n.in.take()
+	l.n.turn(input{calls: in.calls, events: in.events})
+	l.n.failAll(errStopping)
+	for _, c := range l.calls {
+		if len(c.done) != 1 {
+			l.t.Fatal("a call has no outcome")
+		}
+	}
+}
+
+// step is a step of a script: what, and with which data.
+func step(what byte, data []byte) []byte {
+	return append(binary.AppendUvarint([]byte{what}, uint64(len(data))), data...)
+}
+
+// steps are those of a script, whatever bytes it is made of.
+func steps(script []byte, do func(what byte, data []byte) bool) {
+	for range 100 {
+		if len(script) == 0 {
+			return
+		}
+		what := script[0]
+		size, n := binary.Uvarint(script[1:])
+		if n <= 0 {
+			return
+		}
+		script = script[1+n:]
+		data := script[:min(size, uint64(len(script)))]
+		if script = script[len(data):]; !do(what, data) {
+			return
+		}
+	}
+}
+
+// FuzzNode has a node hear anything: messages, hellos, refusals, snapshots, in
+// any order and among calls of clients and operators.
+func FuzzNode(f *testing.F) {
+	var everything []byte
+	says := func(stream byte, ms ...*raftpb.Message) []byte {
+		return step(stream<<4, mustMarshal(f, &kvpb.StreamRequest{Messages: toWire(ms)}))
+	}
+	for i, row := range checkRows() {
+		for _, m := range []*raftpb.Message{row.bad, row.good} {
+			if proto.Size(m) < 4<<10 {
+				everything = append(everything, says(byte(i%2), m)...)
+			}
+		}
+	}
+	hello := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}, Removed: []uint64{1}}
+	unframedSnapshot := unframed(f, snapshotBytes(f, newTestStore()))
+	other := bytes.Join([][]byte{
+		step(2, mustMarshal(f, hello)), step(8, nil), step(7, mustMarshal(f, &kvpb.SetRequest{Key: "k", Value: []byte("v")})), step(12, make([]byte, 39)),
+		step(3, mustMarshal(f, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_REMOVED, ClusterId: 7, Peer: &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2}})),
+		step(3, mustMarshal(f, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_NOT_ME, Peer: &kvpb.Peer{Node: plainNode(2), RaftId: 22, Life: 2}})),
+		step(4, mustMarshal(f, &kvpb.InstallSnapshotRequest{Term: 3, Data: unframedSnapshot})),
+		step(9, mustMarshal(f, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}})), step(10, mustMarshal(f, plainMembers(5)[0])), step(11, []byte("xx")),
+		step(5, nil), step(6, nil), step(5+16, nil),
+	}, nil)
+	batch := mustMarshal(f, &kvpb.Batch{Proposer: 2, Sequence: 1, Writes: []*kvpb.Write{setWrite("a", "b"), deleteWrite("c")}})
+	follow := slices.Concat(says(0, appendMessage(1, 1, 1, 2, logEntry(2, 1, batch), confEntry(contextOf()))), says(1, message(raftpb.MsgVote, 3, 5)), says(0, message(raftpb.MsgHeartbeat, 2, 6)))
+	for state := range byte(loneStates) {
+		f.Add(state, everything)
+		f.Add(state, other)
+		f.Add(state, follow)
+	}
+	f.Fuzz(func(t *testing.T, state byte, script []byte) {
+		cryptotest.SetGlobalRandom(t, 1) // what fails has to fail again
+		l := newLone(t, int(state)%loneStates)
+		steps(script, func(what byte, data []byte) bool {
+			l.do(what, data)
+			return l.turn(0)
+		})
+		if l.n.err == nil {
+			l.turn(60)
+		}
+		l.ended()
+	})
+}
+
+// unaryMethods are those that clients and operators may call, in a fixed order.
+func unaryMethods() (names []string) {
+	for _, d := range []grpc.ServiceDesc{kvpb.KVService_ServiceDesc, kvpb.ClusterService_ServiceDesc} {
+		for _, m := range d.Methods {
+			names = append(names, "/"+d.ServiceName+"/"+m.MethodName)
+		}
+	}
+	return names
+}
+
+// model is what a node with one client has to answer.
+type model struct {
+	items   map[string]item
+	version uint64
+}
+
+// expect says what a call has to answer, and does to the model what it does;
+// nil: an error. ok is false if the model does not know.
+func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) {
+	valid := func(r proto.Message, err func() error) bool { return proto.Unmarshal(req, r) == nil && err() == nil }
+	switch method[strings.LastIndex(method, "/")+1:] {
+	case "Get":
+		var r kvpb.GetRequest
+		if !valid(&r, func() error { return (&kvOp{kind: opGet, key: []byte(r.Key)}).check() }) {
+			return nil, true
+		}
+		it, found := m.items[r.Key]
+		resp := &kvpb.GetResponse{Version: it.version}
+		if found {
+			resp.Value = append([]byte{}, it.value...)
+		}
+		return resp, true
+	case "Set":
+		var r kvpb.SetRequest
+		if !valid(&r, func() error { return cmp.Or((&kvOp{kind: opGet, key: []byte(r.Key)}).check(), (&kvOp{kind: opSet, key: []byte("k"), value: r.Value}).check()) }) {
+			return nil, true
+		}
+		if r.ExpectedVersion != nil || r.RequestId != nil {
+			return nil, false
+		}
+		m.version++
+		m.items[r.Key] = item{r.Value, m.version}
+		return &kvpb.SetResponse{Version: m.version}, true
+	case "Delete":
+		var r kvpb.DeleteRequest
+		if !valid(&r, func() error { return (&kvOp{kind: opGet, key: []byte(r.Key)}).check() }) {
+			return nil, true
+		}
+		if r.ExpectedVersion != nil || r.RequestId != nil {
+			return nil, false
+		}
+		_, found := m.items[r.Key]
+		m.version++
+		delete(m.items, r.Key)
+		return &kvpb.DeleteResponse{Deleted: found, Version: m.version}, true
+	}
+	return nil, false
+}
+
+// listing is all that a node has, page by page.
+func listing(ctx context.Context, kv kvpb.KVServiceClient, limit uint32) (map[string]item, error) {
+	items := map[string]item{}
+	for token := ""; ; {
+		resp, err := kv.List(ctx, &kvpb.ListRequest{Limit: limit, PageToken: token})
+		if err != nil {
+			return nil, err
+		}
+		for _, kv := range resp.Items {
+			if kv.Key <= token && token != "" {
+				return nil, fmt.Errorf("key %q comes behind %q", kv.Key, token)
+			}
+			items[kv.Key] = item{kv.Value, kv.Version}
+		}
+		if token = resp.NextPageToken; token == "" {
+			return items, nil
+		}
+	}
+}
+
+// FuzzServices calls a cluster of one with anything, through gRPC: what is
+// valid is done, what is not is refused with a reason and changes nothing.
+func FuzzServices(f *testing.F) {
+	methods := unaryMethods()
+	index := func(name string) byte {
+		return byte(slices.IndexFunc(methods, func(m string) bool { return strings.HasSuffix(m, "/"+name) }))
+	}
+	call := func(name string, r proto.Message) []byte { return step(index(name), mustMarshal(f, r)) }
+	stream := func(which byte, r proto.Message) []byte { return step(254+which, mustMarshal(f, r)) }
+	hello := &kvpb.Hello{From: &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 3}}
+	f.Add(slices.Concat(
+		call("Set", &kvpb.SetRequest{Key: "a", Value: []byte("1")}), call("Set", &kvpb.SetRequest{Key: "b"}), call("Get", &kvpb.GetRequest{Key: "a"}),
+		call("Get", &kvpb.GetRequest{Key: "b", Local: true}), call("Delete", &kvpb.DeleteRequest{Key: "a"}), call("Delete", &kvpb.DeleteRequest{Key: "a"}),
+		call("List", &kvpb.ListRequest{Prefix: "b", Limit: 1}), call("List", &kvpb.ListRequest{Limit: maxListItems + 1}), call("Metrics", &kvpb.MetricsRequest{}),
+	))
+	f.Add(slices.Concat(
+		call("Set", &kvpb.SetRequest{}), call("Get", &kvpb.GetRequest{}), call("Delete", &kvpb.DeleteRequest{}), call("Set", &kvpb.SetRequest{Key: strings.Repeat("k", maxKeyBytes+1)}),
+		step(index("Set"), []byte("\x0a\x02\xff\xfe")), step(index("Get"), []byte{0x80}), call("List", &kvpb.ListRequest{PageToken: "zzz"}),
+	))
+	f.Add(slices.Concat(
+		call("Init", &kvpb.InitRequest{Members: []*kvpb.Node{plainNode(1)}}), call("Init", &kvpb.InitRequest{}), call("AddLearner", &kvpb.AddLearnerRequest{Node: plainNode(2)}),
+		call("AddLearner", &kvpb.AddLearnerRequest{Node: plainNode(1)}), call("AddLearner", &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 5, Address: "n1:1"}}),
+		call("ChangeMembership", &kvpb.ChangeMembershipRequest{Members: []uint64{1}}), call("ChangeMembership", &kvpb.ChangeMembershipRequest{Members: []uint64{2}}),
+		call("TransferLeader", &kvpb.TransferLeaderRequest{NodeId: 1}), call("TransferLeader", &kvpb.TransferLeaderRequest{NodeId: 2}),
+	))
+	f.Add(slices.Concat(
+		stream(0, &kvpb.StreamRequest{Hello: hello}), stream(0, &kvpb.StreamRequest{}), stream(0, &kvpb.StreamRequest{Hello: &kvpb.Hello{To: &kvpb.Peer{}}}),
+		stream(1, &kvpb.InstallSnapshotRequest{Hello: hello, Term: 5, Data: snapshotBytes(f, newTestStore())}), step(254, []byte("nonsense")),
+	))
+	f.Fuzz(func(t *testing.T, script []byte) {
+		synctest.Test(t, func(t *testing.T) {
+			l := bufconn.Listen(64 << 10)
+			o := defaultOptions()
+			o.id, o.advertise, o.listener, o.logLevel = 1, plainNode(1).Address, l, slog.LevelError
+			o.dialer = func(ctx context.Context, to string) (net.Conn, error) {
+				if to != o.advertise {
+					return nil, errors.New("nobody is there")
+				}
+				return l.DialContext(ctx)
+			}
+			ctx, cancel := context.WithCancel(context.Background())
+			ended, ready := make(chan error, 1), make(chan *server, 1)
+			go func() { ended <- run(ctx, o, slog.New(slog.DiscardHandler), func(s *server) { ready <- s }) }()
+			<-ready
+			conn, err := grpc.NewClient("passthrough:///"+o.advertise, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(o.dialer))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				cancel()
+				_ = conn.Close()
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+				time.Sleep(time.Second)
+			}()
+			exercise(t, ctx, conn, methods, script)
+		})
+	})
+}
+
+// exercise makes the calls of a script and checks their answers.
+func exercise(t *testing.T, ctx context.Context, conn *grpc.ClientConn, methods []string, script []byte) {
+	kv, cluster := kvpb.NewKVServiceClient(conn), kvpb.NewClusterServiceClient(conn)
+	if _, err := cluster.Init(ctx, &kvpb.InitRequest{Members: []*kvpb.Node{plainNode(1)}}); err != nil {
+		t.Fatal(err)
+	}
+	m := &model{items: map[string]item{}}
+	steps(script, func(what byte, data []byte) bool {
+		if what >= 254 {
+			hostileStream(t, ctx, conn, what == 255, data)
+			return true
+		}
+		method := methods[int(what)%len(methods)]
+		var out []byte
+		call, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := conn.Invoke(call, method, data, &out, grpc.ForceCodec(bytesCodec{}))
+		cancel()
+		if code := status.Code(err); err != nil && code != codes.Internal && reasonOf(err) == "" && code != codes.Unimplemented {
+			t.Fatalf("%s: %v, without a reason", method, err)
+		}
+		want, known := m.expect(method, data)
+		switch {
+		case known && (err == nil) != (want != nil):
+			t.Fatalf("%s(%q): %v, want %v", method, data, err, want)
+		case known && want != nil:
+			got := want.ProtoReflect().New().Interface()
+			if err := proto.Unmarshal(out, got); err != nil || !proto.Equal(got, want) {
+				t.Fatalf("%s(%q) = %v, %v, want %v", method, data, got, err, want)
+			}
+		case !known: // what it did, nobody can say: start from what there is
+			metrics, err := cluster.Metrics(ctx, &kvpb.MetricsRequest{})
+			if err != nil || metrics.Version < m.version {
+				t.Fatalf("after %s: %v, %v", method, metrics, err)
+			}
+			items, err := listing(ctx, kv, 0)
+			if err != nil || metrics.Version == m.version && !sameItems(items, m.items) {
+				t.Fatalf("after %s: %v", method, err)
+			}
+			m.version, m.items = metrics.Version, items
+		}
+		return true
+	})
+	items, err := listing(ctx, kv, 2)
+	if err != nil || !sameItems(items, m.items) {
+		t.Fatalf("%v, want %v: %v", slices.Sorted(maps.Keys(items)), slices.Sorted(maps.Keys(m.items)), err)
+	}
+	metrics, err := cluster.Metrics(ctx, &kvpb.MetricsRequest{})
+	if err != nil || !metrics.Healthy || metrics.Version != m.version || metrics.Keys != uint64(len(m.items)) || len(metrics.Members) != 1 || metrics.Role != kvpb.Role_ROLE_LEADER {
+		t.Fatalf("%v, %v; want version %d, %d keys", metrics, err, m.version, len(m.items))
+	}
+}
+
+// hostileStream sends a peer's first request. Nobody is a peer of this node.
+func hostileStream(t *testing.T, ctx context.Context, conn *grpc.ClientConn, snapshot bool, data []byte) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	desc, method := &kvpb.RaftService_ServiceDesc.Streams[0], kvpb.RaftService_Stream_FullMethodName
+	if snapshot {
+		desc, method = &kvpb.RaftService_ServiceDesc.Streams[1], kvpb.RaftService_InstallSnapshot_FullMethodName
+	}
+	s, err := conn.NewStream(ctx, desc, method, grpc.ForceCodec(bytesCodec{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = s.SendMsg(data)
+	_ = s.CloseSend()
+	for {
+		var out []byte
+		if err = s.RecvMsg(&out); err != nil {
+			break
+		}
+	}
+	if status.Code(err) == codes.DeadlineExceeded {
+		t.Fatal("the stream does not end")
+	}
+}
+
+// bytesCodec sends and receives bytes as they are.
+type bytesCodec struct{ rawCodec }
+
+func (bytesCodec) Unmarshal(b []byte, v any) error {
+	*v.(*[]byte) = slices.Clone(b)
+	return nil
+}

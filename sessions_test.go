@@ -1,0 +1,770 @@
+// Exactly-once and compare-and-set: the state machine, the service, the whole
+// cluster, and the service config of the README.
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	_ "google.golang.org/grpc/health" // has gRPC's clients check it
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+func openWrite() *kvpb.Write {
+	return &kvpb.Write{Operation: &kvpb.Write_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}}
+}
+
+// setIf is a Set of a key that has a version.
+func setIf(key, value string, version uint64) *kvpb.Write {
+	w := setWrite(key, value)
+	w.GetSet().ExpectedVersion = &version
+	return w
+}
+
+func deleteIf(key string, version uint64) *kvpb.Write {
+	w := deleteWrite(key)
+	w.GetDelete().ExpectedVersion = &version
+	return w
+}
+
+// withID gives a write an id.
+func withID(session, sequence uint64, w *kvpb.Write) *kvpb.Write {
+	id := &kvpb.RequestId{Session: session, Sequence: sequence}
+	if set := w.GetSet(); set != nil {
+		set.RequestId = id
+	} else {
+		w.GetDelete().RequestId = id
+	}
+	return w
+}
+
+// sessionStore is a test's store and the count of its batches.
+type sessionStore struct {
+	*store
+	t       testing.TB
+	batches uint64
+}
+
+// wants applies a write and compares what it ends with, and whether it had an
+// effect on the version.
+func (s *sessionStore) wants(w *kvpb.Write, counts uint64, want outcome) {
+	s.t.Helper()
+	before := s.version
+	s.batches++
+	if got := tryBatch(s.t, s.store, 1, s.batches, w); got[0] != want || s.version != before+counts {
+		s.t.Errorf("%v: %+v, and the version went from %d to %d; want %+v", w, got[0], before, s.version, want)
+	}
+}
+
+func done(version uint64, found bool) outcome {
+	return outcome{result: result{version: version, found: found}}
+}
+
+func failed(version uint64) outcome {
+	return outcome{result: result{version: version, compareFailed: true}}
+}
+
+func TestCompare(t *testing.T) {
+	s := &sessionStore{newTestStore(), t, 0}
+	s.wants(setIf("a", "x", 1), 0, failed(0))
+	s.wants(setIf("a", "1", 0), 1, done(1, false))
+	s.wants(setIf("a", "x", 0), 0, failed(1))
+	s.wants(setIf("a", "x", 2), 0, failed(1))
+	s.wants(setIf("a", "2", 1), 1, done(2, true))
+	s.wants(deleteIf("a", 1), 0, failed(2))
+	s.wants(deleteIf("b", 2), 0, failed(0))
+	s.wants(deleteIf("a", 2), 1, done(3, true))
+	s.wants(deleteIf("a", 2), 0, failed(0))
+	s.wants(setIf("a", "", 0), 1, done(4, false)) // an empty value is one
+	s.wants(setIf("a", "x", 0), 0, failed(4))
+	if all := contents(t, s.store); len(all) != 1 || all["a"].version != 4 || len(all["a"].value) != 0 {
+		t.Errorf("%v", all)
+	}
+}
+
+func TestSession(t *testing.T) {
+	s := &sessionStore{newTestStore(), t, 0}
+	unknown, tooOld := outcome{err: errSessionUnknown}, outcome{err: errSequenceTooOld}
+	s.wants(withID(1, 1, setWrite("a", "x")), 0, unknown)
+	s.wants(openWrite(), 1, done(1, false))
+	s.wants(openWrite(), 1, done(2, false))
+	s.wants(withID(1, 1, setWrite("a", "1")), 1, done(3, false))
+	s.wants(setWrite("a", "2"), 1, done(4, true))
+	s.wants(withID(1, 1, setWrite("a", "1")), 0, done(3, false))
+	s.wants(withID(2, 1, setWrite("a", "3")), 1, done(5, true)) // of another session
+	s.wants(withID(1, 2, deleteWrite("a")), 1, done(6, true))
+	s.wants(setWrite("a", "4"), 1, done(7, false))
+	s.wants(withID(1, 2, deleteWrite("a")), 0, done(6, true))
+	s.wants(withID(1, 3, setIf("a", "x", 6)), 0, failed(7))
+	s.wants(deleteWrite("a"), 1, done(8, true))
+	s.wants(withID(1, 3, setIf("a", "x", 0)), 0, failed(7)) // remembered
+	s.wants(withID(8, 1, setWrite("a", "x")), 0, unknown)   // a version, but of no OpenSession
+	s.wants(withID(9, 1, setWrite("a", "x")), 0, unknown)
+	if got := applyBatch(t, s.store, 2, 1, withID(1, 4, setWrite("a", "5")), withID(1, 4, setWrite("a", "5"))); got[0] != got[1] || s.version != 9 {
+		t.Errorf("twice in one batch: %v", got)
+	}
+
+	// The window: what is out of order is taken, what is too old is not.
+	s.wants(withID(1, 2000, setWrite("b", "1")), 1, done(10, false))
+	s.wants(withID(1, 977, setWrite("b", "2")), 1, done(11, true))
+	s.wants(withID(1, 976, setWrite("b", "x")), 0, tooOld)
+	s.wants(withID(1, 1, setWrite("a", "1")), 0, tooOld)
+	s.wants(withID(1, 1500, setWrite("b", "3")), 1, done(12, true))
+	s.wants(withID(1, 977, setWrite("b", "2")), 0, done(11, true))
+	s.wants(withID(1, 2001, setWrite("b", "4")), 1, done(13, true))
+	s.wants(withID(1, 977, setWrite("b", "2")), 0, tooOld)
+	s.wants(withID(1, 978, setWrite("b", "5")), 1, done(14, true))
+	s.wants(withID(1, 1500, setWrite("b", "3")), 0, done(12, true))
+	s.wants(withID(2, 1<<64-1, setWrite("b", "6")), 1, done(15, true))
+	s.wants(withID(2, 1<<64-1025, setWrite("b", "x")), 0, tooOld)
+	s.wants(withID(2, 1<<64-1024, setWrite("b", "7")), 1, done(16, true))
+	if it := contents(t, s.store); string(it["a"].value) != "5" || string(it["b"].value) != "7" {
+		t.Errorf("%v", it)
+	}
+}
+
+func TestSessionsAreBounded(t *testing.T) {
+	s := &sessionStore{newTestStore(), t, 0}
+	var open []*kvpb.Write
+	for range maxSessions {
+		open = append(open, openWrite())
+	}
+	applyBatch(t, s.store, 2, 1, open...)
+	// Whatever names a session makes it the latest.
+	s.wants(withID(1, 1, setWrite("a", "1")), 1, done(10001, false))
+	s.wants(withID(2, 2000, setWrite("a", "2")), 1, done(10002, true))
+	s.wants(withID(3, 1, setIf("a", "", 0)), 0, failed(10002))
+	applyBatch(t, s.store, 2, 2, open[:maxSessions-4]...)
+	s.wants(withID(4, 1, setWrite("a", "x")), 0, outcome{err: errSessionUnknown})
+	s.wants(withID(1, 1, setWrite("a", "1")), 0, done(10001, false)) // a repeat
+	s.wants(withID(2, 1, setWrite("a", "x")), 0, outcome{err: errSequenceTooOld})
+	applyBatch(t, s.store, 2, 3, open[:2]...)
+	s.wants(withID(3, 2, setWrite("a", "x")), 0, outcome{err: errSessionUnknown})
+	s.wants(withID(1, 2, setWrite("a", "3")), 1, done(s.version+1, true))
+	s.wants(withID(2, 2000, setWrite("a", "2")), 0, done(10002, true))
+	if len(s.sessions) != maxSessions || s.recent.Len() != maxSessions {
+		t.Fatal(len(s.sessions), s.recent.Len())
+	}
+	// A session with all answers at their longest fits into a record.
+	last := uint64(1<<64 - 1024)
+	for i := range uint64(1024) {
+		applyBatch(t, s.store, 3, i+1, withID(1, last+i, setWrite("a", fmt.Sprint(i))))
+	}
+	for i := range s.recent.Back().Value.(*session).answers {
+		s.recent.Back().Value.(*session).answers[i].result = result{maxCounter - 1, true, true}
+	}
+	s.version = maxCounter - 1
+	b := snapshotBytes(t, s.store)
+	restored, err := readSnapshot(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(snapshotBytes(t, restored), b) {
+		t.Error("the restored store is another")
+	}
+}
+
+// sessionModel is what sessions mean, in the plainest words.
+type sessionModel struct {
+	version  uint64
+	keys     map[string]uint64
+	order    []uint64
+	highest  map[uint64]uint64
+	answered map[[2]uint64]outcome
+}
+
+func (m *sessionModel) apply(w *kvpb.Write, sessions int, answers uint64) (o outcome) {
+	var key string
+	var id *kvpb.RequestId
+	var expected *uint64
+	switch set, del := w.GetSet(), w.GetDelete(); {
+	case set != nil:
+		key, id, expected = set.Key, set.RequestId, set.ExpectedVersion
+	case del != nil:
+		key, id, expected = del.Key, del.RequestId, del.ExpectedVersion
+	default:
+		m.version++
+		if m.order = append(m.order, m.version); len(m.order) > sessions {
+			m.order = m.order[1:]
+		}
+		return done(m.version, false)
+	}
+	if id != nil {
+		i := slices.Index(m.order, id.Session)
+		if i < 0 {
+			return outcome{err: errSessionUnknown}
+		}
+		m.order = append(slices.Delete(m.order, i, i+1), id.Session)
+		if h := m.highest[id.Session]; h >= answers && id.Sequence <= h-answers {
+			return outcome{err: errSequenceTooOld}
+		}
+		at := [2]uint64{id.Session, id.Sequence}
+		if first, ok := m.answered[at]; ok {
+			return first
+		}
+		m.highest[id.Session] = max(m.highest[id.Session], id.Sequence)
+		defer func() { m.answered[at] = o }()
+	}
+	was := m.keys[key]
+	if expected != nil && *expected != was {
+		return failed(was)
+	}
+	m.version++
+	if m.keys[key] = m.version; w.GetSet() == nil {
+		delete(m.keys, key)
+	}
+	return done(m.version, was != 0)
+}
+
+// Writes of all kinds, with small limits, views open, and going through a
+// snapshot now and then.
+func TestSessionModel(t *testing.T) {
+	counts := map[string]int{}
+	for seed := range uint64(8) {
+		r := seededRand(seed)
+		s := newTestStore()
+		s.sessionLimit, s.answerLimit = 1+r.IntN(5), 1+r.IntN(8)
+		m := &sessionModel{keys: map[string]uint64{}, highest: map[uint64]uint64{}, answered: map[[2]uint64]outcome{}}
+		ids := []uint64{77}
+		type open struct {
+			v    *view
+			want []byte
+		}
+		var views []open
+		closeOne := func() {
+			if len(views) == 0 {
+				return
+			}
+			if !bytes.Equal(viewBytes(t, views[0].v), views[0].want) {
+				t.Fatalf("seed %d: a view has changed", seed)
+			}
+			views[0].v.close()
+			views = views[1:]
+		}
+		for batch := range uint64(600) {
+			switch r.IntN(25) {
+			case 0:
+				v := s.open()
+				views = append(views, open{v, viewBytes(t, v)})
+			case 1:
+				closeOne()
+			case 2:
+				restored, err := readSnapshot(bytes.NewReader(snapshotBytes(t, s)))
+				if err != nil {
+					t.Fatalf("seed %d: %v", seed, err)
+				}
+				s.install(restored)
+			}
+			var ws []*kvpb.Write
+			var want []outcome
+			for range 1 + r.IntN(3) {
+				w := setWrite(fmt.Sprint("k", r.IntN(3)), "v")
+				version := r.Uint64N(m.version + 2)
+				if k := m.keys[w.GetSet().Key]; r.IntN(2) == 0 {
+					version = k
+				}
+				switch k := r.IntN(50); {
+				case k < 1:
+					w = openWrite()
+				case k < 10:
+					w = deleteWrite(w.GetSet().Key)
+				case k < 20:
+					w = deleteIf(w.GetSet().Key, cmp.Or(version, 1))
+				case k < 30:
+					w = setIf(w.GetSet().Key, "v", version)
+				}
+				if id := ids[max(0, len(ids)-1-r.IntN(7))]; w.GetOpenSession() == nil && r.IntN(3) > 0 {
+					withID(id, max(1, m.highest[id]+uint64(r.IntN(4))-min(m.highest[id], uint64(r.IntN(9)))), w)
+				}
+				o := m.apply(w, s.sessionLimit, uint64(s.answerLimit))
+				if w.GetOpenSession() != nil {
+					ids = append(ids, o.version)
+				}
+				counts[fmt.Sprint(o.err, o.compareFailed)]++
+				ws, want = append(ws, w), append(want, o)
+			}
+			if got := tryBatch(t, s, 1, batch+1, ws...); !slices.Equal(got, want) || s.version != m.version {
+				t.Fatalf("seed %d: %v: %v, want %v", seed, ws, got, want)
+			}
+			var order []uint64
+			for e := s.recent.Front(); e != nil; e = e.Next() {
+				order = append(order, e.Value.(*session).id)
+			}
+			if !slices.Equal(order, m.order) || len(s.sessions) != len(order) {
+				t.Fatalf("seed %d: sessions %v, want %v", seed, order, m.order)
+			}
+		}
+		for len(views) > 0 {
+			closeOne()
+		}
+		for key, it := range contents(t, s) {
+			if m.keys[key] != it.version {
+				t.Errorf("seed %d: %s has version %d, want %d", seed, key, it.version, m.keys[key])
+			}
+		}
+	}
+	if len(counts) != 4 || slices.Min(slices.Collect(maps.Values(counts))) < 50 {
+		t.Errorf("outcomes %v", counts)
+	}
+}
+
+// TestDeadlines: a call ends a margin before its caller's deadline, wherever it
+// waits, and once.
+func TestDeadlines(t *testing.T) {
+	n := turnNode()
+	newCall := func(record []byte) *call { return &call{record: record, wait: 3, done: make(chan outcome, 1)} }
+	write, read := newCall([]byte{1}), newCall(nil)
+	n.turn(input{calls: []*call{write, read}})
+	asked, confirmed, proposed, patient := newCall(nil), newCall(nil), newCall([]byte{1}), &call{record: []byte{1}, done: make(chan outcome, 1)}
+	n.round, n.confirmed, n.own = &readRound{calls: []*call{asked}}, []readRound{{calls: []*call{confirmed}}}, &proposal{calls: []*call{proposed, patient}}
+	n.turn(input{ticks: 2})
+	for i, c := range []*call{write, read, asked, confirmed, proposed, patient} {
+		if len(c.done) != 0 {
+			t.Errorf("call %d ends early: %v", i, (<-c.done).err)
+		}
+	}
+	n.turn(input{ticks: 1})
+	for i, c := range []*call{write, read, asked, confirmed, proposed} {
+		want := context.DeadlineExceeded
+		if c == proposed {
+			want = errUnknownInTime
+		}
+		if len(c.done) != 1 {
+			t.Errorf("call %d does not end", i)
+		} else if o := <-c.done; o.err != want {
+			t.Errorf("call %d: %v, want %v", i, o.err, want)
+		}
+	}
+	if n.own == nil || len(n.writes)+len(n.reads)+len(n.round.calls)+len(n.confirmed[0].calls) != 0 {
+		t.Error("what has ended still waits, or the proposal does not")
+	}
+	n.failAll(errStopping)
+	if len(proposed.done) != 0 || len(patient.done) != 1 {
+		t.Error("it ends twice, or its neighbour does not")
+	}
+	// Ticks that a busy loop misses count.
+	for _, missed := range []uint64{8, 9} {
+		n := turnNode()
+		c := &call{record: []byte{1}, wait: 10, done: make(chan outcome, 1)}
+		n.turn(input{ticks: 3, calls: []*call{c}})
+		n.turn(input{ticks: 1, clock: 3 + missed})
+		if (len(c.done) == 1) != (missed == 9) {
+			t.Errorf("with %d ticks missed: %d calls have ended", missed, len(c.done))
+		}
+	}
+
+	s := &server{n: n}
+	for left, want := range map[time.Duration]time.Duration{time.Hour: maxMargin, time.Second: maxMargin, 300 * time.Millisecond: 30 * time.Millisecond} {
+		if got := margin(left); got != want {
+			t.Errorf("the margin of %v is %v, want %v", left, got, want)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	// Whatever time that took, it is below a tick.
+	if end := time.Duration(s.waitOf(ctx)) * n.tickDuration(); end > time.Hour-maxMargin || end < time.Hour-time.Minute {
+		t.Errorf("a call of an hour ends after %v", end)
+	}
+	for _, left := range []time.Duration{-time.Hour, 0, 2 * n.tickDuration()} {
+		ctx, cancel := context.WithTimeout(context.Background(), left)
+		defer cancel()
+		if w := s.waitOf(ctx); w != 0 {
+			t.Errorf("with %v left it waits %d ticks: it might end at once", left, w)
+		}
+	}
+	if s.waitOf(context.Background()) != 0 {
+		t.Error("there is no deadline")
+	}
+}
+
+// TestMargin: the interceptor has operators' requests end early.
+func TestMargin(t *testing.T) {
+	n := turnNode()
+	s := newServer(n, newNetwork(n, n.log, nil))
+	defer s.grpc.Stop()
+	deadline := time.Now().Add(time.Hour)
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
+	for method, want := range map[string]time.Time{
+		kvpb.ClusterService_Init_FullMethodName: deadline.Add(-maxMargin), kvpb.ClusterService_Metrics_FullMethodName: deadline.Add(-maxMargin), kvpb.KVService_Set_FullMethodName: deadline,
+	} {
+		_, _ = s.intercept(ctx, nil, &grpc.UnaryServerInfo{FullMethod: method}, func(ctx context.Context, _ any) (any, error) {
+			if got, ok := ctx.Deadline(); !ok || !got.Equal(want) {
+				t.Errorf("%s: %v, want %v", method, got, want)
+			}
+			return nil, nil
+		})
+		_, _ = s.intercept(context.Background(), nil, &grpc.UnaryServerInfo{FullMethod: method}, func(ctx context.Context, _ any) (any, error) {
+			if _, ok := ctx.Deadline(); ok {
+				t.Errorf("%s: a deadline", method)
+			}
+			return nil, nil
+		})
+	}
+}
+
+// TestUnknownOutcomes: what a client is told of a write that the node has sent
+// off and does not know the fate of.
+func TestUnknownOutcomes(t *testing.T) {
+	var late atomic.Bool
+	plain, withIDs := []*kvpb.Write{setWrite("k", "v"), deleteWrite("k")}, []*kvpb.Write{withID(1, 1, setWrite("k", "v")), withID(1, 1, deleteWrite("k")), openWrite()}
+	for _, tt := range []struct {
+		name   string
+		writes []*kvpb.Write
+		end    func(n *node, cancel func())
+		code   codes.Code
+		reason string
+	}{
+		{"no leader for long", plain, func(n *node, _ func()) { n.failOwn() }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
+		{"no leader for long", withIDs, func(n *node, _ func()) { n.failOwn() }, codes.Unavailable, "OUTCOME_UNKNOWN"},
+		{"the node stops", withIDs, func(n *node, _ func()) { n.failAll(errStopping) }, codes.Unavailable, "OUTCOME_UNKNOWN"},
+		{"its deadline", plain, func(n *node, _ func()) { n.turn(input{ticks: 20}) }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
+		{"its deadline", withIDs, func(n *node, _ func()) { n.turn(input{ticks: 20}) }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
+		{"its deadline, as seen by its goroutine", withIDs, func(_ *node, cancel func()) { late.Store(true); cancel() }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
+		{"its caller", withIDs, func(_ *node, cancel func()) { cancel() }, codes.Canceled, "OUTCOME_UNKNOWN"},
+	} {
+		for _, w := range tt.writes {
+			n := turnNode()
+			ctx, cancel := context.WithCancel(context.Background())
+			ended := make(chan error, 1)
+			go func() {
+				_, err := writeAs(lateContext{ctx, &late}, &server{n: n}, w)
+				ended <- err
+			}()
+			var in input
+			eventually(t, func() error {
+				if in = n.in.take(); len(in.calls) == 0 {
+					return errors.New("it has not come")
+				}
+				return nil
+			})
+			in.calls[0].wait = 20
+			in.calls[0].state.Store(callProposed)
+			n.own = &proposal{calls: in.calls}
+			late.Store(false)
+			tt.end(n, cancel)
+			err := toStatus(<-ended, true)
+			cancel()
+			if wantError(t, err, tt.code, tt.reason); t.Failed() {
+				t.Fatalf("%s: %v", tt.name, w)
+			}
+		}
+	}
+}
+
+// lateContext has ended by its deadline, if late says so.
+type lateContext struct {
+	context.Context
+	late *atomic.Bool
+}
+
+func (c lateContext) Err() error {
+	if err := c.Context.Err(); err == nil || !c.late.Load() {
+		return err
+	}
+	return context.DeadlineExceeded
+}
+
+// send makes a write of a store a call of the API.
+func (c *testCluster) send(ctx context.Context, via uint64, w *kvpb.Write) (proto.Message, error) {
+	if set := w.GetSet(); set != nil {
+		return c.nodes[via].Set(ctx, set)
+	}
+	return c.nodes[via].Delete(ctx, w.GetDelete())
+}
+
+// answers sends a write that has to be answered so, through some nodes.
+func (c *testCluster) answers(want proto.Message, w *kvpb.Write, via ...uint64) {
+	c.t.Helper()
+	for _, id := range via {
+		if got, err := c.send(c.ctx, id, w); err != nil || !proto.Equal(got, want) {
+			c.t.Fatalf("%v through node %d: %v, %v; want %v", w, id, got, err, want)
+		}
+	}
+}
+
+func (c *testCluster) openSession(via uint64) uint64 {
+	c.t.Helper()
+	resp, err := c.nodes[via].OpenSession(c.ctx, &kvpb.OpenSessionRequest{})
+	if err != nil || resp.Session == 0 {
+		c.t.Fatalf("OpenSession through node %d: %v, %v", via, resp, err)
+	}
+	return resp.Session
+}
+
+func TestExactlyOnce(t *testing.T) {
+	c := newCluster(t, 3)
+	c.init(1, 2, 3)
+	id := c.openSession(1)
+	set, del, cas := withID(id, 1, setWrite("k", "first")), withID(id, 2, deleteWrite("k")), withID(id, 3, setIf("k", "third", 0))
+	c.answers(&kvpb.SetResponse{Version: id + 1}, set, 2)
+	c.answers(&kvpb.SetResponse{Version: c.set(3, "k", "second"), CompareFailed: true}, cas, 1, 2)
+	c.answers(&kvpb.DeleteResponse{Version: id + 3, Deleted: true}, del, 3, 1)
+	repeats := func(via ...uint64) {
+		t.Helper()
+		c.answers(&kvpb.SetResponse{Version: id + 1}, set, via...)
+		c.answers(&kvpb.DeleteResponse{Version: id + 3, Deleted: true}, del, via...)
+		c.answers(&kvpb.SetResponse{Version: id + 2, CompareFailed: true}, cas, via...)
+		c.wantsAbsent(via[0], "k")
+	}
+	repeats(1, 2, 3)
+	c.transfer(1, 1+c.settled(1, 2, 3)%3)
+	repeats(1, 2, 3)
+	c.restart(2) // comes back by a snapshot
+	c.settled(1, 2, 3)
+	repeats(2, 1, 3)
+	if m, err := c.metrics(2); err != nil || m.Sessions != 1 || m.Version != id+3 {
+		t.Errorf("%v, %v", m, err)
+	}
+
+	refused := func(w *kvpb.Write, reason string) {
+		t.Helper()
+		for via := range c.nodes {
+			_, err := c.send(c.ctx, via, w)
+			wantError(t, err, codes.FailedPrecondition, reason)
+		}
+	}
+	refused(withID(id+1, 1, setWrite("k", "x")), "SESSION_UNKNOWN")
+	c.answers(&kvpb.SetResponse{Version: id + 4}, withID(id, 1026, setWrite("k", "v")), 3)
+	refused(del, "SEQUENCE_TOO_OLD")
+	c.answers(&kvpb.SetResponse{Version: id + 2, CompareFailed: true}, cas, 1)
+	for _, n := range c.nodes {
+		if err := n.server.n.do(c.ctx, func() error { n.server.n.store.sessionLimit = 3; return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 3 {
+		c.openSession(3)
+	}
+	refused(cas, "SESSION_UNKNOWN")
+	c.sameStates(1, 2, 3)
+}
+
+// TestExactlyOnceUnderLoad sends each write several times, at once and through
+// several nodes, while leaders change: the count of writes tells whether one
+// took effect twice.
+func TestExactlyOnceUnderLoad(t *testing.T) {
+	const clients, writes = 6, 60
+	c := newCluster(t, 3)
+	c.init(1, 2, 3)
+	var wg sync.WaitGroup
+	var kvs []kvpb.KVServiceClient
+	for id := range uint64(3) {
+		kvs = append(kvs, c.nodes[id+1])
+	}
+	again := func(i int, f func(context.Context, kvpb.KVServiceClient) error) {
+		for ; ; i++ {
+			ctx, cancel := context.WithTimeout(c.ctx, time.Second)
+			err := f(ctx, kvs[i%3])
+			cancel()
+			if code := status.Code(err); err == nil || t.Failed() {
+				return
+			} else if code != codes.Unavailable && code != codes.DeadlineExceeded {
+				t.Errorf("%v", err)
+			}
+		}
+	}
+	opened := c.openSession(1)
+	for i := range clients {
+		wg.Go(func() {
+			for q := range uint64(writes) {
+				var twice sync.WaitGroup
+				versions := make([]uint64, 2)
+				for j := range versions {
+					w := withID(opened, 1+q*clients+uint64(i), setWrite(fmt.Sprint("k", i), fmt.Sprint(q)))
+					twice.Go(func() {
+						again(i+j, func(ctx context.Context, kv kvpb.KVServiceClient) error {
+							resp, err := kv.Set(ctx, w.GetSet())
+							versions[j] = resp.GetVersion()
+							return err
+						})
+					})
+				}
+				if twice.Wait(); versions[0] != versions[1] {
+					t.Errorf("one write has versions %v", versions)
+				}
+			}
+		})
+	}
+	for range 3 {
+		c.transfer(1, 1+c.settled(1, 2, 3)%3)
+	}
+	wg.Wait()
+	for id := range uint64(3) {
+		if value, _ := c.read(id+1, "k0"); value != fmt.Sprint(writes-1) {
+			t.Errorf("k0 at node %d is %q", id+1, value)
+		}
+	}
+	if h, _ := c.dump(1); h.Version != opened+clients*writes {
+		t.Errorf("%d writes count as %d", clients*writes, h.Version-opened)
+	}
+	c.sameStates(1, 2, 3)
+
+	// Of many who create a key, one wins, and the others are told of it.
+	var mu sync.Mutex
+	won, told := map[uint64]int{}, map[uint64]int{}
+	for i := range 30 {
+		wg.Go(func() {
+			resp, err := kvs[i%3].Set(c.ctx, setIf("new", fmt.Sprint(i), 0).GetSet())
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				t.Error(err)
+			} else if resp.CompareFailed {
+				told[resp.Version]++
+			} else {
+				won[resp.Version]++
+			}
+		})
+	}
+	wg.Wait()
+	_, version := c.read(1, "new")
+	if won[version] != 1 || told[version] != 29 || len(won) != 1 || len(told) != 1 {
+		t.Errorf("version %d: won %v, told %v", version, won, told)
+	}
+}
+
+// read reads through a node.
+func (c *testCluster) read(via uint64, key string) (value string, version uint64) {
+	c.t.Helper()
+	resp, err := c.nodes[via].Get(c.ctx, &kvpb.GetRequest{Key: key})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return string(resp.Value), resp.Version
+}
+
+// TestReasonsArrive: the client is told the reason before its own deadline
+// ends the call.
+func TestReasonsArrive(t *testing.T) {
+	c := newCluster(t, 2)
+	c.init(1, 2)
+	leader := c.settled(1, 2)
+	c.cut(leader)
+	for _, call := range []func(ctx context.Context, n *testNode) error{
+		func(ctx context.Context, n *testNode) error {
+			_, err := n.Set(ctx, &kvpb.SetRequest{Key: "k"})
+			return err
+		},
+		badGet("", "k", false).call,
+		badLearner("", leader, c.nodes[leader].address, 0, "").call,
+	} {
+		eventually(t, func() error {
+			ctx, cancel := context.WithTimeout(c.ctx, time.Second)
+			defer cancel()
+			if err := call(ctx, c.nodes[leader]); status.Code(err) != codes.DeadlineExceeded || reasonOf(err) == "" {
+				return fmt.Errorf("got %w %q", err, reasonOf(err))
+			}
+			return nil
+		})
+	}
+}
+
+// TestServiceConfig: gRPC's clients retry as the README has it, over the nodes
+// that are healthy.
+func TestServiceConfig(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, config, _ := strings.Cut(string(readme), "```json\n")
+	config, _, _ = strings.Cut(config, "```")
+	nodes := map[string]*fakeNode{}
+	r := manual.NewBuilderWithScheme("test")
+	state := resolver.State{}
+	for i := range 3 {
+		f := newFakeNode(t)
+		if i > 0 {
+			f.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+		}
+		nodes[f.addr] = f
+		state.Endpoints = append(state.Endpoints, resolver.Endpoint{Addresses: []resolver.Address{{Addr: f.addr}}})
+	}
+	r.InitialState(state)
+	conn, err := grpc.NewClient("test:///nodes", grpc.WithResolvers(r), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultServiceConfig(config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithTimeout(t.Context(), rpcTimeout)
+	defer cancel()
+	kv := kvpb.NewKVServiceClient(conn)
+	calls := func() (all []int) {
+		for _, e := range state.Endpoints {
+			_, n := nodes[e.Addresses[0].Addr].take()
+			all = append(all, n)
+		}
+		return all
+	}
+	var total [3]int
+	eventually(t, func() error {
+		if _, err := kv.Get(ctx, &kvpb.GetRequest{Key: "k"}); err != nil {
+			t.Fatal(err)
+		}
+		for i, n := range calls() {
+			total[i] += n
+		}
+		if total[1] == 0 || total[2] == 0 {
+			return fmt.Errorf("the nodes got %d calls", total)
+		}
+		return nil
+	})
+	if total[0] != 0 {
+		t.Error("a node that is not SERVING was called")
+	}
+	var tries atomic.Int32
+	for _, f := range nodes {
+		f.failWith(func(context.Context) error {
+			if tries.Add(1) < 5 {
+				return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
+			}
+			return nil
+		})
+	}
+	set := withID(7, 1, setWrite("k", "v")).GetSet()
+	if _, err := kv.Set(ctx, set); err != nil {
+		t.Fatal(err)
+	}
+	if n := calls(); n[0] != 0 || n[1] < 2 || n[2] < 2 || n[1]+n[2] != 5 {
+		t.Errorf("the nodes got %d calls", n)
+	}
+	for _, f := range nodes {
+		for _, id := range f.ids {
+			if !proto.Equal(id, set.RequestId) {
+				t.Errorf("sent under %v", id)
+			}
+		}
+	}
+}
+
+// writeAs calls what the method of a write calls.
+func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
+	switch op := w.Operation.(type) {
+	case *kvpb.Write_Set:
+		return s.write(ctx, opSet, op.Set)
+	case *kvpb.Write_Delete:
+		return s.write(ctx, opDelete, op.Delete)
+	}
+	return s.write(ctx, opOpenSession, w.GetOpenSession())
+}
