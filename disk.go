@@ -153,10 +153,10 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 		return nil, err
 	}
 	r.batch.Boots++
-	if err := d.wal.append(&kvpb.LogBatch{Boots: r.batch.Boots}); err != nil {
-		return nil, err
-	}
-	return r, d.clean(names, r.batch.Snapshot.File, "")
+	mark := r.batch.Snapshot
+	return r, ifNot(d.wal.append(&kvpb.LogBatch{Boots: r.batch.Boots}),
+		func() error { return d.wal.release(mark.Index) },
+		func() error { return d.clean(names, mark.File, "") })
 }
 
 func (d *disk) walOptions(id *kvpb.Identity) walOptions {

@@ -55,7 +55,7 @@ func openDiskNode(fs *simFS, id uint64) (*diskNode, error) {
 	if p.d, err = openDisk(fs, simDir, diskLogBytes, quiet()); err != nil {
 		return nil, err
 	}
-	p.d.background = func(f func()) { f() }
+	p.d.background, p.d.start = func(f func()) { f() }, func(f func()) { f() }
 	if err := p.n.open(p.d); err != nil {
 		return nil, err
 	}
@@ -75,9 +75,47 @@ func (p *diskNode) settle() error {
 	return p.n.err
 }
 
+// TestDiskCleanFaults: what is left of a directory that was never finished is
+// cleaned up whatever happens to that.
+func TestDiskCleanFaults(t *testing.T) {
+	cryptotest.SetGlobalRandom(t, 1)
+	made, cleaned := 1, 0
+	begin := func(fs *simFS) error {
+		f, err := openFollower(fs)
+		if err != nil {
+			return err
+		}
+		return f.snapshot()
+	}
+	for at := 1; made > 0; at++ {
+		for crash := range 60 {
+			fs := newSimFS()
+			fs.failAt, fs.fault = at, faultCrash
+			if begin(fs) == nil {
+				made = 0
+				break
+			}
+			r := seededRand(uint64(at*100 + crash))
+			fs = fs.lose(r)
+			if fs.names[simPath(1)] == nil || fs.names[simDir+"/identity"] != nil {
+				break // hardly anything to clean up, or nothing
+			}
+			cleaned++
+			fs.failAt, fs.fault = 2+crash%15, faultCrash
+			_, _ = openDiskNode(fs, 2)
+			if err := begin(fs.lose(r)); err != nil {
+				t.Fatalf("after %d calls, then %d: %v", at, fs.failAt, err)
+			}
+		}
+	}
+	if cleaned < 100 {
+		t.Fatalf("hardly anything to clean up: %d", cleaned)
+	}
+}
+
 // slowDown makes snapshots wait until do or the test lets them be written.
 func (p *diskNode) slowDown() {
-	p.d.background = func(f func()) { p.slow = append(p.slow, f) }
+	p.d.start = func(f func()) { p.slow = append(p.slow, f) }
 }
 
 // lead makes a cluster's only voter its leader.
@@ -98,18 +136,23 @@ type diskOp struct {
 	value []byte
 }
 
-// do makes a write. It was acknowledged if the error is nil.
-func (p *diskNode) do(op diskOp) error {
-	w := &kvpb.Write{Operation: &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: op.key}}}
+// call makes a write that somebody waits for.
+func (p *diskNode) call(op diskOp) (*call, error) {
+	record, err := encodeOperation(opDelete, &kvpb.DeleteRequest{Key: op.key})
 	if op.value != nil {
-		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: op.key, Value: op.value}}
+		record, err = encodeOperation(opSet, &kvpb.SetRequest{Key: op.key, Value: op.value})
 	}
-	record, err := encodeWrite(w)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	c := &call{record: record, done: make(chan outcome, 1)}
-	if err := p.n.in.call(c); err != nil {
+	return c, p.n.in.call(c)
+}
+
+// do makes a write. It was acknowledged if the error is nil.
+func (p *diskNode) do(op diskOp) error {
+	c, err := p.call(op)
+	if err != nil {
 		return err
 	}
 	failed := p.settle()
@@ -212,19 +255,27 @@ func eachFault[T any](t *testing.T, run func(*simFS) (T, error), verify func(*si
 			if fault == faultENOSPC && !strings.HasPrefix(calls[at-1], "write") {
 				continue
 			}
-			how := []string{"restart", "lose", "some", "evict", "some"}[(at+2*int(fault))%5]
-			fs := newSimFS()
-			fs.failAt, fs.fault = at, fault
-			got, err := run(fs)
-			if errors.Is(err, errModel) {
-				t.Fatalf("call %d of %d (%s), fault %d: %v", at, len(calls), calls[at-1], fault, err)
+			hows := []string{"restart", "lose", "some", "evict", "some"}
+			if from := (at + 2*int(fault)) % 5; at > 40 { // the directory is made: one of them
+				hows = hows[from : from+1]
 			}
-			if runs++; err == nil {
-				survived++
-			}
-			fs = fs.comeBack(how, seededRand(uint64(at)+uint64(fault)<<32))
-			if err := verify(fs, got); err != nil {
-				t.Fatalf("call %d of %d (%s), fault %d, %s: %v", at, len(calls), calls[at-1], fault, how, err)
+			for i, how := range hows {
+				fs := newSimFS()
+				fs.failAt, fs.fault = at, fault
+				got, err := run(fs)
+				if err == nil && saves(calls, at) {
+					err = fmt.Errorf("%w: a snapshot failed, and the node went on", errModel)
+				}
+				if errors.Is(err, errModel) {
+					t.Fatalf("call %d of %d (%s), fault %d: %v", at, len(calls), calls[at-1], fault, err)
+				}
+				if runs++; err == nil {
+					survived++
+				}
+				fs = fs.comeBack(how, seededRand(uint64(at)+uint64(fault)<<32+uint64(i)<<48))
+				if err := verify(fs, got); err != nil {
+					t.Fatalf("call %d of %d (%s), fault %d, %s: %v", at, len(calls), calls[at-1], fault, how, err)
+				}
 			}
 		}
 	}
@@ -236,6 +287,19 @@ func eachFault[T any](t *testing.T, run func(*simFS) (T, error), verify func(*si
 	}
 }
 
+// saves reports whether a call is of writing a snapshot.
+func saves(calls []string, at int) bool {
+	for i := at - 1; i >= 0; i-- {
+		switch c := strings.TrimPrefix(calls[i], "create d/"); {
+		case strings.HasPrefix(c, "rename") && i < at-1:
+			return false
+		case c != calls[i]:
+			return len(c) == len("0123456789abcdef.tmp")
+		}
+	}
+	return false
+}
+
 // aloneRun is how far a cluster of one voter got.
 type aloneRun struct {
 	made bool // bootstrap was acknowledged
@@ -245,7 +309,7 @@ type aloneRun struct {
 // TestDiskFaults: a cluster of one voter that writes, compacts and restarts has
 // after any fault what was acknowledged, or one write more.
 func TestDiskFaults(t *testing.T) {
-	script := diskScript(seededRand(1), 36, 900)
+	script := diskScript(seededRand(1), 30, 900)
 	model := modelOf(script)
 	run := func(fs *simFS) (r aloneRun, err error) {
 		p, err := openDiskNode(fs, 1)
@@ -261,7 +325,9 @@ func TestDiskFaults(t *testing.T) {
 		p.slowDown()
 		for r.made = true; r.done < len(script); r.done++ {
 			if r.done == len(script)*2/3 {
-				p.d.close()
+				if p.d.close(); p.n.err != nil { // by a snapshot behind the last write
+					return r, cmp.Or(checkFailed(p, fs.failAt), p.n.err)
+				}
 				if p, err = openDiskNode(fs, 1); err == nil {
 					err = p.lead()
 				}
@@ -274,7 +340,7 @@ func TestDiskFaults(t *testing.T) {
 				return r, cmp.Or(checkFailed(p, fs.failAt), err)
 			}
 		}
-		if p.n.mark < 28 {
+		if p.n.mark < 14 {
 			return r, fmt.Errorf("%w: hardly a snapshot", errModel)
 		}
 		return r, nil
@@ -328,7 +394,11 @@ func TestDiskFaults(t *testing.T) {
 
 // tidy: a directory holds what counts, and nothing else.
 func tidy(fs *simFS, p *diskNode) error {
-	names, _ := fs.readDir(simDir)
+	var names []string
+	for path := range fs.names {
+		names = append(names, strings.TrimPrefix(path, simDir+"/"))
+	}
+	slices.Sort(names)
 	snaps := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return !strings.HasSuffix(n, ".snap") })
 	temps := slices.DeleteFunc(slices.Clone(names), func(n string) bool {
 		return !strings.HasSuffix(n, ".tmp") || strings.HasSuffix(n, ".wal.tmp")
@@ -477,13 +547,27 @@ func TestDiskFollowerFaults(t *testing.T) {
 		if err != nil {
 			return p, err
 		}
-		steps := []func() error{f.snapshot}
-		follow := func(from, to int) {
-			for i := from; i < to; i += 2 {
-				steps = append(steps, func() error { return f.hears(f.entries(script[i:min(i+2, to)]...)) })
+		next := func(n int) (ops []diskOp) {
+			at := f.last - 10
+			return script[at:min(at+uint64(n), uint64(len(script)))]
+		}
+		follow := func(until func() bool) func() error {
+			return func() (err error) {
+				for !until() && err == nil {
+					if f.last == 10+uint64(len(script)) {
+						return fmt.Errorf("%w: the script is too short", errModel)
+					}
+					err = f.hears(f.entries(next(2)...))
+				}
+				return err
 			}
 		}
-		follow(0, 20)
+		received := uint64(0)
+		steps := []func() error{f.snapshot, follow(func() bool { return f.n.mark > 10 }), func() error { f.slowDown(); return nil },
+			follow(func() bool { // and there are entries before, and room after, the mark in its segment
+				g := f.d.wal.segments
+				return f.n.saving != nil && g[len(g)-1].last > 0 && f.d.wal.offset <= f.d.wal.size/2
+			})}
 		steps = append(steps, func() error { // it votes for another, who does not win
 			f.hears()
 			f.term++
@@ -496,8 +580,11 @@ func TestDiskFollowerFaults(t *testing.T) {
 			}
 			f.term++
 			return err
-		}, func() error { f.entries(script[20:25]...); return f.snapshot() })
-		follow(25, len(script))
+		}, func() error { f.entries(next(5)...); received = f.last; return f.snapshot() }, func() error {
+			f.slow[0]() // it has been overtaken
+			f.slow, f.d.start = nil, func(f func()) { f() }
+			return cmp.Or(f.settle(), tidy(fs, f.diskNode))
+		}, follow(func() bool { return f.last == 10+uint64(len(script)) }))
 		for _, step := range steps {
 			if err := step(); err != nil {
 				if errors.Is(err, errModel) {
@@ -511,7 +598,7 @@ func TestDiskFollowerFaults(t *testing.T) {
 				return f.acked, cmp.Or(failed, err)
 			}
 		}
-		if f.acked.index != f.last || f.n.mark <= 35 {
+		if f.acked.index != f.last || f.n.mark <= received {
 			return f.acked, fmt.Errorf("%w: acknowledged %d of %d, last snapshot %d", errModel, f.acked.index, f.last, f.n.mark)
 		}
 		return f.acked, nil
@@ -561,6 +648,98 @@ func keysOf(s *store) string {
 	lines := strings.Split(b.String(), "\n")
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
+}
+
+// TestDiskBounded: however slowly snapshots are written, the log is bounded, on
+// disk and in memory: writing waits.
+func TestDiskBounded(t *testing.T) {
+	for _, size := range []int{1, 400, 1500, 5000} {
+		p, err := openDiskNode(newSimFS(), 1)
+		if err == nil {
+			_, err = p.n.bootstrap()
+		}
+		if err = cmp.Or(err, p.settle()); err != nil {
+			t.Fatal(err)
+		}
+		p.slowDown()
+		stalls, most, memory := 0, 0, uint64(0)
+		for i := range 500 {
+			c, err := p.call(diskOp{"k", make([]byte, size)})
+			if err = cmp.Or(err, p.settle()); err != nil {
+				t.Fatal(err)
+			}
+			if len(c.done) == 0 { // until the snapshot is there
+				stalls++
+				p.slow[0]()
+				p.slow = p.slow[1:]
+				if err := p.settle(); err != nil || len(c.done) == 0 {
+					t.Fatalf("write %d is not acknowledged: %v", i, err)
+				}
+			}
+			log, snaps := 0, 0
+			for path, f := range p.fs.names {
+				if strings.Contains(path, ".wal") {
+					log += len(f.cache)
+				} else if strings.HasSuffix(path, "p") { // .snap or .tmp
+					snaps++
+				}
+			}
+			if most, memory = max(most, log), max(memory, p.n.raft.bytes); snaps > 2 {
+				t.Fatalf("%d snapshots", snaps)
+			}
+		}
+		if stalls < 5 || most > 8*diskLogBytes || memory > diskLogBytes+uint64(size+100) {
+			t.Errorf("values of %d bytes: %d stalls, %d bytes on disk, %d in memory", size, stalls, most, memory)
+		}
+		t.Logf("values of %d bytes: %d stalls, at most %d bytes on disk, %d in memory", size, stalls, most, memory)
+	}
+}
+
+// TestDiskDiscards: of a snapshot that was received and not taken, nothing is
+// left.
+func TestDiskDiscards(t *testing.T) {
+	f, err := openFollower(newSimFS())
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := f.leader.open()
+	defer old.close()
+	f.entries(diskOp{"k", []byte("v")})
+	if err := f.snapshot(); err != nil {
+		t.Fatal(err)
+	}
+	read := func(v *view) *store {
+		var b bytes.Buffer
+		_ = v.writeTo(&b)
+		s, err := f.n.readSnapshot(&b)
+		if err != nil || s.file == "" || f.fs.names[f.d.path(s.file)] == nil {
+			t.Fatal(err, s)
+		}
+		return s
+	}
+	newer := f.leader
+	newer.index++
+	v := newer.open()
+	defer v.close()
+	stranger := proto.CloneOf(f.hello)
+	stranger.From.Life++
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, receive := range map[string]func(){
+		"older":   func() { _ = f.n.stepSnapshot(f.hello, f.term, read(old)) },
+		"another": func() { _ = f.n.stepSnapshot(stranger, f.term, read(v)) },
+		"late":    func() { _ = f.n.receiveSnapshot(ended, f.hello, f.term, read(v)) },
+		"half": func() {
+			if _, err := f.n.readSnapshot(strings.NewReader(frameMagic)); err == nil {
+				t.Error("that is no snapshot")
+			}
+		},
+	} {
+		receive()
+		if err := cmp.Or(f.settle(), tidy(f.fs, f.diskNode)); err != nil || f.n.store.index != 11 {
+			t.Errorf("%s: %v, at %d", name, err, f.n.store.index)
+		}
+	}
 }
 
 // wantRefusal checks that a directory is refused in these words, and that
