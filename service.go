@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -149,7 +148,7 @@ type server struct {
 	leader atomic.Pointer[metadata.MD] // x-raft-leader
 
 	stopping chan struct{} // closed by stop
-	running  sync.RWMutex  // each call holds it shared; stop, for good
+	inFlight atomic.Int64  // unary calls
 }
 
 func newServer(n *node, nw *network) *server {
@@ -199,11 +198,13 @@ func (s *server) published(p *published) {
 
 // intercept names the leader in every answer, and lets stop wait for calls.
 func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	if s.running.TryRLock() {
-		defer s.running.RUnlock()
-		resp, err = handler(ctx, req)
-	} else {
+	s.inFlight.Add(1) // before it looks whether the node is stopping: stop looks the other way round
+	defer s.inFlight.Add(-1)
+	select {
+	case <-s.stopping:
 		err = errStopping
+	default:
+		resp, err = handler(ctx, req)
 	}
 	if err != nil {
 		_ = grpc.SetTrailer(ctx, *s.leader.Load())
@@ -242,11 +243,8 @@ func (s *server) stop(ctx context.Context) {
 	s.health.Shutdown()
 	s.handOver(ctx)
 	close(s.stopping)
-	ended := make(chan struct{})
-	go func() { s.running.Lock(); close(ended) }() // ends with the calls, at the latest when gRPC is stopped
-	select {
-	case <-ended:
-	case <-ctx.Done():
+	for s.inFlight.Load() > 0 && ctx.Err() == nil {
+		sleep(ctx, 5*time.Millisecond)
 	}
 }
 
