@@ -14,6 +14,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -50,6 +51,9 @@ type client struct {
 	ids                 []uint64     // of arguments ID and ID=ADDR
 	nodes               []*kvpb.Node // of arguments ID=ADDR
 	ifVersion           *uint64
+	dataDir             string
+	keys                uint64     // read from a backup
+	node                *kvpb.Node // whose directory is to be made
 }
 
 // command is a sub-command. The first line of its help is a summary.
@@ -90,6 +94,10 @@ The exit status is 1 if no node answers.`, 0, 0, short, (*client).status, nil},
 				fs.StringVar(&c.service, "service", kvpb.KVService_ServiceDesc.ServiceName, "`NAME` of the service to ask for")
 				fs.BoolVar(&c.wait, "wait", false, "wait for SERVING until the timeout")
 			}},
+		"backup": {"FILE", "write all that a cluster holds to a file\nThe file must not be there yet, and is only once it is whole.", 1, 1, time.Hour, (*client).backup, nil},
+		"restore": {"FILE", `make a data directory from a backup, offline
+It is that of a new cluster with one voter. Start that node with the same id, address
+and directory, and add others. Keys, versions and sessions are those of the backup.`, 1, 1, time.Hour, (*client).restore, (*client).nodeFlags},
 		"version": {"", "print the version", 0, 0, short, (*client).version, nil},
 		"help":    {"[COMMAND]", "explain a command", 0, 1, short, (*client).help, nil},
 	}
@@ -101,6 +109,13 @@ func (c *client) versionFlag(fs *flag.FlagSet) {
 		c.ifVersion = &n
 		return err
 	})
+}
+
+func (c *client) nodeFlags(fs *flag.FlagSet) {
+	c.node = &kvpb.Node{}
+	fs.StringVar(&c.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
+	fs.Uint64Var(&c.node.Id, "id", 0, "the node's `NUMBER`, not 0")
+	fs.StringVar(&c.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
 }
 
 const helpNotes = "Flags stand before or after the arguments; what follows -- is an argument.\n" +
@@ -179,6 +194,11 @@ func (c *client) check(names string, least, most int) error {
 		return fmt.Errorf("unknown command: %q", c.args[0])
 	}
 	addrs, withAddr := slices.Clone(c.endpoints), strings.HasPrefix(names, "ID=")
+	if c.node != nil && (c.dataDir == "" || c.node.Id == 0) {
+		return errors.New("--data-dir, --id and --addr are needed")
+	} else if c.node != nil {
+		addrs = append(addrs, c.node.Address)
+	}
 	for _, arg := range c.args {
 		id, addr, found := strings.Cut(arg, "=")
 		n, err := strconv.ParseUint(id, 10, 64)
@@ -452,6 +472,104 @@ func (c *client) health(ctx context.Context) error {
 			return cmp.Or(err, fmt.Errorf("%q is %v", c.service, resp.Status))
 		}
 	}
+}
+
+// backup asks one endpoint after another.
+func (c *client) backup(ctx context.Context) error {
+	var failures []string
+	for _, addr := range c.endpoints {
+		s, err := c.backupFrom(ctx, addr, c.args[0])
+		if err == nil {
+			return c.printState(s, "wrote")
+		}
+		if _, ok := status.FromError(err); ok {
+			err = errors.New(errorText(err))
+		}
+		failures = append(failures, addr+": "+err.Error())
+	}
+	return errors.New(strings.Join(failures, "; "))
+}
+
+// backupFrom makes a file that has its name only once all of it is there, was
+// checked, and is durable.
+func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, err error) {
+	conn, err := dial(addr)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		f.Close()
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	absent := func() error {
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			return cmp.Or(err, fmt.Errorf("%s is there already", path))
+		}
+		return nil
+	}
+	if err = absent(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	silent := alarm(cancel)
+	defer silent.Stop()
+	stream, err := kvpb.NewClusterServiceClient(conn).Backup(ctx, &kvpb.BackupRequest{})
+	if err != nil {
+		return nil, err
+	}
+	s, err = scanSnapshot(io.TeeReader(&chunkReader{recv: func() ([]byte, error) {
+		resp, err := stream.Recv()
+		silent.Reset(helloTimeout)
+		return resp.GetData(), err
+	}}, f), c.progress(func(*store, keyItem) {}))
+	return s, ifNot(err, f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
+		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
+}
+
+func (c *client) restore(context.Context) error {
+	f, err := os.Open(c.args[0])
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	s, err := restore(osFS{}, c.dataDir, c.node, func() (*store, error) {
+		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set(it.key, it.item) }))
+		if err != nil {
+			err = fmt.Errorf("%s: %w", f.Name(), err)
+		}
+		return s, err
+	})
+	if err != nil {
+		return err
+	}
+	return c.printState(s, "restored")
+}
+
+// progress says on stderr now and then how many keys there were.
+func (c *client) progress(take func(*store, keyItem)) func(*store, keyItem, uint64) {
+	said := time.Now()
+	c.keys = 0
+	return func(s *store, it keyItem, all uint64) {
+		if c.keys++; time.Since(said) > progressEvery {
+			said = time.Now()
+			fmt.Fprintf(c.stderr, "%d of %d keys\n", c.keys, all)
+		}
+		take(s, it)
+	}
+}
+
+func (c *client) printState(s *store, did string) error {
+	h := s.header()
+	h.Keys = c.keys
+	return c.print(protoJSON{h}, fmt.Sprintf("%s %d keys, version %d, cluster %016x\n", did, h.Keys, h.Version, h.ClusterId))
 }
 
 func (c *client) version(context.Context) error {

@@ -48,6 +48,7 @@ type fakeNode struct {
 	opened  uint64
 	ids     []*kvpb.RequestId // of all writes counted
 	version uint64            // with which compares fail
+	backup  []byte
 }
 
 func newFakeNode(t *testing.T) *fakeNode {

@@ -442,6 +442,28 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	return false, nil
 }
 
+// Backup implements ClusterService. It gives up a caller who does not read.
+func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_BackupServer) error {
+	defer s.backups.Add(-1)
+	if s.backups.Add(1) > maxBackups {
+		return toStatus(errOverloaded, false)
+	}
+	err := s.net.serve(stream, func(ctx context.Context, _ context.CancelCauseFunc, silent *time.Timer) error {
+		v, err := s.openView(ctx, false, (*store).open)
+		if err != nil {
+			return toStatus(err, false)
+		}
+		return v.writeTo(chunkWriter(func(b []byte) error {
+			silent.Reset(helloTimeout)
+			return stream.Send(&kvpb.BackupResponse{Data: b})
+		}))
+	})
+	if err != nil && errorReason(err) == "" { // it was cut short
+		err = cmp.Or(s.net.ctx.Err(), context.DeadlineExceeded)
+	}
+	return toStatus(err, false)
+}
+
 // Metrics implements ClusterService.
 func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.MetricsResponse, error) {
 	var m *kvpb.MetricsResponse

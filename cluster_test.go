@@ -127,14 +127,19 @@ func (c *testCluster) start(id uint64, address string) *testNode {
 	eventually(c.t, func() (err error) { l, err = net.Listen("tcp", address); return err })
 	n := &testNode{id: id, address: l.Addr().String(), ended: make(chan error, 1)}
 	o := defaultOptions()
+	o.id = id
 	c.options(&o)
-	o.id, o.addr, o.listener, o.dialer = id, n.address, l, c.wires.dialer(n.address)
+	o.addr, o.listener, o.dialer = n.address, l, c.wires.dialer(n.address)
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
 	ready := make(chan *server, 1)
 	log := slog.New(slog.NewTextHandler(c.t.Output(), nil)).With("node", id)
 	go func() { n.ended <- run(ctx, o, log, func(s *server) { ready <- s }) }()
-	n.server = <-ready
+	select {
+	case n.server = <-ready:
+	case err := <-n.ended:
+		c.t.Fatal(err)
+	}
 	n.conn = dialNode(c.t, n.address)
 	n.KVServiceClient, n.ClusterServiceClient = kvpb.NewKVServiceClient(n.conn), kvpb.NewClusterServiceClient(n.conn)
 	c.nodes[id] = n

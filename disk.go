@@ -27,6 +27,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -425,6 +426,38 @@ func (d *disk) begin(j diskJob) error {
 	}
 	d.wal, _, err = openWAL(d.fs, d.dir, d.walOptions(j.identity))
 	return err
+}
+
+// restore makes an empty directory that of a new cluster of one voter. It has
+// the keys, the versions and the sessions of the snapshot that read reads. What
+// a restore that was cut short has left counts as empty.
+func restore(fsys fileSystem, dir string, self *kvpb.Node, read func() (*store, error)) (*store, error) {
+	d, err := openDisk(fsys, dir, defaultOptions().logBytes, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
+	}
+	defer d.close()
+	names, err := fsys.readDir(dir)
+	for _, name := range names {
+		if name != "LOCK" && name != "lost+found" && (name == "identity" || !ownName.MatchString(name)) {
+			return nil, d.refuse("it is not empty: there is %s. Nothing was changed", name)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if _, err := d.recover(self.Id); err != nil {
+		return nil, err
+	}
+	s, err := read()
+	if err != nil {
+		return nil, err
+	}
+	id := &kvpb.Identity{Format: identityFormat, ClusterId: randomID(), NodeId: self.Id, RaftId: randomID(), LogId: randomID()}
+	s.clusterID, s.members, s.removed, s.proposers = id.ClusterId, map[uint64]*kvpb.Node{}, nil, nil
+	s.configure(&raftpb.ConfState{Voters: []uint64{id.RaftId}}, []*kvpb.Member{{RaftId: id.RaftId, Node: self}})
+	hard := &kvpb.HardState{Term: s.term, Commit: s.index}
+	return s, d.persist([]diskJob{{identity: id, view: s.open(), batch: &kvpb.LogBatch{HardState: hard}}})
 }
 
 // removeBefore removes the snapshots that are older than the one that counts.

@@ -10,6 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -960,5 +962,58 @@ func TestDiskSyncs(t *testing.T) {
 		return f.settle()
 	}); n != 1 || f.n.store.index != f.last {
 		t.Errorf("an entry, and its commit meanwhile, cost %d syncs, applied %d of %d", n, f.n.store.index, f.last)
+	}
+}
+
+// BenchmarkStart: 10⁶ keys of 16 + 128 bytes, all in a snapshot, or a tenth of
+// them again in the log behind it, 100 writes in an entry.
+func BenchmarkStart(b *testing.B) {
+	const keys, perEntry = 1_000_000, 100
+	for _, inLog := range []int{0, keys / 10} {
+		b.Run(fmt.Sprintf("log=%d", inLog), func(b *testing.B) {
+			dir := filepath.Join(b.TempDir(), "data")
+			open := func(fs fileSystem) (*node, *disk) {
+				n := newNode(defaultOptions(), &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, quiet())
+				n.net = deafNetwork{}
+				d, err := openDisk(fs, dir, n.opts.logBytes, quiet())
+				if err == nil {
+					err = n.open(d)
+				}
+				if err != nil {
+					b.Fatal(err)
+				}
+				return n, d
+			}
+			n, d := open(noSync{})
+			n.store.install(filledStore(keys))
+			if _, err := n.bootstrap(); err != nil {
+				b.Fatal(err)
+			}
+			var data []byte
+			for i := range inLog / perEntry {
+				data = benchBatch(rand.New(rand.NewPCG(uint64(i), 0)), uint64(i+1), keys, perEntry)
+				e := &kvpb.Entry{Index: uint64(i + 2), Term: 1, Data: data}
+				d.enqueue(diskJob{batch: &kvpb.LogBatch{HardState: &kvpb.HardState{Term: 1, Commit: e.Index}, Entries: []*kvpb.Entry{e}}, done: func(error) {}})
+				if err := d.write(); err != nil {
+					b.Fatal(err)
+				}
+			}
+			if err := d.write(); err != nil {
+				b.Fatal(err)
+			}
+			d.close()
+			for b.Loop() {
+				n, d := open(osFS{})
+				b.StopTimer()
+				if n.store.keys < keys || n.store.index != uint64(inLog/perEntry+1) {
+					b.Fatalf("%d keys, applied %d", n.store.keys, n.store.index)
+				}
+				d.close()
+				n, d = nil, nil
+				runtime.GC()
+				b.StartTimer()
+			}
+			b.ReportMetric(keys*float64(b.N)/b.Elapsed().Seconds(), "keys/s")
+		})
 	}
 }

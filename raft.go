@@ -232,6 +232,9 @@ func (n *node) open(d *disk) error {
 	if err := n.start(); err != nil {
 		return err
 	}
+	if slices.Equal(confIDs(n.store.conf), []uint64{n.raftID}) {
+		n.campaignAt = 1 // there is nobody to wait for
+	}
 	n.publish() // who it is, before it says hello
 	n.configured()
 	n.turn(input{})

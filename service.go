@@ -39,6 +39,9 @@ const (
 	// maxListItems and maxListBytes bound a page of List.
 	maxListItems = 10_000
 	maxListBytes = 1 << 20
+	// maxBackups bounds the backups that a node sends at a time: each makes it
+	// keep what is overwritten meanwhile.
+	maxBackups = 4
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
@@ -146,6 +149,8 @@ type server struct {
 	grpc   *grpc.Server
 	health *health.Server
 	leader atomic.Pointer[metadata.MD] // x-raft-leader
+
+	backups atomic.Int32 // that run
 
 	stopping chan struct{} // closed by stop
 	inFlight atomic.Int64  // unary calls
@@ -296,6 +301,23 @@ func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) 
 	return &kvpb.OpenSessionResponse{Session: r.version}, err
 }
 
+// openView opens a view for as long as ctx: a linearizable one, unless local.
+func (s *server) openView(ctx context.Context, local bool, open func(*store) *view) (v *view, err error) {
+	if !local {
+		if _, err := s.call(ctx, nil); err != nil {
+			return nil, err
+		}
+	}
+	return v, s.n.do(ctx, func() error {
+		if s.n.rn == nil {
+			return errNotInitialized
+		}
+		v = open(s.n.store)
+		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
+		return nil
+	})
+}
+
 // List implements KVService.
 func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListResponse, error) {
 	if req.Limit > maxListItems {
@@ -306,20 +328,7 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 			return nil, invalid(field, "it has %d bytes, the limit is %d", len(v), maxKeyBytes)
 		}
 	}
-	if !req.Local {
-		if _, err := s.call(ctx, nil); err != nil {
-			return nil, err
-		}
-	}
-	var v *view
-	err := s.n.do(ctx, func() error {
-		if s.n.rn == nil {
-			return errNotInitialized
-		}
-		v = s.n.store.openKeys()
-		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
-		return nil
-	})
+	v, err := s.openView(ctx, req.Local, (*store).openKeys)
 	if err != nil {
 		return nil, err
 	}

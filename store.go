@@ -485,6 +485,12 @@ func (v *view) writeTo(to io.Writer) error {
 
 // readSnapshot reads a snapshot into a new store, or says why it is none.
 func readSnapshot(r io.Reader) (*store, error) {
+	return scanSnapshot(r, func(s *store, it keyItem, _ uint64) { s.set(it.key, it.item) })
+}
+
+// scanSnapshot gives the keys of a snapshot, and how many there shall be, to
+// take, and all else to a new store.
+func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, error) {
 	frames := newFrameReader(r)
 	br := bufio.NewReaderSize(frames, 64<<10)
 	next := func() (*kvpb.SnapshotRecord, error) {
@@ -502,28 +508,28 @@ func readSnapshot(r io.Reader) (*store, error) {
 	if err := s.restoreHeader(header); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
-	for last := uint64(0); ; {
+	keys, shard, last := uint64(0), uint64(0), ""
+	for {
 		rec, err := next()
 		if err != nil {
 			return nil, err
 		}
 		switch rec := rec.Record.(type) {
 		case *kvpb.SnapshotRecord_Session:
-			if err := s.restoreSession(rec.Session); err != nil {
-				return nil, fmt.Errorf("snapshot: session %d: %w", len(s.sessions)+1, err)
+			if err := s.restoreSession(rec.Session); err != nil || keys > 0 {
+				return nil, fmt.Errorf("snapshot: session %d: %w", len(s.sessions)+1, cmp.Or(err, errors.New("it follows a key")))
 			}
 		case *kvpb.SnapshotRecord_KeyValue:
-			kv := rec.KeyValue
-			if kv.Key == "" || kv.Version == 0 || kv.Version > s.version || shardOf(kv.Key) < last {
-				return nil, fmt.Errorf("snapshot: key %d is invalid or out of place", s.keys+1)
+			kv, before := rec.KeyValue, shard
+			shard = shardOf(kv.Key)
+			if kv.Key == "" || kv.Version == 0 || kv.Version > s.version || shard < before || shard == before && kv.Key <= last {
+				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
 			}
-			last = shardOf(kv.Key)
-			if s.set(kv.Key, item{kv.Value, kv.Version}) {
-				return nil, fmt.Errorf("snapshot: key %d stands there twice", s.keys)
-			}
+			keys, last = keys+1, kv.Key
+			take(s, keyItem{kv.Key, item{kv.Value, kv.Version}}, header.Keys)
 		case *kvpb.SnapshotRecord_Footer:
-			if n := uint64(len(s.sessions)); rec.Footer.Keys != s.keys || header.Keys != s.keys || header.Sessions != n {
-				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, s.keys, header.Sessions, header.Keys, rec.Footer.Keys)
+			if n := uint64(len(s.sessions)); rec.Footer.Keys != keys || header.Keys != keys || header.Sessions != n {
+				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
 			}
 			if _, err := br.ReadByte(); err != io.EOF {
 				return nil, fmt.Errorf("snapshot: something follows its footer: %v", err)
@@ -568,7 +574,7 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 }
 
 func (s *store) restoreSession(m *kvpb.Session) error {
-	if m.Id == 0 || m.Id > s.version || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions || s.keys > 0 {
+	if m.Id == 0 || m.Id > s.version || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions {
 		return errors.New("its id is invalid, or it is out of place")
 	}
 	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}
