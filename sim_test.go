@@ -48,6 +48,7 @@ var (
 	simSeeds = flag.Int("sim.seeds", 16, "how many seeds TestSimulate runs")
 	simSteps = flag.Int("sim.steps", 8000, "how many steps of each seed it runs before all faults end")
 	simSeed  = flag.Uint64("sim.seed", 1, "the first seed")
+	simBugs  = flag.Int("sim.bugs", 200, "how many seeds TestSimulatorFindsBugs runs for each; from 1000 on also for the one that is rare")
 	simTrace = flag.Bool("sim.trace", false, "print the whole trace")
 )
 
@@ -100,6 +101,12 @@ type simConfig struct {
 	twice     bool // batches are applied as often as they come
 	ackUnsync bool // what depends on the disk does not wait for it
 	dropVote  bool // the hard state does not get to the disk
+	noVote    bool // the vote does not get to the disk
+	hasty     bool // a read is answered before what it has to see is applied
+	early     bool // a leader asks raft before it has applied an entry of its term
+	byIndex   bool // a write is acknowledged for the next entry, whosever that is
+	wrongConf bool // snapshots come without a voter
+	again     bool // snapshots say that they end an entry earlier than they do
 	strangers bool // snapshots come without the sessions
 	careless  bool // a write is applied as often as it comes
 	sameCount bool // all writes of an entry have one version
@@ -370,7 +377,12 @@ func (s *sim) start(st *site) {
 	}
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
-	p.n.onApply = func(e *raftpb.Entry) { p.fresh[e.GetIndex()] = e }
+	p.n.onApply = func(e *raftpb.Entry) {
+		p.fresh[e.GetIndex()] = e
+		if s.cfg.byIndex {
+			p.acknowledge(e)
+		}
+	}
 	p.n.store.sessionLimit, p.n.store.answerLimit, p.n.store.sameVersion = s.cfg.sessions, s.cfg.answers, s.cfg.sameCount
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
@@ -470,6 +482,7 @@ func (p *proc) turn(ticks int) {
 		}
 	}
 	p.n.turn(in)
+	p.readBadly()
 	p.inTurn = false
 	if n := p.n; n.err == errRemoved || n.err != nil && p.broken {
 		p.giveUp()
@@ -478,6 +491,39 @@ func (p *proc) turn(ticks int) {
 	p.check()
 	p.poll()
 	p.startWriting()
+}
+
+// readBadly plants the bugs of reading.
+func (p *proc) readBadly() {
+	n := p.n
+	if p.s.cfg.hasty {
+		for _, r := range n.confirmed {
+			for _, c := range r.calls {
+				n.finish(c, outcome{})
+			}
+		}
+		n.confirmed = nil
+	}
+	if p.s.cfg.early && n.rn != nil && n.role == raft.StateLeader && !n.leads() && n.round == nil && len(n.reads) > 0 {
+		term := n.store.term
+		n.store.term = n.term // as if
+		n.askRead()
+		n.store.term = term
+		p.s.after(0, p, p.wake)
+	}
+}
+
+// acknowledge takes another node's entry for that of the writes in flight.
+func (p *proc) acknowledge(e *raftpb.Entry) {
+	n := p.n
+	var b kvpb.Batch
+	if n.own == nil || !n.own.sent || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.raftID {
+		return
+	}
+	for i, c := range n.own.calls {
+		n.finish(c, outcome{result: result{version: n.store.version + 1 + uint64(i)}})
+	}
+	n.own = nil
 }
 
 // openDisk opens the process's data directory.
@@ -536,6 +582,9 @@ func (p *proc) write() {
 	for _, j := range p.disk.queue {
 		if s.cfg.dropVote {
 			j.batch.HardState = nil
+		}
+		if h := j.batch.HardState; h != nil && s.cfg.noVote {
+			h.Vote = 0
 		}
 		w.HardState = cmp.Or(j.batch.HardState, w.HardState)
 		if j.batch.Discards {
@@ -1243,6 +1292,13 @@ func (t *transfer) install() {
 	}
 	if s.cfg.forget {
 		clear(st.proposers)
+	}
+	if v := st.conf.Voters; s.cfg.wrongConf && len(v) > 1 {
+		st.conf.Voters = v[:len(v)-1]
+		delete(st.members, v[len(v)-1])
+	}
+	if s.cfg.again && st.index > 2 {
+		st.index--
 	}
 	if s.cfg.strangers {
 		clear(st.sessions)
@@ -2526,10 +2582,11 @@ func TestSameRaftIDLosesWrite(t *testing.T) {
 
 // TestSimulatorFindsBugs plants bugs and sees that they are found (I10).
 func TestSimulatorFindsBugs(t *testing.T) {
-	for _, tt := range []struct {
+	type bug struct {
 		name  string
 		plant func(*simConfig)
-	}{
+	}
+	bugs := []bug{
 		{"a raft ID used again", func(c *simConfig) { c.reuseID = true }},
 		{"a read without ReadIndex", func(c *simConfig) { c.readNow = true }},
 		{"a write acknowledged when it is proposed", func(c *simConfig) { c.ackEarly = true }},
@@ -2537,13 +2594,31 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"batches applied again", func(c *simConfig) { c.twice = true }},
 		{"answers before the disk has synced", func(c *simConfig) { c.ackUnsync, c.durable = true, 1 }},
 		{"a hard state that does not get to the disk", func(c *simConfig) { c.dropVote, c.durable = true, 1 }},
+		{"a vote that does not get to the disk", func(c *simConfig) { c.noVote, c.durable = true, 1 }},
+		{"a read answered before it is applied", func(c *simConfig) { c.hasty = true }},
+		{"a read of a leader that is not sure of its commits", func(c *simConfig) {
+			c.early, c.durable, c.voters, c.faults = true, 1, 1, append(c.faults, "kill", "power")
+		}},
+		{"a write acknowledged for another's entry", func(c *simConfig) { c.byIndex = true }},
+		{"snapshots without a voter", func(c *simConfig) { c.wrongConf = true }},
+		{"snapshots whose last entry is applied again", func(c *simConfig) { c.again = true }},
 		{"snapshots without sessions", func(c *simConfig) { c.strangers = true }},
 		{"a retry applied twice", func(c *simConfig) { c.careless = true }},
 		{"writes of one entry with one version", func(c *simConfig) { c.sameCount = true }},
-	} {
+	}
+	if *simBugs >= 1000 {
+		// A vote for entries that a disk has not written yet, and loses, counts in
+		// the next life: the disk must stall for an election timeout.
+		bugs = append(bugs, bug{"a message that reaches the next life", func(c *simConfig) {
+			c.steps, c.crossLife, c.late, c.reorder, c.durable, c.nodes, c.voters, c.election = 20000, true, 1, true, 1, 3, 3, 10
+			c.disk, c.latency, c.spike, c.loss, c.think, c.outage, c.faultEvery, c.adminEvery = 6, 1, .2, 0, .5, 3, 20, 1e9
+			c.faults = []string{"power", "power", "stall", "kill"}
+		}})
+	}
+	for _, tt := range bugs {
 		t.Run(tt.name, func(t *testing.T) {
-			for seed := range uint64(200) {
-				if _, err := simulate(t, seed+1, 4000, nil, tt.plant); err != nil {
+			for seed := range uint64(*simBugs) {
+				if _, err := simulate(t, seed+1, 6000, nil, tt.plant); err != nil {
 					t.Logf("found with %d seeds: %s", seed+1, strings.SplitN(err.Error(), "\n", 2)[0])
 					return
 				}
