@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"io"
@@ -16,8 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/hpack"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -26,10 +23,28 @@ import (
 // rude is an HTTP/2 connection that does as it likes.
 type rude struct {
 	net.Conn
-	fr   *http2.Framer
-	enc  *hpack.Encoder
-	buf  bytes.Buffer
 	next uint32
+}
+
+// Frames of HTTP/2 (RFC 9113, section 6), and their flags.
+const (
+	frameData, frameHeaders, frameReset, frameSettings, framePing, frameContinuation = 0, 1, 3, 4, 6, 9
+
+	flagEnd, flagAck, flagEndHeaders = 1, 1, 4
+)
+
+func (r *rude) frame(kind, flags byte, stream uint32, data []byte) error {
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(data))<<8|uint32(kind))
+	b = binary.BigEndian.AppendUint32(append(b, flags), stream)
+	_, err := r.Write(append(b, data...))
+	return err
+}
+
+func (r *rude) data(stream uint32, end bool, data []byte) error {
+	if end {
+		return r.frame(frameData, flagEnd, stream, data)
+	}
+	return r.frame(frameData, 0, stream, data)
 }
 
 func dialRude(address string) (*rude, error) {
@@ -37,16 +52,17 @@ func dialRude(address string) (*rude, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &rude{Conn: conn, fr: http2.NewFramer(conn, conn), next: 1}
-	r.enc = hpack.NewEncoder(&r.buf)
+	r := &rude{Conn: conn, next: 1}
 	_ = conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
-	if _, err = io.WriteString(conn, http2.ClientPreface); err == nil {
-		err = r.fr.WriteSettings()
+	if _, err = io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"); err == nil {
+		err = r.frame(frameSettings, 0, 0, nil)
 	}
-	for err == nil {
-		var f http2.Frame
-		if f, err = r.fr.ReadFrame(); err == nil && f.Header().Type == http2.FrameSettings {
-			err = r.fr.WriteSettingsAck()
+	for header := make([]byte, 9); err == nil; {
+		if _, err = io.ReadFull(conn, header); err == nil {
+			_, err = io.CopyN(io.Discard, conn, int64(binary.BigEndian.Uint32(header)>>8))
+		}
+		if err == nil && header[3] == frameSettings {
+			err = r.frame(frameSettings, flagAck, 0, nil)
 			break
 		}
 	}
@@ -62,22 +78,34 @@ func dialRude(address string) (*rude, error) {
 
 // call begins a call: its headers, and the length of its message.
 func (r *rude) call(method string, length int, more ...string) (stream uint32, err error) {
-	r.buf.Reset()
+	var block []byte // HPACK: literal fields that are not to be remembered (RFC 7541, section 6.2.2)
+	text := func(s string) {
+		if n := len(s); n < 127 {
+			block = append(block, byte(n))
+		} else {
+			block = binary.AppendUvarint(append(block, 127), uint64(n-127))
+		}
+		block = append(block, s...)
+	}
 	fields := append([]string{":method", "POST", ":scheme", "http", ":path", method, ":authority", "x", "content-type", "application/grpc", "te", "trailers"}, more...)
-	for i := 0; i < len(fields); i += 2 {
-		_ = r.enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	for i, f := range fields {
+		if i%2 == 0 {
+			block = append(block, 0)
+		}
+		text(f)
 	}
 	stream, r.next = r.next, r.next+2
-	block := slices.Clone(r.buf.Bytes())
-	first := block[:min(len(block), 16<<10)]
-	err = r.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: first, EndHeaders: len(first) == len(block)})
-	for block = block[len(first):]; len(block) > 0 && err == nil; {
+	for kind := byte(frameHeaders); (kind == frameHeaders || len(block) > 0) && err == nil; kind = frameContinuation {
 		part := block[:min(len(block), 16<<10)]
 		block = block[len(part):]
-		err = r.fr.WriteContinuation(stream, len(block) == 0, part)
+		flags := byte(0)
+		if len(block) == 0 {
+			flags = flagEndHeaders
+		}
+		err = r.frame(kind, flags, stream, part)
 	}
 	if err == nil && length >= 0 {
-		err = r.fr.WriteData(stream, false, binary.BigEndian.AppendUint32([]byte{0}, uint32(length)))
+		err = r.data(stream, false, binary.BigEndian.AppendUint32([]byte{0}, uint32(length)))
 	}
 	return stream, err
 }
@@ -118,7 +146,7 @@ var abuses = []abuse{
 		for range 500 {
 			s, err := r.call(setMethod, 1<<20)
 			for i := 0; i < 3 && err == nil; i++ { // within a window of 64 KiB
-				err = r.fr.WriteData(s, false, chunk)
+				err = r.data(s, false, chunk)
 			}
 			if err != nil {
 				break
@@ -138,7 +166,7 @@ var abuses = []abuse{
 		for range 5 {
 			s, err := r.call(setMethod, maxMessageBytes)
 			for i := 0; i < 250 && err == nil; i++ { // nearly all of it
-				err = r.fr.WriteData(s, false, chunk)
+				err = r.data(s, false, chunk)
 			}
 			if err != nil {
 				break
@@ -158,7 +186,7 @@ var abuses = []abuse{
 		for range 1000 {
 			s, err := r.call(getMethod, len(req))
 			if err == nil {
-				err = r.fr.WriteData(s, true, req)
+				err = r.data(s, true, req)
 			}
 			if err != nil {
 				break
@@ -194,10 +222,10 @@ var abuses = []abuse{
 			for range 100 {
 				s, err := r.call(setMethod, 100)
 				if err == nil {
-					err = r.fr.WriteRSTStream(s, http2.ErrCodeCancel)
+					err = r.frame(frameReset, 0, s, []byte{0, 0, 0, 8}) // CANCEL
 				}
 				if err == nil {
-					err = r.fr.WritePing(false, [8]byte{})
+					err = r.frame(framePing, 0, 0, make([]byte, 8))
 				}
 				if err != nil {
 					break
@@ -220,7 +248,7 @@ var abuses = []abuse{
 		for ctx.Err() == nil && err == nil {
 			var s uint32
 			if s, err = r.call(setMethod, 1<<30); err == nil {
-				err = r.fr.WriteData(s, false, chunk)
+				err = r.data(s, false, chunk)
 			}
 			begun()
 			sleep(ctx, time.Millisecond)
@@ -240,7 +268,7 @@ var abuses = []abuse{
 				req, _ := proto.Marshal(&kvpb.StreamRequest{Hello: &kvpb.Hello{From: &kvpb.Peer{Node: &kvpb.Node{Id: id, Address: "127.0.0.1:1"}, RaftId: id, Life: id}, To: &kvpb.Peer{}}})
 				var s uint32
 				if s, err = r.call(kvpb.RaftService_Stream_FullMethodName, len(req)); err == nil {
-					err = r.fr.WriteData(s, false, req) // and the stream stays open
+					err = r.data(s, false, req) // and the stream stays open
 				}
 			}
 			stop()
@@ -256,7 +284,7 @@ var abuses = []abuse{
 		}
 		s, err := r.call(setMethod, 100)
 		for i := 0; i < 90 && ctx.Err() == nil && err == nil; i++ {
-			err = r.fr.WriteData(s, false, []byte{0})
+			err = r.data(s, false, []byte{0})
 			begun()
 			sleep(ctx, time.Second)
 		}
