@@ -155,7 +155,7 @@ func (c *peerCheck) checkProposal(m *raftpb.Message) error {
 	if n := len(e.GetData()); n == 0 || n > maxEntryBytes+maxWriteBytes {
 		return fmt.Errorf("its entry has %d bytes", n)
 	}
-	b, err := parseBatch(e.GetData()) // or every node would stop when it applies it
+	b, err := parseBatch(e.GetData(), nil) // or every node would stop when it applies it
 	if err == nil && (b.proposer != m.GetFrom() || b.sequence == 0 || len(b.writes) == 0) {
 		err = errors.New("its batch is not its sender's, or empty")
 	}

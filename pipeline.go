@@ -4,7 +4,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"io"
 	"slices"
@@ -52,8 +51,7 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 // group is the operations of one request. The loop counts left down.
 type group struct {
 	ops   []kvOp
-	errs  []error // of those that are not valid
-	calls []call
+	calls []call // out has the error of one that is not valid
 	bytes int
 	left  int
 	done  chan struct{}
@@ -61,24 +59,23 @@ type group struct {
 
 // newGroup parses a PipelineRequest. The operations are parts of it.
 func newGroup(m []byte) (*group, error) {
-	g := &group{bytes: len(m), done: make(chan struct{})}
-	for len(m) > 0 {
-		num, typ, n := protowire.ConsumeTag(m)
-		if n < 0 || num != 1 || typ != protowire.BytesType {
-			return nil, errMalformed
-		}
-		b, size := protowire.ConsumeBytes(m[n:])
-		if size < 0 || len(g.ops) == maxPipelineCalls {
+	n := 0
+	for rest := m; len(rest) > 0; n++ {
+		num, typ, size := protowire.ConsumeField(rest)
+		if size < 0 || num != 1 || typ != protowire.BytesType || n == maxPipelineCalls {
 			return nil, invalid("operations", "it is malformed, or there are more than %d", maxPipelineCalls)
 		}
-		m = m[n+size:]
-		o, err := parseOperation(b)
-		g.ops, g.errs = append(g.ops, o), append(g.errs, err)
+		rest = rest[size:]
 	}
-	g.calls = make([]call, len(g.ops))
-	for i, o := range g.ops {
-		if g.calls[i].group = g; o.kind != opGet {
-			g.calls[i].record = o.raw
+	g := &group{ops: make([]kvOp, n), calls: make([]call, n), bytes: len(m), done: make(chan struct{})}
+	for i := range g.ops {
+		_, _, tag := protowire.ConsumeTag(m)
+		b, size := protowire.ConsumeBytes(m[tag:])
+		m = m[tag+size:]
+		o, c := &g.ops[i], &g.calls[i]
+		*o, c.out.err = parseOperation(b)
+		if c.group = g; o.kind != opGet {
+			c.record = b
 		}
 	}
 	return g, nil
@@ -86,9 +83,9 @@ func newGroup(m []byte) (*group, error) {
 
 // start leaves the group's calls in the inbox.
 func (g *group) start(in *inbox) {
-	var calls []*call
+	calls := make([]*call, 0, len(g.calls))
 	for i := range g.calls {
-		if g.errs[i] == nil && !g.ops[i].local {
+		if g.calls[i].out.err == nil && !g.ops[i].local {
 			calls = append(calls, &g.calls[i])
 		}
 	}
@@ -176,11 +173,10 @@ func (p *pipeline) answer(g *group) error {
 	case <-p.stream.Context().Done():
 		return status.FromContextError(p.stream.Context().Err()).Err()
 	}
-	var b []byte
-	var result [64]byte
+	b, result := make([]byte, 0, 16*len(g.ops)), make([]byte, 0, 64)
 	for i := range g.ops {
 		b = protowire.AppendTag(b, 1, protowire.BytesType)
-		b = protowire.AppendBytes(b, p.s.appendResult(result[:0], &g.ops[i], cmp.Or(g.errs[i], g.calls[i].out.err), g.calls[i].out.result))
+		b = protowire.AppendBytes(b, p.s.appendResult(result, &g.ops[i], g.calls[i].out.err, g.calls[i].out.result))
 		if len(b) > answerBytes || i == len(g.ops)-1 {
 			if err := p.stream.SendMsg(&wireBytes{b}); err != nil {
 				return err

@@ -155,9 +155,11 @@ type batch struct {
 	writes             []kvOp
 }
 
-// parseBatch parses the data of an entry and checks each write. There is a
-// limit to what it allocates: a write has four bytes at least.
-func parseBatch(data []byte) (b batch, err error) {
+// parseBatch parses the data of an entry and checks each write. It may put the
+// writes into room. There is a limit to what it allocates: a write has four
+// bytes at least.
+func parseBatch(data []byte, room []kvOp) (b batch, err error) {
+	b.writes = room[:0]
 	for len(data) > 0 && err == nil {
 		num, typ, n := protowire.ConsumeTag(data)
 		if n < 0 {

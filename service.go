@@ -46,6 +46,9 @@ const (
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
 	maxStreamsPerConnection = 1024
+	// streamWorkers keep their stacks from call to call: a new goroutine grows its
+	// own first. Calls beyond them get new ones.
+	streamWorkers = 1024
 	// maxHeaderBytes bounds the metadata of a call.
 	maxHeaderBytes = 16 << 10
 	// adminTimeout bounds requests of ClusterService that have no deadline.
@@ -170,6 +173,7 @@ func newServer(n *node, nw *network) *server {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.ConnectionTimeout(helloTimeout),
+		grpc.NumStreamWorkers(streamWorkers),
 	)
 	kvpb.RegisterKVServiceServer(s.grpc, s)
 	kvpb.RegisterClusterServiceServer(s.grpc, s)

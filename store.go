@@ -37,6 +37,8 @@ const (
 	// maxRecordBytes is the largest record that a snapshot may hold: a key and
 	// a value at their limits, or a header with maxRemoved removed members.
 	maxRecordBytes = 4 << 20
+	// maxRoom is for how many writes of an entry memory is kept.
+	maxRoom = 16 << 10
 )
 
 // item is a value and the version of the write that set it.
@@ -96,6 +98,7 @@ type store struct {
 	// writes of an entry share a version.
 	sessionLimit, answerLimit int
 	sameVersion               bool
+	room                      []kvOp // for the writes of an entry
 
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
@@ -157,7 +160,7 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	if len(data) == 0 {
 		return 0, 0, nil, nil // the first entry of a term
 	}
-	b, err := parseBatch(data)
+	b, err := parseBatch(data, s.room)
 	if err != nil {
 		return 0, 0, nil, fmt.Errorf("%w: if this node is older than its cluster, start a newer one", err)
 	}
@@ -172,6 +175,9 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 			s.version--
 		}
 		results[i] = s.applyOnce(&b.writes[i])
+	}
+	if clear(b.writes); cap(b.writes) <= maxRoom {
+		s.room = b.writes
 	}
 	return b.proposer, b.sequence, results, nil
 }
@@ -192,7 +198,10 @@ func (s *store) applyOnce(w *kvOp) outcome {
 	if highest > limit && w.sequence <= highest-limit {
 		return outcome{err: errSequenceTooOld}
 	}
-	i, found := slices.BinarySearchFunc(ses.answers, w.sequence, func(a firstAnswer, sequence uint64) int { return cmp.Compare(a.sequence, sequence) })
+	i, found := len(ses.answers), false
+	if w.sequence <= highest { // most are above
+		i, found = slices.BinarySearchFunc(ses.answers, w.sequence, func(a firstAnswer, sequence uint64) int { return cmp.Compare(a.sequence, sequence) })
+	}
 	if found {
 		return outcome{result: ses.answers[i].result}
 	}

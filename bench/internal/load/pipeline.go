@@ -117,7 +117,7 @@ func (r *run) streams(ctx context.Context, client int) {
 // Beside it a goroutine receives.
 func (r *run) stream(ctx context.Context, client int) bool {
 	k := r.target.(*KV)
-	s, err := k.stub(client).Pipeline(ctx)
+	s, err := k.stub(client).Pipeline(ctx, onWire)
 	if err != nil {
 		r.record(time.Now(), time.Now(), err)
 		return false
@@ -129,7 +129,6 @@ func (r *run) stream(ctx context.Context, client int) bool {
 	defer func() { _ = s.CloseSend() }()
 	rng := rand.New(rand.NewPCG(uint64(client), 0))
 	atOnce := max(1, maxRequestBytes/(r.KeySize+len(r.Value)+64))
-	req := &kvpb.PipelineRequest{}
 	for due := []time.Time(nil); ; {
 		n := min(w.room(), atOnce)
 		if n == 0 {
@@ -138,37 +137,36 @@ func (r *run) stream(ctx context.Context, client int) bool {
 		if due = r.next(ctx, n, due[:0]); len(due) == 0 {
 			return true
 		}
-		req.Operations = req.Operations[:0]
+		req := &wire{make([]byte, 0, len(due)*(r.KeySize+len(r.Value)+64))} // gRPC's, once it is sent
+		n = 0
 		for range due {
 			if op, ok := r.operation(rng); ok {
-				req.Operations = append(req.Operations, k.operation(client, op))
+				req.b = k.appendOperation(req.b, client, op)
+				n++
 			}
 		}
-		if len(req.Operations) == 0 {
+		if n == 0 {
 			return true
 		}
-		w.push(due[:len(req.Operations)])
-		if s.Send(req) != nil {
+		w.push(due[:n])
+		if s.SendMsg(req) != nil {
 			return false // the receiver has the reason
 		}
 	}
-}
-
-// operation is an operation in a pipeline.
-func (k *KV) operation(client int, op Operation) *kvpb.Operation {
-	if op.Set {
-		return &kvpb.Operation{Operation: &kvpb.Operation_Set{Set: &kvpb.SetRequest{Key: op.Key, Value: op.Value, RequestId: k.requestID(client)}}}
-	}
-	return &kvpb.Operation{Operation: &kvpb.Operation_Get{Get: &kvpb.GetRequest{Key: op.Key, Local: k.Local}}}
 }
 
 // receive counts the answers of a stream until it ends.
 func (r *run) receive(s kvpb.KVService_PipelineClient, w *window) {
 	var due []time.Time
 	for {
-		resp, err := s.Recv()
+		var m wire
+		err := s.RecvMsg(&m)
+		n := 0
 		if err == nil {
-			due, err = w.pop(len(resp.Results), due[:0])
+			n, err = eachResult(m.b, func([]byte) {})
+		}
+		if err == nil {
+			due, err = w.pop(n, due[:0])
 		}
 		if err != nil {
 			for range w.fail(err) {
@@ -176,12 +174,12 @@ func (r *run) receive(s kvpb.KVService_PipelineClient, w *window) {
 			}
 			return
 		}
-		now, failed := time.Now(), false
-		for i, result := range resp.Results {
-			err := resultError(result)
+		now, i, failed := time.Now(), 0, false
+		_, _ = eachResult(m.b, func(result []byte) {
+			err := wireError(result)
 			r.record(due[i], now, err)
-			failed = failed || err != nil
-		}
+			i, failed = i+1, failed || err != nil
+		})
 		if failed && r.pace == nil {
 			time.Sleep(pause)
 		}
