@@ -312,7 +312,7 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		return false, err
 	}
 	changes, err := n.changesTo(want, req)
-	if err != nil && n.now-n.leadHeard <= uint64(n.electionTicks()) {
+	if err != nil && n.now-n.leadHeard <= n.electionTicks() {
 		return false, nil // a leader that is new has not heard from everybody yet
 	}
 	if err != nil || len(changes) == 0 {
@@ -417,7 +417,7 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 		return true, nil
 	}
 	if n.role != raft.StateLeader {
-		if n.lead == 0 && *start != 0 && n.now-*start < 2*uint64(n.electionTicks()) {
+		if n.lead == 0 && *start != 0 && n.now-*start < 2*n.electionTicks() {
 			return false, nil // the election that was asked for
 		}
 		return false, errNotLeader
@@ -429,7 +429,7 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	if !n.isVoter(ids[0]) {
 		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
 	}
-	if !n.connected[ids[0]] || *start != 0 && n.now-*start > 2*uint64(n.electionTicks()) {
+	if !n.connected[ids[0]] || *start != 0 && n.now-*start > 2*n.electionTicks() {
 		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 			fmt.Sprintf("node %d does not answer, or did not take over", nodeID))
 	}
@@ -522,7 +522,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 // mayChange reports whether a change of membership or leadership may start.
 // One that was lost without a word blocks others for an election timeout only.
 func (n *node) mayChange() bool {
-	return n.leads() && !isJoint(n.store.conf) && (n.changeAt == 0 || n.now-n.changeAt > uint64(n.electionTicks()))
+	return n.leads() && !isJoint(n.store.conf) && (n.changeAt == 0 || n.now-n.changeAt > n.electionTicks())
 }
 
 // proposeChange proposes a change of the configuration. Whether it was applied

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -67,13 +68,14 @@ type transport interface {
 // proposal is this node's own entry in flight. There is one at most: what is
 // written meanwhile forms the next.
 type proposal struct {
-	sequence   uint64
-	data       []byte
-	calls      []*call
-	sent       bool   // raft took it
-	lead, term uint64 // under whom it was sent
-	tick       uint64 // when it was sent or refused
+	sequence uint64
+	data     []byte
+	calls    []*call
+	again    uint64 // tick from which it is to be proposed, again perhaps
 }
+
+// never is a tick, and an index, that does not come.
+const never = math.MaxUint64
 
 // readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
 type readRound struct {
@@ -253,7 +255,7 @@ func randomID() uint64 {
 func (n *node) start() error {
 	rn, err := raft.NewRawNode(&raft.Config{
 		ID:                        n.raftID,
-		ElectionTick:              n.electionTicks(),
+		ElectionTick:              int(n.electionTicks()),
 		HeartbeatTick:             ticksPerHeartbeat,
 		Storage:                   n.raft,
 		Applied:                   n.store.index,
@@ -275,9 +277,9 @@ func (n *node) start() error {
 
 func (n *node) tickDuration() time.Duration { return n.opts.heartbeat / ticksPerHeartbeat }
 
-func (n *node) electionTicks() int { return int(n.opts.election / n.tickDuration()) }
-
 func (n *node) ticksOf(d time.Duration) uint64 { return uint64(d / n.tickDuration()) }
+
+func (n *node) electionTicks() uint64 { return n.ticksOf(n.opts.election) }
 
 // bootstrap makes this node a cluster of itself alone. Index 1, so that
 // whoever joins gets a snapshot, and with it the cluster's id.
@@ -372,7 +374,7 @@ func (n *node) tick() {
 	}
 	n.rn.Tick()
 	// A learner never campaigns, so raft lets it keep a dead leader for ever.
-	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*uint64(n.electionTicks()) {
+	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*n.electionTicks() {
 		_ = n.rn.ForgetLeader()
 	}
 	if n.campaignAt != 0 && n.now >= n.campaignAt {
@@ -382,13 +384,8 @@ func (n *node) tick() {
 			_ = n.rn.Campaign()
 		}
 	}
-	if n.round != nil && n.now-n.round.tick > uint64(n.electionTicks())/2 {
+	if n.round != nil && n.now-n.round.tick > n.electionTicks()/2 {
 		n.retryReads() // the request or its answer was lost
-	}
-	// What was handed to another leader can be lost without a word. A leader's
-	// own cannot.
-	if p := n.own; p != nil && (!p.sent || n.lead != n.raftID) && n.now-p.tick > uint64(n.electionTicks()) {
-		p.sent = false
 	}
 	if n.now%ticksPerHeartbeat == 0 {
 		n.commitAt[2], n.commitAt[1], n.commitAt[0] = n.commitAt[1], n.commitAt[0], n.rn.BasicStatus().GetCommit()
@@ -675,6 +672,9 @@ func (n *node) syncSoftState() {
 		n.caughtUp, n.heldReads, n.changeAt = false, nil, 0
 		n.leadHeard = n.now
 		n.retryReads()
+		if n.own != nil {
+			n.own.again = n.now
+		}
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
 			n.reads = append(n.reads, &call{since: n.clock, fn: func() { n.caughtUp = true }})
@@ -960,20 +960,22 @@ func (n *node) propose() {
 		n.own = n.nextProposal()
 	}
 	p := n.own
-	if p == nil || n.lead == 0 || p.sent && p.lead == n.lead && p.term == n.term {
+	if p == nil || n.lead == 0 || n.now < p.again {
 		return
 	}
-	if !p.sent && p.tick == n.now && p.lead == n.lead {
-		return // refused in this tick already
+	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
+		p.again = n.now + 1
+	} else if n.lead == n.raftID {
+		p.again = never // it is lost only if leadership is: then syncSoftState says so
+	} else {
+		p.again = n.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
 	}
-	p.lead, p.term, p.tick = n.lead, n.term, n.now
-	p.sent = n.rn.Propose(p.data) == nil // refused during a transfer, or if too much is uncommitted
 }
 
 // nextProposal forms an entry of the writes at the head of the queue.
 func (n *node) nextProposal() *proposal {
 	n.sequence++
-	p := &proposal{sequence: n.sequence, lead: ^uint64(0)}
+	p := &proposal{sequence: n.sequence}
 	size, i := 0, 0
 	for ; i < len(n.writes); i++ {
 		c := n.writes[i]
@@ -1340,13 +1342,13 @@ func (n *node) peerDown(raftID uint64, lost bool, cause error) {
 // others, who hear of it, keep an election from succeeding. Voters take turns,
 // so as not to split the vote.
 func (n *node) leaderLost() {
-	rank := 0
+	rank := uint64(0)
 	for _, id := range n.store.conf.GetVoters() {
 		if id < n.raftID && id != n.lead {
 			rank++
 		}
 	}
-	n.campaignAt = n.now + 1 + uint64(rank*n.electionTicks()/10)
+	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
 	_ = n.rn.ForgetLeader()
 }
 
