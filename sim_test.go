@@ -517,7 +517,7 @@ func (p *proc) readBadly() {
 func (p *proc) acknowledge(e *raftpb.Entry) {
 	n := p.n
 	var b kvpb.Batch
-	if n.own == nil || !n.own.sent || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.raftID {
+	if n.own == nil || n.now >= n.own.again || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.raftID {
 		return
 	}
 	for i, c := range n.own.calls {
