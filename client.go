@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net"
 	"os"
@@ -540,7 +541,12 @@ func (c *client) restore(context.Context) error {
 		return err
 	}
 	defer f.Close()
-	s, err := restore(osFS{}, c.dataDir, c.node, func() (*store, error) {
+	d, err := openDisk(osFS{}, c.dataDir, defaultOptions().logBytes, slog.New(slog.NewTextHandler(c.stderr, nil)))
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	s, err := d.restore(c.node, func() (*store, error) {
 		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set(it.key, it.item) }))
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), err)

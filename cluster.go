@@ -458,8 +458,10 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 			return stream.Send(&kvpb.BackupResponse{Data: b})
 		}))
 	})
-	if err != nil && errorReason(err) == "" { // it was cut short
-		err = cmp.Or(s.net.ctx.Err(), context.DeadlineExceeded)
+	if s.net.ctx.Err() != nil {
+		err = errStopping
+	} else if err != nil && errorReason(err) == "" {
+		err = fmt.Errorf("the caller does not read: %w", context.DeadlineExceeded)
 	}
 	return toStatus(err, false)
 }

@@ -431,13 +431,8 @@ func (d *disk) begin(j diskJob) error {
 // restore makes an empty directory that of a new cluster of one voter. It has
 // the keys, the versions and the sessions of the snapshot that read reads. What
 // a restore that was cut short has left counts as empty.
-func restore(fsys fileSystem, dir string, self *kvpb.Node, read func() (*store, error)) (*store, error) {
-	d, err := openDisk(fsys, dir, defaultOptions().logBytes, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return nil, err
-	}
-	defer d.close()
-	names, err := fsys.readDir(dir)
+func (d *disk) restore(self *kvpb.Node, read func() (*store, error)) (*store, error) {
+	names, err := d.fs.readDir(d.dir)
 	for _, name := range names {
 		if name != "LOCK" && name != "lost+found" && (name == "identity" || !ownName.MatchString(name)) {
 			return nil, d.refuse("it is not empty: there is %s. Nothing was changed", name)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -266,7 +268,6 @@ func TestBrokenNodeServesNobody(t *testing.T) {
 func TestBackup(t *testing.T) {
 	for _, durable := range []bool{false, true} {
 		t.Run(fmt.Sprint("durable=", durable), func(t *testing.T) {
-			t.Parallel()
 			c, dir := newDurable(t, 0)
 			if !durable {
 				c.options = func(o *options) { o.heartbeat, o.election = 20*time.Millisecond, 250*time.Millisecond }
@@ -355,12 +356,16 @@ func TestBackupRefused(t *testing.T) {
 	c := newCluster(t, 2)
 	dir := t.TempDir()
 	file, data := filepath.Join(dir, "backup"), filepath.Join(dir, "data")
+	waited := make(chan string)
+	go func() { // a while, for a leader
+		_, errs := runCommand(t, 1, "", "backup", "--endpoints", c.nodes[2].address, filepath.Join(dir, "other"))
+		waited <- errs
+	}()
 	backup := func(want int, addr string) string {
 		t.Helper()
 		_, errs := runCommand(t, want, "", "backup", "--endpoints", addr, "--timeout", "10s", file)
 		return errs
 	}
-	wantPart(t, backup(1, c.nodes[1].address), "NOT_INITIALIZED")
 	wantPart(t, backup(1, deadAddress(t)), "UNAVAILABLE")
 	c.init(1)
 	c.set(1, "k", "v")
@@ -393,6 +398,7 @@ func TestBackupRefused(t *testing.T) {
 		f.mu.Unlock()
 		wantPart(t, backup(1, f.addr), "snapshot")
 	}
+	wantPart(t, <-waited, "NOT_INITIALIZED")
 	names, err := os.ReadDir(dir)
 	if err != nil || len(names) != 2 { // whole, data
 		t.Fatal(names, err)
@@ -433,6 +439,70 @@ func TestBackupRefused(t *testing.T) {
 	wantPart(t, backup(1, c.nodes[1].address), "OVERLOADED")
 	s.backups.Add(-maxBackups)
 	backup(0, c.nodes[1].address)
+}
+
+// TestClockBackup: a caller who reads slowly gets a backup, one who does not
+// read is given up, and no backup keeps a node from stopping.
+func TestClockBackup(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, b *bubble) {
+		b.fill(1, 40) // more than the windows hold
+		n := b.nodes[1].server
+		open := func() kvpb.ClusterService_BackupClient {
+			s, err := b.nodes[1].Backup(b.ctx, &kvpb.BackupRequest{})
+			if err == nil {
+				_, err = s.Recv()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		rest := func(s kvpb.ClusterService_BackupClient, pause time.Duration) error {
+			for {
+				time.Sleep(pause)
+				if _, err := s.Recv(); err != nil {
+					return err
+				}
+			}
+		}
+		if err := rest(open(), helloTimeout/2); err != io.EOF {
+			t.Errorf("read slowly: %v", err)
+		}
+		s := open()
+		start := time.Now()
+		for n.backups.Load() > 0 {
+			time.Sleep(time.Second)
+		}
+		between(t, "the wait for a caller who does not read", time.Since(start), helloTimeout, helloTimeout+2*time.Second)
+		time.Sleep(time.Second) // for what follows the call's end
+		n.n.store.mu.Lock()
+		if v := len(n.n.store.views); v != 0 {
+			t.Errorf("%d views are open", v)
+		}
+		n.n.store.mu.Unlock()
+		wantError(t, rest(s, 0), codes.DeadlineExceeded, "DEADLINE")
+		s = open()
+		start = time.Now()
+		b.nodes[1].cancel()
+		err := <-b.nodes[1].ended
+		b.nodes[1].ended <- err // for stop
+		between(t, "the stop", time.Since(start), 0, 2*time.Second)
+		wantError(t, rest(s, 0), codes.Unavailable, "STOPPING")
+	})
+}
+
+// TestClockBackupCut: a node that is cut off backs nothing up.
+func TestClockBackupCut(t *testing.T) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
+		_, rest := b.leaderAndRest()
+		b.do(rest[0], cut)
+		s, err := b.nodes[rest[0]].Backup(b.ctx, &kvpb.BackupRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		wantError(t, err, codes.Unavailable, "NO_LEADER")
+		b.do(rest[0], whole)
+	})
 }
 
 func (f *fakeNode) Backup(_ *kvpb.BackupRequest, s kvpb.ClusterService_BackupServer) error {
