@@ -45,7 +45,6 @@ func patient(o *options) { o.election = o.heartbeat * 500 }
 func (c *testCluster) staleView(id uint64, p published) (release func()) {
 	c.t.Helper()
 	release = c.hold(id)
-	p.next = make(chan struct{})
 	c.nodes[id].server.n.pub.Store(&p)
 	return release
 }

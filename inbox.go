@@ -27,7 +27,6 @@ type call struct {
 	done   chan outcome // one slot: the loop never waits
 	group  *group       // in place of done: what it is part of
 	out    outcome      // for the group, once that is done
-	fn     func()       // in place of done: the loop's own reads
 }
 
 // States of a call: the caller may give up a call that is queued, and then

@@ -123,8 +123,7 @@ type node struct {
 	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
 	// gone is whom this node tells that they were removed: it must know so after
 	// a restart, too, or it might need the vote of one that has left for good.
-	gone   []uint64
-	toTell bool // gone has changed
+	gone []uint64
 
 	saving   *view  // a snapshot on its way to the disk
 	savingAt uint64 // logged, when that was opened
@@ -135,7 +134,7 @@ type node struct {
 	role       raft.StateType
 	leadHeard  uint64 // tick of the leader's last message
 	campaignAt uint64 // tick in which to call an election, if there is no leader then; 0: none
-	caughtUp   bool   // a read was released under this leader
+	caughtUpAt uint64 // what this leader had committed when it was first asked; never: it has not answered
 	commitAt   [3]uint64
 
 	lives     map[uint64]uint64   // by raft ID: the life that we talk to
@@ -171,27 +170,29 @@ type openView struct {
 }
 
 // published is what other goroutines may know of the loop's state. It is never
-// changed: next is closed when another takes its place.
+// changed.
 type published struct {
+	glance
+	leader   *kvpb.Node // nil: unknown
+	members  map[uint64]*kvpb.Node
+	removed  []uint64
+	noLeader error // what to say if there is none
+}
+
+// glance is what shows whether anything of it is new.
+type glance struct {
 	clusterID, raftID, life uint64
 	term, lead              uint64
-	leader                  *kvpb.Node // nil: unknown
-	leading                 bool
+	leading, caughtUp       bool
+	lost                    int // members known to have lost their memory
 	conf                    *raftpb.ConfState
-	members                 map[uint64]*kvpb.Node
-	removed                 []uint64
-	caughtUp                bool
-	lost                    int    // voters known to have lost their memory
-	noLeader                error  // what to say if there is none
-	unhealthy               string // why KVService is not SERVING; empty: it is
-	next                    chan struct{}
 }
 
 func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}}
 	n.in.init()
 	n.newLife()
-	n.pub.Store(&published{next: make(chan struct{})})
+	n.pub.Store(&published{})
 	n.publish()
 	return n
 }
@@ -203,7 +204,7 @@ func (n *node) newLife() {
 	n.rn, n.pending = nil, nil
 	n.raft = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
-	n.term, n.lead, n.role, n.caughtUp, n.campaignAt = 0, 0, raft.StateFollower, false, 0
+	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt = 0, 0, raft.StateFollower, never, 0
 	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
 	n.out, n.gone = nil, nil
 }
@@ -458,18 +459,16 @@ func (n *node) expire() {
 
 // finish ends a call, if it has not ended.
 func (n *node) finish(c *call, o outcome) {
-	switch {
-	case c.fn != nil && o.err == nil:
-		c.fn()
-	case c.fn == nil && !c.ended:
-		c.ended = true
-		n.doneCalls++
-		n.doneBytes += len(c.record)
-		if g := c.group; g == nil {
-			c.done <- o
-		} else if c.out, g.left = o, g.left-1; g.left == 0 {
-			close(g.done)
-		}
+	if c.ended {
+		return
+	}
+	c.ended = true
+	n.doneCalls++
+	n.doneBytes += len(c.record)
+	if g := c.group; g == nil {
+		c.done <- o
+	} else if c.out, g.left = o, g.left-1; g.left == 0 {
+		close(g.done)
 	}
 }
 
@@ -669,7 +668,7 @@ func (n *node) syncSoftState() {
 		return
 	}
 	if st.GetTerm() != n.term || st.Lead != n.lead {
-		n.caughtUp, n.heldReads, n.changeAt = false, nil, 0
+		n.caughtUpAt, n.heldReads, n.changeAt = never, nil, 0
 		n.leadHeard = n.now
 		n.retryReads()
 		if n.own != nil {
@@ -677,7 +676,6 @@ func (n *node) syncSoftState() {
 		}
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
-			n.reads = append(n.reads, &call{since: n.clock, fn: func() { n.caughtUp = true }})
 		}
 	}
 	if st.GetTerm() != n.term {
@@ -706,15 +704,10 @@ func (n *node) append(m *raftpb.Message) {
 	if m.Term != nil {
 		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
-	responses, told := m.GetResponses(), func() {}
-	if !raft.IsEmptySnap(snap) {
-		told = n.toldLater()
-	}
 	voted := old.GetTerm() != n.raft.hard.GetTerm() || old.GetVote() != n.raft.hard.GetVote()
 	promises := voted || batch.Discards || len(m.GetEntries()) > 0
 	if n.disk == nil || !promises && n.queued == 0 {
-		told()
-		n.respond(responses, nil) // what is committed, others know too
+		n.respond(m.GetResponses(), nil) // what is committed, others know too
 		return
 	}
 	if promises {
@@ -727,25 +720,19 @@ func (n *node) append(m *raftpb.Message) {
 	if n.saving != nil && n.logged > 4*uint64(n.opts.logBytes) {
 		n.disk.hold(true) // until the snapshot is there
 	}
+	responses := m.GetResponses()
 	lives := make([]uint64, len(responses))
 	for i, r := range responses {
 		lives[i] = n.lives[r.GetTo()]
 	}
-	n.persist(diskJob{batch: batch}, func() {
-		told()
-		n.respond(responses, lives)
-	})
-}
-
-// toldLater returns what lets the removed ones know, once that is durable.
-func (n *node) toldLater() func() {
-	removed := n.store.removed
-	return func() { n.gone, n.toTell = removed, true }
+	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
 // persist has the disk do a job and then calls done, in the loop. The first one
-// makes the directory this node's.
+// makes the directory this node's. Who has been removed by now is durable by
+// then, for each removal is followed by a job that makes it so.
 func (n *node) persist(j diskJob, done func()) {
+	removed := n.store.removed
 	if n.disk == nil {
 		done()
 		return
@@ -759,9 +746,10 @@ func (n *node) persist(j diskJob, done func()) {
 			n.queued--
 			if err != nil {
 				n.diskFailed(err)
-			} else {
-				done()
+				return
 			}
+			n.gone = removed
+			done()
 		})
 	}
 	n.queued++
@@ -886,7 +874,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 	} else {
 		n.store.configure(n.rn.ApplyConfChange(cc), ctx.Members)
 		n.configured()
-		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, n.toldLater())
+		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, func() {}) // it is committed: now the removed may be told
 	}
 	n.changeAt = 0
 	return nil
@@ -1006,10 +994,11 @@ func (n *node) nextProposal() *proposal {
 }
 
 // askRead starts a ReadIndex for all reads that wait (Raft thesis, section
-// 6.4), if none is in flight. A leader asks only once it has applied an entry
-// of its term; raft itself is less careful with one voter.
+// 6.4), if none is in flight, and to catch up with a new leader even if none
+// waits. A leader asks only once it has applied an entry of its term; raft
+// itself is less careful with one voter.
 func (n *node) askRead() {
-	if n.round != nil || len(n.reads) == 0 || n.lead == 0 || n.lead == n.raftID && !n.leads() {
+	if n.round != nil || len(n.reads) == 0 && n.caughtUpAt != never || n.lead == 0 || n.lead == n.raftID && !n.leads() {
 		return
 	}
 	n.sequence++ // a context is used once
@@ -1037,6 +1026,7 @@ func (n *node) readConfirmed(rs raft.ReadState) {
 		return // of an earlier round
 	}
 	n.round, r.index = nil, rs.Index
+	n.caughtUpAt = min(n.caughtUpAt, rs.Index)
 	n.confirmed = append(n.confirmed, *r)
 	n.releaseReads()
 }
@@ -1264,17 +1254,15 @@ func (n *node) checkConditions() {
 
 // publish lets others see what they may, if it has changed.
 func (n *node) publish() {
-	old := n.pub.Load()
-	if old.conf == n.store.conf && old.raftID == n.raftID && old.term == n.term && old.lead == n.lead &&
-		old.leading == n.leads() && old.caughtUp == n.caughtUp && old.lost == len(n.met) && !n.toTell {
+	if n.disk == nil {
+		n.gone = n.store.removed
+	}
+	old, s := n.pub.Load(), n.store
+	now := glance{s.clusterID, n.raftID, n.life, n.term, n.lead, n.leads(), n.caughtUp(), len(n.met), s.conf}
+	if old.glance == now && slices.Equal(old.removed, n.gone) {
 		return
 	}
-	n.toTell = false
-	p := &published{
-		clusterID: n.store.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead, leading: n.leads(), leader: n.store.members[n.lead],
-		conf: n.store.conf, members: n.store.members, removed: n.gone, caughtUp: n.caughtUp, lost: len(n.met),
-		noLeader: n.noLeader(), unhealthy: n.whyUnhealthy(), next: make(chan struct{}),
-	}
+	p := &published{glance: now, leader: s.members[n.lead], members: s.members, removed: n.gone, noLeader: n.noLeader()}
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
 		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
 	}
@@ -1282,7 +1270,6 @@ func (n *node) publish() {
 		n.log.Error("the cluster cannot go on", "err", err)
 	}
 	n.pub.Store(p)
-	close(old.next)
 	n.onPublish(p)
 }
 
@@ -1297,11 +1284,15 @@ func (n *node) whyUnhealthy() string {
 		return "not yet back in its role"
 	case n.lead == 0:
 		return n.noLeader().Error()
-	case !n.caughtUp:
+	case !n.caughtUp():
 		return "not yet caught up with the leader"
 	}
 	return ""
 }
+
+// caughtUp reports whether this node has applied what the leader had committed
+// when it came to know it.
+func (n *node) caughtUp() bool { return n.store.index >= n.caughtUpAt }
 
 // peerUp learns of a stream between this process and a life of a peer. Any
 // goroutine may call it, before any message of that stream.

@@ -200,7 +200,7 @@ func (s *server) published(p *published) {
 		}
 		s.health.SetServingStatus(name, st)
 	}
-	healthy := p.clusterID != 0 && p.unhealthy == ""
+	healthy := s.n.whyUnhealthy() == ""
 	set(kvpb.KVService_ServiceDesc.ServiceName, healthy)
 	set(restartHealth, healthy && !isJoint(p.conf))
 }
