@@ -2597,7 +2597,8 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a vote that does not get to the disk", func(c *simConfig) { c.noVote, c.durable = true, 1 }},
 		{"a read answered before it is applied", func(c *simConfig) { c.hasty = true }},
 		{"a read of a leader that is not sure of its commits", func(c *simConfig) {
-			c.early, c.durable, c.voters, c.faults = true, 1, 1, append(c.faults, "kill", "power")
+			c.early, c.durable, c.voters, c.faults = true, 1, 1, []string{"kill", "power"}
+			c.faultEvery, c.outage, c.disk, c.think, c.adminEvery, c.clients, c.keys = 20, 3, .5, .5, 1e9, 6, 1
 		}},
 		{"a write acknowledged for another's entry", func(c *simConfig) { c.byIndex = true }},
 		{"snapshots without a voter", func(c *simConfig) { c.wrongConf = true }},
