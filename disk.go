@@ -64,7 +64,7 @@ type disk struct {
 	mu    sync.Mutex
 	queue []diskJob
 	held  bool // nothing is to be written for now
-	wake  chan struct{}
+	wake  bell
 }
 
 // diskJob is something to be made durable. With an identity it is the first of
@@ -90,7 +90,7 @@ func openDisk(fsys fileSystem, dir string, logBytes int64, log *slog.Logger) (*d
 		return nil, err
 	}
 	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
-	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: make(chan struct{}, 1)}
+	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: newBell()}
 	d.start = d.running.Go
 	return d, nil
 }
@@ -310,7 +310,7 @@ func (d *disk) enqueue(j diskJob) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.queue = append(d.queue, j)
-	d.signal()
+	d.wake.ring()
 }
 
 // hold stops writing, or lets it go on.
@@ -318,14 +318,7 @@ func (d *disk) hold(on bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.held = on; !on {
-		d.signal()
-	}
-}
-
-func (d *disk) signal() {
-	select {
-	case d.wake <- struct{}{}:
-	default:
+		d.wake.ring()
 	}
 }
 

@@ -100,9 +100,7 @@ func (f *frameReader) next() error {
 		f.offset, f.buf = int64(len(magic)), make([]byte, 4<<10)
 	}
 	header := f.buf[:frameHeaderBytes]
-	if _, err := io.ReadFull(f.r, header); err == io.EOF {
-		return err
-	} else if err != nil {
+	if _, err := io.ReadFull(f.r, header); err != nil {
 		return err
 	}
 	size, sum := binary.LittleEndian.Uint32(header), binary.LittleEndian.Uint32(header[4:])

@@ -49,8 +49,20 @@ type condition struct {
 	done chan error
 }
 
-// inbox is where everybody leaves work for the loop. wake has one slot: it is
-// full while there is work.
+// bell wakes whoever waits for it. It has one slot: it is full while there is
+// something to do.
+type bell chan struct{}
+
+func newBell() bell { return make(bell, 1) }
+
+func (b bell) ring() {
+	select {
+	case b <- struct{}{}:
+	default:
+	}
+}
+
+// inbox is where everybody leaves work for the loop.
 type inbox struct {
 	mu           sync.Mutex
 	next         input
@@ -59,18 +71,11 @@ type inbox struct {
 	callCount    int
 	messageBytes int
 	room         chan struct{} // closed when messages were taken
-	wake         chan struct{}
+	wake         bell
 }
 
 func (b *inbox) init() {
-	b.wake, b.room = make(chan struct{}, 1), make(chan struct{})
-}
-
-func (b *inbox) signal() {
-	select {
-	case b.wake <- struct{}{}:
-	default:
-	}
+	b.wake, b.room = newBell(), make(chan struct{})
 }
 
 // call queues calls, all or none.
@@ -90,7 +95,7 @@ func (b *inbox) call(calls ...*call) error {
 	b.callCount += len(calls)
 	b.callBytes += bytes
 	b.next.calls = append(b.next.calls, calls...)
-	b.signal()
+	b.wake.ring()
 	return nil
 }
 
@@ -110,7 +115,7 @@ func (b *inbox) event(f func()) bool {
 	defer b.mu.Unlock()
 	if !b.closed {
 		b.next.events = append(b.next.events, f)
-		b.signal()
+		b.wake.ring()
 	}
 	return !b.closed
 }
@@ -128,7 +133,7 @@ func (b *inbox) deliver(ctx context.Context, ms []inbound) error {
 				b.messageBytes += int(messageBytes(m.m))
 			}
 			b.next.messages = append(b.next.messages, ms...)
-			b.signal()
+			b.wake.ring()
 			b.mu.Unlock()
 			return nil
 		}

@@ -97,8 +97,8 @@ type peer struct {
 	conn   *grpc.ClientConn
 	ctx    context.Context
 	cancel context.CancelFunc
-	wake   chan struct{} // one slot: full while there is something to send
-	said   string        // the last refusal that was logged
+	wake   bell
+	said   string // the last refusal that was logged
 
 	mu    sync.Mutex
 	life  uint64 // of the peer at the other end of the stream; 0: no stream
@@ -187,7 +187,7 @@ func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
 		nw.log.Error("cannot dial a peer", "peer", node.Id, "address", node.Address, "err", err)
 		return
 	}
-	p := &peer{nw: nw, raftID: raftID, node: node, conn: conn, wake: make(chan struct{}, 1)}
+	p := &peer{nw: nw, raftID: raftID, node: node, conn: conn, wake: newBell()}
 	p.ctx, p.cancel = context.WithCancel(nw.ctx)
 	nw.peers[raftID] = p
 	nw.goroutine(p.run)
@@ -220,10 +220,7 @@ func (p *peer) enqueue(life uint64, ms []*raftpb.Message) bool {
 		p.bytes += messageBytes(m)
 	}
 	p.queue = append(p.queue, ms...)
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
+	p.wake.ring()
 	return true
 }
 

@@ -105,12 +105,12 @@ type pipeline struct {
 	stream       grpc.ServerStream
 	groups       chan *group // in the order in which they are to be answered
 	calls, bytes atomic.Int64
-	room         chan struct{} // one slot: full when something was answered
+	room         bell // something was answered
 }
 
 // Pipeline implements KVService.
 func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
-	p := &pipeline{s: s, stream: stream, groups: make(chan *group, 64), room: make(chan struct{}, 1)}
+	p := &pipeline{s: s, stream: stream, groups: make(chan *group, 64), room: newBell()}
 	_ = stream.SetHeader(*s.leader.Load())
 	ended := make(chan error, 1)
 	go func() { // ends with the stream
@@ -186,10 +186,7 @@ func (p *pipeline) answer(g *group) error {
 	}
 	p.calls.Add(-int64(len(g.calls)))
 	p.bytes.Add(-int64(g.bytes))
-	select {
-	case p.room <- struct{}{}:
-	default:
-	}
+	p.room.ring()
 	return nil
 }
 

@@ -1255,7 +1255,7 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 	n.pending.file = "" // it is the store's
 	n.pending = nil
 	n.raft.reset(snap)
-	if n.disk != nil && n.mark != 0 { // else persist makes the directory, and the mark
+	if n.mark != 0 { // else there is no disk, or persist makes the directory, and the mark
 		n.mark = n.store.index
 	}
 	n.logged = 0

@@ -44,15 +44,16 @@ func encodeOperation(kind protowire.Number, req proto.Message) ([]byte, error) {
 }
 
 // eachField calls f for each field of a message: with v for a varint, with b
-// for bytes. A field that f has had, or other types, are errors.
-func eachField(m []byte, f func(num protowire.Number, v uint64, b []byte) error) error {
+// for bytes. Other types are errors, and so is a field that f has had, unless it
+// is the repeated one.
+func eachField(m []byte, repeated protowire.Number, f func(num protowire.Number, v uint64, b []byte) error) error {
 	seen := uint64(0)
 	for len(m) > 0 {
 		num, typ, n := protowire.ConsumeTag(m)
 		if n < 0 || num > 63 || seen&(1<<num) != 0 {
 			return errMalformed
 		}
-		seen |= 1 << num
+		seen |= 1 << num &^ (1 << repeated)
 		m = m[n:]
 		v, b := uint64(0), []byte(nil)
 		switch typ {
@@ -80,12 +81,12 @@ func eachField(m []byte, f func(num protowire.Number, v uint64, b []byte) error)
 // parseOperation parses an Operation, or a Write, and checks it.
 func parseOperation(m []byte) (o kvOp, err error) {
 	o.raw = m
-	err = eachField(m, func(num protowire.Number, _ uint64, b []byte) error {
+	err = eachField(m, 0, func(num protowire.Number, _ uint64, b []byte) error {
 		if o.kind != 0 || num > opGet || b == nil {
 			return errMalformed
 		}
 		o.kind = num
-		return eachField(b, o.field)
+		return eachField(b, 0, o.field)
 	})
 	switch {
 	case err != nil:
@@ -111,7 +112,7 @@ func (o *kvOp) field(num protowire.Number, v uint64, b []byte) error {
 		o.compares, o.expected = true, v
 	case num == 4 && isBytes && o.kind == opSet, num == 3 && isBytes && o.kind == opDelete:
 		o.hasID = true
-		return eachField(b, func(num protowire.Number, v uint64, b []byte) error {
+		return eachField(b, 0, func(num protowire.Number, v uint64, b []byte) error {
 			switch {
 			case num == 1 && b == nil:
 				o.session = v
@@ -160,37 +161,25 @@ type batch struct {
 // bytes at least.
 func parseBatch(data []byte, room []kvOp) (b batch, err error) {
 	b.writes = room[:0]
-	for len(data) > 0 && err == nil {
-		num, typ, n := protowire.ConsumeTag(data)
-		if n < 0 {
-			return b, errMalformed
-		}
-		data = data[n:]
+	err = eachField(data, 3, func(num protowire.Number, v uint64, m []byte) error {
 		switch {
-		case num == 1 && typ == protowire.VarintType:
-			b.proposer, n = protowire.ConsumeVarint(data)
-		case num == 2 && typ == protowire.VarintType:
-			b.sequence, n = protowire.ConsumeVarint(data)
-		case num == 3 && typ == protowire.BytesType:
-			var m []byte
-			var w kvOp
-			if m, n = protowire.ConsumeBytes(data); n >= 0 {
-				w, err = parseOperation(m)
-			}
+		case num == 1 && m == nil:
+			b.proposer = v
+		case num == 2 && m == nil:
+			b.sequence = v
+		case num == 3 && m != nil:
+			w, err := parseOperation(m)
 			if w.kind == opGet {
 				err = errMalformed
 			}
+			if err != nil {
+				return fmt.Errorf("write %d of a batch: %w", len(b.writes)+1, err)
+			}
 			b.writes = append(b.writes, w)
 		default:
-			return b, errMalformed
+			return errMalformed
 		}
-		if n < 0 {
-			return b, errMalformed
-		}
-		data = data[n:]
-	}
-	if err != nil {
-		err = fmt.Errorf("write %d of a batch: %w", len(b.writes), err)
-	}
+		return nil
+	})
 	return b, err
 }

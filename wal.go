@@ -277,13 +277,8 @@ func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
 		}
 	}
 	w.head = headOf(s)
-	if w.file, err = w.fs.open(w.path(w.at.segment)); err == nil {
-		err = writeSync(w.file, again, offset)
-	}
-	if err == nil {
-		err = w.drop()
-	}
-	return s, err
+	w.file, err = w.fs.open(w.path(w.at.segment))
+	return s, ifNot(err, func() error { return writeSync(w.file, again, offset) }, w.drop)
 }
 
 // replaySegment adds what a segment says to s. It returns what has to be
@@ -403,15 +398,11 @@ func (w *wal) roll(b *kvpb.LogBatch) error {
 	if w.file != nil {
 		w.file.Close() // synced
 	}
-	if w.file, err = w.fs.open(temp); err == nil {
-		err = writeSync(w.file, raw, 0)
-	}
-	if err == nil {
-		err = w.fs.rename(temp, w.path(w.at.segment))
-	}
-	if err == nil {
-		err = w.fs.syncDir(w.dir)
-	}
+	w.file, err = w.fs.open(temp)
+	err = ifNot(err,
+		func() error { return writeSync(w.file, raw, 0) },
+		func() error { return w.fs.rename(temp, w.path(w.at.segment)) },
+		func() error { return w.fs.syncDir(w.dir) })
 	if err != nil {
 		return err
 	}
