@@ -6,6 +6,13 @@
 // is: it gets its name once the log has its first batch, so all that is found
 // beside identity.tmp was never acknowledged. *.wal is the log (wal.go). *.snap
 // are snapshots: the log names the one that counts. *.tmp was not finished.
+//
+// What it takes is bounded. A snapshot is begun once log-bytes are logged behind
+// the last one, and at 4 times that writing waits until it is there. Besides: what
+// was queued, which raft bounds to 64 MiB; a segment that is being written, one
+// that is being filled, one that is partly needed, each a quarter of log-bytes at
+// most; and the gaps at the ends of segments, at most as much again. Of snapshots
+// there are two, and one for each that is being received.
 
 package main
 

@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"path/filepath"
 	"runtime"
@@ -682,30 +683,24 @@ func TestRestoreFaults(t *testing.T) {
 	}
 	begun := 0
 	verify := func(fs *simFS, done bool) error {
-		p, err := openDiskNode(fs, 5)
-		if err != nil {
-			return err
-		}
-		if p.n.rn == nil {
+		if fs.names[simDir+"/identity"] == nil {
 			if done {
 				return errors.New("it was restored, and is empty")
 			}
 			begun++
-			if p.d.close(); len(fs.names) > 0 {
-				return fmt.Errorf("%d files are left", len(fs.names))
-			}
 			if _, err := restore(fs); err != nil {
 				return err
 			}
-			if p, err = openDiskNode(fs, 5); err != nil {
-				return err
-			}
+		}
+		p, err := openDiskNode(fs, 5)
+		if err != nil {
+			return err
 		}
 		if err := p.lead(); err != nil {
 			return err
 		}
 		s := p.n.store
-		if keysOf(s) != keysOf(backup) || s.version != backup.version || s.clusterID == 9 || s.members[leaderID] != nil || len(s.members) != 1 {
+		if keysOf(s) != keysOf(backup) || s.version != backup.version || s.clusterID == 9 || s.members[leaderID] != nil || len(s.members) != 1 || len(s.removed) > 0 {
 			return fmt.Errorf("it is %v", s.header())
 		}
 		return cmp.Or(p.do(diskOp{"k", []byte("v")}), tidy(fs, p))
@@ -1090,4 +1085,35 @@ func BenchmarkStart(b *testing.B) {
 			b.ReportMetric(keys*float64(b.N)/b.Elapsed().Seconds(), "keys/s")
 		})
 	}
+}
+
+// FuzzIdentity: whatever is in a file identity, and in frames: no panic, no
+// more memory than a multiple of its size, and what is read can be written.
+func FuzzIdentity(f *testing.F) {
+	id, _ := proto.Marshal(&kvpb.Identity{Format: 1, ClusterId: 1, NodeId: 1, RaftId: 1, LogId: 1})
+	f.Add(framed(id))
+	f.Add(framed(append(id, 0xff)))
+	f.Add(framed(make([]byte, maxFrameBytes)))
+	f.Add([]byte(frameMagic + "\xff\xff\x03\x00abcd"))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		fs := newSimFS()
+		fs.names[simDir+"/identity"] = &simFile{cache: data}
+		d, err := openDisk(fs, simDir, diskLogBytes, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := heapEver()
+		got, err := d.readIdentity()
+		if n := heapEver() - before; n > uint64(10*len(data)+2*maxFrameBytes) {
+			t.Errorf("%d bytes allocated for %d", n, len(data))
+		}
+		if err == nil && (got.Format != 1 || got.ClusterId == 0 || got.NodeId == 0 || got.LogId == 0 || got.RaftId == 0 || got.RaftId >= maxRaftID) {
+			t.Error(got)
+		}
+		content, err := io.ReadAll(newFrameReader(bytes.NewReader(data)))
+		if again := unframed(t, framed(content)); err == nil && !bytes.Equal(content, again) {
+			t.Errorf("%d bytes are %d", len(content), len(again))
+		}
+	})
 }

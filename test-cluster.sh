@@ -18,6 +18,7 @@ command='' # the pid of the sub-command that runs
 keys=()    # all keys that were written, and not deleted
 values=()  # their values
 reads=0    # how many values were read and found right
+data=''    # the directory of all data directories; empty: all is in memory only
 
 cleanup() {
   local status=$? id
@@ -109,10 +110,12 @@ show() {
 # start ID: starts a node, at the address that it had before if it had one, and
 # waits until it is ready.
 start() {
-  local id=$1 at=${addr[$1]:-127.0.0.1:0}
-  printf '$ raft-key-value --id %s --addr %s &' "$id" "$at"
+  local id=$1
+  local args=(--id "$id" --addr "${addr[$1]:-127.0.0.1:0}")
+  if [[ -n $data ]]; then args+=(--data-dir "$data/$id"); fi
+  printf '$ raft-key-value%s &' "$(quote "${args[@]}")"
   : >"$tmp/$id.log"
-  "$bin" --id "$id" --addr "$at" >"$tmp/$id.log" 2>&1 &
+  "$bin" "${args[@]}" >"$tmp/$id.log" 2>&1 &
   pid[id]=$! addr[id]=''
   poll 10 "node $id is ready" ready "$id"
   printf '   # pid %s, %s\n' "${pid[$id]}" "${addr[$id]}"
@@ -206,92 +209,147 @@ agree() {
   [[ -n $leader ]]
 }
 
+# raft_id ID: prints by which raft ID a node goes.
+raft_id() {
+  quietly status -o json --endpoints "${addr[$1]}"
+  sed -n -E "s/.*\"metrics\":\{\"node\":\{\"id\":\"$1\",\"address\":\"[^\"]*\"\},\"raft_id\":\"([0-9]+)\".*/\1/p" "$tmp/out"
+}
+
+# walk: the sequence, with whatever data is.
+walk() {
+  pid=() addr=() keys=() values=()
+  unset RAFT_KEY_VALUE_ENDPOINTS
+
+  title 'Three nodes, each a process of its own'
+  for id in 1 2 3; do start "$id"; done
+  printf '$ export RAFT_KEY_VALUE_ENDPOINTS=%s\n' "${addr[1]}"
+  export RAFT_KEY_VALUE_ENDPOINTS=${addr[1]}
+
+  title 'One of them becomes a cluster, the others learners, then voters'
+  run 0 init "1=${addr[1]}"
+  run 0 add-learner "2=${addr[2]}"
+  run 0 add-learner "3=${addr[3]}"
+  run 0 change-membership 1 2 3
+  await_status '^1 .* ok yes leader 1 ' '^2 .* ok yes follower 1 ' '^3 .* ok yes follower 1 '
+
+  title 'A write through a follower is there on every node'
+  write 2 foo bar
+  expect 2 foo bar --local # an acknowledged write is applied on the node that took it
+  for id in 1 2 3; do expect "$id" foo bar; done
+
+  title 'A key that was deleted is gone on every node, one that is empty is not'
+  run 0 set --endpoints "${addr[3]}" gone soon
+  expect 1 gone soon
+  run 0 delete --endpoints "${addr[2]}" gone
+  for id in 1 2 3; do absent "$id" gone; done
+  run 1 delete gone
+  write 1 empty ''
+  for id in 1 2 3; do expect "$id" empty ''; done
+
+  title 'A write may depend on the version of its key'
+  run 0 set -o json --if-version 0 once first # 0: the key is not there
+  version=$(sed -n 's/.*"version":"\([0-9]*\)".*/\1/p' "$tmp/out")
+  run 1 set --if-version 0 once again
+  grep -q 'compare failed' "$tmp/err" || fail "set does not say that the compare failed"
+  run 0 set --endpoints "${addr[3]}" --if-version "$version" once second
+  remember once second
+  expect 1 once second
+
+  title 'Another node leads'
+  find_leader
+  to=$((leader % 3 + 1))
+  run 0 transfer-leader "$to"
+  await_status "^$to .* ok yes leader $to "
+  write "$leader" after-transfer "written through node $leader"
+
+  title 'Five voters'
+  for id in 4 5; do
+    start "$id"
+    run 0 add-learner "$id=${addr[$id]}"
+  done
+  run 0 change-membership 1 2 3 4 5
+  await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes follower' '^5 .* ok yes follower'
+  for id in 4 5; do expect_all "$id"; done
+
+  title 'The leader is killed'
+  RAFT_KEY_VALUE_ENDPOINTS=$(IFS=, && printf '%s' "${addr[*]}")
+  printf '$ export RAFT_KEY_VALUE_ENDPOINTS=%s\n' "$RAFT_KEY_VALUE_ENDPOINTS"
+  find_leader
+  killed=$leader
+  was=$(raft_id "$killed")
+  [[ -n $was ]] || fail "status does not name the raft ID of node $killed"
+  stop KILL "$killed"
+  run 0 set --timeout 15s after-kill 'written while the others elect a leader'
+  remember after-kill 'written while the others elect a leader'
+  for id in "${!pid[@]}"; do write "$id" "after-kill-$id" "written through node $id"; done
+  find_leader
+  [[ $leader != "$killed" ]] || fail "node $killed still leads"
+  await_status "^$leader .* ok yes leader $leader " "^$killed .* unreachable yes"
+
+  title 'All of it is on all nodes that are left'
+  for id in "${!pid[@]}"; do expect_all "$id"; done
+
+  local as
+  if [[ -n $data ]]; then
+    title 'The killed leader comes back as what it was'
+    as='^[0-9]+$'
+  else
+    title 'The killed leader comes back without its memory, and is healed'
+    as='^$'
+  fi
+  start "$killed"
+  healed "$killed"
+  [[ $(raft_id "$killed" | grep -x "$was") =~ $as ]] || fail "node $killed went by the raft ID $was, and now by $(raft_id "$killed")"
+  await_status "^$killed .* ok yes follower"
+  expect_all "$killed"
+
+  title 'All are restarted, one after another'
+  for id in "${!pid[@]}"; do
+    stop TERM "$id"
+    ((status == 0)) || fail "the exit status of node $id is $status"
+    start "$id"
+    healed "$id"
+  done
+  await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes' '^5 .* ok yes'
+  for id in "${!pid[@]}"; do expect_all "$id"; done
+  run 0 list
+}
+
 go build -buildvcs=false -o "$bin" .
 SECONDS=0
 
-title 'Three nodes, each a process of its own'
-for id in 1 2 3; do start "$id"; done
-printf '$ export RAFT_KEY_VALUE_ENDPOINTS=%s\n' "${addr[1]}"
-export RAFT_KEY_VALUE_ENDPOINTS=${addr[1]}
+title '# All in memory'
+walk
+for id in "${!pid[@]}"; do stop KILL "$id"; done
 
-title 'One of them becomes a cluster, the others learners, then voters'
-run 0 init "1=${addr[1]}"
-run 0 add-learner "2=${addr[2]}"
-run 0 add-learner "3=${addr[3]}"
-run 0 change-membership 1 2 3
-await_status '^1 .* ok yes leader 1 ' '^2 .* ok yes follower 1 ' '^3 .* ok yes follower 1 '
+title '# With data directories'
+data=$tmp/data
+mkdir "$data"
+walk
 
-title 'A write through a follower is there on every node'
-write 2 foo bar
-expect 2 foo bar --local # an acknowledged write is applied on the node that took it
-for id in 1 2 3; do expect "$id" foo bar; done
-
-title 'A key that was deleted is gone on every node, one that is empty is not'
-run 0 set --endpoints "${addr[3]}" gone soon
-expect 1 gone soon
-run 0 delete --endpoints "${addr[2]}" gone
-for id in 1 2 3; do absent "$id" gone; done
-run 1 delete gone
-write 1 empty ''
-for id in 1 2 3; do expect "$id" empty ''; done
-
-title 'A write may depend on the version of its key'
-run 0 set -o json --if-version 0 once first # 0: the key is not there
-version=$(sed -n 's/.*"version":"\([0-9]*\)".*/\1/p' "$tmp/out")
-run 1 set --if-version 0 once again
-grep -q 'compare failed' "$tmp/err" || fail "set does not say that the compare failed"
-run 0 set --endpoints "${addr[3]}" --if-version "$version" once second
-remember once second
-expect 1 once second
-
-title 'Another node leads'
-find_leader
-to=$((leader % 3 + 1))
-run 0 transfer-leader "$to"
-await_status "^$to .* ok yes leader $to "
-write "$leader" after-transfer "written through node $leader"
-
-title 'Five voters'
-for id in 4 5; do
-  start "$id"
-  run 0 add-learner "$id=${addr[$id]}"
-done
-run 0 change-membership 1 2 3 4 5
-await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes follower' '^5 .* ok yes follower'
-for id in 4 5; do expect_all "$id"; done
-
-title 'The leader is killed'
-RAFT_KEY_VALUE_ENDPOINTS=$(IFS=, && printf '%s' "${addr[*]}")
-printf '$ export RAFT_KEY_VALUE_ENDPOINTS=%s\n' "$RAFT_KEY_VALUE_ENDPOINTS"
-find_leader
-killed=$leader
-stop KILL "$killed"
-run 0 set --timeout 15s after-kill 'written while the others elect a leader'
-remember after-kill 'written while the others elect a leader'
-for id in "${!pid[@]}"; do write "$id" "after-kill-$id" "written through node $id"; done
-find_leader
-[[ $leader != "$killed" ]] || fail "node $killed still leads"
-await_status "^$leader .* ok yes leader $leader " "^$killed .* unreachable yes"
-
-title 'All of it is on all nodes that are left'
+title 'All nodes are killed at once, and find everything when they start again'
+for id in "${!pid[@]}"; do stop KILL "$id"; done
+for id in "${!addr[@]}"; do start "$id"; done
+for id in "${!pid[@]}"; do healed "$id"; done
 for id in "${!pid[@]}"; do expect_all "$id"; done
 
-title 'The killed leader comes back without its memory, and is healed'
-start "$killed"
-healed "$killed"
-await_status "^$killed .* ok yes follower"
-expect_all "$killed"
+title 'A backup becomes a new cluster, which goes on from there'
+run 0 backup "$tmp/backup"
+run 1 backup "$tmp/backup" # it is there already
+for id in "${!pid[@]}"; do stop TERM "$id"; done
+addr[6]=${addr[1]}
+export RAFT_KEY_VALUE_ENDPOINTS=${addr[6]}
+run 0 restore "$tmp/backup" --data-dir "$data/6" --id 6 --addr "${addr[6]}"
+run 1 restore "$tmp/backup" --data-dir "$data/6" --id 6 --addr "${addr[6]}" # it is not empty any more
+start 6
+healed 6
+expect_all 6
+write 6 after-restore 'written to the new cluster'
+addr[7]='' && start 7
+run 0 add-learner "7=${addr[7]}"
+run 0 change-membership 6 7
+await_status '^6 .* ok yes' '^7 .* ok yes'
+expect_all 7
 
-title 'All are restarted, one after another'
-for id in "${!pid[@]}"; do
-  stop TERM "$id"
-  ((status == 0)) || fail "the exit status of node $id is $status"
-  start "$id"
-  healed "$id"
-done
-await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes' '^5 .* ok yes'
-for id in "${!pid[@]}"; do expect_all "$id"; done
-run 0 list
-
-printf '\nok: 5 nodes formed a cluster, leader %s was killed and healed, all were restarted, and %s reads on all nodes found what had been written, in %s s\n' \
-  "$killed" "$reads" "$SECONDS"
+printf '\nok: twice, in memory and with data directories, 5 nodes formed a cluster, whose leader was killed and came back, and all were restarted; all were killed at once, and a backup was restored; %s reads on all nodes found what had been written, in %s s\n' \
+  "$reads" "$SECONDS"
