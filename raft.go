@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -10,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"runtime"
 	"slices"
@@ -428,7 +430,7 @@ func (n *node) expire() {
 		return slices.DeleteFunc(calls, func(c *call) bool {
 			err := overdue(c)
 			if err != nil {
-				n.finish(c, outcome{err: err})
+				n.finish(c, outcome{err: cmp.Or(noLeader, err)}) // tells more than that the time is up
 			}
 			return err != nil
 		})
@@ -1335,6 +1337,9 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 		if slices.Contains(n.store.removed, raftID) {
 			return
 		}
+		if n.store.members[raftID] == nil && len(n.lives) >= maxMembers+maxStrangers { // forget those that came and went
+			maps.DeleteFunc(n.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
+		}
 		n.lives[raftID] = life
 		if outbound {
 			n.connected[raftID] = true
@@ -1409,7 +1414,7 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
 	case to.GetRaftId() == 0:
 		// It only asks.
-	case validateNode("from", h.GetFrom().GetNode()) != nil || h.GetFrom().GetRaftId() == 0 || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
+	case validateNode("from", h.GetFrom().GetNode()) != nil || !validRaftID(h.GetFrom().GetRaftId()) || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
 		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
 	case !sameCluster(p.clusterID, p.members, h):
 		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER
