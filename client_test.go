@@ -273,6 +273,8 @@ func TestClientTimeouts(t *testing.T) {
 		switch name {
 		case "init", "add-learner", "change-membership", "remove":
 			want = time.Minute
+		case "backup", "restore":
+			want = time.Hour
 		}
 		if cmd.timeout != want {
 			t.Errorf("%s: timeout %v, want %v", name, cmd.timeout, want)
