@@ -1103,9 +1103,8 @@ func FuzzIdentity(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		before := heapEver()
-		got, err := d.readIdentity()
-		if n := heapEver() - before; n > uint64(10*len(data)+2*maxFrameBytes) {
+		var got *kvpb.Identity
+		if n, ok := allocates(10*len(data)+2*maxFrameBytes, func() { got, err = d.readIdentity() }); !ok {
 			t.Errorf("%d bytes allocated for %d", n, len(data))
 		}
 		if err == nil && (got.Format != 1 || got.ClusterId == 0 || got.NodeId == 0 || got.LogId == 0 || got.RaftId == 0 || got.RaftId >= maxRaftID) {

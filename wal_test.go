@@ -1097,6 +1097,20 @@ func heapEver() uint64 {
 	return s[0].Value.Uint64()
 }
 
+// allocates reports whether f allocates no more than that.
+func allocates(most int, f func()) (n uint64, ok bool) {
+	before := heapEver()
+	f()
+	if n = heapEver() - before; n > uint64(most) { // or others' allocations were added up only now: exactly, but slowly
+		var from, to runtime.MemStats
+		runtime.ReadMemStats(&from)
+		f()
+		runtime.ReadMemStats(&to)
+		n = to.TotalAlloc - from.TotalAlloc
+	}
+	return n, n <= uint64(most)
+}
+
 // frame makes a payload a batch.
 func frame(payload []byte) []byte {
 	b, _ := walPlace{1, 2, 3, 4}.encode(&kvpb.LogBatch{})
@@ -1130,17 +1144,10 @@ func FuzzDecodeBatch(f *testing.F) {
 	f.Add(huge)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		for _, b := range [][]byte{data, frame(data)} {
-			before := heapEver()
-			raw, batch, err := decodeBatch(b)
-			n, most := heapEver()-before, uint64(100*len(b)+1<<16)
-			if n > most { // or others' allocations were added up only now: exactly, but slowly
-				var from, to runtime.MemStats
-				runtime.ReadMemStats(&from)
-				_, _, _ = decodeBatch(b)
-				runtime.ReadMemStats(&to)
-				n = to.TotalAlloc - from.TotalAlloc
-			}
-			if n > most {
+			var raw []byte
+			var batch *kvpb.LogBatch
+			var err error
+			if n, ok := allocates(100*len(b)+1<<16, func() { raw, batch, err = decodeBatch(b) }); !ok {
 				t.Fatalf("%d bytes allocated for %d", n, len(b))
 			}
 			if err != nil {
