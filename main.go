@@ -18,8 +18,8 @@
 //   - A hearer (network.serve), one for each stream from a peer and each
 //     snapshot received: it decodes and leaves messages in the inbox, or builds
 //     a new store that nobody else sees before the loop installs it.
-//   - A snapshot sender (peer.snapshot), one for each snapshot on its way out:
-//     it reads a view, which nobody changes.
+//   - A snapshot sender (peer.snapshot, or network.serve for a backup), one for
+//     each snapshot on its way out: it reads a view, which nobody changes.
 //   - gRPC's own: one for each call. A call waits in server.call or node.await
 //     and reads the store under its lock.
 //     A Pipeline's call sends answers, and a second goroutine receives.
