@@ -1068,7 +1068,7 @@ func (n *node) send(m *raftpb.Message) {
 		}
 	}
 	for i := range n.out {
-		if o := &n.out[i]; o.to == m.GetTo() {
+		if o := &n.out[i]; o.to == m.GetTo() && o.life == n.lives[o.to] {
 			if last := len(o.ms) - 1; covers(m, o.ms[last]) {
 				o.ms = o.ms[:last]
 			}
