@@ -6,11 +6,12 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"raft-key-value/kvpb"
 	"slices"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
 )
 
 // published is what other goroutines may know of the loop's state. It is never

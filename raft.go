@@ -27,7 +27,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"raft-key-value/kvpb"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -37,6 +36,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
 	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
 )
 
 const (

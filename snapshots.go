@@ -7,12 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"raft-key-value/kvpb"
 	"slices"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
 )
 
 // snapshot is what raft is told when a follower needs one: the view that is
