@@ -50,6 +50,7 @@ func (c *testCluster) staleView(id uint64, p published) (release func()) {
 }
 
 func TestRemoveAtOnce(t *testing.T) {
+	t.Parallel() // it mostly waits
 	c := newCluster(t, 5, patient)
 	c.init(1, 2, 3, 4, 5)
 	var wg sync.WaitGroup
@@ -95,6 +96,7 @@ func (c *testCluster) addMoved(id uint64, address string) error {
 // TestNewLeaderJudgesLater: a learner that has caught up is not refused because
 // the leader is new and has not heard from it.
 func TestNewLeaderJudgesLater(t *testing.T) {
+	t.Parallel() // it mostly waits
 	c := newCluster(t, 4, patient)
 	c.init(1, 2, 3)
 	c.addLearner(1, 4)

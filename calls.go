@@ -19,12 +19,12 @@ var (
 	errNoLeader       = errors.New("there is no leader")
 	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
 	errUnknownInTime  = fmt.Errorf("the deadline is near, and %w", errOutcomeUnknown)
-	errNotInitialized = errors.New("this node is in no cluster")
+	errNotInitialized = errors.New("this node is in no cluster: init makes one, or add-learner, at a member, adds it to one")
 	errStopping       = errors.New("this node is stopping")
 	errOverloaded     = errors.New("this node has too many calls waiting")
 	errNotLeader      = errors.New("this node does not lead")
 	errInCluster      = errors.New("this node is in a cluster already")
-	errRemoved        = fmt.Errorf("%w: it was removed from its cluster: delete its data directory, all of it, and have it added again", errStopping)
+	errRemoved        = fmt.Errorf("%w: it is no member of its cluster any more: it was removed, or has come back since without this data directory. Delete that, all of it, and start again; if status does not list the node then, add-learner adds it", errStopping)
 )
 
 // proposal is this node's own entry in flight. There is one at most: what is

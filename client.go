@@ -431,17 +431,17 @@ func (c *client) status(ctx context.Context) error {
 	best := bestMetrics(rows)
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tVERSION\tKEYS\tCLUSTER\tREASON")
+	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tVERSION\tKEYS\tDISK\tCLUSTER\tREASON")
 	for _, r := range rows {
 		m, voter := r.metrics, oneOf(findMember(best, r.NodeID).GetVoter(), "yes", "no")
 		fmt.Fprintf(w, "%d\t%s\t", r.NodeID, r.Address)
 		if !r.Reachable {
-			fmt.Fprintf(w, "unreachable\t%s\t-\t-\t-\t-\t-\t-\t-\t%s\n", voter, r.Error)
+			fmt.Fprintf(w, "unreachable\t%s\t-\t-\t-\t-\t-\t-\t-\t-\t%s\n", voter, r.Error)
 			continue
 		}
 		role := strings.ToLower(strings.TrimPrefix(m.Role.String(), "ROLE_"))
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%016x\t%s\n", oneOf(m.Healthy, "ok", "unhealthy"), voter, role, m.Leader.GetId(),
-			m.Term, m.AppliedIndex, m.Version, m.Keys, m.ClusterId, m.UnhealthyReason)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%s\t%016x\t%s\n", oneOf(m.Healthy, "ok", "unhealthy"), voter, role, m.Leader.GetId(),
+			m.Term, m.AppliedIndex, m.Version, m.Keys, oneOf(m.Durable, "yes", "no"), m.ClusterId, m.UnhealthyReason)
 	}
 	w.Flush() // A strings.Builder takes everything.
 	if err := c.print(map[string]any{"members": rows}, table.String()); err != nil || best != nil {

@@ -498,12 +498,12 @@ func TestClientStatus(t *testing.T) {
 	out, _ := runCommand(t, 0, "", "status", "--timeout", "1s", endpoints)
 	rows := strings.Split(strings.TrimSpace(out), "\n")
 	want := []string{
-		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS CLUSTER REASON ",
-		"1 " + a.addr + " ok yes leader 1 3 99 7 5 0000000000000abc ",
-		"2 " + b.addr + " unhealthy no learner 0 0 0 0 0 0000000000000abc no leader ",
-		"3 " + c.addr + " unhealthy no uninitialized 0 0 0 0 0 0000000000000000 new ",
-		"4 " + closedAddress + " unreachable yes - - - - - - - connection error: ",
-		"5 " + silent + " unreachable yes - - - - - - - ",
+		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS DISK CLUSTER REASON ",
+		"1 " + a.addr + " ok yes leader 1 3 99 7 5 no 0000000000000abc ",
+		"2 " + b.addr + " unhealthy no learner 0 0 0 0 0 no 0000000000000abc no leader ",
+		"3 " + c.addr + " unhealthy no uninitialized 0 0 0 0 0 no 0000000000000000 new ",
+		"4 " + closedAddress + " unreachable yes - - - - - - - - connection error: ",
+		"5 " + silent + " unreachable yes - - - - - - - - ",
 	}
 	if len(rows) != len(want) {
 		t.Fatalf("%d rows, want %d:\n%s", len(rows), len(want), out)

@@ -243,7 +243,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
 	go func() { loopErr <- n.run(loop) }()
 	go func() { serveErr <- s.grpc.Serve(&limiter{Listener: listener, conns: map[*limitedConn]bool{}}) }()
-	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address)
+	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.dataDir != "")
 	ready(s)
 
 	var err error
