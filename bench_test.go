@@ -1,5 +1,7 @@
 // Benchmarks of the pieces. They measure; they never fail for being slow.
 
+//go:build linux
+
 package main
 
 import (
@@ -7,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
+	"syscall"
 	"testing"
 	"time"
 
@@ -31,31 +35,54 @@ func filledStore(keys int) *store {
 	return s
 }
 
+// threadTime is how long the calling goroutine, locked to its thread, has had a
+// processor: what else runs on the machine does not count.
+func threadTime() time.Duration {
+	var u syscall.Rusage
+	_ = syscall.Getrusage(1, &u) // RUSAGE_THREAD
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// longest is the longest time that something took, by the clock and of its
+// thread's processor.
+type longest struct{ wall, thread time.Duration }
+
+func (l *longest) time(f func()) {
+	wall, thread := time.Now(), threadTime()
+	f()
+	l.wall, l.thread = max(l.wall, time.Since(wall)), max(l.thread, threadTime()-thread)
+}
+
+func (l *longest) report(b *testing.B, what string) {
+	b.ReportMetric(float64(l.thread.Microseconds())/1000, what+"-cpu-ms")
+	b.ReportMetric(float64(l.wall.Microseconds())/1000, what+"-wall-ms")
+}
+
 // BenchmarkSnapshotStall applies entries of 1,000 writes, in turn without a
 // view and while a snapshot is being written from one, and reports the longest
-// that an entry took in each case.
+// that an entry took in each case, that opening the view took, and that reading
+// a shard of it kept an entry waiting.
 func BenchmarkSnapshotStall(b *testing.B) {
 	for _, keys := range []int{1e6, 1e7} {
 		b.Run(fmt.Sprintf("keys=%.0e", float64(keys)), func(b *testing.B) {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
 			s := filledStore(keys)
 			rng := rand.New(rand.NewPCG(1, 2))
 			batches := make([][]byte, 16)
 			for i := range batches {
 				batches[i] = benchBatch(rng, 1, keys, 1000)
 			}
-			apply := func(i int, longest *time.Duration) {
-				start := time.Now()
+			apply := func(i int) {
 				s.proposers[1] = 0
 				if _, _, _, err := s.apply(batches[i%len(batches)]); err != nil {
 					b.Fatal(err)
 				}
-				*longest = max(*longest, time.Since(start))
 			}
-			var without, with, open time.Duration
+			var without, with, open, shard longest
 			for b.Loop() {
-				start := time.Now()
-				v := s.open()
-				open = max(open, time.Since(start))
+				var v *view
+				open.time(func() { v = s.open() })
 				written := make(chan error, 1)
 				go func() { written <- v.writeTo(io.Discard) }()
 				n := 0
@@ -66,19 +93,52 @@ func BenchmarkSnapshotStall(b *testing.B) {
 							b.Fatal(err)
 						}
 					default:
-						apply(n, &with)
+						with.time(func() { apply(n) })
 					}
+				}
+				for i := range uint64(numShards) {
+					shard.time(func() { v.shard(i) })
 				}
 				v.close()
 				for i := range n {
-					apply(i, &without)
+					without.time(func() { apply(i) })
 				}
 			}
-			b.ReportMetric(float64(without.Microseconds())/1000, "longest-without-ms")
-			b.ReportMetric(float64(with.Microseconds())/1000, "longest-with-ms")
-			b.ReportMetric(float64(open.Microseconds())/1000, "open-ms")
+			without.report(b, "without")
+			with.report(b, "with")
+			open.report(b, "open")
+			shard.report(b, "shard")
 		})
 	}
+}
+
+// BenchmarkFill sets a million new keys and reports the longest that one took,
+// for maps grow, and what memory a key takes beside its 16 bytes and the 128 of
+// its value.
+func BenchmarkFill(b *testing.B) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	const keys = 1e6
+	heap := func() float64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return float64(m.HeapAlloc)
+	}
+	var set longest
+	var perKey float64
+	for b.Loop() {
+		before := heap()
+		s := newStore()
+		for i := range uint64(keys) {
+			key, value := benchKey(i), make([]byte, 128)
+			set.time(func() { s.set(key, item{value, i + 1}) })
+		}
+		perKey = (heap() - before) / keys
+		runtime.KeepAlive(s)
+	}
+	set.report(b, "longest")
+	b.ReportMetric(perKey, "B/key")
 }
 
 func benchBatch(rng *rand.Rand, sequence uint64, keys, writes int) []byte {

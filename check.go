@@ -27,6 +27,8 @@ const (
 	readContextBytes = 16
 )
 
+func validRaftID(id uint64) bool { return id != 0 && id < maxRaftID }
+
 // errContradiction is what a peer's message is met with that cannot be true if
 // this node's state is. One of the two has lost data, so the node stops.
 var errContradiction = errors.New("a peer contradicts what this node knows to be committed, so one of the two has lost what it promised " +

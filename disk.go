@@ -44,6 +44,9 @@ const (
 	identityFormat = 1
 	// progressEvery is between two lines of log about how far a start is.
 	progressEvery = time.Second
+	// syncEvery is after how many bytes of a snapshot it is synced: who sends it
+	// waits only so long for an answer at its end.
+	syncEvery = 64 << 20
 	// whatToDo is what an operator can do about a directory that is damaged.
 	whatToDo = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
 		"Else, if this node's cluster works without it, delete its data directory, all of it: the cluster takes it back. " +
@@ -264,6 +267,8 @@ type snapshotWriter struct {
 	file file
 	w    io.Writer
 	err  error // the first one of the disk
+
+	unsynced int // bytes
 }
 
 func (d *disk) newSnapshot() *snapshotWriter {
@@ -280,6 +285,10 @@ func (w *snapshotWriter) Write(b []byte) (n int, err error) {
 	}
 	if w.err == nil {
 		n, w.err = w.w.Write(b)
+		w.unsynced += n
+	}
+	if w.err == nil && w.unsynced > syncEvery {
+		w.unsynced, w.err = 0, w.file.sync()
 	}
 	return n, w.err
 }

@@ -83,7 +83,8 @@ func (c *limitedConn) Write(b []byte) (int, error) {
 }
 
 // wrote takes what was written from what is not. Frames' headers count as
-// answers: that errs on the side of the client, and never adds up.
+// answers: that errs on the side of the client, but what gRPC drops because a
+// call was cancelled is never written, and counts until the connection ends.
 func (c *limitedConn) wrote(n int) {
 	n = min(n, c.unread)
 	c.unread -= n

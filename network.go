@@ -354,7 +354,7 @@ func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.Cancel
 	if err != nil {
 		return nil, err
 	}
-	if resp.GetWelcome().GetPeer().GetNode() == nil {
+	if p := resp.GetWelcome().GetPeer(); p.GetNode() == nil || !validRaftID(p.GetRaftId()) || p.GetLife() == 0 {
 		return nil, errors.New("its answer to hello is no welcome")
 	}
 	return resp.Welcome, nil

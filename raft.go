@@ -1,4 +1,21 @@
-// The Ready loop: every duty that etcd's raft leaves to its caller.
+// The Ready loop: every duty that etcd's raft leaves to its caller, in this order.
+//
+//   - Start it from what is durable, under an id that was never used by a node
+//     that forgot: open, bootstrap, start.
+//   - Let time pass: tick.
+//   - Give it what peers send, but nothing that it would panic over: receive.
+//   - Give it writes, again if they got lost, and ask it for reads: calls.go.
+//   - Take each Ready, and follow term, leader and role: ready, syncSoftState.
+//   - Send its messages, and say which did not get there: send, flush.
+//   - Store entries and votes before anything that depends on them leaves:
+//     append, persist, respond.
+//   - Apply what is committed, in order and once; a change of membership is
+//     raft's to know, too: apply.
+//   - Keep the log short: compact. Send snapshots to whom it is too short for,
+//     say how that went, and install those that come: snapshots.go.
+//
+// What the network tells the loop, and what the loop tells all others, is in
+// peers.go; what membership shall be, in cluster.go.
 
 package main
 
@@ -8,7 +25,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math"
 	"runtime"
@@ -19,7 +35,6 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
-	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -39,18 +54,8 @@ const (
 	leaderWait = 2 * time.Second
 )
 
-// What a call can end with besides an answer.
-var (
-	errNoLeader       = errors.New("there is no leader")
-	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
-	errUnknownInTime  = fmt.Errorf("the deadline is near, and %w", errOutcomeUnknown)
-	errNotInitialized = errors.New("this node is in no cluster")
-	errStopping       = errors.New("this node is stopping")
-	errOverloaded     = errors.New("this node has too many calls waiting")
-	errNotLeader      = errors.New("this node does not lead")
-	errInCluster      = errors.New("this node is in a cluster already")
-	errRemoved        = fmt.Errorf("%w: it was removed from its cluster: delete its data directory, all of it, and have it added again", errStopping)
-)
+// never is a tick, and an index, that does not come.
+const never = math.MaxUint64
 
 // transport is what the loop needs of the network. Nothing in it blocks.
 type transport interface {
@@ -63,26 +68,6 @@ type transport interface {
 	// setMembers says whom to keep a stream to, by raft ID, and whom never to
 	// hear again.
 	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
-}
-
-// proposal is this node's own entry in flight. There is one at most: what is
-// written meanwhile forms the next.
-type proposal struct {
-	sequence uint64
-	data     []byte
-	calls    []*call
-	again    uint64 // tick from which it is to be proposed, again perhaps
-}
-
-// never is a tick, and an index, that does not come.
-const never = math.MaxUint64
-
-// readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
-type readRound struct {
-	id    uint64
-	index uint64
-	calls []*call
-	tick  uint64
 }
 
 // peerMessages is what one turn sends to one life of a peer.
@@ -170,25 +155,6 @@ type openView struct {
 	readers int
 }
 
-// published is what other goroutines may know of the loop's state. It is never
-// changed.
-type published struct {
-	glance
-	leader   *kvpb.Node // nil: unknown
-	members  map[uint64]*kvpb.Node
-	removed  []uint64
-	noLeader error // what to say if there is none
-}
-
-// glance is what shows whether anything of it is new.
-type glance struct {
-	clusterID, raftID, life uint64
-	term, lead              uint64
-	leading, caughtUp       bool
-	lost                    int // members known to have lost their memory
-	conf                    *raftpb.ConfState
-}
-
 func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}}
 	n.in.init()
@@ -208,6 +174,14 @@ func (n *node) newLife() {
 	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt = 0, 0, raft.StateFollower, never, 0
 	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
 	n.out, n.gone = nil, nil
+}
+
+// randomID returns a number that nobody has drawn before. Not 0, and below
+// what raft keeps for itself.
+func randomID() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return 1 + binary.BigEndian.Uint64(b[:])%(maxRaftID-1)
 }
 
 // open makes the node the member that its data directory holds, if that holds
@@ -245,12 +219,26 @@ func (n *node) open(d *disk) error {
 	return n.err
 }
 
-// randomID returns a number that nobody has drawn before. Not 0, and below
-// what raft keeps for itself.
-func randomID() uint64 {
-	var b [8]byte
-	_, _ = rand.Read(b[:]) // never fails
-	return 1 + binary.BigEndian.Uint64(b[:])%(maxRaftID-1)
+// bootstrap makes this node a cluster of itself alone. Index 1, so that
+// whoever joins gets a snapshot, and with it the cluster's id.
+func (n *node) bootstrap() (clusterID uint64, err error) {
+	if n.rn != nil {
+		return 0, errInCluster
+	}
+	s := n.store
+	s.mu.Lock()
+	s.clusterID, s.index, s.term = randomID(), 1, 1
+	s.mu.Unlock()
+	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
+	n.raft.reset(raftSnapshot(s.header()))
+	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
+	v := s.open()
+	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
+	if err := n.start(); err != nil {
+		return 0, err
+	}
+	n.configured()
+	return s.clusterID, n.rn.Campaign()
 }
 
 // start makes the RawNode over what the log and the store hold.
@@ -282,28 +270,6 @@ func (n *node) tickDuration() time.Duration { return n.opts.heartbeat / ticksPer
 func (n *node) ticksOf(d time.Duration) uint64 { return uint64(d / n.tickDuration()) }
 
 func (n *node) electionTicks() uint64 { return n.ticksOf(n.opts.election) }
-
-// bootstrap makes this node a cluster of itself alone. Index 1, so that
-// whoever joins gets a snapshot, and with it the cluster's id.
-func (n *node) bootstrap() (clusterID uint64, err error) {
-	if n.rn != nil {
-		return 0, errInCluster
-	}
-	s := n.store
-	s.mu.Lock()
-	s.clusterID, s.index, s.term = randomID(), 1, 1
-	s.mu.Unlock()
-	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
-	n.raft.reset(raftSnapshot(s.header()))
-	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
-	v := s.open()
-	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
-	if err := n.start(); err != nil {
-		return 0, err
-	}
-	n.configured()
-	return s.clusterID, n.rn.Campaign()
-}
 
 // run is the loop. It returns when ctx ends or the node cannot go on.
 func (n *node) run(ctx context.Context) error {
@@ -407,112 +373,6 @@ func (n *node) leads() bool {
 	return n.rn != nil && n.role == raft.StateLeader && n.store.term == n.term
 }
 
-// expire ends calls that found no leader for too long, or whose deadline is near.
-func (n *node) expire() {
-	var noLeader error
-	if n.rn == nil {
-		noLeader = errNotInitialized
-	} else if n.lead == 0 {
-		noLeader = n.noLeader()
-	}
-	wait := n.ticksOf(leaderWait)
-	overdue := func(c *call) error {
-		if c.wait != 0 && n.clock-c.since >= c.wait {
-			return context.DeadlineExceeded
-		} else if n.clock-c.since >= wait {
-			return noLeader
-		}
-		return nil
-	}
-	end := func(calls []*call) []*call {
-		return slices.DeleteFunc(calls, func(c *call) bool {
-			err := overdue(c)
-			if err != nil {
-				n.finish(c, outcome{err: err})
-			}
-			return err != nil
-		})
-	}
-	n.writes, n.reads = end(n.writes), end(n.reads)
-	if n.round != nil {
-		n.round.calls = end(n.round.calls)
-	}
-	for i := range n.confirmed {
-		n.confirmed[i].calls = end(n.confirmed[i].calls)
-	}
-	if n.own == nil {
-		return
-	}
-	late := 0
-	for _, c := range n.own.calls {
-		err := overdue(c)
-		if err == context.DeadlineExceeded {
-			n.finish(c, outcome{err: errUnknownInTime})
-		}
-		if err != nil {
-			late++
-		}
-	}
-	if noLeader != nil && late == len(n.own.calls) {
-		n.failOwn()
-	}
-}
-
-// finish ends a call, if it has not ended.
-func (n *node) finish(c *call, o outcome) {
-	if c.ended {
-		return
-	}
-	c.ended = true
-	n.doneCalls++
-	n.doneBytes += len(c.record)
-	if g := c.group; g == nil {
-		c.done <- o
-	} else if c.out, g.left = o, g.left-1; g.left == 0 {
-		close(g.done)
-	}
-}
-
-func (n *node) fail(calls []*call, err error) {
-	for _, c := range calls {
-		n.finish(c, outcome{err: err})
-	}
-}
-
-// failOwn gives up the proposal in flight.
-func (n *node) failOwn() {
-	if n.own != nil {
-		n.fail(n.own.calls, errOutcomeUnknown)
-		n.own = nil
-	}
-}
-
-// failAll ends all that waits; err is for what was not proposed.
-func (n *node) failAll(err error) {
-	n.failOwn()
-	n.retryReads()
-	for _, r := range n.confirmed {
-		n.fail(r.calls, err)
-	}
-	n.fail(n.reads, err)
-	n.fail(n.writes, err)
-	n.reads, n.writes, n.confirmed, n.heldReads = nil, nil, nil, nil
-	for _, c := range n.conds {
-		c.done <- err
-	}
-	n.conds = nil
-}
-
-// enqueue takes a call in.
-func (n *node) enqueue(c *call) {
-	c.since = n.clock
-	if c.record == nil {
-		n.reads = append(n.reads, c)
-	} else {
-		n.writes = append(n.writes, c)
-	}
-}
-
 // receive hands a peer's message to raft.
 func (n *node) receive(in inbound) {
 	m := in.m
@@ -548,6 +408,21 @@ func (n *node) receive(in inbound) {
 	n.syncSoftState()
 }
 
+// receiveUninitialized answers a leader as raft with an empty log would: it
+// matches nothing. The leader then sends a snapshot.
+func (n *node) receiveUninitialized(m *raftpb.Message) {
+	resp := &raftpb.Message{To: m.From, From: new(n.raftID), Term: m.Term}
+	switch m.GetType() {
+	case raftpb.MsgApp:
+		resp.Type, resp.Index, resp.Reject = raftpb.MsgAppResp.Enum(), m.Index, new(true)
+	case raftpb.MsgHeartbeat:
+		resp.Type = raftpb.MsgHeartbeatResp.Enum()
+	default:
+		return
+	}
+	n.send(resp)
+}
+
 // learnCommit takes from the answer to a call for votes what is committed. A
 // node without a leader can need that: if it has forgotten, or never heard, that
 // a change of membership is committed, it asks for votes by the old
@@ -564,37 +439,6 @@ func (n *node) learnCommit(m *raftpb.Message) {
 	}
 	_ = n.rn.Step(&raftpb.Message{Type: raftpb.MsgHeartbeat.Enum(), From: m.From, To: m.To, Term: new(st.GetTerm()), Commit: m.Commit})
 	_ = n.rn.ForgetLeader()
-}
-
-// receiveUninitialized answers a leader as raft with an empty log would: it
-// matches nothing. The leader then sends a snapshot.
-func (n *node) receiveUninitialized(m *raftpb.Message) {
-	resp := &raftpb.Message{To: m.From, From: new(n.raftID), Term: m.Term}
-	switch m.GetType() {
-	case raftpb.MsgApp:
-		resp.Type, resp.Index, resp.Reject = raftpb.MsgAppResp.Enum(), m.Index, new(true)
-	case raftpb.MsgHeartbeat:
-		resp.Type = raftpb.MsgHeartbeatResp.Enum()
-	default:
-		return
-	}
-	n.send(resp)
-}
-
-// hears reports whether what came by a stream may be listened to: not if it is
-// of or to another life, of another cluster, or of somebody who has left.
-func (n *node) hears(h *kvpb.Hello) bool {
-	from := h.From.RaftId
-	return n.lives[from] == h.From.Life && h.To.RaftId == n.raftID && sameCluster(n.store.clusterID, n.store.members, h)
-}
-
-// sameCluster reports whether a node in a cluster, or in none yet, may talk to
-// the sender of a hello. One that is being added is in no cluster yet.
-func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello) bool {
-	if h.ClusterId == 0 {
-		return members[h.From.RaftId] != nil
-	}
-	return clusterID == 0 || clusterID == h.ClusterId
 }
 
 // check guards raft against a peer's message.
@@ -619,14 +463,6 @@ func (n *node) check(m *raftpb.Message) bool {
 		n.log.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
 	}
 	return err == nil
-}
-
-// describe names a raft ID in a log.
-func (n *node) describe(raftID uint64) string {
-	if m := n.store.members[raftID]; m != nil {
-		return fmt.Sprintf("%d", m.Id)
-	}
-	return fmt.Sprintf("with raft ID %x", raftID)
 }
 
 // drain proposes, asks, and handles Readys until there is nothing left to do.
@@ -687,6 +523,79 @@ func (n *node) syncSoftState() {
 	}
 	n.term, n.lead, n.role = st.GetTerm(), st.Lead, st.RaftState
 }
+
+// send queues a message of raft for the end of the turn.
+func (n *node) send(m *raftpb.Message) {
+	switch m.GetType() {
+	case raftpb.MsgSnap:
+		n.sendSnapshot(m)
+		return
+	case raftpb.MsgHeartbeat:
+		if len(m.GetContext()) == 8 {
+			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
+		}
+	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
+		commit := n.rn.BasicStatus().GetCommit()
+		if term, err := n.raft.Term(commit); err == nil {
+			m.Commit, m.LogTerm = &commit, &term
+		}
+	}
+	for i := range n.out {
+		if o := &n.out[i]; o.to == m.GetTo() && o.life == n.lives[o.to] {
+			if last := len(o.ms) - 1; covers(m, o.ms[last]) {
+				o.ms = o.ms[:last]
+			}
+			o.ms = append(o.ms, m)
+			return
+		}
+	}
+	n.out = append(n.out, peerMessages{m.GetTo(), n.lives[m.GetTo()], []*raftpb.Message{m}})
+}
+
+// covers reports whether a message says all that the one before it says: a
+// later answer to an append, or an append from the same place in the log.
+func covers(m, before *raftpb.Message) bool {
+	if m.GetType() != before.GetType() || m.GetTerm() != before.GetTerm() || m.GetReject() || before.GetReject() {
+		return false
+	}
+	switch m.GetType() {
+	case raftpb.MsgAppResp:
+		return m.GetIndex() >= before.GetIndex()
+	case raftpb.MsgApp:
+		return len(before.GetEntries()) == 0 && m.GetIndex() == before.GetIndex() && m.GetCommit() >= before.GetCommit()
+	}
+	return false
+}
+
+// mayWait reports whether messages only say what is committed. The next append
+// says so, too, or else they go with the next tick. But a peer that has asked
+// for something waits for them.
+func (n *node) mayWait(ms []*raftpb.Message) bool {
+	return len(ms) == 1 && ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0 && n.now-n.askedAt > uint64(n.electionTicks())
+}
+
+// flush gives each peer its messages of this turn, all of them or all that
+// cannot wait.
+func (n *node) flush(all bool) {
+	out := n.out
+	n.out = nil
+	for _, o := range out {
+		switch {
+		case o.life == 0:
+			n.count.MessagesDropped += uint64(len(o.ms))
+		case !all && n.mayWait(o.ms):
+			n.out = append(n.out, o)
+		default:
+			n.net.send(o.to, o.life, o.ms)
+		}
+	}
+	n.closeViews()
+	n.in.release(n.doneCalls, n.doneBytes)
+	n.doneCalls, n.doneBytes = 0, 0
+}
+
+// progress is raft's knowledge of a follower.
+type progress = tracker.Progress
 
 // append stores entries, a snapshot and the hard state, and releases the
 // answers that depend on them only once all of that is durable.
@@ -763,33 +672,6 @@ func (n *node) persist(j diskJob, done func()) {
 // diskFailed ends the node: what is on the disk nobody knows.
 func (n *node) diskFailed(err error) {
 	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
-}
-
-// save writes a snapshot of the state to the disk, beside the loop.
-func (n *node) save() {
-	v := n.store.open()
-	n.saving, n.savingAt = v, n.logged
-	n.disk.start(func() {
-		mark, err := n.disk.save(v)
-		n.in.event(func() { n.saved(v, mark, err) })
-	})
-}
-
-// saved makes a snapshot that has been written the one that counts.
-func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
-	v.close()
-	n.saving = nil
-	n.disk.hold(false)
-	switch {
-	case err != nil:
-		n.diskFailed(err)
-	case mark.Index <= n.mark: // a leader's has overtaken it
-		n.disk.start(func() { _ = n.disk.remove(mark.File) })
-	default:
-		n.log.Info("saved a snapshot", "index", mark.Index)
-		n.mark, n.logged = mark.Index, n.logged-n.savingAt
-		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
-	}
 }
 
 // respond lets answers go, but not to another life of whom they are for: it
@@ -894,39 +776,6 @@ func (n *node) configured() {
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
 }
 
-// disowned learns from a member that it has applied this node's removal. The
-// node keeps its state, and thus its vote, until most voters have: those who
-// have not still need it to elect a leader.
-func (n *node) disowned(by uint64) {
-	n.disownedBy[by] = true
-	others, told := 0, 0
-	for _, id := range n.store.conf.GetVoters() {
-		if id != n.raftID {
-			others++
-			if n.disownedBy[id] || n.met[id] != nil { // or cannot elect anybody any more
-				told++
-			}
-		}
-	}
-	if told >= min(others, len(n.store.conf.GetVoters())/2+1) {
-		n.removed()
-	}
-}
-
-// removed drops the state of a node that is no member any more. It may be
-// added again, as somebody new.
-func (n *node) removed() {
-	if n.mark != 0 {
-		n.err = errRemoved
-		return
-	}
-	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID))
-	n.flush(true)
-	n.failAll(errNotInitialized)
-	n.newLife()
-	n.net.setMembers(0, n.raftID, nil, nil)
-}
-
 // compact keeps the log's size in bounds, on disk too. What a snapshot on its
 // way needs to be followed by the log is kept for a while.
 func (n *node) compact() {
@@ -945,492 +794,6 @@ func (n *node) compact() {
 	}
 	n.raft.compact(limit/2, index)
 }
-
-// propose hands the writes that wait, or as many as fit into an entry, to raft.
-func (n *node) propose() {
-	if n.own == nil && n.lead != 0 && len(n.writes) > 0 {
-		n.own = n.nextProposal()
-	}
-	p := n.own
-	if p == nil || n.lead == 0 || n.now < p.again {
-		return
-	}
-	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
-		p.again = n.now + 1
-	} else if n.lead == n.raftID {
-		p.again = never // it is lost only if leadership is: then syncSoftState says so
-	} else {
-		p.again = n.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
-	}
-}
-
-// nextProposal forms an entry of the writes at the head of the queue.
-func (n *node) nextProposal() *proposal {
-	n.sequence++
-	p := &proposal{sequence: n.sequence}
-	size, i := 0, 0
-	for ; i < len(n.writes); i++ {
-		c := n.writes[i]
-		if len(p.calls) > 0 && size+len(c.record) > maxEntryBytes {
-			break
-		}
-		if c.state.CompareAndSwap(callQueued, callProposed) {
-			p.calls = append(p.calls, c)
-			size += len(c.record) + 4
-		} else {
-			n.finish(c, outcome{}) // given up: nobody waits
-		}
-	}
-	n.writes = n.writes[i:]
-	if len(p.calls) == 0 {
-		return nil
-	}
-	p.data = make([]byte, 0, size+24)
-	p.data = protowire.AppendTag(p.data, 1, protowire.VarintType)
-	p.data = protowire.AppendVarint(p.data, n.raftID)
-	p.data = protowire.AppendTag(p.data, 2, protowire.VarintType)
-	p.data = protowire.AppendVarint(p.data, p.sequence)
-	for _, c := range p.calls {
-		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
-		p.data = protowire.AppendBytes(p.data, c.record)
-	}
-	return p
-}
-
-// askRead starts a ReadIndex for all reads that wait (Raft thesis, section
-// 6.4), if none is in flight, and to catch up with a new leader even if none
-// waits. A leader asks only once it has applied an entry of its term; raft
-// itself is less careful with one voter.
-func (n *node) askRead() {
-	if n.round != nil || len(n.reads) == 0 && n.caughtUpAt != never || n.lead == 0 || n.lead == n.raftID && !n.leads() {
-		return
-	}
-	n.sequence++ // a context is used once
-	n.round = &readRound{id: n.sequence, calls: n.reads, tick: n.now}
-	n.reads = nil
-	n.count.ReadRounds++
-	ctx := make([]byte, readContextBytes)
-	binary.BigEndian.PutUint64(ctx, n.life)
-	binary.BigEndian.PutUint64(ctx[8:], n.round.id)
-	n.rn.ReadIndex(ctx)
-}
-
-// retryReads makes the reads of the round in flight wait for another.
-func (n *node) retryReads() {
-	if n.round != nil {
-		n.reads = append(n.round.calls, n.reads...)
-		n.round = nil
-	}
-}
-
-// readConfirmed learns the index that the reads of a round must have applied.
-func (n *node) readConfirmed(rs raft.ReadState) {
-	r := n.round
-	if r == nil || len(rs.RequestCtx) != readContextBytes || binary.BigEndian.Uint64(rs.RequestCtx) != n.life || binary.BigEndian.Uint64(rs.RequestCtx[8:]) != r.id {
-		return // of an earlier round
-	}
-	n.round, r.index = nil, rs.Index
-	n.caughtUpAt = min(n.caughtUpAt, rs.Index)
-	n.confirmed = append(n.confirmed, *r)
-	n.releaseReads()
-}
-
-// releaseReads lets the reads go whose index is applied.
-func (n *node) releaseReads() {
-	n.confirmed = slices.DeleteFunc(n.confirmed, func(r readRound) bool {
-		if r.index > n.store.index {
-			return false
-		}
-		for _, c := range r.calls {
-			n.finish(c, outcome{})
-		}
-		n.count.ReadsReleased += uint64(len(r.calls))
-		return true
-	})
-}
-
-// send queues a message of raft for the end of the turn.
-func (n *node) send(m *raftpb.Message) {
-	switch m.GetType() {
-	case raftpb.MsgSnap:
-		n.sendSnapshot(m)
-		return
-	case raftpb.MsgHeartbeat:
-		if len(m.GetContext()) == 8 {
-			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
-		}
-	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
-		commit := n.rn.BasicStatus().GetCommit()
-		if term, err := n.raft.Term(commit); err == nil {
-			m.Commit, m.LogTerm = &commit, &term
-		}
-	}
-	for i := range n.out {
-		if o := &n.out[i]; o.to == m.GetTo() {
-			if last := len(o.ms) - 1; covers(m, o.ms[last]) {
-				o.ms = o.ms[:last]
-			}
-			o.ms = append(o.ms, m)
-			return
-		}
-	}
-	n.out = append(n.out, peerMessages{m.GetTo(), n.lives[m.GetTo()], []*raftpb.Message{m}})
-}
-
-// covers reports whether a message says all that the one before it says: a
-// later answer to an append, or an append from the same place in the log.
-func covers(m, before *raftpb.Message) bool {
-	if m.GetType() != before.GetType() || m.GetTerm() != before.GetTerm() || m.GetReject() || before.GetReject() {
-		return false
-	}
-	switch m.GetType() {
-	case raftpb.MsgAppResp:
-		return m.GetIndex() >= before.GetIndex()
-	case raftpb.MsgApp:
-		return len(before.GetEntries()) == 0 && m.GetIndex() == before.GetIndex() && m.GetCommit() >= before.GetCommit()
-	}
-	return false
-}
-
-// mayWait reports whether messages only say what is committed. The next append
-// says so, too, or else they go with the next tick. But a peer that has asked
-// for something waits for them.
-func (n *node) mayWait(ms []*raftpb.Message) bool {
-	return len(ms) == 1 && ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0 && n.now-n.askedAt > uint64(n.electionTicks())
-}
-
-// flush gives each peer its messages of this turn, all of them or all that
-// cannot wait.
-func (n *node) flush(all bool) {
-	out := n.out
-	n.out = nil
-	for _, o := range out {
-		switch {
-		case o.life == 0:
-			n.count.MessagesDropped += uint64(len(o.ms))
-		case !all && n.mayWait(o.ms):
-			n.out = append(n.out, o)
-		default:
-			n.net.send(o.to, o.life, o.ms)
-		}
-	}
-	n.closeViews()
-	n.in.release(n.doneCalls, n.doneBytes)
-	n.doneCalls, n.doneBytes = 0, 0
-}
-
-// snapshot is what raft is told when a follower needs one: the view that is
-// being sent already, if the log goes on from there, or a new one.
-func (n *node) snapshot() *raftpb.Snapshot {
-	for _, v := range n.views {
-		if v.conf == n.store.conf && v.header.Index >= n.raft.prevIndex {
-			return raftSnapshot(v.header)
-		}
-	}
-	n.views = append(n.views, &openView{view: n.store.open(), conf: n.store.conf})
-	return raftSnapshot(n.views[len(n.views)-1].header)
-}
-
-// sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot.
-func (n *node) sendSnapshot(m *raftpb.Message) {
-	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
-	for _, v := range n.views {
-		if v.header.Index == index && n.lives[to] != 0 {
-			v.readers++
-			n.log.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.keys)
-			n.net.sendSnapshot(to, n.lives[to], m.GetTerm(), v.view)
-			return
-		}
-	}
-	n.rn.ReportSnapshot(to, raft.SnapshotFailure)
-}
-
-// snapshotSent ends a transfer.
-func (n *node) snapshotSent(to uint64, v *view, err error) {
-	n.in.event(func() {
-		for _, o := range n.views {
-			if o.view == v {
-				o.readers--
-			}
-		}
-		status := raft.SnapshotFinish
-		if err != nil {
-			status = raft.SnapshotFailure
-			n.log.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
-		} else {
-			n.count.SnapshotsSent++
-			n.log.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
-		}
-		if n.rn != nil {
-			n.rn.ReportSnapshot(to, status)
-		}
-	})
-}
-
-// closeViews closes the views that nobody sends from.
-func (n *node) closeViews() {
-	n.views = slices.DeleteFunc(n.views, func(v *openView) bool {
-		if v.readers <= 0 {
-			v.close()
-		}
-		return v.readers <= 0
-	})
-}
-
-// readSnapshot reads a snapshot from a peer and, if this node has a disk, makes
-// it durable there. Any goroutine may call it.
-func (n *node) readSnapshot(r io.Reader) (*store, error) {
-	if n.disk == nil {
-		return readSnapshot(r)
-	}
-	w := n.disk.newSnapshot()
-	s, err := readSnapshot(io.TeeReader(r, w))
-	index := uint64(0)
-	if err == nil {
-		index = s.index
-	}
-	name, err := w.finish(index, err)
-	if w.err != nil { // not the sender's fault
-		n.in.event(func() { n.diskFailed(w.err) })
-	}
-	if err != nil {
-		return nil, err
-	}
-	s.file = name
-	return s, nil
-}
-
-// receiveSnapshot hands a snapshot that came from a peer to raft and returns
-// once raft has taken or ignored it. Any goroutine may call it.
-func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error {
-	err := n.do(ctx, func() error { return n.stepSnapshot(h, term, s) })
-	n.in.event(func() { n.discard(s) }) // if ctx ended first
-	return err
-}
-
-// discard removes the file of a snapshot from a peer, unless it is installed.
-func (n *node) discard(s *store) {
-	if file := s.file; file != "" {
-		s.file = ""
-		n.disk.start(func() { _ = n.disk.remove(file) })
-	}
-}
-
-func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
-	defer n.discard(s)
-	if !n.hears(h) || h.ClusterId != s.clusterID {
-		return errors.New("the snapshot is of or to another life, or another cluster")
-	}
-	if !proto.Equal(s.members[n.raftID], n.self) {
-		return errors.New("the snapshot does not name this node")
-	}
-	fresh := n.rn == nil
-	if fresh {
-		if err := n.start(); err != nil {
-			return err
-		}
-	}
-	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.header())}
-	err := errors.New("raft refused the snapshot")
-	if n.check(m) {
-		n.pending = s
-		err = n.rn.Step(m)
-		n.drain()
-	}
-	n.pending = nil
-	if fresh && n.store.clusterID == 0 {
-		n.rn, n.raft, n.term, n.lead, n.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
-	}
-	return err
-}
-
-// installPending makes the pending snapshot the state, and the log start
-// behind it.
-func (n *node) installPending(snap *raftpb.Snapshot) {
-	if n.pending == nil || n.pending.index != snap.GetMetadata().GetIndex() {
-		n.err = errors.New("raft wants a snapshot that it was not given")
-		return
-	}
-	n.store.install(n.pending)
-	n.pending.file = "" // it is the store's
-	n.pending = nil
-	n.raft.reset(snap)
-	if n.mark != 0 { // else there is no disk, or persist makes the directory, and the mark
-		n.mark = n.store.index
-	}
-	n.logged = 0
-	n.count.SnapshotsInstalled++
-	n.log.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
-	if p := n.own; p != nil && n.store.proposers[n.raftID] >= p.sequence {
-		n.failOwn() // it is in the snapshot, its results are not
-	}
-	n.configured()
-	n.releaseReads()
-}
-
-func (n *node) checkConditions() {
-	if n.err != nil {
-		return // nobody asks a broken node for anything: run ends them
-	}
-	conds := n.conds
-	n.conds = nil
-	for _, c := range conds {
-		if c.ctx.Err() != nil {
-			continue
-		}
-		if ok, err := c.f(); ok || err != nil {
-			c.done <- err
-		} else {
-			n.conds = append(n.conds, c)
-		}
-	}
-}
-
-// publish lets others see what they may, if it has changed.
-func (n *node) publish() {
-	if n.disk == nil {
-		n.gone = n.store.removed
-	}
-	old, s := n.pub.Load(), n.store
-	now := glance{s.clusterID, n.raftID, n.life, n.term, n.lead, n.leads(), n.caughtUp(), len(n.met), s.conf}
-	if old.glance == now && slices.Equal(old.removed, n.gone) {
-		return
-	}
-	p := &published{glance: now, leader: s.members[n.lead], members: s.members, removed: n.gone, noLeader: n.noLeader()}
-	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
-		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
-	}
-	if err := n.quorumLost(); p.lead == 0 && err != nil && (old.lost != p.lost || old.lead != 0) {
-		n.log.Error("the cluster cannot go on", "err", err)
-	}
-	n.pub.Store(p)
-	n.onPublish(p)
-}
-
-// whyUnhealthy says why this node should get no calls; empty: it should.
-func (n *node) whyUnhealthy() string {
-	switch {
-	case n.rn == nil:
-		return "in no cluster"
-	case n.store.members[n.raftID] == nil:
-		return "not a member of the configuration that it has applied"
-	case len(n.store.raftIDsOf(n.self.Id)) > 1:
-		return "not yet back in its role"
-	case n.lead == 0:
-		return n.noLeader().Error()
-	case !n.caughtUp():
-		return "not yet caught up with the leader"
-	}
-	return ""
-}
-
-// caughtUp reports whether this node has applied what the leader had committed
-// when it came to know it.
-func (n *node) caughtUp() bool { return n.store.index >= n.caughtUpAt }
-
-// peerUp learns of a stream between this process and a life of a peer. Any
-// goroutine may call it, before any message of that stream.
-func (n *node) peerUp(raftID, life uint64, outbound bool) {
-	n.in.event(func() {
-		if slices.Contains(n.store.removed, raftID) {
-			return
-		}
-		n.lives[raftID] = life
-		if outbound {
-			n.connected[raftID] = true
-			delete(n.met, raftID)
-			n.log.Info("peer connected", "peer", n.describe(raftID))
-		}
-	})
-}
-
-// peerDown learns that messages to a peer were lost. Any goroutine may call it.
-func (n *node) peerDown(raftID uint64, lost bool, cause error) {
-	n.in.event(func() {
-		if !lost {
-			n.log.Debug("peer's queue is full", "peer", n.describe(raftID))
-		} else if n.connected[raftID] {
-			n.log.Info("peer disconnected", "peer", n.describe(raftID), "cause", cause)
-			delete(n.connected, raftID)
-			if n.rn != nil && raftID == n.lead {
-				n.leaderLost()
-			}
-		}
-		if n.rn != nil && n.store.members[raftID] != nil {
-			n.rn.ReportUnreachable(raftID)
-		}
-	})
-}
-
-// leaderLost brings an election forward: the stream to the leader broke, which
-// it does at once if the process has died. If the leader lives, PreVote and the
-// others, who hear of it, keep an election from succeeding. Voters take turns,
-// so as not to split the vote.
-func (n *node) leaderLost() {
-	rank := uint64(0)
-	for _, id := range n.store.conf.GetVoters() {
-		if id < n.raftID && id != n.lead {
-			rank++
-		}
-	}
-	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
-	_ = n.rn.ForgetLeader()
-}
-
-// refused learns that whoever answered in place of a member would not talk to
-// this node. Any goroutine may call it.
-func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
-	n.in.event(func() {
-		switch {
-		case n.rn == nil || myRaftID != n.raftID:
-		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
-			n.disowned(raftID)
-		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
-			n.meet(raftID, w.Peer)
-		}
-	})
-}
-
-// accept answers a Hello. Any goroutine may call it.
-func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
-	p := n.pub.Load()
-	me := &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}
-	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: me, ClusterId: p.clusterID}
-	to := h.GetTo()
-	if slices.Contains(h.Removed, p.raftID) && (p.clusterID == 0 || p.clusterID == h.ClusterId && to.GetRaftId() == 0) {
-		n.in.event(func() { // a leader is about to add this node again
-			if n.raftID == p.raftID {
-				n.removed()
-			}
-		})
-	}
-	switch {
-	case p.clusterID != 0 && slices.Contains(p.removed, h.GetFrom().GetRaftId()) && h.ClusterId == p.clusterID:
-		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
-	case to.GetRaftId() == 0:
-		// It only asks.
-	case validateNode("from", h.GetFrom().GetNode()) != nil || h.GetFrom().GetRaftId() == 0 || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
-		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
-	case !sameCluster(p.clusterID, p.members, h):
-		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER
-	case to.GetRaftId() != p.raftID, to.GetLife() != 0 && to.GetLife() != p.life, !proto.Equal(to.GetNode(), n.self):
-		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
-	}
-	return w
-}
-
-// hello is how this life of the node introduces itself.
-func (n *node) hello() *kvpb.Hello {
-	p := n.pub.Load()
-	return &kvpb.Hello{ClusterId: p.clusterID, From: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, Removed: p.removed}
-}
-
-// receiveMessages queues a peer's messages; it waits while the queue is full.
-// Any goroutine may call it.
-func (n *node) receiveMessages(ctx context.Context, ms []inbound) error { return n.in.deliver(ctx, ms) }
-
-// progress is raft's knowledge of a follower.
-type progress = tracker.Progress
 
 // raftPanic is what raft panics with when its state contradicts itself.
 type raftPanic string

@@ -42,6 +42,8 @@ const (
 	// maxBackups bounds the backups that a node sends at a time: each makes it
 	// keep what is overwritten meanwhile.
 	maxBackups = 4
+	// maxLists bounds the Lists that run at a time: each passes over all keys.
+	maxLists = 4
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
@@ -153,14 +155,15 @@ type server struct {
 	health *health.Server
 	leader atomic.Pointer[metadata.MD] // x-raft-leader
 
-	backups atomic.Int32 // that run
+	backups atomic.Int32  // that run
+	lists   chan struct{} // full while maxLists run
 
 	stopping chan struct{} // closed by stop
 	inFlight atomic.Int64  // unary calls
 }
 
 func newServer(n *node, nw *network) *server {
-	s := &server{n: n, net: nw, health: health.NewServer(), stopping: make(chan struct{})}
+	s := &server{n: n, net: nw, health: health.NewServer(), stopping: make(chan struct{}), lists: make(chan struct{}, maxLists)}
 	s.leader.Store(&metadata.MD{})
 	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
@@ -312,7 +315,7 @@ func (s *server) openView(ctx context.Context, local bool, open func(*store) *vi
 			return nil, err
 		}
 	}
-	return v, s.n.do(ctx, func() error {
+	err = s.n.do(ctx, func() error {
 		if s.n.rn == nil {
 			return errNotInitialized
 		}
@@ -320,6 +323,7 @@ func (s *server) openView(ctx context.Context, local bool, open func(*store) *vi
 		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
 		return nil
 	})
+	return v, err
 }
 
 // List implements KVService.
@@ -331,6 +335,12 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 		if len(v) > maxKeyBytes {
 			return nil, invalid(field, "it has %d bytes, the limit is %d", len(v), maxKeyBytes)
 		}
+	}
+	select {
+	case s.lists <- struct{}{}:
+		defer func() { <-s.lists }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 	v, err := s.openView(ctx, req.Local, (*store).openKeys)
 	if err != nil {

@@ -346,7 +346,7 @@ func TestDeadlines(t *testing.T) {
 	}
 	n.turn(input{ticks: 1})
 	for i, c := range []*call{write, read, asked, confirmed, proposed} {
-		want := context.DeadlineExceeded
+		want := errNotInitialized // tells more than that the time is up
 		if c == proposed {
 			want = errUnknownInTime
 		}

@@ -34,7 +34,7 @@ const (
 	ErrorReason_ERROR_REASON_UNSPECIFIED ErrorReason = 0
 	// INVALID_ARGUMENT. The metadata has the field; the message, the limit.
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
-	// UNAVAILABLE: no leader for 2 s. Nothing was applied.
+	// UNAVAILABLE: no leader for 2 s, or until the deadline. Nothing was applied.
 	ErrorReason_ERROR_REASON_NO_LEADER ErrorReason = 2
 	// The write was sent off and its fate is not known. UNAVAILABLE: it has a
 	// request_id, or opens a session, and may be sent again. DEADLINE_EXCEEDED: it
@@ -64,8 +64,9 @@ const (
 	ErrorReason_ERROR_REASON_STOPPING ErrorReason = 12
 	// UNAVAILABLE: a node that the request needs does not answer.
 	ErrorReason_ERROR_REASON_UNREACHABLE ErrorReason = 13
-	// DEADLINE_EXCEEDED: the deadline passed before the request was done, or,
-	// for a write, before it was sent off: nothing was applied.
+	// DEADLINE_EXCEEDED, or CANCELLED by the caller: the deadline passed before the
+	// request was done, or, for a write, before it was sent off: nothing was
+	// applied.
 	ErrorReason_ERROR_REASON_DEADLINE ErrorReason = 14
 	// DATA_LOSS: the node stopped because its state contradicts the cluster's.
 	ErrorReason_ERROR_REASON_CORRUPT ErrorReason = 15

@@ -1,0 +1,272 @@
+// Calls on their way through raft: writes share an entry, reads a ReadIndex.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"go.etcd.io/raft/v3"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// What a call can end with besides an answer.
+var (
+	errNoLeader       = errors.New("there is no leader")
+	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
+	errUnknownInTime  = fmt.Errorf("the deadline is near, and %w", errOutcomeUnknown)
+	errNotInitialized = errors.New("this node is in no cluster")
+	errStopping       = errors.New("this node is stopping")
+	errOverloaded     = errors.New("this node has too many calls waiting")
+	errNotLeader      = errors.New("this node does not lead")
+	errInCluster      = errors.New("this node is in a cluster already")
+	errRemoved        = fmt.Errorf("%w: it was removed from its cluster: delete its data directory, all of it, and have it added again", errStopping)
+)
+
+// proposal is this node's own entry in flight. There is one at most: what is
+// written meanwhile forms the next.
+type proposal struct {
+	sequence uint64
+	data     []byte
+	calls    []*call
+	again    uint64 // tick from which it is to be proposed, again perhaps
+}
+
+// readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
+type readRound struct {
+	id    uint64
+	index uint64
+	calls []*call
+	tick  uint64
+}
+
+// enqueue takes a call in.
+func (n *node) enqueue(c *call) {
+	c.since = n.clock
+	if c.record == nil {
+		n.reads = append(n.reads, c)
+	} else {
+		n.writes = append(n.writes, c)
+	}
+}
+
+// expire ends calls that found no leader for too long, or whose deadline is near.
+func (n *node) expire() {
+	var noLeader error
+	if n.rn == nil {
+		noLeader = errNotInitialized
+	} else if n.lead == 0 {
+		noLeader = n.noLeader()
+	}
+	wait := n.ticksOf(leaderWait)
+	overdue := func(c *call) error {
+		if c.wait != 0 && n.clock-c.since >= c.wait {
+			return context.DeadlineExceeded
+		} else if n.clock-c.since >= wait {
+			return noLeader
+		}
+		return nil
+	}
+	end := func(calls []*call) []*call {
+		return slices.DeleteFunc(calls, func(c *call) bool {
+			err := overdue(c)
+			if err != nil {
+				n.finish(c, outcome{err: cmp.Or(noLeader, err)}) // tells more than that the time is up
+			}
+			return err != nil
+		})
+	}
+	n.writes, n.reads = end(n.writes), end(n.reads)
+	if n.round != nil {
+		n.round.calls = end(n.round.calls)
+	}
+	for i := range n.confirmed {
+		n.confirmed[i].calls = end(n.confirmed[i].calls)
+	}
+	if n.own == nil {
+		return
+	}
+	late := 0
+	for _, c := range n.own.calls {
+		err := overdue(c)
+		if err == context.DeadlineExceeded {
+			n.finish(c, outcome{err: errUnknownInTime})
+		}
+		if err != nil {
+			late++
+		}
+	}
+	if noLeader != nil && late == len(n.own.calls) {
+		n.failOwn()
+	}
+}
+
+// finish ends a call, if it has not ended.
+func (n *node) finish(c *call, o outcome) {
+	if c.ended {
+		return
+	}
+	c.ended = true
+	n.doneCalls++
+	n.doneBytes += len(c.record)
+	if g := c.group; g == nil {
+		c.done <- o
+	} else if c.out, g.left = o, g.left-1; g.left == 0 {
+		close(g.done)
+	}
+}
+
+func (n *node) fail(calls []*call, err error) {
+	for _, c := range calls {
+		n.finish(c, outcome{err: err})
+	}
+}
+
+// failOwn gives up the proposal in flight.
+func (n *node) failOwn() {
+	if n.own != nil {
+		n.fail(n.own.calls, errOutcomeUnknown)
+		n.own = nil
+	}
+}
+
+// failAll ends all that waits; err is for what was not proposed.
+func (n *node) failAll(err error) {
+	n.failOwn()
+	n.retryReads()
+	for _, r := range n.confirmed {
+		n.fail(r.calls, err)
+	}
+	n.fail(n.reads, err)
+	n.fail(n.writes, err)
+	n.reads, n.writes, n.confirmed, n.heldReads = nil, nil, nil, nil
+	for _, c := range n.conds {
+		c.done <- err
+	}
+	n.conds = nil
+}
+
+// propose hands the writes that wait, or as many as fit into an entry, to raft.
+func (n *node) propose() {
+	if n.own == nil && n.lead != 0 && len(n.writes) > 0 {
+		n.own = n.nextProposal()
+	}
+	p := n.own
+	if p == nil || n.lead == 0 || n.now < p.again {
+		return
+	}
+	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
+		p.again = n.now + 1
+	} else if n.lead == n.raftID {
+		p.again = never // it is lost only if leadership is: then syncSoftState says so
+	} else {
+		p.again = n.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
+	}
+}
+
+// nextProposal forms an entry of the writes at the head of the queue.
+func (n *node) nextProposal() *proposal {
+	n.sequence++
+	p := &proposal{sequence: n.sequence}
+	size, i := 0, 0
+	for ; i < len(n.writes); i++ {
+		c := n.writes[i]
+		if len(p.calls) > 0 && size+len(c.record) > maxEntryBytes {
+			break
+		}
+		if c.state.CompareAndSwap(callQueued, callProposed) {
+			p.calls = append(p.calls, c)
+			size += len(c.record) + 4
+		} else {
+			n.finish(c, outcome{}) // given up: nobody waits
+		}
+	}
+	n.writes = n.writes[i:]
+	if len(p.calls) == 0 {
+		return nil
+	}
+	p.data = make([]byte, 0, size+24)
+	p.data = protowire.AppendTag(p.data, 1, protowire.VarintType)
+	p.data = protowire.AppendVarint(p.data, n.raftID)
+	p.data = protowire.AppendTag(p.data, 2, protowire.VarintType)
+	p.data = protowire.AppendVarint(p.data, p.sequence)
+	for _, c := range p.calls {
+		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
+		p.data = protowire.AppendBytes(p.data, c.record)
+	}
+	return p
+}
+
+// askRead starts a ReadIndex for all reads that wait (Raft thesis, section
+// 6.4), if none is in flight, and to catch up with a new leader even if none
+// waits. A leader asks only once it has applied an entry of its term; raft
+// itself is less careful with one voter.
+func (n *node) askRead() {
+	if n.round != nil || len(n.reads) == 0 && n.caughtUpAt != never || n.lead == 0 || n.lead == n.raftID && !n.leads() {
+		return
+	}
+	n.sequence++ // a context is used once
+	n.round = &readRound{id: n.sequence, calls: n.reads, tick: n.now}
+	n.reads = nil
+	n.count.ReadRounds++
+	ctx := make([]byte, readContextBytes)
+	binary.BigEndian.PutUint64(ctx, n.life)
+	binary.BigEndian.PutUint64(ctx[8:], n.round.id)
+	n.rn.ReadIndex(ctx)
+}
+
+// retryReads makes the reads of the round in flight wait for another.
+func (n *node) retryReads() {
+	if n.round != nil {
+		n.reads = append(n.round.calls, n.reads...)
+		n.round = nil
+	}
+}
+
+// readConfirmed learns the index that the reads of a round must have applied.
+func (n *node) readConfirmed(rs raft.ReadState) {
+	r := n.round
+	if r == nil || len(rs.RequestCtx) != readContextBytes || binary.BigEndian.Uint64(rs.RequestCtx) != n.life || binary.BigEndian.Uint64(rs.RequestCtx[8:]) != r.id {
+		return // of an earlier round
+	}
+	n.round, r.index = nil, rs.Index
+	n.caughtUpAt = min(n.caughtUpAt, rs.Index)
+	n.confirmed = append(n.confirmed, *r)
+	n.releaseReads()
+}
+
+// releaseReads lets the reads go whose index is applied.
+func (n *node) releaseReads() {
+	n.confirmed = slices.DeleteFunc(n.confirmed, func(r readRound) bool {
+		if r.index > n.store.index {
+			return false
+		}
+		for _, c := range r.calls {
+			n.finish(c, outcome{})
+		}
+		n.count.ReadsReleased += uint64(len(r.calls))
+		return true
+	})
+}
+
+func (n *node) checkConditions() {
+	if n.err != nil {
+		return // nobody asks a broken node for anything: run ends them
+	}
+	conds := n.conds
+	n.conds = nil
+	for _, c := range conds {
+		if c.ctx.Err() != nil {
+			continue
+		}
+		if ok, err := c.f(); ok || err != nil {
+			c.done <- err
+		} else {
+			n.conds = append(n.conds, c)
+		}
+	}
+}

@@ -1,0 +1,237 @@
+// What the loop tells all others, and what the network tells the loop of peers.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// published is what other goroutines may know of the loop's state. It is never
+// changed.
+type published struct {
+	glance
+	leader   *kvpb.Node // nil: unknown
+	members  map[uint64]*kvpb.Node
+	removed  []uint64
+	noLeader error // what to say if there is none
+}
+
+// glance is what shows whether anything of it is new.
+type glance struct {
+	clusterID, raftID, life uint64
+	term, lead              uint64
+	leading, caughtUp       bool
+	lost                    int // members known to have lost their memory
+	conf                    *raftpb.ConfState
+}
+
+// publish lets others see what they may, if it has changed.
+func (n *node) publish() {
+	if n.disk == nil {
+		n.gone = n.store.removed
+	}
+	old, s := n.pub.Load(), n.store
+	now := glance{s.clusterID, n.raftID, n.life, n.term, n.lead, n.leads(), n.caughtUp(), len(n.met), s.conf}
+	if old.glance == now && slices.Equal(old.removed, n.gone) {
+		return
+	}
+	p := &published{glance: now, leader: s.members[n.lead], members: s.members, removed: n.gone, noLeader: n.noLeader()}
+	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
+		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
+	}
+	if err := n.quorumLost(); p.lead == 0 && err != nil && (old.lost != p.lost || old.lead != 0) {
+		n.log.Error("the cluster cannot go on", "err", err)
+	}
+	n.pub.Store(p)
+	n.onPublish(p)
+}
+
+// whyUnhealthy says why this node should get no calls; empty: it should.
+func (n *node) whyUnhealthy() string {
+	switch {
+	case n.rn == nil:
+		return "in no cluster"
+	case n.store.members[n.raftID] == nil:
+		return "not a member of the configuration that it has applied"
+	case len(n.store.raftIDsOf(n.self.Id)) > 1:
+		return "not yet back in its role"
+	case n.lead == 0:
+		return n.noLeader().Error()
+	case !n.caughtUp():
+		return "not yet caught up with the leader"
+	}
+	return ""
+}
+
+// caughtUp reports whether this node has applied what the leader had committed
+// when it came to know it.
+func (n *node) caughtUp() bool { return n.store.index >= n.caughtUpAt }
+
+// describe names a raft ID in a log.
+func (n *node) describe(raftID uint64) string {
+	if m := n.store.members[raftID]; m != nil {
+		return fmt.Sprintf("%d", m.Id)
+	}
+	return fmt.Sprintf("with raft ID %x", raftID)
+}
+
+// hello is how this life of the node introduces itself.
+func (n *node) hello() *kvpb.Hello {
+	p := n.pub.Load()
+	return &kvpb.Hello{ClusterId: p.clusterID, From: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, Removed: p.removed}
+}
+
+// accept answers a Hello. Any goroutine may call it.
+func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
+	p := n.pub.Load()
+	me := &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}
+	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: me, ClusterId: p.clusterID}
+	to := h.GetTo()
+	if slices.Contains(h.Removed, p.raftID) && (p.clusterID == 0 || p.clusterID == h.ClusterId && to.GetRaftId() == 0) {
+		n.in.event(func() { // a leader is about to add this node again
+			if n.raftID == p.raftID {
+				n.removed()
+			}
+		})
+	}
+	switch {
+	case p.clusterID != 0 && slices.Contains(p.removed, h.GetFrom().GetRaftId()) && h.ClusterId == p.clusterID:
+		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
+	case to.GetRaftId() == 0:
+		// It only asks.
+	case validateNode("from", h.GetFrom().GetNode()) != nil || !validRaftID(h.GetFrom().GetRaftId()) || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
+		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
+	case !sameCluster(p.clusterID, p.members, h):
+		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER
+	case to.GetRaftId() != p.raftID, to.GetLife() != 0 && to.GetLife() != p.life, !proto.Equal(to.GetNode(), n.self):
+		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
+	}
+	return w
+}
+
+// sameCluster reports whether a node in a cluster, or in none yet, may talk to
+// the sender of a hello. One that is being added is in no cluster yet.
+func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello) bool {
+	if h.ClusterId == 0 {
+		return members[h.From.RaftId] != nil
+	}
+	return clusterID == 0 || clusterID == h.ClusterId
+}
+
+// hears reports whether what came by a stream may be listened to: not if it is
+// of or to another life, of another cluster, or of somebody who has left.
+func (n *node) hears(h *kvpb.Hello) bool {
+	from := h.From.RaftId
+	return n.lives[from] == h.From.Life && h.To.RaftId == n.raftID && sameCluster(n.store.clusterID, n.store.members, h)
+}
+
+// receiveMessages queues a peer's messages; it waits while the queue is full.
+// Any goroutine may call it.
+func (n *node) receiveMessages(ctx context.Context, ms []inbound) error { return n.in.deliver(ctx, ms) }
+
+// peerUp learns of a stream between this process and a life of a peer. Any
+// goroutine may call it, before any message of that stream.
+func (n *node) peerUp(raftID, life uint64, outbound bool) {
+	n.in.event(func() {
+		if slices.Contains(n.store.removed, raftID) {
+			return
+		}
+		if n.store.members[raftID] == nil && len(n.lives) >= maxMembers+maxStrangers { // forget those that came and went
+			maps.DeleteFunc(n.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
+		}
+		n.lives[raftID] = life
+		if outbound {
+			n.connected[raftID] = true
+			delete(n.met, raftID)
+			n.log.Info("peer connected", "peer", n.describe(raftID))
+		}
+	})
+}
+
+// peerDown learns that messages to a peer were lost. Any goroutine may call it.
+func (n *node) peerDown(raftID uint64, lost bool, cause error) {
+	n.in.event(func() {
+		if !lost {
+			n.log.Debug("peer's queue is full", "peer", n.describe(raftID))
+		} else if n.connected[raftID] {
+			n.log.Info("peer disconnected", "peer", n.describe(raftID), "cause", cause)
+			delete(n.connected, raftID)
+			if n.rn != nil && raftID == n.lead {
+				n.leaderLost()
+			}
+		}
+		if n.rn != nil && n.store.members[raftID] != nil {
+			n.rn.ReportUnreachable(raftID)
+		}
+	})
+}
+
+// leaderLost brings an election forward: the stream to the leader broke, which
+// it does at once if the process has died. If the leader lives, PreVote and the
+// others, who hear of it, keep an election from succeeding. Voters take turns,
+// so as not to split the vote.
+func (n *node) leaderLost() {
+	rank := uint64(0)
+	for _, id := range n.store.conf.GetVoters() {
+		if id < n.raftID && id != n.lead {
+			rank++
+		}
+	}
+	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
+	_ = n.rn.ForgetLeader()
+}
+
+// refused learns that whoever answered in place of a member would not talk to
+// this node. Any goroutine may call it.
+func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
+	n.in.event(func() {
+		switch {
+		case n.rn == nil || myRaftID != n.raftID:
+		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
+			n.disowned(raftID)
+		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
+			n.meet(raftID, w.Peer)
+		}
+	})
+}
+
+// disowned learns from a member that it has applied this node's removal. The
+// node keeps its state, and thus its vote, until most voters have: those who
+// have not still need it to elect a leader.
+func (n *node) disowned(by uint64) {
+	n.disownedBy[by] = true
+	others, told := 0, 0
+	for _, id := range n.store.conf.GetVoters() {
+		if id != n.raftID {
+			others++
+			if n.disownedBy[id] || n.met[id] != nil { // or cannot elect anybody any more
+				told++
+			}
+		}
+	}
+	if told >= min(others, len(n.store.conf.GetVoters())/2+1) {
+		n.removed()
+	}
+}
+
+// removed drops the state of a node that is no member any more. It may be
+// added again, as somebody new.
+func (n *node) removed() {
+	if n.mark != 0 {
+		n.err = errRemoved
+		return
+	}
+	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID))
+	n.flush(true)
+	n.failAll(errNotInitialized)
+	n.newLife()
+	n.net.setMembers(0, n.raftID, nil, nil)
+}

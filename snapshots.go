@@ -1,0 +1,193 @@
+// Snapshots: sent to peers, received from them, and saved to this node's disk.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// snapshot is what raft is told when a follower needs one: the view that is
+// being sent already, if the log goes on from there, or a new one.
+func (n *node) snapshot() *raftpb.Snapshot {
+	for _, v := range n.views {
+		if v.conf == n.store.conf && v.header.Index >= n.raft.prevIndex {
+			return raftSnapshot(v.header)
+		}
+	}
+	n.views = append(n.views, &openView{view: n.store.open(), conf: n.store.conf})
+	return raftSnapshot(n.views[len(n.views)-1].header)
+}
+
+// sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot.
+func (n *node) sendSnapshot(m *raftpb.Message) {
+	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
+	for _, v := range n.views {
+		if v.header.Index == index && n.lives[to] != 0 {
+			v.readers++
+			n.log.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.keys)
+			n.net.sendSnapshot(to, n.lives[to], m.GetTerm(), v.view)
+			return
+		}
+	}
+	n.rn.ReportSnapshot(to, raft.SnapshotFailure)
+}
+
+// snapshotSent ends a transfer.
+func (n *node) snapshotSent(to uint64, v *view, err error) {
+	n.in.event(func() {
+		for _, o := range n.views {
+			if o.view == v {
+				o.readers--
+			}
+		}
+		status := raft.SnapshotFinish
+		if err != nil {
+			status = raft.SnapshotFailure
+			n.log.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
+		} else {
+			n.count.SnapshotsSent++
+			n.log.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
+		}
+		if n.rn != nil {
+			n.rn.ReportSnapshot(to, status)
+		}
+	})
+}
+
+// closeViews closes the views that nobody sends from.
+func (n *node) closeViews() {
+	n.views = slices.DeleteFunc(n.views, func(v *openView) bool {
+		if v.readers <= 0 {
+			v.close()
+		}
+		return v.readers <= 0
+	})
+}
+
+// readSnapshot reads a snapshot from a peer and, if this node has a disk, makes
+// it durable there. Any goroutine may call it.
+func (n *node) readSnapshot(r io.Reader) (*store, error) {
+	if n.disk == nil {
+		return readSnapshot(r)
+	}
+	w := n.disk.newSnapshot()
+	s, err := readSnapshot(io.TeeReader(r, w))
+	index := uint64(0)
+	if err == nil {
+		index = s.index
+	}
+	name, err := w.finish(index, err)
+	if w.err != nil { // not the sender's fault
+		n.in.event(func() { n.diskFailed(w.err) })
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.file = name
+	return s, nil
+}
+
+// receiveSnapshot hands a snapshot that came from a peer to raft and returns
+// once raft has taken or ignored it. Any goroutine may call it.
+func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error {
+	err := n.do(ctx, func() error { return n.stepSnapshot(h, term, s) })
+	n.in.event(func() { n.discard(s) }) // if ctx ended first
+	return err
+}
+
+func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
+	defer n.discard(s)
+	if !n.hears(h) || h.ClusterId != s.clusterID {
+		return errors.New("the snapshot is of or to another life, or another cluster")
+	}
+	if !proto.Equal(s.members[n.raftID], n.self) {
+		return errors.New("the snapshot does not name this node")
+	}
+	fresh := n.rn == nil
+	if fresh {
+		if err := n.start(); err != nil {
+			return err
+		}
+	}
+	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.header())}
+	err := errors.New("raft refused the snapshot")
+	if n.check(m) {
+		n.pending = s
+		err = n.rn.Step(m)
+		n.drain()
+	}
+	n.pending = nil
+	if fresh && n.store.clusterID == 0 {
+		n.rn, n.raft, n.term, n.lead, n.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
+	}
+	return err
+}
+
+// installPending makes the pending snapshot the state, and the log start
+// behind it.
+func (n *node) installPending(snap *raftpb.Snapshot) {
+	if n.pending == nil || n.pending.index != snap.GetMetadata().GetIndex() {
+		n.err = errors.New("raft wants a snapshot that it was not given")
+		return
+	}
+	n.store.install(n.pending)
+	n.pending.file = "" // it is the store's
+	n.pending = nil
+	n.raft.reset(snap)
+	if n.mark != 0 { // else there is no disk, or persist makes the directory, and the mark
+		n.mark = n.store.index
+	}
+	n.logged = 0
+	n.count.SnapshotsInstalled++
+	n.log.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
+	if p := n.own; p != nil && n.store.proposers[n.raftID] >= p.sequence {
+		n.failOwn() // it is in the snapshot, its results are not
+	}
+	n.configured()
+	n.releaseReads()
+}
+
+// discard removes the file of a snapshot from a peer, unless it is installed.
+func (n *node) discard(s *store) {
+	if file := s.file; file != "" {
+		s.file = ""
+		n.disk.start(func() { _ = n.disk.remove(file) })
+	}
+}
+
+// save writes a snapshot of the state to the disk, beside the loop.
+func (n *node) save() {
+	v := n.store.open()
+	n.saving, n.savingAt = v, n.logged
+	n.disk.start(func() {
+		mark, err := n.disk.save(v)
+		n.in.event(func() { n.saved(v, mark, err) })
+	})
+}
+
+// saved makes a snapshot that has been written the one that counts.
+func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
+	v.close()
+	n.saving = nil
+	n.disk.hold(false)
+	switch {
+	case err != nil:
+		n.diskFailed(err)
+	case mark.Index <= n.mark: // a leader's has overtaken it
+		n.disk.start(func() { _ = n.disk.remove(mark.File) })
+	default:
+		n.log.Info("saved a snapshot", "index", mark.Index)
+		n.mark, n.logged = mark.Index, n.logged-n.savingAt
+		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
+	}
+}
