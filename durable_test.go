@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -487,7 +488,9 @@ func TestClockBackup(t *testing.T) {
 		err := <-b.nodes[1].ended
 		b.nodes[1].ended <- err // for stop
 		between(t, "the stop", time.Since(start), 0, 2*time.Second)
-		wantError(t, rest(s, 0), codes.Unavailable, "STOPPING")
+		if err := rest(s, 0); status.Code(err) != codes.Unavailable { // the reason may not get past what was not read
+			t.Error(err)
+		}
 	})
 }
 
