@@ -20,9 +20,8 @@
 //     a new store that nobody else sees before the loop installs it.
 //   - A snapshot sender (peer.snapshot), one for each snapshot on its way out:
 //     it reads a view, which nobody changes.
-//   - gRPC's own: one for each call, streamWorkers of which serve the next one
-//     too. A call waits in server.call or node.await and reads the store under
-//     its lock.
+//   - gRPC's own: one for each call. A call waits in server.call or node.await
+//     and reads the store under its lock.
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,
