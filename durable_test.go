@@ -158,9 +158,9 @@ func TestDurableRemoved(t *testing.T) {
 		if c.nodes[3] == nil {
 			c.start(3, address)
 		}
-		c.ends(3, errRemoved, "is no member of its cluster any more", "delete its data directory")
+		c.ends(3, errRemoved, "it is no member of its cluster any more", "Delete that, all of it")
 		c.start(3, address)
-		c.ends(3, errRemoved, "is no member of its cluster any more", "delete its data directory")
+		c.ends(3, errRemoved, "it is no member of its cluster any more", "Delete that, all of it")
 		if err := os.RemoveAll(dir(3)); err != nil {
 			t.Fatal(err)
 		}
