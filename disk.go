@@ -131,13 +131,14 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return !ownName.MatchString(name) })
 	found := map[string]bool{}
-	others := false
+	others, begun := false, false
 	for _, name := range names {
 		found[name] = true
 		others = others || strings.HasSuffix(name, ".wal")
+		begun = begun || strings.Contains(name, ".wal") // a segment was filled at least: behind identity.tmp
 	}
 	switch {
-	case !found["identity"] && others && !found["identity.tmp"]:
+	case !found["identity"] && begun && !found["identity.tmp"]:
 		return nil, d.refuse("it has a log, but no file named identity that says whose. %s", whatToDo)
 	case !found["identity"]:
 		return nil, d.clean(names, "", "identity.tmp")
@@ -254,10 +255,11 @@ func (d *disk) clean(names []string, keep, last string) error {
 			errs = append(errs, d.remove(name))
 		}
 	}
+	err := errors.Join(append(errs, d.fs.syncDir(d.dir))...)
 	if last != "" && slices.Contains(names, last) {
-		errs = append(errs, d.fs.syncDir(d.dir), d.remove(last))
+		err = ifNot(err, func() error { return d.remove(last) }, d.syncDir)
 	}
-	return errors.Join(append(errs, d.fs.syncDir(d.dir))...)
+	return err
 }
 
 // snapshotWriter writes a snapshot's file.
@@ -395,7 +397,10 @@ func (d *disk) persist(jobs []diskJob) (err error) {
 		}
 	}
 	if mark := batch.Snapshot; mark != nil {
-		return ifNot(d.wal.release(mark.Index), func() error { return d.removeBefore(mark) })
+		// Behind another batch, the mark cannot be cut away as the last one.
+		return ifNot(d.wal.append(&kvpb.LogBatch{}),
+			func() error { return d.wal.release(mark.Index) },
+			func() error { return d.removeBefore(mark) })
 	}
 	return nil
 }
@@ -442,8 +447,9 @@ func (d *disk) begin(j diskJob) error {
 // a restore that was cut short has left counts as empty.
 func (d *disk) restore(self *kvpb.Node, read func() (*store, error)) (*store, error) {
 	names, err := d.fs.readDir(d.dir)
-	for _, name := range names {
-		if name != "LOCK" && name != "lost+found" && (name == "identity" || !ownName.MatchString(name)) {
+	unfinished := slices.Contains(names, "identity.tmp") && !slices.Contains(names, "identity") // it comes first, and goes last
+	for _, name := range slices.Backward(names) {
+		if name != "LOCK" && name != "lost+found" && (!unfinished || !ownName.MatchString(name)) {
 			return nil, d.refuse("it is not empty: there is %s. Nothing was changed", name)
 		}
 	}

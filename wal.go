@@ -445,7 +445,8 @@ func (w *wal) release(index uint64) error {
 	for n < len(w.segments)-1 && w.segments[n].last <= index {
 		n++
 	}
-	if n > 0 && w.append(&kvpb.LogBatch{FirstSegment: w.segments[n].number}) == nil {
+	if n > 0 && w.append(&kvpb.LogBatch{FirstSegment: w.segments[n].number}) == nil &&
+		w.append(&kvpb.LogBatch{}) == nil { // so that what says so is not the last batch, which can be cut away
 		w.err = w.drop()
 	}
 	return w.err
