@@ -903,3 +903,31 @@ func FuzzReadSnapshot(f *testing.F) {
 
 // encodeWrite is what a service makes of a request.
 func encodeWrite(w *kvpb.Write) ([]byte, error) { return proto.Marshal(w) }
+
+// filledStore is a store with one member and keys of 16 + 128 bytes.
+func filledStore(keys int) *store {
+	s := newStore()
+	s.members[1] = &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}
+	for i := range keys {
+		v := make([]byte, 128)
+		binary.BigEndian.PutUint64(v, uint64(i))
+		s.set(benchKey(uint64(i)), item{v, uint64(i + 1)})
+	}
+	s.version = uint64(keys)
+	return s
+}
+
+func benchBatch(rng *rand.Rand, sequence uint64, keys, writes int) []byte {
+	batch := &kvpb.Batch{Proposer: 1, Sequence: sequence}
+	for range writes {
+		batch.Writes = append(batch.Writes, &kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: benchKey(rng.Uint64N(uint64(keys))), Value: make([]byte, 128)}}})
+	}
+	data, err := proto.Marshal(batch)
+	if err != nil {
+		panic(err)
+	}
+	return data
+}
+
+// benchKey is a key of 16 bytes.
+func benchKey(i uint64) string { return fmt.Sprintf("%016x", i) }
