@@ -120,6 +120,30 @@ type abuse struct {
 
 const setMethod, getMethod = "/kv.v1.KVService/Set", "/kv.v1.KVService/Get"
 
+// neverEnding begins calls, each with some chunks of 16 KiB of its message.
+func neverEnding(calls, length, chunks int) func(context.Context, string, func()) {
+	return func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+		defer stop()
+		chunk := make([]byte, 16<<10)
+		for range calls {
+			s, err := r.call(setMethod, length)
+			for i := 0; i < chunks && err == nil; i++ {
+				err = r.data(s, false, chunk)
+			}
+			if err != nil {
+				break
+			}
+		}
+		begun()
+		<-ctx.Done()
+	}
+}
+
 var abuses = []abuse{
 	{"silent connections", 1500, func(ctx context.Context, address string, begun func()) {
 		if conn, err := net.Dial("tcp", address); err == nil {
@@ -135,46 +159,8 @@ var abuses = []abuse{
 			_ = r.Close()
 		}
 	}},
-	{"requests that never end", 4, func(ctx context.Context, address string, begun func()) {
-		r, err := dialRude(address)
-		if err != nil {
-			return
-		}
-		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
-		defer stop()
-		chunk := make([]byte, 16<<10)
-		for range 500 {
-			s, err := r.call(setMethod, 1<<20)
-			for i := 0; i < 3 && err == nil; i++ { // within a window of 64 KiB
-				err = r.data(s, false, chunk)
-			}
-			if err != nil {
-				break
-			}
-		}
-		begun()
-		<-ctx.Done()
-	}},
-	{"large requests that never end", 4, func(ctx context.Context, address string, begun func()) {
-		r, err := dialRude(address)
-		if err != nil {
-			return
-		}
-		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
-		defer stop()
-		chunk := make([]byte, 16<<10)
-		for range 5 {
-			s, err := r.call(setMethod, maxMessageBytes)
-			for i := 0; i < 250 && err == nil; i++ { // nearly all of it
-				err = r.data(s, false, chunk)
-			}
-			if err != nil {
-				break
-			}
-		}
-		begun()
-		<-ctx.Done()
-	}},
+	{"requests that never end", 4, neverEnding(500, 1<<20, 3)},                 // within a window of 64 KiB
+	{"large requests that never end", 4, neverEnding(5, maxMessageBytes, 250)}, // nearly all of it
 	{"answers that nobody reads", 4, func(ctx context.Context, address string, begun func()) {
 		r, err := dialRude(address)
 		if err != nil {

@@ -13,7 +13,7 @@ const (
 	// maxUnreadBytes bounds the answers that wait to be written. gRPC keeps those
 	// of unary calls however large, and a client may open its window late, or
 	// never. Beyond it, the connection that has most of them is closed.
-	maxUnreadBytes = 32 << 20
+	maxUnreadBytes = 24 << 20
 )
 
 // limiter is a listener that keeps both limits. mu guards what is below it.

@@ -81,7 +81,7 @@ func defaultOptions() options {
 // collector wait for as much garbage however small the store is, and takes
 // nothing from a large one. A collection also shrinks the stacks of gRPC's
 // workers, which the next call has to grow again.
-var ballast = make([]byte, 64<<20)
+var ballast = make([]byte, 4<<20)
 
 func main() {
 	ctx, cancel := context.WithCancel(context.Background())

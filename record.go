@@ -22,7 +22,6 @@ const (
 // kvOp is an Operation or a Write. Its slices are part of what it was
 // parsed from.
 type kvOp struct {
-	raw               []byte // all of it
 	kind              protowire.Number
 	key, value        []byte
 	compares          bool
@@ -80,7 +79,6 @@ func eachField(m []byte, repeated protowire.Number, f func(num protowire.Number,
 
 // parseOperation parses an Operation, or a Write, and checks it.
 func parseOperation(m []byte) (o kvOp, err error) {
-	o.raw = m
 	err = eachField(m, 0, func(num protowire.Number, _ uint64, b []byte) error {
 		if o.kind != 0 || num > opGet || b == nil {
 			return errMalformed

@@ -47,7 +47,7 @@ const (
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
-	maxStreamsPerConnection = 1024
+	maxStreamsPerConnection = 128
 	// streamWorkers keep their stacks from call to call: a new goroutine grows its
 	// own first. Calls beyond them get new ones.
 	streamWorkers = 1024
