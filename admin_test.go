@@ -121,6 +121,7 @@ func TestNewLeaderJudgesLater(t *testing.T) {
 // TestTransferToSilent: raft takes no writes while it waits for a node that is
 // to lead, so it is not even asked if that node does not answer.
 func TestTransferToSilent(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3, func(o *options) { o.election = o.heartbeat * 12 })
 	c.init(1, 2, 3)
 	refused := func(leader, to uint64) {
@@ -160,6 +161,7 @@ func TestTransferToSilent(t *testing.T) {
 // TestLeaderMovesAlone: nobody can take a node's place while it leads, if nobody
 // else could lead.
 func TestLeaderMovesAlone(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2, patient)
 	c.init(1)
 	first := c.nodes[1]
@@ -174,6 +176,7 @@ func TestLeaderMovesAlone(t *testing.T) {
 
 // TestZone: addresses may have a zone, as link-local ones of IPv6 must.
 func TestZone(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 0)
 	plain := c.options
 	for id := uint64(1); id <= 2; id++ {
@@ -200,6 +203,7 @@ func TestZone(t *testing.T) {
 // TestAnswersInTime: a request that its deadline cuts short is answered before
 // that, so that the caller learns why.
 func TestAnswersInTime(t *testing.T) {
+	t.Parallel()
 	caller, cancel := context.WithTimeout(t.Context(), time.Hour)
 	defer cancel()
 	earlier, cancel := inTime(caller)

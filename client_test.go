@@ -463,6 +463,7 @@ func TestClientMembership(t *testing.T) {
 
 // The leader is another node than the one that is called, and knows more.
 func TestClientAddLearnerShowsProgress(t *testing.T) {
+	t.Parallel()
 	f, leader := newFakeNode(t), newFakeNode(t)
 	other := &kvpb.MemberStatus{Node: &kvpb.Node{Id: 2, Address: leader.addr}, Voter: true}
 	f.setMetrics(&kvpb.MetricsResponse{Role: kvpb.Role_ROLE_FOLLOWER, Members: []*kvpb.MemberStatus{other}})
@@ -483,6 +484,7 @@ func TestClientAddLearnerShowsProgress(t *testing.T) {
 }
 
 func TestClientStatus(t *testing.T) {
+	t.Parallel()
 	a, b, c := newFakeNode(t), newFakeNode(t), newFakeNode(t)
 	silent := listenSilently(t)
 	member := func(id uint64, addr string, voter bool) *kvpb.MemberStatus {
@@ -538,6 +540,7 @@ func TestClientStatus(t *testing.T) {
 }
 
 func TestClientHealth(t *testing.T) {
+	t.Parallel()
 	f := newFakeNode(t)
 	set := func(name string, s healthpb.HealthCheckResponse_ServingStatus) { f.health.SetServingStatus(name, s) }
 	set("kv.v1.KVService", healthpb.HealthCheckResponse_NOT_SERVING)
@@ -617,6 +620,7 @@ func TestClientResend(t *testing.T) {
 }
 
 func TestClientConnections(t *testing.T) {
+	t.Parallel()
 	live, broken := newFakeNode(t), newFakeNode(t)
 	for _, dead := range []string{closedAddress, listenSilently(t)} {
 		runCommand(t, 0, "", "set", "k", "v", "--timeout", "1s", "--endpoints", dead+","+live.addr)

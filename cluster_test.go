@@ -9,6 +9,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,6 +19,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strings"
 	"sync"
@@ -46,6 +48,18 @@ const (
 	// rpcTimeout bounds calls that a test gives no deadline.
 	rpcTimeout = 20 * time.Second
 )
+
+// TestMain runs more tests at once than there are processors, unless told how
+// many: clusters mostly wait.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		_ = flag.Set("test.parallel", fmt.Sprint(max(4, runtime.GOMAXPROCS(0))))
+	}
+	m.Run()
+}
 
 // eventually polls f until it returns nil. Nothing else sleeps.
 func eventually(t testing.TB, f func() error) {
@@ -88,10 +102,37 @@ type testNode struct {
 	ended   chan error
 }
 
+// goroutines returns what reports those that this test, and they, have started
+// from here on. They have a label, which they inherit, for other tests run
+// beside this one.
+func goroutines(t *testing.T) (left func() error) {
+	label := t.Name()
+	pprof.SetGoroutineLabels(pprof.WithLabels(t.Context(), pprof.Labels("test", label)))
+	count := func() (n int, stacks string) {
+		var b strings.Builder
+		_ = pprof.Lookup("goroutine").WriteTo(&b, 1)
+		for stack := range strings.SplitSeq(b.String(), "\n\n") {
+			if strings.Contains(stack, fmt.Sprintf("%q:%q", "test", label)) {
+				count := 0
+				_, _ = fmt.Sscanf(stack, "%d @", &count)
+				n, stacks = n+count, stacks+stack+"\n\n"
+			}
+		}
+		return n, stacks
+	}
+	before, _ := count()
+	return func() error {
+		if now, stacks := count(); now > before {
+			return fmt.Errorf("%d goroutines, %d before:\n%s", now, before, stacks)
+		}
+		return nil
+	}
+}
+
 // newCluster starts nodes 1 to n, in no cluster yet.
 func newCluster(t *testing.T, n uint64, set ...func(*options)) *testCluster {
 	t.Helper()
-	before := runtime.NumGoroutine()
+	left := goroutines(t)
 	c := &testCluster{t: t, ctx: t.Context(), nodes: map[uint64]*testNode{}}
 	c.options = func(o *options) {
 		o.heartbeat, o.election = 20*time.Millisecond, 250*time.Millisecond
@@ -107,11 +148,7 @@ func newCluster(t *testing.T, n uint64, set ...func(*options)) *testCluster {
 			c.stop(id)
 		}
 		eventually(t, func() error {
-			if now := runtime.NumGoroutine(); now > before {
-				stacks := make([]byte, 1<<20)
-				return fmt.Errorf("%d goroutines, %d before the test:\n%s", now, before, stacks[:runtime.Stack(stacks, true)])
-			}
-			return nil
+			return left()
 		})
 	})
 	for id := range n {
@@ -463,6 +500,7 @@ func wantError(t *testing.T, err error, code codes.Code, reason string) {
 }
 
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1)
 	alone := c.set(1, "alone", "1")
@@ -590,6 +628,7 @@ func getError(c *testCluster, via uint64, local bool) error {
 }
 
 func TestInitThree(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	resp, err := c.nodes[2].Init(t.Context(), &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
 	if err != nil {
@@ -606,6 +645,7 @@ func TestInitThree(t *testing.T) {
 }
 
 func TestInitRefusals(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.init(4)
 	n := func(id uint64, address string) *kvpb.Node { return &kvpb.Node{Id: id, Address: address} }
@@ -656,6 +696,7 @@ func deadAddress(t *testing.T) string {
 }
 
 func TestTwoInitsAtOnce(t *testing.T) {
+	t.Parallel()
 	// In each order the two meet at another point.
 	for _, orders := range [][2][]uint64{{{1, 2, 3}, {2, 1, 3}}, {{1, 3, 2}, {2, 3, 1}}} {
 		t.Run(fmt.Sprint(orders), func(t *testing.T) {
@@ -733,6 +774,7 @@ func TestTwoInitsAtOnce(t *testing.T) {
 // TestAddAgainAtOnce: a node that has been removed and does not know it yet is
 // added again, as somebody new.
 func TestAddAgainAtOnce(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	for id := uint64(1); id <= 3; id++ {
@@ -749,6 +791,7 @@ func TestAddAgainAtOnce(t *testing.T) {
 // TestAddAgainBeforeItJoined: a learner is removed before it has heard of the
 // cluster at all, and then added again.
 func TestAddAgainBeforeItJoined(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	c.init(1)
 	c.fill(1, 24) // its snapshot takes a while
@@ -963,6 +1006,7 @@ func forwarded(b badCall) badCall {
 }
 
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.start(5, "127.0.0.1:0") // in no cluster
 	c.start(6, "127.0.0.1:0") // in another cluster
@@ -1133,6 +1177,7 @@ func (c *testCluster) named(id uint64, name string, f func(...grpc.CallOption) e
 }
 
 func TestForwarding(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.init(1, 2, 3)
 	learner := c.proto(4)[0]
@@ -1444,6 +1489,7 @@ func TestChecker(t *testing.T) {
 }
 
 func TestLeaderStops(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	leader := c.settled(1, 2, 3)
@@ -1479,6 +1525,7 @@ func TestLeaderStops(t *testing.T) {
 // TestLeaderCutOff: a leader that nobody hears answers no read with what was
 // true before the others went on without it.
 func TestLeaderCutOff(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	h := newHistory()
@@ -1512,6 +1559,7 @@ func TestLeaderCutOff(t *testing.T) {
 // TestRollingRestart: nodes without a disk survive a restart of each, if each
 // waits for the health name restart on all.
 func TestRollingRestart(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	h := newHistory()
@@ -1533,6 +1581,7 @@ func TestRollingRestart(t *testing.T) {
 }
 
 func TestNoLeader(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.init(1, 2, 3)
 	version := c.set(1, "k", "v")
@@ -1596,6 +1645,7 @@ func (c *testCluster) fill(via uint64, n int) {
 }
 
 func TestSnapshots(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4, func(o *options) { o.logBytes = 64 << 10 })
 	c.init(1, 2, 3)
 	c.fill(1, 24)
@@ -1677,6 +1727,7 @@ func (c *testCluster) health(id uint64, name string, want grpc_health_v1.HealthC
 }
 
 func TestHealth(t *testing.T) {
+	t.Parallel()
 	const serving, notServing = grpc_health_v1.HealthCheckResponse_SERVING, grpc_health_v1.HealthCheckResponse_NOT_SERVING
 	c := newCluster(t, 4)
 	// all checks that operators reach a node, whatever state it is in.
@@ -1725,6 +1776,7 @@ func TestHealth(t *testing.T) {
 }
 
 func TestReflection(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	ctx, cancel := context.WithTimeout(c.ctx, rpcTimeout)
 	defer cancel()

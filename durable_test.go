@@ -74,6 +74,7 @@ func (c *testCluster) ends(id uint64, cause error, words ...string) {
 // TestDurable: a node comes back as what it was, all at once too, and one that
 // was wiped is taken back.
 func TestDurable(t *testing.T) {
+	t.Parallel()
 	c, dir := newDurable(t, 3)
 	c.init(1, 2, 3)
 	before := c.raftIDs(1, 2, 3)
@@ -120,6 +121,7 @@ func TestDurable(t *testing.T) {
 
 // TestDurableAlone: with one voter, all is on its disk.
 func TestDurableAlone(t *testing.T) {
+	t.Parallel()
 	c, dir := newDurable(t, 1)
 	c.init(1)
 	for i := range 20 {
@@ -148,6 +150,7 @@ func TestDurableAlone(t *testing.T) {
 // TestDurableRemoved: a node that was removed while it was away, or is removed
 // now, stops and says so, and so it does when it starts again.
 func TestDurableRemoved(t *testing.T) {
+	t.Parallel()
 	c, dir := newDurable(t, 3)
 	c.init(1, 2, 3)
 	address := c.nodes[3].address
@@ -174,6 +177,7 @@ func TestDurableRemoved(t *testing.T) {
 
 // TestDurableRolledBack: a directory in place of which an older copy was put.
 func TestDurableRolledBack(t *testing.T) {
+	t.Parallel()
 	c, dir := newDurable(t, 3)
 	c.init(1, 2, 3)
 	c.works(1, 2, 3)
@@ -205,6 +209,7 @@ func TestDurableRolledBack(t *testing.T) {
 // TestDurableBehind: a node that was away for longer than the log reaches back
 // gets a snapshot onto its disk, and starts again from that.
 func TestDurableBehind(t *testing.T) {
+	t.Parallel()
 	c, dir := newDurable(t, 3, func(o *options) { o.logBytes = 64 << 10 })
 	c.init(1, 2, 3)
 	before, address := c.raftIDs(3), c.nodes[3].address
@@ -239,6 +244,7 @@ func TestDurableBehind(t *testing.T) {
 
 // TestDurableMoved: a node with its directory at another address.
 func TestDurableMoved(t *testing.T) {
+	t.Parallel()
 	c, _ := newDurable(t, 3)
 	c.init(1, 2, 3)
 	before := c.raftIDs(3)
@@ -267,6 +273,7 @@ func TestBrokenNodeServesNobody(t *testing.T) {
 // TestBackup: what is restored from a backup under load is a moment of it, and
 // goes on from there: versions, sessions, members.
 func TestBackup(t *testing.T) {
+	t.Parallel()
 	for _, durable := range []bool{false, true} {
 		t.Run(fmt.Sprint("durable=", durable), func(t *testing.T) {
 			c, dir := newDurable(t, 0)
@@ -354,6 +361,7 @@ func TestBackup(t *testing.T) {
 
 // TestBackupRefused: what cannot be a backup, or be restored, leaves nothing.
 func TestBackupRefused(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	dir := t.TempDir()
 	file, data := filepath.Join(dir, "backup"), filepath.Join(dir, "data")

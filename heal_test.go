@@ -238,6 +238,7 @@ func (c *testCluster) sentSnapshots() (sent uint64) {
 }
 
 func TestHealing(t *testing.T) {
+	t.Parallel()
 	three := []uint64{1, 2, 3}
 
 	t.Run("each in turn", func(t *testing.T) {
@@ -390,6 +391,7 @@ func (c *testCluster) addressOf(via, id uint64) (address string) {
 }
 
 func TestRemovedWhileAway(t *testing.T) {
+	t.Parallel()
 	// Nobody else may cause an election.
 	c := newCluster(t, 2, func(o *options) { o.election = 10 * time.Second })
 	patient := c.options
@@ -457,6 +459,7 @@ func TestRemovedWhileAway(t *testing.T) {
 }
 
 func TestQuorumLost(t *testing.T) {
+	t.Parallel()
 	const notServing = grpc_health_v1.HealthCheckResponse_NOT_SERVING
 	for _, leads := range []bool{false, true} {
 		t.Run(fmt.Sprintf("the survivor led: %v", leads), func(t *testing.T) {
@@ -685,6 +688,7 @@ func (c *sabotaged) Write(b []byte) (int, error) {
 var xs = bytes.Repeat([]byte("x"), 64)
 
 func TestSnapshotTransfer(t *testing.T) {
+	t.Parallel()
 	t.Run("flaws", func(t *testing.T) {
 		c := newCluster(t, 1)
 		i := newImpostor(t, c.nodes[1])
@@ -1039,6 +1043,7 @@ func TestSnapshotHeap(t *testing.T) {
 }
 
 func TestList(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 4)
 	c.init(1, 2, 3)
 	want := map[string]bool{}

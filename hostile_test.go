@@ -22,6 +22,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -131,6 +132,33 @@ func newLone(t *testing.T, state int) *lone {
 func (l *lone) hears(stream int, ms ...*raftpb.Message) {
 	_ = l.n.in.deliver(context.Background(), fromWire(toWire(ms), l.hellos[stream]))
 	l.turn(0)
+}
+
+// TestLeaderLost: once the stream to the leader is down, what it sent last does
+// not make it the leader again, so that the first election succeeds.
+func TestLeaderLost(t *testing.T) {
+	l := newLone(t, following)
+	heartbeat := message(raftpb.MsgHeartbeat, 2, 1)
+	if l.hears(0, heartbeat); l.n.lead != 2 {
+		t.Fatalf("it follows %d", l.n.lead)
+	}
+	l.n.peerDown(2, true, errors.New("it died"))
+	l.hears(0, heartbeat)
+	if l.turn(1); l.n.lead != 0 || l.n.rn.BasicStatus().RaftState != raft.StatePreCandidate {
+		t.Errorf("it follows %d, and is %v", l.n.lead, l.n.rn.BasicStatus().RaftState)
+	}
+	if l.hears(0, heartbeat); l.n.lead != 0 {
+		t.Error("it follows the dead leader again")
+	}
+	l.n.peerUp(2, 2, false)
+	if l.hears(0, heartbeat); l.n.lead != 2 {
+		t.Error("it does not follow a leader that is back")
+	}
+	asked := l.n.round.id
+	l.n.peerUp(2, 2, true)
+	if l.turn(0); l.n.round.id == asked {
+		t.Error("it does not ask again what it could not send")
+	}
 }
 
 // turn runs the loop's body and checks what must always hold; false: the node

@@ -45,6 +45,7 @@ func newLiar(t *testing.T, id, raftID uint64) *kvpb.Node {
 
 // A learner whose welcome has a raft ID out of range stops nobody.
 func TestWelcomeOutOfRange(t *testing.T) {
+	t.Parallel()
 	for nodes, raftIDs := range map[uint64][]uint64{1: {0, math.MaxUint64}, 3: {maxRaftID}} {
 		for _, raftID := range raftIDs {
 			t.Run(fmt.Sprintf("%d nodes, raft ID %x", nodes, raftID), func(t *testing.T) {
@@ -73,6 +74,7 @@ func TestWelcomeOutOfRange(t *testing.T) {
 
 // A hello from a raft ID that raft keeps for itself is refused.
 func TestHelloOutOfRange(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	c.init(1)
 	h, err := stranger(c.nodes[1])
@@ -87,6 +89,7 @@ func TestHelloOutOfRange(t *testing.T) {
 
 // No more than maxLists Lists run at a time: each keeps what is overwritten.
 func TestListsAreBounded(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	c.init(1)
 	s := c.nodes[1].server

@@ -152,6 +152,9 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 			n.connected[raftID] = true
 			delete(n.met, raftID)
 			n.log.Info("peer connected", "peer", n.describe(raftID))
+			if raftID == n.lead {
+				n.askAgain() // what was on its way may be lost
+			}
 		}
 	})
 }
@@ -177,8 +180,10 @@ func (n *node) peerDown(raftID uint64, lost bool, cause error) {
 // leaderLost brings an election forward: the stream to the leader broke, which
 // it does at once if the process has died. If the leader lives, PreVote and the
 // others, who hear of it, keep an election from succeeding. Voters take turns,
-// so as not to split the vote.
+// so as not to split the vote. What the leader sent last is not heard, or it
+// would be the leader again; the next stream ends that.
 func (n *node) leaderLost() {
+	delete(n.lives, n.lead)
 	rank := uint64(0)
 	for _, id := range n.store.conf.GetVoters() {
 		if id < n.raftID && id != n.lead {
@@ -187,6 +192,14 @@ func (n *node) leaderLost() {
 	}
 	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
 	_ = n.rn.ForgetLeader()
+}
+
+// askAgain gives what waits for the leader to it again: writes are applied once.
+func (n *node) askAgain() {
+	n.retryReads()
+	if n.own != nil {
+		n.own.again = n.now
+	}
 }
 
 // refused learns that whoever answered in place of a member would not talk to

@@ -47,6 +47,7 @@ func exchange(s kvpb.KVService_PipelineClient, ops ...*kvpb.Operation) (results 
 // TestPipeline: all kinds of operations, answers in order, a bad one failing
 // alone, through every node.
 func TestPipeline(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	for id := range uint64(3) {
@@ -100,6 +101,7 @@ func TestPipeline(t *testing.T) {
 
 // TestPipelineOrder: many requests in flight; writes are applied in order.
 func TestPipelineOrder(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	s, err := c.nodes[2].Pipeline(c.ctx)
@@ -137,6 +139,7 @@ func TestPipelineOrder(t *testing.T) {
 // TestPipelineBounds: a client that does not read is not read from, and the
 // others go on. Malformed and too large requests end the stream.
 func TestPipelineBounds(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	c.init(1)
 	ctx, cancel := context.WithCancel(c.ctx)

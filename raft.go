@@ -346,8 +346,7 @@ func (n *node) tick() {
 	}
 	if n.campaignAt != 0 && n.now >= n.campaignAt {
 		n.campaignAt = 0
-		// What the dead leader sent last may have made it the leader again.
-		if (n.lead == 0 || !n.connected[n.lead]) && n.role == raft.StateFollower && n.isVoter(n.raftID) {
+		if n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
 			_ = n.rn.Campaign()
 		}
 	}
@@ -506,10 +505,7 @@ func (n *node) syncSoftState() {
 	if st.GetTerm() != n.term || st.Lead != n.lead {
 		n.caughtUpAt, n.heldReads, n.changeAt = never, nil, 0
 		n.leadHeard = n.now
-		n.retryReads()
-		if n.own != nil {
-			n.own.again = n.now
-		}
+		n.askAgain()
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
 		}

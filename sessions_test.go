@@ -505,6 +505,7 @@ func (c *testCluster) openSession(via uint64) uint64 {
 }
 
 func TestExactlyOnce(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	id := c.openSession(1)
@@ -556,6 +557,7 @@ func TestExactlyOnce(t *testing.T) {
 // several nodes, while leaders change: the count of writes tells whether one
 // took effect twice.
 func TestExactlyOnceUnderLoad(t *testing.T) {
+	t.Parallel()
 	const clients, writes = 6, 60
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
@@ -649,6 +651,7 @@ func (c *testCluster) read(via uint64, key string) (value string, version uint64
 // TestReasonsArrive: the client is told the reason before its own deadline
 // ends the call.
 func TestReasonsArrive(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	c.init(1, 2)
 	leader := c.settled(1, 2)
@@ -675,6 +678,7 @@ func TestReasonsArrive(t *testing.T) {
 // TestServiceConfig: gRPC's clients retry as the README has it, over the nodes
 // that are healthy.
 func TestServiceConfig(t *testing.T) {
+	t.Parallel()
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
