@@ -161,6 +161,71 @@ func TestLeaderLost(t *testing.T) {
 	}
 }
 
+// postbox keeps what a lone node sends.
+type postbox struct {
+	*lone
+	sent []*raftpb.Message
+}
+
+func (p *postbox) send(_, _ uint64, ms []*raftpb.Message) { p.sent = append(p.sent, ms...) }
+
+// TestCommitsWait has a leader say what is committed with the next append or
+// tick, but at once if a peer waits for it.
+func TestCommitsWait(t *testing.T) {
+	l := newLone(t, leading)
+	p := &postbox{lone: l}
+	l.n.net = p
+	acked := l.n.raft.last()
+	write := func() {
+		if err := l.n.in.call(&call{record: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}); err != nil {
+			t.Fatal(err)
+		}
+		l.turn(0)
+	}
+	commit := func() { // by node 2
+		acked++
+		l.hears(0, message(raftpb.MsgAppResp, 2, l.n.term, func(m *raftpb.Message) { *m.Index = acked }))
+		if l.n.store.index != acked {
+			t.Fatalf("applied %d, not %d", l.n.store.index, acked)
+		}
+	}
+	// told returns the appends since it was last called: entries, and the commit.
+	told := func() (s string) {
+		for _, m := range p.sent {
+			if m.GetType() == raftpb.MsgApp && m.GetTo() == 2 {
+				s += fmt.Sprintf("%d@%d ", len(m.GetEntries()), acked-m.GetCommit())
+			}
+		}
+		p.sent = nil
+		return s
+	}
+	expect := func(what, want string) {
+		t.Helper()
+		if got := told(); got != want {
+			t.Errorf("%s: appends of %q, not %q", what, got, want)
+		}
+	}
+	for range 2 * l.n.electionTicks() { // nobody has asked for long
+		l.turn(1)
+		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, l.n.term))
+	}
+	told()
+	write()
+	expect("a write", "1@0 ")
+	commit()
+	expect("a commit", "")
+	write()
+	expect("the next write", "1@0 ")
+	commit()
+	l.turn(1)
+	expect("a tick", "0@0 ")
+	l.hears(1, message(raftpb.MsgReadIndex, 3, 0, func(m *raftpb.Message) { m.Entries = []*raftpb.Entry{{Data: make([]byte, readContextBytes)}} }))
+	write()
+	told()
+	commit()
+	expect("a commit after a peer has asked", "0@0 ")
+}
+
 // turn runs the loop's body and checks what must always hold; false: the node
 // has stopped, for a reason that it may have.
 func (l *lone) turn(ticks int) bool {

@@ -243,7 +243,7 @@ func (n *node) removed() {
 		return
 	}
 	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID))
-	n.flush()
+	n.flush(true)
 	n.failAll(errNotInitialized)
 	n.newLife()
 	n.net.setMembers(0, n.raftID, nil, nil)

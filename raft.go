@@ -70,10 +70,10 @@ type transport interface {
 	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
 }
 
-// peerMessages is what one turn sends to one peer.
+// peerMessages is what one turn sends to one life of a peer.
 type peerMessages struct {
-	to uint64
-	ms []*raftpb.Message
+	to, life uint64
+	ms       []*raftpb.Message
 }
 
 // inbound is a message from a peer, and the hello of the stream that it came by.
@@ -128,6 +128,7 @@ type node struct {
 	// disownedBy are the members, by raft ID, that have applied this node's removal.
 	disownedBy map[uint64]bool
 	out        []peerMessages
+	askedAt    uint64 // tick in which a peer last asked this leader for something
 
 	writes    []*call
 	own       *proposal
@@ -327,7 +328,7 @@ func (n *node) turn(in input) {
 	n.drain()
 	n.checkConditions()
 	n.drain()
-	n.flush()
+	n.flush(in.ticks > 0)
 	n.publish()
 }
 
@@ -388,6 +389,9 @@ func (n *node) receive(in inbound) {
 	}
 	if from == n.lead {
 		n.leadHeard = n.now
+	}
+	if t := m.GetType(); t == raftpb.MsgProp || t == raftpb.MsgReadIndex {
+		n.askedAt = n.now
 	}
 	if m.GetType() == raftpb.MsgReadIndex && n.role == raft.StateLeader && !n.leads() {
 		// With one voter, raft would answer before it knows what is committed.
@@ -505,6 +509,7 @@ func (n *node) syncSoftState() {
 	if st.GetTerm() != n.term || st.Lead != n.lead {
 		n.caughtUpAt, n.heldReads, n.changeAt = never, nil, 0
 		n.leadHeard = n.now
+		n.askedAt = n.now // peers may wait for what they asked of the leader before
 		n.askAgain()
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
@@ -532,25 +537,55 @@ func (n *node) send(m *raftpb.Message) {
 			m.Commit, m.LogTerm = &commit, &term
 		}
 	}
+	to, life := m.GetTo(), n.lives[m.GetTo()]
 	for i := range n.out {
-		if n.out[i].to == m.GetTo() {
-			n.out[i].ms = append(n.out[i].ms, m)
+		if o := &n.out[i]; o.to == to && o.life == life {
+			if last := len(o.ms) - 1; covers(m, o.ms[last]) {
+				o.ms = o.ms[:last]
+			}
+			o.ms = append(o.ms, m)
 			return
 		}
 	}
-	n.out = append(n.out, peerMessages{m.GetTo(), []*raftpb.Message{m}})
+	n.out = append(n.out, peerMessages{to, life, []*raftpb.Message{m}})
 }
 
-// flush gives each peer its messages of this turn.
-func (n *node) flush() {
-	for _, o := range n.out {
-		if life := n.lives[o.to]; life != 0 {
-			n.net.send(o.to, life, o.ms)
-		} else {
+// covers reports whether a message says all that the one before it says: a
+// later answer to an append, or an append from the same place in the log.
+func covers(m, before *raftpb.Message) bool {
+	if m.GetType() != before.GetType() || m.GetTerm() != before.GetTerm() || m.GetReject() || before.GetReject() {
+		return false
+	}
+	switch m.GetType() {
+	case raftpb.MsgAppResp:
+		return m.GetIndex() >= before.GetIndex()
+	case raftpb.MsgApp:
+		return len(before.GetEntries()) == 0 && m.GetIndex() == before.GetIndex() && m.GetCommit() >= before.GetCommit()
+	}
+	return false
+}
+
+// mayWait reports whether messages say only what is committed: the next append
+// says so, too, or else they go with the next tick. That halves the messages of
+// a single client. But a peer that has asked for something waits for them.
+func (n *node) mayWait(ms []*raftpb.Message) bool {
+	return len(ms) == 1 && ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0 && n.now-n.askedAt > n.electionTicks()
+}
+
+// flush gives each peer its messages, all of them or all that cannot wait.
+func (n *node) flush(all bool) {
+	out := n.out
+	n.out = nil
+	for _, o := range out {
+		switch {
+		case o.life == 0:
 			n.count.MessagesDropped += uint64(len(o.ms))
+		case !all && n.mayWait(o.ms):
+			n.out = append(n.out, o)
+		default:
+			n.net.send(o.to, o.life, o.ms)
 		}
 	}
-	n.out = nil
 	n.closeViews()
 	n.in.release(n.doneCalls, n.doneBytes)
 	n.doneCalls, n.doneBytes = 0, 0
