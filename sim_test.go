@@ -45,7 +45,7 @@ import (
 )
 
 var (
-	simSeeds = flag.Int("sim.seeds", 16, "how many seeds TestSimulate runs")
+	simSeeds = flag.Int("sim.seeds", 40, "how many seeds TestSimulate runs")
 	simSteps = flag.Int("sim.steps", 8000, "how many steps of each seed it runs before all faults end")
 	simSeed  = flag.Uint64("sim.seed", 1, "the first seed")
 	simBugs  = flag.Int("sim.bugs", 200, "how many seeds TestSimulatorFindsBugs runs for each; from 1000 on also for the one that is rare")
@@ -120,7 +120,7 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 		steps: steps, nodes: 3 + rng.IntN(3), election: int(pick(10, 15, 30)), logBytes: int64(pick(8<<10, 16<<10, 64<<10)),
 		latency: pick(.05, .3, 1, 2), spike: pick(0, 0, .01, .05), lag: pick(0, 0, .5, 2),
 		loss: pick(0, 0, .01, .05), dup: pick(0, .02, .1), reorder: rng.IntN(3) == 0, late: pick(0, .5, 1), queue: int(pick(20, 1000)),
-		snapshotDies: pick(0, .2, .5), clients: 1 + rng.IntN(6), keys: 1 + rng.IntN(8), valueBytes: int(pick(0, 100, 400)),
+		snapshotDies: pick(0, .2, .5), clients: 1 + rng.IntN(6), keys: 1 + rng.IntN(8), valueBytes: int(pick(0, 700, 3000)),
 		think: pick(.5, 2, 10), timeout: pick(30, 100, 300), faultEvery: pick(20, 60, 200), outage: pick(20, 60, 150), adminEvery: pick(60, 200, 1000),
 	}
 	c.sessions, c.answers = int(pick(2, 4, 20)), int(pick(1, 4, 20))
@@ -210,6 +210,7 @@ type proc struct {
 	writing bool          // the disk is at work
 	written kvpb.LogBatch // what it has of the log, in short: hard state and the last index
 	broken  bool          // it has failed
+	doomed  float64       // not 0: how long the power is lost once it writes
 }
 
 // sim is a run.
@@ -572,7 +573,11 @@ func (p *proc) startWriting() {
 	}
 	p.s.after(p.s.diskTime(p.site), p, func() {
 		p.writing = false
-		p.onDisk(p.write)
+		if p.doomed > 0 && p.site.keeps() != 0 {
+			p.losePower(p.doomed)
+		} else {
+			p.onDisk(p.write)
+		}
 	})
 }
 
@@ -1935,7 +1940,11 @@ func (s *sim) fault() {
 		}
 	case "power":
 		if fired = p.site.keeps() != 0; fired {
-			p.losePower(length)
+			if s.rng.IntN(2) == 0 {
+				p.losePower(length)
+			} else {
+				p.doomed = length
+			}
 		}
 	case "all":
 		fired = false
@@ -2046,8 +2055,12 @@ func (p *proc) breakDisk(calls int, fault simFault) {
 // not synced is gone, or torn.
 func (p *proc) losePower(length float64) {
 	s, st := p.s, p.site
-	if s.rng.IntN(2) == 0 && len(p.disk.queue) > 0 {
-		p.breakDisk(s.rng.IntN(12), faultCrash)
+	if len(p.disk.queue) > 0 {
+		calls := 0 // it is written, and not synced
+		if s.rng.IntN(2) == 0 {
+			calls = s.rng.IntN(12)
+		}
+		p.breakDisk(calls, faultCrash)
 		_ = p.disk.write()
 	}
 	p.die(length)
