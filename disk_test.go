@@ -951,6 +951,52 @@ func TestDiskEveryByte(t *testing.T) {
 	}
 }
 
+// TestDiskRemovalTold: who is removed is told so only once the node would know
+// it after a power loss. Else it might need the vote of one that has left.
+func TestDiskRemovalTold(t *testing.T) {
+	const learner = 77
+	p, err := openDiskNode(newSimFS(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(kind raftpb.ConfChangeType, members ...*kvpb.Member) {
+		p.n.in.event(func() {
+			if err := p.n.proposeChange(members, confChange(kind, learner)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	p.n.in.event(func() { _, _ = p.n.bootstrap() })
+	if err := p.settle(); err != nil {
+		t.Fatal(err)
+	}
+	change(raftpb.ConfChangeAddLearnerNode, &kvpb.Member{RaftId: learner, Node: plainNode(7)})
+	if err := p.settle(); err != nil || p.n.store.members[learner] == nil {
+		t.Fatalf("the learner is no member: %v", err)
+	}
+	change(raftpb.ConfChangeRemoveNode)
+	applied := 0
+	for !slices.Contains(p.n.hello().Removed, learner) {
+		if applied++; applied > 20 {
+			t.Fatal("it is never told")
+		}
+		if p.n.turn(p.n.in.take()); len(p.n.in.next.events) > 0 {
+			continue
+		}
+		if slices.Contains(p.n.hello().Removed, learner) {
+			break
+		}
+		_ = p.d.write()
+	}
+	again, err := openDiskNode(p.fs.lose(nil), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(again.n.store.removed, learner) {
+		t.Errorf("it was told, and is forgotten: %v", again.n.store.members)
+	}
+}
+
 // TestDiskLeavesOthersAlone: a directory may hold what is not the node's.
 func TestDiskLeavesOthersAlone(t *testing.T) {
 	for _, used := range []bool{false, true} {

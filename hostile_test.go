@@ -169,6 +169,43 @@ type postbox struct {
 
 func (p *postbox) send(_, _ uint64, ms []*raftpb.Message) { p.sent = append(p.sent, ms...) }
 
+// TestCaughtUp: a node is healthy only once it has applied what its leader had
+// committed when it was first asked.
+func TestCaughtUp(t *testing.T) {
+	l := newLone(t, following)
+	p := &postbox{lone: l}
+	l.n.net = p
+	l.hears(0, message(raftpb.MsgHeartbeat, 2, 1))
+	expect := func(when, why string) {
+		t.Helper()
+		if got := l.n.whyUnhealthy(); got != why {
+			t.Errorf("%s it is unhealthy because %q, not %q", when, got, why)
+		}
+	}
+	const behind = "not yet caught up with the leader"
+	expect("before the leader answers", behind)
+	l.n.peerUp(2, 2, true)
+	l.turn(0)
+	var asked *raftpb.Message
+	for _, m := range p.sent {
+		if m.GetType() == raftpb.MsgReadIndex {
+			asked = m
+		}
+	}
+	if asked == nil {
+		t.Fatal("it does not ask the leader")
+	}
+	last := l.n.raft.last()
+	l.hears(0, message(raftpb.MsgReadIndexResp, 2, 1, func(m *raftpb.Message) { m.Index, m.Entries = new(last+1), asked.Entries }))
+	expect("with an entry to apply", behind)
+	term, _ := l.n.raft.Term(last)
+	l.hears(0, message(raftpb.MsgApp, 2, 1, func(m *raftpb.Message) {
+		m.Index, m.LogTerm, m.Commit = &last, &term, new(last+1)
+		m.Entries = []*raftpb.Entry{{Term: new(uint64(1)), Index: new(last + 1)}}
+	}))
+	expect("with all applied", "")
+}
+
 // TestCommitsWait has a leader say what is committed with the next append or
 // tick, but at once if a peer waits for it.
 func TestCommitsWait(t *testing.T) {
