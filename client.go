@@ -188,11 +188,9 @@ func (c *client) parse(name string, args []string) error {
 		fmt.Fprintf(c.stdout, "Usage: raft-key-value %s [FLAGS] %s\n\nTo %s\n\n%s", name, cmd.args, cmd.help, helpNotes)
 		fs.SetOutput(c.stdout)
 		fs.PrintDefaults()
-	} else if err != nil && strings.HasPrefix(err.Error(), "flag provided") {
-		err = fmt.Errorf("%w; an argument that starts with - goes behind --", err)
 	}
 	if err != nil {
-		return err
+		return fmt.Errorf("%w%s", err, oneOf(strings.HasPrefix(err.Error(), "flag provided"), "; an argument that starts with - goes behind --", ""))
 	}
 	c.args, c.endpoints = append(c.args, rest...), strings.Split(*endpoints, ",")
 	return c.check(cmd.args, cmd.min, cmd.max)
@@ -366,12 +364,11 @@ func (c *client) list(ctx context.Context) error {
 			return err
 		}
 		for _, kv := range resp.Items {
+			rest := fmt.Sprintf("\t%d\t%q", kv.Version, kv.Value)
 			if c.keysOnly {
-				kv.Value = nil
-				fmt.Fprintf(&lines, "%q\n", kv.Key)
-			} else {
-				fmt.Fprintf(&lines, "%q\t%d\t%q\n", kv.Key, kv.Version, kv.Value)
+				kv.Value, rest = nil, ""
 			}
+			fmt.Fprintf(&lines, "%q%s\n", kv.Key, rest)
 		}
 		left -= min(left, uint64(len(resp.Items)))
 		if err := c.print(protoJSON{resp}, lines.String()); err != nil || resp.NextPageToken == "" || left == 0 {
@@ -548,11 +545,8 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 	}
 	defer conn.Close()
 	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if errors.Is(err, os.ErrExist) {
-		err = fmt.Errorf("%w: if no other backup writes it, one was killed: delete it", err)
-	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w%s", err, oneOf(errors.Is(err, os.ErrExist), ": if no other backup writes it, one was killed: delete it", ""))
 	}
 	defer func() {
 		f.Close()
