@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -43,18 +44,20 @@ const askTimeout, pollInterval = 2 * time.Second, 200 * time.Millisecond
 
 // client is one run of a sub-command: its flags and arguments.
 type client struct {
-	stdin               io.Reader
-	stdout, stderr      io.Writer
-	output, service     string
-	local, retain, wait bool // local: no other node can answer for the called one
-	timeout             time.Duration
-	endpoints, args     []string
-	ids                 []uint64     // of arguments ID and ID=ADDR
-	nodes               []*kvpb.Node // of arguments ID=ADDR
-	ifVersion           *uint64
-	dataDir             string
-	keys                uint64     // read from a backup
-	node                *kvpb.Node // whose directory is to be made
+	stdin           io.Reader
+	stdout, stderr  io.Writer
+	output, service string
+	retain, wait    bool
+	local, keysOnly bool   // local: no other node can answer for the called one
+	limit           uint64 // of keys to list
+	timeout         time.Duration
+	endpoints, args []string
+	ids             []uint64     // of arguments ID and ID=ADDR
+	nodes           []*kvpb.Node // of arguments ID=ADDR
+	ifVersion       *uint64
+	dataDir         string
+	keys            uint64     // read from a backup
+	node            *kvpb.Node // whose directory is to be made
 }
 
 // command is a sub-command. The first line of its help is a summary.
@@ -73,8 +76,10 @@ func commands() map[string]*command {
 		fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
 	}
 	return map[string]*command{
-		"init":        {"ID=ADDR [ID=ADDR ...]", "make a cluster of these voters, calling the first", 1, many, long, (*client).init, nil},
-		"add-learner": {"ID=ADDR", "add a node without a vote and wait until it has caught up", 1, 1, long, (*client).addLearner, nil},
+		"init": {"ID=ADDR [ID=ADDR ...]", "make a cluster of these voters\nThe first one is called, if neither --endpoints nor the environment names another.",
+			1, many, long, (*client).init, nil},
+		"add-learner": {"ID=ADDR", "add a node without a vote and wait until it has caught up\nA member that has moved gets the new address, and keeps its role.",
+			1, 1, long, (*client).addLearner, nil},
 		"change-membership": {"ID [ID ...]", "make these members the voters", 1, many, long, (*client).changeMembership,
 			func(c *client, fs *flag.FlagSet) {
 				fs.BoolVar(&c.retain, "retain", false, "keep the other voters as learners")
@@ -83,8 +88,13 @@ func commands() map[string]*command {
 		"transfer-leader": {"ID", "make this voter the leader", 1, 1, short, (*client).transferLeader, nil},
 		"set":             {"KEY VALUE", "write a key; the VALUE - is read from stdin", 2, 2, short, (*client).set, (*client).versionFlag},
 		"get":             {"KEY", "print the exact bytes of a value\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get, local},
-		"list": {"[PREFIX]", "print keys in order, with versions and values\nA line is a key, a version, and a value, quoted as Go does, with tabs between.",
-			0, 1, short, (*client).list, local},
+		"list": {"[PREFIX]", `print keys in order, with versions and values
+A line is a key, a version, and a value, quoted as Go does, with tabs between.
+With -o json, a line is a page: a ListResponse.`, 0, 1, short, (*client).list, func(c *client, fs *flag.FlagSet) {
+			local(c, fs)
+			fs.BoolVar(&c.keysOnly, "keys-only", false, "print the keys alone; with -o json, values are empty")
+			fs.Uint64Var(&c.limit, "limit", 0, "the most `KEYS` to print; 0: all")
+		}},
 		"delete": {"KEY", "remove a key\nThe exit status is 1 if it was not there.", 1, 1, short, (*client).delete, (*client).versionFlag},
 		"status": {"", `show every member as it sees itself
 The JSON is {"members": [{"node_id", "address", "reachable", "error", "metrics"}]}, where
@@ -92,7 +102,7 @@ metrics is a MetricsResponse or null. A node or leader of 0 is not known.
 The exit status is 1 if no node answers.`, 0, 0, short, (*client).status, nil},
 		"health": {"", "ask the first endpoint that answers for its health\nThe exit status is 0 only if it is SERVING.",
 			0, 0, short, (*client).health, func(c *client, fs *flag.FlagSet) {
-				fs.StringVar(&c.service, "service", kvpb.KVService_ServiceDesc.ServiceName, "`NAME` of the service to ask for")
+				fs.StringVar(&c.service, "service", kvpb.KVService_ServiceDesc.ServiceName, "`NAME` to ask for: "+strings.Join(healthNames, ", "))
 				fs.BoolVar(&c.wait, "wait", false, "wait for SERVING until the timeout")
 			}},
 		"backup": {"FILE", "write all that a cluster holds to a file\nThe file must not be there yet, and is only once it is whole.", 1, 1, time.Hour, (*client).backup, nil},
@@ -118,6 +128,8 @@ func (c *client) nodeFlags(fs *flag.FlagSet) {
 	fs.Uint64Var(&c.node.Id, "id", 0, "the node's `NUMBER`, not 0")
 	fs.StringVar(&c.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
 }
+
+var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName}
 
 const helpNotes = "Flags stand before or after the arguments; what follows -- is an argument.\n" +
 	"With -o json, an answer is as kv.proto has it, 64-bit numbers as strings.\n"
@@ -147,7 +159,8 @@ func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stde
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
-	fmt.Fprintf(stderr, "raft-key-value: %s: %s\n", args[0], strings.Join(strings.Fields(err.Error()), " "))
+	see := oneOf(exit == 2, "; see raft-key-value help "+args[0], "")
+	fmt.Fprintf(stderr, "raft-key-value: %s: %s%s\n", args[0], strings.Join(strings.Fields(err.Error()), " "), see)
 	return exit
 }
 
@@ -156,7 +169,8 @@ func (c *client) parse(name string, args []string) error {
 	cmd, fs := commands()[name], flag.NewFlagSet(name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.StringVar(&c.output, "o", "text", "`FORMAT` of the output: text or json")
-	fs.DurationVar(&c.timeout, "timeout", cmd.timeout, "`DURATION` until the command gives up")
+	c.timeout = cmd.timeout
+	durationVar(fs, &c.timeout, "timeout", "`DURATION` until the command gives up")
 	endpoints := fs.String("endpoints", cmp.Or(os.Getenv("RAFT_KEY_VALUE_ENDPOINTS"), defaultEndpoint),
 		"the nodes to call, `HOST:PORT,...`, in this order; or environment RAFT_KEY_VALUE_ENDPOINTS")
 	if cmd.flags != nil {
@@ -176,7 +190,7 @@ func (c *client) parse(name string, args []string) error {
 		fs.PrintDefaults()
 	}
 	if err != nil {
-		return err
+		return fmt.Errorf("%w%s", err, oneOf(strings.HasPrefix(err.Error(), "flag provided"), "; an argument that starts with - goes behind --", ""))
 	}
 	c.args, c.endpoints = append(c.args, rest...), strings.Split(*endpoints, ",")
 	return c.check(cmd.args, cmd.min, cmd.max)
@@ -193,6 +207,10 @@ func (c *client) check(names string, least, most int) error {
 		return fmt.Errorf("key %q: want UTF-8", c.args[0])
 	case names == "[COMMAND]" && n > 0 && !isCommand(c.args[0]):
 		return fmt.Errorf("unknown command: %q", c.args[0])
+	case names == "FILE" && c.args[0] == "-":
+		return errors.New("FILE \"-\": want the name of a file, not stdin or stdout")
+	case c.service != "" && !slices.Contains(healthNames, c.service):
+		return fmt.Errorf("--service %q: want one of: %s", c.service, strings.Join(healthNames, ", "))
 	}
 	addrs, withAddr := slices.Clone(c.endpoints), strings.HasPrefix(names, "ID=")
 	if c.node != nil && (c.dataDir == "" || c.node.Id == 0) {
@@ -229,9 +247,13 @@ func (c *client) init(ctx context.Context) error {
 // addLearner says meanwhile how far the learner has got.
 func (c *client) addLearner(ctx context.Context) error {
 	id, done := c.ids[0], make(chan error, 1)
+	was := findMember(bestMetrics(c.ask(ctx, c.endpoints)), id)
+	text := fmt.Sprintf("node %d is a %s and has caught up", id, oneOf(was.GetVoter(), "voter", "learner"))
+	if old, now := was.GetNode().GetAddress(), c.nodes[0].Address; was != nil && old != now {
+		text += fmt.Sprintf(", at %s in place of %s", now, old)
+	}
 	go func() {
-		done <- c.do(ctx, kvpb.ClusterService_AddLearner_FullMethodName, &kvpb.AddLearnerRequest{Node: c.nodes[0]},
-			new(kvpb.AddLearnerResponse), fmt.Sprintf("node %d is a learner and has caught up\n", id))
+		done <- c.do(ctx, kvpb.ClusterService_AddLearner_FullMethodName, &kvpb.AddLearnerRequest{Node: c.nodes[0]}, new(kvpb.AddLearnerResponse), text+"\n")
 	}()
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
@@ -335,15 +357,21 @@ func (c *client) get(ctx context.Context) error {
 // list prints page after page; with -o json each is a line.
 func (c *client) list(ctx context.Context) error {
 	req := &kvpb.ListRequest{Prefix: strings.Join(c.args, ""), Local: c.local}
-	for {
+	for left := cmp.Or(c.limit, math.MaxUint64); ; {
 		resp, lines := new(kvpb.ListResponse), strings.Builder{}
+		req.Limit = uint32(min(left, 1000))
 		if err := c.call(ctx, kvpb.KVService_List_FullMethodName, req, resp); err != nil {
 			return err
 		}
 		for _, kv := range resp.Items {
-			fmt.Fprintf(&lines, "%q\t%d\t%q\n", kv.Key, kv.Version, kv.Value)
+			rest := fmt.Sprintf("\t%d\t%q", kv.Version, kv.Value)
+			if c.keysOnly {
+				kv.Value, rest = nil, ""
+			}
+			fmt.Fprintf(&lines, "%q%s\n", kv.Key, rest)
 		}
-		if err := c.print(protoJSON{resp}, lines.String()); err != nil || resp.NextPageToken == "" {
+		left -= min(left, uint64(len(resp.Items)))
+		if err := c.print(protoJSON{resp}, lines.String()); err != nil || resp.NextPageToken == "" || left == 0 {
 			return err
 		}
 		req.PageToken = resp.NextPageToken
@@ -458,21 +486,36 @@ func oneOf(b bool, yes, no string) string {
 }
 
 // health polls if it waits: a stream would end with a node that restarts.
-func (c *client) health(ctx context.Context) error {
+func (c *client) health(ctx context.Context) (err error) {
 	c.local, c.timeout = true, min(c.timeout, askTimeout) // One node that hangs must not take up the wait.
 	for {
 		req, resp := &healthpb.HealthCheckRequest{Service: c.service}, new(healthpb.HealthCheckResponse)
-		err := c.call(ctx, healthpb.Health_Check_FullMethodName, req, resp)
-		if err == nil && resp.Status == healthpb.HealthCheckResponse_SERVING {
+		now := c.call(ctx, healthpb.Health_Check_FullMethodName, req, resp)
+		if now == nil && resp.Status == healthpb.HealthCheckResponse_SERVING {
 			return c.print(protoJSON{resp}, "SERVING\n")
+		} else if now == nil {
+			now = fmt.Errorf("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(ctx))
+		}
+		if err == nil || ctx.Err() == nil {
+			err = now // what failed before the time was up tells more
 		}
 		if c.wait {
 			sleep(ctx, pollInterval)
 		}
 		if !c.wait || ctx.Err() != nil {
-			return cmp.Or(err, fmt.Errorf("%q is %v", c.service, resp.Status))
+			return err
 		}
 	}
+}
+
+// whyUnhealthy asks who answers first, as health did.
+func (c *client) whyUnhealthy(ctx context.Context) string {
+	m := new(kvpb.MetricsResponse)
+	if err := c.call(ctx, kvpb.ClusterService_Metrics_FullMethodName, &kvpb.MetricsRequest{}, m); err != nil {
+		return err.Error()
+	}
+	why := cmp.Or(m.UnhealthyReason, oneOf(m.Joint, "a change of membership is half way", "it was, a moment ago"))
+	return fmt.Sprintf("node %d at %s: %s", m.Node.GetId(), m.Node.GetAddress(), why)
 }
 
 // backup asks one endpoint after another.
@@ -483,7 +526,9 @@ func (c *client) backup(ctx context.Context) error {
 		if err == nil {
 			return c.printState(s, "wrote")
 		}
-		if _, ok := status.FromError(err); ok {
+		if errors.As(err, new(*os.PathError)) {
+			return err // no other node would help
+		} else if _, ok := status.FromError(err); ok {
 			err = errors.New(errorText(err))
 		}
 		failures = append(failures, addr+": "+err.Error())
@@ -501,7 +546,7 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 	defer conn.Close()
 	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w%s", err, oneOf(errors.Is(err, os.ErrExist), ": if no other backup writes it, one was killed: delete it", ""))
 	}
 	defer func() {
 		f.Close()
@@ -511,7 +556,7 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 	}()
 	absent := func() error {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-			return cmp.Or(err, fmt.Errorf("%s is there already", path))
+			return cmp.Or[error](err, &os.PathError{Op: "backup", Path: path, Err: os.ErrExist})
 		}
 		return nil
 	}
@@ -594,7 +639,7 @@ func (c *client) help(context.Context) error {
 	if len(c.args) == 1 {
 		return c.parse(c.args[0], []string{"--help"})
 	}
-	return c.print(commandList(), "Commands; raft-key-value help COMMAND explains one:\n"+commandList())
+	return c.print(commandList(), fmt.Sprintf(usage, commandList()))
 }
 
 // protoJSON is a message as encoding/json is to write it.
@@ -716,5 +761,6 @@ func judge(method string, err error) (again, unknown bool) {
 
 func errorText(err error) string {
 	st := status.Convert(err)
-	return fmt.Sprintf("%s (%s)", st.Message(), strings.TrimSpace(code.Code(st.Code()).String()+" "+errorReason(err)))
+	text := strings.Replace(st.Message(), `connection error: desc = "transport: Error while dialing: `, `"`, 1)
+	return fmt.Sprintf("%s (%s)", text, strings.TrimSpace(code.Code(st.Code()).String()+" "+errorReason(err)))
 }

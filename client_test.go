@@ -10,8 +10,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -134,6 +136,24 @@ func (f *fakeNode) Get(_ context.Context, r *kvpb.GetRequest) (*kvpb.GetResponse
 	return &kvpb.GetResponse{}, nil
 }
 
+// List has pages of three at most.
+func (f *fakeNode) List(_ context.Context, r *kvpb.ListRequest) (*kvpb.ListResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	resp := &kvpb.ListResponse{}
+	for _, k := range slices.Sorted(maps.Keys(f.data)) {
+		if !strings.HasPrefix(k, r.Prefix) || k <= r.PageToken {
+			continue
+		}
+		if n := len(resp.Items); n == int(min(r.Limit, 3)) {
+			resp.NextPageToken = resp.Items[n-1].Key
+			break
+		}
+		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: k, Value: f.data[k], Version: 7})
+	}
+	return resp, nil
+}
+
 func (f *fakeNode) OpenSession(context.Context, *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -241,13 +261,22 @@ func TestClientUsageErrors(t *testing.T) {
 		"remove x", "remove 0", "remove -- -1", "remove 1=a:1", "transfer-leader", "transfer-leader x", "change-membership",
 		"change-membership 1 x", "status x", "help nosuch", "help get set", "version x", "health x",
 	} {
-		runCommand(t, 2, "", strings.Fields(line)...)
+		_, errs := runCommand(t, 2, "", strings.Fields(line)...)
+		wantPart(t, errs, "; see raft-key-value help "+strings.Fields(line)[0])
 	}
 	runCommand(t, 2, "", "get", "\xff")
+	for line, hint := range map[string]string{
+		"set k -5": "goes behind --", "get k --timeout 1": "missing unit", "health --service nosuch": "restart", "list --limit -1": "-limit",
+		"backup -": "name of a file", "restore - --id 1": "name of a file",
+	} {
+		_, errs := runCommand(t, 2, "", strings.Fields(line)...)
+		wantPart(t, errs, hint)
+	}
 }
 
 func TestClientHelp(t *testing.T) {
 	list, _ := runCommand(t, 0, "", "help")
+	wantPart(t, list, "raft-key-value --id N --addr HOST:PORT")
 	for name := range commands() {
 		wantPart(t, list, "\n  "+name+" ")
 		help, _ := runCommand(t, 0, "", "help", name)
@@ -316,6 +345,28 @@ func TestClientKeys(t *testing.T) {
 	for _, name := range []string{"delete", "get"} {
 		out, errs = runCommand(t, 1, "", name, "k")
 		wantText(t, name, out+errs, "raft-key-value: "+name+": not found\n")
+	}
+}
+
+func TestClientList(t *testing.T) {
+	f := newFakeNode(t)
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", f.addr)
+	var all string
+	for _, k := range []string{"a1", "a2", "a3", "a4", "b"} {
+		f.data[k] = []byte("v")
+		all += fmt.Sprintf("%q\t7\t\"v\"\n", k)
+	}
+	for args, want := range map[string]string{
+		"list":                         all,
+		"list a":                       strings.TrimSuffix(all, "\"b\"\t7\t\"v\"\n"),
+		"list --keys-only":             "\"a1\"\n\"a2\"\n\"a3\"\n\"a4\"\n\"b\"\n",
+		"list --keys-only --limit 4":   "\"a1\"\n\"a2\"\n\"a3\"\n\"a4\"\n",
+		"list --keys-only --limit 3":   "\"a1\"\n\"a2\"\n\"a3\"\n",
+		"list b --keys-only --limit 9": "\"b\"\n",
+		"list b --keys-only -o json":   `{"items":[{"key":"b","value":"","version":"7"}],"next_page_token":""}` + "\n",
+	} {
+		out, _ := runCommand(t, 0, "", strings.Fields(args)...)
+		wantText(t, args, out, want)
 	}
 }
 
@@ -459,6 +510,12 @@ func TestClientMembership(t *testing.T) {
 	out, _ = runCommand(t, 0, "", "remove", "2")
 	wantText(t, "remove", out, "node 2 is removed\n")
 	changed(&kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
+
+	f.setMetrics(&kvpb.MetricsResponse{Members: []*kvpb.MemberStatus{{Node: &kvpb.Node{Id: 2, Address: "h:1"}, Voter: true}}})
+	out, _ = runCommand(t, 0, "", "add-learner", "2=h:2")
+	wantText(t, "add-learner", out, "node 2 is a voter and has caught up, at h:2 in place of h:1\n")
+	out, _ = runCommand(t, 0, "", "add-learner", "2=h:1")
+	wantText(t, "add-learner", out, "node 2 is a voter and has caught up\n")
 }
 
 // The leader is another node than the one that is called, and knows more.
@@ -504,7 +561,7 @@ func TestClientStatus(t *testing.T) {
 		"1 " + a.addr + " ok yes leader 1 3 99 7 5 no 0000000000000abc ",
 		"2 " + b.addr + " unhealthy no learner 0 0 0 0 0 no 0000000000000abc no leader ",
 		"3 " + c.addr + " unhealthy no uninitialized 0 0 0 0 0 no 0000000000000000 new ",
-		"4 " + closedAddress + " unreachable yes - - - - - - - - connection error: ",
+		"4 " + closedAddress + " unreachable yes - - - - - - - - \"dial tcp ",
 		"5 " + silent + " unreachable yes - - - - - - - - ",
 	}
 	if len(rows) != len(want) {
@@ -545,16 +602,20 @@ func TestClientHealth(t *testing.T) {
 	set := func(name string, s healthpb.HealthCheckResponse_ServingStatus) { f.health.SetServingStatus(name, s) }
 	set("kv.v1.KVService", healthpb.HealthCheckResponse_NOT_SERVING)
 	set("restart", healthpb.HealthCheckResponse_SERVING)
-	_, errs := runCommand(t, 1, "", "health", "--endpoints", f.addr)
-	wantPart(t, errs, "NOT_SERVING")
+	f.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 2, Address: "h:2"}, UnhealthyReason: "it is new"})
+	_, errs := runCommand(t, 1, "", "health", "--endpoints", closedAddress+","+f.addr)
+	wantPart(t, errs, "NOT_SERVING: node 2 at h:2: it is new")
 	out, _ := runCommand(t, 0, "", "health", "--endpoints", closedAddress+","+f.addr, "--service", "restart")
 	wantText(t, "health", out, "SERVING\n")
 	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--service", "restart", "-o", "json")
 	wantText(t, "health", out, `{"status":"SERVING"}`+"\n")
-	runCommand(t, 1, "", "health", "--endpoints", f.addr, "--service", "nosuch")
 	runCommand(t, 1, "", "health", "--endpoints", closedAddress, "--wait", "--timeout", "500ms")
 	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--wait", "--timeout", "1s")
-	wantPart(t, errs, "NOT_SERVING")
+	wantPart(t, errs, "NOT_SERVING: node 2 at h:2: it is new")
+	f.setMetrics(&kvpb.MetricsResponse{Joint: true})
+	set("restart", healthpb.HealthCheckResponse_NOT_SERVING)
+	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--service", "restart")
+	wantPart(t, errs, "a change of membership is half way")
 	time.AfterFunc(500*time.Millisecond, func() { set("kv.v1.KVService", healthpb.HealthCheckResponse_SERVING) })
 	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--wait")
 	wantText(t, "health", out, "SERVING\n")

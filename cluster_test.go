@@ -88,6 +88,7 @@ type testCluster struct {
 	options func(*options)
 	nodes   map[uint64]*testNode
 	wires   wires
+	log     io.Writer // of nodes started from now on; nil: the test's
 }
 
 // testNode is a process, as it were, and stubs to it.
@@ -170,7 +171,7 @@ func (c *testCluster) start(id uint64, address string) *testNode {
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
 	ready := make(chan *server, 1)
-	log := slog.New(slog.NewTextHandler(c.t.Output(), nil)).With("node", id)
+	log := slog.New(slog.NewTextHandler(cmp.Or(c.log, c.t.Output()), nil)).With("node", id)
 	go func() { n.ended <- run(ctx, o, log, func(s *server) { ready <- s }) }()
 	select {
 	case n.server = <-ready:

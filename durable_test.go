@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -142,7 +143,7 @@ func TestDurableAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.close()
-	if _, err := openDisk(osFS{}, filepath.Join(dir(1), "no", "parent"), 1<<20, quiet()); !errors.Is(err, os.ErrNotExist) {
+	if _, err := openDisk(osFS{}, filepath.Join(dir(1), "no", "parent"), 1<<20, quiet()); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "has to be there") {
 		t.Fatal(err)
 	}
 }
@@ -162,8 +163,14 @@ func TestDurableRemoved(t *testing.T) {
 			c.start(3, address)
 		}
 		c.ends(3, errRemoved, "it is no member of its cluster any more", "Delete that, all of it")
+		var log bytes.Buffer
+		c.log = &log
 		c.start(3, address)
+		c.log = nil
 		c.ends(3, errRemoved, "it is no member of its cluster any more", "Delete that, all of it")
+		if strings.Contains(log.String(), "msg=stopped") { // whoever gets the error logs it
+			t.Error(&log)
+		}
 		if err := os.RemoveAll(dir(3)); err != nil {
 			t.Fatal(err)
 		}
@@ -248,13 +255,27 @@ func TestDurableMoved(t *testing.T) {
 	c, _ := newDurable(t, 3)
 	c.init(1, 2, 3)
 	before := c.raftIDs(3)
+	old := c.nodes[3].address
 	c.stop(3)
+	var log bytes.Buffer
+	c.log = &log
 	c.start(3, "127.0.0.1:0")
+	c.log = nil
 	c.addLearner(1, 3)
 	c.settled(1, 2, 3)
 	c.works(1, 2, 3)
 	if after := c.raftIDs(3); !slices.Equal(before, after) {
 		t.Fatal("it is somebody else")
+	}
+	address := c.nodes[3].address
+	c.stop(3)
+	wantPart(t, log.String(), fmt.Sprintf("known=%s advertise=%s", old, address))
+	log.Reset()
+	c.log = &log
+	c.start(3, address)
+	c.stop(3)
+	if strings.Contains(log.String(), "another address") {
+		t.Error(&log)
 	}
 }
 
@@ -369,6 +390,13 @@ func TestBackupRefused(t *testing.T) {
 		t.Helper()
 		_, errs := runCommand(t, want, "", "backup", "--endpoints", addr, "--timeout", "10s", file)
 		return errs
+	}
+	if err := os.WriteFile(file+".tmp", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wantPart(t, backup(1, deadAddress(t)), "raft-key-value: backup: open "+file+".tmp: file exists: if no other backup writes it")
+	if err := os.Remove(file + ".tmp"); err != nil {
+		t.Fatal(err)
 	}
 	wantPart(t, backup(1, deadAddress(t)), "UNAVAILABLE")
 	c.init(1)

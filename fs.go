@@ -59,7 +59,9 @@ func (osFS) readDir(dir string) ([]string, error) {
 }
 
 func (osFS) lock(dir string) (io.Closer, error) {
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Mkdir(dir, 0o700); errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%w: the parent of a data directory has to be there", err)
+	} else if err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
 	// Its name has to survive, too; if it is ours to make, its parent is ours to sync.

@@ -103,12 +103,12 @@ func execute(ctx context.Context, args []string) int {
 	if len(args) > 0 && isCommand(args[0]) {
 		return runClient(ctx, args, os.Stdin, os.Stdout, os.Stderr)
 	}
-	o, err := parseOptions(args, os.Stderr, os.LookupEnv)
+	o, err := parseOptions(args, os.Stdout, os.LookupEnv)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "raft-key-value: %v\n", err)
+		fmt.Fprintf(os.Stderr, "raft-key-value: %v; see raft-key-value --help\n", err)
 		return 2
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: o.logLevel})).With("node", o.id)
@@ -116,34 +116,28 @@ func execute(ctx context.Context, args []string) int {
 		log.Error("stopped", "err", err)
 		return 1
 	}
+	log.Info("stopped")
 	return 0
 }
 
-const serverUsage = `raft-key-value runs a node of a replicated key-value store, or a sub-command.
+const usage = `raft-key-value runs a node of a replicated key-value store, or a sub-command.
 
-A node:
-  raft-key-value --id N --addr HOST:PORT [flags]
+A node (raft-key-value --help lists all flags):
+  raft-key-value --id N --addr HOST:PORT [--data-dir DIRECTORY]
 
 Sub-commands (raft-key-value help COMMAND tells more):
-%s
-Flags of a node; each has an environment variable, such as
-RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:
-`
+%s`
 
 // parseOptions reads a node's settings from flags and the environment.
-func parseOptions(args []string, stderr io.Writer, env func(string) (string, bool)) (options, error) {
+func parseOptions(args []string, stdout io.Writer, env func(string) (string, bool)) (options, error) {
 	o := defaultOptions()
 	fs := flag.NewFlagSet("raft-key-value", flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	fs.Usage = func() {
-		fmt.Fprintf(stderr, serverUsage, commandList())
-		fs.PrintDefaults()
-	}
+	fs.SetOutput(io.Discard)
 	fs.Uint64Var(&o.id, "id", 0, "the node's `number` in its cluster, not 0")
 	fs.StringVar(&o.addr, "addr", "", "`host:port` to listen on; port 0 picks one")
 	fs.StringVar(&o.advertise, "advertise", "", "`host:port` at which others reach this node (default: the address listened on)")
-	fs.DurationVar(&o.heartbeat, "heartbeat", o.heartbeat, "time between a leader's heartbeats")
-	fs.DurationVar(&o.election, "election-timeout", o.election, "least time without a leader before an election")
+	durationVar(fs, &o.heartbeat, "heartbeat", "time between a leader's heartbeats")
+	durationVar(fs, &o.election, "election-timeout", "least time without a leader before an election")
 	fs.StringVar(&o.dataDir, "data-dir", "", "`directory` that keeps all that the node has promised (default: it is in memory only)")
 	fs.Int64Var(&o.logBytes, "log-bytes", o.logBytes, "`bytes` of log entries kept before old ones are dropped")
 	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
@@ -155,19 +149,33 @@ func parseOptions(args []string, stderr io.Writer, env func(string) (string, boo
 			first = append(first, "--"+f.Name+"="+v)
 		}
 	})
-	if err := fs.Parse(append(first, args...)); err != nil {
-		return o, err
+	err := fs.Parse(append(first, args...))
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintf(stdout, usage+"\nFlags of a node; each has an environment variable, such as\n"+
+			"RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:\n", commandList())
+		fs.SetOutput(stdout)
+		fs.PrintDefaults()
 	}
-	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unknown sub-command %q; see raft-key-value help", fs.Arg(0))
+	if arg := fs.Arg(0); err == nil && fs.NArg() > 0 {
+		err = fmt.Errorf("%s %q", oneOf(isCommand(arg), "before all flags goes the sub-command", "unknown sub-command"), arg)
 	}
-	return o, o.check()
+	return o, ifNot(err, o.check)
+}
+
+// durationVar is fs.DurationVar, but its error says what is missing: the unit.
+func durationVar(fs *flag.FlagSet, d *time.Duration, name, usage string) {
+	fs.Func(name, fmt.Sprintf("%s (default %v)", usage, *d), func(s string) (err error) {
+		*d, err = time.ParseDuration(s)
+		return err
+	})
 }
 
 func (o *options) check() error {
 	switch {
 	case o.id == 0:
 		return errors.New("--id is needed, and not 0")
+	case o.addr == "":
+		return errors.New("--addr is needed: host:port to listen on")
 	case o.heartbeat < 10*time.Millisecond || o.heartbeat > leaderWait:
 		return fmt.Errorf("--heartbeat %v is not between 10ms and %v", o.heartbeat, leaderWait)
 	case o.election < 3*o.heartbeat || o.election > time.Hour:
@@ -270,6 +278,5 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	}
 	s.grpc.Stop()
 	<-serveErr
-	log.Info("stopped")
 	return err
 }

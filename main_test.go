@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -42,7 +43,9 @@ func TestOptions(t *testing.T) {
 		{args: "--addr 127.0.0.1:1", want: "--id"},
 		{args: "--id 0 --addr 127.0.0.1:1", want: "--id"},
 		{args: "--id -1 --addr 127.0.0.1:1", want: "invalid value"},
-		{args: "--id 1", want: "--addr"},
+		{args: "--id 1", want: "--addr is needed"},
+		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 1", want: "missing unit"},
+		{args: "--id 1 --addr 127.0.0.1:1 init 1=127.0.0.1:1", want: "before all flags"},
 		{args: "--id 1 --addr 127.0.0.1", want: "host:port"},
 		{args: "--id 1 --addr 0.0.0.0:1 --insecure", want: "--advertise"},
 		{args: "--id 1 --addr :1 --insecure", want: "--advertise"},
@@ -58,14 +61,16 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 5", want: "--log-bytes"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "invalid value"},
 		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: "invalid value"},
-		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "nosuch"},
+		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "unknown sub-command \"nosuch\""},
 	} {
 		env := map[string]string{}
 		for _, kv := range strings.Fields(c.env) {
 			k, v, _ := strings.Cut(kv, "=")
 			env[k] = v
 		}
-		_, err := parseOptions(strings.Fields(c.args), io.Discard, func(k string) (string, bool) { v, ok := env[k]; return v, ok })
+		var out strings.Builder
+		_, err := parseOptions(strings.Fields(c.args), &out, func(k string) (string, bool) { v, ok := env[k]; return v, ok })
+		wantText(t, c.args, out.String(), "")
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%q, %q: %v, want %q", c.args, c.env, err, c.want)
 		}
@@ -116,6 +121,38 @@ func TestSignals(t *testing.T) {
 	if code := p.cmd.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("SIGTERM: status %d", code)
 	}
+	if text, err := os.ReadFile(p.log); err != nil || bytes.Count(text, []byte("msg=stopped")) != 1 {
+		t.Errorf("%s, %v", text, err)
+	}
+}
+
+// TestNoLeaderIsLogged: once each time that there is none for long.
+func TestNoLeaderIsLogged(t *testing.T) {
+	var log bytes.Buffer
+	n := newNode(defaultOptions(), &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, slog.New(slog.NewTextHandler(&log, nil)))
+	n.net = deafNetwork{}
+	long := 5 * int(n.electionTicks())
+	n.turn(input{ticks: long}) // in no cluster, there is nothing to be missed
+	if _, err := n.bootstrap(); err != nil {
+		t.Fatal(err)
+	}
+	logged := func(want int) {
+		t.Helper()
+		for range long {
+			n.tick() // without what makes it the leader
+		}
+		if got := strings.Count(log.String(), `msg="no leader"`); got != want {
+			t.Fatalf("%d times, want %d: %s", got, want, &log)
+		}
+	}
+	logged(1)
+	n.turn(input{})
+	if n.lead == 0 {
+		t.Fatal("it does not lead")
+	}
+	logged(1)
+	n.lead = 0
+	logged(2)
 }
 
 // TestAcceptNeedsToKnowWhoItIs: a hello that does not say who calls is refused.

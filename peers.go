@@ -54,19 +54,28 @@ func (n *node) publish() {
 	n.onPublish(p)
 }
 
+// missLeader is called in every tick; it says once that there is no leader.
+func (n *node) missLeader() {
+	if n.leaderless++; n.lead != 0 {
+		n.leaderless = 0
+	} else if n.leaderless == 2*n.electionTicks() {
+		n.log.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.connected), "members", describeMembers(n.store.conf, n.store.members))
+	}
+}
+
 // whyUnhealthy says why this node should get no calls; empty: it should.
 func (n *node) whyUnhealthy() string {
 	switch {
 	case n.rn == nil:
 		return "in no cluster"
 	case n.store.members[n.raftID] == nil:
-		return "not a member of the configuration that it has applied"
+		return "not a member, as far as it knows"
 	case len(n.store.raftIDsOf(n.self.Id)) > 1:
 		return "not yet back in its role"
 	case n.lead == 0:
 		return n.noLeader().Error()
 	case !n.caughtUp():
-		return "not yet caught up with the leader"
+		return "not yet caught up"
 	}
 	return ""
 }

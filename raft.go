@@ -118,6 +118,7 @@ type node struct {
 	term, lead uint64
 	role       raft.StateType
 	leadHeard  uint64 // tick of the leader's last message
+	leaderless uint64 // ticks without a leader
 	campaignAt uint64 // tick in which to call an election, if there is no leader then; 0: none
 	caughtUpAt uint64 // what this leader had committed when it was first asked; never: it has not answered
 	commitAt   [3]uint64
@@ -171,7 +172,7 @@ func (n *node) newLife() {
 	n.rn, n.pending = nil, nil
 	n.raft = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
-	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt = 0, 0, raft.StateFollower, never, 0
+	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt, n.leaderless = 0, 0, raft.StateFollower, never, 0, 0
 	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
 	n.out, n.gone = nil, nil
 }
@@ -216,6 +217,9 @@ func (n *node) open(d *disk) error {
 	n.publish() // who it is, before it says hello
 	n.configured()
 	n.turn(input{})
+	if m := n.store.members[n.raftID]; m != nil && m.Address != n.self.Address {
+		n.log.Warn("the members know this node by another address: add-learner tells them", "known", m.Address, "advertise", n.self.Address)
+	}
 	return n.err
 }
 
@@ -341,6 +345,7 @@ func (n *node) tick() {
 		return
 	}
 	n.rn.Tick()
+	n.missLeader()
 	// A learner never campaigns, so raft lets it keep a dead leader for ever.
 	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*n.electionTicks() {
 		_ = n.rn.ForgetLeader()

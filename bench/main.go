@@ -53,8 +53,9 @@ func execute(ctx context.Context, args []string) error {
 	return run(ctx, o, os.Stdout, os.Stderr)
 }
 
-// sweep is what --plot draws if no clients are named.
-const sweep = "1,2,4,8,16,32,64,128,256,512"
+// What --plot draws if no clients are named: with pipelines, as many as have
+// half of the operations in flight that a node takes.
+const pipelineSweep, sweep = "1,2,4,8,16,32", pipelineSweep + ",64,128,256,512"
 
 // parseOptions reads the settings.
 func parseOptions(args []string, stderr io.Writer) (options, error) {
@@ -65,12 +66,12 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	fs.StringVar(&o.op, "op", "set", "set, get or mixed")
 	fs.Float64Var(&o.setShare, "set-share", .5, "share of sets in mixed")
 	load.SizeFlags(fs, &o.sizes)
-	clients := fs.String("clients", "", "how many at once; `n,...` measures one after the other (default 64; with --plot "+sweep+")")
+	clients := fs.String("clients", "", "how many at once; `n,...` measures one after the other (default 64, or 8 pipelines; with --plot "+sweep+", or pipelines to 32)")
 	rates := fs.String("rate", "", "operations a second of all clients, whether they are answered or not; `n,...` measures one after the other (default: each client's next operation follows its last)")
 	fs.IntVar(&o.connections, "connections", 16, "the most connections; never more than clients")
 	fs.IntVar(&o.depth, "depth", 0, "operations in flight of each client (default 1; in a pipeline 1000)")
 	fs.StringVar(&o.mode, "mode", "unary", "unary, or pipeline: a stream for each client")
-	fs.StringVar(&o.target, "target", "leader", "leader, or all: connections are spread over all endpoints")
+	fs.StringVar(&o.target, "target", "leader", "leader: the node that leads, whether it is an endpoint or not; all: every one of --endpoints, and no other node, with its share of the connections")
 	fs.BoolVar(&o.local, "local", false, "read what the called node has applied")
 	fs.BoolVar(&o.sessions, "sessions", true, "give writes ids, so that they take effect once")
 	fs.BoolVar(&o.fill, "fill", true, "set every key once before keys are read")
@@ -91,10 +92,17 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	for e := range strings.SplitSeq(*endpoints, ",") {
 		o.endpoints = append(o.endpoints, strings.TrimSpace(e))
 	}
-	if *clients == "" && o.plot != "" && *rates == "" {
-		*clients = sweep
-	} else if *clients == "" {
-		*clients = "64"
+	if draw, pipeline := o.plot != "" && *rates == "", o.mode == "pipeline"; *clients == "" {
+		switch {
+		case draw && pipeline:
+			*clients = pipelineSweep
+		case draw:
+			*clients = sweep
+		case pipeline:
+			*clients = "8"
+		default:
+			*clients = "64"
+		}
 	}
 	var err error
 	if o.clients, err = load.ParseList(*clients, strconv.Atoi); err != nil {

@@ -28,15 +28,15 @@ func TestOptions(t *testing.T) {
 		"--rate 1000,2000 --clients 5":  "",
 		"--plot x.svg":                  "",
 		"--depth 2000 --sessions=false": "",
-		"--keys 256 --key-size 2":       "",
+		"--keys 256 --key-size 8":       "",
 		"--op put":                      "--op",
 		"--mode fast":                   "--mode",
 		"--target some":                 "--target",
 		"-o xml":                        "-o",
 		"--set-share 2 --op mixed":      "--set-share",
 		"--set-share NaN --op mixed":    "--set-share",
-		"--key-size 0":                  "--key-size",
-		"--keys 257 --key-size 2":       "--keys",
+		"--key-size 6":                  "--key-size",
+		"--keys 257 --key-size 8":       "--keys",
 		"--keys 0":                      "--keys",
 		"--value-size -1":               "--value-size",
 		"--clients 0":                   "--clients",
@@ -74,7 +74,7 @@ func TestDefaults(t *testing.T) {
 	if o := parse("--op get"); o.setShare != 0 {
 		t.Errorf("%+v", o)
 	}
-	if o := parse("--mode pipeline"); o.depth != 1000 || o.bareClients != 256 || !o.loads()[0].Pipeline {
+	if o := parse("--mode pipeline"); o.depth != 1000 || o.bareClients != 256 || o.loads()[0].Clients != 8 || !o.loads()[0].Pipeline {
 		t.Errorf("%+v", o)
 	}
 	piped := &bench{options: parse("--mode pipeline")}
@@ -85,6 +85,9 @@ func TestDefaults(t *testing.T) {
 		t.Errorf("%+v", b)
 	}
 	if l := new(parse("--plot x.svg")).loads(); len(l) != 10 || l[9].Clients != 512 {
+		t.Errorf("%+v", l)
+	}
+	if l := new(parse("--plot x.svg --mode pipeline")).loads(); len(l) != 6 || l[5].Clients != 32 {
 		t.Errorf("%+v", l)
 	}
 	if l := new(parse("--plot x.svg --rate 10,20.5")).loads(); len(l) != 2 || l[1].Rate != 20.5 || l[1].Clients != 64 {

@@ -23,7 +23,7 @@ func TestOptions(t *testing.T) {
 		"--key-size 0":             "--key-size",
 		"--value-size 9999999":     "--value-size",
 		"--keys 0":                 "--keys",
-		"--keys 257 --key-size 2":  "--keys",
+		"--keys 257 --key-size 8":  "--keys",
 		"--depth 1001":             "--depth",
 		"-o xml":                   "-o",
 		"stray":                    "stray",

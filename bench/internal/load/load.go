@@ -238,11 +238,15 @@ func (r *run) record(due, now time.Time, err error) {
 	}
 }
 
+// keyPrefix tells the keys of a measurement from all others.
+const keyPrefix = "bench-"
+
 // Key is key i in size bytes.
 func Key(i uint64, size int) string {
 	const digits = "0123456789abcdef"
 	b := make([]byte, size)
-	for j := size - 1; j >= 0; j-- {
+	from := copy(b, keyPrefix)
+	for j := size - 1; j >= from; j-- {
 		b[j] = digits[i%16]
 		i /= 16
 	}

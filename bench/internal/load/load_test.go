@@ -74,7 +74,7 @@ func TestClosedLoop(t *testing.T) {
 			inFlight.Add(-1)
 			return nil
 		})
-		r, err := Run(t.Context(), Options{Clients: 3, Depth: 2, Warmup: time.Second, Duration: 10 * time.Second, SetShare: 1, Keys: 1, KeySize: 1}, target)
+		r, err := Run(t.Context(), Options{Clients: 3, Depth: 2, Warmup: time.Second, Duration: 10 * time.Second, SetShare: 1, Keys: 1, KeySize: 7}, target)
 		if err != nil || r.Throughput() != 600 || most.Load() != 6 || r.Latency.Count() != 6000 || r.Latency.Max() != 10*time.Millisecond || r.Failed() != 0 {
 			t.Errorf("%v/s, %d in flight, %d latencies to %v, errors %v, %v", r.Throughput(), most.Load(), r.Latency.Count(), r.Latency.Max(), r.Errors, err)
 		}
@@ -100,7 +100,7 @@ func TestRate(t *testing.T) {
 			}
 			return nil
 		})
-		r, err := Run(t.Context(), Options{Clients: 4, Depth: 1, Rate: 1000, Warmup: time.Second, Duration: 4 * time.Second, Keys: 1, KeySize: 1}, target)
+		r, err := Run(t.Context(), Options{Clients: 4, Depth: 1, Rate: 1000, Warmup: time.Second, Duration: 4 * time.Second, Keys: 1, KeySize: 7}, target)
 		if err != nil || r.Operations != 4000 || r.Latency.Count() != 4000 || r.Unsent != 0 {
 			t.Fatalf("%d operations, %d latencies, %d unsent, %v", r.Operations, r.Latency.Count(), r.Unsent, err)
 		}
@@ -120,7 +120,7 @@ func TestRateTooHigh(t *testing.T) {
 	fakeTimer(t)
 	synctest.Test(t, func(t *testing.T) {
 		target := targetFunc(func(int, Operation) error { time.Sleep(100 * time.Millisecond); return nil })
-		r, err := Run(t.Context(), Options{Clients: 10, Depth: 1, Rate: 1000, Duration: 10 * time.Second, Keys: 1, KeySize: 1}, target)
+		r, err := Run(t.Context(), Options{Clients: 10, Depth: 1, Rate: 1000, Duration: 10 * time.Second, Keys: 1, KeySize: 7}, target)
 		if err != nil || r.Throughput() < 99 || r.Throughput() > 100 {
 			t.Errorf("%v/s, %v", r.Throughput(), err)
 		}
@@ -156,7 +156,7 @@ func TestErrors(t *testing.T) {
 		errs := []error{unavailable, status.Error(codes.DeadlineExceeded, ""), ErrAbsent, errors.New("?")}
 		var n atomic.Int64
 		target := targetFunc(func(client int, _ Operation) error { n.Add(1); time.Sleep(time.Millisecond); return errs[client] })
-		r, err := Run(t.Context(), Options{Clients: 4, Depth: 1, Duration: time.Second, Keys: 1, KeySize: 1}, target)
+		r, err := Run(t.Context(), Options{Clients: 4, Depth: 1, Duration: time.Second, Keys: 1, KeySize: 7}, target)
 		if err != nil || r.Operations != 0 || r.Failed() != 4*91 || n.Load() != 4*91 || r.Latency.Count() != 0 {
 			t.Errorf("%d operations, %d calls, errors %v, %v", r.Operations, n.Load(), r.Errors, err)
 		}
@@ -173,7 +173,7 @@ func TestCancel(t *testing.T) {
 		time.AfterFunc(time.Second, cancel)
 		target := targetFunc(func(int, Operation) error { time.Sleep(time.Millisecond); return nil })
 		start := time.Now()
-		if _, err := Run(ctx, Options{Clients: 2, Depth: 1, Duration: time.Minute, Keys: 1, KeySize: 1}, target); err != context.Canceled || time.Since(start) > 2*time.Second {
+		if _, err := Run(ctx, Options{Clients: 2, Depth: 1, Duration: time.Minute, Keys: 1, KeySize: 7}, target); err != context.Canceled || time.Since(start) > 2*time.Second {
 			t.Errorf("%v after %v", err, time.Since(start))
 		}
 	})
@@ -183,7 +183,7 @@ func TestCancel(t *testing.T) {
 // of sets.
 func TestOperations(t *testing.T) {
 	for share, wantSets := range map[float64]int{0: 0, .25: 250, 1: 1000} {
-		r := &run{Options: Options{SetShare: share, Keys: 20, KeySize: 3, Value: []byte("x")}}
+		r := &run{Options: Options{SetShare: share, Keys: 20, KeySize: 9, Value: []byte("x")}}
 		keys, sets := map[string]bool{}, 0
 		rng := testRand()
 		for range 1000 {
@@ -196,11 +196,11 @@ func TestOperations(t *testing.T) {
 				t.Fatalf("%+v", op)
 			}
 		}
-		if len(keys) != 20 || !keys["000"] || !keys["013"] || sets < wantSets-50 || sets > wantSets+50 {
+		if len(keys) != 20 || !keys["bench-000"] || !keys["bench-013"] || sets < wantSets-50 || sets > wantSets+50 {
 			t.Errorf("share %v: %d keys, %d sets", share, len(keys), sets)
 		}
 	}
-	if k := Key(0xabc, 16); k != "0000000000000abc" {
+	if k := Key(0xabc, 16); k != "bench-0000000abc" {
 		t.Error(k)
 	}
 }
@@ -328,7 +328,7 @@ func TestKV(t *testing.T) {
 func TestPipelineErrors(t *testing.T) {
 	m := &memory{refuse: true}
 	k := serve(t, m)
-	r, err := Run(t.Context(), Options{Clients: 1, Depth: 30, Pipeline: true, Duration: 100 * time.Millisecond, SetShare: 1, Keys: 1, KeySize: 1}, k)
+	r, err := Run(t.Context(), Options{Clients: 1, Depth: 30, Pipeline: true, Duration: 100 * time.Millisecond, SetShare: 1, Keys: 1, KeySize: 7}, k)
 	failed := r.Errors["RESOURCE_EXHAUSTED OVERLOADED"]
 	if err != nil || failed == 0 || r.Failed() != failed || r.Operations != 2*failed {
 		t.Errorf("%d operations, errors %v, %v", r.Operations, r.Errors, err)

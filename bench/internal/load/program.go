@@ -63,7 +63,7 @@ func ParseList[T any](s string, parse func(string) (T, error)) (numbers []T, err
 
 // SizeFlags defines the flags that say what keys and values are like.
 func SizeFlags(fs *flag.FlagSet, o *Sizes) {
-	fs.IntVar(&o.Key, "key-size", 16, "`bytes` of a key")
+	fs.IntVar(&o.Key, "key-size", 16, "`bytes` of a key, which starts with "+keyPrefix)
 	fs.IntVar(&o.Value, "value-size", 128, "`bytes` of a value")
 	fs.Uint64Var(&o.Keys, "keys", 10_000, "keys to choose from, all equally often")
 }
@@ -76,12 +76,13 @@ type Sizes struct {
 
 // Check says which flag is out of bounds.
 func (s Sizes) Check() error {
+	digits := s.Key - len(keyPrefix)
 	switch {
-	case s.Key < 1 || s.Key > 64<<10:
-		return fmt.Errorf("--key-size %d is not between 1 and 65536", s.Key)
+	case digits < 1 || s.Key > 64<<10:
+		return fmt.Errorf("--key-size %d is not between %d and 65536", s.Key, len(keyPrefix)+1)
 	case s.Value < 0 || s.Value > 1<<20:
 		return fmt.Errorf("--value-size %d is not between 0 and 1048576", s.Value)
-	case s.Keys < 1 || s.Key < 16 && s.Keys > 1<<(4*s.Key):
+	case s.Keys < 1 || digits < 16 && s.Keys > 1<<(4*digits):
 		return fmt.Errorf("--keys %d do not fit into --key-size %d", s.Keys, s.Key)
 	}
 	return nil
