@@ -485,7 +485,10 @@ type model struct {
 // expect says what a call has to answer, and does to the model what it does;
 // nil: an error. ok is false if the model does not know.
 func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) {
-	valid := func(r proto.Message, err func() error) bool { return proto.Unmarshal(req, r) == nil && err() == nil }
+	write := !strings.HasSuffix(method, "Get")
+	valid := func(r proto.Message, err func() error) bool {
+		return proto.Unmarshal(req, r) == nil && err() == nil && (!write || len(r.ProtoReflect().GetUnknown()) == 0)
+	}
 	switch method[strings.LastIndex(method, "/")+1:] {
 	case "Get":
 		var r kvpb.GetRequest
@@ -564,7 +567,7 @@ func FuzzServices(f *testing.F) {
 	))
 	f.Add(slices.Concat(
 		call("Set", &kvpb.SetRequest{}), call("Get", &kvpb.GetRequest{}), call("Delete", &kvpb.DeleteRequest{}), call("Set", &kvpb.SetRequest{Key: strings.Repeat("k", maxKeyBytes+1)}),
-		step(index("Set"), []byte("\x0a\x02\xff\xfe")), step(index("Get"), []byte{0x80}), call("List", &kvpb.ListRequest{PageToken: "zzz"}),
+		step(index("Set"), []byte("\x0a\x02\xff\xfe")), step(index("Set"), []byte("\x0a\x01k\x30\x01")), step(index("Get"), []byte{0x80}), call("List", &kvpb.ListRequest{PageToken: "zzz"}),
 	))
 	f.Add(slices.Concat(
 		call("Init", &kvpb.InitRequest{Members: []*kvpb.Node{plainNode(1)}}), call("Init", &kvpb.InitRequest{}), call("AddLearner", &kvpb.AddLearnerRequest{Node: plainNode(2)}),

@@ -48,7 +48,8 @@ type KVServiceClient interface {
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*GetResponse, error)
 	// Set writes a key. DEADLINE_EXCEEDED with the reason OUTCOME_UNKNOWN means
 	// that the write may or may not take effect; UNAVAILABLE, that it will not,
-	// or that it had a request_id and may be sent again.
+	// or that it had a request_id and may be sent again. A write with a field that
+	// the node does not know is INVALID_ARGUMENT: it might mean something else.
 	Set(ctx context.Context, in *SetRequest, opts ...grpc.CallOption) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
@@ -155,7 +156,8 @@ type KVServiceServer interface {
 	Get(context.Context, *GetRequest) (*GetResponse, error)
 	// Set writes a key. DEADLINE_EXCEEDED with the reason OUTCOME_UNKNOWN means
 	// that the write may or may not take effect; UNAVAILABLE, that it will not,
-	// or that it had a request_id and may be sent again.
+	// or that it had a request_id and may be sent again. A write with a field that
+	// the node does not know is INVALID_ARGUMENT: it might mean something else.
 	Set(context.Context, *SetRequest) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
