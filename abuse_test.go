@@ -9,12 +9,16 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc/mem"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -128,12 +132,36 @@ func neverEnding(calls, length, chunks int) func(context.Context, string, func()
 			return
 		}
 		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
-		defer stop()
+		defer func() { stop(); _ = r.Close() }()
 		chunk := make([]byte, 16<<10)
 		for range calls {
 			s, err := r.call(setMethod, length)
 			for i := 0; i < chunks && err == nil; i++ {
 				err = r.data(s, false, chunk)
+			}
+			if err != nil {
+				break
+			}
+		}
+		begun()
+		<-ctx.Done()
+	}
+}
+
+// unreadCalls begins calls and opens no window for their answers.
+func unreadCalls(method string, m proto.Message) func(context.Context, string, func()) {
+	return func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+		defer func() { stop(); _ = r.Close() }()
+		req, _ := proto.Marshal(m)
+		for range 125 {
+			s, err := r.call(method, len(req))
+			if err == nil {
+				err = r.data(s, true, req)
 			}
 			if err != nil {
 				break
@@ -161,26 +189,8 @@ var abuses = []abuse{
 	}},
 	{"requests that never end", 4, neverEnding(500, 1<<20, 3)},                 // within a window of 64 KiB
 	{"large requests that never end", 4, neverEnding(5, maxMessageBytes, 250)}, // nearly all of it
-	{"answers that nobody reads", 4, func(ctx context.Context, address string, begun func()) {
-		r, err := dialRude(address)
-		if err != nil {
-			return
-		}
-		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
-		defer stop()
-		req, _ := proto.Marshal(&kvpb.GetRequest{Key: "large"})
-		for range 1000 {
-			s, err := r.call(getMethod, len(req))
-			if err == nil {
-				err = r.data(s, true, req)
-			}
-			if err != nil {
-				break
-			}
-		}
-		begun()
-		<-ctx.Done()
-	}},
+	{"answers that nobody reads", 16, unreadCalls(getMethod, &kvpb.GetRequest{Key: "large"})},
+	{"pipelines that nobody reads", 8, unreadCalls(kvpb.KVService_Pipeline_FullMethodName, &kvpb.PipelineRequest{Operations: []*kvpb.Operation{getOp("large", true), getOp("large", true)}})},
 	{"huge headers", 4, func(ctx context.Context, address string, begun func()) {
 		huge := strings.Repeat("x", 1<<20)
 		for ctx.Err() == nil {
@@ -229,7 +239,7 @@ var abuses = []abuse{
 			return
 		}
 		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
-		defer stop()
+		defer func() { stop(); _ = r.Close() }()
 		chunk := make([]byte, 16<<10)
 		for ctx.Err() == nil && err == nil {
 			var s uint32
@@ -300,38 +310,40 @@ const maxAbuse = 256 << 20
 
 func TestAbuse(t *testing.T) {
 	t.Parallel()
-	p := startProcesses(t, 1)[0]
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute+10**soak)
-	defer cancel()
-	if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
-		t.Fatal(err)
-	}
-	idle, limit := p.rss(), maxAbuse*raceStep(8) // the race detector has memory of its own
 	for _, a := range abuses {
-		most, calls := 0, 0
-		ready, stop := a.begin(p.address)
-		for start, done := time.Now(), false; !done || time.Since(start) < *soak/15; calls++ {
-			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil {
-				t.Errorf("%s: a call of another fails: %v", a.name, err)
-				break
+		t.Run(a.name, func(t *testing.T) {
+			p := startProcesses(t, 1)[0]
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute+*soak)
+			defer cancel()
+			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
+				t.Fatal(err)
 			}
-			most = max(most, p.rss()-idle)
-			select {
-			case <-ready:
-				done = true
-			default:
+			idle, most, calls := p.rss(), 0, 0
+			ready, stop := a.begin(p.address)
+			for start, done := time.Now(), false; !done || time.Since(start) < *soak/15; calls++ {
+				if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil {
+					t.Errorf("a call of another fails: %v", err)
+					break
+				}
+				most = max(most, p.rss()-idle)
+				select {
+				case <-ready:
+					done = true
+				default:
+				}
 			}
-		}
-		stop()
-		if most > limit {
-			t.Errorf("%s: %d MiB, the limit is %d", a.name, most>>20, limit>>20)
-		}
-		t.Logf("%s: %d MiB, %d calls of another meanwhile", a.name, most>>20, calls)
+			stop()
+			limit := maxAbuse * raceStep(8) // the race detector has memory of its own
+			if most > limit {
+				t.Errorf("%d MiB, the limit is %d", most>>20, limit>>20)
+			}
+			t.Logf("%d MiB, %d calls of another meanwhile", most>>20, calls)
+		})
 	}
 }
 
 func TestConnectionLimits(t *testing.T) {
-	l := &limiter{Listener: &refusing{left: maxConnections}, conns: map[*limitedConn]bool{}}
+	l := newLimiter(&refusing{left: maxConnections})
 	var conns []*limitedConn
 	for range maxConnections {
 		conn, err := l.Accept()
@@ -349,22 +361,91 @@ func TestConnectionLimits(t *testing.T) {
 		t.Errorf("there is room for one: %v", err)
 	}
 
-	a, b := conns[1], conns[2]
-	if !a.answered(maxUnreadBytes/2) || !b.answered(maxUnreadBytes/2) || !a.answered(1) {
-		t.Error("answers within the limit are refused")
-	}
-	if b.answered(1); l.unread >= maxUnreadBytes || l.conns[a] == l.conns[b] || l.unread != a.unread+b.unread {
-		t.Errorf("beyond the limit: %d bytes are unread, %d and %d", l.unread, a.unread, b.unread)
-	}
-	if a.answered(1) && b.answered(1) {
-		t.Error("a connection that was closed gets an answer")
-	}
 	for _, c := range conns {
 		_ = c.Close()
 	}
-	if l.unread != 0 {
-		t.Errorf("%d bytes of nobody are unread", l.unread)
-	}
+}
+
+// TestUnread has a connection and others, none of which is read, ask for answers.
+func TestUnread(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLimiter(&refusing{left: 100})
+		accept := func() (*limitedConn, context.Context) {
+			c, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c.(*limitedConn), grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
+		}
+		made := map[*limitedConn]int{}
+		ask := func(c *limitedConn, ctx context.Context) mem.BufferPool {
+			pool, err := admit(ctx, func() (int, error) { made[c]++; return 1 << 20, nil })
+			if err != nil {
+				t.Error(err)
+			}
+			return pool
+		}
+		waits := func(ctx context.Context) bool {
+			ctx, cancel := context.WithTimeout(ctx, 3*stallTimeout)
+			defer cancel()
+			_, err := admit(ctx, func() (int, error) { return 1 << 20, nil })
+			return err == context.DeadlineExceeded
+		}
+		c, ctx := accept()
+		var pools []mem.BufferPool
+		for range maxConnectionUnread >> 20 {
+			pools = append(pools, ask(c, ctx))
+		}
+		if !waits(ctx) {
+			t.Fatal("there is no limit to what a connection leaves unread")
+		}
+		for range 2 {
+			go func() { pools = append(pools, ask(c, ctx)) }()
+		}
+		synctest.Wait()
+		made[c] = 0
+		pools[0].Put(new([]byte)) // written, or its call was cancelled
+		synctest.Wait()
+		if made[c] != 1 || len(pools) != maxConnectionUnread>>20+1 {
+			t.Errorf("an answer was written: %d were made instead", made[c])
+		}
+		pools[1] = nil // lost
+		for len(pools) < maxConnectionUnread>>20+2 {
+			runtime.GC()
+			time.Sleep(stallTimeout)
+		}
+		if l.unread != maxConnectionUnread || made[c] != 2 {
+			t.Errorf("%d bytes are unread, and %d answers were made instead of two", l.unread, made[c])
+		}
+		for len(l.conns)*maxConnectionUnread < maxUnreadBytes {
+			o, ctx := accept()
+			for range maxConnectionUnread >> 20 {
+				ask(o, ctx)
+			}
+		}
+		last, ctx := accept()
+		start := time.Now()
+		busy := make(chan struct{})
+		go func() { // c is slow, but reads
+			defer close(busy)
+			for time.Since(start) < 3*stallTimeout {
+				c.written.Add(minTaken)
+				time.Sleep(stallTimeout / 2)
+			}
+		}()
+		ask(last, ctx)
+		if len(l.conns) != 2 || !l.conns[c] || time.Since(start) > 3*stallTimeout {
+			t.Errorf("of those that take no answer, or do, %d are open", len(l.conns))
+		}
+		<-busy
+		_, _ = c.Close(), last.Close()
+		if l.unread != 0 {
+			t.Errorf("%d bytes of nobody are unread", l.unread)
+		}
+		if _, err := admit(ctx, func() (int, error) { return 1 << 20, nil }); err != errOverloaded {
+			t.Errorf("an answer on a connection that is closed: %v", err)
+		}
+	})
 }
 
 // refusing is a listener that has so many connections left, and one to refuse.

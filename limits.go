@@ -3,32 +3,56 @@
 package main
 
 import (
+	"context"
 	"net"
+	"runtime"
 	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/mem"
+	grpcpeer "google.golang.org/grpc/peer"
 )
 
 const (
 	// maxConnections bounds the connections to a node; one more is closed.
 	maxConnections = 16 << 10
-	// maxUnreadBytes bounds the answers that wait to be written. gRPC keeps those
-	// of unary calls however large, and a client may open its window late, or
-	// never. Beyond it, the connection that has most of them is closed.
-	maxUnreadBytes = 24 << 20
+	// maxUnreadBytes and maxConnectionUnread bound, but for one answer more, the
+	// answers that wait to be written, of all connections and of one. gRPC keeps
+	// them however large, and a client may open its window late, or never.
+	maxUnreadBytes      = 24 << 20
+	maxConnectionUnread = 4 << 20
+	// maxWaiting bounds the answers that wait for room; one more is refused.
+	maxWaiting = 1000
+	// minTaken is what a connection has to take of its answers in stallTimeout to
+	// stay open while there is no room for those of others.
+	minTaken     = 64 << 10
+	stallTimeout = time.Second
 )
 
-// limiter is a listener that keeps both limits. mu guards what is below it.
+// limiter is a listener that keeps these limits. mu guards what is below it.
 type limiter struct {
 	net.Listener
-	mu     sync.Mutex
-	conns  map[*limitedConn]bool
-	unread int // of all conns
+	mu      sync.Mutex
+	conns   map[*limitedConn]bool
+	unread  int           // of all conns
+	less    chan struct{} // closed when some was written; nil: nobody waits
+	swept   time.Time
+	waiting atomic.Int32
 }
 
 // limitedConn is a connection and its own remote address: by that, calls find it.
 type limitedConn struct {
 	net.Conn
-	l      *limiter
-	unread int // guarded by l.mu
+	l       *limiter
+	turn    chan struct{} // full while an answer waits for room, and others for their turn
+	written atomic.Int64
+	seen    int64 // what was written when l was swept; guarded by l.mu, as is unread
+	unread  int
+}
+
+func newLimiter(l net.Listener) *limiter {
+	return &limiter{Listener: l, conns: map[*limitedConn]bool{}}
 }
 
 func (l *limiter) Accept() (net.Conn, error) {
@@ -37,7 +61,7 @@ func (l *limiter) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		c := &limitedConn{Conn: conn, l: l}
+		c := &limitedConn{Conn: conn, l: l, turn: make(chan struct{}, 1), seen: -minTaken}
 		l.mu.Lock()
 		full := len(l.conns) >= maxConnections
 		if !full {
@@ -51,51 +75,169 @@ func (l *limiter) Accept() (net.Conn, error) {
 	}
 }
 
-// answered counts an answer that is about to be written; false: the connection
-// is closed.
-func (c *limitedConn) answered(bytes int) bool {
-	l := c.l
-	l.mu.Lock()
-	if l.conns[c] {
-		c.unread += bytes
-		l.unread += bytes
-	}
-	worst := c
-	if l.unread > maxUnreadBytes {
-		for o := range l.conns {
-			if o.unread > worst.unread {
-				worst = o
-			}
+// admit has f make an answer of so many bytes when there is room for it. One that
+// has to wait is made again: meanwhile it would keep values that others overwrite.
+// The answer counts until gRPC gives its buffer, of the pool, back.
+func admit(ctx context.Context, f func() (bytes int, err error)) (mem.BufferPool, error) {
+	p, _ := grpcpeer.FromContext(ctx)
+	c := p.Addr.(*limitedConn)
+	if len(c.turn) == 0 {
+		if pool, err := c.try(f); pool != nil || err != nil {
+			return pool, err
 		}
-		defer func() { _ = worst.Close() }()
 	}
-	open := l.conns[c]
-	l.mu.Unlock()
-	return open
+	defer c.l.waiting.Add(-1)
+	if c.l.waiting.Add(1) > maxWaiting {
+		return nil, errOverloaded
+	}
+	select {
+	case c.turn <- struct{}{}:
+		defer func() { <-c.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	for {
+		if err := c.wait(ctx); err != nil {
+			return nil, err
+		}
+		if pool, err := c.try(f); pool != nil || err != nil {
+			return pool, err
+		}
+	}
+}
+
+// try makes an answer and counts it; nil: there is no room.
+func (c *limitedConn) try(f func() (int, error)) (mem.BufferPool, error) {
+	bytes, err := f()
+	if err != nil {
+		return nil, err
+	}
+	if mem.IsBelowBufferPoolingThreshold(bytes) { // gRPC itself has more of the call
+		return mem.NopBufferPool{}, nil
+	}
+	c.l.mu.Lock()
+	defer c.l.mu.Unlock()
+	if !c.l.conns[c] {
+		return nil, errOverloaded
+	}
+	if c.full() {
+		return nil, nil
+	}
+	c.add(bytes)
+	pool := &answerPool{mem.DefaultBufferPool(), c, bytes, runtime.Cleanup{}}
+	pool.lost = runtime.AddCleanup(pool, c.wrote, bytes)
+	return pool, nil
+}
+
+// wait waits for room.
+func (c *limitedConn) wait(ctx context.Context) error {
+	tick := time.NewTicker(stallTimeout)
+	defer tick.Stop()
+	for {
+		c.l.mu.Lock()
+		c.l.sweep()
+		full := c.full()
+		if c.l.less == nil {
+			c.l.less = make(chan struct{})
+		}
+		less := c.l.less
+		c.l.mu.Unlock()
+		if !full {
+			return nil
+		}
+		select {
+		case <-less:
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// sweep closes the connections that stall, if there is no room. l.mu is held.
+func (l *limiter) sweep() {
+	age := time.Since(l.swept)
+	if l.unread < maxUnreadBytes || age < stallTimeout {
+		return
+	}
+	l.swept = time.Now()
+	for c := range l.conns {
+		written := c.written.Load()
+		if c.unread > 0 && written-c.seen < minTaken && age < 2*stallTimeout { // else, see what it takes until the next
+			delete(l.conns, c)
+			c.add(-c.unread)
+			_ = c.Conn.Close()
+		}
+		c.seen = written
+	}
+}
+
+// full reports whether there is no room. l.mu is held.
+func (c *limitedConn) full() bool {
+	return c.unread >= maxConnectionUnread || c.l.unread >= maxUnreadBytes
+}
+
+// add counts bytes that are unread, or are so no more. l.mu is held.
+func (c *limitedConn) add(bytes int) {
+	c.unread += bytes
+	c.l.unread += bytes
+}
+
+// wrote counts an answer no more.
+func (c *limitedConn) wrote(bytes int) {
+	c.l.mu.Lock()
+	defer c.l.mu.Unlock()
+	c.add(-min(bytes, c.unread)) // nothing of one that is closed
+}
+
+// wake has whoever waits for room look again before its tick.
+func (l *limiter) wake() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.less != nil {
+		close(l.less)
+		l.less = nil
+	}
+}
+
+// answerPool is the pool of one buffer. gRPC gives that back when it is written or
+// its call was cancelled; it loses it when the connection ends, or the call does
+// just before.
+type answerPool struct {
+	mem.BufferPool
+	c     *limitedConn
+	bytes int
+	lost  runtime.Cleanup
+}
+
+// fit counts an answer as what it has become.
+func (p *answerPool) fit(bytes int) {
+	p.lost.Stop()
+	p.c.wrote(p.bytes - bytes)
+	p.c.l.wake()
+	p.bytes = bytes
+	p.lost = runtime.AddCleanup(p, p.c.wrote, bytes)
+}
+
+func (p *answerPool) Put(b *[]byte) {
+	p.lost.Stop()
+	p.c.wrote(p.bytes)
+	p.c.l.wake()
+	p.BufferPool.Put(b)
 }
 
 func (c *limitedConn) Write(b []byte) (int, error) {
 	n, err := c.Conn.Write(b)
-	c.l.mu.Lock()
-	defer c.l.mu.Unlock()
-	c.wrote(n)
+	c.written.Add(int64(n))
 	return n, err
-}
-
-// wrote takes what was written from what is not. Frames' headers count as
-// answers: that errs on the side of the client, but what gRPC drops because a
-// call was cancelled is never written, and counts until the connection ends.
-func (c *limitedConn) wrote(n int) {
-	n = min(n, c.unread)
-	c.unread -= n
-	c.l.unread -= n
 }
 
 func (c *limitedConn) Close() error {
 	c.l.mu.Lock()
-	c.wrote(c.unread)
 	delete(c.l.conns, c)
+	c.add(-c.unread)
 	c.l.mu.Unlock()
+	c.l.wake()
 	return c.Conn.Close()
 }
 

@@ -81,7 +81,7 @@ func defaultOptions() options {
 // collector wait for as much garbage however small the store is, and takes
 // nothing from a large one. A collection also shrinks the stacks of gRPC's
 // workers, which the next call has to grow again.
-var ballast = make([]byte, 4<<20)
+var ballast = make([]byte, 64<<20)
 
 func main() {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -250,7 +250,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	defer endLoop()
 	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
 	go func() { loopErr <- n.run(loop) }()
-	go func() { serveErr <- s.grpc.Serve(&limiter{Listener: listener, conns: map[*limitedConn]bool{}}) }()
+	go func() { serveErr <- s.grpc.Serve(newLimiter(listener)) }()
 	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.dataDir != "")
 	ready(s)
 

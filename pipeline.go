@@ -24,13 +24,16 @@ const (
 	maxPipelineCalls = 8 << 10
 	maxPipelineBytes = 8 << 20
 	// answerBytes is where answers are cut into messages: one more may follow.
-	answerBytes = 1 << 20
+	answerBytes = 256 << 10
 )
 
-// wireBytes is a message as it is on the wire.
-type wireBytes struct{ b []byte }
+// wireBytes is a message as it is on the wire, and where its buffer goes then.
+type wireBytes struct {
+	b    []byte
+	pool mem.BufferPool
+}
 
-// codec is gRPC's, but for rawMessages.
+// codec is gRPC's, but for wireBytes.
 type codec struct{ encoding.CodecV2 }
 
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
@@ -43,7 +46,7 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	if m, ok := v.(*wireBytes); ok {
-		return mem.BufferSlice{mem.SliceBuffer(m.b)}, nil
+		return mem.BufferSlice{mem.NewBuffer(&m.b, m.pool)}, nil
 	}
 	return c.CodecV2.Marshal(v)
 }
@@ -173,21 +176,38 @@ func (p *pipeline) answer(g *group) error {
 	case <-p.stream.Context().Done():
 		return status.FromContextError(p.stream.Context().Err()).Err()
 	}
-	b, result := make([]byte, 0, 16*len(g.ops)), make([]byte, 0, 64)
-	for i := range g.ops {
-		b = protowire.AppendTag(b, 1, protowire.BytesType)
-		b = protowire.AppendBytes(b, p.s.appendResult(result, &g.ops[i], g.calls[i].out.err, g.calls[i].out.result))
-		if len(b) > answerBytes || i == len(g.ops)-1 {
-			if err := p.stream.SendMsg(&wireBytes{b}); err != nil {
-				return err
-			}
-			b = nil
+	for i, next := 0, 0; i < len(g.ops); i = next {
+		most := 64 * (len(g.ops) - i)
+		if slices.ContainsFunc(g.ops[i:], func(o kvOp) bool { return o.kind == opGet }) {
+			most = answerBytes + maxValueBytes
+		}
+		pool, err := admit(p.stream.Context(), func() (int, error) { return most, nil })
+		if err != nil {
+			return toStatus(err, true)
+		}
+		var b []byte
+		b, next = p.s.appendResults(make([]byte, 0, 16*(len(g.ops)-i)), g, i)
+		if pool, ok := pool.(*answerPool); ok {
+			pool.fit(cap(b))
+		}
+		if err := p.stream.SendMsg(&wireBytes{b, pool}); err != nil {
+			return err
 		}
 	}
 	p.calls.Add(-int64(len(g.calls)))
 	p.bytes.Add(-int64(g.bytes))
 	p.room.ring()
 	return nil
+}
+
+// appendResults appends a PipelineResponse with results from i on, up to the next
+// message's.
+func (s *server) appendResults(b []byte, g *group, i int) (_ []byte, next int) {
+	for result := make([]byte, 0, 64); i < len(g.ops) && len(b) <= answerBytes; i++ {
+		b = protowire.AppendTag(b, 1, protowire.BytesType)
+		b = protowire.AppendBytes(b, s.appendResult(result, &g.ops[i], g.calls[i].out.err, g.calls[i].out.result))
+	}
+	return b, i
 }
 
 // appendResult appends an OperationResult.

@@ -178,12 +178,12 @@ func TestPipelineBounds(t *testing.T) {
 		t.Error("it was read")
 	}
 
-	for name, m := range map[string]*wireBytes{
-		"malformed":        {[]byte("\x0a\x7f")},
-		"an unknown field": {[]byte("\x12\x00")},
-		"too many":         {[]byte(strings.Repeat("\x0a\x00", maxPipelineCalls+1))},
+	for name, m := range map[string][]byte{
+		"malformed":        []byte("\x0a\x7f"),
+		"an unknown field": []byte("\x12\x00"),
+		"too many":         []byte(strings.Repeat("\x0a\x00", maxPipelineCalls+1)),
 	} {
-		if g, err := newGroup(m.b); err == nil {
+		if g, err := newGroup(m); err == nil {
 			t.Errorf("%s: %d operations", name, len(g.ops))
 		}
 	}

@@ -22,7 +22,6 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
-	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -47,7 +46,7 @@ const (
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
 	// maxStreamsPerConnection bounds the calls that run on one connection.
-	maxStreamsPerConnection = 128
+	maxStreamsPerConnection = 1024
 	// streamWorkers keep their stacks from call to call: a new goroutine grows its
 	// own first. Calls beyond them get new ones.
 	streamWorkers = 1024
@@ -216,19 +215,39 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	case <-s.stopping:
 		err = errStopping
 	default:
-		resp, err = handler(ctx, req)
+		switch req.(type) {
+		case *kvpb.GetRequest, *kvpb.ListRequest: // none other has large answers
+			resp, err = admitted(ctx, func() (any, error) { return handler(ctx, req) })
+		default:
+			resp, err = handler(ctx, req)
+		}
 	}
 	if err != nil {
 		_ = grpc.SetTrailer(ctx, *s.leader.Load())
 		return nil, toStatus(err, strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName))
 	}
 	_ = grpc.SetHeader(ctx, *s.leader.Load())
-	if p, ok := grpcpeer.FromContext(ctx); ok {
-		if c, ok := p.Addr.(*limitedConn); ok && !c.answered(proto.Size(resp.(proto.Message))) {
-			return nil, toStatus(errOverloaded, true)
-		}
-	}
 	return resp, nil
+}
+
+// admitted makes an answer when there is room for it, and encodes it.
+func admitted(ctx context.Context, f func() (any, error)) (any, error) {
+	var m proto.Message
+	var size int
+	pool, err := admit(ctx, func() (int, error) {
+		resp, err := f()
+		if err != nil {
+			return 0, err
+		}
+		m = resp.(proto.Message)
+		size = proto.Size(m)
+		return size, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	b, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend((*pool.Get(size))[:0], m)
+	return &wireBytes{b, pool}, err
 }
 
 // margin is how long before its caller's deadline a call ends, so that the

@@ -2180,7 +2180,7 @@ func (s *sim) settle() {
 		if st.cur == nil {
 			s.start(st)
 		}
-		st.cur.rate = 1
+		st.cur.rate, st.cur.doomed = 1, 0
 		st.cur.goOn()
 	}
 	s.begin()
