@@ -13,9 +13,9 @@ import (
 // The picture's measures, in pixels: two panels, each with room for the names
 // of its curves on the right.
 const (
-	plotWidth, plotHeight         = 980, 470
+	plotWidth, plotHeight         = 1010, 470
 	plotTop, plotBottom           = 104, 404
-	panelLeft, panelEvery         = 72, 470
+	panelLeft, panelEvery         = 76, 494
 	panelWidth                    = 290
 	labelGap                      = 14 // between a curve's end and its name
 	labelHeight                   = 16

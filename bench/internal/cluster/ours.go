@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"raft-key-value/bench/internal/load"
 	"raft-key-value/kvpb"
@@ -30,7 +32,7 @@ const (
 	// startTimeout bounds the wait for a cluster to come up.
 	startTimeout = 30 * time.Second
 	// settleTimeout bounds the wait until all members have caught up.
-	settleTimeout = 2 * time.Minute
+	settleTimeout = time.Minute
 	poll          = 20 * time.Millisecond
 )
 
@@ -137,12 +139,12 @@ func StartOurs(ctx context.Context, c Config) (_ *Ours, err error) {
 		members = append(members, &kvpb.Node{Id: n.ID, Address: n.Address})
 		addresses = append(addresses, n.Address)
 	}
-	conns, err := load.Dial(addresses[:1], 1)
+	first, err := load.Dial(addresses[:1], 1)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = conns[0].Close() }()
-	if _, err := kvpb.NewClusterServiceClient(conns[0]).Init(ctx, &kvpb.InitRequest{Members: members}); err != nil {
+	defer func() { _ = first[0].Close() }()
+	if _, err := kvpb.NewClusterServiceClient(first[0]).Init(ctx, &kvpb.InitRequest{Members: members}); err != nil {
 		return nil, fmt.Errorf("init: %w", err)
 	}
 	leader, err := load.Leader(ctx, addresses)
@@ -154,10 +156,11 @@ func StartOurs(ctx context.Context, c Config) (_ *Ours, err error) {
 		return nil, fmt.Errorf("the leader is %s, which is none of the nodes", leader)
 	}
 	o.Leader = o.Nodes[i]
-	if conns, err = load.Dial([]string{leader}, 1); err != nil {
+	admin, err := load.Dial([]string{leader}, 1)
+	if err != nil {
 		return nil, err
 	}
-	o.admin = conns[0]
+	o.admin = admin[0]
 	o.Admin = kvpb.NewClusterServiceClient(o.admin)
 	o.KV, err = load.DialKV([]string{leader}, Connections)
 	return o, err
@@ -228,6 +231,9 @@ func (o *Ours) Settle(ctx context.Context) error {
 	defer t.Stop()
 	for {
 		m, err := o.Admin.Metrics(ctx, &kvpb.MetricsRequest{})
+		if status.Code(err) == codes.Canceled {
+			return err
+		}
 		if err == nil && m.Leader != nil && m.Leader.Id != o.Leader.ID {
 			_, err = o.Admin.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: o.Leader.ID})
 		} else if err == nil && settled(m, o.Size) {
