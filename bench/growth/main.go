@@ -60,8 +60,10 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 		return o, err
 	}
 	if o.quick {
-		*nodes, *values, *clients, *keys = "1,3", "128,1048576", "1,64", "1000,1000000"
-		o.rounds, o.duration, o.warmup = 2, 100*time.Millisecond, 20*time.Millisecond
+		if err := load.Preset(fs, "nodes", "1,3", "values", "128,1048576", "clients", "1,64", "keys", "1000,1000000",
+			"rounds", "2", "duration", "100ms", "warmup", "20ms"); err != nil {
+			return o, err
+		}
 	}
 	var errs [4]error
 	o.nodes, errs[0] = parseInts("nodes", *nodes)

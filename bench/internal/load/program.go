@@ -49,6 +49,20 @@ func ParseFlags(fs *flag.FlagSet, args []string) error {
 	return nil
 }
 
+// Preset sets flags, name and value in turn, that the command line did not.
+func Preset(fs *flag.FlagSet, pairs ...string) error {
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	for i := 0; i < len(pairs); i += 2 {
+		if !given[pairs[i]] {
+			if err := fs.Set(pairs[i], pairs[i+1]); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // ParseList parses numbers that are separated by commas.
 func ParseList[T any](s string, parse func(string) (T, error)) (numbers []T, err error) {
 	for part := range strings.SplitSeq(s, ",") {
