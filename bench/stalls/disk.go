@@ -46,6 +46,9 @@ func (s *stalls) onDisk(ctx context.Context) error {
 		}
 		fmt.Fprintf(s.stderr, "durable, window %d of %d: p99.9 %s ms: %s\n", i+1, s.diskWindows, load.Milliseconds(r.Latency.Quantile(.999)), what)
 	}
+	if min(len(quiet.p999), len(snapshot.with.p999), len(roll.with.p999)) < s.rounds {
+		fmt.Fprintln(s.stderr, "durable: some of what was looked for came seldom: try another --log-bytes")
+	}
 	snapshot.without, roll.without = quiet, quiet
 	return nil
 }

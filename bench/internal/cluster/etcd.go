@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -186,6 +187,39 @@ func (e *Etcd) Stop() {
 	for _, m := range e.Members {
 		m.Stop()
 	}
+}
+
+// Fill sets every key once, many in a transaction: that is many times as fast.
+func (e *Etcd) Fill(ctx context.Context, keys uint64, keySize int, value []byte) error {
+	const clients, maxBytes = 16, 1 << 20
+	atOnce := uint64(min(100, max(1, maxBytes/(keySize+len(value)+64))))
+	var next atomic.Uint64
+	errs := make(chan error, clients)
+	for client := range clients {
+		go func() {
+			for {
+				from := next.Add(atOnce) - atOnce
+				if from >= keys {
+					errs <- nil
+					return
+				}
+				txn := &etcdserverpb.TxnRequest{}
+				for i := from; i < min(from+atOnce, keys); i++ {
+					put := &etcdserverpb.PutRequest{Key: []byte(load.Key(i, keySize)), Value: value}
+					txn.Success = append(txn.Success, &etcdserverpb.RequestOp{Request: &etcdserverpb.RequestOp_RequestPut{RequestPut: put}})
+				}
+				if _, err := e.stubs[client%len(e.stubs)].Txn(ctx, txn); err != nil {
+					errs <- err
+					return
+				}
+			}
+		}()
+	}
+	var all []error
+	for range clients {
+		all = append(all, <-errs)
+	}
+	return errors.Join(all...)
 }
 
 // EtcdTarget is etcd under load, by its generated stubs.
