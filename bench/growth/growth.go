@@ -121,6 +121,7 @@ type stage struct {
 	options
 	dir, binary string
 	stderr      io.Writer
+	most        int64                   // bytes that all nodes may take; 0: what they like
 	clusters    map[setup]*cluster.Ours // by setup without clients
 	echoes      map[int]*load.Echo      // by size of values
 	bare        map[int]*load.KV        // likewise
@@ -145,10 +146,13 @@ func (s *stage) measure(ctx context.Context, t *table) error {
 		if len(points) == 0 {
 			continue
 		}
-		if free, err := cluster.Available(); err != nil || points[0].keys >= manyKeys && points[0].memory() > free*9/10 {
-			points[0].leftOut = fmt.Sprintf("left out: it takes about %d MiB, of which the machine has %d", points[0].memory()>>20, free>>20)
-			fmt.Fprintf(s.stderr, "%s: %s: %s\n", t.title, t.label(points[0].setup), points[0].leftOut)
-			continue
+		if p := points[0]; p.keys >= manyKeys {
+			free, err := cluster.Available()
+			if s.most = free / 10 * 8; err != nil || p.memory() > s.most {
+				p.leftOut = fmt.Sprintf("left out: it takes about %d MiB, and %d are free", p.memory()>>20, free>>20)
+				fmt.Fprintf(s.stderr, "%s: %s: %s\n", t.title, t.label(p.setup), p.leftOut)
+				continue
+			}
 		}
 		if err := s.measureGroup(ctx, t, filepath.Join(s.dir, fmt.Sprint(i)), points); err != nil {
 			return fmt.Errorf("%s: %w", t.title, err)
@@ -198,7 +202,11 @@ func (s setup) ceiling() setup { return setup{value: s.value, clients: s.clients
 // start starts what a point needs and other points have not.
 func (s *stage) start(ctx context.Context, dir string, p *point) (err error) {
 	if s.clusters[p.cluster()] == nil {
-		o, err := cluster.StartOurs(ctx, cluster.Config{Binary: s.binary, Dir: dir, Size: p.nodes})
+		c := cluster.Config{Binary: s.binary, Dir: dir, Size: p.nodes}
+		if s.most > 0 { // rather collect often than take it from others
+			c.Env = []string{fmt.Sprintf("GOMEMLIMIT=%d", s.most/int64(p.nodes))}
+		}
+		o, err := cluster.StartOurs(ctx, c)
 		if err != nil {
 			return err
 		}

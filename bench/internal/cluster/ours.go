@@ -77,6 +77,7 @@ type Config struct {
 	Size    int    // how many members
 	Durable bool
 	Args    []string  // more flags of each node
+	Env     []string  // more environment of each node
 	Stderr  io.Writer // of etcd's members; nil: this process's
 }
 
@@ -185,7 +186,7 @@ func (o *Ours) Start(ctx context.Context, id uint64, address string) (*Node, err
 	}
 	defer func() { _ = log.Close() }()
 	n.cmd = exec.Command(o.Binary, args...)
-	n.cmd.Stderr = log
+	n.cmd.Stderr, n.cmd.Env = log, append(os.Environ(), o.Env...)
 	if err := n.cmd.Start(); err != nil {
 		return nil, err
 	}
