@@ -71,7 +71,7 @@ func (m *memory) keys(ctx context.Context) error {
 			return err
 		}
 	}
-	fmt.Fprintf(m.stdout, "%s keys of %d bytes with values of %d, in a cluster of one in memory; less what it takes with one key. RSS %v after the load.\nThe node's log, which goes up to --log-bytes and then no further, is %.0f of its bytes.\n\n",
+	fmt.Fprintf(m.stdout, "%s keys of %d bytes with values of %d, in a cluster of one in memory; less what it takes with one key. RSS %v after the load, which ends with reads.\nThe node's log, which goes up to --log-bytes and then no further, is %.0f of its bytes.\n\n",
 		load.Count(float64(m.sizes.Keys)), m.sizes.Key, m.sizes.Value, m.pause, float64(metrics.LogBytes)/float64(m.sizes.Keys))
 	load.Table(m.stdout, rows)
 	return nil
@@ -117,14 +117,10 @@ func (m *memory) perKey(ctx context.Context, s system) ([]string, error) {
 	return []string{s.name, each(after.heap, before.heap), each(after.RSS, before.RSS), each(after.File, before.File)}, err
 }
 
-// footprint looks at a process some time after its load; then it makes garbage
-// by reads until that was collected twice: what a collection finds in use may
-// have been given up while it ran.
+// footprint reads until a process has collected its garbage twice, for what a
+// collection finds in use may have been given up while it ran, and looks at the
+// process some time after that.
 func (m *memory) footprint(ctx context.Context, s system, reads load.Options) (f footprint, err error) {
-	wait(ctx, m.pause)
-	if f.Memory, err = cluster.MemoryOf(s.pid); err != nil {
-		return f, err
-	}
 	reads.Clients, reads.Depth, reads.Duration = 16, 1, 100*time.Millisecond
 	first, _, err := collections(s.log)
 	for begin := time.Now(); err == nil && time.Since(begin) < collectTimeout; {
@@ -133,6 +129,8 @@ func (m *memory) footprint(ctx context.Context, s system, reads load.Options) (f
 		}
 		var n int
 		if n, f.heap, err = collections(s.log); n >= first+2 {
+			wait(ctx, m.pause)
+			f.Memory, err = cluster.MemoryOf(s.pid)
 			return f, err
 		}
 	}
