@@ -20,9 +20,10 @@ func (e usageError) Unwrap() error { return e.error }
 func Usage(err error) error { return usageError{err} }
 
 // Main runs a program, or the echo process if this is one, until it has ended
-// or a signal ends it. It returns the exit status.
+// or a signal ends it; SIGPIPE is one, so that what it started ends with it. It
+// returns the exit status.
 func Main(name string, run func(ctx context.Context, args []string) error) int {
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	defer cancel()
 	served, err := ServeEcho(os.Args[1:])
 	if !served {
