@@ -10,24 +10,26 @@ import (
 	"slices"
 	"time"
 
+	"raft-key-value/bench/internal/cluster"
 	"raft-key-value/bench/internal/load"
 )
 
-// connections is the most that any system gets; fewer clients use fewer.
-const connections = 16
+// clusterSize is how many nodes each cluster has.
+const clusterSize = 3
 
 // compare has what is measured.
 type compare struct {
 	options
-	dir     string
+	dir     string // for all data
+	binary  string // of the node
 	stderr  io.Writer
 	leftOut []string
 
 	echo            *load.Echo
 	pingPong        time.Duration
 	bare            *load.KV
-	memory, disk    *ours // nil: left out
-	noSync, sync    *etcd // nil: left out
+	memory, disk    *cluster.Ours // nil: left out
+	noSync, sync    *cluster.Etcd // nil: left out
 	fsync           time.Duration
 	pipelineLeftOut bool
 }
@@ -43,19 +45,19 @@ func (c *compare) start(ctx context.Context) (err error) {
 	if c.fsync, err = syncTime(c.dir); err != nil {
 		return err
 	}
-	if c.bare, err = load.DialKV([]string{c.echo.RPC}, connections); err != nil {
+	if c.bare, err = load.DialKV([]string{c.echo.RPC}, cluster.Connections); err != nil {
 		return err
 	}
 	if err := c.startOurs(ctx); err != nil {
 		return err
 	}
 	if c.etcd {
-		fmt.Fprintf(c.stderr, "starting etcd %s\n", etcdVersion())
-		if c.noSync, err = startEtcd(ctx, filepath.Join(c.dir, "etcd-memory"), false); err != nil {
+		fmt.Fprintf(c.stderr, "starting etcd %s\n", cluster.EtcdVersion())
+		if c.noSync, err = cluster.StartEtcd(ctx, c.config("etcd-memory", false)); err != nil {
 			return err
 		}
 		if c.durable {
-			if c.sync, err = startEtcd(ctx, filepath.Join(c.dir, "etcd-disk"), true); err != nil {
+			if c.sync, err = cluster.StartEtcd(ctx, c.config("etcd-disk", true)); err != nil {
 				return err
 			}
 		}
@@ -65,22 +67,22 @@ func (c *compare) start(ctx context.Context) (err error) {
 
 func (c *compare) startOurs(ctx context.Context) (err error) {
 	fmt.Fprintln(c.stderr, "starting raft-key-value")
-	binary, err := c.build(ctx)
-	if err != nil {
-		return err
-	}
-	if c.memory, err = startOurs(ctx, binary, filepath.Join(c.dir, "memory"), false); err != nil {
+	if c.memory, err = cluster.StartOurs(ctx, c.config("memory", false)); err != nil {
 		return err
 	}
 	if !c.durable {
 		return nil
 	}
-	c.disk, err = startOurs(ctx, binary, filepath.Join(c.dir, "disk"), true)
-	if errors.Is(err, errNoDataDir) {
+	c.disk, err = cluster.StartOurs(ctx, c.config("disk", true))
+	if errors.Is(err, cluster.ErrNoDataDir) {
 		c.leaveOut("durable writes: %v", err)
 		return nil
 	}
 	return err
+}
+
+func (c *compare) config(name string, durable bool) cluster.Config {
+	return cluster.Config{Binary: c.binary, Dir: filepath.Join(c.dir, name), Size: clusterSize, Durable: durable}
 }
 
 // leaveOut says what is not measured, now and with the result.
@@ -125,11 +127,11 @@ func (c *compare) prepare(ctx context.Context) error {
 }
 
 // etcdTarget is nil if there is no such cluster.
-func (c *compare) etcdTarget(e *etcd, serializable bool) load.Target {
+func (c *compare) etcdTarget(e *cluster.Etcd, serializable bool) load.Target {
 	if e == nil {
 		return nil
 	}
-	return etcdTarget{e, serializable}
+	return cluster.EtcdTarget{Etcd: e, Serializable: serializable}
 }
 
 // stop ends all that was started.
@@ -137,14 +139,14 @@ func (c *compare) stop() {
 	if c.bare != nil {
 		c.bare.Close()
 	}
-	for _, o := range []*ours{c.memory, c.disk} {
+	for _, o := range []*cluster.Ours{c.memory, c.disk} {
 		if o != nil {
-			o.stop()
+			o.Stop()
 		}
 	}
-	for _, e := range []*etcd{c.noSync, c.sync} {
+	for _, e := range []*cluster.Etcd{c.noSync, c.sync} {
 		if e != nil {
-			e.stop()
+			e.Stop()
 		}
 	}
 	if c.echo != nil {
@@ -205,22 +207,22 @@ func (c *compare) plan() (cells []*cell) {
 		add(bareSet, c.bare, n, 1, 1, false)
 		add(setMemory, c.memory.KV, n, 1, 1, false)
 		if c.noSync != nil {
-			add(etcdNoSync, etcdTarget{c.noSync, false}, n, 1, 1, false)
+			add(etcdNoSync, c.etcdTarget(c.noSync, false), n, 1, 1, false)
 		}
 		if c.disk != nil {
 			add(setDisk, c.disk.KV, n, 1, 1, false)
 		}
 		if c.sync != nil {
-			add(etcdSync, etcdTarget{c.sync, false}, n, 1, 1, false)
+			add(etcdSync, c.etcdTarget(c.sync, false), n, 1, 1, false)
 		}
 		add(bareGet, c.bare, n, 0, 1, false)
 		add(getRead, c.memory.KV, n, 0, 1, false)
 		if c.noSync != nil {
-			add(etcdRead, etcdTarget{c.noSync, false}, n, 0, 1, false)
+			add(etcdRead, c.etcdTarget(c.noSync, false), n, 0, 1, false)
 		}
 		add(getLocal, c.memory.Locally(), n, 0, 1, false)
 		if c.noSync != nil {
-			add(etcdLocal, etcdTarget{c.noSync, true}, n, 0, 1, false)
+			add(etcdLocal, c.etcdTarget(c.noSync, true), n, 0, 1, false)
 		}
 	}
 	if c.pipeline && !c.pipelineLeftOut {

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"raft-key-value/bench/internal/cluster"
 	"raft-key-value/bench/internal/load"
 )
 
@@ -42,7 +43,7 @@ func TestPlan(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &compare{options: o, bare: &load.KV{}, memory: &ours{KV: &load.KV{}}, disk: &ours{KV: &load.KV{}}, noSync: &etcd{}, sync: &etcd{}}
+	c := &compare{options: o, bare: &load.KV{}, memory: &cluster.Ours{KV: &load.KV{}}, disk: &cluster.Ours{KV: &load.KV{}}, noSync: &cluster.Etcd{}, sync: &cluster.Etcd{}}
 	cells := c.plan()
 	if len(cells) != 10*4+2 {
 		t.Fatalf("%d cells", len(cells))
@@ -72,7 +73,7 @@ func TestPlan(t *testing.T) {
 	if k := find(getLocal, 64).target.(*load.KV); !k.Local || find(getRead, 64).target.(*load.KV).Local {
 		t.Error("local and linearizable reads are the same")
 	}
-	if !find(etcdLocal, 64).target.(etcdTarget).serializable || find(etcdRead, 64).target.(etcdTarget).serializable {
+	if !find(etcdLocal, 64).target.(cluster.EtcdTarget).Serializable || find(etcdRead, 64).target.(cluster.EtcdTarget).Serializable {
 		t.Error("serializable and linearizable ranges are the same")
 	}
 }

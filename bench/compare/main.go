@@ -13,10 +13,10 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"strconv"
 	"time"
 
+	"raft-key-value/bench/internal/cluster"
 	"raft-key-value/bench/internal/load"
 )
 
@@ -32,16 +32,15 @@ type options struct {
 	etcd     bool
 	durable  bool
 	pipeline bool
-	binary   string
-	source   string
-	dir      string
+	program  cluster.Program
 	output   string
+	plot     string
 }
 
 func main() { os.Exit(load.Main("compare", execute)) }
 
 func execute(ctx context.Context, args []string) error {
-	if served, err := serveEtcd(args); served {
+	if served, err := cluster.ServeEtcd(args); served {
 		return err
 	}
 	o, err := parseOptions(args, os.Stderr)
@@ -66,10 +65,9 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	fs.BoolVar(&o.etcd, "etcd", true, "measure etcd, too")
 	fs.BoolVar(&o.durable, "durable", true, "measure writes to disk, too")
 	fs.BoolVar(&o.pipeline, "pipeline", true, "measure streams, too")
-	fs.StringVar(&o.binary, "binary", "", "`file` of the node's program (default: built from --source)")
-	fs.StringVar(&o.source, "source", "..", "`directory` of the node's source")
-	fs.StringVar(&o.dir, "dir", "", "`directory` for a temporary directory with all data; the disk there is what is measured (default: the system's)")
+	o.program.Flags(fs)
 	fs.StringVar(&o.output, "o", "text", "text or json")
+	fs.StringVar(&o.plot, "plot", "", "`file.svg` for a picture of operations a second by number of clients")
 	fs.Usage = func() {
 		fmt.Fprintln(stderr, "compare measures raft-key-value beside etcd and bare RPC.\n\nFlags:")
 		fs.PrintDefaults()
@@ -97,36 +95,25 @@ func (o *options) check() error {
 }
 
 // run starts everything, measures, reports, and ends everything.
-func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
-	dir, err := os.MkdirTemp(o.dir, "raft-key-value-compare-")
-	if err != nil {
-		return err
-	}
-	c := &compare{options: o, dir: dir, stderr: stderr}
-	defer func() {
-		c.stop()
-		err = errors.Join(err, os.RemoveAll(dir))
-	}()
-	if err := c.start(ctx); err != nil {
-		return err
-	}
-	cells := c.plan()
-	each := o.warmup + o.duration
-	fmt.Fprintf(stderr, "%d measurements of %v: about %v\n", len(cells)*o.rounds, each, (time.Duration(len(cells)*o.rounds) * (each + 50*time.Millisecond)).Round(time.Second))
-	if err := c.measure(ctx, cells); err != nil {
-		return err
-	}
-	return c.report(cells).write(stdout, o.output)
-}
-
-// build makes the node's program.
-func (c *compare) build(ctx context.Context) (string, error) {
-	if c.binary != "" {
-		return filepath.Abs(c.binary)
-	}
-	path := filepath.Join(c.dir, "raft-key-value")
-	if out, err := command(ctx, c.source, "go", "build", "-o", path, ".").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build in %s: %w\n%s", c.source, err, out)
-	}
-	return path, nil
+func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
+	return o.program.In(ctx, "compare", func(dir, binary string) error {
+		c := &compare{options: o, dir: dir, binary: binary, stderr: stderr}
+		defer c.stop()
+		if err := c.start(ctx); err != nil {
+			return err
+		}
+		cells := c.plan()
+		each := o.warmup + o.duration
+		fmt.Fprintf(stderr, "%d measurements of %v: about %v\n", len(cells)*o.rounds, each, (time.Duration(len(cells)*o.rounds) * (each + 50*time.Millisecond)).Round(time.Second))
+		if err := c.measure(ctx, cells); err != nil {
+			return err
+		}
+		r := c.report(cells)
+		if o.plot != "" {
+			if err := os.WriteFile(o.plot, r.svg(), 0o644); err != nil {
+				return err
+			}
+		}
+		return r.write(stdout, o.output)
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"raft-key-value/bench/internal/cluster"
 	"raft-key-value/bench/internal/load"
 )
 
@@ -61,7 +62,7 @@ func (c *compare) report(cells []*cell) *report {
 		LeftOut: c.leftOut, Clients: c.clients,
 	}
 	if c.etcd {
-		r.Etcd = etcdVersion()
+		r.Etcd = cluster.EtcdVersion()
 	}
 	find := func(name string, clients int) []float64 {
 		for _, o := range cells {

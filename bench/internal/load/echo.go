@@ -131,6 +131,9 @@ func StartSelf(stderr io.Writer, args ...string) (*Child, error) {
 	return c, nil
 }
 
+// PID is the process's.
+func (c *Child) PID() int { return c.cmd.Process.Pid }
+
 // Stop ends the process and waits for it.
 func (c *Child) Stop() {
 	_ = c.stdin.Close()

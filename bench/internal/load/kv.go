@@ -147,10 +147,13 @@ func Leader(ctx context.Context, endpoints []string) (string, error) {
 	return leader, nil
 }
 
-// Fill sets every key once. Of o it takes the keys, the value and the
-// progress.
+// Fill sets every key once. Of o it takes the keys, the value, the progress and
+// whether it does so on streams.
 func Fill(ctx context.Context, t Target, o Options) error {
 	o.Clients, o.Depth, o.Fill = 256, 1, true
+	if o.Pipeline {
+		o.Clients, o.Depth = 4, 1000
+	}
 	r, err := Run(ctx, o, t)
 	if err == nil && r.Failed() > 0 {
 		err = fmt.Errorf("setting the keys failed: %s", Errors(r.Errors))

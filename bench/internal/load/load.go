@@ -50,8 +50,9 @@ type Options struct {
 	Keys     uint64
 	KeySize  int
 	Value    []byte
-	Fill     bool         // set every key once, in place of all that is said above of time and choice
-	Progress func(Result) // called every second
+	Next     *atomic.Uint64 // where sets take the number of a new key, each another; nil: any of Keys
+	Fill     bool           // set every key once, in place of all that is said above of time and choice
+	Progress func(Result)   // called every second
 }
 
 // Result is what a run measured.
@@ -210,6 +211,9 @@ func (r *run) operation(rng *rand.Rand) (Operation, bool) {
 	if r.Fill {
 		i := r.filled.Add(1) - 1
 		return Operation{Set: true, Key: Key(i, r.KeySize), Value: r.Value}, i < r.Keys
+	}
+	if r.Next != nil {
+		return Operation{Set: true, Key: Key(r.Next.Add(1)-1, r.KeySize), Value: r.Value}, true
 	}
 	key := Key(rng.Uint64N(r.Keys), r.KeySize)
 	if r.SetShare < 1 && (r.SetShare <= 0 || rng.Float64() >= r.SetShare) {

@@ -200,6 +200,14 @@ func TestOperations(t *testing.T) {
 			t.Errorf("share %v: %d keys, %d sets", share, len(keys), sets)
 		}
 	}
+	var next atomic.Uint64
+	next.Store(20)
+	r := &run{Options: Options{SetShare: 1, Keys: 20, KeySize: 8, Next: &next}}
+	for i := range uint64(100) {
+		if op, ok := r.operation(testRand()); !ok || !op.Set || op.Key != Key(20+i, 8) {
+			t.Fatalf("new key %d: %+v, %v", i, op, ok)
+		}
+	}
 	if k := Key(0xabc, 16); k != "bench-0000000abc" {
 		t.Error(k)
 	}

@@ -20,9 +20,10 @@ func (e usageError) Unwrap() error { return e.error }
 func Usage(err error) error { return usageError{err} }
 
 // Main runs a program, or the echo process if this is one, until it has ended
-// or a signal ends it. It returns the exit status.
+// or a signal ends it; SIGPIPE is one, so that what it started ends with it. It
+// returns the exit status.
 func Main(name string, run func(ctx context.Context, args []string) error) int {
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	defer cancel()
 	served, err := ServeEcho(os.Args[1:])
 	if !served {
@@ -45,6 +46,20 @@ func ParseFlags(fs *flag.FlagSet, args []string) error {
 	}
 	if fs.NArg() > 0 {
 		return fmt.Errorf("unknown argument %q", fs.Arg(0))
+	}
+	return nil
+}
+
+// Preset sets flags, name and value in turn, that the command line did not.
+func Preset(fs *flag.FlagSet, pairs ...string) error {
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	for i := 0; i < len(pairs); i += 2 {
+		if !given[pairs[i]] {
+			if err := fs.Set(pairs[i], pairs[i+1]); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
