@@ -182,7 +182,7 @@ func TestCaughtUp(t *testing.T) {
 			t.Errorf("%s it is unhealthy because %q, not %q", when, got, why)
 		}
 	}
-	const behind = "not yet caught up with the leader"
+	const behind = "not yet caught up"
 	expect("before the leader answers", behind)
 	l.n.peerUp(2, 2, true)
 	l.turn(0)
