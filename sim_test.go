@@ -2263,8 +2263,12 @@ func (s *sim) ask(p *proc, record []byte) (r result) {
 
 // members returns the processes that belong to the cluster.
 func (s *sim) members() []*proc {
-	return slices.DeleteFunc(s.alive(), func(p *proc) bool { return p.n.rn == nil })
+	return slices.DeleteFunc(s.alive(), func(p *proc) bool { return p.n.rn == nil || p.astray() })
 }
+
+// astray reports whether a process cannot know that it was removed: the voters
+// that it knows have left, and have no memory. An operator sees it in status.
+func (p *proc) astray() bool { return p.n.lead == 0 && p.n.quorumLost() != nil }
 
 // unsettled says what is not as it shall be without faults; empty: all is.
 func (s *sim) unsettled() string {
@@ -2282,10 +2286,11 @@ func (s *sim) unsettled() string {
 	}
 	members := leader.n.store.members
 	for _, p := range s.alive() {
-		if p.n.rn == nil {
+		stranger := !proto.Equal(members[p.n.raftID], p.site.node)
+		if p.n.rn == nil || stranger && p.astray() {
 			continue
 		}
-		if !proto.Equal(members[p.n.raftID], p.site.node) {
+		if stranger {
 			return fmt.Sprintf("%v is in the cluster, but no member of it: %s", p, s.overview())
 		}
 		if why := p.n.whyUnhealthy(); why != "" {
