@@ -364,6 +364,17 @@ func TestConnectionLimits(t *testing.T) {
 	for _, c := range conns {
 		_ = c.Close()
 	}
+
+	c := &limitedConn{since: time.Now().Add(-time.Second)}
+	for range maxHellos + hellosPerSecond {
+		if !c.greeted() {
+			t.Fatal("a hello within the limit is refused")
+		}
+	}
+	c.since = time.Now().Add(time.Hour) // however slow this test is
+	if c.greeted() {
+		t.Error("a hello beyond the limit is taken")
+	}
 }
 
 // TestUnread has a connection and others, none of which is read, ask for answers.

@@ -828,11 +828,22 @@ func stranger(n *testNode) (*kvpb.Hello, error) {
 	return &kvpb.Hello{ClusterId: w.ClusterId, From: from, To: w.Peer}, nil
 }
 
+// callAsPeer makes a connection of its own, for one has only few hellos.
+func callAsPeer(n *testNode) (_ kvpb.RaftServiceClient, hangUp func()) {
+	conn, err := dial(n.address)
+	if err != nil {
+		panic(err)
+	}
+	return kvpb.NewRaftServiceClient(conn), func() { _ = conn.Close() }
+}
+
 // greetNode says hello. A node that refuses has to end the stream.
 func greetNode(n *testNode, h *kvpb.Hello) (*kvpb.Welcome, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
 	defer cancel()
-	s, err := kvpb.NewRaftServiceClient(n.conn).Stream(ctx)
+	peer, hangUp := callAsPeer(n)
+	defer hangUp()
+	s, err := peer.Stream(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -984,7 +995,9 @@ func badSnapshot(name string, code codes.Code, change func(*kvpb.InstallSnapshot
 		damage := first.Data
 		first.Data = framed(b.Bytes())
 		copy(first.Data[8+4:], damage)
-		s, err := kvpb.NewRaftServiceClient(n.conn).InstallSnapshot(ctx)
+		peer, hangUp := callAsPeer(n)
+		defer hangUp()
+		s, err := peer.InstallSnapshot(ctx)
 		if err != nil {
 			return err
 		}

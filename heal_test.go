@@ -545,7 +545,9 @@ func newImpostor(t *testing.T, n *testNode) *impostor {
 	h.ClusterId = 4711
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
-	s, err := kvpb.NewRaftServiceClient(n.conn).Stream(ctx)
+	peer, hangUp := callAsPeer(n)
+	t.Cleanup(hangUp)
+	s, err := peer.Stream(ctx)
 	if err == nil {
 		err = s.Send(&kvpb.StreamRequest{Hello: h})
 	}
@@ -584,7 +586,9 @@ func (i *impostor) snapshot(t *testing.T, index uint64, chunk int) []*kvpb.Insta
 func (i *impostor) send(reqs []*kvpb.InstallSnapshotRequest, answer bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
 	defer cancel()
-	s, err := kvpb.NewRaftServiceClient(i.n.conn).InstallSnapshot(ctx)
+	peer, hangUp := callAsPeer(i.n)
+	defer hangUp()
+	s, err := peer.InstallSnapshot(ctx)
 	if err != nil {
 		return err
 	}

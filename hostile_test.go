@@ -594,10 +594,14 @@ func FuzzServices(f *testing.F) {
 			ended, ready := make(chan error, 1), make(chan *server, 1)
 			go func() { ended <- run(ctx, o, slog.New(slog.DiscardHandler), func(s *server) { ready <- s }) }()
 			<-ready
-			conn, err := grpc.NewClient("passthrough:///"+o.advertise, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(o.dialer))
-			if err != nil {
-				t.Fatal(err)
+			dial := func() *grpc.ClientConn {
+				conn, err := grpc.NewClient("passthrough:///"+o.advertise, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(o.dialer))
+				if err != nil {
+					t.Fatal(err)
+				}
+				return conn
 			}
+			conn := dial()
 			defer func() {
 				cancel()
 				_ = conn.Close()
@@ -606,13 +610,13 @@ func FuzzServices(f *testing.F) {
 				}
 				time.Sleep(time.Second)
 			}()
-			exercise(t, ctx, conn, methods, script)
+			exercise(t, ctx, conn, dial, methods, script)
 		})
 	})
 }
 
 // exercise makes the calls of a script and checks their answers.
-func exercise(t *testing.T, ctx context.Context, conn *grpc.ClientConn, methods []string, script []byte) {
+func exercise(t *testing.T, ctx context.Context, conn *grpc.ClientConn, dial func() *grpc.ClientConn, methods []string, script []byte) {
 	kv, cluster := kvpb.NewKVServiceClient(conn), kvpb.NewClusterServiceClient(conn)
 	if _, err := cluster.Init(ctx, &kvpb.InitRequest{Members: []*kvpb.Node{plainNode(1)}}); err != nil {
 		t.Fatal(err)
@@ -620,7 +624,9 @@ func exercise(t *testing.T, ctx context.Context, conn *grpc.ClientConn, methods 
 	m := &model{items: map[string]item{}}
 	steps(script, func(what byte, data []byte) bool {
 		if what >= 254 {
-			hostileStream(t, ctx, conn, what == 255, data)
+			stranger := dial() // one connection has only few hellos
+			hostileStream(t, ctx, stranger, what == 255, data)
+			_ = stranger.Close()
 			return true
 		}
 		method := methods[int(what)%len(methods)]

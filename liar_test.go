@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
 )
@@ -103,6 +105,30 @@ func TestListsAreBounded(t *testing.T) {
 	}
 	<-s.lists
 	if _, err := c.nodes[1].List(c.ctx, &kvpb.ListRequest{}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestHellosAreBounded: a connection that says hello without end is closed.
+func TestHellosAreBounded(t *testing.T) {
+	t.Parallel()
+	n := newCluster(t, 1).nodes[1]
+	conn, err := dial(n.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	for hellos := 0; err == nil; hellos++ {
+		if hellos > 1000 {
+			t.Fatal("there is no limit")
+		}
+		var s kvpb.RaftService_StreamClient
+		if s, err = kvpb.NewRaftServiceClient(conn).Stream(t.Context()); err == nil {
+			_ = s.Send(&kvpb.StreamRequest{Hello: &kvpb.Hello{}})
+			_, err = s.Recv()
+		}
+	}
+	if c := status.Code(err); c != codes.Unavailable && c != codes.ResourceExhausted {
 		t.Error(err)
 	}
 }

@@ -28,6 +28,9 @@ const (
 	// stay open while there is no room for those of others.
 	minTaken     = 64 << 10
 	stallTimeout = time.Second
+	// maxHellos and hellosPerSecond bound the hellos on a connection, which is
+	// closed at one more. A peer that is refused makes 10 a second at most.
+	maxHellos, hellosPerSecond = 4, 20
 )
 
 // limiter is a listener that keeps these limits. mu guards what is below it.
@@ -45,6 +48,8 @@ type limiter struct {
 type limitedConn struct {
 	net.Conn
 	l       *limiter
+	since   time.Time
+	hellos  atomic.Int32
 	turn    chan struct{} // full while an answer waits for room, and others for their turn
 	written atomic.Int64
 	seen    int64 // what was written when l was swept; guarded by l.mu, as is unread
@@ -61,7 +66,7 @@ func (l *limiter) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		c := &limitedConn{Conn: conn, l: l, turn: make(chan struct{}, 1), seen: -minTaken}
+		c := &limitedConn{Conn: conn, l: l, since: time.Now(), turn: make(chan struct{}, 1), seen: -minTaken}
 		l.mu.Lock()
 		full := len(l.conns) >= maxConnections
 		if !full {
@@ -75,12 +80,17 @@ func (l *limiter) Accept() (net.Conn, error) {
 	}
 }
 
+// connOf is the connection of a call.
+func connOf(ctx context.Context) *limitedConn {
+	p, _ := grpcpeer.FromContext(ctx)
+	return p.Addr.(*limitedConn)
+}
+
 // admit has f make an answer of so many bytes when there is room for it. One that
 // has to wait is made again: meanwhile it would keep values that others overwrite.
 // The answer counts until gRPC gives its buffer, of the pool, back.
 func admit(ctx context.Context, f func() (bytes int, err error)) (mem.BufferPool, error) {
-	p, _ := grpcpeer.FromContext(ctx)
-	c := p.Addr.(*limitedConn)
+	c := connOf(ctx)
 	if len(c.turn) == 0 {
 		if pool, err := c.try(f); pool != nil || err != nil {
 			return pool, err
@@ -230,6 +240,11 @@ func (c *limitedConn) Write(b []byte) (int, error) {
 	n, err := c.Conn.Write(b)
 	c.written.Add(int64(n))
 	return n, err
+}
+
+// greeted counts a hello; false: it is one too many.
+func (c *limitedConn) greeted() bool {
+	return float64(c.hellos.Add(1)) <= maxHellos+hellosPerSecond*time.Since(c.since).Seconds()
 }
 
 func (c *limitedConn) Close() error {

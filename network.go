@@ -418,6 +418,10 @@ var errNoHello = status.Error(codes.InvalidArgument, "the first request has no h
 // serve calls f, but returns as soon as the stream is cancelled: that tears it
 // down, and f, which may be waiting in it, returns too.
 func (nw *network) serve(s grpc.ServerStream, f func(context.Context, context.CancelCauseFunc, *time.Timer) error) error {
+	if c := connOf(s.Context()); !c.greeted() {
+		_ = c.Close()
+		return status.Error(codes.ResourceExhausted, "too many streams on this connection")
+	}
 	ctx, cancel := context.WithCancelCause(s.Context())
 	defer cancel(nil)
 	silent := alarm(cancel)
