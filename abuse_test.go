@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -365,13 +366,13 @@ func TestConnectionLimits(t *testing.T) {
 		_ = c.Close()
 	}
 
-	c := &limitedConn{since: time.Now().Add(-time.Second)}
-	for range maxHellos + hellosPerSecond {
+	c := &limitedConn{l: l, hellos: maxHellos, greetedAt: time.Now()}
+	for range maxHellos {
 		if !c.greeted() {
-			t.Fatal("a hello within the limit is refused")
+			t.Error("a hello within the limit is refused")
 		}
 	}
-	c.since = time.Now().Add(time.Hour) // however slow this test is
+	c.greetedAt = time.Now().Add(time.Hour) // however slow this test is
 	if c.greeted() {
 		t.Error("a hello beyond the limit is taken")
 	}
@@ -381,16 +382,17 @@ func TestConnectionLimits(t *testing.T) {
 func TestUnread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLimiter(&refusing{left: 100})
+		made := map[*limitedConn]*atomic.Int32{}
 		accept := func() (*limitedConn, context.Context) {
 			c, err := l.Accept()
 			if err != nil {
 				t.Fatal(err)
 			}
+			made[c.(*limitedConn)] = new(atomic.Int32)
 			return c.(*limitedConn), grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
 		}
-		made := map[*limitedConn]int{}
 		ask := func(c *limitedConn, ctx context.Context) mem.BufferPool {
-			pool, err := admit(ctx, func() (int, error) { made[c]++; return 1 << 20, nil })
+			_, pool, err := admit(ctx, func() (proto.Message, int, error) { made[c].Add(1); return nil, 1 << 20, nil })
 			if err != nil {
 				t.Error(err)
 			}
@@ -399,7 +401,7 @@ func TestUnread(t *testing.T) {
 		waits := func(ctx context.Context) bool {
 			ctx, cancel := context.WithTimeout(ctx, 3*stallTimeout)
 			defer cancel()
-			_, err := admit(ctx, func() (int, error) { return 1 << 20, nil })
+			_, _, err := admit(ctx, func() (proto.Message, int, error) { return nil, 1 << 20, nil })
 			return err == context.DeadlineExceeded
 		}
 		c, ctx := accept()
@@ -410,23 +412,34 @@ func TestUnread(t *testing.T) {
 		if !waits(ctx) {
 			t.Fatal("there is no limit to what a connection leaves unread")
 		}
+		var mu sync.Mutex
+		count := func() int {
+			mu.Lock()
+			defer mu.Unlock()
+			return len(pools)
+		}
 		for range 2 {
-			go func() { pools = append(pools, ask(c, ctx)) }()
+			go func() {
+				pool := ask(c, ctx)
+				mu.Lock()
+				defer mu.Unlock()
+				pools = append(pools, pool)
+			}()
 		}
 		synctest.Wait()
-		made[c] = 0
+		made[c].Store(0)
 		pools[0].Put(new([]byte)) // written, or its call was cancelled
 		synctest.Wait()
-		if made[c] != 1 || len(pools) != maxConnectionUnread>>20+1 {
-			t.Errorf("an answer was written: %d were made instead", made[c])
+		if made[c].Load() != 1 || count() != maxConnectionUnread>>20+1 {
+			t.Errorf("an answer was written: %d were made instead", made[c].Load())
 		}
 		pools[1] = nil // lost
-		for len(pools) < maxConnectionUnread>>20+2 {
+		for count() < maxConnectionUnread>>20+2 {
 			runtime.GC()
 			time.Sleep(stallTimeout)
 		}
-		if l.unread != maxConnectionUnread || made[c] != 2 {
-			t.Errorf("%d bytes are unread, and %d answers were made instead of two", l.unread, made[c])
+		if l.unread != maxConnectionUnread || made[c].Load() != 2 {
+			t.Errorf("%d bytes are unread, and %d answers were made instead of two", l.unread, made[c].Load())
 		}
 		for len(l.conns)*maxConnectionUnread < maxUnreadBytes {
 			o, ctx := accept()
@@ -453,8 +466,63 @@ func TestUnread(t *testing.T) {
 		if l.unread != 0 {
 			t.Errorf("%d bytes of nobody are unread", l.unread)
 		}
-		if _, err := admit(ctx, func() (int, error) { return 1 << 20, nil }); err != errOverloaded {
+		if _, _, err := admit(ctx, func() (proto.Message, int, error) { return nil, 1 << 20, nil }); err != errOverloaded {
 			t.Errorf("an answer on a connection that is closed: %v", err)
+		}
+	})
+}
+
+// TestUnreadIsGivenBack: neither small answers, which gRPC does not give back,
+// nor those that were taken at once count, and a buffer is as large as its answer.
+func TestUnreadIsGivenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLimiter(&refusing{left: 1000})
+		conns, ctxs := make([]*limitedConn, 500), make([]context.Context, 500)
+		for i := range conns {
+			c, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			conns[i], ctxs[i] = c.(*limitedConn), grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
+		}
+		resp, err := admitted(ctxs[0], func() (any, error) { return &kvpb.GetResponse{Value: make([]byte, 33<<10)}, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := resp.(*wireBytes)
+		if cap(w.b) > 40<<10 {
+			t.Errorf("an answer of 33 KiB has a buffer of %d", cap(w.b))
+		}
+		w.pool.Put(&w.b)
+		take := func(bytes int) func() (proto.Message, int, error) {
+			return func() (proto.Message, int, error) { return nil, bytes, nil }
+		}
+		_, pool, err := admit(ctxs[0], take(1<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if pool.(*answerPool).fit(1000); l.unread != 0 {
+			t.Errorf("an answer of 1,000 bytes counts as %d", l.unread)
+		}
+		for range 3 { // bursts, all taken after 10 ms
+			var pools []mem.BufferPool
+			for _, ctx := range ctxs {
+				ctx, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
+				if _, pool, err := admit(ctx, take(50<<10)); err == nil {
+					pools = append(pools, pool)
+				}
+				cancel()
+			}
+			for _, p := range pools {
+				p.Put(new([]byte))
+			}
+			time.Sleep(stallTimeout * 3 / 2)
+		}
+		if len(l.conns) != len(conns) {
+			t.Errorf("%d connections of %d that took all were closed", len(conns)-len(l.conns), len(conns))
+		}
+		for _, c := range conns {
+			_ = c.Close()
 		}
 	})
 }

@@ -514,7 +514,7 @@ func (c *client) whyUnhealthy(ctx context.Context) string {
 	if err := c.call(ctx, kvpb.ClusterService_Metrics_FullMethodName, &kvpb.MetricsRequest{}, m); err != nil {
 		return err.Error()
 	}
-	why := cmp.Or(m.UnhealthyReason, oneOf(m.Joint, "a change of membership is half way", "it was, a moment ago"))
+	why := cmp.Or(m.UnhealthyReason, oneOf(m.Joint && c.service == restartHealth, "a change of membership is half way", "it was, a moment ago"))
 	return fmt.Sprintf("node %d at %s: %s", m.Node.GetId(), m.Node.GetAddress(), why)
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/proto"
 )
 
 const (
@@ -48,12 +49,14 @@ type limiter struct {
 type limitedConn struct {
 	net.Conn
 	l       *limiter
-	since   time.Time
-	hellos  atomic.Int32
 	turn    chan struct{} // full while an answer waits for room, and others for their turn
 	written atomic.Int64
 	seen    int64 // what was written when l was swept; guarded by l.mu, as is unread
 	unread  int
+	// unreadAt is when unread was last 0 and hellos, a bucket that fills with time,
+	// was counted at greetedAt; guarded by l.mu.
+	unreadAt, greetedAt time.Time
+	hellos              float64
 }
 
 func newLimiter(l net.Listener) *limiter {
@@ -66,7 +69,7 @@ func (l *limiter) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		c := &limitedConn{Conn: conn, l: l, since: time.Now(), turn: make(chan struct{}, 1), seen: -minTaken}
+		c := &limitedConn{Conn: conn, l: l, greetedAt: time.Now(), hellos: maxHellos, turn: make(chan struct{}, 1), seen: -minTaken}
 		l.mu.Lock()
 		full := len(l.conns) >= maxConnections
 		if !full {
@@ -89,54 +92,55 @@ func connOf(ctx context.Context) *limitedConn {
 // admit has f make an answer of so many bytes when there is room for it. One that
 // has to wait is made again: meanwhile it would keep values that others overwrite.
 // The answer counts until gRPC gives its buffer, of the pool, back.
-func admit(ctx context.Context, f func() (bytes int, err error)) (mem.BufferPool, error) {
+func admit(ctx context.Context, f func() (m proto.Message, bytes int, err error)) (proto.Message, mem.BufferPool, error) {
 	c := connOf(ctx)
 	if len(c.turn) == 0 {
-		if pool, err := c.try(f); pool != nil || err != nil {
-			return pool, err
+		if m, pool, err := c.try(f); pool != nil || err != nil {
+			return m, pool, err
 		}
 	}
 	defer c.l.waiting.Add(-1)
 	if c.l.waiting.Add(1) > maxWaiting {
-		return nil, errOverloaded
+		return nil, nil, errOverloaded
 	}
 	select {
 	case c.turn <- struct{}{}:
 		defer func() { <-c.turn }()
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, nil, ctx.Err()
 	}
 	for {
 		if err := c.wait(ctx); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if pool, err := c.try(f); pool != nil || err != nil {
-			return pool, err
+		if m, pool, err := c.try(f); pool != nil || err != nil {
+			return m, pool, err
 		}
 	}
 }
 
-// try makes an answer and counts it; nil: there is no room.
-func (c *limitedConn) try(f func() (int, error)) (mem.BufferPool, error) {
-	bytes, err := f()
+// try makes an answer and counts it; without a pool, there is no room.
+func (c *limitedConn) try(f func() (proto.Message, int, error)) (proto.Message, mem.BufferPool, error) {
+	m, bytes, err := f()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if mem.IsBelowBufferPoolingThreshold(bytes) { // gRPC itself has more of the call
-		return mem.NopBufferPool{}, nil
+		return m, mem.NopBufferPool{}, nil
 	}
 	c.l.mu.Lock()
 	defer c.l.mu.Unlock()
 	if !c.l.conns[c] {
-		return nil, errOverloaded
+		return nil, nil, errOverloaded
 	}
 	if c.full() {
-		return nil, nil
+		return nil, nil, nil
 	}
 	c.add(bytes)
-	pool := &answerPool{mem.DefaultBufferPool(), c, bytes, runtime.Cleanup{}}
+	// Not gRPC's own pool: that has buffers up to 32 times too large.
+	pool := &answerPool{mem.NopBufferPool{}, c, bytes, runtime.Cleanup{}}
 	pool.lost = runtime.AddCleanup(pool, c.wrote, bytes)
-	return pool, nil
+	return m, pool, nil
 }
 
 // wait waits for room.
@@ -164,16 +168,18 @@ func (c *limitedConn) wait(ctx context.Context) error {
 	}
 }
 
-// sweep closes the connections that stall, if there is no room. l.mu is held.
+// sweep closes the connections that stall, if there is no room, or none to wait.
+// l.mu is held.
 func (l *limiter) sweep() {
 	age := time.Since(l.swept)
-	if l.unread < maxUnreadBytes || age < stallTimeout {
+	if l.unread < maxUnreadBytes && l.waiting.Load() < maxWaiting || age < stallTimeout {
 		return
 	}
 	l.swept = time.Now()
 	for c := range l.conns {
 		written := c.written.Load()
-		if c.unread > 0 && written-c.seen < minTaken && age < 2*stallTimeout { // else, see what it takes until the next
+		stalls := c.unread > 0 && time.Since(c.unreadAt) >= stallTimeout && written-c.seen < minTaken
+		if stalls && age < 2*stallTimeout { // else, see what it takes until the next
 			delete(l.conns, c)
 			c.add(-c.unread)
 			_ = c.Conn.Close()
@@ -189,6 +195,9 @@ func (c *limitedConn) full() bool {
 
 // add counts bytes that are unread, or are so no more. l.mu is held.
 func (c *limitedConn) add(bytes int) {
+	if c.unread == 0 {
+		c.unreadAt = time.Now()
+	}
 	c.unread += bytes
 	c.l.unread += bytes
 }
@@ -222,6 +231,9 @@ type answerPool struct {
 
 // fit counts an answer as what it has become.
 func (p *answerPool) fit(bytes int) {
+	if mem.IsBelowBufferPoolingThreshold(bytes) {
+		bytes = 0 // such a buffer gRPC does not give back
+	}
 	p.lost.Stop()
 	p.c.wrote(p.bytes - bytes)
 	p.c.l.wake()
@@ -244,7 +256,12 @@ func (c *limitedConn) Write(b []byte) (int, error) {
 
 // greeted counts a hello; false: it is one too many.
 func (c *limitedConn) greeted() bool {
-	return float64(c.hellos.Add(1)) <= maxHellos+hellosPerSecond*time.Since(c.since).Seconds()
+	c.l.mu.Lock()
+	defer c.l.mu.Unlock()
+	now := time.Now()
+	c.hellos = min(maxHellos, c.hellos+hellosPerSecond*now.Sub(c.greetedAt).Seconds()) - 1
+	c.greetedAt = now
+	return c.hellos >= 0
 }
 
 func (c *limitedConn) Close() error {

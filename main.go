@@ -21,8 +21,8 @@
 //   - A snapshot sender (peer.snapshot, or network.serve for a backup), one for
 //     each snapshot on its way out: it reads a view, which nobody changes.
 //   - gRPC's own: one for each call, streamWorkers of which serve the next one
-//     too. A call waits in server.call or node.await and reads the store under
-//     its lock.
+//     too. A call waits in server.call or node.await, reads the store under its
+//     lock, and waits in admit for room for its answer.
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,

@@ -157,6 +157,9 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 			maps.DeleteFunc(n.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
 		}
 		n.lives[raftID] = life
+		if raftID == n.deafTo {
+			n.deafTo = 0 // it is alive, or again
+		}
 		if outbound {
 			n.connected[raftID] = true
 			delete(n.met, raftID)
@@ -189,10 +192,9 @@ func (n *node) peerDown(raftID uint64, lost bool, cause error) {
 // leaderLost brings an election forward: the stream to the leader broke, which
 // it does at once if the process has died. If the leader lives, PreVote and the
 // others, who hear of it, keep an election from succeeding. Voters take turns,
-// so as not to split the vote. What the leader sent last is not heard, or it
-// would be the leader again; the next stream ends that.
+// so as not to split the vote. Until then what the leader sent last is not
+// heard, or it would be the leader again.
 func (n *node) leaderLost() {
-	delete(n.lives, n.lead)
 	rank := uint64(0)
 	for _, id := range n.store.conf.GetVoters() {
 		if id < n.raftID && id != n.lead {
@@ -200,6 +202,7 @@ func (n *node) leaderLost() {
 		}
 	}
 	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
+	n.deafTo, n.deafUntil = n.lead, n.campaignAt+n.electionTicks()/5
 	_ = n.rn.ForgetLeader()
 }
 

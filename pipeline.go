@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"slices"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -181,9 +183,9 @@ func (p *pipeline) answer(g *group) error {
 		if slices.ContainsFunc(g.ops[i:], func(o kvOp) bool { return o.kind == opGet }) {
 			most = answerBytes + maxValueBytes
 		}
-		pool, err := admit(p.stream.Context(), func() (int, error) { return most, nil })
-		if err != nil {
-			return toStatus(err, true)
+		_, pool, err := admit(p.stream.Context(), func() (proto.Message, int, error) { return nil, most, nil })
+		if err != nil { // what it answers is done
+			return toStatus(fmt.Errorf("%w: no room for the answers: %w", errOutcomeUnknown, err), true)
 		}
 		var b []byte
 		b, next = p.s.appendResults(make([]byte, 0, 16*(len(g.ops)-i)), g, i)

@@ -119,6 +119,8 @@ type node struct {
 	role       raft.StateType
 	leadHeard  uint64 // tick of the leader's last message
 	leaderless uint64 // ticks without a leader
+	deafTo     uint64 // a leader whose stream broke, by raft ID, not heard
+	deafUntil  uint64 // before this tick
 	campaignAt uint64 // tick in which to call an election, if there is no leader then; 0: none
 	caughtUpAt uint64 // what this leader had committed when it was first asked; never: it has not answered
 	commitAt   [3]uint64
@@ -172,7 +174,7 @@ func (n *node) newLife() {
 	n.rn, n.pending = nil, nil
 	n.raft = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
-	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt, n.leaderless = 0, 0, raft.StateFollower, never, 0, 0
+	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, never, 0, 0, 0
 	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
 	n.out, n.gone = nil, nil
 }
@@ -381,7 +383,7 @@ func (n *node) leads() bool {
 func (n *node) receive(in inbound) {
 	m := in.m
 	from := m.GetFrom()
-	if !n.hears(in.hello) {
+	if !n.hears(in.hello) || from == n.deafTo && n.now < n.deafUntil {
 		n.count.MessagesDropped++
 		return
 	}

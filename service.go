@@ -232,21 +232,19 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 
 // admitted makes an answer when there is room for it, and encodes it.
 func admitted(ctx context.Context, f func() (any, error)) (any, error) {
-	var m proto.Message
-	var size int
-	pool, err := admit(ctx, func() (int, error) {
+	m, pool, err := admit(ctx, func() (proto.Message, int, error) {
 		resp, err := f()
 		if err != nil {
-			return 0, err
+			return nil, 0, err
 		}
-		m = resp.(proto.Message)
-		size = proto.Size(m)
-		return size, nil
+		m := resp.(proto.Message)
+		return m, proto.Size(m), nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	b, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend((*pool.Get(size))[:0], m)
+	o := proto.MarshalOptions{UseCachedSize: true}
+	b, err := o.MarshalAppend(make([]byte, 0, o.Size(m)), m)
 	return &wireBytes{b, pool}, err
 }
 
@@ -361,6 +359,8 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // the view ends before the answer waits for room
 	v, err := s.openView(ctx, req.Local, (*store).openKeys)
 	if err != nil {
 		return nil, err
