@@ -8,7 +8,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -43,15 +42,7 @@ type options struct {
 	plot        string
 }
 
-func main() { os.Exit(load.Main("bench", execute)) }
-
-func execute(ctx context.Context, args []string) error {
-	o, err := parseOptions(args, os.Stderr)
-	if err != nil {
-		return load.Usage(err)
-	}
-	return run(ctx, o, os.Stdout, os.Stderr)
-}
+func main() { os.Exit(load.Main("bench", load.Execute(parseOptions, run))) }
 
 // What --plot draws if no clients are named: with pipelines, as many as have
 // half of the operations in flight that a node takes.
@@ -60,12 +51,11 @@ const pipelineSweep, sweep = "1,2,4,8,16,32", pipelineSweep + ",64,128,256,512"
 // parseOptions reads the settings.
 func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o := options{}
-	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
-	fs.SetOutput(stderr)
+	fs := load.NewFlags("bench", "puts a raft-key-value cluster under load.", stderr)
 	endpoints := fs.String("endpoints", "127.0.0.1:21001", "`host:port,...` of nodes")
 	fs.StringVar(&o.op, "op", "set", "set, get or mixed")
 	fs.Float64Var(&o.setShare, "set-share", .5, "share of sets in mixed")
-	load.SizeFlags(fs, &o.sizes)
+	load.SizeFlags(fs, &o.sizes, 10_000)
 	clients := fs.String("clients", "", "how many at once; `n,...` measures one after the other (default 64, or 8 pipelines; with --plot "+sweep+", or pipelines to 32)")
 	rates := fs.String("rate", "", "operations a second of all clients, whether they are answered or not; `n,...` measures one after the other (default: each client's next operation follows its last)")
 	fs.IntVar(&o.connections, "connections", 16, "the most connections; never more than clients")
@@ -82,10 +72,6 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	fs.IntVar(&o.bareClients, "bare-clients", 0, "clients of bare RPC (default: as of the target; for a pipeline 256)")
 	fs.StringVar(&o.output, "o", "text", "text or json")
 	fs.StringVar(&o.plot, "plot", "", "`file.svg` for a picture of latency against throughput")
-	fs.Usage = func() {
-		fmt.Fprintln(stderr, "bench puts a raft-key-value cluster under load.\n\nFlags:")
-		fs.PrintDefaults()
-	}
 	if err := load.ParseFlags(fs, args); err != nil {
 		return o, err
 	}

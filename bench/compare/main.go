@@ -9,7 +9,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -43,23 +42,18 @@ func execute(ctx context.Context, args []string) error {
 	if served, err := cluster.ServeEtcd(args); served {
 		return err
 	}
-	o, err := parseOptions(args, os.Stderr)
-	if err != nil {
-		return load.Usage(err)
-	}
-	return run(ctx, o, os.Stdout, os.Stderr)
+	return load.Execute(parseOptions, run)(ctx, args)
 }
 
 // parseOptions reads the settings.
 func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o := options{}
-	fs := flag.NewFlagSet("compare", flag.ContinueOnError)
-	fs.SetOutput(stderr)
+	fs := load.NewFlags("compare", "measures raft-key-value beside etcd and bare RPC.", stderr)
 	clients := fs.String("clients", "1,64,256,1000", "how many at once; `n,...`")
 	fs.IntVar(&o.rounds, "rounds", 5, "rounds of all systems in turn; medians count")
 	fs.DurationVar(&o.duration, "duration", time.Second, "time of each measurement in each round")
 	fs.DurationVar(&o.warmup, "warmup", 250*time.Millisecond, "time before each measurement that does not count")
-	load.SizeFlags(fs, &o.sizes)
+	load.SizeFlags(fs, &o.sizes, 10_000)
 	fs.IntVar(&o.depth, "depth", 1000, "sets in flight on a stream")
 	fs.BoolVar(&o.sessions, "sessions", true, "give writes ids, so that they take effect once")
 	fs.BoolVar(&o.etcd, "etcd", true, "measure etcd, too")
@@ -68,10 +62,6 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o.program.Flags(fs)
 	fs.StringVar(&o.output, "o", "text", "text or json")
 	fs.StringVar(&o.plot, "plot", "", "`file.svg` for a picture of operations a second by number of clients")
-	fs.Usage = func() {
-		fmt.Fprintln(stderr, "compare measures raft-key-value beside etcd and bare RPC.\n\nFlags:")
-		fs.PrintDefaults()
-	}
 	if err := load.ParseFlags(fs, args); err != nil {
 		return o, err
 	}

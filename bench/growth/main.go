@@ -7,7 +7,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -24,25 +23,15 @@ type options struct {
 	keys                   []uint64
 	rounds                 int
 	duration, warmup       time.Duration
-	quick                  bool
 	program                cluster.Program
 }
 
-func main() { os.Exit(load.Main("growth", execute)) }
-
-func execute(ctx context.Context, args []string) error {
-	o, err := parseOptions(args, os.Stderr)
-	if err != nil {
-		return load.Usage(err)
-	}
-	return run(ctx, o, os.Stdout, os.Stderr)
-}
+func main() { os.Exit(load.Main("growth", load.Execute(parseOptions, run))) }
 
 // parseOptions reads the settings.
 func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o := options{}
-	fs := flag.NewFlagSet("growth", flag.ContinueOnError)
-	fs.SetOutput(stderr)
+	fs := load.NewFlags("growth", "measures how raft-key-value does as things grow.", stderr)
 	nodes := fs.String("nodes", "1,3,5,7", "sizes of the cluster; `n,...`, as in all lists; empty: no such table")
 	values := fs.String("values", "16,128,1024,16384,131072,1048576", "bytes of a value")
 	clients := fs.String("clients", "1,4,16,64,256,1000", "how many at once")
@@ -50,20 +39,10 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	fs.IntVar(&o.rounds, "rounds", 5, "rounds of all points of a table in turn; medians count")
 	fs.DurationVar(&o.duration, "duration", 800*time.Millisecond, "time of each measurement in each round")
 	fs.DurationVar(&o.warmup, "warmup", 200*time.Millisecond, "time before each measurement that does not count")
-	fs.BoolVar(&o.quick, "quick", false, "try the program: a little of everything, for figures that mean nothing")
 	o.program.Flags(fs)
-	fs.Usage = func() {
-		fmt.Fprintln(stderr, "growth measures how raft-key-value does as things grow.\n\nFlags:")
-		fs.PrintDefaults()
-	}
-	if err := load.ParseFlags(fs, args); err != nil {
+	if err := load.ParseQuick(fs, args, "nodes", "1,3", "values", "128,1048576", "clients", "1,64", "keys", "1000,1000000",
+		"rounds", "2", "duration", "100ms", "warmup", "20ms"); err != nil {
 		return o, err
-	}
-	if o.quick {
-		if err := load.Preset(fs, "nodes", "1,3", "values", "128,1048576", "clients", "1,64", "keys", "1000,1000000",
-			"rounds", "2", "duration", "100ms", "warmup", "20ms"); err != nil {
-			return o, err
-		}
 	}
 	var errs [4]error
 	o.nodes, errs[0] = parseInts("nodes", *nodes)

@@ -83,7 +83,7 @@ func fileLimit(n int) (int, error) {
 
 // idle makes connections that do nothing, and says what a node takes for each.
 func (m *memory) idle(ctx context.Context, node *cluster.Node, n int) (float64, error) {
-	wait(ctx, m.pause)
+	load.Wait(ctx, m.pause)
 	before, err := cluster.MemoryOf(node.PID())
 	if err != nil {
 		return 0, err
@@ -109,7 +109,7 @@ func (m *memory) idle(ctx context.Context, node *cluster.Node, n int) (float64, 
 	if err := errors.Join(errs...); err != nil {
 		return 0, err
 	}
-	wait(ctx, m.pause)
+	load.Wait(ctx, m.pause)
 	after, err := cluster.MemoryOf(node.PID())
 	return float64(after.RSS-before.RSS) / float64(n), err
 }
@@ -147,7 +147,7 @@ func dial(ctx context.Context, address string) (conn net.Conn, f *http2.Framer, 
 // unread has clients call for large values and not read what they get, and says
 // how much more memory a node takes meanwhile, at most.
 func (m *memory) unread(ctx context.Context, node *cluster.Node, clients int) (most int64, err error) {
-	wait(ctx, m.pause)
+	load.Wait(ctx, m.pause)
 	before, err := cluster.MemoryOf(node.PID())
 	if err != nil {
 		return 0, err
@@ -168,7 +168,7 @@ func (m *memory) unread(ctx context.Context, node *cluster.Node, clients int) (m
 			}
 		}
 	}
-	for end := time.Now().Add(max(m.pause, time.Second)); time.Now().Before(end) && ctx.Err() == nil; wait(ctx, 10*time.Millisecond) {
+	for end := time.Now().Add(max(m.pause, time.Second)); time.Now().Before(end) && ctx.Err() == nil; load.Wait(ctx, 10*time.Millisecond) {
 		now, err := cluster.MemoryOf(node.PID())
 		if err != nil {
 			return 0, err

@@ -129,7 +129,7 @@ func (m *memory) footprint(ctx context.Context, s system, reads load.Options) (f
 		}
 		var n int
 		if n, f.heap, err = collections(s.log); n >= first+2 {
-			wait(ctx, m.pause)
+			load.Wait(ctx, m.pause)
 			f.Memory, err = cluster.MemoryOf(s.pid)
 			return f, err
 		}
@@ -156,14 +156,4 @@ func collections(log string) (n int, inUse int64, err error) {
 	}
 	inUse, err = strconv.ParseInt(string(last[2]), 10, 64)
 	return n, inUse << 20, err
-}
-
-// wait waits, or until ctx ends.
-func wait(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
 }

@@ -7,7 +7,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -23,7 +22,6 @@ type options struct {
 	connections int
 	pause       time.Duration
 	etcd        bool
-	quick       bool
 	program     cluster.Program
 }
 
@@ -33,37 +31,20 @@ func execute(ctx context.Context, args []string) error {
 	if served, err := cluster.ServeEtcd(args); served {
 		return err
 	}
-	o, err := parseOptions(args, os.Stderr)
-	if err != nil {
-		return load.Usage(err)
-	}
-	return run(ctx, o, os.Stdout, os.Stderr)
+	return load.Execute(parseOptions, run)(ctx, args)
 }
 
 // parseOptions reads the settings.
 func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o := options{}
-	fs := flag.NewFlagSet("memory", flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	load.SizeFlags(fs, &o.sizes)
-	fs.Lookup("keys").DefValue = "1000000"
-	o.sizes.Keys = 1_000_000
+	fs := load.NewFlags("memory", "measures what raft-key-value takes of it.", stderr)
+	load.SizeFlags(fs, &o.sizes, 1_000_000)
 	fs.IntVar(&o.connections, "connections", 10_000, "connections that do nothing")
 	fs.DurationVar(&o.pause, "pause", 5*time.Second, "time before each look at a process, for it to come to rest")
 	fs.BoolVar(&o.etcd, "etcd", true, "measure etcd, too")
-	fs.BoolVar(&o.quick, "quick", false, "try the program: a little of everything, for figures that mean nothing")
 	o.program.Flags(fs)
-	fs.Usage = func() {
-		fmt.Fprintln(stderr, "memory measures what raft-key-value takes of it.\n\nFlags:")
-		fs.PrintDefaults()
-	}
-	if err := load.ParseFlags(fs, args); err != nil {
+	if err := load.ParseQuick(fs, args, "keys", "20000", "connections", "500", "pause", "200ms"); err != nil {
 		return o, err
-	}
-	if o.quick {
-		if err := load.Preset(fs, "keys", "20000", "connections", "500", "pause", "200ms"); err != nil {
-			return o, err
-		}
 	}
 	switch {
 	case o.connections < 1 || o.connections > 16<<10:

@@ -8,7 +8,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -27,29 +26,17 @@ type options struct {
 	window       time.Duration
 	diskWindows  int
 	logBytes     int64
-	quick        bool
 	memory, disk bool
 	program      cluster.Program
 }
 
-func main() { os.Exit(load.Main("stalls", execute)) }
-
-func execute(ctx context.Context, args []string) error {
-	o, err := parseOptions(args, os.Stderr)
-	if err != nil {
-		return load.Usage(err)
-	}
-	return run(ctx, o, os.Stdout, os.Stderr)
-}
+func main() { os.Exit(load.Main("stalls", load.Execute(parseOptions, run))) }
 
 // parseOptions reads the settings.
 func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o := options{}
-	fs := flag.NewFlagSet("stalls", flag.ContinueOnError)
-	fs.SetOutput(stderr)
-	load.SizeFlags(fs, &o.sizes)
-	fs.Lookup("keys").DefValue = "1000000"
-	o.sizes.Keys = 1_000_000
+	fs := load.NewFlags("stalls", "measures what holds up the writes to raft-key-value.", stderr)
+	load.SizeFlags(fs, &o.sizes, 1_000_000)
 	fs.Float64Var(&o.rate, "rate", 0, "sets a second (default: a third of what 64 clients reach in a closed loop)")
 	fs.IntVar(&o.clients, "clients", 256, "the most sets in flight")
 	fs.IntVar(&o.rounds, "rounds", 5, "windows with each stall in memory, and as many without")
@@ -58,19 +45,9 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	fs.Int64Var(&o.logBytes, "log-bytes", 16<<20, "`bytes` of log between two snapshots on disk; a segment is a quarter of it")
 	fs.BoolVar(&o.memory, "in-memory", true, "measure what happens in memory")
 	fs.BoolVar(&o.disk, "durable", true, "measure what happens on disk, too")
-	fs.BoolVar(&o.quick, "quick", false, "try the program: a little of everything, for figures that mean nothing")
 	o.program.Flags(fs)
-	fs.Usage = func() {
-		fmt.Fprintln(stderr, "stalls measures what holds up the writes to raft-key-value.\n\nFlags:")
-		fs.PrintDefaults()
-	}
-	if err := load.ParseFlags(fs, args); err != nil {
+	if err := load.ParseQuick(fs, args, "keys", "20000", "rounds", "1", "window", "300ms", "disk-windows", "20", "log-bytes", "1048576"); err != nil {
 		return o, err
-	}
-	if o.quick {
-		if err := load.Preset(fs, "keys", "20000", "rounds", "1", "window", "300ms", "disk-windows", "20", "log-bytes", "1048576"); err != nil {
-			return o, err
-		}
 	}
 	return o, o.check()
 }

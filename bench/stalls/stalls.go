@@ -150,16 +150,16 @@ func (s *stalls) stallsOf(quiet, small *cluster.Ours) []*stall {
 			if err := f.Signal(syscall.SIGSTOP); err != nil {
 				return err
 			}
-			pause(ctx, s.window*3/4)
+			load.Wait(ctx, s.window*3/4)
 			return f.Signal(syscall.SIGCONT)
 		}},
 		{name: "the leader hands over, and back", o: quiet, during: func(ctx context.Context) error {
-			pause(ctx, s.window/4)
+			load.Wait(ctx, s.window/4)
 			_, err := quiet.Admin.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: follower(quiet).ID})
 			if err != nil {
 				return err
 			}
-			pause(ctx, s.window/4)
+			load.Wait(ctx, s.window/4)
 			_, err = quiet.Admin.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: quiet.Leader.ID})
 			return err
 		}},
@@ -216,16 +216,6 @@ func follower(o *cluster.Ours) *cluster.Node {
 	return nil
 }
 
-// pause waits, or until ctx ends.
-func pause(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
-}
-
 // both measures a window without a stall, and one with it.
 func (s *stalls) both(ctx context.Context, row *stall, quiet *cluster.Ours, l load.Options) error {
 	if err := quiet.Settle(ctx); err != nil {
@@ -276,7 +266,7 @@ func window(ctx context.Context, o *cluster.Ours, l load.Options, during func(co
 		ended <- nil
 	} else {
 		go func() {
-			pause(ctx, l.Warmup)
+			load.Wait(ctx, l.Warmup)
 			ended <- during(ctx)
 		}()
 	}

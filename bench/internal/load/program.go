@@ -5,10 +5,12 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // usageError is an error of the command line.
@@ -39,6 +41,29 @@ func Main(name string, run func(ctx context.Context, args []string) error) int {
 	return 1
 }
 
+// Execute parses a command line and runs a program with the options in it.
+func Execute[O any](parse func([]string, io.Writer) (O, error), run func(context.Context, O, io.Writer, io.Writer) error) func(context.Context, []string) error {
+	return func(ctx context.Context, args []string) error {
+		o, err := parse(args, os.Stderr)
+		if err != nil {
+			return Usage(err)
+		}
+		return run(ctx, o, os.Stdout, os.Stderr)
+	}
+}
+
+// NewFlags are the flags of a program, still to be defined, that does what its
+// usage says.
+func NewFlags(name, does string, stderr io.Writer) *flag.FlagSet {
+	fs := flag.NewFlagSet(name, flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	fs.Usage = func() {
+		fmt.Fprintf(stderr, "%s %s\n\nFlags:\n", name, does)
+		fs.PrintDefaults()
+	}
+	return fs
+}
+
 // ParseFlags parses a command line that has flags only.
 func ParseFlags(fs *flag.FlagSet, args []string) error {
 	if err := fs.Parse(args); err != nil {
@@ -50,8 +75,13 @@ func ParseFlags(fs *flag.FlagSet, args []string) error {
 	return nil
 }
 
-// Preset sets flags, name and value in turn, that the command line did not.
-func Preset(fs *flag.FlagSet, pairs ...string) error {
+// ParseQuick is ParseFlags for a program with --quick: that sets flags, name and
+// value in turn, that the command line did not.
+func ParseQuick(fs *flag.FlagSet, args []string, pairs ...string) error {
+	quick := fs.Bool("quick", false, "try the program: a little of everything, for figures that mean nothing")
+	if err := ParseFlags(fs, args); err != nil || !*quick {
+		return err
+	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for i := 0; i < len(pairs); i += 2 {
@@ -62,6 +92,16 @@ func Preset(fs *flag.FlagSet, pairs ...string) error {
 		}
 	}
 	return nil
+}
+
+// Wait waits, or until ctx ends.
+func Wait(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 // ParseList parses numbers that are separated by commas.
@@ -76,11 +116,12 @@ func ParseList[T any](s string, parse func(string) (T, error)) (numbers []T, err
 	return numbers, nil
 }
 
-// SizeFlags defines the flags that say what keys and values are like.
-func SizeFlags(fs *flag.FlagSet, o *Sizes) {
+// SizeFlags defines the flags that say what keys and values are like, and of how
+// many keys by default.
+func SizeFlags(fs *flag.FlagSet, o *Sizes, keys uint64) {
 	fs.IntVar(&o.Key, "key-size", 16, "`bytes` of a key, which starts with "+keyPrefix)
 	fs.IntVar(&o.Value, "value-size", 128, "`bytes` of a value")
-	fs.Uint64Var(&o.Keys, "keys", 10_000, "keys to choose from, all equally often")
+	fs.Uint64Var(&o.Keys, "keys", keys, "keys to choose from, all equally often")
 }
 
 // Sizes say what keys and values are like.
