@@ -24,6 +24,7 @@ import (
 	"sync"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/grpc"
@@ -56,7 +57,6 @@ type client struct {
 	nodes           []*kvpb.Node // of arguments ID=ADDR
 	ifVersion       *uint64
 	dataDir         string
-	keys            uint64     // read from a backup
 	node            *kvpb.Node // whose directory is to be made
 }
 
@@ -108,7 +108,12 @@ The exit status is 1 if no node answers.`, 0, 0, short, (*client).status, nil},
 		"backup": {"FILE", "write all that a cluster holds to a file\nThe file must not be there yet, and is only once it is whole.", 1, 1, time.Hour, (*client).backup, nil},
 		"restore": {"FILE", `make a data directory from a backup, offline
 It is that of a new cluster with one voter. Start that node with the same id, address
-and directory, and add others. Keys, versions and sessions are those of the backup.`, 1, 1, time.Hour, (*client).restore, (*client).nodeFlags},
+and directory, and add others. Keys, versions and sessions are those of the backup.`, 1, 1, time.Hour, (*client).restore, func(c *client, fs *flag.FlagSet) {
+			c.node = &kvpb.Node{}
+			fs.StringVar(&c.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
+			fs.Uint64Var(&c.node.Id, "id", 0, "the node's `NUMBER`, not 0")
+			fs.StringVar(&c.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
+		}},
 		"version": {"", "print the version", 0, 0, short, (*client).version, nil},
 		"help":    {"[COMMAND]", "explain a command", 0, 1, short, (*client).help, nil},
 	}
@@ -120,13 +125,6 @@ func (c *client) versionFlag(fs *flag.FlagSet) {
 		c.ifVersion = &n
 		return err
 	})
-}
-
-func (c *client) nodeFlags(fs *flag.FlagSet) {
-	c.node = &kvpb.Node{}
-	fs.StringVar(&c.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
-	fs.Uint64Var(&c.node.Id, "id", 0, "the node's `NUMBER`, not 0")
-	fs.StringVar(&c.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
 }
 
 var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName}
@@ -198,12 +196,13 @@ func (c *client) parse(name string, args []string) error {
 
 // check checks the arguments by their names in the help text.
 func (c *client) check(names string, least, most int) error {
+	addrs := slices.Clone(c.endpoints)
 	switch n := len(c.args); {
 	case n < least || n > most:
 		return fmt.Errorf("wrong number of arguments: %d; want: %s", n, cmp.Or(names, "none"))
 	case c.output != "text" && c.output != "json":
 		return fmt.Errorf("-o %q: want text or json", c.output)
-	case strings.HasPrefix(names, "KEY") && strings.ToValidUTF8(c.args[0], "") != c.args[0]:
+	case strings.HasPrefix(names, "KEY") && !utf8.ValidString(c.args[0]):
 		return fmt.Errorf("key %q: want UTF-8", c.args[0])
 	case names == "[COMMAND]" && n > 0 && !isCommand(c.args[0]):
 		return fmt.Errorf("unknown command: %q", c.args[0])
@@ -211,21 +210,21 @@ func (c *client) check(names string, least, most int) error {
 		return errors.New("FILE \"-\": want the name of a file, not stdin or stdout")
 	case c.service != "" && !slices.Contains(healthNames, c.service):
 		return fmt.Errorf("--service %q: want one of: %s", c.service, strings.Join(healthNames, ", "))
-	}
-	addrs, withAddr := slices.Clone(c.endpoints), strings.HasPrefix(names, "ID=")
-	if c.node != nil && (c.dataDir == "" || c.node.Id == 0) {
+	case c.node != nil && (c.dataDir == "" || c.node.Id == 0):
 		return errors.New("--data-dir, --id and --addr are needed")
-	} else if c.node != nil {
+	case c.node != nil:
 		addrs = append(addrs, c.node.Address)
-	}
-	for _, arg := range c.args {
-		id, addr, found := strings.Cut(arg, "=")
-		n, err := strconv.ParseUint(id, 10, 64)
-		if strings.HasPrefix(names, "ID") && (err != nil || n == 0 || found != withAddr) {
-			return fmt.Errorf("%q: want %s, an ID being a positive number", arg, names)
-		}
-		if c.ids, c.nodes = append(c.ids, n), append(c.nodes, &kvpb.Node{Id: n, Address: addr}); withAddr {
-			addrs = append(addrs, addr)
+	case strings.HasPrefix(names, "ID"):
+		for _, arg := range c.args {
+			number, addr, hasAddr := strings.Cut(arg, "=")
+			id, err := strconv.ParseUint(number, 10, 64)
+			if err != nil || id == 0 || hasAddr != strings.HasPrefix(names, "ID=") {
+				return fmt.Errorf("%q: want %s, an ID being a positive number", arg, names)
+			}
+			c.ids, c.nodes = append(c.ids, id), append(c.nodes, &kvpb.Node{Id: id, Address: addr})
+			if hasAddr {
+				addrs = append(addrs, addr)
+			}
 		}
 	}
 	for _, addr := range addrs {
@@ -246,31 +245,29 @@ func (c *client) init(ctx context.Context) error {
 
 // addLearner says meanwhile how far the learner has got.
 func (c *client) addLearner(ctx context.Context) error {
-	id, done := c.ids[0], make(chan error, 1)
+	id := c.ids[0]
 	was := findMember(bestMetrics(c.ask(ctx, c.endpoints)), id)
 	text := fmt.Sprintf("node %d is a %s and has caught up", id, oneOf(was.GetVoter(), "voter", "learner"))
 	if old, now := was.GetNode().GetAddress(), c.nodes[0].Address; was != nil && old != now {
 		text += fmt.Sprintf(", at %s in place of %s", now, old)
 	}
-	go func() {
-		done <- c.do(ctx, kvpb.ClusterService_AddLearner_FullMethodName, &kvpb.AddLearnerRequest{Node: c.nodes[0]}, new(kvpb.AddLearnerResponse), text+"\n")
-	}()
-	ticker := time.NewTicker(pollInterval)
-	defer ticker.Stop()
-	for last := ""; ; {
-		select {
-		case err := <-done:
-			return err
-		case <-ticker.C:
+	watch, done := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		for last := ""; watch.Err() == nil; {
+			sleep(watch, pollInterval)
+			best := bestMetrics(c.survey(watch))
+			progress := findMember(best, id).GetProgress()
+			line := fmt.Sprintf("node %d: %d of %d entries\n", id, progress.GetMatchIndex(), best.GetLastIndex())
+			if progress != nil && line != last {
+				io.WriteString(c.stderr, line)
+				last = line
+			}
 		}
-		best := bestMetrics(c.survey(ctx))
-		progress := findMember(best, id).GetProgress()
-		line := fmt.Sprintf("node %d: %d of %d entries\n", id, progress.GetMatchIndex(), best.GetLastIndex())
-		if progress != nil && line != last {
-			io.WriteString(c.stderr, line)
-			last = line
-		}
-	}
+	})
+	defer watching.Wait()
+	defer done()
+	return c.do(ctx, kvpb.ClusterService_AddLearner_FullMethodName, &kvpb.AddLearnerRequest{Node: c.nodes[0]}, new(kvpb.AddLearnerResponse), text+"\n")
 }
 
 func (c *client) changeMembership(ctx context.Context) error {
@@ -499,12 +496,10 @@ func (c *client) health(ctx context.Context) (err error) {
 		if err == nil || ctx.Err() == nil {
 			err = now // what failed before the time was up tells more
 		}
-		if c.wait {
-			sleep(ctx, pollInterval)
-		}
 		if !c.wait || ctx.Err() != nil {
 			return err
 		}
+		sleep(ctx, pollInterval)
 	}
 }
 
@@ -528,10 +523,8 @@ func (c *client) backup(ctx context.Context) error {
 		}
 		if errors.As(err, new(*os.PathError)) {
 			return err // no other node would help
-		} else if _, ok := status.FromError(err); ok {
-			err = errors.New(errorText(err))
 		}
-		failures = append(failures, addr+": "+err.Error())
+		failures = append(failures, fmt.Sprintf("%s: %v", addr, readable(err)))
 	}
 	return errors.New(strings.Join(failures, "; "))
 }
@@ -575,7 +568,7 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 		resp, err := stream.Recv()
 		silent.Reset(helloTimeout)
 		return resp.GetData(), err
-	}}, f), c.progress(func(*store, keyItem) {}))
+	}}, f), c.progress(func(s *store, _ keyItem) { s.keys++ })) // counts them, and keeps none
 	return s, ifNot(err, f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
 		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
 }
@@ -604,22 +597,19 @@ func (c *client) restore(context.Context) error {
 	return c.printState(s, "restored")
 }
 
-// progress says on stderr now and then how many keys there were.
+// progress says on stderr now and then how many keys a store has by then.
 func (c *client) progress(take func(*store, keyItem)) func(*store, keyItem, uint64) {
 	said := time.Now()
-	c.keys = 0
 	return func(s *store, it keyItem, all uint64) {
-		if c.keys++; time.Since(said) > progressEvery {
+		if take(s, it); time.Since(said) > progressEvery {
 			said = time.Now()
-			fmt.Fprintf(c.stderr, "%d of %d keys\n", c.keys, all)
+			fmt.Fprintf(c.stderr, "%d of %d keys\n", s.keys, all)
 		}
-		take(s, it)
 	}
 }
 
 func (c *client) printState(s *store, did string) error {
 	h := s.header()
-	h.Keys = c.keys
 	return c.print(protoJSON{h}, fmt.Sprintf("%s %d keys, version %d, cluster %016x\n", did, h.Keys, h.Version, h.ClusterId))
 }
 
@@ -670,7 +660,6 @@ func (c *client) do(ctx context.Context, method string, req, resp proto.Message,
 // has an effect goes to a second one only if the first cannot have applied it,
 // or if it takes effect once; that is sent until the timeout.
 func (c *client) call(ctx context.Context, method string, req, resp proto.Message) error {
-	deadline, _ := ctx.Deadline()
 	write, unknown := slices.Contains(writes, method), false
 	var said []string
 	for {
@@ -692,10 +681,10 @@ func (c *client) call(ctx context.Context, method string, req, resp proto.Messag
 		if said == nil || ctx.Err() == nil {
 			said = failures // what failed before the time was up tells more
 		}
-		if !again || !write || ctx.Err() != nil || time.Until(deadline) < pollInterval {
+		if !again || !write || ctx.Err() != nil {
 			return errors.New(oneOf(unknown, "the outcome is unknown, it may or may not have been applied: ", "") + strings.Join(said, "; "))
 		}
-		time.Sleep(pollInterval)
+		sleep(ctx, pollInterval)
 	}
 }
 
@@ -726,11 +715,8 @@ func send(ctx context.Context, addr string, share time.Duration, method string, 
 	} else if err = conn.Invoke(ctx, method, req, resp, grpc.Trailer(&trailer)); err != nil {
 		f.again, f.unknown = judge(method, err)
 	}
-	if err != nil {
-		err = errors.New(errorText(err))
-	}
 	f.leader = strings.Join(trailer.Get(leaderMetadata), "")
-	return f, err
+	return f, readable(err)
 }
 
 // reads are the methods without an effect, writes those that take effect once
@@ -759,8 +745,12 @@ func judge(method string, err error) (again, unknown bool) {
 	return false, reason == "" || code == codes.DeadlineExceeded
 }
 
-func errorText(err error) string {
-	st := status.Convert(err)
+// readable makes an error of gRPC one for people.
+func readable(err error) error {
+	st, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
+	}
 	text := strings.Replace(st.Message(), `connection error: desc = "transport: Error while dialing: `, `"`, 1)
-	return fmt.Sprintf("%s (%s)", text, strings.TrimSpace(code.Code(st.Code()).String()+" "+errorReason(err)))
+	return fmt.Errorf("%s (%s)", text, strings.TrimSpace(code.Code(st.Code()).String()+" "+errorReason(err)))
 }
