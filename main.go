@@ -25,8 +25,8 @@
 //     lock, and waits in admit for room for its answer.
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
-//   - main and run: they wait for the loop, for gRPC's Serve and GracefulStop,
-//     for calls to end, and for a signal, each in a goroutine.
+//   - main and run: they wait for the loop, for gRPC's Serve, for a signal, and for
+//     the time that gRPC has to stop, each in a goroutine.
 //   - A sub-command asks several nodes at once, and waits for stdin, in
 //     goroutines of its own.
 package main
@@ -84,15 +84,8 @@ func defaultOptions() options {
 var ballast = make([]byte, 64<<20)
 
 func main() {
-	ctx, cancel := context.WithCancel(context.Background())
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-signals
-		cancel()
-		<-signals
-		os.Exit(1)
-	}()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	status := execute(ctx, os.Args[1:])
 	runtime.KeepAlive(ballast)
 	os.Exit(status)
@@ -221,10 +214,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 			return err
 		}
 	}
-	self := &kvpb.Node{Id: o.id, Address: o.advertise}
-	if self.Address == "" {
-		self.Address = listener.Addr().String()
-	}
+	self := &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, listener.Addr().String())}
 	n := newNode(o, self, log)
 	nw := newNetwork(n, log, o.dialer)
 	n.net = nw
@@ -270,13 +260,8 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	endLoop()
 	err = errors.Join(err, <-loopErr)
 	nw.close()
-	written := make(chan struct{}) // the answers to the last calls
-	go func() { s.grpc.GracefulStop(); close(written) }()
-	select {
-	case <-written:
-	case <-time.After(flushTimeout):
-	}
-	s.grpc.Stop()
+	defer time.AfterFunc(flushTimeout, s.grpc.Stop).Stop()
+	s.grpc.GracefulStop() // once the answers to the last calls are written
 	<-serveErr
 	return err
 }
