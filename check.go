@@ -47,8 +47,7 @@ type peerCheck struct {
 // errContradiction if the node must stop, another error if the message has to
 // be dropped.
 func (c *peerCheck) check(m *raftpb.Message) error {
-	if m.GetTerm() >= maxCounter || m.GetIndex() >= maxCounter || m.GetLogTerm() >= maxCounter ||
-		m.GetCommit() >= maxCounter || m.GetRejectHint() >= maxCounter {
+	if max(m.GetTerm(), m.GetIndex(), m.GetLogTerm(), m.GetCommit(), m.GetRejectHint()) >= maxCounter {
 		return errors.New("a term or an index is out of range")
 	}
 	local := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex
@@ -174,7 +173,7 @@ func decodeConfChange(e *raftpb.Entry) (*raftpb.ConfChangeV2, *kvpb.ConfChangeCo
 		return nil, nil, fmt.Errorf("unknown transition %d", t) // ConfChangeV2.EnterJoint
 	}
 	for _, ch := range cc.GetChanges() {
-		if ch.GetNodeId() == 0 || ch.GetNodeId() >= maxRaftID {
+		if !validRaftID(ch.GetNodeId()) {
 			return nil, nil, fmt.Errorf("invalid raft ID %d", ch.GetNodeId())
 		}
 	}
