@@ -287,18 +287,12 @@ func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
 	known := false
 	return s.awaitChange(ctx, func() (bool, error) {
-		for _, id := range req.Remove {
-			if !known && len(s.n.store.raftIDsOf(id)) == 0 {
-				return false, unknownMember(id)
-			}
+		if _, err := s.n.resolve(req.Remove); err != nil && !known {
+			return false, err
 		}
 		known = true // until this request itself has removed it
 		return s.n.stepMembership(req)
 	})
-}
-
-func unknownMember(id uint64) error {
-	return apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", id))
 }
 
 // stepMembership takes the next step towards the voters that a request names,
@@ -342,15 +336,12 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 }
 
 // votersToBe returns the raft IDs of the voters that a request wants.
-func (n *node) votersToBe(req *kvpb.ChangeMembershipRequest) (want []uint64, err error) {
+func (n *node) votersToBe(req *kvpb.ChangeMembershipRequest) ([]uint64, error) {
 	if len(req.Members) > 0 {
 		return n.resolve(req.Members)
 	}
-	for _, id := range n.store.conf.GetVoters() {
-		if !slices.Contains(req.Remove, n.store.members[id].Id) {
-			want = append(want, id)
-		}
-	}
+	leaves := func(id uint64) bool { return slices.Contains(req.Remove, n.store.members[id].Id) }
+	want := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), leaves)
 	if len(want) == 0 {
 		return nil, invalid("remove", "no voter would be left")
 	}
@@ -364,7 +355,7 @@ func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
 	for _, nodeID := range nodeIDs {
 		of := n.store.raftIDsOf(nodeID)
 		if len(of) == 0 {
-			return nil, unknownMember(nodeID)
+			return nil, apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", nodeID))
 		}
 		i := slices.IndexFunc(of, func(id uint64) bool { return n.isVoter(id) })
 		ids = append(ids, of[max(i, 0)])
@@ -379,15 +370,12 @@ func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) (chan
 	progress := n.progressOf()
 	for _, m := range sortedMembers(n.store.members) {
 		id, removed := m.RaftId, slices.Contains(req.Remove, m.Node.Id)
-		switch {
-		case slices.Contains(want, id):
-			if n.isVoter(id) {
-				continue
-			}
-			if pr := progress[id]; !n.isCaughtUp(pr) {
-				return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
-					fmt.Sprintf("node %d is too far behind to vote: it has entry %d of %d", m.Node.Id, pr.Match, n.store.index))
-			}
+		switch wanted := slices.Contains(want, id); {
+		case wanted && n.isVoter(id):
+		case wanted && !n.isCaughtUp(progress[id]):
+			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
+				fmt.Sprintf("node %d is too far behind to vote: it has entry %d of %d", m.Node.Id, progress[id].Match, n.store.index))
+		case wanted:
 			changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
 		case leaves(id) && req.Retain && !removed:
 			changes = append(changes, confChange(raftpb.ConfChangeAddLearnerNode, id))
@@ -491,8 +479,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	if n.rn == nil {
 		return m
 	}
-	st := n.rn.BasicStatus()
-	m.Term, m.CommitIndex = st.GetTerm(), st.GetCommit()
+	m.Term, m.CommitIndex = n.term, n.rn.BasicStatus().GetCommit()
 	switch {
 	case n.role == raft.StateLeader:
 		m.Role = kvpb.Role_ROLE_LEADER
@@ -657,16 +644,15 @@ func (n *node) progressOf() map[uint64]progress {
 // handOver asks raft to make another node the leader: the voter among ids that
 // has most of the log and has been heard of; false: there is none.
 func (n *node) handOver(ids []uint64) bool {
-	best, progress := uint64(0), n.progressOf()
-	for _, id := range ids {
+	progress := n.progressOf()
+	ids = slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
 		pr, ok := progress[id]
-		if ok && id != n.raftID && !pr.IsLearner && n.connected[id] && (best == 0 || pr.Match > progress[best].Match) {
-			best = id
-		}
+		return !ok || id == n.raftID || pr.IsLearner || !n.connected[id]
+	})
+	if len(ids) == 0 {
+		return false
 	}
-	if best != 0 {
-		n.changeAt = n.now
-		n.rn.TransferLeader(best)
-	}
-	return best != 0
+	n.changeAt = n.now
+	n.rn.TransferLeader(slices.MaxFunc(ids, func(a, b uint64) int { return cmp.Compare(progress[a].Match, progress[b].Match) }))
+	return true
 }
