@@ -43,8 +43,10 @@ const defaultEndpoint = "127.0.0.1:21001"
 // The wait for a node that is asked how it is, and between two such questions.
 const askTimeout, pollInterval = 2 * time.Second, 200 * time.Millisecond
 
-// client is one run of a sub-command: its flags and arguments.
+// client is one run of a sub-command: its flags and arguments. It is what the
+// stubs of its calls take for a connection, by Invoke; no stream goes that way.
 type client struct {
+	grpc.ClientConnInterface
 	stdin           io.Reader
 	stdout, stderr  io.Writer
 	output, service string
@@ -239,8 +241,8 @@ func (c *client) init(ctx context.Context) error {
 	if slices.Equal(c.endpoints, []string{defaultEndpoint}) {
 		c.endpoints = []string{c.nodes[0].Address}
 	}
-	return c.do(ctx, kvpb.ClusterService_Init_FullMethodName, &kvpb.InitRequest{Members: c.nodes}, new(kvpb.InitResponse),
-		fmt.Sprintf("a cluster of %d voter(s) is initialised\n", len(c.nodes)))
+	resp, err := c.cluster().Init(ctx, &kvpb.InitRequest{Members: c.nodes})
+	return c.show(resp, err, fmt.Sprintf("a cluster of %d voter(s) is initialised\n", len(c.nodes)))
 }
 
 // addLearner says meanwhile how far the learner has got.
@@ -267,26 +269,27 @@ func (c *client) addLearner(ctx context.Context) error {
 	})
 	defer watching.Wait()
 	defer done()
-	return c.do(ctx, kvpb.ClusterService_AddLearner_FullMethodName, &kvpb.AddLearnerRequest{Node: c.nodes[0]}, new(kvpb.AddLearnerResponse), text+"\n")
+	resp, err := c.cluster().AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.nodes[0]})
+	return c.show(resp, err, text+"\n")
 }
 
 func (c *client) changeMembership(ctx context.Context) error {
-	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, &kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain},
-		new(kvpb.ChangeMembershipResponse), fmt.Sprintf("voters: %v\n", c.ids))
+	resp, err := c.cluster().ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain})
+	return c.show(resp, err, fmt.Sprintf("voters: %v\n", c.ids))
 }
 
 func (c *client) remove(ctx context.Context) error {
-	return c.do(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, &kvpb.ChangeMembershipRequest{Remove: c.ids},
-		new(kvpb.ChangeMembershipResponse), fmt.Sprintf("node %d is removed\n", c.ids[0]))
+	resp, err := c.cluster().ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Remove: c.ids})
+	return c.show(resp, err, fmt.Sprintf("node %d is removed\n", c.ids[0]))
 }
 
 func (c *client) transferLeader(ctx context.Context) error {
-	req, resp := &kvpb.TransferLeaderRequest{NodeId: c.ids[0]}, new(kvpb.TransferLeaderResponse)
-	return c.do(ctx, kvpb.ClusterService_TransferLeader_FullMethodName, req, resp, fmt.Sprintf("node %d leads\n", req.NodeId))
+	resp, err := c.cluster().TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: c.ids[0]})
+	return c.show(resp, err, fmt.Sprintf("node %d leads\n", c.ids[0]))
 }
 
 func (c *client) set(ctx context.Context) (err error) {
-	req, resp := &kvpb.SetRequest{Key: c.args[0], Value: []byte(c.args[1]), ExpectedVersion: c.ifVersion}, new(kvpb.SetResponse)
+	req := &kvpb.SetRequest{Key: c.args[0], Value: []byte(c.args[1]), ExpectedVersion: c.ifVersion}
 	if c.args[1] == "-" {
 		if req.Value, err = readValue(ctx, c.stdin); err != nil {
 			return err
@@ -295,8 +298,8 @@ func (c *client) set(ctx context.Context) (err error) {
 	if req.RequestId, err = c.newID(ctx); err != nil {
 		return err
 	}
-	err = c.do(ctx, kvpb.KVService_Set_FullMethodName, req, resp, "")
-	if err == nil && resp.CompareFailed {
+	resp, err := c.kv().Set(ctx, req)
+	if err = c.show(resp, err, ""); err == nil && resp.CompareFailed {
 		err = compareError(resp.Version)
 	}
 	return err
@@ -304,27 +307,20 @@ func (c *client) set(ctx context.Context) (err error) {
 
 // newID opens a session for one write, which may then be sent again and again.
 func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
-	resp := new(kvpb.OpenSessionResponse)
-	err := c.call(ctx, kvpb.KVService_OpenSession_FullMethodName, &kvpb.OpenSessionRequest{}, resp)
-	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, err
+	resp, err := c.kv().OpenSession(ctx, &kvpb.OpenSessionRequest{})
+	return &kvpb.RequestId{Session: resp.GetSession(), Sequence: 1}, err
 }
 
 // readValue reads all of r, up to one byte more than a node takes, for it to
 // refuse. If ctx ends first, what reads goes on until the process ends.
 func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
-	var value []byte
-	done := make(chan error, 1)
+	value, w := io.Pipe()
 	go func() {
-		var err error
-		value, err = io.ReadAll(io.LimitReader(r, maxValueBytes+1))
-		done <- err
+		_, err := io.Copy(w, io.LimitReader(r, maxValueBytes+1))
+		w.CloseWithError(err)
 	}()
-	select {
-	case err := <-done:
-		return value, err
-	case <-ctx.Done():
-		return nil, fmt.Errorf("reading stdin: %w", ctx.Err())
-	}
+	defer context.AfterFunc(ctx, func() { w.CloseWithError(fmt.Errorf("reading stdin: %w", ctx.Err())) })()
+	return io.ReadAll(value)
 }
 
 var errNotFound = errors.New("not found")
@@ -337,38 +333,33 @@ func compareError(version uint64) error {
 }
 
 func (c *client) get(ctx context.Context) error {
-	req, resp := &kvpb.GetRequest{Key: c.args[0], Local: c.local}, new(kvpb.GetResponse)
-	if err := c.call(ctx, kvpb.KVService_Get_FullMethodName, req, resp); err != nil {
-		return err
+	resp, err := c.kv().Get(ctx, &kvpb.GetRequest{Key: c.args[0], Local: c.local})
+	if err == nil && resp.Value == nil {
+		err = errNotFound
 	}
-	if resp.Value == nil {
-		return errNotFound
-	}
-	text := string(resp.Value)
+	text := string(resp.GetValue())
 	if info, err := os.Stdout.Stat(); c.stdout == os.Stdout && err == nil && info.Mode()&os.ModeCharDevice != 0 {
 		text += "\n" // on a terminal
 	}
-	return c.print(protoJSON{resp}, text)
+	return c.show(resp, err, text)
 }
 
 // list prints page after page; with -o json each is a line.
 func (c *client) list(ctx context.Context) error {
 	req := &kvpb.ListRequest{Prefix: strings.Join(c.args, ""), Local: c.local}
 	for left := cmp.Or(c.limit, math.MaxUint64); ; {
-		resp, lines := new(kvpb.ListResponse), strings.Builder{}
 		req.Limit = uint32(min(left, 1000))
-		if err := c.call(ctx, kvpb.KVService_List_FullMethodName, req, resp); err != nil {
-			return err
-		}
-		for _, kv := range resp.Items {
+		resp, err := c.kv().List(ctx, req)
+		var lines strings.Builder
+		for _, kv := range resp.GetItems() {
 			rest := fmt.Sprintf("\t%d\t%q", kv.Version, kv.Value)
 			if c.keysOnly {
 				kv.Value, rest = nil, ""
 			}
 			fmt.Fprintf(&lines, "%q%s\n", kv.Key, rest)
 		}
-		left -= min(left, uint64(len(resp.Items)))
-		if err := c.print(protoJSON{resp}, lines.String()); err != nil || resp.NextPageToken == "" || left == 0 {
+		left -= min(left, uint64(len(resp.GetItems())))
+		if err = c.show(resp, err, lines.String()); err != nil || resp.NextPageToken == "" || left == 0 {
 			return err
 		}
 		req.PageToken = resp.NextPageToken
@@ -376,12 +367,12 @@ func (c *client) list(ctx context.Context) error {
 }
 
 func (c *client) delete(ctx context.Context) (err error) {
-	req, resp := &kvpb.DeleteRequest{Key: c.args[0], ExpectedVersion: c.ifVersion}, new(kvpb.DeleteResponse)
+	req := &kvpb.DeleteRequest{Key: c.args[0], ExpectedVersion: c.ifVersion}
 	if req.RequestId, err = c.newID(ctx); err != nil {
 		return err
 	}
-	err = c.do(ctx, kvpb.KVService_Delete_FullMethodName, req, resp, "")
-	switch {
+	resp, err := c.kv().Delete(ctx, req)
+	switch err = c.show(resp, err, ""); {
 	case err != nil || resp.Deleted:
 		return err
 	case resp.CompareFailed:
@@ -486,8 +477,7 @@ func oneOf(b bool, yes, no string) string {
 func (c *client) health(ctx context.Context) (err error) {
 	c.local, c.timeout = true, min(c.timeout, askTimeout) // One node that hangs must not take up the wait.
 	for {
-		req, resp := &healthpb.HealthCheckRequest{Service: c.service}, new(healthpb.HealthCheckResponse)
-		now := c.call(ctx, healthpb.Health_Check_FullMethodName, req, resp)
+		resp, now := healthpb.NewHealthClient(c).Check(ctx, &healthpb.HealthCheckRequest{Service: c.service})
 		if now == nil && resp.Status == healthpb.HealthCheckResponse_SERVING {
 			return c.print(protoJSON{resp}, "SERVING\n")
 		} else if now == nil {
@@ -505,8 +495,8 @@ func (c *client) health(ctx context.Context) (err error) {
 
 // whyUnhealthy asks who answers first, as health did.
 func (c *client) whyUnhealthy(ctx context.Context) string {
-	m := new(kvpb.MetricsResponse)
-	if err := c.call(ctx, kvpb.ClusterService_Metrics_FullMethodName, &kvpb.MetricsRequest{}, m); err != nil {
+	m, err := c.cluster().Metrics(ctx, &kvpb.MetricsRequest{})
+	if err != nil {
 		return err.Error()
 	}
 	why := cmp.Or(m.UnhealthyReason, oneOf(m.Joint && c.service == restartHealth, "a change of membership is half way", "it was, a moment ago"))
@@ -648,18 +638,21 @@ func (c *client) print(v any, text string) error {
 	return err
 }
 
-// do makes a call and prints its result.
-func (c *client) do(ctx context.Context, method string, req, resp proto.Message, text string) error {
-	if err := c.call(ctx, method, req, resp); err != nil {
+// show prints the result of a call that has not failed.
+func (c *client) show(resp proto.Message, err error, text string) error {
+	if err != nil {
 		return err
 	}
 	return c.print(protoJSON{resp}, text)
 }
 
-// call sends a request to one endpoint after another until one answers. What
+func (c *client) kv() kvpb.KVServiceClient           { return kvpb.NewKVServiceClient(c) }
+func (c *client) cluster() kvpb.ClusterServiceClient { return kvpb.NewClusterServiceClient(c) }
+
+// Invoke sends a request to one endpoint after another until one answers. What
 // has an effect goes to a second one only if the first cannot have applied it,
 // or if it takes effect once; that is sent until the timeout.
-func (c *client) call(ctx context.Context, method string, req, resp proto.Message) error {
+func (c *client) Invoke(ctx context.Context, method string, req, resp any, _ ...grpc.CallOption) error {
 	write, unknown := slices.Contains(writes, method), false
 	var said []string
 	for {
@@ -697,7 +690,7 @@ type failure struct {
 
 // send makes a call to one node, which has only its share of the time to
 // answer at all, and to do what may be sent again.
-func send(ctx context.Context, addr string, share time.Duration, method string, req, resp proto.Message) (f failure, err error) {
+func send(ctx context.Context, addr string, share time.Duration, method string, req, resp any) (f failure, err error) {
 	conn, err := dial(addr)
 	if err != nil {
 		return failure{again: true}, err
