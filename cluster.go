@@ -212,7 +212,7 @@ func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	present := n.store.members[raftID]
 	for id, other := range n.store.members {
-		if id != raftID && other.Id != m.Id && other.Address == m.Address || id == raftID && other.Id != m.Id {
+		if other.Id != m.Id && (id == raftID || other.Address == m.Address) {
 			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
 				fmt.Sprintf("node %d is at %s", other.Id, other.Address))
 		}
@@ -566,28 +566,26 @@ func (n *node) meet(raftID uint64, p *kvpb.Peer) {
 func (n *node) heal() {
 	progress := n.progressOf()
 	for _, m := range sortedMembers(n.store.members) {
-		ids := n.store.raftIDsOf(m.Node.Id)
-		if met := n.met[m.RaftId]; met != nil && n.now-met.tick < n.ticksOf(leaderWait) &&
-			n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId) {
+		ids, met := n.store.raftIDsOf(m.Node.Id), n.met[m.RaftId]
+		switch {
+		case met != nil && n.now-met.tick < n.ticksOf(leaderWait) &&
+			n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId):
 			_ = n.addIncarnation(met.Peer)
 			return
-		}
-		if len(ids) == 1 || m.Node.Id == n.self.Id || !slices.Contains(n.store.conf.GetLearners(), m.RaftId) ||
-			!n.connected[m.RaftId] || !n.isCaughtUp(progress[m.RaftId]) {
-			continue
-		}
-		var changes []*raftpb.ConfChangeSingle
-		for _, id := range ids {
-			if id == m.RaftId {
-				continue
+		case len(ids) > 1 && m.Node.Id != n.self.Id && slices.Contains(n.store.conf.GetLearners(), m.RaftId) &&
+			n.connected[m.RaftId] && n.isCaughtUp(progress[m.RaftId]):
+			var changes []*raftpb.ConfChangeSingle
+			for _, id := range ids {
+				if n.isVoter(id) {
+					changes = append(changes, confChange(raftpb.ConfChangeAddNode, m.RaftId))
+				}
+				if id != m.RaftId {
+					changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+				}
 			}
-			if n.isVoter(id) {
-				changes = append(changes, confChange(raftpb.ConfChangeAddNode, m.RaftId))
-			}
-			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+			_ = n.proposeChange(nil, changes...)
+			return
 		}
-		_ = n.proposeChange(nil, changes...)
-		return
 	}
 }
 
