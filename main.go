@@ -178,30 +178,19 @@ func (o *options) check() error {
 	}
 	for _, a := range []struct{ flag, address string }{{"addr", o.addr}, {"advertise", cmp.Or(o.advertise, o.addr)}} {
 		host, port, err := net.SplitHostPort(a.address)
-		advertised := a.flag == "advertise"
+		ip, _ := netip.ParseAddr(host)
+		everywhere := host == "" || ip.Unmap().WithZone("").IsUnspecified() // at none of these another machine finds it
 		switch {
 		case err != nil || port == "":
 			return fmt.Errorf("--%s %q is not host:port", a.flag, a.address)
-		case advertised && (isEverywhere(host) || o.advertise != "" && port == "0"):
+		case a.flag == "advertise" && (everywhere || o.advertise != "" && port == "0"):
 			return fmt.Errorf("--advertise has to say where the others find this node, %q does not", a.address)
-		case !isLoopback(host) && !o.insecure:
+		case host != "localhost" && !ip.Unmap().IsLoopback() && !o.insecure:
 			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; "+
 				"--insecure allows that", a.address)
 		}
 	}
 	return nil
-}
-
-func isLoopback(host string) bool {
-	ip, _ := netip.ParseAddr(host)
-	return host == "localhost" || ip.Unmap().IsLoopback()
-}
-
-// isEverywhere reports whether a host means all addresses of a machine, at none
-// of which another machine finds it.
-func isEverywhere(host string) bool {
-	ip, _ := netip.ParseAddr(host)
-	return host == "" || ip.Unmap().WithZone("").IsUnspecified()
 }
 
 // run runs a node until ctx ends or the node cannot go on. It calls ready once
