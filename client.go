@@ -531,12 +531,8 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 	if err != nil {
 		return nil, fmt.Errorf("%w%s", err, oneOf(errors.Is(err, os.ErrExist), ": if no other backup writes it, one was killed: delete it", ""))
 	}
-	defer func() {
-		f.Close()
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
+	defer os.Remove(f.Name()) // unless it has got its name
+	defer f.Close()
 	absent := func() error {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 			return cmp.Or[error](err, &os.PathError{Op: "backup", Path: path, Err: os.ErrExist})
