@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -613,8 +612,8 @@ func (n *node) quorumLost() error {
 	for _, voters := range [][]uint64{n.store.conf.GetVoters(), n.store.conf.GetVotersOutgoing()} {
 		var lost []string
 		for _, id := range voters {
-			if m := n.store.members[id]; m != nil && n.met[id] != nil {
-				lost = append(lost, strconv.FormatUint(m.Id, 10))
+			if n.met[id] != nil {
+				lost = append(lost, n.describe(id))
 			}
 		}
 		if need := len(voters)/2 + 1; len(voters) > 0 && len(voters)-len(lost) < need {
