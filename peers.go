@@ -101,8 +101,7 @@ func (n *node) hello() *kvpb.Hello {
 // accept answers a Hello. Any goroutine may call it.
 func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	p := n.pub.Load()
-	me := &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}
-	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: me, ClusterId: p.clusterID}
+	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, ClusterId: p.clusterID}
 	to := h.GetTo()
 	if slices.Contains(h.Removed, p.raftID) && (p.clusterID == 0 || p.clusterID == h.ClusterId && to.GetRaftId() == 0) {
 		n.in.event(func() { // a leader is about to add this node again
@@ -153,6 +152,7 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 		if slices.Contains(n.store.removed, raftID) {
 			return
 		}
+		n.lives = maps.Clone(n.lives)
 		if n.store.members[raftID] == nil && len(n.lives) >= maxMembers+maxStrangers { // forget those that came and went
 			maps.DeleteFunc(n.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
 		}
@@ -201,8 +201,7 @@ func (n *node) leaderLost() {
 			rank++
 		}
 	}
-	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
-	n.deafTo, n.deafUntil = n.lead, n.campaignAt+n.electionTicks()/5
+	n.campaignAt, n.deafTo = n.now+1+rank*n.electionTicks()/10, n.lead
 	_ = n.rn.ForgetLeader()
 }
 

@@ -26,6 +26,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"runtime"
 	"slices"
@@ -94,7 +95,7 @@ type node struct {
 	pub  atomic.Pointer[published]
 	// onPublish is called by the loop whenever pub has changed.
 	onPublish func(*published)
-	onApply   func(*raftpb.Entry) // called by the loop; nil: nobody asks
+	onApply   func(*raftpb.Entry) // called by the loop
 
 	raftID uint64 // new whenever the node has lost its memory
 	life   uint64 // new whenever raftID is, and in every process
@@ -117,15 +118,14 @@ type node struct {
 	clock      uint64 // the same, with those that a busy loop has missed: what callers wait by
 	term, lead uint64
 	role       raft.StateType
-	leadHeard  uint64 // tick of the leader's last message
-	leaderless uint64 // ticks without a leader
-	deafTo     uint64 // a leader whose stream broke, by raft ID, not heard
-	deafUntil  uint64 // before this tick
-	campaignAt uint64 // tick in which to call an election, if there is no leader then; 0: none
-	caughtUpAt uint64 // what this leader had committed when it was first asked; never: it has not answered
-	commitAt   [3]uint64
+	leadHeard  uint64    // tick of the leader's last message
+	leaderless uint64    // ticks without a leader
+	campaignAt uint64    // tick in which to call an election, if there is no leader then; 0: none
+	deafTo     uint64    // a leader whose stream broke, by raft ID, not heard for a while; 0: none
+	caughtUpAt uint64    // what this leader had committed when it was first asked; never: it has not answered
+	commitAt   [3]uint64 // what was committed at the last heartbeats, the newest first
 
-	lives     map[uint64]uint64   // by raft ID: the life that we talk to
+	lives     map[uint64]uint64   // by raft ID: the life that we talk to; replaced, never changed
 	connected map[uint64]bool     // by raft ID: our stream to it is open
 	met       map[uint64]*meeting // by raft ID: a life without memory that answered in place of this member
 	// disownedBy are the members, by raft ID, that have applied this node's removal.
@@ -159,7 +159,7 @@ type openView struct {
 }
 
 func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
-	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}}
+	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}, onApply: func(*raftpb.Entry) {}}
 	n.in.init()
 	n.newLife()
 	n.pub.Store(&published{})
@@ -171,8 +171,7 @@ func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 // one, a node without memory could vote twice.
 func (n *node) newLife() {
 	n.raftID, n.life = randomID(), randomID()
-	n.rn, n.pending = nil, nil
-	n.raft = &raftLog{snapshot: n.snapshot}
+	n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
 	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, never, 0, 0, 0
 	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
@@ -248,8 +247,8 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 }
 
 // start makes the RawNode over what the log and the store hold.
-func (n *node) start() error {
-	rn, err := raft.NewRawNode(&raft.Config{
+func (n *node) start() (err error) {
+	n.rn, err = raft.NewRawNode(&raft.Config{
 		ID:                        n.raftID,
 		ElectionTick:              int(n.electionTicks()),
 		HeartbeatTick:             ticksPerHeartbeat,
@@ -267,7 +266,6 @@ func (n *node) start() error {
 		ReadOnlyOption:            raft.ReadOnlySafe, // no promise hangs on a clock
 		Logger:                    &raftLogger{n.log},
 	})
-	n.rn = rn
 	return err
 }
 
@@ -352,24 +350,20 @@ func (n *node) tick() {
 	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*n.electionTicks() {
 		_ = n.rn.ForgetLeader()
 	}
-	if n.campaignAt != 0 && n.now >= n.campaignAt {
-		n.campaignAt = 0
-		if n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
-			_ = n.rn.Campaign()
-		}
+	if n.now == n.campaignAt && n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
+		_ = n.rn.Campaign()
 	}
 	if n.round != nil && n.now-n.round.tick > n.electionTicks()/2 {
 		n.retryReads() // the request or its answer was lost
 	}
-	if n.now%ticksPerHeartbeat == 0 {
-		n.commitAt[2], n.commitAt[1], n.commitAt[0] = n.commitAt[1], n.commitAt[0], n.rn.BasicStatus().GetCommit()
+	if n.now%ticksPerHeartbeat != 0 {
+		return
 	}
-	if n.leads() && n.now%ticksPerHeartbeat == 0 {
-		if isJoint(n.store.conf) {
-			n.leaveJoint()
-		} else if n.mayChange() {
-			n.heal()
-		}
+	n.commitAt = [...]uint64{n.rn.BasicStatus().GetCommit(), n.commitAt[0], n.commitAt[1]}
+	if n.leads() && isJoint(n.store.conf) {
+		n.leaveJoint()
+	} else if n.mayChange() {
+		n.heal()
 	}
 }
 
@@ -383,7 +377,7 @@ func (n *node) leads() bool {
 func (n *node) receive(in inbound) {
 	m := in.m
 	from := m.GetFrom()
-	if !n.hears(in.hello) || from == n.deafTo && n.now < n.deafUntil {
+	if !n.hears(in.hello) || from == n.deafTo && n.now < n.campaignAt+n.electionTicks()/5 {
 		n.count.MessagesDropped++
 		return
 	}
@@ -400,7 +394,7 @@ func (n *node) receive(in inbound) {
 	if t := m.GetType(); t == raftpb.MsgProp || t == raftpb.MsgReadIndex {
 		n.askedAt = n.now
 	}
-	if m.GetType() == raftpb.MsgReadIndex && n.role == raft.StateLeader && !n.leads() {
+	if m.GetType() == raftpb.MsgReadIndex && !n.leads() {
 		// With one voter, raft would answer before it knows what is committed.
 		if len(n.heldReads) < 64 {
 			n.heldReads = append(n.heldReads, m)
@@ -514,16 +508,13 @@ func (n *node) syncSoftState() {
 		return
 	}
 	if st.GetTerm() != n.term || st.Lead != n.lead {
-		n.caughtUpAt, n.heldReads, n.changeAt = never, nil, 0
+		n.caughtUpAt, n.heldReads, n.changeAt, n.readBeat = never, nil, 0, 0
 		n.leadHeard = n.now
 		n.askedAt = n.now // peers may wait for what they asked of the leader before
 		n.askAgain()
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
 		}
-	}
-	if st.GetTerm() != n.term {
-		n.readBeat = 0
 	}
 	n.term, n.lead, n.role = st.GetTerm(), st.Lead, st.RaftState
 }
@@ -624,7 +615,7 @@ func (n *node) append(m *raftpb.Message) {
 	voted := old.GetTerm() != n.raft.hard.GetTerm() || old.GetVote() != n.raft.hard.GetVote()
 	promises := voted || batch.Discards || len(m.GetEntries()) > 0
 	if n.disk == nil || !promises && n.queued == 0 {
-		n.respond(m.GetResponses(), nil) // what is committed, others know too
+		n.respond(m.GetResponses(), n.lives) // what is committed, others know too
 		return
 	}
 	if promises {
@@ -637,11 +628,7 @@ func (n *node) append(m *raftpb.Message) {
 	if n.saving != nil && n.logged > 4*uint64(n.opts.logBytes) {
 		n.disk.hold(true) // until the snapshot is there
 	}
-	responses := m.GetResponses()
-	lives := make([]uint64, len(responses))
-	for i, r := range responses {
-		lives[i] = n.lives[r.GetTo()]
-	}
+	responses, lives := m.GetResponses(), n.lives
 	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
@@ -678,16 +665,16 @@ func (n *node) diskFailed(err error) {
 	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
 }
 
-// respond lets answers go, but not to another life of whom they are for: it
-// may count on what this node promised to the one before (with
-// AsyncStorageWrites raft asks for votes before its log is durable).
-func (n *node) respond(responses []*raftpb.Message, lives []uint64) {
-	for i, r := range responses {
+// respond lets answers go, but not to another life than the one that they are
+// for: it may count on what this node promised to that (with AsyncStorageWrites
+// raft asks for votes before its log is durable).
+func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
+	for _, r := range responses {
 		if n.rn == nil {
 			return
 		}
 		if r.GetTo() != n.raftID {
-			if lives == nil || lives[i] == n.lives[r.GetTo()] {
+			if lives[r.GetTo()] == n.lives[r.GetTo()] {
 				n.send(r)
 			}
 		} else if err := n.rn.Step(r); err != nil && !errors.Is(err, raft.ErrStepPeerNotFound) { // removed meanwhile
@@ -706,13 +693,12 @@ func (n *node) apply(m *raftpb.Message) {
 		}
 	}
 	n.count.EntriesApplied += uint64(len(m.GetEntries()))
-	n.respond(m.GetResponses(), nil)
-	if n.leads() && len(n.heldReads) > 0 {
-		held := n.heldReads
-		n.heldReads = nil
-		for _, r := range held {
+	n.respond(m.GetResponses(), n.lives)
+	if n.leads() {
+		for _, r := range n.heldReads {
 			_ = n.rn.Step(r)
 		}
+		n.heldReads = nil
 	}
 	n.releaseReads()
 	n.compact()
@@ -727,9 +713,7 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 		return fmt.Errorf("the last one applied was %d", s.index)
 	}
 	s.index, s.term = e.GetIndex(), e.GetTerm()
-	if n.onApply != nil {
-		n.onApply(e)
-	}
+	n.onApply(e)
 	if e.GetType() != raftpb.EntryNormal {
 		return n.applyConfChange(e)
 	}
@@ -740,14 +724,13 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 	}
 	n.count.WritesApplied += s.version - before
 	if p := n.own; p != nil && proposer == n.raftID && sequence == p.sequence {
+		for i, r := range results {
+			n.finish(p.calls[i], r)
+		}
+		if len(results) == 0 {
+			n.failOwn() // it was applied before, and its results are gone
+		}
 		n.own = nil
-		if len(results) != len(p.calls) {
-			n.fail(p.calls, errOutcomeUnknown) // applied before, its results are gone
-			return nil
-		}
-		for i, c := range p.calls {
-			n.finish(c, results[i])
-		}
 	}
 	return nil
 }
@@ -772,6 +755,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 
 // configured tells the network and the log of a new configuration.
 func (n *node) configured() {
+	n.lives = maps.Clone(n.lives)
 	for _, id := range n.store.removed {
 		delete(n.lives, id) // never to be heard again
 		delete(n.met, id)
@@ -806,25 +790,19 @@ type raftPanic string
 // message is for debugging.
 type raftLogger struct{ log *slog.Logger }
 
-func (l *raftLogger) print(level slog.Level, v []any) {
-	if l.log.Enabled(context.Background(), level) {
-		l.log.Log(context.Background(), level, "raft: "+fmt.Sprint(v...))
-	}
-}
-
 func (l *raftLogger) printf(level slog.Level, format string, v []any) {
 	if l.log.Enabled(context.Background(), level) {
 		l.log.Log(context.Background(), level, "raft: "+fmt.Sprintf(format, v...))
 	}
 }
 
-func (l *raftLogger) Debug(v ...any)              { l.print(slog.LevelDebug, v) }
+func (l *raftLogger) Debug(v ...any)              { l.Debugf("%s", fmt.Sprint(v...)) }
 func (l *raftLogger) Debugf(f string, v ...any)   { l.printf(slog.LevelDebug, f, v) }
-func (l *raftLogger) Info(v ...any)               { l.print(slog.LevelDebug, v) }
+func (l *raftLogger) Info(v ...any)               { l.Infof("%s", fmt.Sprint(v...)) }
 func (l *raftLogger) Infof(f string, v ...any)    { l.printf(slog.LevelDebug, f, v) }
-func (l *raftLogger) Warning(v ...any)            { l.print(slog.LevelWarn, v) }
+func (l *raftLogger) Warning(v ...any)            { l.Warningf("%s", fmt.Sprint(v...)) }
 func (l *raftLogger) Warningf(f string, v ...any) { l.printf(slog.LevelWarn, f, v) }
-func (l *raftLogger) Error(v ...any)              { l.print(slog.LevelError, v) }
+func (l *raftLogger) Error(v ...any)              { l.Errorf("%s", fmt.Sprint(v...)) }
 func (l *raftLogger) Errorf(f string, v ...any)   { l.printf(slog.LevelError, f, v) }
 func (l *raftLogger) Fatal(v ...any)              { l.Panic(v...) }
 func (l *raftLogger) Fatalf(f string, v ...any)   { l.Panicf(f, v...) }
