@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/binary"
@@ -38,10 +39,10 @@ type proposal struct {
 
 // readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
 type readRound struct {
-	id    uint64
-	index uint64
+	ctx   []byte
+	tick  uint64 // of the question
+	index uint64 // the answer
 	calls []*call
-	tick  uint64
 }
 
 // enqueue takes a call in.
@@ -81,26 +82,19 @@ func (n *node) expire() {
 		})
 	}
 	n.writes, n.reads = end(n.writes), end(n.reads)
-	if n.round != nil {
-		n.round.calls = end(n.round.calls)
-	}
+	n.round.calls = end(n.round.calls)
 	for i := range n.confirmed {
 		n.confirmed[i].calls = end(n.confirmed[i].calls)
 	}
 	if n.own == nil {
 		return
 	}
-	late := 0
 	for _, c := range n.own.calls {
-		err := overdue(c)
-		if err == context.DeadlineExceeded {
+		if overdue(c) == context.DeadlineExceeded {
 			n.finish(c, outcome{err: errUnknownInTime})
 		}
-		if err != nil {
-			late++
-		}
 	}
-	if noLeader != nil && late == len(n.own.calls) {
+	if noLeader != nil && !slices.ContainsFunc(n.own.calls, func(c *call) bool { return overdue(c) == nil }) {
 		n.failOwn()
 	}
 }
@@ -189,11 +183,7 @@ func (n *node) nextProposal() *proposal {
 	if len(p.calls) == 0 {
 		return nil
 	}
-	p.data = make([]byte, 0, size+24)
-	p.data = protowire.AppendTag(p.data, 1, protowire.VarintType)
-	p.data = protowire.AppendVarint(p.data, n.raftID)
-	p.data = protowire.AppendTag(p.data, 2, protowire.VarintType)
-	p.data = protowire.AppendVarint(p.data, p.sequence)
+	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, n.raftID), 2, p.sequence)
 	for _, c := range p.calls {
 		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
 		p.data = protowire.AppendBytes(p.data, c.record)
@@ -206,36 +196,31 @@ func (n *node) nextProposal() *proposal {
 // waits. A leader asks only once it has applied an entry of its term; raft
 // itself is less careful with one voter.
 func (n *node) askRead() {
-	if n.round != nil || len(n.reads) == 0 && n.caughtUpAt != never || n.lead == 0 || n.lead == n.raftID && !n.leads() {
+	if n.round.ctx != nil || len(n.reads) == 0 && n.caughtUpAt != never || n.lead == 0 || n.lead == n.raftID && !n.leads() {
 		return
 	}
 	n.sequence++ // a context is used once
-	n.round = &readRound{id: n.sequence, calls: n.reads, tick: n.now}
-	n.reads = nil
-	n.count.ReadRounds++
 	ctx := make([]byte, readContextBytes)
 	binary.BigEndian.PutUint64(ctx, n.life)
-	binary.BigEndian.PutUint64(ctx[8:], n.round.id)
+	binary.BigEndian.PutUint64(ctx[8:], n.sequence)
+	n.round, n.reads = readRound{ctx: ctx, tick: n.now, calls: n.reads}, nil
+	n.count.ReadRounds++
 	n.rn.ReadIndex(ctx)
 }
 
 // retryReads makes the reads of the round in flight wait for another.
 func (n *node) retryReads() {
-	if n.round != nil {
-		n.reads = append(n.round.calls, n.reads...)
-		n.round = nil
-	}
+	n.reads, n.round = append(n.round.calls, n.reads...), readRound{}
 }
 
 // readConfirmed learns the index that the reads of a round must have applied.
 func (n *node) readConfirmed(rs raft.ReadState) {
-	r := n.round
-	if r == nil || len(rs.RequestCtx) != readContextBytes || binary.BigEndian.Uint64(rs.RequestCtx) != n.life || binary.BigEndian.Uint64(rs.RequestCtx[8:]) != r.id {
+	if !bytes.Equal(rs.RequestCtx, n.round.ctx) {
 		return // of an earlier round
 	}
-	n.round, r.index = nil, rs.Index
+	n.round.index = rs.Index
 	n.caughtUpAt = min(n.caughtUpAt, rs.Index)
-	n.confirmed = append(n.confirmed, *r)
+	n.confirmed, n.round = append(n.confirmed, n.round), readRound{}
 	n.releaseReads()
 }
 

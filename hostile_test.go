@@ -154,9 +154,9 @@ func TestLeaderLost(t *testing.T) {
 	if l.hears(0, heartbeat); l.n.lead != 2 {
 		t.Error("it does not follow a leader that is back")
 	}
-	asked := l.n.round.id
+	asked := l.n.round.ctx
 	l.n.peerUp(2, 2, true)
-	if l.turn(0); l.n.round.id == asked {
+	if l.turn(0); bytes.Equal(l.n.round.ctx, asked) {
 		t.Error("it does not ask again what it could not send")
 	}
 }

@@ -137,7 +137,7 @@ type node struct {
 	own       *proposal
 	sequence  uint64
 	reads     []*call
-	round     *readRound
+	round     readRound // in flight, if it has a context
 	confirmed []readRound
 	heldReads []*raftpb.Message // of peers, until an entry of our term is applied
 	readBeat  uint64            // highest read context sent with a heartbeat in this term
@@ -353,7 +353,7 @@ func (n *node) tick() {
 	if n.now == n.campaignAt && n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
 		_ = n.rn.Campaign()
 	}
-	if n.round != nil && n.now-n.round.tick > n.electionTicks()/2 {
+	if n.round.ctx != nil && n.now-n.round.tick > n.electionTicks()/2 {
 		n.retryReads() // the request or its answer was lost
 	}
 	if n.now%ticksPerHeartbeat != 0 {

@@ -337,7 +337,7 @@ func TestDeadlines(t *testing.T) {
 	write, read := newCall([]byte{1}), newCall(nil)
 	n.turn(input{calls: []*call{write, read}})
 	asked, confirmed, proposed, patient := newCall(nil), newCall(nil), newCall([]byte{1}), &call{record: []byte{1}, done: make(chan outcome, 1)}
-	n.round, n.confirmed, n.own = &readRound{calls: []*call{asked}}, []readRound{{calls: []*call{confirmed}}}, &proposal{calls: []*call{proposed, patient}}
+	n.round, n.confirmed, n.own = readRound{calls: []*call{asked}}, []readRound{{calls: []*call{confirmed}}}, &proposal{calls: []*call{proposed, patient}}
 	n.turn(input{ticks: 2})
 	for i, c := range []*call{write, read, asked, confirmed, proposed, patient} {
 		if len(c.done) != 0 {

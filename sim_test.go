@@ -505,7 +505,7 @@ func (p *proc) readBadly() {
 		}
 		n.confirmed = nil
 	}
-	if p.s.cfg.early && n.rn != nil && n.role == raft.StateLeader && !n.leads() && n.round == nil && len(n.reads) > 0 {
+	if p.s.cfg.early && n.rn != nil && n.role == raft.StateLeader && !n.leads() && n.round.ctx == nil && len(n.reads) > 0 {
 		term := n.store.term
 		n.store.term = n.term // as if
 		n.askRead()
