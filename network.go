@@ -74,19 +74,15 @@ type network struct {
 	members map[uint64]*kvpb.Node
 	removed []uint64         // not to be heard, even before they may be told so
 	peers   map[uint64]*peer // by raft ID: members, and those who have a stream to us
-	inbound map[inboundKey]*inboundStream
+	inbound map[*inboundStream]bool
 }
 
-// inboundKey is what there is one of at most: the stream at which a peer is
-// heard, and a snapshot on its way from it.
-type inboundKey struct {
-	raftID   uint64
-	snapshot bool
-}
-
+// inboundStream is where a peer is heard: a stream, or a snapshot on its way
+// from it. A newer one of the same kind takes its place.
 type inboundStream struct {
-	hello  *kvpb.Hello
-	cancel context.CancelCauseFunc
+	hello    *kvpb.Hello
+	snapshot bool
+	cancel   context.CancelCauseFunc
 }
 
 // peer is this node's stream to another. mu guards what is below it.
@@ -108,7 +104,7 @@ type peer struct {
 }
 
 func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, string) (net.Conn, error)) *network {
-	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
+	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[*inboundStream]bool{}}
 	nw.ctx, nw.cancel = context.WithCancel(context.Background())
 	return nw
 }
@@ -138,7 +134,8 @@ func dial(address string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 // dial makes a connection to a peer. It comes back at most a second after the
 // peer does.
 func (nw *network) dial(address string) (*grpc.ClientConn, error) {
-	opts := []grpc.DialOption{
+	return dial(address,
+		grpc.WithContextDialer(nw.dialer),
 		grpc.WithIdleTimeout(0),
 		grpc.WithInitialWindowSize(windowBytes),
 		grpc.WithInitialConnWindowSize(windowBytes),
@@ -148,12 +145,7 @@ func (nw *network) dial(address string) (*grpc.ClientConn, error) {
 		}),
 		// Finds a connection dead even while nothing is acknowledged: with it,
 		// gRPC sets TCP_USER_TIMEOUT.
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second, PermitWithoutStream: true}),
-	}
-	if nw.dialer != nil {
-		opts = append(opts, grpc.WithContextDialer(nw.dialer))
-	}
-	return dial(address, opts...)
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second, PermitWithoutStream: true}))
 }
 
 // setMembers implements transport.
@@ -162,14 +154,9 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	nw.members, nw.removed = members, removed
-	for id, p := range nw.peers {
-		if m := members[id]; m != nil && m.Address != p.node.Address || m == nil && !nw.isHeard(id) || slices.Contains(removed, id) {
-			p.cancel()
-			delete(nw.peers, id)
-		}
-	}
-	for key, s := range nw.inbound {
-		if slices.Contains(removed, key.raftID) || s.hello.To.RaftId != raftID || !sameCluster(clusterID, members, s.hello) {
+	nw.endPeers()
+	for s := range nw.inbound {
+		if slices.Contains(removed, s.hello.From.RaftId) || s.hello.To.RaftId != raftID || !sameCluster(clusterID, members, s.hello) {
 			s.cancel(errors.New("not a peer of this node any more"))
 		}
 	}
@@ -178,6 +165,27 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 			nw.addPeer(id, m)
 		}
 	}
+}
+
+// endPeers ends the streams to those who have left, or moved, or were no members
+// and are not heard any more. nw.mu is held.
+func (nw *network) endPeers() {
+	for id, p := range nw.peers {
+		if m := nw.members[id]; m != nil && m.Address != p.node.Address || m == nil && !nw.isHeard(id) || slices.Contains(nw.removed, id) {
+			p.cancel()
+			delete(nw.peers, id)
+		}
+	}
+}
+
+// isHeard reports whether a peer has a stream to this node. nw.mu is held.
+func (nw *network) isHeard(id uint64) bool {
+	for s := range nw.inbound {
+		if s.hello.From.RaftId == id {
+			return true
+		}
+	}
+	return false
 }
 
 // addPeer starts a stream to a peer. nw.mu is held.
@@ -270,10 +278,8 @@ func (p *peer) run() {
 
 // sleep waits, or less if ctx ends.
 func sleep(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
 	select {
-	case <-t.C:
+	case <-time.After(d):
 	case <-ctx.Done():
 	}
 }
@@ -315,19 +321,15 @@ func (p *peer) stream() error {
 	}
 	p.open(w.Peer.Life)
 	p.nw.r.peerUp(p.raftID, w.Peer.Life, true)
-	ended := make(chan error, 1)
 	go func() { // ends with the stream
 		_, err := s.Recv()
-		ended <- fmt.Errorf("the stream ended: %w", err)
+		cancel(fmt.Errorf("the stream ended: %w", err))
 	}()
 	for {
 		select {
 		case <-p.wake:
-		case err := <-ended:
-			return err
 		case <-ctx.Done():
-			_ = s.CloseSend()
-			return ctx.Err()
+			return context.Cause(ctx)
 		}
 		for ms := p.take(); len(ms) > 0; ms = p.take() {
 			if err := s.Send(&kvpb.StreamRequest{Messages: toWire(ms)}); err != nil {
@@ -449,7 +451,7 @@ func (nw *network) serve(s grpc.ServerStream, f func(context.Context, context.Ca
 func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCauseFunc) (done func(), err error) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
-	id, key := h.From.RaftId, inboundKey{h.From.RaftId, snapshot}
+	id := h.From.RaftId
 	if slices.Contains(nw.removed, id) {
 		return nil, status.Error(codes.Unavailable, "its removal is about to be known")
 	}
@@ -459,28 +461,19 @@ func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCause
 		}
 		nw.addPeer(id, h.From.GetNode())
 	}
-	if old := nw.inbound[key]; old != nil {
-		old.cancel(errors.New("replaced by a newer stream"))
+	for old := range nw.inbound {
+		if old.hello.From.RaftId == id && old.snapshot == snapshot {
+			old.cancel(errors.New("replaced by a newer stream"))
+		}
 	}
-	s := &inboundStream{h, cancel}
-	nw.inbound[key] = s
+	s := &inboundStream{h, snapshot, cancel}
+	nw.inbound[s] = true
 	return func() {
 		nw.mu.Lock()
 		defer nw.mu.Unlock()
-		if nw.inbound[key] != s {
-			return
-		}
-		delete(nw.inbound, key)
-		if p := nw.peers[id]; p != nil && nw.members[id] == nil && !nw.isHeard(id) {
-			p.cancel()
-			delete(nw.peers, id)
-		}
+		delete(nw.inbound, s)
+		nw.endPeers()
 	}, nil
-}
-
-// isHeard reports whether a peer has a stream to this node. nw.mu is held.
-func (nw *network) isHeard(id uint64) bool {
-	return nw.inbound[inboundKey{id, false}] != nil || nw.inbound[inboundKey{id, true}] != nil
 }
 
 // sendSnapshot implements transport.
@@ -588,14 +581,13 @@ func (c *chunkReader) Read(b []byte) (n int, err error) {
 func toWire(ms []*raftpb.Message) []*kvpb.RaftMessage {
 	out := make([]*kvpb.RaftMessage, len(ms))
 	for i, m := range ms {
-		w := &kvpb.RaftMessage{
+		out[i] = &kvpb.RaftMessage{
 			Type: kvpb.RaftMessageType(m.GetType() + 1), Term: m.GetTerm(), LogTerm: m.GetLogTerm(), Index: m.GetIndex(),
 			Commit: m.GetCommit(), Reject: m.GetReject(), RejectHint: m.GetRejectHint(), Context: m.GetContext(),
 		}
 		for _, e := range m.GetEntries() {
-			w.Entries = append(w.Entries, wireEntry(e))
+			out[i].Entries = append(out[i].Entries, wireEntry(e))
 		}
-		out[i] = w
 	}
 	return out
 }
@@ -610,7 +602,7 @@ func fromWire(ms []*kvpb.RaftMessage, h *kvpb.Hello) []inbound {
 			Index: &w.Index, Commit: &w.Commit, Reject: &w.Reject, RejectHint: &w.RejectHint, Context: w.Context,
 		}
 		for _, e := range w.Entries {
-			m.Entries = append(m.Entries, &raftpb.Entry{Type: raftpb.EntryType(e.Type).Enum(), Term: &e.Term, Index: &e.Index, Data: e.Data})
+			m.Entries = append(m.Entries, raftEntry(e))
 		}
 		out[i] = inbound{m: m, hello: h}
 	}
