@@ -64,37 +64,32 @@ func (n *node) expire() {
 		noLeader = n.noLeader()
 	}
 	wait := n.ticksOf(leaderWait)
-	overdue := func(c *call) error {
-		if c.wait != 0 && n.clock-c.since >= c.wait {
-			return context.DeadlineExceeded
-		} else if n.clock-c.since >= wait {
-			return noLeader
-		}
-		return nil
-	}
+	late := func(c *call) bool { return c.wait != 0 && n.clock-c.since >= c.wait }
+	overdue := func(c *call) bool { return late(c) || noLeader != nil && n.clock-c.since >= wait }
 	end := func(calls []*call) []*call {
 		return slices.DeleteFunc(calls, func(c *call) bool {
-			err := overdue(c)
-			if err != nil {
-				n.finish(c, outcome{err: cmp.Or(noLeader, err)}) // tells more than that the time is up
+			ends := overdue(c)
+			if ends {
+				n.finish(c, outcome{err: cmp.Or(noLeader, context.DeadlineExceeded)}) // tells more than that the time is up
 			}
-			return err != nil
+			return ends
 		})
 	}
-	n.writes, n.reads = end(n.writes), end(n.reads)
-	n.round.calls = end(n.round.calls)
+	n.writes, n.reads, n.round.calls = end(n.writes), end(n.reads), end(n.round.calls)
 	for i := range n.confirmed {
 		n.confirmed[i].calls = end(n.confirmed[i].calls)
 	}
 	if n.own == nil {
 		return
 	}
+	wanted := false
 	for _, c := range n.own.calls {
-		if overdue(c) == context.DeadlineExceeded {
+		if late(c) {
 			n.finish(c, outcome{err: errUnknownInTime})
 		}
+		wanted = wanted || !overdue(c)
 	}
-	if noLeader != nil && !slices.ContainsFunc(n.own.calls, func(c *call) bool { return overdue(c) == nil }) {
+	if noLeader != nil && !wanted {
 		n.failOwn()
 	}
 }
@@ -167,11 +162,8 @@ func (n *node) nextProposal() *proposal {
 	n.sequence++
 	p := &proposal{sequence: n.sequence}
 	size, i := 0, 0
-	for ; i < len(n.writes); i++ {
+	for ; i < len(n.writes) && (len(p.calls) == 0 || size+len(n.writes[i].record) <= maxEntryBytes); i++ {
 		c := n.writes[i]
-		if len(p.calls) > 0 && size+len(c.record) > maxEntryBytes {
-			break
-		}
 		if c.state.CompareAndSwap(callQueued, callProposed) {
 			p.calls = append(p.calls, c)
 			size += len(c.record) + 4
@@ -200,9 +192,8 @@ func (n *node) askRead() {
 		return
 	}
 	n.sequence++ // a context is used once
-	ctx := make([]byte, readContextBytes)
-	binary.BigEndian.PutUint64(ctx, n.life)
-	binary.BigEndian.PutUint64(ctx[8:], n.sequence)
+	ctx := binary.BigEndian.AppendUint64(make([]byte, 0, readContextBytes), n.life)
+	ctx = binary.BigEndian.AppendUint64(ctx, n.sequence)
 	n.round, n.reads = readRound{ctx: ctx, tick: n.now, calls: n.reads}, nil
 	n.count.ReadRounds++
 	n.rn.ReadIndex(ctx)

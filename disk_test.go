@@ -575,7 +575,7 @@ func TestDiskFollowerFaults(t *testing.T) {
 		steps := []func() error{f.snapshot, follow(func() bool { return f.n.mark > 10 }), func() error { f.slowDown(); return nil },
 			follow(func() bool { // and there are entries before, and room after, the mark in its segment
 				g := f.d.wal.segments
-				return f.n.saving != nil && g[len(g)-1].last > 0 && f.d.wal.offset <= f.d.wal.size/2
+				return f.n.saving != 0 && g[len(g)-1].last > 0 && f.d.wal.offset <= f.d.wal.size/2
 			})}
 		steps = append(steps, func() error { // it votes for another, who does not win
 			f.hears()

@@ -111,8 +111,7 @@ type node struct {
 	// a restart, too, or it might need the vote of one that has left for good.
 	gone []uint64
 
-	saving   *view  // a snapshot on its way to the disk
-	savingAt uint64 // logged, when that was opened
+	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 
 	now        uint64 // ticks since the start
 	clock      uint64 // the same, with those that a busy loop has missed: what callers wait by
@@ -230,20 +229,19 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	if n.rn != nil {
 		return 0, errInCluster
 	}
-	s := n.store
-	s.mu.Lock()
+	s := newStore()
 	s.clusterID, s.index, s.term = randomID(), 1, 1
-	s.mu.Unlock()
 	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
-	n.raft.reset(raftSnapshot(s.header()))
+	n.store.install(s)
+	n.raft.reset(raftSnapshot(n.store.header()))
 	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
-	v := s.open()
+	v := n.store.open()
 	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
 	if err := n.start(); err != nil {
 		return 0, err
 	}
 	n.configured()
-	return s.clusterID, n.rn.Campaign()
+	return n.store.clusterID, n.rn.Campaign()
 }
 
 // start makes the RawNode over what the log and the store hold.
@@ -445,8 +443,7 @@ func (n *node) learnCommit(m *raftpb.Message) {
 func (n *node) check(m *raftpb.Message) bool {
 	try := func() error {
 		st := n.rn.BasicStatus()
-		c := peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat}
-		return c.check(m)
+		return (&peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat}).check(m)
 	}
 	err := try()
 	if err != nil || m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgHeartbeat && m.GetCommit() > n.store.index {
@@ -625,7 +622,7 @@ func (n *node) append(m *raftpb.Message) {
 		batch.Entries = append(batch.Entries, wireEntry(e))
 	}
 	n.logged += uint64(sectors(headerBytes + proto.Size(batch)))
-	if n.saving != nil && n.logged > 4*uint64(n.opts.logBytes) {
+	if n.saving != 0 && n.logged > 4*uint64(n.opts.logBytes) {
 		n.disk.hold(true) // until the snapshot is there
 	}
 	responses, lives := m.GetResponses(), n.lives
@@ -768,7 +765,7 @@ func (n *node) configured() {
 // way needs to be followed by the log is kept for a while.
 func (n *node) compact() {
 	limit := uint64(n.opts.logBytes)
-	if n.disk != nil && n.saving == nil && n.logged > limit {
+	if n.disk != nil && n.saving == 0 && n.logged > limit {
 		n.save()
 	}
 	if n.raft.bytes <= limit {

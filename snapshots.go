@@ -168,7 +168,7 @@ func (n *node) discard(s *store) {
 // save writes a snapshot of the state to the disk, beside the loop.
 func (n *node) save() {
 	v := n.store.open()
-	n.saving, n.savingAt = v, n.logged
+	n.saving = n.logged
 	n.disk.start(func() {
 		mark, err := n.disk.save(v)
 		n.in.event(func() { n.saved(v, mark, err) })
@@ -178,7 +178,6 @@ func (n *node) save() {
 // saved makes a snapshot that has been written the one that counts.
 func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 	v.close()
-	n.saving = nil
 	n.disk.hold(false)
 	switch {
 	case err != nil:
@@ -187,7 +186,8 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 		n.disk.start(func() { _ = n.disk.remove(mark.File) })
 	default:
 		n.log.Info("saved a snapshot", "index", mark.Index)
-		n.mark, n.logged = mark.Index, n.logged-n.savingAt
+		n.mark, n.logged = mark.Index, n.logged-n.saving
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
+	n.saving = 0
 }
