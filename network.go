@@ -286,14 +286,14 @@ func sleep(ctx context.Context, d time.Duration) {
 
 // refusal is why a peer would not talk.
 func refusal(w *kvpb.Welcome) error {
-	n := w.GetPeer().GetNode()
-	switch w.GetVerdict() {
+	n := w.Peer.Node
+	switch w.Verdict {
 	case kvpb.Verdict_VERDICT_OTHER_CLUSTER:
-		return fmt.Errorf("node %d at %s is in another cluster, %016x", n.GetId(), n.GetAddress(), w.ClusterId)
+		return fmt.Errorf("node %d at %s is in another cluster, %016x", n.Id, n.Address, w.ClusterId)
 	case kvpb.Verdict_VERDICT_REMOVED:
-		return fmt.Errorf("node %d at %s says that this node was removed", n.GetId(), n.GetAddress())
+		return fmt.Errorf("node %d at %s says that this node was removed", n.Id, n.Address)
 	}
-	return fmt.Errorf("it is node %d at %s, raft ID %x", n.GetId(), n.GetAddress(), w.GetPeer().GetRaftId())
+	return fmt.Errorf("it is node %d at %s, raft ID %x", n.Id, n.Address, w.Peer.RaftId)
 }
 
 // stream opens a stream to the peer and sends until it breaks.
@@ -310,7 +310,7 @@ func (p *peer) stream() error {
 	if err != nil {
 		return err
 	}
-	if w.GetVerdict() != kvpb.Verdict_VERDICT_ACCEPTED || w.GetPeer().GetRaftId() != p.raftID {
+	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != p.raftID {
 		p.nw.r.refused(h.From.RaftId, p.raftID, w)
 		err := refusal(w)
 		if text := err.Error(); text != p.said {
@@ -346,7 +346,7 @@ func alarm(cancel context.CancelCauseFunc) *time.Timer {
 	return time.AfterFunc(helloTimeout, func() { cancel(errSilent) })
 }
 
-// greet says hello and waits for the answer.
+// greet says hello and waits for the answer, which names a peer.
 func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.CancelCauseFunc) (*kvpb.Welcome, error) {
 	defer alarm(cancel).Stop()
 	if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil && err != io.EOF {

@@ -192,8 +192,8 @@ func (n *node) peerDown(raftID uint64, lost bool, cause error) {
 // leaderLost brings an election forward: the stream to the leader broke, which
 // it does at once if the process has died. If the leader lives, PreVote and the
 // others, who hear of it, keep an election from succeeding. Voters take turns,
-// so as not to split the vote. Until then what the leader sent last is not
-// heard, or it would be the leader again.
+// so as not to split the vote. Until a little after that, what the leader sent
+// last is not heard, or it would be the leader again.
 func (n *node) leaderLost() {
 	rank := uint64(0)
 	for _, id := range n.store.conf.GetVoters() {

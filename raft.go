@@ -501,9 +501,6 @@ func (n *node) ready(rd raft.Ready) {
 // ones is asked for again.
 func (n *node) syncSoftState() {
 	st := n.rn.BasicStatus()
-	if st.GetTerm() == n.term && st.Lead == n.lead && st.RaftState == n.role {
-		return
-	}
 	if st.GetTerm() != n.term || st.Lead != n.lead {
 		n.caughtUpAt, n.heldReads, n.changeAt, n.readBeat = never, nil, 0, 0
 		n.leadHeard = n.now
@@ -609,10 +606,9 @@ func (n *node) append(m *raftpb.Message) {
 	if m.Term != nil {
 		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
-	voted := old.GetTerm() != n.raft.hard.GetTerm() || old.GetVote() != n.raft.hard.GetVote()
-	promises := voted || batch.Discards || len(m.GetEntries()) > 0
+	promises := batch.Discards || raft.MustSync(n.raft.hard, old, len(m.GetEntries()))
 	if n.disk == nil || !promises && n.queued == 0 {
-		n.respond(m.GetResponses(), n.lives) // what is committed, others know too
+		n.respond(m.GetResponses(), nil) // what is committed, others know too
 		return
 	}
 	if promises {
@@ -662,16 +658,16 @@ func (n *node) diskFailed(err error) {
 	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
 }
 
-// respond lets answers go, but not to another life than the one that they are
-// for: it may count on what this node promised to that (with AsyncStorageWrites
-// raft asks for votes before its log is durable).
+// respond lets answers go, but not to another life than they are for, which lives
+// tells if they had to wait: it may count on what this node promised to the one
+// before (with AsyncStorageWrites raft asks for votes before its log is durable).
 func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
 	for _, r := range responses {
 		if n.rn == nil {
 			return
 		}
 		if r.GetTo() != n.raftID {
-			if lives[r.GetTo()] == n.lives[r.GetTo()] {
+			if lives == nil || lives[r.GetTo()] == n.lives[r.GetTo()] {
 				n.send(r)
 			}
 		} else if err := n.rn.Step(r); err != nil && !errors.Is(err, raft.ErrStepPeerNotFound) { // removed meanwhile
@@ -690,7 +686,7 @@ func (n *node) apply(m *raftpb.Message) {
 		}
 	}
 	n.count.EntriesApplied += uint64(len(m.GetEntries()))
-	n.respond(m.GetResponses(), n.lives)
+	n.respond(m.GetResponses(), nil)
 	if n.leads() {
 		for _, r := range n.heldReads {
 			_ = n.rn.Step(r)
