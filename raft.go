@@ -132,20 +132,18 @@ type node struct {
 	out        []peerMessages
 	askedAt    uint64 // tick in which a peer last asked this leader for something
 
-	writes    []*call
-	own       *proposal
-	sequence  uint64
-	reads     []*call
-	round     readRound // in flight, if it has a context
-	confirmed []readRound
-	heldReads []*raftpb.Message // of peers, until an entry of our term is applied
-	readBeat  uint64            // highest read context sent with a heartbeat in this term
-	conds     []*condition
-	doneCalls int // ended in this turn, and their bytes
-	doneBytes int
-	changeAt  uint64 // tick of a change of membership or of leadership in flight; 0: none
-	pending   *store // a snapshot's content between Step and Ready
-	views     []*openView
+	writes, reads        []*call // that wait
+	own                  *proposal
+	round                readRound // in flight, if it has a context
+	confirmed            []readRound
+	sequence             uint64            // of the last proposal or round
+	heldReads            []*raftpb.Message // of peers, until an entry of our term is applied
+	readBeat             uint64            // highest read context sent with a heartbeat in this term
+	conds                []*condition
+	doneCalls, doneBytes int    // of the calls that ended in this turn
+	changeAt             uint64 // tick of a change of membership or of leadership in flight; 0: none
+	pending              *store // a snapshot's content between Step and Ready
+	views                []*openView
 
 	count kvpb.MetricsResponse // the counters in it
 }
