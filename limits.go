@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/proto"
@@ -33,6 +34,16 @@ const (
 	// closed at one more. A peer that is refused makes 10 a second at most.
 	maxHellos, hellosPerSecond = 4, 20
 )
+
+// gRPC's own pool has no size between 32 KiB and 1 MiB, and clears all of a
+// buffer whenever it is used.
+func init() {
+	pool, err := mem.NewBinaryTieredBufferPool(8, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21)
+	if err != nil {
+		panic(err)
+	}
+	experimental.SetDefaultBufferPool(pool)
+}
 
 // limiter is a listener that keeps these limits. mu guards what is below it.
 type limiter struct {
@@ -222,7 +233,7 @@ func (l *limiter) wake() {
 // its call was cancelled; it loses it when the connection ends, or the call does
 // just before.
 type answerPool struct {
-	mem.NopBufferPool // gRPC's own has buffers up to 32 times too large
+	mem.NopBufferPool // gRPC's own has buffers that are up to twice too large
 	c                 *limitedConn
 	bytes             int
 	lost              runtime.Cleanup
