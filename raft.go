@@ -485,6 +485,7 @@ func (n *node) ready(rd raft.Ready) {
 		case raft.LocalAppendThread:
 			n.append(m)
 		case raft.LocalApplyThread:
+			n.flush(false) // somebody waits for the answer to an append
 			n.apply(m)
 		default:
 			n.send(m)
