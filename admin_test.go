@@ -263,8 +263,8 @@ func TestNodeFails(t *testing.T) {
 	s := newServer(n, newNetwork(n, n.log, nil))
 	ended := make(chan error, 1)
 	go func() {
-		_, err := s.intercept(t.Context(), &kvpb.SetRequest{Key: "k"}, &grpc.UnaryServerInfo{FullMethod: kvpb.KVService_Set_FullMethodName},
-			func(ctx context.Context, req any) (any, error) { return s.Set(ctx, req.(*kvpb.SetRequest)) })
+		_, err := s.intercept(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: kvpb.KVService_Set_FullMethodName},
+			func(ctx context.Context, _ any) (any, error) { return writeAs(ctx, s, setWrite("k", "v")) })
 		ended <- err
 	}()
 	eventually(t, func() error {

@@ -111,7 +111,7 @@ func BenchmarkFill(b *testing.B) {
 		s := newStore()
 		for i := range uint64(keys) {
 			key, value := benchKey(i), make([]byte, 128)
-			set.time(func() { s.set(key, item{value, i + 1}) })
+			set.time(func() { s.set([]byte(key), item{value, i + 1}) })
 		}
 		perKey = (heap() - before) / keys
 		runtime.KeepAlive(s)

@@ -571,7 +571,7 @@ func (c *client) restore(context.Context) error {
 	}
 	defer d.close()
 	s, err := d.restore(c.node, func() (*store, error) {
-		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set(it.key, it.item) }))
+		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set([]byte(it.key), it.item) }))
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), err)
 		}

@@ -147,10 +147,11 @@ type diskOp struct {
 
 // call makes a write that somebody waits for.
 func (p *diskNode) call(op diskOp) (*call, error) {
-	record, err := encodeOperation(opDelete, &kvpb.DeleteRequest{Key: op.key})
+	w := deleteWrite(op.key)
 	if op.value != nil {
-		record, err = encodeOperation(opSet, &kvpb.SetRequest{Key: op.key, Value: op.value})
+		w = setWrite(op.key, string(op.value))
 	}
+	record, err := proto.Marshal(w)
 	if err != nil {
 		return nil, err
 	}
@@ -204,7 +205,7 @@ func (m diskModel) differs(s *store, n int) string {
 		return fmt.Sprintf("%d keys of version %d, not %d of version %d", s.keys, s.version, len(m[n]), n)
 	}
 	for k, want := range m[n] {
-		if it, ok, err := s.get(k); err != nil || !ok || it.version != want.version || !bytes.Equal(it.value, want.value) {
+		if it, ok, err := s.get([]byte(k)); err != nil || !ok || it.version != want.version || !bytes.Equal(it.value, want.value) {
 			return fmt.Sprintf("%q is %d bytes of version %d (%v), not %d of version %d", k, len(it.value), it.version, err, len(want.value), want.version)
 		}
 	}

@@ -572,7 +572,7 @@ func (i *impostor) snapshot(t *testing.T, index uint64, chunk int) []*kvpb.Insta
 		if k%4 == 0 {
 			value = strings.Repeat("x", 1<<20)
 		}
-		s.set(fmt.Sprint("key ", k), item{[]byte(value), k + 1})
+		s.set([]byte(fmt.Sprint("key ", k)), item{[]byte(value), k + 1})
 	}
 	var reqs []*kvpb.InstallSnapshotRequest
 	for data := range slices.Chunk(snapshotBytes(t, s), chunk) {
@@ -977,11 +977,11 @@ func TestSnapshotHeap(t *testing.T) {
 		defer n.store.mu.Unlock()
 		for i := range 32 << 10 {
 			n.store.version++
-			n.store.set(fmt.Sprintf("key %06d", i), item{bytes.Repeat([]byte("x"), 1024), n.store.version})
+			n.store.set([]byte(fmt.Sprintf("key %06d", i)), item{bytes.Repeat([]byte("x"), 1024), n.store.version})
 		}
 		for i := range 32 {
 			n.store.version++
-			n.store.set(fmt.Sprintf("large %06d", i), item{bytes.Repeat([]byte("x"), 1<<20), n.store.version})
+			n.store.set([]byte(fmt.Sprintf("large %06d", i)), item{bytes.Repeat([]byte("x"), 1<<20), n.store.version})
 		}
 		return nil
 	}); err != nil {

@@ -485,15 +485,20 @@ type model struct {
 // expect says what a call has to answer, and does to the model what it does;
 // nil: an error. ok is false if the model does not know.
 func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) {
-	write := !strings.HasSuffix(method, "Get")
+	unusual := false // has a field twice perhaps: known to protobuf, refused by a node
 	valid := func(r proto.Message, err func() error) bool {
-		return proto.Unmarshal(req, r) == nil && err() == nil && (!write || len(r.ProtoReflect().GetUnknown()) == 0)
+		ok := proto.Unmarshal(req, r) == nil && err() == nil && len(r.ProtoReflect().GetUnknown()) == 0
+		unusual = proto.Size(r) != len(req)
+		return ok
 	}
 	switch method[strings.LastIndex(method, "/")+1:] {
 	case "Get":
 		var r kvpb.GetRequest
 		if !valid(&r, func() error { return (&kvOp{kind: opGet, key: []byte(r.Key)}).check() }) {
 			return nil, true
+		}
+		if unusual {
+			return nil, false
 		}
 		it, found := m.items[r.Key]
 		resp := &kvpb.GetResponse{Version: it.version}
@@ -508,7 +513,7 @@ func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) 
 		}) {
 			return nil, true
 		}
-		if r.ExpectedVersion != nil || r.RequestId != nil {
+		if unusual || r.ExpectedVersion != nil || r.RequestId != nil {
 			return nil, false
 		}
 		m.version++
@@ -519,7 +524,7 @@ func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) 
 		if !valid(&r, func() error { return (&kvOp{kind: opGet, key: []byte(r.Key)}).check() }) {
 			return nil, true
 		}
-		if r.ExpectedVersion != nil || r.RequestId != nil {
+		if unusual || r.ExpectedVersion != nil || r.RequestId != nil {
 			return nil, false
 		}
 		_, found := m.items[r.Key]

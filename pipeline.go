@@ -1,5 +1,5 @@
-// Pipeline: many operations on one stream, without a message or a goroutine for
-// each.
+// Operations of clients, without a message for each: their bytes become the log's.
+// One to a call, or in a Pipeline many on a stream, without a goroutine for each.
 
 package main
 
@@ -35,15 +35,31 @@ type wireBytes struct {
 	pool mem.BufferPool
 }
 
-// codec is gRPC's, but for wireBytes.
+// kvRequest is a request of KVService, as the Operation that it is.
+type kvRequest struct {
+	s         *server
+	kind      protowire.Number
+	operation []byte
+}
+
+// codec is gRPC's, but for wireBytes and kvRequest.
 type codec struct{ encoding.CodecV2 }
 
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	if m, ok := v.(*wireBytes); ok {
+	switch m := v.(type) {
+	case *wireBytes:
 		m.b = data.Materialize()
-		return nil
+	case *kvRequest:
+		b := protowire.AppendTag(make([]byte, 0, data.Len()+8), m.kind, protowire.BytesType)
+		b = protowire.AppendVarint(b, uint64(data.Len()))
+		for _, part := range data {
+			b = append(b, part.ReadOnlyData()...)
+		}
+		m.operation = b
+	default:
+		return c.CodecV2.Unmarshal(data, v)
 	}
-	return c.CodecV2.Unmarshal(data, v)
+	return nil
 }
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
@@ -51,6 +67,84 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 		return mem.BufferSlice{mem.NewBuffer(&m.b, m.pool)}, nil
 	}
 	return c.CodecV2.Marshal(v)
+}
+
+// kvService is KVService, with operate in place of the methods that it can be.
+func kvService() *grpc.ServiceDesc {
+	d := kvpb.KVService_ServiceDesc
+	d.Methods = slices.Clone(d.Methods)
+	kinds := map[string]protowire.Number{"Get": opGet, "Set": opSet, "Delete": opDelete, "OpenSession": opOpenSession}
+	for i := range d.Methods {
+		m := &d.Methods[i]
+		kind, ok := kinds[m.MethodName]
+		if !ok {
+			continue
+		}
+		info := &grpc.UnaryServerInfo{FullMethod: "/" + d.ServiceName + "/" + m.MethodName}
+		m.Handler = func(srv any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
+			req := &kvRequest{s: srv.(*server), kind: kind}
+			if err := decode(req); err != nil {
+				return nil, err
+			}
+			return intercept(ctx, req, info, operate)
+		}
+	}
+	return &d
+}
+
+// operate does what a kvRequest asks.
+func operate(ctx context.Context, req any) (any, error) {
+	m := req.(*kvRequest)
+	var o kvOp
+	if err := o.parse(m.operation); err != nil {
+		return nil, err
+	}
+	if o.kind == opGet {
+		return m.s.get(ctx, &o)
+	}
+	r, err := m.s.call(ctx, m.operation)
+	if err != nil {
+		return nil, o.unknown(err)
+	}
+	return &wireBytes{appendAnswer(make([]byte, 0, 16), o.kind, r, nil), mem.NopBufferPool{}}, nil
+}
+
+func (s *server) get(ctx context.Context, o *kvOp) (any, error) {
+	if !o.local {
+		if _, err := s.call(ctx, nil); err != nil {
+			return nil, err
+		}
+	}
+	var it item
+	var found bool
+	_, pool, err := admit(ctx, func() (_ proto.Message, _ int, err error) {
+		it, found, err = s.n.store.get(o.key)
+		return nil, len(it.value) + 16, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &wireBytes{appendAnswer(make([]byte, 0, len(it.value)+16), opGet, result{version: it.version, found: found}, it.value), pool}, nil
+}
+
+// appendAnswer appends the answer to an operation; value is that of the key that a
+// Get has found.
+func appendAnswer(b []byte, kind protowire.Number, r result, value []byte) []byte {
+	switch kind {
+	case opGet:
+		if r.found {
+			b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), value)
+		}
+		b = appendVarint(b, 2, r.version)
+	case opSet:
+		b = appendVarint(appendVarint(b, 1, r.version), 2, protowire.EncodeBool(r.compareFailed))
+	case opDelete:
+		b = appendVarint(b, 1, protowire.EncodeBool(r.found))
+		b = appendVarint(appendVarint(b, 2, r.version), 3, protowire.EncodeBool(r.compareFailed))
+	case opOpenSession:
+		b = appendVarint(b, 1, r.version)
+	}
+	return b
 }
 
 // group is the operations of one request. The loop counts left down.
@@ -78,7 +172,7 @@ func newGroup(m []byte) (*group, error) {
 		b, size := protowire.ConsumeBytes(m[tag:])
 		m = m[tag+size:]
 		o, c := &g.ops[i], &g.calls[i]
-		*o, c.out.err = parseOperation(b)
+		c.out.err = o.parse(b)
 		if c.group = g; o.kind != opGet {
 			c.record = b
 		}
@@ -214,28 +308,16 @@ func (s *server) appendResults(b []byte, g *group, i int) (_ []byte, next int) {
 
 // appendResult appends an OperationResult.
 func (s *server) appendResult(b []byte, o *kvOp, err error, r result) []byte {
-	kind, message := o.kind, [32]byte{}
-	m := message[:0]
-	if err == nil && kind == opGet {
-		var it item
-		var ok bool
-		if it, ok, err = s.n.store.get(string(o.key)); ok && err == nil {
-			m = slices.Grow(m, len(it.value)+16)
-			m = protowire.AppendTag(m, 1, protowire.BytesType)
-			m = protowire.AppendBytes(m, it.value)
-			m = appendVarint(m, 2, it.version)
-		}
+	var it item
+	if err == nil && o.kind == opGet {
+		it, r.found, err = s.n.store.get(o.key)
+		r.version = it.version
 	}
-	switch {
-	case err != nil:
+	kind, m := o.kind, make([]byte, 0, 32)
+	if err != nil {
 		kind, m = 5, appendError(m, toStatus(o.unknown(err), true))
-	case kind == opSet:
-		m = appendVarint(appendVarint(m, 1, r.version), 2, protowire.EncodeBool(r.compareFailed))
-	case kind == opDelete:
-		m = appendVarint(m, 1, protowire.EncodeBool(r.found))
-		m = appendVarint(appendVarint(m, 2, r.version), 3, protowire.EncodeBool(r.compareFailed))
-	case kind == opOpenSession:
-		m = appendVarint(m, 1, r.version)
+	} else {
+		m = appendAnswer(slices.Grow(m, len(it.value)+16), kind, r, it.value)
 	}
 	b = protowire.AppendTag(b, kind, protowire.BytesType)
 	return protowire.AppendBytes(b, m)

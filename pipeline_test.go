@@ -236,6 +236,11 @@ func sameOperation(p kvOp, o *kvpb.Operation) bool {
 	return p.kind == opOpenSession && o.GetOpenSession() != nil
 }
 
+func parseOperation(b []byte) (o kvOp, err error) {
+	err = o.parse(b)
+	return o, err
+}
+
 // FuzzParseOperation: what is accepted says the same to protobuf.
 func FuzzParseOperation(f *testing.F) {
 	for _, o := range []*kvpb.Operation{setOp("k", "v"), deleteOp("k"), getOp("k", true), {Operation: &kvpb.Operation_Set{Set: &kvpb.SetRequest{Key: "k", ExpectedVersion: new(uint64(3)), RequestId: &kvpb.RequestId{Session: 1, Sequence: 2}}}}} {

@@ -8,7 +8,6 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
-	"google.golang.org/protobuf/proto"
 )
 
 // Kinds of operations: the field numbers of Operation and, but for opGet, Write.
@@ -33,103 +32,94 @@ type kvOp struct {
 
 var errMalformed = invalid("operation", "it is none, or has a field that this node does not know, or twice")
 
-// encodeOperation encodes a request as an Operation. It allocates once.
-func encodeOperation(kind protowire.Number, req proto.Message) ([]byte, error) {
-	size := proto.Size(req)
-	b := make([]byte, 0, size+8)
-	b = protowire.AppendTag(b, kind, protowire.BytesType)
-	b = protowire.AppendVarint(b, uint64(size))
-	return proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(b, req)
+// fields reads the fields of a message one by one. It stops before one that is
+// malformed: then there is a rest.
+type fields struct {
+	rest     []byte
+	repeated protowire.Number // no other field may be there twice
+	seen     uint64
+
+	num protowire.Number // of the field that was read
+	v   uint64           // if it is a varint
+	b   []byte           // if it is bytes; else nil
 }
 
-// eachField calls f for each field of a message: with v for a varint, with b
-// for bytes. Other types are errors, and so is a field that f has had, unless it
-// is the repeated one.
-func eachField(m []byte, repeated protowire.Number, f func(num protowire.Number, v uint64, b []byte) error) error {
-	seen := uint64(0)
-	for len(m) > 0 {
-		num, typ, n := protowire.ConsumeTag(m)
-		if n < 0 || num > 63 || seen&(1<<num) != 0 {
-			return errMalformed
-		}
-		seen |= 1 << num &^ (1 << repeated)
-		m = m[n:]
-		v, b := uint64(0), []byte(nil)
-		switch typ {
-		case protowire.VarintType:
-			v, n = protowire.ConsumeVarint(m)
-		case protowire.BytesType:
-			b, n = protowire.ConsumeBytes(m)
-			if b == nil {
-				b = []byte{} // or it would be a varint's
-			}
-		default:
-			n = -1
-		}
-		if n < 0 {
-			return errMalformed
-		}
-		if err := f(num, v, b); err != nil {
-			return err
-		}
-		m = m[n:]
+func (f *fields) next() bool {
+	if len(f.rest) == 0 {
+		return false
 	}
-	return nil
-}
-
-// parseOperation parses an Operation, or a Write, and checks it.
-func parseOperation(m []byte) (o kvOp, err error) {
-	err = eachField(m, 0, func(num protowire.Number, _ uint64, b []byte) error {
-		if o.kind != 0 || num > opGet || b == nil {
-			return errMalformed
-		}
-		o.kind = num
-		return eachField(b, 0, o.field)
-	})
-	switch {
-	case err != nil:
-	case o.kind == 0:
-		err = errMalformed
-	case o.kind != opOpenSession:
-		err = o.check()
+	tag := f.rest[0] // no field of ours takes more
+	num, typ, n := protowire.Number(tag>>3), protowire.Type(tag&7), 1
+	if tag < 8 || tag >= 0x80 || f.seen&(1<<num) != 0 {
+		return false
 	}
-	return o, err
+	size := -1
+	switch f.num, f.v, f.b = num, 0, nil; typ {
+	case protowire.VarintType:
+		f.v, size = protowire.ConsumeVarint(f.rest[n:])
+	case protowire.BytesType:
+		f.b, size = protowire.ConsumeBytes(f.rest[n:])
+	}
+	if size < 0 {
+		return false
+	}
+	if num != f.repeated {
+		f.seen |= 1 << num
+	}
+	f.rest = f.rest[n+size:]
+	return true
 }
 
-// field takes a field of the request of o's kind.
-func (o *kvOp) field(num protowire.Number, v uint64, b []byte) error {
-	isBytes := b != nil
-	switch {
-	case num == 1 && isBytes && o.kind != opOpenSession:
-		o.key = b
-	case num == 2 && isBytes && o.kind == opSet:
-		o.value = b
-	case num == 2 && !isBytes && o.kind == opGet:
-		o.local = v != 0
-	case num == 3 && !isBytes && o.kind == opSet, num == 2 && !isBytes && o.kind == opDelete:
-		o.compares, o.expected = true, v
-	case num == 4 && isBytes && o.kind == opSet, num == 3 && isBytes && o.kind == opDelete:
-		o.hasID = true
-		return eachField(b, 0, func(num protowire.Number, v uint64, b []byte) error {
-			switch {
-			case num == 1 && b == nil:
-				o.session = v
-			case num == 2 && b == nil:
-				o.sequence = v
-			default:
-				return errMalformed
-			}
-			return nil
-		})
-	default:
+// parse parses an Operation, or a Write, and checks it.
+func (o *kvOp) parse(m []byte) error {
+	f := fields{rest: m}
+	if *o = (kvOp{}); !f.next() || len(f.rest) > 0 || f.b == nil || f.num > opGet {
 		return errMalformed
 	}
-	return nil
+	o.kind = f.num
+	for f = (fields{rest: f.b}); len(f.rest) > 0; {
+		if !f.next() || !o.take(&f) {
+			return errMalformed
+		}
+	}
+	return o.check()
+}
+
+// take takes a field of the request of o's kind.
+func (o *kvOp) take(f *fields) bool {
+	isBytes := f.b != nil
+	switch num := f.num; {
+	case num == 1 && isBytes && o.kind != opOpenSession:
+		o.key = f.b
+	case num == 2 && isBytes && o.kind == opSet:
+		o.value = f.b
+	case num == 2 && !isBytes && o.kind == opGet:
+		o.local = f.v != 0
+	case num == 3 && !isBytes && o.kind == opSet, num == 2 && !isBytes && o.kind == opDelete:
+		o.compares, o.expected = true, f.v
+	case num == 4 && isBytes && o.kind == opSet, num == 3 && isBytes && o.kind == opDelete:
+		o.hasID = true
+		id := fields{rest: f.b}
+		for len(id.rest) > 0 {
+			switch ok := id.next(); {
+			case ok && id.num == 1 && id.b == nil:
+				o.session = id.v
+			case ok && id.num == 2 && id.b == nil:
+				o.sequence = id.v
+			default:
+				return false
+			}
+		}
+	default:
+		return false
+	}
+	return true
 }
 
 // check finds what a service refuses.
 func (o *kvOp) check() error {
 	switch {
+	case o.kind == opOpenSession:
 	case len(o.key) == 0:
 		return invalid("key", "it is empty")
 	case len(o.key) > maxKeyBytes:
@@ -159,25 +149,25 @@ type batch struct {
 // bytes at least.
 func parseBatch(data []byte, room []kvOp) (b batch, err error) {
 	b.writes = room[:0]
-	err = eachField(data, 3, func(num protowire.Number, v uint64, m []byte) error {
-		switch {
-		case num == 1 && m == nil:
-			b.proposer = v
-		case num == 2 && m == nil:
-			b.sequence = v
-		case num == 3 && m != nil:
-			w, err := parseOperation(m)
+	for f := (fields{rest: data, repeated: 3}); len(f.rest) > 0; {
+		switch ok := f.next(); {
+		case ok && f.num == 1 && f.b == nil:
+			b.proposer = f.v
+		case ok && f.num == 2 && f.b == nil:
+			b.sequence = f.v
+		case ok && f.num == 3 && f.b != nil:
+			b.writes = append(b.writes, kvOp{})
+			w := &b.writes[len(b.writes)-1]
+			err := w.parse(f.b)
 			if w.kind == opGet {
 				err = errMalformed
 			}
 			if err != nil {
-				return fmt.Errorf("write %d of a batch: %w", len(b.writes)+1, err)
+				return b, fmt.Errorf("write %d of a batch: %w", len(b.writes), err)
 			}
-			b.writes = append(b.writes, w)
 		default:
-			return errMalformed
+			return b, errMalformed
 		}
-		return nil
-	})
-	return b, err
+	}
+	return b, nil
 }

@@ -24,7 +24,6 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -177,7 +176,7 @@ func newServer(n *node, nw *network) *server {
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.NumStreamWorkers(streamWorkers),
 	)
-	kvpb.RegisterKVServiceServer(s.grpc, s)
+	s.grpc.RegisterService(kvService(), s)
 	kvpb.RegisterClusterServiceServer(s.grpc, s)
 	kvpb.RegisterRaftServiceServer(s.grpc, nw)
 	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
@@ -216,7 +215,7 @@ func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		err = errStopping
 	default:
 		switch req.(type) {
-		case *kvpb.GetRequest, *kvpb.ListRequest: // none other has large answers
+		case *kvpb.ListRequest: // get sees to its own, none other is large
 			resp, err = admitted(ctx, func() (any, error) { return handler(ctx, req) })
 		default:
 			resp, err = handler(ctx, req)
@@ -287,44 +286,6 @@ func (s *server) handOver(ctx context.Context) {
 	})
 }
 
-// Get implements KVService.
-func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetResponse, error) {
-	if err := (&kvOp{kind: opGet, key: []byte(req.Key)}).check(); err != nil {
-		return nil, err
-	}
-	if !req.Local {
-		if _, err := s.call(ctx, nil); err != nil {
-			return nil, err
-		}
-	}
-	it, ok, err := s.n.store.get(req.Key)
-	if err != nil || !ok {
-		return &kvpb.GetResponse{}, err
-	}
-	if it.value == nil {
-		it.value = []byte{} // empty, not absent
-	}
-	return &kvpb.GetResponse{Value: it.value, Version: it.version}, nil
-}
-
-// Set implements KVService.
-func (s *server) Set(ctx context.Context, req *kvpb.SetRequest) (*kvpb.SetResponse, error) {
-	r, err := s.write(ctx, opSet, req)
-	return &kvpb.SetResponse{Version: r.version, CompareFailed: r.compareFailed}, err
-}
-
-// Delete implements KVService.
-func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.DeleteResponse, error) {
-	r, err := s.write(ctx, opDelete, req)
-	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version, CompareFailed: r.compareFailed}, err
-}
-
-// OpenSession implements KVService.
-func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
-	r, err := s.write(ctx, opOpenSession, req)
-	return &kvpb.OpenSessionResponse{Session: r.version}, err
-}
-
 // openView opens a view for as long as ctx: a linearizable one, unless local.
 func (s *server) openView(ctx context.Context, local bool, open func(*store) *view) (v *view, err error) {
 	if !local {
@@ -374,19 +335,6 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 		resp.NextPageToken = items[len(items)-1].key
 	}
 	return resp, nil
-}
-
-func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Message) (result, error) {
-	record, err := encodeOperation(kind, req)
-	if err != nil {
-		return result{}, err
-	}
-	o, err := parseOperation(record)
-	if err != nil {
-		return result{}, err
-	}
-	r, err := s.call(ctx, record)
-	return r, o.unknown(err)
 }
 
 // unknown makes an unknown outcome one after which the write may be sent again,

@@ -755,11 +755,28 @@ func TestServiceConfig(t *testing.T) {
 
 // writeAs calls what the method of a write calls.
 func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
-	switch op := w.Operation.(type) {
-	case *kvpb.Write_Set:
-		return s.write(ctx, opSet, op.Set)
-	case *kvpb.Write_Delete:
-		return s.write(ctx, opDelete, op.Delete)
+	b, err := proto.Marshal(w)
+	if err != nil {
+		return result{}, err
 	}
-	return s.write(ctx, opOpenSession, w.GetOpenSession())
+	resp, err := operate(ctx, &kvRequest{s: s, operation: b})
+	if err != nil {
+		return result{}, err
+	}
+	var r result
+	switch b := resp.(*wireBytes).b; w.Operation.(type) {
+	case *kvpb.Write_Set:
+		a := &kvpb.SetResponse{}
+		err = proto.Unmarshal(b, a)
+		r = result{version: a.Version, compareFailed: a.CompareFailed}
+	case *kvpb.Write_Delete:
+		a := &kvpb.DeleteResponse{}
+		err = proto.Unmarshal(b, a)
+		r = result{a.Version, a.Deleted, a.CompareFailed}
+	default:
+		a := &kvpb.OpenSessionResponse{}
+		err = proto.Unmarshal(b, a)
+		r = result{version: a.Session}
+	}
+	return r, err
 }

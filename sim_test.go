@@ -1617,7 +1617,7 @@ func (s *sim) finishRead(a *attempt) {
 	o := a.o
 	o.sent = nil
 	defer s.clients[o.client].rest()
-	it, ok, err := a.p.n.store.get(o.key)
+	it, ok, err := a.p.n.store.get([]byte(o.key))
 	if err != nil {
 		o.failed = true
 		return
@@ -1641,7 +1641,7 @@ func (s *sim) finishRead(a *attempt) {
 // readLocal reads without asking anybody: something committed, and on one node
 // nothing older than before.
 func (s *sim) readLocal(p *proc, key string) {
-	it, ok, err := p.n.store.get(key)
+	it, ok, err := p.n.store.get([]byte(key))
 	if err != nil || !ok {
 		return
 	}
@@ -2202,7 +2202,7 @@ func (s *sim) settle() {
 	s.finishWrite(o, s.ask(members[s.rng.IntN(len(members))], w))
 	for _, p := range members {
 		s.ask(p, nil)
-		if it, ok, err := p.n.store.get("fresh"); err != nil || !ok || it.version != o.version {
+		if it, ok, err := p.n.store.get([]byte("fresh")); err != nil || !ok || it.version != o.version {
 			s.failf("I9: a fresh read through %v: %v, %v, %v; want version %d", p, it, ok, err, o.version)
 		}
 	}
@@ -2339,7 +2339,7 @@ func (s *sim) unequal() string {
 		present := uint64(0)
 		for _, key := range slices.Sorted(maps.Keys(o.keys)) {
 			want := o.keys[key][len(o.keys[key])-1]
-			it, ok, err := st.get(key)
+			it, ok, err := st.get([]byte(key))
 			if err != nil || ok != want.present || ok && (it.version != want.version || string(it.value) != want.value) {
 				s.failf("I5: %s at %v is %v, %v, %v; want %+v", key, p, it, ok, err, want)
 			}
@@ -2570,7 +2570,7 @@ func (s *sim) loseMemory() {
 	s.settle()
 	s.linearizable()
 	for _, p := range s.members() {
-		if it, _, err := p.n.store.get(o.key); err != nil || string(it.value) != o.value {
+		if it, _, err := p.n.store.get([]byte(o.key)); err != nil || string(it.value) != o.value {
 			s.failf("I2: %v has lost an acknowledged write: it has %q, %v", p, it.value, err)
 		}
 	}

@@ -102,7 +102,7 @@ type store struct {
 
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
-	shards    []map[string]item
+	shards    []map[string]*item
 	keys      uint64
 	bytes     uint64  // of all keys and values
 	views     []*view // of these shards
@@ -115,12 +115,12 @@ func newStore() *store {
 		proposers: map[uint64]uint64{},
 		sessions:  map[uint64]*list.Element{}, recent: list.New(),
 		sessionLimit: maxSessions, answerLimit: maxAnswers,
-		shards: make([]map[string]item, numShards),
+		shards: make([]map[string]*item, numShards),
 	}
 }
 
 // shardOf is FNV-1a, folded: the same on every machine and in every run.
-func shardOf(key string) uint64 {
+func shardOf[K string | []byte](key K) uint64 {
 	h := uint64(14695981039346656037)
 	for i := range len(key) {
 		h = (h ^ uint64(key[i])) * 1099511628211
@@ -130,14 +130,16 @@ func shardOf(key string) uint64 {
 
 // get returns the item of a key, as far as this node has applied. The value
 // must not be changed. A node in no cluster knows nothing, not even an absence.
-func (s *store) get(key string) (item, bool, error) {
+func (s *store) get(key []byte) (item, bool, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.clusterID == 0 {
 		return item{}, false, errNotInitialized
 	}
-	it, ok := s.shards[shardOf(key)][key]
-	return it, ok, nil
+	if it := s.shards[shardOf(key)][string(key)]; it != nil {
+		return *it, true, nil
+	}
+	return item{}, false, nil
 }
 
 // size returns the number of keys and the bytes of keys and values.
@@ -218,17 +220,21 @@ func (s *store) applyOnce(w *kvOp) outcome {
 
 func (s *store) applyWrite(w *kvOp) result {
 	if w.compares {
-		if v := s.shards[shardOf(string(w.key))][string(w.key)].version; v != w.expected {
-			return result{version: v, compareFailed: true}
+		version := uint64(0)
+		if it := s.shards[shardOf(w.key)][string(w.key)]; it != nil {
+			version = it.version
+		}
+		if version != w.expected {
+			return result{version: version, compareFailed: true}
 		}
 	}
 	s.version++
 	r := result{version: s.version}
-	switch key := string(w.key); w.kind {
+	switch w.kind {
 	case opSet:
-		r.found = s.set(key, item{bytes.Clone(w.value), s.version})
+		r.found = s.set(w.key, item{bytes.Clone(w.value), s.version})
 	case opDelete:
-		r.found = s.delete(key)
+		r.found = s.delete(w.key)
 	default:
 		s.openSession(s.version)
 	}
@@ -254,41 +260,42 @@ func (s *store) fresh(proposer, sequence uint64) bool {
 	return true
 }
 
-func (s *store) set(key string, it item) (found bool) {
+// set looks a key up once, and allocates nothing for one that is there.
+func (s *store) set(key []byte, it item) (found bool) {
 	i := shardOf(key)
-	old, found := s.shards[i][key]
-	if found {
-		s.preserve(i, keyItem{key, old})
-		s.bytes -= uint64(len(old.value))
-	} else {
-		s.keys++
-		s.bytes += uint64(len(key))
-	}
-	if s.shards[i] == nil {
-		s.shards[i] = map[string]item{}
-	}
 	s.bytes += uint64(len(it.value))
-	s.shards[i][key] = it
-	return found
+	if old := s.shards[i][string(key)]; old != nil {
+		s.preserve(i, key, old)
+		s.bytes -= uint64(len(old.value))
+		*old = it
+		return true
+	}
+	s.keys++
+	s.bytes += uint64(len(key))
+	if s.shards[i] == nil {
+		s.shards[i] = map[string]*item{}
+	}
+	s.shards[i][string(key)] = new(it)
+	return false
 }
 
-func (s *store) delete(key string) (found bool) {
+func (s *store) delete(key []byte) (found bool) {
 	i := shardOf(key)
-	old, found := s.shards[i][key]
-	if found {
-		s.preserve(i, keyItem{key, old})
-		delete(s.shards[i], key)
+	old := s.shards[i][string(key)]
+	if old != nil {
+		s.preserve(i, key, old)
+		delete(s.shards[i], string(key))
 		s.keys--
 		s.bytes -= uint64(len(key) + len(old.value))
 	}
-	return found
+	return old != nil
 }
 
 // preserve keeps what is about to be replaced for the views that show it.
-func (s *store) preserve(shard uint64, old keyItem) {
+func (s *store) preserve(shard uint64, key []byte, old *item) {
 	for _, v := range s.views {
 		if old.version <= v.header.Version {
-			v.replaced[shard] = append(v.replaced[shard], old)
+			v.replaced[shard] = append(v.replaced[shard], keyItem{string(key), *old})
 		}
 	}
 }
@@ -342,7 +349,7 @@ type view struct {
 	header   *kvpb.SnapshotHeader
 	keys     uint64
 	sessions []session // as in recent
-	shards   []map[string]item
+	shards   []map[string]*item
 	replaced map[uint64][]keyItem // by shard
 }
 
@@ -380,7 +387,7 @@ func (v *view) shard(i uint64) []keyItem {
 	items := append(make([]keyItem, 0, len(v.replaced[i])+len(v.shards[i])), v.replaced[i]...)
 	for key, it := range v.shards[i] {
 		if it.version <= v.header.Version {
-			items = append(items, keyItem{key, it})
+			items = append(items, keyItem{key, *it})
 		}
 	}
 	return items
@@ -494,7 +501,7 @@ func (v *view) writeTo(to io.Writer) error {
 
 // readSnapshot reads a snapshot into a new store, or says why it is none.
 func readSnapshot(r io.Reader) (*store, error) {
-	return scanSnapshot(r, func(s *store, it keyItem, _ uint64) { s.set(it.key, it.item) })
+	return scanSnapshot(r, func(s *store, it keyItem, _ uint64) { s.set([]byte(it.key), it.item) })
 }
 
 // scanSnapshot gives the keys of a snapshot, and how many there shall be, to
