@@ -226,9 +226,10 @@ type sim struct {
 	cut     [][]int // by site, from and to: partitions in force
 	lossNow float64 // while a burst lasts
 	slowNow float64
-	calm    bool // no more faults
-	running bool // faults have begun
-	quiet   bool // no more calls
+	late    int64 // when all has arrived that the network was given
+	calm    bool  // no more faults
+	running bool  // faults have begun
+	quiet   bool  // no more calls
 
 	oracle  oracle
 	leaders map[uint64]uint64 // by term
@@ -957,6 +958,7 @@ func (s *sim) latency() float64 {
 	if !s.calm && (s.chance(s.cfg.spike) || s.chance(s.slowNow)) {
 		l *= 20
 	}
+	s.late = max(s.late, s.now+int64(l*simTick))
 	return l
 }
 
@@ -2184,6 +2186,13 @@ func (s *sim) settle() {
 		st.cur.goOn()
 	}
 	s.begin()
+	if s.late > s.now+int64(6*s.cfg.latency*simTick) {
+		// What is sent now waits behind what comes late: an election can be due that
+		// nothing shows yet.
+		for end := s.late + int64(2*s.cfg.election*simTick); s.now < end; {
+			s.next()
+		}
+	}
 	s.until(settleTicks, s.unsettled)
 	s.quiet = true
 	s.until(settleTicks, func() string {
