@@ -308,7 +308,11 @@ func (c *client) set(ctx context.Context) (err error) {
 // newID opens a session for one write, which may then be sent again and again.
 func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
 	resp, err := c.kv().OpenSession(ctx, &kvpb.OpenSessionRequest{})
-	return &kvpb.RequestId{Session: resp.GetSession(), Sequence: 1}, err
+	if err != nil { // A node calls it a write; what the user wrote was never sent.
+		said := strings.ReplaceAll(err.Error(), errOutcomeUnknown.Error(), "whether one was opened is not known")
+		return nil, fmt.Errorf("nothing was written: no session could be opened: %s", said)
+	}
+	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, nil
 }
 
 // readValue reads all of r, up to one byte more than a node takes, for it to

@@ -45,8 +45,9 @@ type fakeNode struct {
 	fail    func(context.Context) error
 	data    map[string][]byte
 	metrics *kvpb.MetricsResponse
-	asked   int // for metrics, since setMetrics
-	refuse  int // so many calls of OpenSession
+	asked   int   // for metrics, since setMetrics
+	refuse  int   // so many calls of OpenSession
+	barred  error // the answer to all others of them, if there is one
 	opened  uint64
 	ids     []*kvpb.RequestId // of all writes counted
 	version uint64            // with which compares fail
@@ -159,6 +160,9 @@ func (f *fakeNode) OpenSession(context.Context, *kvpb.OpenSessionRequest) (*kvpb
 	defer f.mu.Unlock()
 	if f.refuse--; f.refuse >= 0 {
 		return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "no leader")
+	}
+	if f.barred != nil {
+		return nil, f.barred
 	}
 	f.opened++
 	return &kvpb.OpenSessionResponse{Session: 40 + f.opened}, nil
@@ -421,6 +425,41 @@ func TestClientExactlyOnce(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestClientNoSession: a write is not sent without a session, so that nothing is
+// written, whatever became of the session.
+func TestClientNoSession(t *testing.T) {
+	reason := func(code codes.Code, r kvpb.ErrorReason, err error) error { return apiError(code, r, err.Error()) }
+	for _, test := range []struct {
+		name   string
+		barred error
+		want   string
+	}{
+		{"refused", reason(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED, errNotInitialized), "NOT_INITIALIZED"},
+		{"unknown", reason(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errOutcomeUnknown), "OUTCOME_UNKNOWN"},
+		{"unknown in time", reason(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errUnknownInTime), "OUTCOME_UNKNOWN"},
+		{"broken", status.Error(codes.Unavailable, "broken"), "broken"},
+	} {
+		for _, command := range []string{"set k v", "delete k"} {
+			t.Run(test.name+" "+command, func(t *testing.T) {
+				t.Parallel()
+				f := newFakeNode(t)
+				f.barred = test.barred
+				_, errs := runCommand(t, 1, "", append(strings.Fields(command), "--timeout", "2s", "--endpoints", f.addr)...)
+				wantPart(t, errs, ": nothing was written: no session could be opened: "+f.addr+": ")
+				wantPart(t, errs, test.want)
+				for _, part := range []string{"the outcome is unknown", "may or may not", errOutcomeUnknown.Error()} {
+					if strings.Contains(errs, part) {
+						t.Errorf("nothing was sent, but: %s", errs)
+					}
+				}
+				if _, n := f.take(); n != 0 {
+					t.Errorf("%d writes were sent", n)
+				}
+			})
+		}
 	}
 }
 
