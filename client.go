@@ -204,6 +204,8 @@ func (c *client) check(names string, least, most int) error {
 		return fmt.Errorf("wrong number of arguments: %d; want: %s", n, cmp.Or(names, "none"))
 	case c.output != "text" && c.output != "json":
 		return fmt.Errorf("-o %q: want text or json", c.output)
+	case c.timeout <= 0:
+		return fmt.Errorf("--timeout %v: want more than 0", c.timeout)
 	case strings.HasPrefix(names, "KEY") && !utf8.ValidString(c.args[0]):
 		return fmt.Errorf("key %q: want UTF-8", c.args[0])
 	case names == "[COMMAND]" && n > 0 && !isCommand(c.args[0]):

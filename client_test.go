@@ -271,6 +271,7 @@ func TestClientUsageErrors(t *testing.T) {
 	runCommand(t, 2, "", "get", "\xff")
 	for line, hint := range map[string]string{
 		"set k -5": "goes behind --", "get k --timeout 1": "missing unit", "health --service nosuch": "restart", "list --limit -1": "-limit",
+		"get k --timeout 0": "--timeout 0s: want more than 0", "health --wait --timeout -5s": "--timeout -5s: want more than 0",
 		"backup -": "name of a file", "restore - --id 1": "name of a file",
 	} {
 		_, errs := runCommand(t, 2, "", strings.Fields(line)...)
