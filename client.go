@@ -124,8 +124,11 @@ and directory, and add others. Keys, versions and sessions are those of the back
 func (c *client) versionFlag(fs *flag.FlagSet) {
 	fs.Func("if-version", "only if the key has this `VERSION`, or exit status 1; 0, for set: only if it is not there", func(s string) error {
 		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			return errors.New("want a version as list prints it, or 0") // err is of strconv
+		}
 		c.ifVersion = &n
-		return err
+		return nil
 	})
 }
 

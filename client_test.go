@@ -270,12 +270,16 @@ func TestClientUsageErrors(t *testing.T) {
 	}
 	runCommand(t, 2, "", "get", "\xff")
 	for line, hint := range map[string]string{
-		"set k -5": "goes behind --", "get k --timeout 1": "missing unit", "health --service nosuch": "restart", "list --limit -1": "-limit",
+		"set k -5": "goes behind --", "get k --timeout 1": "number and its unit", "health --service nosuch": "restart", "list --limit -1": "-limit",
+		"set k v --if-version x": "want a version", "delete k --if-version 99999999999999999999": "want a version", "get k --timeout x": "number and its unit",
 		"get k --timeout 0": "--timeout 0s: want more than 0", "health --wait --timeout -5s": "--timeout -5s: want more than 0",
 		"backup -": "name of a file", "restore - --id 1": "name of a file",
 	} {
 		_, errs := runCommand(t, 2, "", strings.Fields(line)...)
 		wantPart(t, errs, hint)
+		if strings.Contains(errs, "strconv.") || strings.Contains(errs, "time:") {
+			t.Errorf("it shows what it is made of: %s", errs)
+		}
 	}
 }
 

@@ -134,7 +134,12 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 	fs.StringVar(&o.dataDir, "data-dir", "", "`directory` that keeps all that the node has promised (default: it is in memory only)")
 	fs.Int64Var(&o.logBytes, "log-bytes", o.logBytes, "`bytes` of log entries kept before old ones are dropped")
 	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
-	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	fs.Func("log-level", "debug, info, warn or error (default INFO)", func(s string) error {
+		if o.logLevel.UnmarshalText([]byte(s)) != nil {
+			return errors.New("want debug, info, warn or error")
+		}
+		return nil
+	})
 	var first []string // the environment: flags go before it
 	fs.VisitAll(func(f *flag.Flag) {
 		name := "RAFT_KEY_VALUE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
@@ -155,11 +160,13 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 	return o, ifNot(err, o.check)
 }
 
-// durationVar is fs.DurationVar, but its error says what is missing: the unit.
+// durationVar is fs.DurationVar, but its error says what is wanted: a unit, too.
 func durationVar(fs *flag.FlagSet, d *time.Duration, name, usage string) {
 	fs.Func(name, fmt.Sprintf("%s (default %v)", usage, *d), func(s string) (err error) {
-		*d, err = time.ParseDuration(s)
-		return err
+		if *d, err = time.ParseDuration(s); err != nil {
+			return errors.New("want a number and its unit, such as 500ms or 2m")
+		}
+		return nil
 	})
 }
 

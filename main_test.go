@@ -44,7 +44,7 @@ func TestOptions(t *testing.T) {
 		{args: "--id 0 --addr 127.0.0.1:1", want: "--id"},
 		{args: "--id -1 --addr 127.0.0.1:1", want: "invalid value"},
 		{args: "--id 1", want: "--addr is needed"},
-		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 1", want: "missing unit"},
+		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 1", want: "number and its unit"},
 		{args: "--id 1 --addr 127.0.0.1:1 init 1=127.0.0.1:1", want: "before all flags"},
 		{args: "--id 1 --addr 127.0.0.1", want: "host:port"},
 		{args: "--id 1 --addr 0.0.0.0:1 --insecure", want: "--advertise"},
@@ -59,7 +59,8 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 11s --election-timeout 1m", want: "--heartbeat"},
 		{args: "--id 1 --addr 127.0.0.1:1 --election-timeout 200ms", want: "--election-timeout"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 5", want: "--log-bytes"},
-		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "invalid value"},
+		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "flag -log-level: want debug, info, warn or error"},
+		{args: "--id 1 --addr 127.0.0.1:1 --log-level warn"},
 		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: "invalid value"},
 		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "unknown sub-command \"nosuch\""},
 	} {
