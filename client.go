@@ -574,12 +574,15 @@ func (c *client) restore(context.Context) error {
 		return err
 	}
 	defer f.Close()
+	_, there := os.Lstat(c.dataDir)
 	d, err := openDisk(osFS{}, c.dataDir, defaultOptions().logBytes, slog.New(slog.NewTextHandler(c.stderr, nil)))
 	if err != nil {
 		return err
 	}
 	defer d.close()
+	empty := false
 	s, err := d.restore(c.node, func() (*store, error) {
+		empty = true // or it would not ask
 		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set([]byte(it.key), it.item) }))
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), err)
@@ -587,9 +590,25 @@ func (c *client) restore(context.Context) error {
 		return s, err
 	})
 	if err != nil {
+		if empty {
+			undoRestore(d, errors.Is(there, os.ErrNotExist))
+		}
 		return err
 	}
 	return c.printState(s, "restored")
+}
+
+// undoRestore takes away what a restore that failed has put into an empty
+// directory, which is still locked, and the directory if it was made for that.
+func undoRestore(d *disk, made bool) {
+	if d.wal != nil {
+		d.wal.close() // ends who fills a segment
+	}
+	// What is not finished goes. What is, is left alone: it is not node 0's.
+	if _, err := d.recover(0); err == nil && made {
+		_ = d.remove("LOCK")
+		_ = d.fs.remove(d.dir) // unless somebody has put something into it
+	}
 }
 
 // progress says on stderr now and then how many keys a store has by then.

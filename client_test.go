@@ -8,17 +8,21 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
+	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
@@ -526,6 +530,60 @@ func TestClientSilentStdin(t *testing.T) {
 		}
 	case <-time.After(pollDeadline):
 		t.Fatal("it waits for stdin beyond its timeout")
+	}
+}
+
+// pipeOf is a backup of so many keys, and a pipe in the place of its file: the
+// test says how much of it a restore gets.
+func pipeOf(t *testing.T, keys int) (backup []byte, path string, pipe *os.File) {
+	t.Helper()
+	s := filledStore(keys)
+	s.clusterID, s.index, s.term = 9, 7, 3
+	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID}}, []*kvpb.Member{{RaftId: leaderID, Node: &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}}})
+	v := s.open()
+	defer v.close()
+	var b bytes.Buffer
+	if err := v.writeTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(t.TempDir(), "backup")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Skip(err)
+	}
+	pipe, err := os.OpenFile(path, os.O_RDWR, 0) // not to wait for the other end
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { pipe.Close() })
+	return b.Bytes(), path, pipe
+}
+
+// TestClientRestoreUndone: a restore that fails half way takes away what it has
+// made, and the directory if that was not there.
+func TestClientRestoreUndone(t *testing.T) {
+	for _, made := range []bool{true, false} {
+		t.Run(fmt.Sprint("made=", made), func(t *testing.T) {
+			t.Parallel()
+			backup, path, pipe := pipeOf(t, 2000)
+			dir := filepath.Join(t.TempDir(), "data")
+			if !made {
+				if err := os.Mkdir(dir, 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			go func() {
+				pipe.Write(backup[:len(backup)-1])                              // more than a pipe holds: by then the directory was found empty
+				os.Mkdir(filepath.Join(dir, "0000000000000001.wal.tmp"), 0o700) // in the place of the log
+				pipe.Write(backup[len(backup)-1:])
+				pipe.Close()
+			}()
+			_, errs := runCommand(t, 1, "", "restore", path, "--data-dir", dir, "--id", "5", "--addr", "127.0.0.1:5")
+			wantPart(t, errs, "0000000000000001.wal.tmp: is a directory")
+			names, err := os.ReadDir(dir)
+			if made && !errors.Is(err, os.ErrNotExist) || !made && (len(names) != 1 || names[0].Name() != "LOCK") {
+				t.Error(names, err)
+			}
+		})
 	}
 }
 
