@@ -568,7 +568,7 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
 }
 
-func (c *client) restore(context.Context) error {
+func (c *client) restore(ctx context.Context) error {
 	f, err := os.Open(c.args[0])
 	if err != nil {
 		return err
@@ -580,12 +580,13 @@ func (c *client) restore(context.Context) error {
 		return err
 	}
 	defer d.close()
+	defer context.AfterFunc(ctx, func() { f.Close() })() // ends reading
 	empty := false
 	s, err := d.restore(c.node, func() (*store, error) {
 		empty = true // or it would not ask
 		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set([]byte(it.key), it.item) }))
 		if err != nil {
-			err = fmt.Errorf("%s: %w", f.Name(), err)
+			err = fmt.Errorf("%s: %w", f.Name(), cmp.Or(ctx.Err(), err))
 		}
 		return s, err
 	})

@@ -587,6 +587,26 @@ func TestClientRestoreUndone(t *testing.T) {
 	}
 }
 
+// TestClientRestoreEnds: a restore that still reads ends when its time is up.
+func TestClientRestoreEnds(t *testing.T) {
+	_, path, _ := pipeOf(t, 1)
+	dir := filepath.Join(t.TempDir(), "data")
+	ended := make(chan string, 1)
+	go func() {
+		_, errs := runCommand(t, 1, "", "restore", path, "--data-dir", dir, "--id", "5", "--addr", "127.0.0.1:5", "--timeout", "50ms")
+		ended <- errs
+	}()
+	select {
+	case errs := <-ended:
+		wantText(t, "stderr", errs, "raft-key-value: restore: "+path+": context deadline exceeded\n")
+	case <-time.After(pollDeadline):
+		t.Fatal("it reads beyond its timeout")
+	}
+	if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
 func TestClientMembership(t *testing.T) {
 	f := newFakeNode(t)
 	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", "")
