@@ -135,7 +135,7 @@ func (c *client) versionFlag(fs *flag.FlagSet) {
 var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName}
 
 const helpNotes = "Flags stand before or after the arguments; what follows -- is an argument.\n" +
-	"With -o json, an answer is as kv.proto has it, 64-bit numbers as strings.\n"
+	"With -o json, an answer is as kv.proto has it, 64-bit numbers as strings, values in base64.\n"
 
 func isCommand(name string) bool { return commands()[name] != nil }
 
