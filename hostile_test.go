@@ -134,6 +134,19 @@ func (l *lone) hears(stream int, ms ...*raftpb.Message) {
 	l.turn(0)
 }
 
+// TestTimeoutNowBehindChange: who is to lead takes over although a change of
+// membership has come right before. Raft itself would ignore it, and the old
+// leader refuse writes for an election timeout.
+func TestTimeoutNowBehindChange(t *testing.T) {
+	l := newLone(t, following)
+	change := confEntry(contextOf(plainMembers(4)...))
+	change.Index, change.Term = new(uint64(2)), new(uint64(1))
+	l.hears(0, appendMessage(1, 1, 1, 2, change), message(raftpb.MsgTimeoutNow, 2, 1))
+	if l.n.role != raft.StateCandidate || l.n.store.index != 2 || l.n.term != 2 {
+		t.Errorf("it is %v in term %d, and has applied %d", l.n.role, l.n.term, l.n.store.index)
+	}
+}
+
 // TestLeaderLost: once the stream to the leader is down, what it sent last does
 // not make it the leader again, so that the first election succeeds.
 func TestLeaderLost(t *testing.T) {

@@ -444,8 +444,12 @@ func (n *node) check(m *raftpb.Message) bool {
 		return (&peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat}).check(m)
 	}
 	err := try()
-	if err != nil || m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgHeartbeat && m.GetCommit() > n.store.index {
-		n.drain() // n.raft and n.role are not raft's own while there is a Ready
+	switch t := m.GetType(); {
+	case err != nil, t == raftpb.MsgProp, t == raftpb.MsgHeartbeat && m.GetCommit() > n.store.index:
+		// n.raft and n.role are not raft's own while there is a Ready.
+		fallthrough
+	case t == raftpb.MsgTimeoutNow: // raft ignores it while it has a change to apply
+		n.drain()
 		if n.rn == nil || n.err != nil {
 			return false
 		}
@@ -475,16 +479,25 @@ func (n *node) drain() {
 // ready handles a Ready. With AsyncStorageWrites, all of it is messages: to
 // peers, to be sent at once; to the log, whose answers wait until it has
 // written; and to the state machine.
+//
+// Raft lets a call for votes go at once, too, and its candidate can win by the
+// votes of others before its own is durable. Without power then, it would lead
+// the same term again, with other entries. So the call waits for the log (Raft
+// thesis, section 3.8).
 func (n *node) ready(rd raft.Ready) {
 	n.syncSoftState()
 	for _, rs := range rd.ReadStates {
 		n.readConfirmed(rs)
 	}
+	var votes []*raftpb.Message // called for; the term and this node's own vote are in the append that follows
 	for _, m := range rd.Messages {
-		switch m.GetTo() {
-		case raft.LocalAppendThread:
+		switch to := m.GetTo(); {
+		case m.GetType() == raftpb.MsgVote:
+			votes = append(votes, m)
+		case to == raft.LocalAppendThread:
+			m.Responses = append(votes, m.GetResponses()...)
 			n.append(m)
-		case raft.LocalApplyThread:
+		case to == raft.LocalApplyThread:
 			n.flush(false) // somebody waits for the answer to an append
 			n.apply(m)
 		default:
@@ -716,13 +729,10 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 	}
 	n.count.WritesApplied += s.version - before
 	if p := n.own; p != nil && proposer == n.raftID && sequence == p.sequence {
-		for i, r := range results {
-			n.finish(p.calls[i], r)
+		for i := range min(len(results), len(p.calls)) {
+			n.finish(p.calls[i], results[i])
 		}
-		if len(results) == 0 {
-			n.failOwn() // it was applied before, and its results are gone
-		}
-		n.own = nil
+		n.failOwn() // whatever has no result: it was applied before, and its results are gone
 	}
 	return nil
 }

@@ -232,7 +232,7 @@ type sim struct {
 	quiet   bool  // no more calls
 
 	oracle  oracle
-	leaders map[uint64]uint64 // by term
+	leaders map[uint64]uint64 // by term, their lives
 	lives   map[uint64]string // by raft ID and by life: whose it was
 	states  map[uint64]uint64 // by index: hash
 	names   map[uint64]string // of raft IDs
@@ -615,6 +615,10 @@ func (p *proc) promises(m *raftpb.Message) {
 	}
 	h := p.written.HardState
 	switch m.GetType() {
+	case raftpb.MsgVote: // it goes for this node's own vote, too
+		if h.GetTerm() < m.GetTerm() || h.GetTerm() == m.GetTerm() && h.GetVote() != m.GetFrom() {
+			p.s.failf("I7: %v calls for votes in term %d, the disk has %v", p, m.GetTerm(), h)
+		}
 	case raftpb.MsgVoteResp:
 		if h.GetTerm() < m.GetTerm() || h.GetTerm() == m.GetTerm() && h.GetVote() != m.GetTo() {
 			p.s.failf("I7: %v grants a vote in term %d, the disk has %v", p, m.GetTerm(), h)
@@ -664,11 +668,11 @@ func (p *proc) check() {
 		}
 		if term > p.term || st.RaftState == raft.StateLeader {
 			if leader, ok := s.leaders[term]; st.RaftState == raft.StateLeader && !ok {
-				s.leaders[term] = n.raftID
+				s.leaders[term] = n.life
 				s.count["elections"]++
 				s.trace("%v leads term %d", p, term)
-			} else if st.RaftState == raft.StateLeader && leader != n.raftID {
-				s.failf("I3: %v and %s both lead term %d", p, s.name(leader), term)
+			} else if st.RaftState == raft.StateLeader && leader != n.life {
+				s.failf("I3: %v leads term %d, as another has, or it before it was started again", p, term)
 			}
 		}
 		p.term, p.commit = term, commit
@@ -2177,6 +2181,7 @@ func (s *sim) settle() {
 	s.cfg.latency = min(s.cfg.latency, .3)
 	for _, st := range s.sites {
 		if st.fs != nil {
+			s.late = max(s.late, st.slow) // what a disk is at, it goes on with
 			st.fs.failAt, st.slow = 0, 0
 		}
 		if st.cur == nil {
