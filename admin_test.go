@@ -242,7 +242,7 @@ func TestAnswersInTime(t *testing.T) {
 	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}})
 	c.settled(1, 2)
 
-	defer c.hold(2)() // nothing is committed any more
+	release = c.hold(2) // nothing is committed any more
 	ctx, cancel := context.WithTimeout(c.ctx, 200*time.Millisecond)
 	defer cancel()
 	_, err = c.nodes[1].server.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.proto(3)[0]})
@@ -253,6 +253,8 @@ func TestAnswersInTime(t *testing.T) {
 		_, err := c.nodes[1].ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1}})
 		return err
 	}), codes.Aborted, "CHANGE_IN_PROGRESS")
+	release()
+	c.stop(1) // hands over, right behind a change
 }
 
 // TestNodeFails: a call that a node can never answer, because it has failed, is

@@ -25,8 +25,8 @@
 //     lock, and waits in admit for room for its answer.
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
-//   - main and run: they wait for the loop, for gRPC's Serve, for a signal, and for
-//     the time that gRPC has to stop, each in a goroutine.
+//   - main and run: they wait for a signal, the loop, gRPC's Serve and its
+//     GracefulStop, each in a goroutine.
 //   - A sub-command asks several nodes at once, and waits for stdin, in
 //     goroutines of its own.
 package main
@@ -256,8 +256,13 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	endLoop()
 	err = errors.Join(err, <-loopErr)
 	nw.close()
-	defer time.AfterFunc(flushTimeout, s.grpc.Stop).Stop()
-	s.grpc.GracefulStop() // once the answers to the last calls are written
+	written := make(chan struct{}) // the answers to the last calls
+	go func() { s.grpc.GracefulStop(); close(written) }()
+	select {
+	case <-written:
+	case <-time.After(flushTimeout):
+		s.grpc.Stop() // which does not wait for whoever is stuck, as the other goes on to do
+	}
 	<-serveErr
 	return err
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -282,7 +283,9 @@ func (s *server) handOver(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 2*n.opts.election)
 	defer cancel()
 	_ = n.await(ctx, func() (bool, error) {
-		return n.role != raft.StateLeader || n.mayChange() && !n.handOver(n.store.conf.GetVoters()), nil
+		voters := n.store.conf.GetVoters()
+		return n.role != raft.StateLeader || !slices.ContainsFunc(voters, func(id uint64) bool { return n.connected[id] }) ||
+			n.mayChange() && !n.handOver(voters), nil
 	})
 }
 
