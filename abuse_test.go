@@ -392,7 +392,7 @@ func TestUnread(t *testing.T) {
 			return c.(*limitedConn), grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
 		}
 		ask := func(c *limitedConn, ctx context.Context) mem.BufferPool {
-			_, pool, err := admit(ctx, func() (proto.Message, int, error) { made[c].Add(1); return nil, 1 << 20, nil })
+			_, pool, err := admit(ctx, func() (any, int, error) { made[c].Add(1); return nil, 1 << 20, nil })
 			if err != nil {
 				t.Error(err)
 			}
@@ -401,7 +401,7 @@ func TestUnread(t *testing.T) {
 		waits := func(ctx context.Context) bool {
 			ctx, cancel := context.WithTimeout(ctx, 3*stallTimeout)
 			defer cancel()
-			_, _, err := admit(ctx, func() (proto.Message, int, error) { return nil, 1 << 20, nil })
+			_, _, err := admit(ctx, func() (any, int, error) { return nil, 1 << 20, nil })
 			return err == context.DeadlineExceeded
 		}
 		c, ctx := accept()
@@ -466,7 +466,7 @@ func TestUnread(t *testing.T) {
 		if l.unread != 0 {
 			t.Errorf("%d bytes of nobody are unread", l.unread)
 		}
-		if _, _, err := admit(ctx, func() (proto.Message, int, error) { return nil, 1 << 20, nil }); err != errOverloaded {
+		if _, _, err := admit(ctx, func() (any, int, error) { return nil, 1 << 20, nil }); err != errOverloaded {
 			t.Errorf("an answer on a connection that is closed: %v", err)
 		}
 	})
@@ -494,8 +494,8 @@ func TestUnreadIsGivenBack(t *testing.T) {
 			t.Errorf("an answer of 33 KiB has a buffer of %d", cap(w.b))
 		}
 		w.pool.Put(&w.b)
-		take := func(bytes int) func() (proto.Message, int, error) {
-			return func() (proto.Message, int, error) { return nil, bytes, nil }
+		take := func(bytes int) func() (any, int, error) {
+			return func() (any, int, error) { return nil, bytes, nil }
 		}
 		_, pool, err := admit(ctxs[0], take(1<<20))
 		if err != nil {

@@ -75,8 +75,9 @@ func BenchmarkSnapshotStall(b *testing.B) {
 						with.time(func() { apply(n) })
 					}
 				}
+				room := make([]byte, 0, maxShardData)
 				for i := range uint64(numShards) {
-					shard.time(func() { v.shard(i) })
+					shard.time(func() { v.shard(i, room, func([]byte) bool { return true }) })
 				}
 				v.close()
 				for i := range n {

@@ -584,7 +584,7 @@ func (c *client) restore(ctx context.Context) error {
 	empty := false
 	s, err := d.restore(c.node, func() (*store, error) {
 		empty = true // or it would not ask
-		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set([]byte(it.key), it.item) }))
+		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set(it.key, it.item) }))
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), cmp.Or(ctx.Err(), err))
 		}

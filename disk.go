@@ -44,9 +44,9 @@ const (
 	identityFormat = 1
 	// progressEvery is between two lines of log about how far a start is.
 	progressEvery = time.Second
-	// syncEvery is after how many bytes of a snapshot it is synced: who sends it
-	// waits only so long for an answer at its end.
-	syncEvery = 64 << 20
+	// syncEvery is after how many bytes of a snapshot it is synced: what waits for
+	// the log meanwhile waits for these, and who sends it for them at its end.
+	syncEvery = 1 << 20
 	// whatToDo is what an operator can do about a directory that is damaged.
 	whatToDo = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
 		"Else, if this node's cluster works without it, delete its data directory, all of it: the cluster takes it back. " +
@@ -290,7 +290,9 @@ func (w *snapshotWriter) Write(b []byte) (n int, err error) {
 		w.unsynced += n
 	}
 	if w.err == nil && w.unsynced > syncEvery {
+		since := time.Now()
 		w.unsynced, w.err = 0, w.file.sync()
+		rest(time.Since(since)) // the disk is the log's as long
 	}
 	return n, w.err
 }

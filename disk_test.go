@@ -180,19 +180,19 @@ func (p *diskNode) do(op diskOp) error {
 }
 
 // diskModel is the state after each write of a script.
-type diskModel []map[string]keyItem
+type diskModel []map[string]item
 
 func modelOf(script []diskOp) diskModel {
 	m := diskModel{{}}
 	for i, op := range script {
-		next := map[string]keyItem{}
+		next := map[string]item{}
 		for k, it := range m[i] {
 			next[k] = it
 		}
 		if op.value == nil {
 			delete(next, op.key)
 		} else {
-			next[op.key] = keyItem{op.key, item{op.value, uint64(i + 1)}}
+			next[op.key] = item{op.value, uint64(i + 1)}
 		}
 		m = append(m, next)
 	}
@@ -482,7 +482,7 @@ func (f *diskFollower) to(m *raftpb.Message) *raftpb.Message {
 func (f *diskFollower) note() {
 	for _, m := range f.sent {
 		switch m.GetType() {
-		case raftpb.MsgAppResp, raftpb.MsgVoteResp: // all others may leave before
+		case raftpb.MsgAppResp, raftpb.MsgVoteResp: // a follower's others may leave before
 		default:
 			continue
 		}
@@ -651,7 +651,7 @@ func TestDiskFollowerFaults(t *testing.T) {
 func keysOf(s *store) string {
 	var b strings.Builder
 	for i := range s.shards {
-		for k, it := range s.shards[i] {
+		for k, it := range s.shards[i].all {
 			fmt.Fprintf(&b, "%s %x %d\n", k, it.value, it.version)
 		}
 	}

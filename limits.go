@@ -13,7 +13,6 @@ import (
 	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
-	"google.golang.org/protobuf/proto"
 )
 
 const (
@@ -103,38 +102,38 @@ func connOf(ctx context.Context) *limitedConn {
 // admit has f make an answer of so many bytes when there is room for it. One that
 // has to wait is made again: meanwhile it would keep values that others overwrite.
 // The answer counts until gRPC gives its buffer, of the pool, back.
-func admit(ctx context.Context, f func() (m proto.Message, bytes int, err error)) (proto.Message, mem.BufferPool, error) {
+func admit[T any](ctx context.Context, f func() (answer T, bytes int, err error)) (answer T, pool mem.BufferPool, err error) {
 	c := connOf(ctx)
 	if len(c.turn) == 0 {
-		if m, pool, err := c.try(f); pool != nil || err != nil {
-			return m, pool, err
+		if answer, pool, err = try(c, f); pool != nil || err != nil {
+			return answer, pool, err
 		}
 	}
 	defer c.l.waiting.Add(-1)
 	if c.l.waiting.Add(1) > maxWaiting {
-		return nil, nil, errOverloaded
+		return answer, nil, errOverloaded
 	}
 	select {
 	case c.turn <- struct{}{}:
 		defer func() { <-c.turn }()
 	case <-ctx.Done():
-		return nil, nil, ctx.Err()
+		return answer, nil, ctx.Err()
 	}
 	for {
-		if err := c.wait(ctx); err != nil {
-			return nil, nil, err
+		if err = c.wait(ctx); err != nil {
+			return answer, nil, err
 		}
-		if m, pool, err := c.try(f); pool != nil || err != nil {
-			return m, pool, err
+		if answer, pool, err = try(c, f); pool != nil || err != nil {
+			return answer, pool, err
 		}
 	}
 }
 
 // try makes an answer and counts it; without a pool, there is no room.
-func (c *limitedConn) try(f func() (proto.Message, int, error)) (proto.Message, mem.BufferPool, error) {
+func try[T any](c *limitedConn, f func() (T, int, error)) (answer T, _ mem.BufferPool, _ error) {
 	m, bytes, err := f()
 	if err != nil {
-		return nil, nil, err
+		return answer, nil, err
 	}
 	if mem.IsBelowBufferPoolingThreshold(bytes) { // gRPC itself has more of the call
 		return m, mem.NopBufferPool{}, nil
@@ -142,10 +141,10 @@ func (c *limitedConn) try(f func() (proto.Message, int, error)) (proto.Message, 
 	c.l.mu.Lock()
 	defer c.l.mu.Unlock()
 	if !c.l.conns[c] {
-		return nil, nil, errOverloaded
+		return answer, nil, errOverloaded
 	}
 	if c.full() {
-		return nil, nil, nil
+		return answer, nil, nil
 	}
 	c.add(bytes)
 	pool := &answerPool{c: c, bytes: bytes}

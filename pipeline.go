@@ -15,7 +15,6 @@ import (
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
-	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -115,16 +114,15 @@ func (s *server) get(ctx context.Context, o *kvOp) (any, error) {
 			return nil, err
 		}
 	}
-	var it item
-	var found bool
-	_, pool, err := admit(ctx, func() (_ proto.Message, _ int, err error) {
-		it, found, err = s.n.store.get(o.key)
-		return nil, len(it.value) + 16, err
+	b, pool, err := admit(ctx, func() ([]byte, int, error) {
+		it, found, err := s.n.store.get(o.key)
+		size := len(it.value) + 16
+		return appendAnswer(make([]byte, 0, size), opGet, result{version: it.version, found: found}, it.value), size, err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &wireBytes{appendAnswer(make([]byte, 0, len(it.value)+16), opGet, result{version: it.version, found: found}, it.value), pool}, nil
+	return &wireBytes{b, pool}, nil
 }
 
 // appendAnswer appends the answer to an operation; value is that of the key that a
@@ -277,7 +275,7 @@ func (p *pipeline) answer(g *group) error {
 		if slices.ContainsFunc(g.ops[i:], func(o kvOp) bool { return o.kind == opGet }) {
 			most = answerBytes + maxValueBytes
 		}
-		_, pool, err := admit(p.stream.Context(), func() (proto.Message, int, error) { return nil, most, nil })
+		_, pool, err := admit(p.stream.Context(), func() (struct{}, int, error) { return struct{}{}, most, nil })
 		if err != nil { // what it answers is done
 			return toStatus(fmt.Errorf("%w: no room for the answers: %w", errOutcomeUnknown, err), true)
 		}

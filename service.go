@@ -332,10 +332,10 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	items, more := v.page(req.Prefix, req.PageToken, int(cmp.Or(req.Limit, 1000)), maxListBytes)
 	resp := &kvpb.ListResponse{}
 	for _, it := range items {
-		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: it.key, Value: it.value, Version: it.version})
+		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: string(it.key), Value: it.value, Version: it.version})
 	}
 	if more {
-		resp.NextPageToken = items[len(items)-1].key
+		resp.NextPageToken = string(items[len(items)-1].key)
 	}
 	return resp, nil
 }

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"cmp"
 	"container/list"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -15,9 +16,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
+	"unicode/utf8"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -37,6 +41,8 @@ const (
 	// maxRecordBytes is the largest record that a snapshot may hold: a key and
 	// a value at their limits, or a header with maxRemoved removed members.
 	maxRecordBytes = 4 << 20
+	// maxRest is the longest that a snapshot stands aside at a time.
+	maxRest = 8 * time.Millisecond
 	// maxRoom is for how many writes of an entry memory is kept.
 	maxRoom = 16 << 10
 )
@@ -49,7 +55,7 @@ type item struct {
 
 // keyItem is an item with its key.
 type keyItem struct {
-	key string
+	key []byte
 	item
 }
 
@@ -102,7 +108,7 @@ type store struct {
 
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
-	shards    []map[string]*item
+	shards    []shard
 	keys      uint64
 	bytes     uint64  // of all keys and values
 	views     []*view // of these shards
@@ -115,7 +121,7 @@ func newStore() *store {
 		proposers: map[uint64]uint64{},
 		sessions:  map[uint64]*list.Element{}, recent: list.New(),
 		sessionLimit: maxSessions, answerLimit: maxAnswers,
-		shards: make([]map[string]*item, numShards),
+		shards: make([]shard, numShards),
 	}
 }
 
@@ -136,10 +142,8 @@ func (s *store) get(key []byte) (item, bool, error) {
 	if s.clusterID == 0 {
 		return item{}, false, errNotInitialized
 	}
-	if it := s.shards[shardOf(key)][string(key)]; it != nil {
-		return *it, true, nil
-	}
-	return item{}, false, nil
+	it, _, found := s.shards[shardOf(key)].find(hashOf(key), key)
+	return it.kept(), found, nil
 }
 
 // size returns the number of keys and the bytes of keys and values.
@@ -220,19 +224,15 @@ func (s *store) applyOnce(w *kvOp) outcome {
 
 func (s *store) applyWrite(w *kvOp) result {
 	if w.compares {
-		version := uint64(0)
-		if it := s.shards[shardOf(w.key)][string(w.key)]; it != nil {
-			version = it.version
-		}
-		if version != w.expected {
-			return result{version: version, compareFailed: true}
+		if it, _, _ := s.shards[shardOf(w.key)].find(hashOf(w.key), w.key); it.version != w.expected {
+			return result{version: it.version, compareFailed: true}
 		}
 	}
 	s.version++
 	r := result{version: s.version}
 	switch w.kind {
 	case opSet:
-		r.found = s.set(w.key, item{bytes.Clone(w.value), s.version})
+		r.found = s.set(w.key, item{w.value, s.version})
 	case opDelete:
 		r.found = s.delete(w.key)
 	default:
@@ -260,43 +260,46 @@ func (s *store) fresh(proposer, sequence uint64) bool {
 	return true
 }
 
-// set looks a key up once, and allocates nothing for one that is there.
+// set makes it the item of a key, and keeps neither.
 func (s *store) set(key []byte, it item) (found bool) {
-	i := shardOf(key)
-	s.bytes += uint64(len(it.value))
-	if old := s.shards[i][string(key)]; old != nil {
+	i, hash := shardOf(key), hashOf(key)
+	sh := &s.shards[i]
+	old, at, found := sh.find(hash, key)
+	s.bytes += uint64(len(it.value)) - uint64(len(old.value))
+	if found {
 		s.preserve(i, key, old)
-		s.bytes -= uint64(len(old.value))
-		*old = it
-		return true
+		sh.replace(hash, key, at, old, it)
+	} else {
+		s.keys++
+		s.bytes += uint64(len(key))
+		sh.add(hash, key, it)
 	}
-	s.keys++
-	s.bytes += uint64(len(key))
-	if s.shards[i] == nil {
-		s.shards[i] = map[string]*item{}
-	}
-	s.shards[i][string(key)] = new(it)
-	return false
+	return found
 }
 
 func (s *store) delete(key []byte) (found bool) {
-	i := shardOf(key)
-	old := s.shards[i][string(key)]
-	if old != nil {
+	i, hash := shardOf(key), hashOf(key)
+	old, at, found := s.shards[i].find(hash, key)
+	if found {
 		s.preserve(i, key, old)
-		delete(s.shards[i], string(key))
 		s.keys--
 		s.bytes -= uint64(len(key) + len(old.value))
+		s.shards[i].remove(hash, key, at)
 	}
-	return old != nil
+	return found
 }
 
 // preserve keeps what is about to be replaced for the views that show it.
-func (s *store) preserve(shard uint64, key []byte, old *item) {
+func (s *store) preserve(shard uint64, key []byte, old item) {
+	var kept keyItem
 	for _, v := range s.views {
-		if old.version <= v.header.Version {
-			v.replaced[shard] = append(v.replaced[shard], keyItem{string(key), *old})
+		if old.version > v.header.Version {
+			continue
 		}
+		if kept.key == nil { // one copy for all
+			kept = keyItem{bytes.Clone(key), old.kept()}
+		}
+		v.replaced[shard] = append(v.replaced[shard], kept)
 	}
 }
 
@@ -349,7 +352,7 @@ type view struct {
 	header   *kvpb.SnapshotHeader
 	keys     uint64
 	sessions []session // as in recent
-	shards   []map[string]*item
+	shards   []shard
 	replaced map[uint64][]keyItem // by shard
 }
 
@@ -380,42 +383,74 @@ func (v *view) close() {
 	v.store.views = slices.DeleteFunc(v.store.views, func(o *view) bool { return o == v })
 }
 
-// shard returns the items of a shard, in no order. Any goroutine may call it.
-func (v *view) shard(i uint64) []keyItem {
+// shard returns the items of a shard whose keys are wanted, in no order, as
+// copies: in room, as long as there is some. Any goroutine may call it.
+func (v *view) shard(i uint64, room []byte, wanted func(key []byte) bool) []keyItem {
 	v.store.mu.RLock()
 	defer v.store.mu.RUnlock()
-	items := append(make([]keyItem, 0, len(v.replaced[i])+len(v.shards[i])), v.replaced[i]...)
-	for key, it := range v.shards[i] {
-		if it.version <= v.header.Version {
-			items = append(items, keyItem{key, *it})
+	sh := &v.shards[i]
+	var items []keyItem
+	for _, it := range v.replaced[i] {
+		if wanted(it.key) {
+			items = append(items, it)
 		}
+	}
+	kept := func(b []byte) []byte {
+		if len(b) > cap(room)-len(room) {
+			return bytes.Clone(b)
+		}
+		room = append(room, b...)
+		return room[len(room)-len(b) : len(room) : len(room)]
+	}
+	for key, it := range sh.all {
+		if it.version > v.header.Version || !wanted(key) {
+			continue
+		}
+		if len(it.value) <= maxPacked {
+			it.value = kept(it.value)
+		}
+		items = append(items, keyItem{kept(key), it})
 	}
 	return items
 }
 
-func compareKeys(a, b keyItem) int { return strings.Compare(a.key, b.key) }
+func compareKeys(a, b keyItem) int { return bytes.Compare(a.key, b.key) }
 
 // page returns the first keys after a key that have a prefix, in order, as
 // many as limit and maxBytes allow but at least one, and whether there are
 // more. It passes over all keys of the view.
 func (v *view) page(prefix, after string, limit, maxBytes int) (page []keyItem, more bool) {
-	for i := range uint64(numShards) {
-		for _, it := range v.shard(i) {
-			if it.key > after && strings.HasPrefix(it.key, prefix) {
-				page = append(page, it)
+	size := 0
+	var last []byte // if there are more, the last key that can be on the page
+	cut := func() {
+		slices.SortFunc(page, compareKeys)
+		n := 0
+		for size = 0; n < min(limit, len(page)); n++ {
+			if s := len(page[n].key) + len(page[n].value); n == 0 || size+s <= maxBytes {
+				size += s
+			} else {
+				break
 			}
 		}
-		if len(page) > 2*limit+numShards {
-			slices.SortFunc(page, compareKeys)
-			page, more = slices.Delete(page, limit, len(page)), true
+		if n < len(page) {
+			page, more = slices.Delete(page, n, len(page)), true
+			last = page[n-1].key
 		}
 	}
-	slices.SortFunc(page, compareKeys)
-	n, size := 0, 0
-	for ; n < min(limit, len(page)) && (n == 0 || size+len(page[n].key)+len(page[n].value) <= maxBytes); n++ {
-		size += len(page[n].key) + len(page[n].value)
+	wanted := func(key []byte) bool {
+		return string(key) > after && bytes.HasPrefix(key, []byte(prefix)) && (!more || bytes.Compare(key, last) < 0)
 	}
-	return page[:n], more || n < len(page)
+	for i := range uint64(numShards) {
+		for _, it := range v.shard(i, nil, wanted) {
+			page = append(page, it)
+			size += len(it.key) + len(it.value)
+		}
+		if len(page) > 2*limit+numShards || size > 2*maxBytes {
+			cut()
+		}
+	}
+	cut()
+	return page, more
 }
 
 func (s *store) header() *kvpb.SnapshotHeader {
@@ -481,14 +516,18 @@ func (v *view) writeTo(to io.Writer) error {
 			return err
 		}
 	}
-	var kv kvpb.KeyValue
-	rec := &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_KeyValue{KeyValue: &kv}}
+	room, b := make([]byte, 0, maxShardData), []byte(nil)
+	since := time.Now()
 	for i := range uint64(numShards) {
-		items := v.shard(i)
+		if worked := time.Since(since); worked > maxRest/4 {
+			rest(worked)
+			since = time.Now()
+		}
+		items := v.shard(i, room, func([]byte) bool { return true })
 		slices.SortFunc(items, compareKeys)
 		for _, it := range items {
-			kv.Key, kv.Value, kv.Version = it.key, it.value, it.version
-			if err := record(rec); err != nil {
+			b = appendKeyValue(b[:0], it)
+			if _, err := w.Write(b); err != nil {
 				return err
 			}
 		}
@@ -499,24 +538,83 @@ func (v *view) writeTo(to io.Writer) error {
 	return w.flush()
 }
 
+// rest waits as long as something has worked that can wait, but not for long:
+// half of the time is for what cannot.
+func rest(worked time.Duration) { time.Sleep(min(worked, maxRest)) }
+
+// appendKeyValue appends what writeTo's record makes of a key, without the
+// messages: there are many.
+func appendKeyValue(b []byte, it keyItem) []byte {
+	size := protowire.SizeTag(1) + protowire.SizeBytes(len(it.key)) + protowire.SizeTag(3) + protowire.SizeVarint(it.version)
+	if len(it.value) > 0 {
+		size += protowire.SizeTag(2) + protowire.SizeBytes(len(it.value))
+	}
+	b = protowire.AppendVarint(b, uint64(protowire.SizeTag(2)+protowire.SizeBytes(size)))
+	b = protowire.AppendVarint(protowire.AppendTag(b, 2, protowire.BytesType), uint64(size))
+	b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), it.key)
+	if len(it.value) > 0 {
+		b = protowire.AppendBytes(protowire.AppendTag(b, 2, protowire.BytesType), it.value)
+	}
+	return appendVarint(b, 3, it.version)
+}
+
+// parseKeyValue parses what appendKeyValue has appended, behind its length.
+func parseKeyValue(b []byte) (it keyItem, ok bool) {
+	f := fields{rest: b}
+	if !f.next() || f.num != 2 || f.b == nil || len(f.rest) > 0 {
+		return it, false
+	}
+	for f = (fields{rest: f.b}); len(f.rest) > 0; {
+		switch ok := f.next(); {
+		case ok && f.num == 1 && f.b != nil:
+			it.key = f.b
+		case ok && f.num == 2 && f.b != nil:
+			it.value = f.b
+		case ok && f.num == 3 && f.b == nil:
+			it.version = f.v
+		default:
+			return it, false
+		}
+	}
+	return it, utf8.Valid(it.key)
+}
+
 // readSnapshot reads a snapshot into a new store, or says why it is none.
 func readSnapshot(r io.Reader) (*store, error) {
-	return scanSnapshot(r, func(s *store, it keyItem, _ uint64) { s.set([]byte(it.key), it.item) })
+	return scanSnapshot(r, func(s *store, it keyItem, _ uint64) { s.set(it.key, it.item) })
 }
 
 // scanSnapshot gives the keys of a snapshot, and how many there shall be, to
-// take, and all else to a new store.
+// take, which keeps none of it, and all else to a new store.
 func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, error) {
 	frames := newFrameReader(r)
 	br := bufio.NewReaderSize(frames, 64<<10)
-	next := func() (*kvpb.SnapshotRecord, error) {
-		var rec kvpb.SnapshotRecord
-		if err := (protodelim.UnmarshalOptions{MaxSize: maxRecordBytes}).UnmarshalFrom(br, &rec); err != nil {
-			return nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, noEOF(err))
+	var b []byte // holds what next has read
+	next := func() (it keyItem, rec *kvpb.SnapshotRecord, err error) {
+		size, err := binary.ReadUvarint(br)
+		if err == nil && size > maxRecordBytes {
+			err = errors.New("a record is too long")
 		}
-		return &rec, nil
+		if err == nil {
+			if size > uint64(cap(b)) {
+				b = make([]byte, size)
+			}
+			b = b[:size]
+			_, err = io.ReadFull(br, b)
+		}
+		if err != nil {
+			return it, nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, noEOF(err))
+		}
+		if it, ok := parseKeyValue(b); ok {
+			return it, nil, nil
+		}
+		rec = &kvpb.SnapshotRecord{}
+		if err := proto.Unmarshal(b, rec); err != nil {
+			return it, nil, fmt.Errorf("snapshot, before offset %d: %w", frames.offset, err)
+		}
+		return it, rec, nil
 	}
-	rec, err := next()
+	_, rec, err := next()
 	if err != nil {
 		return nil, err
 	}
@@ -524,25 +622,27 @@ func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, erro
 	if err := s.restoreHeader(header); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
-	keys, shard, last := uint64(0), uint64(0), ""
+	keys, shard, last := uint64(0), uint64(0), []byte(nil)
 	for {
-		rec, err := next()
+		it, rec, err := next()
 		if err != nil {
 			return nil, err
+		}
+		if rec == nil {
+			before := shard
+			shard = shardOf(it.key)
+			if len(it.key) == 0 || it.version == 0 || it.version > s.version || shard < before || shard == before && bytes.Compare(it.key, last) <= 0 {
+				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
+			}
+			keys, last = keys+1, append(last[:0], it.key...)
+			take(s, it, header.Keys)
+			continue
 		}
 		switch rec := rec.Record.(type) {
 		case *kvpb.SnapshotRecord_Session:
 			if err := s.restoreSession(rec.Session); err != nil || keys > 0 {
 				return nil, fmt.Errorf("snapshot: session %d: %w", len(s.sessions)+1, cmp.Or(err, errors.New("it follows a key")))
 			}
-		case *kvpb.SnapshotRecord_KeyValue:
-			kv, before := rec.KeyValue, shard
-			shard = shardOf(kv.Key)
-			if kv.Key == "" || kv.Version == 0 || kv.Version > s.version || shard < before || shard == before && kv.Key <= last {
-				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
-			}
-			keys, last = keys+1, kv.Key
-			take(s, keyItem{kv.Key, item{kv.Value, kv.Version}}, header.Keys)
 		case *kvpb.SnapshotRecord_Footer:
 			if n := uint64(len(s.sessions)); rec.Footer.Keys != keys || header.Keys != keys || header.Sessions != n {
 				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
@@ -552,7 +652,7 @@ func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, erro
 			}
 			return s, nil
 		default:
-			return nil, errors.New("snapshot: a record of an unknown kind")
+			return nil, errors.New("snapshot: a record of an unknown kind, or a key with a field that this node does not know")
 		}
 	}
 }
