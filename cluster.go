@@ -308,6 +308,9 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if err != nil && n.now-n.leadHeard <= n.electionTicks() {
 		return false, nil // a leader that is new has not heard from everybody yet
 	}
+	if err == nil && len(changes) == 0 && n.disk != nil && !slices.Equal(n.gone, n.store.removed) {
+		return false, nil // started again, this node might need the vote of who is gone
+	}
 	if err != nil || len(changes) == 0 {
 		return true, err
 	}

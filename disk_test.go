@@ -976,7 +976,7 @@ func TestDiskRemovalTold(t *testing.T) {
 		t.Fatalf("the learner is no member: %v", err)
 	}
 	change(raftpb.ConfChangeRemoveNode)
-	applied := 0
+	applied, waited := 0, false
 	for !slices.Contains(p.n.hello().Removed, learner) {
 		if applied++; applied > 20 {
 			t.Fatal("it is never told")
@@ -987,7 +987,16 @@ func TestDiskRemovalTold(t *testing.T) {
 		if slices.Contains(p.n.hello().Removed, learner) {
 			break
 		}
+		if p.n.store.members[learner] == nil {
+			if done, err := p.n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1}}); done || err != nil {
+				t.Fatalf("a change is answered before it is durable: %v", err)
+			}
+			waited = true
+		}
 		_ = p.d.write()
+	}
+	if done, err := p.n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1}}); !done || !waited || err != nil {
+		t.Errorf("a change that is durable: answered %v, after a while %v, %v", done, waited, err)
 	}
 	again, err := openDiskNode(p.fs.lose(nil), 1)
 	if err != nil {

@@ -1897,6 +1897,9 @@ func (s *sim) mayLose(p *proc) bool {
 	}
 	newest := &store{}
 	for _, q := range s.alive() {
+		if q.site.keeps() != 0 && !slices.Equal(q.n.gone, q.n.store.removed) {
+			return false // started again, it may count on who was removed
+		}
 		if q.n.rn != nil && q.n.store.index > newest.index {
 			newest = q.n.store
 		}
