@@ -12,7 +12,7 @@
 // was queued, which raft bounds to 64 MiB; a segment that is being written, one
 // that is being filled, one that is partly needed, each a quarter of log-bytes at
 // most; and the gaps at the ends of segments, at most as much again. Of snapshots
-// there are two, and one for each that is being received.
+// there are two, one on its way out, and one for each that is being received.
 
 package main
 
@@ -400,9 +400,7 @@ func (d *disk) persist(jobs []diskJob) (err error) {
 	}
 	if mark := batch.Snapshot; mark != nil {
 		// Behind another batch, the mark cannot be cut away as the last one.
-		return ifNot(d.wal.append(&kvpb.LogBatch{}),
-			func() error { return d.wal.release(mark.Index) },
-			func() error { return d.removeBefore(mark) })
+		return ifNot(d.wal.append(&kvpb.LogBatch{}), func() error { return d.wal.release(mark.Index) })
 	}
 	return nil
 }
@@ -472,7 +470,8 @@ func (d *disk) restore(self *kvpb.Node, read func() (*store, error)) (*store, er
 	return s, d.persist([]diskJob{{identity: id, view: s.open(), batch: &kvpb.LogBatch{HardState: hard}}})
 }
 
-// removeBefore removes the snapshots that are older than the one that counts.
+// removeBefore removes the snapshots that are older than the one that counts. For
+// a large file that takes a while, so it is not the writer's.
 func (d *disk) removeBefore(mark *kvpb.SnapshotMark) error {
 	names, err := d.fs.readDir(d.dir)
 	for _, name := range names {

@@ -634,7 +634,11 @@ func (n *node) append(m *raftpb.Message) {
 		n.disk.hold(true) // until the snapshot is there
 	}
 	responses, lives := m.GetResponses(), n.lives
-	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
+	persist := n.persist
+	if batch.Snapshot != nil {
+		persist = n.persistMark
+	}
+	persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
 // persist has the disk do a job and then calls done, in the loop. The first one

@@ -187,7 +187,19 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 	default:
 		n.log.Info("saved a snapshot", "index", mark.Index)
 		n.mark, n.logged = mark.Index, n.logged-n.saving
-		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
+		n.persistMark(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
 	n.saving = 0
+}
+
+// persistMark persists which snapshot counts, and then removes those before it.
+func (n *node) persistMark(j diskJob, done func()) {
+	n.persist(j, func() {
+		done()
+		n.disk.start(func() {
+			if err := n.disk.removeBefore(j.batch.Snapshot); err != nil {
+				n.in.event(func() { n.diskFailed(err) })
+			}
+		})
+	})
 }
