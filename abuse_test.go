@@ -583,3 +583,34 @@ func BenchmarkAbuse(b *testing.B) {
 		})
 	}
 }
+
+// TestWaitingGetCopiesNothing: a Get that waits for room has no copy of the value,
+// or a thousand of them would have a thousand.
+func TestWaitingGetCopiesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLimiter(&refusing{left: 1})
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
+		s := &server{n: turnNode()}
+		s.n.store.clusterID = 1
+		s.n.store.set([]byte("k"), item{make([]byte, maxValueBytes), 1})
+		get := func() error {
+			ctx, cancel := context.WithTimeout(ctx, stallTimeout/2)
+			defer cancel()
+			_, err := s.get(ctx, &kvOp{kind: opGet, key: []byte("k"), local: true})
+			return err
+		}
+		for range maxConnectionUnread / maxValueBytes {
+			if err := get(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := allocated(func() { err = get() }); err != context.DeadlineExceeded || n > maxValueBytes/2 {
+			t.Errorf("it allocates %d bytes and ends with: %v", n, err)
+		}
+		_ = c.Close()
+	})
+}

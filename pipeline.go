@@ -114,15 +114,15 @@ func (s *server) get(ctx context.Context, o *kvOp) (any, error) {
 			return nil, err
 		}
 	}
-	b, pool, err := admit(ctx, func() ([]byte, int, error) {
-		it, found, err := s.n.store.get(o.key)
-		size := len(it.value) + 16
-		return appendAnswer(make([]byte, 0, size), opGet, result{version: it.version, found: found}, it.value), size, err
+	var found bool
+	it, pool, err := admit(ctx, func() (it item, size int, err error) {
+		it, found, err = s.n.store.get(o.key)
+		return it, len(it.value) + 16, err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &wireBytes{b, pool}, nil
+	return &wireBytes{appendAnswer(make([]byte, 0, len(it.value)+16), opGet, result{version: it.version, found: found}, it.value), pool}, nil
 }
 
 // appendAnswer appends the answer to an operation; value is that of the key that a
