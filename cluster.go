@@ -308,8 +308,8 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if err != nil && n.now-n.leadHeard <= n.electionTicks() {
 		return false, nil // a leader that is new has not heard from everybody yet
 	}
-	if err == nil && len(changes) == 0 && n.disk != nil && !slices.Equal(n.gone, n.store.removed) {
-		return false, nil // started again, this node might need the vote of who is gone
+	if err == nil && len(changes) == 0 && n.disk != nil && n.onDisk != n.store.conf {
+		return false, nil // started again, this node might need the vote of who votes no more
 	}
 	if err != nil || len(changes) == 0 {
 		return true, err
@@ -443,6 +443,7 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 		if err != nil {
 			return toStatus(err, false)
 		}
+		v.rest = rest
 		return v.writeTo(chunkWriter(func(b []byte) error {
 			silent.Reset(helloTimeout)
 			return stream.Send(&kvpb.BackupResponse{Data: b})

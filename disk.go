@@ -290,9 +290,7 @@ func (w *snapshotWriter) Write(b []byte) (n int, err error) {
 		w.unsynced += n
 	}
 	if w.err == nil && w.unsynced > syncEvery {
-		since := time.Now()
 		w.unsynced, w.err = 0, w.file.sync()
-		rest(time.Since(since)) // the disk is the log's as long
 	}
 	return n, w.err
 }
@@ -331,6 +329,16 @@ func (d *disk) enqueue(j diskJob) {
 	defer d.mu.Unlock()
 	d.queue = append(d.queue, j)
 	d.wake.ring()
+}
+
+// rest lets the log have the disk for a while, unless that waits for the snapshot.
+func (d *disk) rest(worked time.Duration) {
+	d.mu.Lock()
+	held := d.held
+	d.mu.Unlock()
+	if !held {
+		rest(worked)
+	}
 }
 
 // hold stops writing, or lets it go on.

@@ -989,7 +989,7 @@ func TestDiskRemovalTold(t *testing.T) {
 		t.Fatalf("the learner is no member: %v", err)
 	}
 	change(raftpb.ConfChangeRemoveNode)
-	applied, waited := 0, false
+	applied := 0
 	for !slices.Contains(p.n.hello().Removed, learner) {
 		if applied++; applied > 20 {
 			t.Fatal("it is never told")
@@ -1000,16 +1000,7 @@ func TestDiskRemovalTold(t *testing.T) {
 		if slices.Contains(p.n.hello().Removed, learner) {
 			break
 		}
-		if p.n.store.members[learner] == nil {
-			if done, err := p.n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1}}); done || err != nil {
-				t.Fatalf("a change is answered before it is durable: %v", err)
-			}
-			waited = true
-		}
 		_ = p.d.write()
-	}
-	if done, err := p.n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1}}); !done || !waited || err != nil {
-		t.Errorf("a change that is durable: answered %v, after a while %v, %v", done, waited, err)
 	}
 	again, err := openDiskNode(p.fs.lose(nil), 1)
 	if err != nil {
@@ -1017,6 +1008,62 @@ func TestDiskRemovalTold(t *testing.T) {
 	}
 	if !slices.Contains(again.n.store.removed, learner) {
 		t.Errorf("it was told, and is forgotten: %v", again.n.store.members)
+	}
+}
+
+// TestDiskChangeAnswered: once a change of membership is answered, it is in effect
+// after a loss of power, too, so that whoever votes no more may end.
+func TestDiskChangeAnswered(t *testing.T) {
+	const learner = 7
+	p, err := openDiskNode(newSimFS(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.n.in.event(func() { _, _ = p.n.bootstrap() })
+	if err := p.settle(); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []raftpb.ConfChangeType{raftpb.ConfChangeAddLearnerNode, raftpb.ConfChangeRemoveNode} {
+		changed := func(n *node) bool {
+			return slices.Contains(n.store.conf.GetLearners(), learner) == (kind == raftpb.ConfChangeAddLearnerNode)
+		}
+		var members []*kvpb.Member
+		if kind == raftpb.ConfChangeAddLearnerNode {
+			members = plainMembers(learner)
+		}
+		p.n.in.event(func() {
+			if err := p.n.proposeChange(members, confChange(kind, learner)); err != nil {
+				t.Error(err)
+			}
+		})
+		waited, answered := false, false
+		for i := 0; !answered; i++ {
+			if i > 40 {
+				t.Fatal("it is never answered")
+			}
+			if p.n.turn(p.n.in.take()); len(p.n.in.next.events) > 0 {
+				continue
+			}
+			if changed(p.n) {
+				if answered, err = p.n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1}}); err != nil {
+					t.Fatal(err)
+				}
+				waited = waited || !answered
+			}
+			if !answered {
+				_ = p.d.write()
+			}
+		}
+		again, err := openDiskNode(p.fs.lose(nil), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !waited || !changed(again.n) {
+			t.Errorf("%v: answered after a while %v, in effect after a loss of power %v", kind, waited, changed(again.n))
+		}
+		if err := p.settle(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

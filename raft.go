@@ -109,7 +109,8 @@ type node struct {
 	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
 	// gone is whom this node tells that they were removed: it must know so after
 	// a restart, too, or it might need the vote of one that has left for good.
-	gone []uint64
+	gone   []uint64
+	onDisk *raftpb.ConfState // the configuration that this node has after a restart
 
 	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 
@@ -202,7 +203,7 @@ func (n *node) open(d *disk) error {
 	if err := n.raft.append(entries); err != nil {
 		return err
 	}
-	n.mark, n.gone = r.store.index, r.store.removed
+	n.mark, n.gone, n.onDisk = r.store.index, r.store.removed, r.store.conf
 	n.logged = n.raft.bytes + sectorBytes*uint64(len(entries))
 	h := r.batch.GetHardState()
 	n.raft.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
@@ -645,7 +646,7 @@ func (n *node) append(m *raftpb.Message) {
 // makes the directory this node's. Who has been removed by now is durable by
 // then, for each removal is followed by a job that makes it so.
 func (n *node) persist(j diskJob, done func()) {
-	removed := n.store.removed
+	removed, conf := n.store.removed, n.store.conf
 	if n.disk == nil {
 		done()
 		return
@@ -661,7 +662,7 @@ func (n *node) persist(j diskJob, done func()) {
 				n.diskFailed(err)
 				return
 			}
-			n.gone = removed
+			n.gone, n.onDisk = removed, conf
 			done()
 		})
 	}
@@ -676,7 +677,7 @@ func (n *node) diskFailed(err error) {
 
 // respond lets answers go, but not to another life than they are for, which lives
 // tells if they had to wait: it may count on what this node promised to the one
-// before (with AsyncStorageWrites raft asks for votes before its log is durable).
+// before.
 func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
 	for _, r := range responses {
 		if n.rn == nil {

@@ -8,11 +8,13 @@ import (
 	"bytes"
 	"encoding/binary"
 	"hash/maphash"
+	"unsafe"
 )
 
 const (
 	// maxPacked is the largest value that is kept in a shard's data, maxShardData
-	// what live keys may take there: it bounds the copies that writes wait for.
+	// what live keys may take there: it bounds the copies that writes wait for, for
+	// nothing else of a shard is copied.
 	maxPacked    = 1 << 10
 	maxShardData = 1 << 20
 	// packedHeader is the version, 0 if the key is gone, and the lengths of key
@@ -20,18 +22,19 @@ const (
 	packedHeader = 8 + 4 + 2
 )
 
-// hashSeed keeps clients from choosing keys of one hash.
+// hashSeed keeps clients from choosing keys of one hash. They can choose keys of
+// one shard, of which only headers are copied beside data.
 var hashSeed = maphash.MakeSeed()
 
 // shard is a part of the keys. Each is in one place.
 type shard struct {
-	index map[uint64]int  // by hash of the key: where in data it is
-	data  []byte          // one key behind the other, in no order
-	gone  int             // bytes of keys in data that are there no more
-	rest  map[string]item // values over maxPacked, keys whose hash another has, and what data has no room for
+	index map[uint32]uint32 // by hash of the key: where in data it is
+	data  []byte            // one key behind the other, in no order
+	gone  int               // bytes of keys in data that are there no more
+	rest  map[string]item   // values over maxPacked, keys whose hash another has, and what data has no room for
 }
 
-func hashOf(key []byte) uint64 { return maphash.Bytes(hashSeed, key) }
+func hashOf(key []byte) uint32 { return uint32(maphash.Bytes(hashSeed, key)) }
 
 // unpack returns the key in data at an offset, and the offset of the next.
 func (sh *shard) unpack(at int) (key []byte, it item, next int) {
@@ -43,10 +46,10 @@ func (sh *shard) unpack(at int) (key []byte, it item, next int) {
 
 // find returns the item of a key, and where in data it is, or -1. What is in data
 // changes with the next write: see item.kept.
-func (sh *shard) find(hash uint64, key []byte) (it item, at int, found bool) {
+func (sh *shard) find(hash uint32, key []byte) (it item, at int, found bool) {
 	if at, ok := sh.index[hash]; ok {
-		if k, it, _ := sh.unpack(at); bytes.Equal(k, key) {
-			return it, at, true
+		if k, it, _ := sh.unpack(int(at)); bytes.Equal(k, key) {
+			return it, int(at), true
 		}
 	}
 	it, found = sh.rest[string(key)]
@@ -54,7 +57,7 @@ func (sh *shard) find(hash uint64, key []byte) (it item, at int, found bool) {
 }
 
 // replace makes it the item of a key, in place of the one that find has found.
-func (sh *shard) replace(hash uint64, key []byte, at int, old, it item) {
+func (sh *shard) replace(hash uint32, key []byte, at int, old, it item) {
 	if at >= 0 && len(old.value) == len(it.value) {
 		binary.LittleEndian.PutUint64(sh.data[at:], it.version)
 		copy(old.value, it.value)
@@ -65,7 +68,7 @@ func (sh *shard) replace(hash uint64, key []byte, at int, old, it item) {
 }
 
 // add adds a key that is not there.
-func (sh *shard) add(hash uint64, key []byte, it item) {
+func (sh *shard) add(hash uint32, key []byte, it item) {
 	_, taken := sh.index[hash]
 	if size := packedHeader + len(key) + len(it.value); taken || len(it.value) > maxPacked || len(sh.data)-sh.gone+size > maxShardData {
 		if sh.rest == nil {
@@ -75,9 +78,9 @@ func (sh *shard) add(hash uint64, key []byte, it item) {
 		return
 	}
 	if sh.index == nil {
-		sh.index = map[uint64]int{}
+		sh.index = map[uint32]uint32{}
 	}
-	sh.index[hash] = len(sh.data)
+	sh.index[hash] = uint32(len(sh.data))
 	sh.data = binary.LittleEndian.AppendUint64(sh.data, it.version)
 	sh.data = binary.LittleEndian.AppendUint32(sh.data, uint32(len(key)))
 	sh.data = binary.LittleEndian.AppendUint16(sh.data, uint16(len(it.value)))
@@ -85,7 +88,7 @@ func (sh *shard) add(hash uint64, key []byte, it item) {
 }
 
 // remove removes the key that find has found.
-func (sh *shard) remove(hash uint64, key []byte, at int) {
+func (sh *shard) remove(hash uint32, key []byte, at int) {
 	if at < 0 {
 		delete(sh.rest, string(key))
 		return
@@ -104,7 +107,7 @@ func (sh *shard) pack() {
 	for at := 0; at < len(sh.data); {
 		key, it, next := sh.unpack(at)
 		if it.version != 0 {
-			sh.index[hashOf(key)] = end
+			sh.index[hashOf(key)] = uint32(end)
 			end += copy(sh.data[end:], sh.data[at:next])
 		}
 		at = next
@@ -112,10 +115,13 @@ func (sh *shard) pack() {
 	if sh.data, sh.gone = sh.data[:end], 0; end < cap(sh.data)/4 {
 		sh.data = bytes.Clone(sh.data)
 	}
+	if end == 0 {
+		sh.index = nil // else a map keeps its room
+	}
 }
 
-// all yields all keys, as find does.
-func (sh *shard) all(yield func(key []byte, it item) bool) {
+// packed yields the keys in data, which change with the next write.
+func (sh *shard) packed(yield func(key []byte, it item) bool) {
 	for at := 0; at < len(sh.data); {
 		key, it, next := sh.unpack(at)
 		if it.version != 0 && !yield(key, it) {
@@ -123,8 +129,12 @@ func (sh *shard) all(yield func(key []byte, it item) bool) {
 		}
 		at = next
 	}
+}
+
+// others yields the keys in rest. Nothing changes them, or what was yielded.
+func (sh *shard) others(yield func(key []byte, it item) bool) {
 	for key, it := range sh.rest {
-		if !yield([]byte(key), it) {
+		if !yield(unsafe.Slice(unsafe.StringData(key), len(key)), it) { // long ones are not to be copied for a look
 			return
 		}
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"maps"
 	"runtime"
 	"slices"
@@ -22,7 +23,7 @@ func checkShard(t testing.TB, sh *shard) {
 		key, it, next := sh.unpack(at)
 		if it.version == 0 {
 			gone += next - at
-		} else if live++; sh.index[hashOf(key)] != at {
+		} else if live++; int(sh.index[hashOf(key)]) != at {
 			t.Fatalf("%q is at %d, its index says %d", key, at, sh.index[hashOf(key)])
 		}
 		at = next
@@ -33,6 +34,20 @@ func checkShard(t testing.TB, sh *shard) {
 	for _, it := range sh.rest {
 		if it.version == 0 {
 			t.Fatal("what is gone is in rest")
+		}
+	}
+}
+
+// all yields all keys.
+func (sh *shard) all(yield func(key []byte, it item) bool) {
+	for key, it := range sh.packed {
+		if !yield(key, it) {
+			return
+		}
+	}
+	for key, it := range sh.others {
+		if !yield(key, it) {
+			return
 		}
 	}
 }
@@ -106,8 +121,8 @@ func TestShard(t *testing.T) {
 		for key := range maps.Clone(w.model) {
 			w.remove(key)
 		}
-		if w.check(); len(w.sh.data) != 0 {
-			t.Errorf("an empty shard has %d bytes", len(w.sh.data))
+		if w.check(); len(w.sh.data) != 0 || w.sh.index != nil {
+			t.Errorf("an empty shard has %d bytes, and an index %v", len(w.sh.data), w.sh.index != nil)
 		}
 	}
 }
@@ -201,6 +216,24 @@ func TestValuesAreKept(t *testing.T) {
 			t.Errorf("%q is %q", key, it.value)
 		}
 	}
+	// Keys, too, when others take their place.
+	keys := crowded()
+	for n, room := range [][]byte{nil, make([]byte, 0, 1<<10)} {
+		var sets, deletes []*kvpb.Write
+		for _, key := range keys {
+			sets, deletes = append(sets, setWrite(key, key)), append(deletes, deleteWrite(key))
+		}
+		applyBatch(t, s, 1, 10+2*uint64(n), sets...)
+		v := s.open()
+		items := v.shard(shardOf(keys[0]), room, everything)
+		v.close()
+		applyBatch(t, s, 1, 11+2*uint64(n), append(deletes, sets[5], sets[4])...)
+		for _, it := range items {
+			if string(it.key) != string(it.value) {
+				t.Errorf("the key of %q is %q", it.value, it.key)
+			}
+		}
+	}
 }
 
 // A view copies what a page needs, whatever it has.
@@ -232,7 +265,57 @@ func TestViewPageSizes(t *testing.T) {
 	if !more || !slices.Equal(got, keys[:maxBytes/size]) {
 		t.Errorf("%d keys, more %v, want %d", len(got), more, maxBytes/size)
 	}
+	// Small and large values, in no order of size: each page takes all that fits.
+	r := seededRand(1)
+	sizes := map[string]int{}
+	for i := range 2000 {
+		key := fmt.Sprintf("m%04d", i)
+		sizes[key] = []int{10, maxPacked, 30 << 10}[r.IntN(3)]
+		applyBatch(t, s, 1, 100+uint64(i), setWrite(key, strings.Repeat("v", sizes[key])))
+	}
+	w := s.open()
+	defer w.close()
+	keys = slices.Sorted(maps.Keys(sizes))
+	for after := ""; len(keys) > 0; {
+		fit, size := 0, 0
+		for fit < len(keys) && size+len(keys[fit])+sizes[keys[fit]] <= maxBytes {
+			size += len(keys[fit]) + sizes[keys[fit]]
+			fit++
+		}
+		page, more := w.page("m", after, 10_000, maxBytes)
+		if len(page) != fit || more != (fit < len(keys)) || string(page[fit-1].key) != keys[fit-1] {
+			t.Fatalf("%d keys after %q, more %v, want %d of %d", len(page), after, more, fit, len(keys))
+		}
+		after, keys = keys[fit-1], keys[fit:]
+	}
 	runtime.KeepAlive(s)
+}
+
+// What of a shard is not in its data may be large, and is not copied to be looked at.
+func TestLargeKeysAreNotCopied(t *testing.T) {
+	s := newTestStore()
+	long := strings.Repeat("k", maxKeyBytes-8)
+	for i := range uint64(400) {
+		applyBatch(t, s, 1, 1+i, setWrite(fmt.Sprintf("%s%04d", long, i), strings.Repeat("v", maxPacked+1)))
+	}
+	v := s.open()
+	defer v.close()
+	page := func(prefix string, limit int) func() {
+		return func() {
+			if items, _ := v.page(prefix, "", limit, 1<<20); len(items) != limit {
+				t.Errorf("%d items", len(items))
+			}
+		}
+	}
+	for what, f := range map[string]func(){"no key": page("none", 0), "a key": page("k", 1), "a snapshot": func() {
+		if err := v.writeTo(io.Discard); err != nil {
+			t.Error(err)
+		}
+	}} {
+		if n := allocated(f); n > 3<<20 {
+			t.Errorf("%s: %d bytes were copied", what, n)
+		}
+	}
 }
 
 // What is written without messages is what protobuf makes of them.

@@ -1897,8 +1897,8 @@ func (s *sim) mayLose(p *proc) bool {
 	}
 	newest := &store{}
 	for _, q := range s.alive() {
-		if q.site.keeps() != 0 && !slices.Equal(q.n.gone, q.n.store.removed) {
-			return false // started again, it may count on who was removed
+		if q.site.keeps() != 0 && q.n.rn != nil && q.n.onDisk != q.n.store.conf {
+			return false // started again, it may count on who votes no more
 		}
 		if q.n.rn != nil && q.n.store.index > newest.index {
 			newest = q.n.store

@@ -24,7 +24,9 @@ func (n *node) snapshot() *raftpb.Snapshot {
 			return raftSnapshot(v.header)
 		}
 	}
-	n.views = append(n.views, &openView{view: n.store.open(), conf: n.store.conf})
+	v := n.store.open()
+	v.rest = rest
+	n.views = append(n.views, &openView{view: v, conf: n.store.conf})
 	return raftSnapshot(n.views[len(n.views)-1].header)
 }
 
@@ -168,6 +170,7 @@ func (n *node) discard(s *store) {
 // save writes a snapshot of the state to the disk, beside the loop.
 func (n *node) save() {
 	v := n.store.open()
+	v.rest = n.disk.rest
 	n.saving = n.logged
 	n.disk.start(func() {
 		mark, err := n.disk.save(v)

@@ -29,19 +29,21 @@ import (
 
 const (
 	// numShards bounds how long a view that is read keeps writes waiting: for
-	// the copy of a shard.
+	// the copy of a shard. Snapshots are in the order of shards, so which one a key
+	// is in can be chosen; shard.go bounds what of one is copied.
 	numShards = 1 << 12
 	// maxRemoved is how many removed raft IDs are remembered.
 	maxRemoved = 1024
 	// maxSessions is how many sessions are kept, maxAnswers how many sequences
 	// of each are told from new ones. All nodes of a cluster have to agree.
 	maxSessions, maxAnswers = 10_000, 1024
-	// snapshotFormat is the version of the snapshot's encoding.
+	// snapshotFormat is the version of the snapshot's encoding. Any new field needs
+	// another one: a node that does not know it would lose it.
 	snapshotFormat = 1
 	// maxRecordBytes is the largest record that a snapshot may hold: a key and
 	// a value at their limits, or a header with maxRemoved removed members.
 	maxRecordBytes = 4 << 20
-	// maxRest is the longest that a snapshot stands aside at a time.
+	// maxRest is the longest that whoever writes a snapshot stands aside at a time.
 	maxRest = 8 * time.Millisecond
 	// maxRoom is for how many writes of an entry memory is kept.
 	maxRoom = 16 << 10
@@ -354,6 +356,9 @@ type view struct {
 	sessions []session // as in recent
 	shards   []shard
 	replaced map[uint64][]keyItem // by shard
+	// rest, if writeTo is not to take all that it can get of processor and disk,
+	// is called now and then, with how long it has worked.
+	rest func(worked time.Duration)
 }
 
 // open opens a view. Only the loop may call it.
@@ -383,8 +388,9 @@ func (v *view) close() {
 	v.store.views = slices.DeleteFunc(v.store.views, func(o *view) bool { return o == v })
 }
 
-// shard returns the items of a shard whose keys are wanted, in no order, as
-// copies: in room, as long as there is some. Any goroutine may call it.
+// shard returns the items of a shard whose keys are wanted, in no order. It copies
+// what later writes change: into room, as long as there is some. Any goroutine may
+// call it.
 func (v *view) shard(i uint64, room []byte, wanted func(key []byte) bool) []keyItem {
 	v.store.mu.RLock()
 	defer v.store.mu.RUnlock()
@@ -402,14 +408,15 @@ func (v *view) shard(i uint64, room []byte, wanted func(key []byte) bool) []keyI
 		room = append(room, b...)
 		return room[len(room)-len(b) : len(room) : len(room)]
 	}
-	for key, it := range sh.all {
-		if it.version > v.header.Version || !wanted(key) {
-			continue
+	for key, it := range sh.packed {
+		if it.version <= v.header.Version && wanted(key) {
+			items = append(items, keyItem{kept(key), item{kept(it.value), it.version}})
 		}
-		if len(it.value) <= maxPacked {
-			it.value = kept(it.value)
+	}
+	for key, it := range sh.others {
+		if it.version <= v.header.Version && wanted(key) {
+			items = append(items, keyItem{key, it})
 		}
-		items = append(items, keyItem{kept(key), it})
 	}
 	return items
 }
@@ -421,7 +428,7 @@ func compareKeys(a, b keyItem) int { return bytes.Compare(a.key, b.key) }
 // more. It passes over all keys of the view.
 func (v *view) page(prefix, after string, limit, maxBytes int) (page []keyItem, more bool) {
 	size := 0
-	var last []byte // if there are more, the last key that can be on the page
+	var last []byte // if there are more, the first key that cannot be on the page
 	cut := func() {
 		slices.SortFunc(page, compareKeys)
 		n := 0
@@ -433,8 +440,8 @@ func (v *view) page(prefix, after string, limit, maxBytes int) (page []keyItem, 
 			}
 		}
 		if n < len(page) {
+			last = page[n].key
 			page, more = slices.Delete(page, n, len(page)), true
-			last = page[n-1].key
 		}
 	}
 	wanted := func(key []byte) bool {
@@ -519,8 +526,8 @@ func (v *view) writeTo(to io.Writer) error {
 	room, b := make([]byte, 0, maxShardData), []byte(nil)
 	since := time.Now()
 	for i := range uint64(numShards) {
-		if worked := time.Since(since); worked > maxRest/4 {
-			rest(worked)
+		if worked := time.Since(since); v.rest != nil && worked > maxRest/4 {
+			v.rest(worked)
 			since = time.Now()
 		}
 		items := v.shard(i, room, func([]byte) bool { return true })
@@ -538,8 +545,7 @@ func (v *view) writeTo(to io.Writer) error {
 	return w.flush()
 }
 
-// rest waits as long as something has worked that can wait, but not for long:
-// half of the time is for what cannot.
+// rest waits for as long as writeTo has worked, but for no more than maxRest.
 func rest(worked time.Duration) { time.Sleep(min(worked, maxRest)) }
 
 // appendKeyValue appends what writeTo's record makes of a key, without the
@@ -631,7 +637,7 @@ func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, erro
 		if rec == nil {
 			before := shard
 			shard = shardOf(it.key)
-			if len(it.key) == 0 || it.version == 0 || it.version > s.version || shard < before || shard == before && bytes.Compare(it.key, last) <= 0 {
+			if len(it.key) == 0 || len(it.key) > maxKeyBytes || len(it.value) > maxValueBytes || it.version == 0 || it.version > s.version || shard < before || shard == before && bytes.Compare(it.key, last) <= 0 {
 				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
 			}
 			keys, last = keys+1, append(last[:0], it.key...)

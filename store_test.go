@@ -586,6 +586,12 @@ func keyRecord(key string, version uint64) *kvpb.SnapshotRecord {
 	return &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_KeyValue{KeyValue: &kvpb.KeyValue{Key: key, Value: []byte("v"), Version: version}}}
 }
 
+func valueRecord(key string, size int) *kvpb.SnapshotRecord {
+	r := keyRecord(key, 1)
+	r.GetKeyValue().Value = make([]byte, size)
+	return r
+}
+
 func footerRecord(keys uint64) *kvpb.SnapshotRecord {
 	return &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: keys}}}
 }
@@ -761,6 +767,8 @@ func TestSnapshotRefused(t *testing.T) {
 		"key twice":              {headerOf(0, 2), keyRecord(low, 1), keyRecord(low, 1), footerRecord(2)},
 		"key twice, once count":  {headerOf(0, 1), keyRecord(low, 1), keyRecord(low, 2), footerRecord(1)},
 		"empty key":              {headerOf(0, 1), keyRecord("", 1), footerRecord(1)},
+		"key too long":           {headerOf(0, 1), keyRecord(strings.Repeat("k", maxKeyBytes+1), 1), footerRecord(1)},
+		"value too long":         {headerOf(0, 1), valueRecord("k", maxValueBytes+1), footerRecord(1)},
 		"version too high":       {headerOf(0, 1), keyRecord(low, 10), footerRecord(1)},
 		"version 0":              {headerOf(0, 1), keyRecord(low, 0), footerRecord(1)},
 		"header with more keys":  {headerOf(0, 2), keyRecord(low, 1), footerRecord(1)},
