@@ -220,7 +220,7 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	case slices.Contains(n.store.removed, raftID):
 		return false, errPastLife
 	case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
-		return raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
+		return n.confDurable() && (raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID])), nil
 	case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
 		return false, nil
 	case present != nil:
@@ -285,14 +285,25 @@ func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
 	known := false
-	return s.awaitChange(ctx, func() (bool, error) {
-		if _, err := s.n.resolve(req.Remove); err != nil && !known {
-			return false, err
-		}
-		known = true // until this request itself has removed it
-		return s.n.stepMembership(req)
-	})
+	return s.awaitChange(ctx, func() (bool, error) { return s.n.stepKnown(req, &known) })
 }
+
+// stepKnown is stepMembership of a request whose nodes to be removed are known at
+// first: then it removes them itself.
+func (n *node) stepKnown(req *kvpb.ChangeMembershipRequest, known *bool) (bool, error) {
+	if _, err := n.resolve(req.Remove); err != nil && !*known {
+		if !n.confDurable() {
+			return false, nil // perhaps another request has just removed it
+		}
+		return false, err
+	}
+	*known = true
+	return n.stepMembership(req)
+}
+
+// confDurable reports whether the configuration is in effect after a restart, too.
+// Before, this node might need the vote of who votes no more: nobody is told.
+func (n *node) confDurable() bool { return n.disk == nil || n.onDisk == n.store.conf }
 
 // stepMembership takes the next step towards the voters that a request names,
 // if one can be taken; true: it is there.
@@ -308,11 +319,8 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if err != nil && n.now-n.leadHeard <= n.electionTicks() {
 		return false, nil // a leader that is new has not heard from everybody yet
 	}
-	if err == nil && len(changes) == 0 && n.disk != nil && n.onDisk != n.store.conf {
-		return false, nil // started again, this node might need the vote of who votes no more
-	}
 	if err != nil || len(changes) == 0 {
-		return true, err
+		return err != nil || n.confDurable(), err
 	}
 	if !n.mayChange() || slices.ContainsFunc(want, func(id uint64) bool { return n.met[id] != nil }) {
 		return false, nil // a node that lost its memory is taken back first

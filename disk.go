@@ -483,9 +483,9 @@ func (d *disk) restore(self *kvpb.Node, read func() (*store, error)) (*store, er
 func (d *disk) removeBefore(mark *kvpb.SnapshotMark) error {
 	names, err := d.fs.readDir(d.dir)
 	for _, name := range names {
-		hex, _, ok := strings.Cut(name, "-")
-		index, parseErr := strconv.ParseUint(hex, 16, 64)
-		if ok && parseErr == nil && strings.HasSuffix(name, ".snap") && index <= mark.Index && name != mark.File {
+		hex, _, _ := strings.Cut(name, "-")
+		index, _ := strconv.ParseUint(hex, 16, 64)
+		if ownName.MatchString(name) && strings.HasSuffix(name, ".snap") && index <= mark.Index && name != mark.File {
 			err = errors.Join(err, d.remove(name))
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"path/filepath"
 	"runtime"
@@ -1049,6 +1050,14 @@ func TestDiskChangeAnswered(t *testing.T) {
 					t.Fatal(err)
 				}
 				waited = waited || !answered
+				if kind == raftpb.ConfChangeRemoveNode {
+					if _, err := p.n.stepKnown(&kvpb.ChangeMembershipRequest{Remove: []uint64{learner}}, new(bool)); answered != (errorReason(err) == "UNKNOWN_MEMBER") {
+						t.Errorf("answered %v: asked again, it says %v", answered, err)
+					}
+				}
+				if caughtUp, err := p.n.stepLearner(p.n.raftID, p.n.self); err != nil || caughtUp != answered {
+					t.Errorf("%v, answered %v: the leader itself is added %v, %v", kind, answered, caughtUp, err)
+				}
 			}
 			if !answered {
 				_ = p.d.write()
@@ -1074,7 +1083,7 @@ func TestDiskLeavesOthersAlone(t *testing.T) {
 		if used {
 			fs, _ = usedDir(t)
 		}
-		foreign := []string{"LOCK", "backup.snap", "letter.tmp", "1.wal", "0123456789abcdef.snap", "notes"}
+		foreign := []string{"LOCK", "backup.snap", "letter.tmp", "1.wal", "0123456789abcdef.snap", "2026-11-26.snap", "notes"}
 		for _, name := range foreign {
 			fs.names[simDir+"/"+name] = &simFile{}
 		}
@@ -1085,6 +1094,9 @@ func TestDiskLeavesOthersAlone(t *testing.T) {
 		}
 		if used != (p.n.rn != nil) {
 			t.Error("in a cluster: ", !used)
+		}
+		if err := p.d.removeBefore(&kvpb.SnapshotMark{Index: math.MaxUint64}); err != nil {
+			t.Fatal(err)
 		}
 		for _, name := range foreign {
 			if fs.names[simDir+"/"+name] == nil {

@@ -347,7 +347,7 @@ func TestBackup(t *testing.T) {
 			defer func() { r.stop(5) }()
 			r.settled(5)
 			m, err := r.metrics(5)
-			if err != nil || m.Version < start.Version || m.Version > all+2 || m.Sessions != 1 || m.ClusterId == start.ClusterId {
+			if err != nil || m.Version < start.Version || m.Version > all+3 || m.Sessions != 1 || m.ClusterId == start.ClusterId {
 				t.Fatalf("%v, %v; backup began at %v", m, err, start)
 			}
 			items, _, err := r.listAll(5, &kvpb.ListRequest{})
