@@ -1182,10 +1182,13 @@ func BenchmarkStart(b *testing.B) {
 				return n, d
 			}
 			n, d := open(noSync{})
-			n.store.install(filledStore(keys))
-			if _, err := n.bootstrap(); err != nil {
-				b.Fatal(err)
-			}
+			s := filledStore(keys) // as bootstrap leaves one, but for the keys
+			s.clusterID, s.index, s.term = 9, 1, 1
+			s.configure(&raftpb.ConfState{Voters: []uint64{1}}, []*kvpb.Member{{RaftId: 1, Node: n.self}})
+			d.enqueue(diskJob{
+				identity: &kvpb.Identity{Format: identityFormat, ClusterId: 9, NodeId: 1, RaftId: 1, LogId: 1}, view: s.open(),
+				batch: &kvpb.LogBatch{HardState: &kvpb.HardState{Term: 1, Commit: 1}}, done: func(error) {},
+			})
 			var data []byte
 			for i := range inLog / perEntry {
 				data = benchBatch(rand.New(rand.NewPCG(uint64(i), 0)), uint64(i+1), keys, perEntry)
