@@ -22,7 +22,6 @@ import (
 	"testing"
 	"time"
 
-	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
@@ -537,15 +536,7 @@ func TestClientSilentStdin(t *testing.T) {
 // test says how much of it a restore gets.
 func pipeOf(t *testing.T, keys int) (backup []byte, path string, pipe *os.File) {
 	t.Helper()
-	s := filledStore(keys)
-	s.clusterID, s.index, s.term = 9, 7, 3
-	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID}}, []*kvpb.Member{{RaftId: leaderID, Node: &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}}})
-	v := s.open()
-	defer v.close()
-	var b bytes.Buffer
-	if err := v.writeTo(&b); err != nil {
-		t.Fatal(err)
-	}
+	_, backup = backupOf(t, keys)
 	path = filepath.Join(t.TempDir(), "backup")
 	if err := syscall.Mkfifo(path, 0o600); err != nil {
 		t.Skip(err)
@@ -555,7 +546,7 @@ func pipeOf(t *testing.T, keys int) (backup []byte, path string, pipe *os.File) 
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { pipe.Close() })
-	return b.Bytes(), path, pipe
+	return backup, path, pipe
 }
 
 // TestClientRestoreUndone: a restore that fails half way takes away what it has

@@ -669,25 +669,26 @@ func keysOf(s *store) string {
 	return strings.Join(lines, "\n")
 }
 
+// backupOf is a cluster's state with so many keys, and a backup of it.
+func backupOf(t *testing.T, keys int) (*store, []byte) {
+	t.Helper()
+	s := filledStore(keys)
+	s.clusterID, s.index, s.term = 9, 7, 3
+	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID}}, []*kvpb.Member{{RaftId: leaderID, Node: &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}}})
+	return s, snapshotBytes(t, s)
+}
+
 // TestRestoreFaults: a restore to which anything happens leaves an empty
 // directory, or all of what it restores.
 func TestRestoreFaults(t *testing.T) {
-	backup := filledStore(20)
-	backup.clusterID, backup.index, backup.term = 9, 7, 3
-	backup.configure(&raftpb.ConfState{Voters: []uint64{leaderID}}, []*kvpb.Member{{RaftId: leaderID, Node: &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}}})
-	v := backup.open()
-	defer v.close()
-	var b bytes.Buffer
-	if err := v.writeTo(&b); err != nil {
-		t.Fatal(err)
-	}
+	backup, b := backupOf(t, 20)
 	restore := func(fs *simFS) (bool, error) {
 		d, err := openDisk(fs, simDir, diskLogBytes, quiet())
 		if err != nil {
 			return false, err
 		}
 		d.background = func(f func()) { f() }
-		_, err = d.restore(&kvpb.Node{Id: 5, Address: "127.0.0.1:5"}, func() (*store, error) { return readSnapshot(bytes.NewReader(b.Bytes())) })
+		_, err = d.restore(&kvpb.Node{Id: 5, Address: "127.0.0.1:5"}, func() (*store, error) { return readSnapshot(bytes.NewReader(b)) })
 		d.close()
 		return err == nil, err
 	}
@@ -739,12 +740,12 @@ func TestDiskBounded(t *testing.T) {
 			if err = cmp.Or(err, p.settle()); err != nil {
 				t.Fatal(err)
 			}
-			for stalled := false; len(c.done) == 0; stalled = true { // until the snapshot is there
+			if len(c.done) == 0 {
+				stalls++
+			}
+			for len(c.done) == 0 { // until the snapshot is there
 				if len(p.slow) == 0 {
 					t.Fatalf("write %d is not acknowledged", i)
-				}
-				if !stalled {
-					stalls++
 				}
 				p.slow[0]()
 				p.slow = p.slow[1:]

@@ -101,6 +101,7 @@ func connOf(ctx context.Context) *limitedConn {
 
 // admit has f make an answer of so many bytes when there is room for it. One that
 // has to wait is made again: meanwhile it would keep values that others overwrite.
+// What f makes is there before there is room: it had better copy nothing large.
 // The answer counts until gRPC gives its buffer, of the pool, back.
 func admit[T any](ctx context.Context, f func() (answer T, bytes int, err error)) (answer T, pool mem.BufferPool, err error) {
 	c := connOf(ctx)

@@ -445,11 +445,9 @@ func (n *node) check(m *raftpb.Message) bool {
 		return (&peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat}).check(m)
 	}
 	err := try()
-	switch t := m.GetType(); {
-	case err != nil, t == raftpb.MsgProp, t == raftpb.MsgHeartbeat && m.GetCommit() > n.store.index:
-		// n.raft and n.role are not raft's own while there is a Ready.
-		fallthrough
-	case t == raftpb.MsgTimeoutNow: // raft ignores it while it has a change to apply
+	if t := m.GetType(); err != nil || t == raftpb.MsgProp || t == raftpb.MsgTimeoutNow || t == raftpb.MsgHeartbeat && m.GetCommit() > n.store.index {
+		// n.raft and n.role are not raft's own while there is a Ready, and raft
+		// ignores MsgTimeoutNow while it has a change of membership to apply.
 		n.drain()
 		if n.rn == nil || n.err != nil {
 			return false
@@ -635,18 +633,15 @@ func (n *node) append(m *raftpb.Message) {
 		n.disk.hold(true) // until the snapshot is there
 	}
 	responses, lives := m.GetResponses(), n.lives
-	persist := n.persist
-	if batch.Snapshot != nil {
-		persist = n.persistMark
-	}
-	persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
+	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
 // persist has the disk do a job and then calls done, in the loop. The first one
 // makes the directory this node's. Who has been removed by now is durable by
-// then, for each removal is followed by a job that makes it so.
+// then, for each removal is followed by a job that makes it so. A snapshot that is
+// named takes the place of those before it.
 func (n *node) persist(j diskJob, done func()) {
-	removed, conf := n.store.removed, n.store.conf
+	removed, conf, mark := n.store.removed, n.store.conf, j.batch.Snapshot
 	if n.disk == nil {
 		done()
 		return
@@ -664,6 +659,9 @@ func (n *node) persist(j diskJob, done func()) {
 			}
 			n.gone, n.onDisk = removed, conf
 			done()
+			if mark != nil {
+				n.removeBefore(mark)
+			}
 		})
 	}
 	n.queued++

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -288,7 +287,6 @@ func TestViewPageSizes(t *testing.T) {
 		}
 		after, keys = keys[fit-1], keys[fit:]
 	}
-	runtime.KeepAlive(s)
 }
 
 // What of a shard is not in its data may be large, and is not copied to be looked at.

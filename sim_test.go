@@ -1897,7 +1897,7 @@ func (s *sim) mayLose(p *proc) bool {
 	}
 	newest := &store{}
 	for _, q := range s.alive() {
-		if q.site.keeps() != 0 && q.n.rn != nil && q.n.onDisk != q.n.store.conf {
+		if q.site.keeps() != 0 && q.n.rn != nil && !q.n.confDurable() {
 			return false // started again, it may count on who votes no more
 		}
 		if q.n.rn != nil && q.n.store.index > newest.index {

@@ -27,7 +27,7 @@ func (n *node) snapshot() *raftpb.Snapshot {
 	v := n.store.open()
 	v.rest = rest
 	n.views = append(n.views, &openView{view: v, conf: n.store.conf})
-	return raftSnapshot(n.views[len(n.views)-1].header)
+	return raftSnapshot(v.header)
 }
 
 // sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot.
@@ -190,19 +190,16 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 	default:
 		n.log.Info("saved a snapshot", "index", mark.Index)
 		n.mark, n.logged = mark.Index, n.logged-n.saving
-		n.persistMark(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
+		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
 	n.saving = 0
 }
 
-// persistMark persists which snapshot counts, and then removes those before it.
-func (n *node) persistMark(j diskJob, done func()) {
-	n.persist(j, func() {
-		done()
-		n.disk.start(func() {
-			if err := n.disk.removeBefore(j.batch.Snapshot); err != nil {
-				n.in.event(func() { n.diskFailed(err) })
-			}
-		})
+// removeBefore removes the snapshots before the one that counts, beside the loop.
+func (n *node) removeBefore(mark *kvpb.SnapshotMark) {
+	n.disk.start(func() {
+		if err := n.disk.removeBefore(mark); err != nil {
+			n.in.event(func() { n.diskFailed(err) })
+		}
 	})
 }

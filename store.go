@@ -428,24 +428,20 @@ func compareKeys(a, b keyItem) int { return bytes.Compare(a.key, b.key) }
 // more. It passes over all keys of the view.
 func (v *view) page(prefix, after string, limit, maxBytes int) (page []keyItem, more bool) {
 	size := 0
-	var last []byte // if there are more, the first key that cannot be on the page
+	var end []byte // if there are more, the first key that cannot be on the page
 	cut := func() {
 		slices.SortFunc(page, compareKeys)
 		n := 0
-		for size = 0; n < min(limit, len(page)); n++ {
-			if s := len(page[n].key) + len(page[n].value); n == 0 || size+s <= maxBytes {
-				size += s
-			} else {
-				break
-			}
+		for size = 0; n < min(limit, len(page)) && (n == 0 || size+len(page[n].key)+len(page[n].value) <= maxBytes); n++ {
+			size += len(page[n].key) + len(page[n].value)
 		}
 		if n < len(page) {
-			last = page[n].key
+			end = page[n].key
 			page, more = slices.Delete(page, n, len(page)), true
 		}
 	}
 	wanted := func(key []byte) bool {
-		return string(key) > after && bytes.HasPrefix(key, []byte(prefix)) && (!more || bytes.Compare(key, last) < 0)
+		return string(key) > after && bytes.HasPrefix(key, []byte(prefix)) && (!more || bytes.Compare(key, end) < 0)
 	}
 	for i := range uint64(numShards) {
 		for _, it := range v.shard(i, nil, wanted) {
