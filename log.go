@@ -7,8 +7,6 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
-
-	"raft-key-value/kvpb"
 )
 
 // raftLog is raft's Storage. Only the loop uses it. Entries are never changed
@@ -73,19 +71,6 @@ func (l *raftLog) last() uint64 { return l.prevIndex + uint64(len(l.entries)) }
 
 // entryBytes is what an entry counts for against limits in bytes.
 func entryBytes(e *raftpb.Entry) uint64 { return uint64(len(e.GetData())) + 16 }
-
-// wireEntry and raftEntry turn raft's entries into kv.proto's and back.
-func wireEntry(e *raftpb.Entry) *kvpb.Entry {
-	return &kvpb.Entry{Term: e.GetTerm(), Index: e.GetIndex(), Type: kvpb.EntryType(e.GetType()), Data: e.GetData()}
-}
-
-func raftEntry(e *kvpb.Entry) *raftpb.Entry {
-	return &raftpb.Entry{Term: &e.Term, Index: &e.Index, Type: raftpb.EntryType(e.Type).Enum(), Data: e.Data}
-}
-
-func wireHardState(h *raftpb.HardState) *kvpb.HardState {
-	return &kvpb.HardState{Term: h.GetTerm(), Vote: h.GetVote(), Commit: h.GetCommit()}
-}
 
 // append adds entries, in place of those that have the same index or a later one.
 func (l *raftLog) append(entries []*raftpb.Entry) error {

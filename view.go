@@ -1,0 +1,399 @@
+// Views: the store at one index, read page by page, or written as a snapshot, and
+// snapshots read into a store.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"time"
+	"unicode/utf8"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// snapshotFormat is the version of the snapshot's encoding. Any new field needs
+	// another one: a node that does not know it would lose it.
+	snapshotFormat = 1
+	// maxRecordBytes is the largest record that a snapshot may hold: a key and
+	// a value at their limits, or a header with maxRemoved removed members.
+	maxRecordBytes = 4 << 20
+	// maxRest is the longest that whoever writes a snapshot stands aside at a time.
+	maxRest = 8 * time.Millisecond
+)
+
+// view is the store at one index, whatever is written since: the items no
+// newer than that, and those that have been replaced. It has to be closed. The
+// store's mu guards shards and replaced.
+type view struct {
+	store    *store
+	header   *kvpb.SnapshotHeader
+	keys     uint64
+	sessions []session // as in recent
+	shards   []shard
+	replaced map[uint64][]keyItem // by shard
+	// rest, if writeTo is not to take all that it can get of processor and disk,
+	// is called now and then, with how long it has worked.
+	rest func(worked time.Duration)
+}
+
+// open opens a view. Only the loop may call it.
+func (s *store) open() *view {
+	v := s.openKeys()
+	v.sessions = make([]session, 0, len(s.sessions))
+	for e := s.recent.Front(); e != nil; e = e.Next() {
+		v.sessions = append(v.sessions, *e.Value.(*session))
+	}
+	return v
+}
+
+// openKeys opens a view without sessions, in no more time than that of one
+// write. Only the loop may call it.
+func (s *store) openKeys() *view {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := &view{store: s, header: s.header(), keys: s.keys, shards: s.shards, replaced: map[uint64][]keyItem{}}
+	s.views = append(s.views, v)
+	return v
+}
+
+// close lets go of what was preserved. Any goroutine may call it.
+func (v *view) close() {
+	v.store.mu.Lock()
+	defer v.store.mu.Unlock()
+	v.store.views = slices.DeleteFunc(v.store.views, func(o *view) bool { return o == v })
+}
+
+// shard returns the items of a shard whose keys are wanted, in no order. It copies
+// what later writes change: into room, as long as there is some. Any goroutine may
+// call it.
+func (v *view) shard(i uint64, room []byte, wanted func(key []byte) bool) []keyItem {
+	v.store.mu.RLock()
+	defer v.store.mu.RUnlock()
+	sh := &v.shards[i]
+	var items []keyItem
+	for _, it := range v.replaced[i] {
+		if wanted(it.key) {
+			items = append(items, it)
+		}
+	}
+	kept := func(b []byte) []byte {
+		if len(b) > cap(room)-len(room) {
+			return bytes.Clone(b)
+		}
+		room = append(room, b...)
+		return room[len(room)-len(b) : len(room) : len(room)]
+	}
+	for key, it := range sh.packed {
+		if it.version <= v.header.Version && wanted(key) {
+			items = append(items, keyItem{kept(key), item{kept(it.value), it.version}})
+		}
+	}
+	for key, it := range sh.others {
+		if it.version <= v.header.Version && wanted(key) {
+			items = append(items, keyItem{key, it})
+		}
+	}
+	return items
+}
+
+func compareKeys(a, b keyItem) int { return bytes.Compare(a.key, b.key) }
+
+// page returns the first keys after a key that have a prefix, in order, as
+// many as limit and maxBytes allow but at least one, and whether there are
+// more. It passes over all keys of the view.
+func (v *view) page(prefix, after string, limit, maxBytes int) (page []keyItem, more bool) {
+	size := 0
+	var end []byte // if there are more, the first key that cannot be on the page
+	cut := func() {
+		slices.SortFunc(page, compareKeys)
+		n := 0
+		for size = 0; n < min(limit, len(page)) && (n == 0 || size+len(page[n].key)+len(page[n].value) <= maxBytes); n++ {
+			size += len(page[n].key) + len(page[n].value)
+		}
+		if n < len(page) {
+			end = page[n].key
+			page, more = slices.Delete(page, n, len(page)), true
+		}
+	}
+	wanted := func(key []byte) bool {
+		return string(key) > after && bytes.HasPrefix(key, []byte(prefix)) && (!more || bytes.Compare(key, end) < 0)
+	}
+	for i := range uint64(numShards) {
+		for _, it := range v.shard(i, nil, wanted) {
+			page = append(page, it)
+			size += len(it.key) + len(it.value)
+		}
+		if len(page) > 2*limit+numShards || size > 2*maxBytes {
+			cut()
+		}
+	}
+	cut()
+	return page, more
+}
+
+func (s *store) header() *kvpb.SnapshotHeader {
+	h := &kvpb.SnapshotHeader{
+		Format:    snapshotFormat,
+		ClusterId: s.clusterID,
+		Index:     s.index,
+		Term:      s.term,
+		Version:   s.version,
+		ConfState: &kvpb.ConfState{
+			Voters:         slices.Clone(s.conf.GetVoters()),
+			Learners:       slices.Clone(s.conf.GetLearners()),
+			VotersOutgoing: slices.Clone(s.conf.GetVotersOutgoing()),
+			LearnersNext:   slices.Clone(s.conf.GetLearnersNext()),
+			AutoLeave:      s.conf.GetAutoLeave(),
+		},
+		Removed:  slices.Clone(s.removed),
+		Keys:     s.keys,
+		Sessions: uint64(len(s.sessions)),
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.members)) {
+		h.Members = append(h.Members, &kvpb.Member{RaftId: id, Node: s.members[id]})
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.proposers)) {
+		h.Proposers = append(h.Proposers, &kvpb.Proposer{RaftId: id, Sequence: s.proposers[id]})
+	}
+	return h
+}
+
+// raftSnapshot returns what raft has to know of a snapshot.
+func raftSnapshot(h *kvpb.SnapshotHeader) *raftpb.Snapshot {
+	cs := h.GetConfState()
+	return &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
+		Index: new(h.GetIndex()),
+		Term:  new(h.GetTerm()),
+		ConfState: &raftpb.ConfState{
+			Voters:         slices.Clone(cs.GetVoters()),
+			Learners:       slices.Clone(cs.GetLearners()),
+			VotersOutgoing: slices.Clone(cs.GetVotersOutgoing()),
+			LearnersNext:   slices.Clone(cs.GetLearnersNext()),
+			AutoLeave:      new(cs.GetAutoLeave()),
+		},
+	}}
+}
+
+// writeTo writes the view as a snapshot. Two stores in the same state write
+// the same bytes.
+func (v *view) writeTo(to io.Writer) error {
+	w := newFrameWriter(to)
+	record := func(r *kvpb.SnapshotRecord) error {
+		_, err := protodelim.MarshalOptions{MarshalOptions: proto.MarshalOptions{Deterministic: true}}.MarshalTo(w, r)
+		return err
+	}
+	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Header{Header: v.header}}); err != nil {
+		return err
+	}
+	for _, ses := range v.sessions {
+		m := &kvpb.Session{Id: ses.id, Highest: ses.highest()}
+		for _, a := range ses.answers {
+			m.Answers = append(m.Answers, &kvpb.Answer{Sequence: a.sequence, Version: a.version, Found: a.found, CompareFailed: a.compareFailed})
+		}
+		if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Session{Session: m}}); err != nil {
+			return err
+		}
+	}
+	room, b := make([]byte, 0, maxShardData), []byte(nil)
+	since := time.Now()
+	for i := range uint64(numShards) {
+		if worked := time.Since(since); v.rest != nil && worked > maxRest/4 {
+			v.rest(worked)
+			since = time.Now()
+		}
+		items := v.shard(i, room, func([]byte) bool { return true })
+		slices.SortFunc(items, compareKeys)
+		for _, it := range items {
+			b = appendKeyValue(b[:0], it)
+			if _, err := w.Write(b); err != nil {
+				return err
+			}
+		}
+	}
+	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: v.keys}}}); err != nil {
+		return err
+	}
+	return w.flush()
+}
+
+// rest waits for as long as writeTo has worked, but for no more than maxRest.
+func rest(worked time.Duration) { time.Sleep(min(worked, maxRest)) }
+
+// appendKeyValue appends what writeTo's record makes of a key, without the
+// messages: there are many.
+func appendKeyValue(b []byte, it keyItem) []byte {
+	size := protowire.SizeTag(1) + protowire.SizeBytes(len(it.key)) + protowire.SizeTag(3) + protowire.SizeVarint(it.version)
+	if len(it.value) > 0 {
+		size += protowire.SizeTag(2) + protowire.SizeBytes(len(it.value))
+	}
+	b = protowire.AppendVarint(b, uint64(protowire.SizeTag(2)+protowire.SizeBytes(size)))
+	b = protowire.AppendVarint(protowire.AppendTag(b, 2, protowire.BytesType), uint64(size))
+	b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), it.key)
+	if len(it.value) > 0 {
+		b = protowire.AppendBytes(protowire.AppendTag(b, 2, protowire.BytesType), it.value)
+	}
+	return appendVarint(b, 3, it.version)
+}
+
+// parseKeyValue parses what appendKeyValue has appended, behind its length.
+func parseKeyValue(b []byte) (it keyItem, ok bool) {
+	f := fields{rest: b}
+	if !f.next() || f.num != 2 || f.b == nil || len(f.rest) > 0 {
+		return it, false
+	}
+	for f = (fields{rest: f.b}); len(f.rest) > 0; {
+		switch ok := f.next(); {
+		case ok && f.num == 1 && f.b != nil:
+			it.key = f.b
+		case ok && f.num == 2 && f.b != nil:
+			it.value = f.b
+		case ok && f.num == 3 && f.b == nil:
+			it.version = f.v
+		default:
+			return it, false
+		}
+	}
+	return it, utf8.Valid(it.key)
+}
+
+// readSnapshot reads a snapshot into a new store, or says why it is none.
+func readSnapshot(r io.Reader) (*store, error) {
+	return scanSnapshot(r, func(s *store, it keyItem, _ uint64) { s.set(it.key, it.item) })
+}
+
+// scanSnapshot gives the keys of a snapshot, and how many there shall be, to
+// take, which keeps none of it, and all else to a new store.
+func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, error) {
+	frames := newFrameReader(r)
+	br := bufio.NewReaderSize(frames, 64<<10)
+	var b []byte // holds what next has read
+	next := func() (it keyItem, rec *kvpb.SnapshotRecord, err error) {
+		size, err := binary.ReadUvarint(br)
+		if err == nil && size > maxRecordBytes {
+			err = errors.New("a record is too long")
+		}
+		if err == nil {
+			if size > uint64(cap(b)) {
+				b = make([]byte, size)
+			}
+			b = b[:size]
+			_, err = io.ReadFull(br, b)
+		}
+		if err != nil {
+			return it, nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, noEOF(err))
+		}
+		if it, ok := parseKeyValue(b); ok {
+			return it, nil, nil
+		}
+		rec = &kvpb.SnapshotRecord{}
+		if err := proto.Unmarshal(b, rec); err != nil {
+			return it, nil, fmt.Errorf("snapshot, before offset %d: %w", frames.offset, err)
+		}
+		return it, rec, nil
+	}
+	_, rec, err := next()
+	if err != nil {
+		return nil, err
+	}
+	s, header := newStore(), rec.GetHeader()
+	if err := s.restoreHeader(header); err != nil {
+		return nil, fmt.Errorf("snapshot: %w", err)
+	}
+	keys, shard, last := uint64(0), uint64(0), []byte(nil)
+	for {
+		it, rec, err := next()
+		if err != nil {
+			return nil, err
+		}
+		if rec == nil {
+			before := shard
+			shard = shardOf(it.key)
+			if len(it.key) == 0 || len(it.key) > maxKeyBytes || len(it.value) > maxValueBytes || it.version == 0 || it.version > s.version || shard < before || shard == before && bytes.Compare(it.key, last) <= 0 {
+				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
+			}
+			keys, last = keys+1, append(last[:0], it.key...)
+			take(s, it, header.Keys)
+			continue
+		}
+		switch rec := rec.Record.(type) {
+		case *kvpb.SnapshotRecord_Session:
+			if err := s.restoreSession(rec.Session); err != nil || keys > 0 {
+				return nil, fmt.Errorf("snapshot: session %d: %w", len(s.sessions)+1, cmp.Or(err, errors.New("it follows a key")))
+			}
+		case *kvpb.SnapshotRecord_Footer:
+			if n := uint64(len(s.sessions)); rec.Footer.Keys != keys || header.Keys != keys || header.Sessions != n {
+				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
+			}
+			if _, err := br.ReadByte(); err != io.EOF {
+				return nil, fmt.Errorf("snapshot: something follows its footer: %v", err)
+			}
+			return s, nil
+		default:
+			return nil, errors.New("snapshot: a record of an unknown kind, or a key with a field that this node does not know")
+		}
+	}
+}
+
+// restoreHeader takes over all state but the keys. The configuration has been
+// checked when it returns nil.
+func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
+	switch {
+	case h == nil:
+		return errors.New("it does not start with a header")
+	case h.Format != snapshotFormat:
+		return fmt.Errorf("its format is %d, this program knows %d", h.Format, snapshotFormat)
+	case h.ClusterId == 0 || h.Index == 0 || h.Index >= maxCounter || h.Term == 0 || h.Term >= maxCounter || h.Version >= maxCounter || len(h.Removed) > maxRemoved:
+		return errors.New("its header is invalid")
+	}
+	s.clusterID, s.index, s.term, s.version = h.ClusterId, h.Index, h.Term, h.Version
+	s.conf = raftSnapshot(h).GetMetadata().GetConfState()
+	s.removed = h.Removed
+	for _, m := range h.Members {
+		if m.GetRaftId() == 0 || m.GetRaftId() >= maxRaftID || m.GetNode().GetId() == 0 || s.members[m.RaftId] != nil {
+			return errors.New("its header has an invalid member")
+		}
+		s.members[m.RaftId] = m.Node
+	}
+	for _, p := range h.Proposers {
+		if s.members[p.GetRaftId()] == nil {
+			return errors.New("its header has an invalid proposer")
+		}
+		s.proposers[p.RaftId] = p.Sequence
+	}
+	if ids := confIDs(s.conf); !slices.Equal(ids, slices.Sorted(maps.Keys(s.members))) {
+		return errors.New("its members are not those of its configuration")
+	}
+	return checkConfState(s.conf)
+}
+
+func (s *store) restoreSession(m *kvpb.Session) error {
+	if m.Id == 0 || m.Id > s.version || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions {
+		return errors.New("its id is invalid, or it is out of place")
+	}
+	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}
+	for i, a := range m.Answers {
+		ses.answers[i] = firstAnswer{a.Sequence, result{a.Version, a.Found, a.CompareFailed}}
+		if a.Sequence == 0 || i > 0 && a.Sequence <= m.Answers[i-1].Sequence || a.Version > s.version || a.Version == 0 && !a.CompareFailed {
+			return errors.New("an answer is invalid or out of place")
+		}
+	}
+	if ses.highest() != m.Highest || m.Highest > maxAnswers && ses.answers[0].sequence <= m.Highest-maxAnswers {
+		return errors.New("its answers are not the last ones")
+	}
+	s.sessions[m.Id] = s.recent.PushBack(ses)
+	return nil
+}
