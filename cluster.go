@@ -220,7 +220,7 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	case slices.Contains(n.store.removed, raftID):
 		return false, errPastLife
 	case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
-		return n.confDurable() && (raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID])), nil
+		return (raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID])) && n.settled(), nil
 	case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
 		return false, nil
 	case present != nil:
@@ -292,7 +292,7 @@ func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 // first: then it removes them itself.
 func (n *node) stepKnown(req *kvpb.ChangeMembershipRequest, known *bool) (bool, error) {
 	if _, err := n.resolve(req.Remove); err != nil && !*known {
-		if !n.confDurable() {
+		if !n.settled() {
 			return false, nil // perhaps another request has just removed it
 		}
 		return false, err
@@ -301,9 +301,27 @@ func (n *node) stepKnown(req *kvpb.ChangeMembershipRequest, known *bool) (bool, 
 	return n.stepMembership(req)
 }
 
-// confDurable reports whether the configuration is in effect after a restart, too.
-// Before, this node might need the vote of who votes no more: nobody is told.
-func (n *node) confDurable() bool { return n.disk == nil || n.onDisk == n.store.conf }
+// settling is an entry that a leader has proposed behind a configuration.
+type settling struct {
+	conf        *raftpb.ConfState
+	term, index uint64
+}
+
+// settled reports whether most voters know the configuration to be committed, also
+// after a restart: they have stored an entry that came with word of it. Before,
+// they might need the votes of those who were removed, if this leader is lost; so
+// nobody is told. Raft itself asks for no more than that a change is committed.
+func (n *node) settled() bool {
+	if s := (settling{conf: n.store.conf, term: n.term}); n.settling.conf != s.conf || n.settling.term != s.term {
+		if n.rn.Propose(nil) != nil { // during a transfer, or if too much is uncommitted
+			return false
+		}
+		n.drain() // has the log take it
+		s.index = n.raft.last()
+		n.settling = s
+	}
+	return n.settling.conf == n.store.conf && n.settling.term == n.term && n.settling.index <= n.store.index
+}
 
 // stepMembership takes the next step towards the voters that a request names,
 // if one can be taken; true: it is there.
@@ -320,7 +338,7 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		return false, nil // a leader that is new has not heard from everybody yet
 	}
 	if err != nil || len(changes) == 0 {
-		return err != nil || n.confDurable(), err
+		return err != nil || n.settled(), err
 	}
 	if !n.mayChange() || slices.ContainsFunc(want, func(id uint64) bool { return n.met[id] != nil }) {
 		return false, nil // a node that lost its memory is taken back first
@@ -650,17 +668,22 @@ func (n *node) progressOf() map[uint64]progress {
 	return m
 }
 
-// handOver asks raft to make another node the leader: the voter among ids that
-// has most of the log and has been heard of; false: there is none.
-func (n *node) handOver(ids []uint64) bool {
+// heirs are the voters among ids that could lead in place of this node.
+func (n *node) heirs(ids []uint64) []uint64 {
 	progress := n.progressOf()
-	ids = slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
+	return slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
 		pr, ok := progress[id]
 		return !ok || id == n.raftID || pr.IsLearner || !n.connected[id]
 	})
-	if len(ids) == 0 {
+}
+
+// handOver asks raft to make another node the leader: the heir among ids that has
+// most of the log; false: there is none.
+func (n *node) handOver(ids []uint64) bool {
+	if ids = n.heirs(ids); len(ids) == 0 {
 		return false
 	}
+	progress := n.progressOf()
 	n.changeAt = n.now
 	n.rn.TransferLeader(slices.MaxFunc(ids, func(a, b uint64) int { return cmp.Compare(progress[a].Match, progress[b].Match) }))
 	return true

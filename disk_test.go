@@ -1071,6 +1071,10 @@ func TestDiskChangeAnswered(t *testing.T) {
 		if !waited || !changed(again.n) {
 			t.Errorf("%v: answered after a while %v, in effect after a loss of power %v", kind, waited, changed(again.n))
 		}
+		p.n.settling.term-- // as if it had led before, too: what it proposed then may be gone
+		if p.n.settled() {
+			t.Error("an entry of an earlier term counts")
+		}
 		if err := p.settle(); err != nil {
 			t.Fatal(err)
 		}

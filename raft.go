@@ -110,8 +110,6 @@ type node struct {
 	// gone is whom this node tells that they were removed: it must know so after
 	// a restart, too, or it might need the vote of one that has left for good.
 	gone   []uint64
-	onDisk *raftpb.ConfState // the configuration that this node has after a restart
-
 	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 
 	now        uint64 // ticks since the start
@@ -143,6 +141,7 @@ type node struct {
 	conds                []*condition
 	doneCalls, doneBytes int    // of the calls that ended in this turn
 	changeAt             uint64 // tick of a change of membership or of leadership in flight; 0: none
+	settling             settling
 	pending              *store // a snapshot's content between Step and Ready
 	views                []*openView
 
@@ -203,7 +202,7 @@ func (n *node) open(d *disk) error {
 	if err := n.raft.append(entries); err != nil {
 		return err
 	}
-	n.mark, n.gone, n.onDisk = r.store.index, r.store.removed, r.store.conf
+	n.mark, n.gone = r.store.index, r.store.removed
 	n.logged = n.raft.bytes + sectorBytes*uint64(len(entries))
 	h := r.batch.GetHardState()
 	n.raft.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
@@ -629,7 +628,7 @@ func (n *node) append(m *raftpb.Message) {
 		batch.Entries = append(batch.Entries, wireEntry(e))
 	}
 	n.logged += uint64(sectors(headerBytes + proto.Size(batch)))
-	if n.saving != 0 && n.logged > 4*uint64(n.opts.logBytes) {
+	if n.saving != 0 && n.logged > 4*n.opts.logBytes {
 		n.disk.hold(true) // until the snapshot is there
 	}
 	responses, lives := m.GetResponses(), n.lives
@@ -641,7 +640,7 @@ func (n *node) append(m *raftpb.Message) {
 // then, for each removal is followed by a job that makes it so. A snapshot that is
 // named takes the place of those before it.
 func (n *node) persist(j diskJob, done func()) {
-	removed, conf, mark := n.store.removed, n.store.conf, j.batch.Snapshot
+	removed, mark := n.store.removed, j.batch.Snapshot
 	if n.disk == nil {
 		done()
 		return
@@ -657,7 +656,7 @@ func (n *node) persist(j diskJob, done func()) {
 				n.diskFailed(err)
 				return
 			}
-			n.gone, n.onDisk = removed, conf
+			n.gone = removed
 			done()
 			if mark != nil {
 				n.removeBefore(mark)
@@ -772,7 +771,7 @@ func (n *node) configured() {
 // compact keeps the log's size in bounds, on disk too. What a snapshot on its
 // way needs to be followed by the log is kept for a while.
 func (n *node) compact() {
-	limit := uint64(n.opts.logBytes)
+	limit := n.opts.logBytes
 	if n.disk != nil && n.saving == 0 && n.logged > limit {
 		n.save()
 	}

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -284,8 +283,10 @@ func (s *server) handOver(ctx context.Context) {
 	defer cancel()
 	_ = n.await(ctx, func() (bool, error) {
 		voters := n.store.conf.GetVoters()
-		return n.role != raft.StateLeader || !slices.ContainsFunc(voters, func(id uint64) bool { return n.connected[id] }) ||
-			n.mayChange() && !n.handOver(voters), nil
+		if n.mayChange() {
+			n.handOver(voters)
+		}
+		return n.role != raft.StateLeader || len(n.heirs(voters)) == 0, nil
 	})
 }
 

@@ -68,7 +68,7 @@ type simConfig struct {
 	steps         int
 	nodes, voters int
 	election      int
-	logBytes      int64
+	logBytes      uint64
 	latency       float64 // mean
 	spike         float64 // probability of a latency 20 times as long
 	lag           float64 // most that a node's loop rests with work in its inbox
@@ -110,6 +110,7 @@ type simConfig struct {
 	strangers bool // snapshots come without the sessions
 	careless  bool // a write is applied as often as it comes
 	sameCount bool // all writes of an entry have one version
+	unsettled bool // a change of membership is answered as soon as it is committed
 }
 
 var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe"}
@@ -117,7 +118,7 @@ var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "o
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
 	c := simConfig{
-		steps: steps, nodes: 3 + rng.IntN(3), election: int(pick(10, 15, 30)), logBytes: int64(pick(8<<10, 16<<10, 64<<10)),
+		steps: steps, nodes: 3 + rng.IntN(3), election: int(pick(10, 15, 30)), logBytes: uint64(pick(8<<10, 16<<10, 64<<10)),
 		latency: pick(.05, .3, 1, 2), spike: pick(0, 0, .01, .05), lag: pick(0, 0, .5, 2),
 		loss: pick(0, 0, .01, .05), dup: pick(0, .02, .1), reorder: rng.IntN(3) == 0, late: pick(0, .5, 1), queue: int(pick(20, 1000)),
 		snapshotDies: pick(0, .2, .5), clients: 1 + rng.IntN(6), keys: 1 + rng.IntN(8), valueBytes: int(pick(0, 700, 3000)),
@@ -194,6 +195,7 @@ type proc struct {
 	raftID       uint64 // as last seen, and below it what belongs to it
 	term, commit uint64
 	applied      uint64
+	confAt       uint64                   // index of the last change of membership applied
 	version      map[string]uint64        // of local reads
 	fresh        map[uint64]*raftpb.Entry // applied, and not yet observed
 
@@ -211,6 +213,13 @@ type proc struct {
 	written kvpb.LogBatch // what it has of the log, in short: hard state and the last index
 	broken  bool          // it has failed
 	doomed  float64       // not 0: how long the power is lost once it writes
+}
+
+// established is the last membership that an operator was told of.
+type established struct {
+	index   uint64
+	conf    *raftpb.ConfState
+	removed []uint64
 }
 
 // sim is a run.
@@ -238,6 +247,7 @@ type sim struct {
 	names   map[uint64]string // of raft IDs
 	clients []*caller
 	admins  []*admin
+	told    established
 	values  map[string]*op
 	ids     map[[2]uint64]*op // by session and sequence
 	seen    map[string]uint64 // by key: the newest version that a client has been told of
@@ -381,6 +391,9 @@ func (s *sim) start(st *site) {
 	p.n.net = p
 	p.n.onApply = func(e *raftpb.Entry) {
 		p.fresh[e.GetIndex()] = e
+		if e.GetType() != raftpb.EntryNormal {
+			p.confAt = e.GetIndex()
+		}
 		if s.cfg.byIndex {
 			p.acknowledge(e)
 		}
@@ -482,6 +495,9 @@ func (p *proc) turn(ticks int) {
 		for e := s.recent.Front(); e != nil; e = e.Next() {
 			e.Value.(*session).answers = nil
 		}
+	}
+	if n := p.n; p.s.cfg.unsettled {
+		n.settling = settling{n.store.conf, n.term, 0}
 	}
 	p.n.turn(in)
 	p.readBadly()
@@ -1767,8 +1783,42 @@ func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(erro
 		if want, err := n.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
 			return false, errNotNow // an operator would not
 		}
-		return n.stepMembership(req)
-	}, then)
+		ok, err := n.stepMembership(req)
+		if p := s.sites[n.self.Id-1].cur; ok && err == nil && p.confAt > s.told.index {
+			s.told = established{p.confAt, n.store.conf, n.store.removed}
+		}
+		return ok, err
+	}, func(err error) {
+		if err == nil {
+			s.after(s.expo(2), nil, s.dismiss)
+		}
+		then(err)
+	})
+}
+
+// dismiss has an operator end the processes of nodes that are no members any more,
+// as far as he was told, and delete what they have kept.
+func (s *sim) dismiss() {
+	if s.calm {
+		return
+	}
+	for _, st := range s.sites {
+		was := st.keeps()
+		if st.cur != nil {
+			was = st.cur.n.raftID
+		}
+		if !slices.Contains(s.told.removed, was) {
+			continue
+		}
+		s.trace("an operator ends node %d for good", st.node.Id)
+		s.count["dismissed"]++
+		if st.fs != nil {
+			st.fs = newSimFS()
+		}
+		if st.cur != nil {
+			st.cur.die(s.expo(s.cfg.outage))
+		}
+	}
 }
 
 // transfer is server.transferLeader.
@@ -1888,7 +1938,8 @@ func (s *sim) remain(voters []uint64, without *proc) bool {
 
 // mayLose reports whether a process may lose its memory: a majority remains in
 // both halves of every configuration that a member has applied, or will if the
-// changes in its log are committed. Nodes that have not healed count as lost.
+// changes in its log are committed; but for those before the one that operators
+// were told of last. Nodes that have not healed count as lost.
 func (s *sim) mayLose(p *proc) bool {
 	for _, st := range s.sites {
 		if st.cur == nil && st.keeps() != 0 {
@@ -1897,7 +1948,7 @@ func (s *sim) mayLose(p *proc) bool {
 	}
 	newest := &store{}
 	for _, q := range s.alive() {
-		if q.site.keeps() != 0 && q.n.rn != nil && !q.n.confDurable() {
+		if q.site.keeps() != 0 && q.n.rn != nil && q.confAt > max(s.told.index, q.written.HardState.GetCommit()) {
 			return false // started again, it may count on who votes no more
 		}
 		if q.n.rn != nil && q.n.store.index > newest.index {
@@ -1908,9 +1959,12 @@ func (s *sim) mayLose(p *proc) bool {
 		if q.n.rn == nil || newest.members[q.n.raftID] == nil {
 			continue
 		}
-		cs := q.n.store.conf
-		for i := q.n.store.index; i <= q.n.raft.last(); i++ {
-			if i > q.n.store.index {
+		from, cs := q.n.store.index, q.n.store.conf
+		if s.told.index > from {
+			from, cs = s.told.index, s.told.conf
+		}
+		for i := from; i <= max(from, q.n.raft.last()); i++ {
+			if i > from {
 				e := q.entry(i)
 				if e.GetType() == raftpb.EntryNormal {
 					continue
@@ -2641,6 +2695,10 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"snapshots without sessions", func(c *simConfig) { c.strangers = true }},
 		{"a retry applied twice", func(c *simConfig) { c.careless = true }},
 		{"writes of one entry with one version", func(c *simConfig) { c.sameCount = true }},
+		{"a change of membership answered before most know it", func(c *simConfig) {
+			c.unsettled, c.nodes, c.voters, c.faults = true, 5, 3, []string{"kill", "wipe", "drop", "isolate"}
+			c.adminEvery, c.faultEvery, c.latency = 20, 3, 2
+		}},
 	}
 	if *simBugs >= 1000 {
 		// A vote for entries that a disk has not written yet, and loses, counts in
