@@ -89,13 +89,13 @@ func commands() map[string]*command {
 		"remove":          {"ID", "remove a voter or a learner", 1, 1, long, (*client).remove, nil},
 		"transfer-leader": {"ID", "make this voter the leader", 1, 1, short, (*client).transferLeader, nil},
 		"set":             {"KEY VALUE", "write a key; the VALUE - is read from stdin", 2, 2, short, (*client).set, (*client).versionFlag},
-		"get":             {"KEY", "print the exact bytes of a value\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get, local},
+		"get":             {"KEY", "print the exact bytes of a value, and a newline on a terminal\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get, local},
 		"list": {"[PREFIX]", `print keys in order, with versions and values
 A line is a key, a version, and a value, quoted as Go does, with tabs between.
 With -o json, a line is a page: a ListResponse.`, 0, 1, short, (*client).list, func(c *client, fs *flag.FlagSet) {
 			local(c, fs)
 			fs.BoolVar(&c.keysOnly, "keys-only", false, "print the keys alone; with -o json, values are empty")
-			fs.Uint64Var(&c.limit, "limit", 0, "the most `KEYS` to print; 0: all")
+			numberVar(fs, &c.limit, "limit", "the most `KEYS` to print; 0: all")
 		}},
 		"delete": {"KEY", "remove a key\nThe exit status is 1 if it was not there.", 1, 1, short, (*client).delete, (*client).versionFlag},
 		"status": {"", `show every member as it sees itself
@@ -113,7 +113,7 @@ It is that of a new cluster with one voter. Start that node with the same id, ad
 and directory, and add others. Keys, versions and sessions are those of the backup.`, 1, 1, time.Hour, (*client).restore, func(c *client, fs *flag.FlagSet) {
 			c.node = &kvpb.Node{}
 			fs.StringVar(&c.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
-			fs.Uint64Var(&c.node.Id, "id", 0, "the node's `NUMBER`, not 0")
+			numberVar(fs, &c.node.Id, "id", "the node's `NUMBER`, not 0")
 			fs.StringVar(&c.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
 		}},
 		"version": {"", "print the version", 0, 0, short, (*client).version, nil},
@@ -135,6 +135,7 @@ func (c *client) versionFlag(fs *flag.FlagSet) {
 var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName}
 
 const helpNotes = "Flags stand before or after the arguments; what follows -- is an argument.\n" +
+	"What reads or writes keys is tried until the timeout, if that can do no harm; a local read once.\n" +
 	"With -o json, an answer is as kv.proto has it, 64-bit numbers as strings, values in base64.\n"
 
 func isCommand(name string) bool { return commands()[name] != nil }
@@ -174,7 +175,7 @@ func (c *client) parse(name string, args []string) error {
 	fs.StringVar(&c.output, "o", "text", "`FORMAT` of the output: text or json")
 	c.timeout = cmd.timeout
 	durationVar(fs, &c.timeout, "timeout", "`DURATION` until the command gives up")
-	endpoints := fs.String("endpoints", cmp.Or(os.Getenv("RAFT_KEY_VALUE_ENDPOINTS"), defaultEndpoint),
+	endpoints := fs.String("endpoints", cmp.Or(os.Getenv("RAFT_KEY_VALUE_ENDPOINTS"), oneOf(name == "init", "", defaultEndpoint)),
 		"the nodes to call, `HOST:PORT,...`, in this order; or environment RAFT_KEY_VALUE_ENDPOINTS")
 	if cmd.flags != nil {
 		cmd.flags(c, fs)
@@ -188,14 +189,18 @@ func (c *client) parse(name string, args []string) error {
 		c.args = append(c.args, fs.Arg(0))
 	}
 	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintf(c.stdout, "Usage: raft-key-value %s [FLAGS] %s\n\nTo %s\n\n%s", name, cmd.args, cmd.help, helpNotes)
+		fmt.Fprintf(c.stdout, "Usage: raft-key-value %s\n\nTo %s\n\n%s", strings.TrimSpace(name+" [FLAGS] "+cmd.args), cmd.help, helpNotes)
 		fs.SetOutput(c.stdout)
 		fs.PrintDefaults()
 	}
 	if err != nil {
 		return fmt.Errorf("%w%s", err, oneOf(strings.HasPrefix(err.Error(), "flag provided"), "; an argument that starts with - goes behind --", ""))
 	}
-	c.args, c.endpoints = append(c.args, rest...), strings.Split(*endpoints, ",")
+	c.args = append(c.args, rest...)
+	if *endpoints == "" && name == "init" && len(c.args) > 0 {
+		_, *endpoints, _ = strings.Cut(c.args[0], "=")
+	}
+	c.endpoints = strings.Split(*endpoints, ",")
 	return c.check(cmd.args, cmd.min, cmd.max)
 }
 
@@ -209,8 +214,8 @@ func (c *client) check(names string, least, most int) error {
 		return fmt.Errorf("-o %q: want text or json", c.output)
 	case c.timeout <= 0:
 		return fmt.Errorf("--timeout %v: want more than 0", c.timeout)
-	case strings.HasPrefix(names, "KEY") && !utf8.ValidString(c.args[0]):
-		return fmt.Errorf("key %q: want UTF-8", c.args[0])
+	case strings.HasPrefix(names, "KEY") && (c.args[0] == "" || !utf8.ValidString(c.args[0])):
+		return fmt.Errorf("key %q: want UTF-8, and not nothing", c.args[0])
 	case names == "[COMMAND]" && n > 0 && !isCommand(c.args[0]):
 		return fmt.Errorf("unknown command: %q", c.args[0])
 	case names == "FILE" && c.args[0] == "-":
@@ -243,11 +248,8 @@ func (c *client) check(names string, least, most int) error {
 }
 
 func (c *client) init(ctx context.Context) error {
-	if slices.Equal(c.endpoints, []string{defaultEndpoint}) {
-		c.endpoints = []string{c.nodes[0].Address}
-	}
 	resp, err := c.cluster().Init(ctx, &kvpb.InitRequest{Members: c.nodes})
-	return c.show(resp, err, fmt.Sprintf("a cluster of %d voter(s) is initialised\n", len(c.nodes)))
+	return c.show(resp, err, fmt.Sprintf("a cluster is initialised, voters: %v\n", c.ids))
 }
 
 // addLearner says meanwhile how far the learner has got.
@@ -469,10 +471,13 @@ func (c *client) status(ctx context.Context) error {
 			m.Term, m.AppliedIndex, m.Version, m.Keys, oneOf(m.Durable, "yes", "no"), m.ClusterId, m.UnhealthyReason)
 	}
 	w.Flush() // A strings.Builder takes everything.
-	if err := c.print(map[string]any{"members": rows}, table.String()); err != nil || best != nil {
-		return err
+	err := c.print(map[string]any{"members": rows}, table.String())
+	if best == nil {
+		return cmp.Or(err, errors.New("no node answered"))
+	} else if best.ClusterId == 0 {
+		fmt.Fprintln(c.stderr, "no node that was asked is in a cluster; --endpoints asks others")
 	}
-	return errors.New("no node answered")
+	return err
 }
 
 func oneOf(b bool, yes, no string) string {
@@ -575,6 +580,7 @@ func (c *client) restore(ctx context.Context) error {
 	}
 	defer f.Close()
 	_, there := os.Lstat(c.dataDir)
+	_, locked := os.Lstat(filepath.Join(c.dataDir, "LOCK"))
 	d, err := openDisk(osFS{}, c.dataDir, defaultOptions().logBytes, slog.New(slog.NewTextHandler(c.stderr, nil)))
 	if err != nil {
 		return err
@@ -591,25 +597,21 @@ func (c *client) restore(ctx context.Context) error {
 		return s, err
 	})
 	if err != nil {
+		if empty && d.wal != nil {
+			d.wal.close() // ends who fills a segment
+		}
 		if empty {
-			undoRestore(d, errors.Is(there, os.ErrNotExist))
+			_, _ = d.recover(0) // what is not finished goes; what is, is not node 0's
+		}
+		if errors.Is(locked, os.ErrNotExist) {
+			_ = d.remove("LOCK")
+		}
+		if errors.Is(there, os.ErrNotExist) {
+			_ = d.fs.remove(d.dir) // unless there is something in it
 		}
 		return err
 	}
 	return c.printState(s, "restored")
-}
-
-// undoRestore takes away what a restore that failed has put into an empty
-// directory, which is still locked, and the directory if it was made for that.
-func undoRestore(d *disk, made bool) {
-	if d.wal != nil {
-		d.wal.close() // ends who fills a segment
-	}
-	// What is not finished goes. What is, is left alone: it is not node 0's.
-	if _, err := d.recover(0); err == nil && made {
-		_ = d.remove("LOCK")
-		_ = d.fs.remove(d.dir) // unless somebody has put something into it
-	}
 }
 
 // progress says on stderr now and then how many keys a store has by then.
@@ -625,7 +627,7 @@ func (c *client) progress(take func(*store, keyItem)) func(*store, keyItem, uint
 
 func (c *client) printState(s *store, did string) error {
 	h := s.header()
-	return c.print(protoJSON{h}, fmt.Sprintf("%s %d keys, version %d, cluster %016x\n", did, h.Keys, h.Version, h.ClusterId))
+	return c.print(protoJSON{h}, fmt.Sprintf("%s keys: %d, version: %d, cluster: %016x\n", did, h.Keys, h.Version, h.ClusterId))
 }
 
 func (c *client) version(context.Context) error {
@@ -676,18 +678,16 @@ func (c *client) cluster() kvpb.ClusterServiceClient { return kvpb.NewClusterSer
 
 // Invoke sends a request to one endpoint after another until one answers. What
 // has an effect goes to a second one only if the first cannot have applied it,
-// or if it takes effect once; that is sent until the timeout.
+// or if it takes effect once. What KVService is asked is sent until the timeout.
 func (c *client) Invoke(ctx context.Context, method string, req, resp any, _ ...grpc.CallOption) error {
-	write, unknown := slices.Contains(writes, method), false
+	unknown := false
 	var said []string
 	for {
 		addrs, failures, again := slices.Clone(c.endpoints), []string{}, true
 		for i := 0; i < len(addrs) && again; i++ {
 			f, err := send(ctx, addrs[i], c.timeout/time.Duration(len(addrs)), method, req, resp)
-			if err == nil && write { // the next one goes there first
-				c.endpoints = slices.Concat(addrs[i:i+1], addrs[:i], addrs[i+1:])
-			}
 			if err == nil {
+				c.endpoints = slices.Concat(addrs[i:i+1], addrs[:i], addrs[i+1:]) // the next one goes there first
 				return nil
 			}
 			failures = append(failures, addrs[i]+": "+err.Error())
@@ -699,7 +699,7 @@ func (c *client) Invoke(ctx context.Context, method string, req, resp any, _ ...
 		if said == nil || ctx.Err() == nil {
 			said = failures // what failed before the time was up tells more
 		}
-		if !again || !write || ctx.Err() != nil {
+		if !again || c.local || !strings.HasPrefix(method, "/"+kvpb.KVService_ServiceDesc.ServiceName) || ctx.Err() != nil {
 			return errors.New(oneOf(unknown, "the outcome is unknown, it may or may not have been applied: ", "") + strings.Join(said, "; "))
 		}
 		sleep(ctx, pollInterval)

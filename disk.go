@@ -94,7 +94,7 @@ type recovered struct {
 }
 
 // openDisk locks a directory, and makes it if it is not there.
-func openDisk(fsys fileSystem, dir string, logBytes int64, log *slog.Logger) (*disk, error) {
+func openDisk(fsys fileSystem, dir string, logBytes uint64, log *slog.Logger) (*disk, error) {
 	unlock, err := fsys.lock(dir)
 	if err != nil {
 		return nil, err

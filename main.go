@@ -44,6 +44,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -65,7 +66,7 @@ type options struct {
 	heartbeat time.Duration // between two heartbeats of a leader
 	election  time.Duration // without a heartbeat before an election, at least
 	dataDir   string        // empty: all is in memory only
-	logBytes  int64         // of entries, before old ones are dropped
+	logBytes  uint64        // of entries, before old ones are dropped
 	insecure  bool          // beyond loopback without TLS
 	logLevel  slog.Level
 
@@ -126,13 +127,13 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 	o := defaultOptions()
 	fs := flag.NewFlagSet("raft-key-value", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.Uint64Var(&o.id, "id", 0, "the node's `number` in its cluster, not 0")
+	numberVar(fs, &o.id, "id", "the node's `number` in its cluster, not 0")
 	fs.StringVar(&o.addr, "addr", "", "`host:port` to listen on; port 0 picks one")
 	fs.StringVar(&o.advertise, "advertise", "", "`host:port` at which others reach this node (default: the address listened on)")
 	durationVar(fs, &o.heartbeat, "heartbeat", "time between a leader's heartbeats")
 	durationVar(fs, &o.election, "election-timeout", "least time without a leader before an election")
 	fs.StringVar(&o.dataDir, "data-dir", "", "`directory` that keeps all that the node has promised (default: it is in memory only)")
-	fs.Int64Var(&o.logBytes, "log-bytes", o.logBytes, "`bytes` of log entries kept before old ones are dropped")
+	numberVar(fs, &o.logBytes, "log-bytes", fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
 	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
 	fs.Func("log-level", "debug, info, warn or error (default INFO)", func(s string) error {
 		if o.logLevel.UnmarshalText([]byte(s)) != nil {
@@ -140,14 +141,16 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 		}
 		return nil
 	})
-	var first []string // the environment: flags go before it
+	var err error
 	fs.VisitAll(func(f *flag.Flag) {
 		name := "RAFT_KEY_VALUE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		if v, ok := env(name); ok {
-			first = append(first, "--"+f.Name+"="+v)
+		if v, ok := env(name); ok && err == nil {
+			if err = fs.Set(f.Name, v); err != nil {
+				err = fmt.Errorf("invalid value %q of %s: %w", v, name, err)
+			}
 		}
 	})
-	err := fs.Parse(append(first, args...))
+	err = ifNot(err, func() error { return fs.Parse(args) }) // flags go before the environment
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stdout, usage+"\nFlags of a node; each has an environment variable, such as\n"+
 			"RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:\n", commandList())
@@ -165,6 +168,16 @@ func durationVar(fs *flag.FlagSet, d *time.Duration, name, usage string) {
 	fs.Func(name, fmt.Sprintf("%s (default %v)", usage, *d), func(s string) (err error) {
 		if *d, err = time.ParseDuration(s); err != nil {
 			return errors.New("want a number and its unit, such as 500ms or 2m")
+		}
+		return nil
+	})
+}
+
+// numberVar is fs.Uint64Var, but its error says what is wanted.
+func numberVar(fs *flag.FlagSet, n *uint64, name, usage string) {
+	fs.Func(name, usage, func(s string) (err error) {
+		if *n, err = strconv.ParseUint(s, 10, 64); err != nil {
+			return errors.New("want a whole number, 0 or more")
 		}
 		return nil
 	})

@@ -42,7 +42,7 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1", env: "RAFT_KEY_VALUE_ADDR=127.0.0.1:1 RAFT_KEY_VALUE_ELECTION_TIMEOUT=1s RAFT_KEY_VALUE_INSECURE=true"},
 		{args: "--addr 127.0.0.1:1", want: "--id"},
 		{args: "--id 0 --addr 127.0.0.1:1", want: "--id"},
-		{args: "--id -1 --addr 127.0.0.1:1", want: "invalid value"},
+		{args: "--id -1 --addr 127.0.0.1:1", want: "flag -id: want a whole number"},
 		{args: "--id 1", want: "--addr is needed"},
 		{args: "--id 1 --addr 127.0.0.1:1 --heartbeat 1", want: "number and its unit"},
 		{args: "--id 1 --addr 127.0.0.1:1 init 1=127.0.0.1:1", want: "before all flags"},
@@ -61,7 +61,8 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 5", want: "--log-bytes"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "flag -log-level: want debug, info, warn or error"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level warn"},
-		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: "invalid value"},
+		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: `invalid value "x" of RAFT_KEY_VALUE_ID: want a whole number`},
+		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 64MiB", want: "flag -log-bytes: want a whole number"},
 		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "unknown sub-command \"nosuch\""},
 	} {
 		env := map[string]string{}

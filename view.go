@@ -339,7 +339,7 @@ func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, erro
 				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
 			}
 			if _, err := br.ReadByte(); err != io.EOF {
-				return nil, fmt.Errorf("snapshot: something follows its footer: %v", err)
+				return nil, fmt.Errorf("snapshot, offset %d: something follows its footer", frames.offset)
 			}
 			return s, nil
 		default:

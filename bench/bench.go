@@ -118,12 +118,12 @@ type series struct {
 }
 
 func (b *bench) round(ctx context.Context, s *series, what string, l load.Options, k *load.KV) error {
-	l.Progress = b.progress(what)
+	l.Progress = b.progress(what + ", so far")
 	r, err := load.Run(ctx, l, k)
 	if err != nil {
 		return err
 	}
-	l.Progress(r)
+	b.progress(what)(r)
 	s.Add(r)
 	s.throughputs = append(s.throughputs, r.Throughput())
 	return nil

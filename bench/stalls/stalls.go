@@ -126,7 +126,11 @@ func (s *stalls) inMemory(ctx context.Context) error {
 			if err := s.both(ctx, row, quiet, l); err != nil {
 				return fmt.Errorf("%s: %w", row.name, err)
 			}
-			fmt.Fprintf(s.stderr, "round %d of %d: %s: p99.9 without %.2f ms, with %.2f ms\n", round+1, s.rounds, row.name, load.Median(row.without.p999), load.Median(row.with.p999))
+			with := "it was not seen yet"
+			if len(row.with.p999) > 0 {
+				with = fmt.Sprintf("with %.2f ms", load.Median(row.with.p999))
+			}
+			fmt.Fprintf(s.stderr, "round %d of %d: %s: p99.9 without %.2f ms, %s\n", round+1, s.rounds, row.name, load.Median(row.without.p999), with)
 		}
 	}
 	return nil
