@@ -142,17 +142,10 @@ type node struct {
 	doneCalls, doneBytes int    // of the calls that ended in this turn
 	changeAt             uint64 // tick of a change of membership or of leadership in flight; 0: none
 	settling             settling
-	pending              *store // a snapshot's content between Step and Ready
-	views                []*openView
+	pending              *store  // a snapshot's content between Step and Ready
+	views                []*view // that snapshots are being sent from
 
 	count kvpb.MetricsResponse // the counters in it
-}
-
-// openView is a view that snapshots are being sent from.
-type openView struct {
-	*view
-	conf    *raftpb.ConfState
-	readers int
 }
 
 func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {

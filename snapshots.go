@@ -30,7 +30,7 @@ func (n *node) snapshot() *raftpb.Snapshot {
 	}
 	v := n.store.open()
 	v.rest = rest
-	n.views = append(n.views, &openView{view: v, conf: n.store.conf})
+	n.views = append(n.views, v)
 	return raftSnapshot(v.header)
 }
 
@@ -40,8 +40,8 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 	for _, v := range n.views {
 		if v.header.Index == index && n.lives[to] != 0 {
 			v.readers++
-			n.log.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.keys)
-			n.net.sendSnapshot(to, n.lives[to], m.GetTerm(), v.view)
+			n.log.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.header.Keys)
+			n.net.sendSnapshot(to, n.lives[to], m.GetTerm(), v)
 			return
 		}
 	}
@@ -51,11 +51,7 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 // snapshotSent ends a transfer.
 func (n *node) snapshotSent(to uint64, v *view, err error) {
 	n.in.event(func() {
-		for _, o := range n.views {
-			if o.view == v {
-				o.readers--
-			}
-		}
+		v.readers--
 		status := raft.SnapshotFinish
 		if err != nil {
 			status = raft.SnapshotFailure
@@ -72,7 +68,7 @@ func (n *node) snapshotSent(to uint64, v *view, err error) {
 
 // closeViews closes the views that nobody sends from.
 func (n *node) closeViews() {
-	n.views = slices.DeleteFunc(n.views, func(v *openView) bool {
+	n.views = slices.DeleteFunc(n.views, func(v *view) bool {
 		if v.readers <= 0 {
 			v.close()
 		}

@@ -40,8 +40,9 @@ const (
 // store's mu guards shards and replaced.
 type view struct {
 	store    *store
+	conf     *raftpb.ConfState // the store's then
+	readers  int               // snapshots that are being sent from it; the loop's
 	header   *kvpb.SnapshotHeader
-	keys     uint64
 	sessions []session // as in recent
 	shards   []shard
 	replaced map[uint64][]keyItem // by shard
@@ -65,7 +66,7 @@ func (s *store) open() *view {
 func (s *store) openKeys() *view {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := &view{store: s, header: s.header(), keys: s.keys, shards: s.shards, replaced: map[uint64][]keyItem{}}
+	v := &view{store: s, conf: s.conf, header: s.header(), shards: s.shards, replaced: map[uint64][]keyItem{}}
 	s.views = append(s.views, v)
 	return v
 }
@@ -224,7 +225,7 @@ func (v *view) writeTo(to io.Writer) error {
 			}
 		}
 	}
-	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: v.keys}}}); err != nil {
+	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: v.header.Keys}}}); err != nil {
 		return err
 	}
 	return w.flush()
