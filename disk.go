@@ -18,7 +18,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -63,7 +62,7 @@ type disk struct {
 	dir          string
 	log          *slog.Logger
 	segmentBytes int
-	start        func(func()) // runs what takes long beside the writer
+	start        func(func()) // runs the writer, and beside it what takes long
 	background   func(func()) // as in walOptions
 	unlock       io.Closer
 	running      sync.WaitGroup // what start runs
@@ -105,9 +104,10 @@ func openDisk(fsys fileSystem, dir string, logBytes uint64, log *slog.Logger) (*
 	return d, nil
 }
 
-// close ends all writing and unlocks the directory. The writer has ended.
+// close ends all writing and unlocks the directory.
 func (d *disk) close() {
 	d.closing.Store(true)
+	d.wake.ring()
 	d.running.Wait()
 	if d.wal != nil {
 		d.wal.close()
@@ -351,14 +351,9 @@ func (d *disk) hold(on bool) {
 }
 
 // run is the writer's goroutine.
-func (d *disk) run(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-d.wake:
-		}
-		if d.write() != nil {
+func (d *disk) run() {
+	for range d.wake {
+		if d.closing.Load() || d.write() != nil {
 			return // the loop knows, and ends
 		}
 	}

@@ -239,10 +239,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 			nw.close()
 			return err
 		}
-		writer, endWriter := context.WithCancel(context.Background())
-		written := make(chan struct{})
-		go func() { d.run(writer); close(written) }()
-		defer func() { endWriter(); <-written }()
+		d.start(d.run)
 	}
 
 	loop, endLoop := context.WithCancel(context.Background())
