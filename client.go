@@ -568,7 +568,7 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 		resp, err := stream.Recv()
 		silent.Reset(helloTimeout)
 		return resp.GetData(), err
-	}}, f), c.progress(func(s *store, _ keyItem) { s.keys++ })) // counts them, and keeps none
+	}}, f), false, c.progress)
 	return s, ifNot(err, f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
 		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
 }
@@ -590,7 +590,7 @@ func (c *client) restore(ctx context.Context) error {
 	empty := false
 	s, err := d.restore(c.node, func() (*store, error) {
 		empty = true // or it would not ask
-		s, err := scanSnapshot(f, c.progress(func(s *store, it keyItem) { s.set(it.key, it.item) }))
+		s, err := scanSnapshot(f, true, c.progress)
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), cmp.Or(ctx.Err(), err))
 		}
@@ -614,16 +614,7 @@ func (c *client) restore(ctx context.Context) error {
 	return c.printState(s, "restored")
 }
 
-// progress says on stderr now and then how many keys a store has by then.
-func (c *client) progress(take func(*store, keyItem)) func(*store, keyItem, uint64) {
-	said := time.Now()
-	return func(s *store, it keyItem, all uint64) {
-		if take(s, it); time.Since(said) > progressEvery {
-			said = time.Now()
-			fmt.Fprintf(c.stderr, "%d of %d keys\n", s.keys, all)
-		}
-	}
-}
+func (c *client) progress(keys, all uint64) { fmt.Fprintf(c.stderr, "%d of %d keys\n", keys, all) }
 
 func (c *client) printState(s *store, did string) error {
 	h := s.header()

@@ -215,7 +215,9 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, whatToDo)
 	}
 	defer f.Close()
-	s, err := readSnapshot(&loggedReader{r: io.NewSectionReader(f, 0, math.MaxInt64), log: d.log, said: time.Now()})
+	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, func(keys, all uint64) {
+		d.log.Info("reading the snapshot", "keys", keys, "of", all)
+	})
 	switch {
 	case err != nil:
 		return nil, d.refuse("%s: %w. %s", path, err, whatToDo)
@@ -224,24 +226,6 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 	}
 	s.file = mark.File
 	return s, nil
-}
-
-// loggedReader says now and then how far it is.
-type loggedReader struct {
-	r     io.Reader
-	log   *slog.Logger
-	said  time.Time
-	bytes int
-}
-
-func (l *loggedReader) Read(b []byte) (int, error) {
-	n, err := l.r.Read(b)
-	l.bytes += n
-	if time.Since(l.said) > progressEvery {
-		l.said = time.Now()
-		l.log.Info("reading the snapshot", "MiB", l.bytes>>20)
-	}
-	return n, err
 }
 
 // clean removes unfinished files, and of the snapshots, and the log if there is

@@ -273,12 +273,12 @@ func parseKeyValue(b []byte) (it keyItem, ok bool) {
 
 // readSnapshot reads a snapshot into a new store, or says why it is none.
 func readSnapshot(r io.Reader) (*store, error) {
-	return scanSnapshot(r, func(s *store, it keyItem, _ uint64) { s.set(it.key, it.item) })
+	return scanSnapshot(r, true, func(uint64, uint64) {})
 }
 
-// scanSnapshot gives the keys of a snapshot, and how many there shall be, to
-// take, which keeps none of it, and all else to a new store.
-func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, error) {
+// scanSnapshot reads a snapshot into a new store, which only counts the keys if
+// it is not to keep them. It says now and then how many of all it has read.
+func scanSnapshot(r io.Reader, keep bool, say func(keys, all uint64)) (*store, error) {
 	frames := newFrameReader(r)
 	br := bufio.NewReaderSize(frames, 64<<10)
 	var b []byte // holds what next has read
@@ -314,7 +314,7 @@ func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, erro
 	if err := s.restoreHeader(header); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
-	keys, shard, last := uint64(0), uint64(0), []byte(nil)
+	keys, shard, last, said := uint64(0), uint64(0), []byte(nil), time.Now()
 	for {
 		it, rec, err := next()
 		if err != nil {
@@ -327,7 +327,13 @@ func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, erro
 				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
 			}
 			keys, last = keys+1, append(last[:0], it.key...)
-			take(s, it, header.Keys)
+			if keep {
+				s.set(it.key, it.item)
+			}
+			if keys%16 == 0 && time.Since(said) > progressEvery {
+				said = time.Now()
+				say(keys, header.Keys)
+			}
 			continue
 		}
 		switch rec := rec.Record.(type) {
@@ -342,6 +348,7 @@ func scanSnapshot(r io.Reader, take func(*store, keyItem, uint64)) (*store, erro
 			if _, err := br.ReadByte(); err != io.EOF {
 				return nil, fmt.Errorf("snapshot, offset %d: something follows its footer", frames.offset)
 			}
+			s.keys = keys
 			return s, nil
 		default:
 			return nil, errors.New("snapshot: a record of an unknown kind, or a key with a field that this node does not know")
