@@ -65,19 +65,13 @@ const (
 	restartHealth = "restart"
 )
 
-// apiError makes an error of the API; pairs are metadata of its ErrorInfo.
-func apiError(code codes.Code, reason kvpb.ErrorReason, message string, pairs ...string) error {
+// apiError makes an error of the API; its ErrorInfo names a field, if one is given.
+func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ...string) error {
 	info := &errdetails.ErrorInfo{Domain: errorDomain, Reason: strings.TrimPrefix(reason.String(), "ERROR_REASON_")}
-	for i := 0; i+1 < len(pairs); i += 2 {
-		if info.Metadata == nil {
-			info.Metadata = map[string]string{}
-		}
-		info.Metadata[pairs[i]] = pairs[i+1]
+	if len(field) > 0 {
+		info.Metadata = map[string]string{"field": field[0]}
 	}
-	st, err := status.New(code, message).WithDetails(info)
-	if err != nil {
-		return status.Error(code, message)
-	}
+	st, _ := status.New(code, message).WithDetails(info) // fails only if the code is OK or a string of info is not UTF-8
 	return st.Err()
 }
 
@@ -93,7 +87,7 @@ func errorReason(err error) string {
 }
 
 func invalid(field, format string, args ...any) error {
-	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, field+": "+fmt.Sprintf(format, args...), "field", field)
+	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, field+": "+fmt.Sprintf(format, args...), field)
 }
 
 func validateNode(field string, n *kvpb.Node) error {
