@@ -157,22 +157,19 @@ type group struct {
 // newGroup parses a PipelineRequest. The operations are parts of it.
 func newGroup(m []byte) (*group, error) {
 	n := 0
-	for rest := m; len(rest) > 0; n++ {
-		num, typ, size := protowire.ConsumeField(rest)
-		if size < 0 || num != 1 || typ != protowire.BytesType || n == maxPipelineCalls {
+	for f := (fields{rest: m, repeated: 1}); len(f.rest) > 0; n++ {
+		if !f.next() || f.num != 1 || f.b == nil || n == maxPipelineCalls {
 			return nil, invalid("operations", "it is malformed, or there are more than %d", maxPipelineCalls)
 		}
-		rest = rest[size:]
 	}
 	g := &group{ops: make([]kvOp, n), calls: make([]call, n), bytes: len(m), done: make(chan struct{})}
+	f := fields{rest: m, repeated: 1}
 	for i := range g.ops {
-		_, _, tag := protowire.ConsumeTag(m)
-		b, size := protowire.ConsumeBytes(m[tag:])
-		m = m[tag+size:]
+		f.next()
 		o, c := &g.ops[i], &g.calls[i]
-		c.out.err = o.parse(b)
+		c.out.err = o.parse(f.b)
 		if c.group = g; o.kind != opGet {
-			c.record = b
+			c.record = f.b
 		}
 	}
 	return g, nil
