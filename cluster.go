@@ -503,8 +503,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.raft.prevIndex+1, n.raft.last(), s.index, n.raft.bytes
 	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
 	m.Healthy, m.Durable = m.UnhealthyReason == "", n.disk != nil
-	m.Keys, m.StoreBytes = s.size()
-	m.Sessions = uint64(len(s.sessions))
+	m.Keys, m.StoreBytes, m.Sessions = s.keys, s.bytes, uint64(len(s.sessions))
 	if n.rn == nil {
 		return m
 	}

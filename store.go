@@ -131,13 +131,6 @@ func (s *store) get(key []byte) (item, bool, error) {
 	return it.kept(), found, nil
 }
 
-// size returns the number of keys and the bytes of keys and values.
-func (s *store) size() (keys, bytes uint64) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.keys, s.bytes
-}
-
 // result is the answer to one write.
 type result struct {
 	version       uint64 // of the write itself; after a failed compare that of the key, 0: absent

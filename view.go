@@ -160,12 +160,10 @@ func (s *store) header() *kvpb.SnapshotHeader {
 			LearnersNext:   slices.Clone(s.conf.GetLearnersNext()),
 			AutoLeave:      s.conf.GetAutoLeave(),
 		},
+		Members:  sortedMembers(s.members),
 		Removed:  slices.Clone(s.removed),
 		Keys:     s.keys,
 		Sessions: uint64(len(s.sessions)),
-	}
-	for _, id := range slices.Sorted(maps.Keys(s.members)) {
-		h.Members = append(h.Members, &kvpb.Member{RaftId: id, Node: s.members[id]})
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.proposers)) {
 		h.Proposers = append(h.Proposers, &kvpb.Proposer{RaftId: id, Sequence: s.proposers[id]})
