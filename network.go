@@ -73,15 +73,19 @@ type network struct {
 	members map[uint64]*kvpb.Node
 	removed []uint64         // not to be heard, even before they may be told so
 	peers   map[uint64]*peer // by raft ID: members, and those who have a stream to us
-	inbound map[*inboundStream]bool
+	inbound map[inboundKey]*inboundStream
 }
 
-// inboundStream is where a peer is heard: a stream, or a snapshot on its way
-// from it. A newer one of the same kind takes its place.
-type inboundStream struct {
-	hello    *kvpb.Hello
+// inboundKey is where a peer is heard: a stream, or a snapshot on its way from
+// it. A newer one takes its place.
+type inboundKey struct {
+	raftID   uint64
 	snapshot bool
-	cancel   context.CancelCauseFunc
+}
+
+type inboundStream struct {
+	hello  *kvpb.Hello
+	cancel context.CancelCauseFunc
 }
 
 // peer is this node's stream to another. mu guards what is below it.
@@ -103,7 +107,7 @@ type peer struct {
 }
 
 func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, string) (net.Conn, error)) *network {
-	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[*inboundStream]bool{}}
+	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
 	nw.ctx, nw.cancel = context.WithCancel(context.Background())
 	return nw
 }
@@ -154,7 +158,7 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 	defer nw.mu.Unlock()
 	nw.members, nw.removed = members, removed
 	nw.endPeers()
-	for s := range nw.inbound {
+	for _, s := range nw.inbound {
 		if slices.Contains(removed, s.hello.From.RaftId) || s.hello.To.RaftId != raftID || !sameCluster(clusterID, members, s.hello) {
 			s.cancel(errors.New("not a peer of this node any more"))
 		}
@@ -170,21 +174,12 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 // and are not heard any more. nw.mu is held.
 func (nw *network) endPeers() {
 	for id, p := range nw.peers {
-		if m := nw.members[id]; m != nil && m.Address != p.node.Address || m == nil && !nw.isHeard(id) || slices.Contains(nw.removed, id) {
+		isHeard := nw.inbound[inboundKey{id, false}] != nil || nw.inbound[inboundKey{id, true}] != nil
+		if m := nw.members[id]; m != nil && m.Address != p.node.Address || m == nil && !isHeard || slices.Contains(nw.removed, id) {
 			p.cancel()
 			delete(nw.peers, id)
 		}
 	}
-}
-
-// isHeard reports whether a peer has a stream to this node. nw.mu is held.
-func (nw *network) isHeard(id uint64) bool {
-	for s := range nw.inbound {
-		if s.hello.From.RaftId == id {
-			return true
-		}
-	}
-	return false
 }
 
 // addPeer starts a stream to a peer. nw.mu is held.
@@ -460,17 +455,17 @@ func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCause
 		}
 		nw.addPeer(id, h.From.GetNode())
 	}
-	for old := range nw.inbound {
-		if old.hello.From.RaftId == id && old.snapshot == snapshot {
-			old.cancel(errors.New("replaced by a newer stream"))
-		}
+	key, s := inboundKey{id, snapshot}, &inboundStream{h, cancel}
+	if old := nw.inbound[key]; old != nil {
+		old.cancel(errors.New("replaced by a newer stream"))
 	}
-	s := &inboundStream{h, snapshot, cancel}
-	nw.inbound[s] = true
+	nw.inbound[key] = s
 	return func() {
 		nw.mu.Lock()
 		defer nw.mu.Unlock()
-		delete(nw.inbound, s)
+		if nw.inbound[key] == s {
+			delete(nw.inbound, key)
+		}
 		nw.endPeers()
 	}, nil
 }
