@@ -187,7 +187,7 @@ func (n *node) open(d *disk) error {
 	n.raftID = r.identity.RaftId
 	n.sequence = r.batch.Boots << 40 // above all of earlier processes
 	n.store.install(r.store)
-	n.raft.reset(raftSnapshot(r.store.header()))
+	n.raft.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
 	var entries []*raftpb.Entry
 	for _, e := range r.batch.Entries {
 		entries = append(entries, raftEntry(e))
@@ -224,7 +224,7 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	s.clusterID, s.index, s.term = randomID(), 1, 1
 	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
 	n.store.install(s)
-	n.raft.reset(raftSnapshot(n.store.header()))
+	n.raft.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
 	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
 	v := n.store.open()
 	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)

@@ -25,13 +25,13 @@ import (
 func (n *node) snapshot() *raftpb.Snapshot {
 	for _, v := range n.views {
 		if v.conf == n.store.conf && v.header.Index >= n.raft.prevIndex {
-			return raftSnapshot(v.header)
+			return raftSnapshot(v.header.Index, v.header.Term, v.conf)
 		}
 	}
 	v := n.store.open()
 	v.rest = rest
 	n.views = append(n.views, v)
-	return raftSnapshot(v.header)
+	return raftSnapshot(v.header.Index, v.header.Term, v.conf)
 }
 
 // sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot.
@@ -121,7 +121,7 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 			return err
 		}
 	}
-	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.header())}
+	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.index, s.term, s.conf)}
 	err := errors.New("raft refused the snapshot")
 	if n.check(m) {
 		n.pending = s

@@ -153,17 +153,11 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		Index:     s.index,
 		Term:      s.term,
 		Version:   s.version,
-		ConfState: &kvpb.ConfState{
-			Voters:         slices.Clone(s.conf.GetVoters()),
-			Learners:       slices.Clone(s.conf.GetLearners()),
-			VotersOutgoing: slices.Clone(s.conf.GetVotersOutgoing()),
-			LearnersNext:   slices.Clone(s.conf.GetLearnersNext()),
-			AutoLeave:      s.conf.GetAutoLeave(),
-		},
-		Members:  sortedMembers(s.members),
-		Removed:  slices.Clone(s.removed),
-		Keys:     s.keys,
-		Sessions: uint64(len(s.sessions)),
+		ConfState: recode(s.conf, &kvpb.ConfState{}),
+		Members:   sortedMembers(s.members),
+		Removed:   slices.Clone(s.removed),
+		Keys:      s.keys,
+		Sessions:  uint64(len(s.sessions)),
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.proposers)) {
 		h.Proposers = append(h.Proposers, &kvpb.Proposer{RaftId: id, Sequence: s.proposers[id]})
@@ -171,20 +165,17 @@ func (s *store) header() *kvpb.SnapshotHeader {
 	return h
 }
 
+// recode makes a message of raft's one of kv.proto that has the same fields, or
+// the other way round.
+func recode[M proto.Message](from proto.Message, to M) M {
+	b, _ := proto.Marshal(from) // numbers only: neither fails
+	_ = proto.Unmarshal(b, to)
+	return to
+}
+
 // raftSnapshot returns what raft has to know of a snapshot.
-func raftSnapshot(h *kvpb.SnapshotHeader) *raftpb.Snapshot {
-	cs := h.GetConfState()
-	return &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
-		Index: new(h.GetIndex()),
-		Term:  new(h.GetTerm()),
-		ConfState: &raftpb.ConfState{
-			Voters:         slices.Clone(cs.GetVoters()),
-			Learners:       slices.Clone(cs.GetLearners()),
-			VotersOutgoing: slices.Clone(cs.GetVotersOutgoing()),
-			LearnersNext:   slices.Clone(cs.GetLearnersNext()),
-			AutoLeave:      new(cs.GetAutoLeave()),
-		},
-	}}
+func raftSnapshot(index, term uint64, conf *raftpb.ConfState) *raftpb.Snapshot {
+	return &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: &index, Term: &term, ConfState: conf}}
 }
 
 // writeTo writes the view as a snapshot. Two stores in the same state write
@@ -366,7 +357,7 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 		return errors.New("its header is invalid")
 	}
 	s.clusterID, s.index, s.term, s.version = h.ClusterId, h.Index, h.Term, h.Version
-	s.conf = raftSnapshot(h).GetMetadata().GetConfState()
+	s.conf = raftpb.EnsureConfState(recode(h.ConfState, &raftpb.ConfState{}))
 	s.removed = h.Removed
 	for _, m := range h.Members {
 		if m.GetRaftId() == 0 || m.GetRaftId() >= maxRaftID || m.GetNode().GetId() == 0 || s.members[m.RaftId] != nil {
