@@ -536,10 +536,7 @@ func (c *client) backup(ctx context.Context) error {
 // backupFrom makes a file that has its name only once all of it is there, was
 // checked, and is durable.
 func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, err error) {
-	conn, err := dial(addr)
-	if err != nil {
-		return nil, err
-	}
+	conn := dial(addr)
 	defer conn.Close()
 	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -707,10 +704,7 @@ type failure struct {
 // send makes a call to one node, which has only its share of the time to
 // answer at all, and to do what may be sent again.
 func send(ctx context.Context, addr string, share time.Duration, method string, req, resp any) (f failure, err error) {
-	conn, err := dial(addr)
-	if err != nil {
-		return failure{again: true}, err
-	}
+	conn := dial(addr)
 	defer conn.Close()
 	short, cancel := context.WithTimeout(ctx, share)
 	defer cancel()

@@ -74,10 +74,7 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 }
 
 func (s *server) forward(ctx context.Context, address string, req, resp proto.Message) error {
-	conn, err := s.net.dial(address)
-	if err != nil {
-		return err
-	}
+	conn := s.net.dial(address)
 	defer func() { _ = conn.Close() }()
 	method, _ := grpc.Method(ctx)
 	return conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)

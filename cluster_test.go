@@ -830,10 +830,7 @@ func stranger(n *testNode) (*kvpb.Hello, error) {
 
 // callAsPeer makes a connection of its own, for one has only few hellos.
 func callAsPeer(n *testNode) (_ kvpb.RaftServiceClient, hangUp func()) {
-	conn, err := dial(n.address)
-	if err != nil {
-		panic(err)
-	}
+	conn := dial(n.address)
 	return kvpb.NewRaftServiceClient(conn), func() { _ = conn.Close() }
 }
 

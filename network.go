@@ -128,15 +128,17 @@ func (nw *network) goroutine(f func()) {
 }
 
 // dial makes a connection to a node. An address can have what a URL must not:
-// the zone in [fe80::1%eth0]:21001.
-func dial(address string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
-	return grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
+// the zone in [fe80::1%eth0]:21001. NewClient fails only over a target that is no
+// URL, and over credentials.
+func dial(address string, opts ...grpc.DialOption) *grpc.ClientConn {
+	conn, _ := grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())...)
+	return conn
 }
 
 // dial makes a connection to a peer. It comes back at most a second after the
 // peer does.
-func (nw *network) dial(address string) (*grpc.ClientConn, error) {
+func (nw *network) dial(address string) *grpc.ClientConn {
 	return dial(address,
 		grpc.WithContextDialer(nw.dialer),
 		grpc.WithIdleTimeout(0),
@@ -184,12 +186,7 @@ func (nw *network) endPeers() {
 
 // addPeer starts a stream to a peer. nw.mu is held.
 func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
-	conn, err := nw.dial(node.Address)
-	if err != nil {
-		nw.log.Error("cannot dial a peer", "peer", node.Id, "address", node.Address, "err", err)
-		return
-	}
-	p := &peer{nw: nw, raftID: raftID, node: node, conn: conn, wake: newBell()}
+	p := &peer{nw: nw, raftID: raftID, node: node, conn: nw.dial(node.Address), wake: newBell()}
 	p.ctx, p.cancel = context.WithCancel(nw.ctx)
 	nw.peers[raftID] = p
 	nw.goroutine(p.run)
@@ -358,10 +355,7 @@ func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.Cancel
 
 // probe asks who is at an address.
 func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, error) {
-	conn, err := nw.dial(address)
-	if err != nil {
-		return nil, err
-	}
+	conn := nw.dial(address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

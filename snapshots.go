@@ -219,10 +219,7 @@ func (nw *network) sendSnapshot(to, life, term uint64, v *view) {
 // snapshot sends a view over a connection of its own, so that it delays no
 // heartbeat.
 func (p *peer) snapshot(life, term uint64, v *view) error {
-	conn, err := p.nw.dial(p.node.Address)
-	if err != nil {
-		return err
-	}
+	conn := p.nw.dial(p.node.Address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	defer cancel(nil)
