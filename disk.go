@@ -406,16 +406,13 @@ func (d *disk) syncDir() error { return d.fs.syncDir(d.dir) }
 
 // begin makes an empty directory that of a node, but for the last step.
 func (d *disk) begin(j diskJob) error {
-	b, err := proto.Marshal(j.identity)
-	if err != nil {
-		return err
-	}
 	f, err := d.fs.create(d.path("identity.tmp"))
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	w := newFrameWriter(io.NewOffsetWriter(f, 0))
+	b, _ := proto.Marshal(j.identity) // it has numbers only
 	_, err = w.Write(b)
 	if err = ifNot(err, w.flush, f.sync, d.syncDir); err != nil {
 		return err
