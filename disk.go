@@ -172,13 +172,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 }
 
 func (d *disk) walOptions(id *kvpb.Identity) walOptions {
-	said := time.Now()
-	return walOptions{id: id.LogId, segmentBytes: d.segmentBytes, log: d.log, background: d.background, progress: func(done, total int) {
-		if time.Since(said) > progressEvery {
-			said = time.Now()
-			d.log.Info("reading the log", "segments", done, "of", total)
-		}
-	}}
+	return walOptions{id: id.LogId, segmentBytes: d.segmentBytes, log: d.log, background: d.background}
 }
 
 func (d *disk) readIdentity() (*kvpb.Identity, error) {

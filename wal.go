@@ -38,6 +38,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -63,8 +64,7 @@ type walOptions struct {
 	id           uint64 // of the log; 0: any
 	segmentBytes int    // a multiple of sectorBytes; 0: the default
 	log          *slog.Logger
-	progress     func(done, total int) // segments replayed, called by openWAL; or nil
-	background   func(func())          // runs what fills a segment; nil: a goroutine
+	background   func(func()) // runs what fills a segment; nil: a goroutine
 	// check says what else must be found intact before openWAL changes anything.
 	check func(*kvpb.LogBatch) error // or nil
 }
@@ -248,6 +248,7 @@ func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
 	var again []byte
 	var offset int
 	var err error
+	said := time.Now()
 	for i, n := range numbers {
 		w.segments = append(w.segments, walSegment{number: n})
 		if i < first {
@@ -256,8 +257,9 @@ func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
 		if again, offset, err = w.replaySegment(s, n, i == len(numbers)-1); err != nil {
 			return nil, err
 		}
-		if w.opts.progress != nil {
-			w.opts.progress(i+1-first, len(numbers)-first)
+		if time.Since(said) > progressEvery {
+			said = time.Now()
+			w.opts.log.Info("reading the log", "segments", i+1-first, "of", len(numbers)-first)
 		}
 	}
 	oldest, mark := numbers[first], s.Snapshot.GetIndex()
