@@ -132,7 +132,7 @@ func (n *node) failAll(err error) {
 	}
 	n.fail(n.reads, err)
 	n.fail(n.writes, err)
-	n.reads, n.writes, n.confirmed, n.heldReads = nil, nil, nil, nil
+	n.reads, n.writes, n.confirmed = nil, nil, nil
 	for _, c := range n.conds {
 		c.done <- err
 	}

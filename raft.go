@@ -135,9 +135,8 @@ type node struct {
 	own                  *proposal
 	round                readRound // in flight, if it has a context
 	confirmed            []readRound
-	sequence             uint64            // of the last proposal or round
-	heldReads            []*raftpb.Message // of peers, until an entry of our term is applied
-	readBeat             uint64            // highest read context sent with a heartbeat in this term
+	sequence             uint64 // of the last proposal or round
+	readBeat             uint64 // highest read context sent with a heartbeat in this term
 	conds                []*condition
 	doneCalls, doneBytes int    // of the calls that ended in this turn
 	changeAt             uint64 // tick of a change of membership or of leadership in flight; 0: none
@@ -383,12 +382,8 @@ func (n *node) receive(in inbound) {
 	if t := m.GetType(); t == raftpb.MsgProp || t == raftpb.MsgReadIndex {
 		n.askedAt = n.now
 	}
-	if m.GetType() == raftpb.MsgReadIndex && !n.leads() {
-		// With one voter, raft would answer before it knows what is committed.
-		if len(n.heldReads) < 64 {
-			n.heldReads = append(n.heldReads, m)
-		}
-		return
+	if m.GetType() == raftpb.MsgReadIndex && !n.leads() && len(n.store.conf.GetVoters()) == 1 {
+		return // raft would answer before it knows what is committed; who asked will ask again
 	}
 	n.learnCommit(m)
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
@@ -505,7 +500,7 @@ func (n *node) ready(rd raft.Ready) {
 func (n *node) syncSoftState() {
 	st := n.rn.BasicStatus()
 	if st.GetTerm() != n.term || st.Lead != n.lead {
-		n.caughtUpAt, n.heldReads, n.changeAt, n.readBeat = never, nil, 0, 0
+		n.caughtUpAt, n.changeAt, n.readBeat = never, 0, 0
 		n.leadHeard = n.now
 		n.askedAt = n.now // peers may wait for what they asked of the leader before
 		n.askAgain()
@@ -694,12 +689,6 @@ func (n *node) apply(m *raftpb.Message) {
 	}
 	n.count.EntriesApplied += uint64(len(m.GetEntries()))
 	n.respond(m.GetResponses(), nil)
-	if n.leads() {
-		for _, r := range n.heldReads {
-			_ = n.rn.Step(r)
-		}
-		n.heldReads = nil
-	}
 	n.releaseReads()
 	n.compact()
 	if conf != n.store.conf && n.leads() && isJoint(n.store.conf) {
