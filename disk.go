@@ -130,17 +130,11 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 		return nil, err
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return !ownName.MatchString(name) })
-	found := map[string]bool{}
-	others, begun := false, false
-	for _, name := range names {
-		found[name] = true
-		others = others || strings.HasSuffix(name, ".wal")
-		begun = begun || strings.Contains(name, ".wal") // a segment was filled at least: behind identity.tmp
-	}
-	switch {
-	case !found["identity"] && begun && !found["identity.tmp"]:
-		return nil, d.refuse("it has a log, but no file named identity that says whose. %s", whatToDo)
-	case !found["identity"]:
+	begun := func(name string) bool { return strings.Contains(name, ".wal") } // a segment was filled at least: behind identity.tmp
+	if !slices.Contains(names, "identity") {
+		if slices.ContainsFunc(names, begun) && !slices.Contains(names, "identity.tmp") {
+			return nil, d.refuse("it has a log, but no file named identity that says whose. %s", whatToDo)
+		}
 		return nil, d.clean(names, "", "identity.tmp")
 	}
 	id, err := d.readIdentity()
@@ -149,7 +143,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 		return nil, err
 	case id.NodeId != nodeID:
 		return nil, d.refuse("it is that of node %d, this is node %d", id.NodeId, nodeID)
-	case !others:
+	case !slices.ContainsFunc(names, func(name string) bool { return strings.HasSuffix(name, ".wal") }):
 		return nil, d.refuse("its log, files named *.wal, is missing. %s", whatToDo)
 	}
 	r := &recovered{identity: id}
