@@ -130,7 +130,7 @@ func newLone(t *testing.T, state int) *lone {
 
 // hears takes messages of a stream in.
 func (l *lone) hears(stream int, ms ...*raftpb.Message) {
-	_ = l.n.in.deliver(context.Background(), fromWire(toWire(ms), l.hellos[stream]))
+	l.n.in.deliver(fromWire(toWire(ms), l.hellos[stream]))
 	l.turn(0)
 }
 
@@ -326,7 +326,7 @@ func (l *lone) do(what byte, data []byte) {
 	case 0, 1:
 		var req kvpb.StreamRequest
 		if proto.Unmarshal(data, &req) == nil {
-			_ = l.n.in.deliver(context.Background(), fromWire(req.Messages, h))
+			l.n.in.deliver(fromWire(req.Messages, h))
 		}
 	case 2:
 		var hello kvpb.Hello

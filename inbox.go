@@ -70,12 +70,7 @@ type inbox struct {
 	callBytes    int // of calls that have not ended, here or in the loop
 	callCount    int
 	messageBytes int
-	room         chan struct{} // closed when messages were taken
 	wake         bell
-}
-
-func (b *inbox) init() {
-	b.wake, b.room = newBell(), make(chan struct{})
 }
 
 // call queues calls, all or none.
@@ -120,31 +115,19 @@ func (b *inbox) event(f func()) bool {
 	return !b.closed
 }
 
-// deliver queues messages of a peer, as soon as there is room.
-func (b *inbox) deliver(ctx context.Context, ms []inbound) error {
-	for {
-		b.mu.Lock()
-		if b.closed {
-			b.mu.Unlock()
-			return errStopping
-		}
-		if b.messageBytes < maxInboundBytes {
-			for _, m := range ms {
-				b.messageBytes += int(messageBytes(m.m))
-			}
-			b.next.messages = append(b.next.messages, ms...)
-			b.wake.ring()
-			b.mu.Unlock()
-			return nil
-		}
-		room := b.room
-		b.mu.Unlock()
-		select {
-		case <-room:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+// deliver queues messages of a peer; false: there is no room, or the loop has ended.
+func (b *inbox) deliver(ms []inbound) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed || b.messageBytes >= maxInboundBytes {
+		return false
 	}
+	for _, m := range ms {
+		b.messageBytes += int(messageBytes(m.m))
+	}
+	b.next.messages = append(b.next.messages, ms...)
+	b.wake.ring()
+	return true
 }
 
 // take returns what was queued since it was last called.
@@ -153,10 +136,6 @@ func (b *inbox) take() input {
 	defer b.mu.Unlock()
 	in := b.next
 	b.next = input{}
-	if b.messageBytes >= maxInboundBytes {
-		close(b.room)
-		b.room = make(chan struct{})
-	}
 	b.messageBytes = 0
 	return in
 }
@@ -166,8 +145,6 @@ func (b *inbox) close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.closed = true
-	close(b.room)
-	b.room = make(chan struct{})
 }
 
 // await waits until f, called in the loop after every turn, returns true or an

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc/codes"
@@ -216,7 +217,7 @@ func TestFullQueue(t *testing.T) {
 // stream or the loop.
 func TestInboundWaits(t *testing.T) {
 	n := turnNode()
-	big := []inbound{{m: &raftpb.Message{Entries: []*raftpb.Entry{{Data: make([]byte, maxInboundBytes)}}}}}
+	big := []inbound{{&raftpb.Message{Entries: []*raftpb.Entry{{Data: make([]byte, maxInboundBytes)}}}, &kvpb.Hello{From: &kvpb.Peer{}, To: &kvpb.Peer{}}}}
 	if err := n.receiveMessages(context.Background(), big); err != nil {
 		t.Fatal(err)
 	}
@@ -228,12 +229,23 @@ func TestInboundWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
-	n.in.take()
-	if err := <-delivered; err != nil {
+	for done := false; !done; {
+		n.turn(n.in.take())
+		select {
+		case err := <-delivered:
+			if err != nil {
+				t.Fatal(err)
+			}
+			done = true
+		case <-time.After(time.Millisecond):
+		}
+	}
+	n.in.deliver(big) // if there is room
+	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
+	n.err = errStopping
+	if err := n.run(ctx); err != nil {
 		t.Fatal(err)
 	}
-	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
-	n.in.close()
 	if err := <-delivered; !errors.Is(err, errStopping) {
 		t.Fatal(err)
 	}

@@ -143,7 +143,14 @@ func (n *node) hears(h *kvpb.Hello) bool {
 
 // receiveMessages queues a peer's messages; it waits while the queue is full.
 // Any goroutine may call it.
-func (n *node) receiveMessages(ctx context.Context, ms []inbound) error { return n.in.deliver(ctx, ms) }
+func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
+	for !n.in.deliver(ms) {
+		if err := n.do(ctx, func() error { return nil }); err != nil { // the loop takes what is queued first
+			return err
+		}
+	}
+	return nil
+}
 
 // peerUp learns of a stream between this process and a life of a peer. Any
 // goroutine may call it, before any message of that stream.

@@ -149,7 +149,7 @@ type node struct {
 
 func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}, onApply: func(*raftpb.Entry) {}}
-	n.in.init()
+	n.in.wake = newBell()
 	n.newLife()
 	n.pub.Store(&published{})
 	n.publish()
