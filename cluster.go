@@ -472,9 +472,7 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 			return stream.Send(&kvpb.BackupResponse{Data: b})
 		}))
 	})
-	if s.net.ctx.Err() != nil {
-		err = errStopping
-	} else if err != nil && errorReason(err) == "" {
+	if err != nil && errorReason(err) == "" {
 		err = fmt.Errorf("the caller does not read: %w", context.DeadlineExceeded)
 	}
 	return toStatus(err, false)

@@ -429,7 +429,7 @@ func (nw *network) serve(s grpc.ServerStream, f func(context.Context, context.Ca
 	case <-ctx.Done():
 		return status.Error(codes.Aborted, context.Cause(ctx).Error())
 	case <-nw.ctx.Done():
-		return status.Error(codes.Unavailable, errStopping.Error())
+		return toStatus(errStopping, false)
 	}
 }
 

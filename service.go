@@ -156,7 +156,6 @@ type server struct {
 
 func newServer(n *node, nw *network) *server {
 	s := &server{n: n, net: nw, health: health.NewServer(), stopping: make(chan struct{}), lists: make(chan struct{}, maxLists)}
-	s.leader.Store(&metadata.MD{})
 	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
