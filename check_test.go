@@ -14,6 +14,7 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -394,7 +395,7 @@ func checkRows() []checkRow {
 		{name: "append response: behind the log", peer: newLeader, bad: acked(2, 4, 11, false), good: acked(2, 4, 10, false),
 			harm: func(p *rawPeer) bool {
 				harm := false
-				p.rn.WithProgress(func(_ uint64, _ raft.ProgressType, pr progress) { harm = harm || pr.Match > p.log.last() })
+				p.rn.WithProgress(func(_ uint64, _ raft.ProgressType, pr tracker.Progress) { harm = harm || pr.Match > p.log.last() })
 				return harm
 			}},
 		{name: "append response: rejected", peer: newLeader, bad: acked(2, 4, 11, false), good: acked(2, 4, 11, true)},

@@ -649,15 +649,15 @@ func (n *node) quorumLost() error {
 }
 
 // isCaughtUp reports whether a member has what was committed two heartbeats ago.
-func (n *node) isCaughtUp(pr progress) bool {
+func (n *node) isCaughtUp(pr tracker.Progress) bool {
 	return pr.State == tracker.StateReplicate && pr.Match >= n.commitAt[len(n.commitAt)-1] && pr.Match > 0
 }
 
 // progressOf returns the leader's knowledge of all members, by raft ID.
-func (n *node) progressOf() map[uint64]progress {
-	m := map[uint64]progress{}
+func (n *node) progressOf() map[uint64]tracker.Progress {
+	m := map[uint64]tracker.Progress{}
 	if n.rn != nil && n.role == raft.StateLeader {
-		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr progress) { m[id] = pr })
+		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) { m[id] = pr })
 	}
 	return m
 }

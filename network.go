@@ -205,7 +205,7 @@ func (nw *network) send(to, life uint64, ms []*raftpb.Message) {
 func (p *peer) enqueue(life uint64, ms []*raftpb.Message) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.life != life {
+	if p.life != life || life == 0 {
 		return false // raft learns of it from peerDown
 	}
 	if len(p.queue)+len(ms) > maxPeerMessages || p.bytes > maxPeerBytes {

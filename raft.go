@@ -35,7 +35,6 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
-	"go.etcd.io/raft/v3/tracker"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -61,7 +60,7 @@ const never = math.MaxUint64
 // transport is what the loop needs of the network. Nothing in it blocks.
 type transport interface {
 	// send queues messages for a life of a peer and drops them if its stream is
-	// down, full or to another life.
+	// down, full or to another life; life 0 is nobody.
 	send(to, life uint64, ms []*raftpb.Message)
 	// sendSnapshot sends a view in the background and reports by the receiver's
 	// snapshotSent.
@@ -567,12 +566,9 @@ func (n *node) flush(all bool) {
 	out := n.out
 	n.out = nil
 	for _, o := range out {
-		switch {
-		case o.life == 0:
-			n.count.MessagesDropped += uint64(len(o.ms))
-		case !all && n.mayWait(o.ms):
+		if !all && n.mayWait(o.ms) {
 			n.out = append(n.out, o)
-		default:
+		} else {
 			n.net.send(o.to, o.life, o.ms)
 		}
 	}
@@ -580,9 +576,6 @@ func (n *node) flush(all bool) {
 	n.in.release(n.doneCalls, n.doneBytes)
 	n.doneCalls, n.doneBytes = 0, 0
 }
-
-// progress is raft's knowledge of a follower.
-type progress = tracker.Progress
 
 // append stores entries, a snapshot and the hard state, and releases the
 // answers that depend on them only once all of that is durable.
