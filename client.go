@@ -480,7 +480,7 @@ func (c *client) status(ctx context.Context) error {
 	return err
 }
 
-func oneOf(b bool, yes, no string) string {
+func oneOf[T any](b bool, yes, no T) T {
 	if b {
 		return yes
 	}

@@ -188,11 +188,7 @@ func (s *server) published(p *published) {
 	}
 	s.leader.Store(&md)
 	set := func(name string, ok bool) {
-		st := grpc_health_v1.HealthCheckResponse_NOT_SERVING
-		if ok {
-			st = grpc_health_v1.HealthCheckResponse_SERVING
-		}
-		s.health.SetServingStatus(name, st)
+		s.health.SetServingStatus(name, oneOf(ok, grpc_health_v1.HealthCheckResponse_SERVING, grpc_health_v1.HealthCheckResponse_NOT_SERVING))
 	}
 	healthy := s.n.whyUnhealthy() == ""
 	set(kvpb.KVService_ServiceDesc.ServiceName, healthy)
