@@ -128,11 +128,13 @@ func (nw *network) goroutine(f func()) {
 }
 
 // dial makes a connection to a node. An address can have what a URL must not:
-// the zone in [fe80::1%eth0]:21001. NewClient fails only over a target that is no
-// URL, and over credentials.
+// the zone in [fe80::1%eth0]:21001.
 func dial(address string, opts ...grpc.DialOption) *grpc.ClientConn {
-	conn, _ := grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
+	conn, err := grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())...)
+	if err != nil {
+		panic(err) // over a target that is no URL, or credentials: not for these
+	}
 	return conn
 }
 
