@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 
 	"raft-key-value/kvpb"
 )
@@ -118,6 +120,143 @@ func TestNewLeaderJudgesLater(t *testing.T) {
 	}
 }
 
+// TestWhoMayVote: a learner becomes a voter if it answers and has caught up, and a
+// change is made if most of those who then vote answer; but a leader that is new
+// waits until it has heard from them.
+func TestWhoMayVote(t *testing.T) {
+	l := newLone(t, leading)
+	n := l.n
+	members := plainMembers(4)
+	if err := n.proposeChange(members, confChange(raftpb.ConfChangeAddLearnerNode, 4)); err != nil {
+		t.Fatal(err)
+	}
+	l.turn(0)
+	l.hears(0, message(raftpb.MsgAppResp, 2, 2, func(m *raftpb.Message) { *m.Index = 3 }))
+	if n.store.members[4] == nil {
+		t.Fatal("no learner")
+	}
+	req := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}}
+	reason := func() string {
+		_, err := n.stepMembership(req)
+		return errorReason(err)
+	}
+	l.n.peerUp(4, 4, true)
+	l.turn(0)
+	n.heard[2], n.heard[3], n.heard[4] = n.now, n.now, n.now
+	if r := reason(); r != "" {
+		t.Errorf("a new leader says %s", r)
+	}
+	n.now += n.electionTicks() + 1
+	for _, test := range []struct {
+		heard []uint64
+		want  string
+	}{{nil, "UNREACHABLE"}, {[]uint64{2, 3}, "UNREACHABLE"}, {[]uint64{4}, "NOT_CAUGHT_UP"}, {[]uint64{2, 3, 4}, "NOT_CAUGHT_UP"}} {
+		clear(n.heard)
+		for _, id := range test.heard {
+			n.heard[id] = n.now
+		}
+		if r := reason(); r != test.want {
+			t.Errorf("heard of %v, it says %q, want %q", test.heard, r, test.want)
+		}
+	}
+	req.Members = []uint64{1, 2}
+	clear(n.heard)
+	if r := reason(); r != "UNREACHABLE" {
+		t.Errorf("the other of two voters is silent, it says %q", r)
+	}
+	if n.heard[2] = n.now; reason() != "" {
+		t.Errorf("it says %q", reason())
+	}
+}
+
+// TestBegunIsUnknown: a change that was proposed, and whose leader then lost its
+// leadership for good, is not said to be none.
+func TestBegunIsUnknown(t *testing.T) {
+	l := newLone(t, leading)
+	s := &server{n: l.n}
+	ended := make(chan error, 1)
+	go func() {
+		ended <- s.changeMembership(t.Context(), &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}})
+	}()
+	eventually(t, func() error {
+		l.turn(0)
+		l.n.heard[2], l.n.heard[3] = l.n.now, l.n.now
+		if l.n.changeAt == 0 {
+			l.turn(1)
+			return errors.New("nothing is proposed")
+		}
+		return nil
+	})
+	l.hears(0, message(raftpb.MsgHeartbeat, 2, 9))
+	if err := <-ended; !errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it ends with %v", err)
+	}
+
+	l = newLone(t, leading)
+	s = &server{n: l.n}
+	tries := 0
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	err := s.onLeader(ctx, nil, nil, func(context.Context) error {
+		if tries++; tries == 1 {
+			return fmt.Errorf("%w: %w", errChangeUnknown, errNotLeader)
+		}
+		return errNotLeader
+	})
+	wantError(t, toStatus(err, false), codes.DeadlineExceeded, "OUTCOME_UNKNOWN")
+	if tries < 2 {
+		t.Error("it is not made again")
+	}
+}
+
+// methodOf is a call of a method, as far as forward looks at it.
+type methodOf string
+
+func (m methodOf) Method() string             { return string(m) }
+func (methodOf) SetHeader(metadata.MD) error  { return nil }
+func (methodOf) SendHeader(metadata.MD) error { return nil }
+func (methodOf) SetTrailer(metadata.MD) error { return nil }
+
+// TestForwardFails: what a leader that fails has done with a request is unknown,
+// unless it never got it; each error has a reason.
+func TestForwardFails(t *testing.T) {
+	l := newLone(t, following)
+	nw := newNetwork(l.n, quiet(), nil)
+	defer nw.close()
+	s := &server{n: l.n, net: nw}
+	forward := func(timeout time.Duration, address string) error {
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		ctx = grpc.NewContextWithServerTransportStream(ctx, methodOf(kvpb.ClusterService_TransferLeader_FullMethodName))
+		return s.forward(ctx, &kvpb.Node{Id: 2, Address: address}, &kvpb.TransferLeaderRequest{NodeId: 1}, &kvpb.TransferLeaderResponse{})
+	}
+	if err := forward(pollDeadline, deadAddress(t)); errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("nobody is there: %v", err)
+	}
+	if err := forward(100*time.Millisecond, listenSilently(t)); err != context.DeadlineExceeded {
+		t.Errorf("nobody answers: %v", err)
+	}
+	f := newFakeNode(t)
+	fails := func(code codes.Code, reason kvpb.ErrorReason) error {
+		f.failWith(func(context.Context) error { return apiError(code, reason, "") })
+		return forward(pollDeadline, f.addr)
+	}
+	if err := fails(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN); !errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it does not know: %v", err)
+	}
+	for reason, again := range map[kvpb.ErrorReason]bool{
+		kvpb.ErrorReason_ERROR_REASON_STOPPING: true, kvpb.ErrorReason_ERROR_REASON_NO_LEADER: true, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE: false,
+	} {
+		if err := fails(codes.Unavailable, reason); errors.Is(err, errNotLeader) != again || errors.Is(err, errChangeUnknown) {
+			t.Errorf("%v: %v", reason, err)
+		}
+	}
+	f.failWith(func(ctx context.Context) error { go f.server.Stop(); <-ctx.Done(); return ctx.Err() })
+	if err := forward(pollDeadline, f.addr); !errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it ends meanwhile: %v", err)
+	}
+}
+
 // TestTransferToSilent: raft takes no writes while it waits for a node that is
 // to lead, so it is not even asked if that node does not answer.
 func TestTransferToSilent(t *testing.T) {
@@ -139,7 +278,7 @@ func TestTransferToSilent(t *testing.T) {
 	to := 1 + leader%3
 	release := c.hold(to)
 	c.inLoop(leader, func(n *node) error {
-		if pr := n.progressOf()[n.store.raftIDsOf(to)[0]]; pr.RecentActive || n.role != raft.StateLeader {
+		if n.alive(n.store.raftIDsOf(to)[0]) || n.role != raft.StateLeader {
 			return errors.New("it was heard of")
 		}
 		return nil
@@ -234,8 +373,8 @@ func TestAnswersInTime(t *testing.T) {
 		return err
 	})
 	wantError(t, err, codes.DeadlineExceeded, "DEADLINE")
-	wantPart(t, err.Error(), fmt.Sprintf("was made, but: context deadline exceeded; what is left: "+
-		"add-learner 2=%s, then add-learner 3=%s, then change-membership 1 2 3", c.nodes[2].address, c.nodes[3].address))
+	wantPart(t, err.Error(), fmt.Sprintf("was made, but: context deadline exceeded; what is left, with --endpoints %s: "+
+		"add-learner 2=%s, then add-learner 3=%s, then change-membership 1 2 3", c.nodes[1].address, c.nodes[2].address, c.nodes[3].address))
 	release()
 	c.addLearner(1, 2)
 

@@ -19,6 +19,7 @@ import (
 var (
 	errNoLeader       = errors.New("there is no leader")
 	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
+	errChangeUnknown  = errors.New("the change was begun, whether it was or will be made is not known")
 	errUnknownInTime  = fmt.Errorf("the deadline is near, and %w", errOutcomeUnknown)
 	errNotInitialized = errors.New("this node is in no cluster: init makes one, or add-learner, at a member, adds it to one")
 	errStopping       = errors.New("this node is stopping")
@@ -65,7 +66,8 @@ func (n *node) expire() {
 	}
 	wait := n.ticksOf(leaderWait)
 	late := func(c *call) bool { return c.wait != 0 && n.clock-c.since >= c.wait }
-	overdue := func(c *call) bool { return late(c) || noLeader != nil && n.clock-c.since >= wait }
+	gone := noLeader != nil && (n.rn == nil || n.leaderless >= wait)
+	overdue := func(c *call) bool { return late(c) || gone && n.clock-c.since >= wait }
 	end := func(calls []*call) []*call {
 		return slices.DeleteFunc(calls, func(c *call) bool {
 			ends := overdue(c)
@@ -210,6 +212,7 @@ func (n *node) readConfirmed(rs raft.ReadState) {
 		return // of an earlier round
 	}
 	n.round.index = rs.Index
+	n.readWait = max(n.electionTicks()/2, 2*(n.now-n.round.tick))
 	n.caughtUpAt = min(n.caughtUpAt, rs.Index)
 	n.confirmed, n.round = append(n.confirmed, n.round), readRound{}
 	n.releaseReads()

@@ -37,56 +37,66 @@ func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
 // onLeader has the leader do the request that ctx came with: here by local, or
 // where the leader is. A request is forwarded once: what arrives forwarded at a
 // node that does not lead goes back. All these requests state what shall be, so
-// one that was cut short by a change of leader is simply made again.
+// one that was cut short by a change of leader is simply made again. If it cannot
+// be, what it has begun may still be made.
 func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local func(context.Context) error) error {
 	ctx, cancel := inTime(ctx)
 	defer cancel()
 	md, _ := metadata.FromIncomingContext(ctx)
 	forwarded := len(md.Get(forwardMetadata)) > 0
-	for leaderless := time.Duration(0); ; {
+	begun := false
+	for leaderless := time.Duration(0); ; sleep(ctx, s.n.opts.heartbeat) {
 		p := s.n.pub.Load()
 		err := errNotLeader
 		switch {
 		case p.clusterID == 0:
-			return errNotInitialized
+			err = errNotInitialized
 		case p.leading:
 			err = local(ctx)
 		case forwarded:
 		case p.leader == nil || p.lead == p.raftID: // none, or this node has not settled
-			if err = p.noLeader; leaderless > leaderWait {
-				return err
-			}
+			err = p.noLeader
 			leaderless += s.n.opts.heartbeat
 		default:
-			err = s.forward(ctx, p.leader.Address, req, resp)
+			err = s.forward(ctx, p.leader, req, resp)
 		}
-		// The node at the leader's address may be another life by now, in no cluster.
-		reason := errorReason(err)
-		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) || reason == "NOT_INITIALIZED" ||
-			status.Code(err) == codes.Unavailable && reason != "UNREACHABLE"
-		if !again || forwarded {
-			return err
-		}
-		if sleep(ctx, s.n.opts.heartbeat); ctx.Err() != nil {
+		begun = begun || errors.Is(err, errChangeUnknown)
+		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) && leaderless <= leaderWait
+		switch {
+		case again && !forwarded && ctx.Err() == nil:
+		case begun && status.Code(toStatus(err, false)) == codes.Unavailable:
+			return fmt.Errorf("%w: %w", errChangeUnknown, err)
+		default:
 			return err
 		}
 	}
 }
 
-func (s *server) forward(ctx context.Context, address string, req, resp proto.Message) error {
-	conn := s.net.dial(address)
+// forward has the leader do a request. An error that wraps errNotLeader means that
+// whoever leads next is to be asked again.
+func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto.Message) error {
+	conn := s.net.dial(leader.Address)
 	defer func() { _ = conn.Close() }()
 	method, _ := grpc.Method(ctx)
-	return conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)
+	err := conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)
+	st := status.Convert(err)
+	switch reason := errorReason(err); {
+	case err == nil:
+		return nil
+	case reason == "" && ctx.Err() != nil:
+		return ctx.Err()
+	case reason == "OUTCOME_UNKNOWN", reason == "" && st.Code() == codes.Unavailable && !strings.Contains(st.Message(), "while dialing"): // it was sent off
+		return fmt.Errorf("%w: %w: node %d, which led: %s", errChangeUnknown, errNotLeader, leader.Id, st.Message())
+	case reason == "NOT_INITIALIZED", st.Code() == codes.Unavailable && reason != "UNREACHABLE": // perhaps of another life by now
+		return fmt.Errorf("%w: node %d, which led: %s", errNotLeader, leader.Id, st.Message())
+	}
+	return err
 }
 
 // probe asks a node for its raft ID in this life. It has to be the one that is
 // meant, and in no other cluster than this node.
 func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
 	p := s.n.pub.Load()
-	if m.Id == s.n.self.Id && m.Address == s.n.self.Address {
-		return p.raftID, nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	w, err := s.net.probe(ctx, m.Address)
@@ -100,7 +110,7 @@ func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
 	}
 	if w.ClusterId != 0 && w.ClusterId != p.clusterID {
 		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
-			fmt.Sprintf("node %d at %s is in another cluster, %016x", m.Id, m.Address, w.ClusterId))
+			fmt.Sprintf("node %d at %s is in another cluster, %016x; to have it in this one, stop it, delete its data directory if it has one, and start it again", m.Id, m.Address, w.ClusterId))
 	}
 	return w.Peer.RaftId, nil
 }
@@ -141,15 +151,16 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 		err = s.changeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids})
 	}
 	if err != nil {
-		return nil, halfWay(err, clusterID, todo)
+		return nil, s.halfWay(err, clusterID, todo)
 	}
 	return &kvpb.InitResponse{ClusterId: clusterID}, nil
 }
 
 // halfWay says how far Init got, and what is left to type.
-func halfWay(err error, clusterID uint64, todo []string) error {
+func (s *server) halfWay(err error, clusterID uint64, todo []string) error {
 	st := status.Convert(toStatus(err, false)).Proto()
-	st.Message = fmt.Sprintf("cluster %016x was made, but: %s; what is left: %s", clusterID, st.Message, strings.Join(todo, ", then "))
+	st.Message = fmt.Sprintf("cluster %016x was made, but: %s; what is left, with --endpoints %s: %s",
+		clusterID, st.Message, s.n.self.Address, strings.Join(todo, ", then "))
 	return status.FromProto(st).Err()
 }
 
@@ -222,12 +233,9 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 		return false, nil
 	case present != nil:
 		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
-	case m.Id == n.self.Id: // whoever leads is not replaced
-		if voters := n.store.conf.GetVoters(); !n.handOver(voters) && len(voters) == 1 {
-			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
-				fmt.Sprintf("node %d is at %s and leads; no other voter could lead while it is replaced", m.Id, n.self.Address))
-		}
-		return false, nil
+	case slices.ContainsFunc(n.store.raftIDsOf(m.Id), n.alive):
+		return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
+			fmt.Sprintf("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
 	case len(n.store.members) >= maxMembers:
 		return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
 	}
@@ -242,21 +250,25 @@ func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle
 // membership is as it shall be.
 func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error {
 	n := s.n
-	started := false
-	var busy atomic.Bool // with somebody else's change
+	var begun, busy atomic.Bool // this change; the leader, with somebody else's
 	err := n.await(ctx, func() (bool, error) {
 		if !n.leads() {
 			return false, errNotLeader
 		}
 		was := n.changeAt
 		ok, err := f()
-		started = started || n.changeAt > was
-		busy.Store(!started && !n.mayChange())
+		if n.changeAt > was {
+			begun.Store(true)
+		}
+		busy.Store(!begun.Load() && !n.mayChange())
 		return ok, err
 	})
-	if errors.Is(err, context.DeadlineExceeded) && busy.Load() {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded) && busy.Load():
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
 			"another change of membership was running until the deadline")
+	case begun.Load() && err != errPastLife && status.Code(toStatus(err, false)) == codes.Unavailable:
+		return fmt.Errorf("%w: %w", errChangeUnknown, err)
 	}
 	return err
 }
@@ -331,6 +343,10 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		return false, err
 	}
 	changes, err := n.changesTo(want, req)
+	if dead := slices.DeleteFunc(slices.Clone(want), n.alive); err == nil && len(changes) > 0 && len(dead) > (len(want)-1)/2 {
+		err = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+			fmt.Sprintf("of these %d voters %s: they could not go on", len(want), n.silent(dead)))
+	}
 	if err != nil && n.now-n.leadHeard <= n.electionTicks() {
 		return false, nil // a leader that is new has not heard from everybody yet
 	}
@@ -339,11 +355,6 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	}
 	if !n.mayChange() || slices.ContainsFunc(want, func(id uint64) bool { return n.met[id] != nil }) {
 		return false, nil // a node that lost its memory is taken back first
-	}
-	up := len(slices.DeleteFunc(slices.Clone(want), func(id uint64) bool { return id != n.raftID && !n.connected[id] }))
-	if up < len(want)/2+1 {
-		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
-			fmt.Sprintf("%d of these %d voters are connected: they could not go on", up, len(want)))
 	}
 	if !slices.Contains(want, n.raftID) {
 		// This node leaves: the change is made by one who stays.
@@ -397,6 +408,8 @@ func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) (chan
 		id, removed := m.RaftId, slices.Contains(req.Remove, m.Node.Id)
 		switch wanted := slices.Contains(want, id); {
 		case wanted && n.isVoter(id):
+		case wanted && !n.alive(id):
+			return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, n.silent([]uint64{id}))
 		case wanted && !n.isCaughtUp(progress[id]):
 			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
 				fmt.Sprintf("node %d is too far behind to vote: it has entry %d of %d", m.Node.Id, progress[id].Match, n.store.index))
@@ -448,7 +461,7 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	}
 	if n.mayChange() {
 		*start = cmp.Or(*start, n.now)
-		if n.progressOf()[ids[0]].RecentActive { // else raft would take no writes for nothing
+		if n.alive(ids[0]) { // else raft would take no writes for nothing
 			n.handOver(ids)
 		}
 	}
@@ -596,7 +609,7 @@ func (n *node) heal() {
 			_ = n.addIncarnation(met.Peer)
 			return
 		case len(ids) > 1 && m.Node.Id != n.self.Id && slices.Contains(n.store.conf.GetLearners(), m.RaftId) &&
-			n.connected[m.RaftId] && n.isCaughtUp(progress[m.RaftId]):
+			n.alive(m.RaftId) && n.isCaughtUp(progress[m.RaftId]):
 			var changes []*raftpb.ConfChangeSingle
 			for _, id := range ids {
 				if n.isVoter(id) {
@@ -623,26 +636,48 @@ func (n *node) addIncarnation(p *kvpb.Peer) error {
 	return n.proposeChange([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
 }
 
+// alive reports whether a member is connected, and was heard within an election
+// timeout: a stream can outlive whoever is at its other end for a while.
+func (n *node) alive(id uint64) bool {
+	return id == n.raftID || n.connected[id] && n.now-n.heard[id] <= n.electionTicks()
+}
+
+// names lists members.
+func (n *node) names(ids []uint64) string {
+	var names []string
+	for _, id := range ids {
+		names = append(names, "node "+n.describe(id))
+	}
+	slices.Sort(names)
+	return strings.Join(names, " and ")
+}
+
+// silent says which members do not answer.
+func (n *node) silent(ids []uint64) string {
+	return n.names(ids) + oneOf(len(ids) > 1, " do not answer", " does not answer")
+}
+
 // isVoter reports whether a raft ID votes once no change is running.
 func (n *node) isVoter(id uint64) bool { return slices.Contains(n.store.conf.GetVoters(), id) }
 
 // noLeader is what to say to a call that finds no leader.
-func (n *node) noLeader() error { return cmp.Or(n.quorumLost(), errNoLeader) }
+func (n *node) noLeader() error {
+	voters := n.store.conf.GetVoters()
+	away := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return id == n.raftID || n.connected[id] })
+	if err := n.quorumLost(); err != nil || len(away) <= (len(voters)-1)/2 {
+		return cmp.Or(err, errNoLeader)
+	}
+	return fmt.Errorf("%w: %d of %d voters are needed, but %s", errNoLeader, len(voters)/2+1, len(voters), n.silent(away))
+}
 
 // quorumLost says so if too many voters have lost their memory for the cluster
 // ever to go on: what they knew cannot be made up. Only a newer configuration
 // than this node has applied could make it untrue.
 func (n *node) quorumLost() error {
 	for _, voters := range [][]uint64{n.store.conf.GetVoters(), n.store.conf.GetVotersOutgoing()} {
-		var lost []string
-		for _, id := range voters {
-			if n.met[id] != nil {
-				lost = append(lost, n.describe(id))
-			}
-		}
+		lost := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return n.met[id] == nil })
 		if need := len(voters)/2 + 1; len(voters) > 0 && len(voters)-len(lost) < need {
-			return fmt.Errorf("%w: %d of %d voters are needed, but node %s restarted without memory",
-				errNoLeader, need, len(voters), strings.Join(lost, " and node "))
+			return fmt.Errorf("%w: %d of %d voters are needed, but %s restarted without memory", errNoLeader, need, len(voters), n.names(lost))
 		}
 	}
 	return nil
@@ -667,7 +702,7 @@ func (n *node) heirs(ids []uint64) []uint64 {
 	progress := n.progressOf()
 	return slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
 		pr, ok := progress[id]
-		return !ok || id == n.raftID || pr.IsLearner || !n.connected[id]
+		return !ok || id == n.raftID || pr.IsLearner || !n.alive(id)
 	})
 }
 

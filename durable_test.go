@@ -473,6 +473,17 @@ func TestBackupRefused(t *testing.T) {
 	wantPart(t, backup(1, c.nodes[1].address), "OVERLOADED")
 	s.backups.Add(-maxBackups)
 	backup(0, c.nodes[1].address)
+
+	// So many as anybody likes on a connection: they are no hellos.
+	for range 3 * maxHellos {
+		stream, err := c.nodes[1].Backup(c.ctx, &kvpb.BackupRequest{})
+		for err == nil {
+			_, err = stream.Recv()
+		}
+		if err != io.EOF {
+			t.Fatal(err)
+		}
+	}
 }
 
 // TestClockBackup: a caller who reads slowly gets a backup, one who does not

@@ -360,17 +360,19 @@ func TestHealing(t *testing.T) {
 		u.start(other, "127.0.0.1:0")
 		u.addLearner(leader, other)
 		u.healed(three, 4)
-		// A learner; the old one is still there.
+		// A learner: not while the old one is there.
 		old := u.nodes[4]
-		u.start(4, "127.0.0.1:0")
-		u.addLearner(other, 4)
-		u.healed(three, 4)
-		moved := u.nodes[4]
+		moved := u.start(4, "127.0.0.1:0")
+		_, err := u.nodes[other].AddLearner(u.ctx, &kvpb.AddLearnerRequest{Node: u.proto(4)[0]})
+		wantError(t, err, codes.AlreadyExists, "MEMBER_EXISTS")
 		u.nodes[4] = old
-		u.uninitialized(4)
-		wantError(t, getError(u.testCluster, 4, true), codes.Unavailable, "NOT_INITIALIZED")
 		u.testCluster.stop(4)
 		u.nodes[4] = moved
+		eventually(t, func() error { // once it is known to be gone
+			_, err := u.nodes[other].AddLearner(u.ctx, &kvpb.AddLearnerRequest{Node: u.proto(4)[0]})
+			return err
+		})
+		u.healed(three, 4)
 		u.check(three, 4)
 	})
 }

@@ -182,6 +182,63 @@ type postbox struct {
 
 func (p *postbox) send(_, _ uint64, ms []*raftpb.Message) { p.sent = append(p.sent, ms...) }
 
+// TestSlowReads: a read ends however far away the leader is, if it is one.
+func TestSlowReads(t *testing.T) {
+	for _, delay := range []int{1, 14, 16, 40, 200} { // ticks; an election timeout is 30
+		l := newLone(t, following)
+		p := &postbox{lone: l}
+		l.n.net = p
+		l.n.peerUp(2, 2, true)
+		c := &call{done: make(chan outcome, 1)}
+		if err := l.n.in.call(c); err != nil {
+			t.Fatal(err)
+		}
+		due := map[int][]*raftpb.Message{}
+		for i := 0; len(c.done) == 0; i++ {
+			if i > 2000 {
+				t.Fatalf("with an answer after %d ticks none counts", delay)
+			}
+			for _, m := range p.sent {
+				if m.GetType() == raftpb.MsgReadIndex {
+					due[i+delay] = append(due[i+delay], message(raftpb.MsgReadIndexResp, 2, 1, func(r *raftpb.Message) { r.Index, r.Entries = new(uint64(1)), m.Entries }))
+				}
+			}
+			p.sent = nil
+			l.hears(0, append(due[i], message(raftpb.MsgHeartbeat, 2, 1))...)
+			l.turn(1)
+		}
+		if o := <-c.done; o.err != nil {
+			t.Errorf("after %d ticks: %v", delay, o.err)
+		}
+	}
+}
+
+// TestLeaderGoneAfterAWait: a call that has waited for something else than a leader
+// waits for one as long as any other.
+func TestLeaderGoneAfterAWait(t *testing.T) {
+	l := newLone(t, following)
+	wait := int(l.n.ticksOf(leaderWait))
+	c := &call{done: make(chan outcome, 1)}
+	if err := l.n.in.call(c); err != nil {
+		t.Fatal(err)
+	}
+	for range wait + 10 {
+		l.hears(0, message(raftpb.MsgHeartbeat, 2, 1))
+		l.turn(1)
+	}
+	l.n.peerDown(2, true, errors.New("it died"))
+	ticks := 0
+	for ; len(c.done) == 0 && ticks < 2*wait; ticks++ {
+		l.turn(1)
+	}
+	if ticks < wait || ticks == 2*wait {
+		t.Fatalf("it ends after %d ticks, not %d", ticks, wait)
+	}
+	if o := <-c.done; !errors.Is(o.err, errNoLeader) {
+		t.Error(o.err)
+	}
+}
+
 // TestCaughtUp: a node is healthy only once it has applied what its leader had
 // committed when it was first asked.
 func TestCaughtUp(t *testing.T) {

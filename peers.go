@@ -29,7 +29,7 @@ type glance struct {
 	clusterID, raftID, life uint64
 	term, lead              uint64
 	leading, caughtUp       bool
-	lost                    int // members known to have lost their memory
+	lost, connected         int // members known to have lost their memory; peers
 	conf                    *raftpb.ConfState
 }
 
@@ -39,7 +39,7 @@ func (n *node) publish() {
 		n.gone = n.store.removed
 	}
 	old, s := n.pub.Load(), n.store
-	now := glance{s.clusterID, n.raftID, n.life, n.term, n.lead, n.leads(), n.caughtUp(), len(n.met), s.conf}
+	now := glance{s.clusterID, n.raftID, n.life, n.term, n.lead, n.leads(), n.caughtUp(), len(n.met), len(n.connected), s.conf}
 	if old.glance == now && slices.Equal(old.removed, n.gone) {
 		return
 	}
@@ -228,6 +228,9 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 		case n.rn == nil || myRaftID != n.raftID:
 		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
 			n.disowned(raftID)
+		case w.Verdict == kvpb.Verdict_VERDICT_OTHER_CLUSTER && w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID) && n.mayChange():
+			// Another cluster was faster to add it. That life will never be this one's.
+			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
 		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
 			n.meet(raftID, w.Peer)
 		}

@@ -124,6 +124,7 @@ type node struct {
 
 	lives     map[uint64]uint64   // by raft ID: the life that we talk to; replaced, never changed
 	connected map[uint64]bool     // by raft ID: our stream to it is open
+	heard     map[uint64]uint64   // by raft ID: tick of its last message
 	met       map[uint64]*meeting // by raft ID: a life without memory that answered in place of this member
 	// disownedBy are the members, by raft ID, that have applied this node's removal.
 	disownedBy map[uint64]bool
@@ -134,6 +135,7 @@ type node struct {
 	own                  *proposal
 	round                readRound // in flight, if it has a context
 	confirmed            []readRound
+	readWait             uint64 // ticks after which a round is asked for again
 	sequence             uint64 // of the last proposal or round
 	readBeat             uint64 // highest read context sent with a heartbeat in this term
 	conds                []*condition
@@ -162,7 +164,8 @@ func (n *node) newLife() {
 	n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
 	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, never, 0, 0, 0
-	n.lives, n.connected, n.met, n.disownedBy = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]*meeting{}, map[uint64]bool{}
+	n.lives, n.connected, n.heard = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]uint64{}
+	n.met, n.disownedBy = map[uint64]*meeting{}, map[uint64]bool{}
 	n.out, n.gone = nil, nil
 }
 
@@ -340,8 +343,9 @@ func (n *node) tick() {
 	if n.now == n.campaignAt && n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
 		_ = n.rn.Campaign()
 	}
-	if n.round.ctx != nil && n.now-n.round.tick > n.electionTicks()/2 {
-		n.retryReads() // the request or its answer was lost
+	if n.round.ctx != nil && n.now-n.round.tick > n.readWait {
+		n.readWait = min(2*n.readWait, 8*n.electionTicks()) // or it is on its way still
+		n.retryReads()                                      // the request or its answer was lost
 	}
 	if n.now%ticksPerHeartbeat != 0 {
 		return
@@ -375,6 +379,7 @@ func (n *node) receive(in inbound) {
 	if !n.check(m) {
 		return
 	}
+	n.heard[from] = n.now
 	if from == n.lead {
 		n.leadHeard = n.now
 	}
@@ -500,7 +505,7 @@ func (n *node) syncSoftState() {
 	st := n.rn.BasicStatus()
 	if st.GetTerm() != n.term || st.Lead != n.lead {
 		n.caughtUpAt, n.changeAt, n.readBeat = never, 0, 0
-		n.leadHeard = n.now
+		n.leadHeard, n.readWait = n.now, n.electionTicks()/2
 		n.askedAt = n.now // peers may wait for what they asked of the leader before
 		n.askAgain()
 		if st.Lead != 0 {

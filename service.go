@@ -106,6 +106,7 @@ var apiErrors = []struct {
 	code   codes.Code
 	reason kvpb.ErrorReason
 }{
+	{errChangeUnknown, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN},
 	{errNoLeader, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER},
 	{errNotLeader, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_LEADER},
 	{errOutcomeUnknown, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN},
@@ -150,6 +151,7 @@ type server struct {
 	backups atomic.Int32  // that run
 	lists   chan struct{} // full while maxLists run
 
+	draining bool          // the loop's: no more new calls are wanted
 	stopping chan struct{} // closed by stop
 	inFlight atomic.Int64  // unary calls
 }
@@ -190,7 +192,7 @@ func (s *server) published(p *published) {
 	set := func(name string, ok bool) {
 		s.health.SetServingStatus(name, oneOf(ok, grpc_health_v1.HealthCheckResponse_SERVING, grpc_health_v1.HealthCheckResponse_NOT_SERVING))
 	}
-	healthy := s.n.whyUnhealthy() == ""
+	healthy := s.n.whyUnhealthy() == "" && !s.draining
 	set(kvpb.KVService_ServiceDesc.ServiceName, healthy)
 	set(restartHealth, healthy && !isJoint(p.conf))
 }
@@ -257,7 +259,7 @@ func (s *server) waitOf(ctx context.Context) uint64 {
 // stop hands leadership over, refuses new calls, and waits for those that run
 // until ctx ends.
 func (s *server) stop(ctx context.Context) {
-	s.health.Shutdown()
+	_ = s.n.do(ctx, func() error { s.draining = true; s.published(s.n.pub.Load()); return nil })
 	s.handOver(ctx)
 	close(s.stopping)
 	for s.inFlight.Load() > 0 && ctx.Err() == nil {

@@ -36,9 +36,10 @@ const (
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
 	// UNAVAILABLE: no leader for 2 s, or until the deadline. Nothing was applied.
 	ErrorReason_ERROR_REASON_NO_LEADER ErrorReason = 2
-	// The write was sent off and its fate is not known. UNAVAILABLE: it has a
-	// request_id, or opens a session, and may be sent again. DEADLINE_EXCEEDED: it
-	// has none, or the deadline ended it; CANCELLED: the caller did.
+	// The write was sent off, or the change of membership was begun, and its fate
+	// is not known. UNAVAILABLE: it has a request_id, or opens a session, and may be
+	// sent again. DEADLINE_EXCEEDED: it has none, or the deadline ended it;
+	// CANCELLED: the caller did.
 	ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN ErrorReason = 3
 	// FAILED_PRECONDITION from ClusterService, UNAVAILABLE from KVService: the
 	// node is in no cluster.
@@ -47,8 +48,8 @@ const (
 	ErrorReason_ERROR_REASON_ALREADY_INITIALIZED ErrorReason = 5
 	// NOT_FOUND: no member has this id.
 	ErrorReason_ERROR_REASON_UNKNOWN_MEMBER ErrorReason = 6
-	// ALREADY_EXISTS: another member has this id or address. Or the leader has
-	// the id, and no other voter could lead while it is replaced.
+	// ALREADY_EXISTS: another member has this address, or the member with this id
+	// is at another one, and answers there.
 	ErrorReason_ERROR_REASON_MEMBER_EXISTS ErrorReason = 7
 	// FAILED_PRECONDITION: a learner is too far behind to become a voter, or a
 	// node that is no voter was to lead.
@@ -1966,7 +1967,7 @@ type Progress struct {
 	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
 	// Heard of since the last check of the quorum.
 	RecentActive bool `protobuf:"varint,4,opt,name=recent_active,json=recentActive,proto3" json:"recent_active,omitempty"`
-	// Applied to within two heartbeats of the leader: it may be made a voter.
+	// It has stored what was committed two heartbeats ago: it may be made a voter.
 	CaughtUp      bool `protobuf:"varint,5,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2163,7 +2164,7 @@ type MetricsResponse struct {
 	// Since the process started: entries and writes applied (OpenSession is one),
 	// linearizable reads released, rounds of ReadIndex, changes of leader seen,
 	// snapshots sent and installed, messages dropped because a queue to a peer was
-	// full or down.
+	// full or down, or because they were refused.
 	EntriesApplied     uint64 `protobuf:"varint,17,opt,name=entries_applied,json=entriesApplied,proto3" json:"entries_applied,omitempty"`
 	WritesApplied      uint64 `protobuf:"varint,18,opt,name=writes_applied,json=writesApplied,proto3" json:"writes_applied,omitempty"`
 	ReadsReleased      uint64 `protobuf:"varint,19,opt,name=reads_released,json=readsReleased,proto3" json:"reads_released,omitempty"`
