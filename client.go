@@ -17,6 +17,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -51,6 +52,7 @@ type client struct {
 	stdout, stderr  io.Writer
 	output, service string
 	retain, wait    bool
+	refused         bool   // a node has called a request invalid
 	local, keysOnly bool   // local: no other node can answer for the called one
 	limit           uint64 // of keys to list
 	timeout         time.Duration
@@ -158,7 +160,8 @@ func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stde
 	if err == nil {
 		ctx, cancel := context.WithTimeout(ctx, c.timeout)
 		defer cancel()
-		exit, err = 1, commands()[args[0]].run(c, ctx)
+		err = commands()[args[0]].run(c, ctx)
+		exit = oneOf(c.refused, 2, 1)
 	}
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
@@ -175,8 +178,11 @@ func (c *client) parse(name string, args []string) error {
 	fs.StringVar(&c.output, "o", "text", "`FORMAT` of the output: text or json")
 	c.timeout = cmd.timeout
 	durationVar(fs, &c.timeout, "timeout", "`DURATION` until the command gives up")
-	endpoints := fs.String("endpoints", cmp.Or(os.Getenv("RAFT_KEY_VALUE_ENDPOINTS"), oneOf(name == "init", "", defaultEndpoint)),
-		"the nodes to call, `HOST:PORT,...`, in this order; or environment RAFT_KEY_VALUE_ENDPOINTS")
+	endpoints, calls := "", !slices.Contains([]string{"help", "restore", "version"}, name)
+	if calls {
+		fs.StringVar(&endpoints, "endpoints", cmp.Or(os.Getenv("RAFT_KEY_VALUE_ENDPOINTS"), oneOf(name == "init", "", defaultEndpoint)),
+			"the nodes to call, `HOST:PORT,...`, in this order; or environment RAFT_KEY_VALUE_ENDPOINTS")
+	}
 	if cmd.flags != nil {
 		cmd.flags(c, fs)
 	}
@@ -197,10 +203,12 @@ func (c *client) parse(name string, args []string) error {
 		return fmt.Errorf("%w%s", err, oneOf(strings.HasPrefix(err.Error(), "flag provided"), "; an argument that starts with - goes behind --", ""))
 	}
 	c.args = append(c.args, rest...)
-	if *endpoints == "" && name == "init" && len(c.args) > 0 {
-		_, *endpoints, _ = strings.Cut(c.args[0], "=")
+	if endpoints == "" && name == "init" && len(c.args) > 0 {
+		_, endpoints, _ = strings.Cut(c.args[0], "=")
 	}
-	c.endpoints = strings.Split(*endpoints, ",")
+	if calls {
+		c.endpoints = strings.Split(endpoints, ",")
+	}
 	return c.check(cmd.args, cmd.min, cmd.max)
 }
 
@@ -222,7 +230,7 @@ func (c *client) check(names string, least, most int) error {
 		return errors.New("FILE \"-\": want the name of a file, not stdin or stdout")
 	case c.service != "" && !slices.Contains(healthNames, c.service):
 		return fmt.Errorf("--service %q: want one of: %s", c.service, strings.Join(healthNames, ", "))
-	case c.node != nil && (c.dataDir == "" || c.node.Id == 0):
+	case c.node != nil && (c.dataDir == "" || c.node.Id == 0 || c.node.Address == ""):
 		return errors.New("--data-dir, --id and --addr are needed")
 	case c.node != nil:
 		addrs = append(addrs, c.node.Address)
@@ -240,8 +248,12 @@ func (c *client) check(names string, least, most int) error {
 		}
 	}
 	for _, addr := range addrs {
-		if host, port, err := net.SplitHostPort(addr); err != nil || host == "" || port == "" {
+		host, port, err := net.SplitHostPort(addr)
+		if err != nil || host == "" || port == "" {
 			return fmt.Errorf("address %q: want HOST:PORT", addr)
+		}
+		if c.node != nil && (isEverywhere(host) || port == "0") {
+			return fmt.Errorf("--addr %q: want where the others find the node", addr)
 		}
 	}
 	return nil
@@ -301,6 +313,9 @@ func (c *client) set(ctx context.Context) (err error) {
 		if req.Value, err = readValue(ctx, c.stdin); err != nil {
 			return err
 		}
+		if c.refused = len(req.Value) > maxValueBytes; c.refused {
+			return fmt.Errorf("stdin has more than %d bytes, which is the limit", maxValueBytes)
+		}
 	}
 	if req.RequestId, err = c.newID(ctx); err != nil {
 		return err
@@ -322,8 +337,7 @@ func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
 	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, nil
 }
 
-// readValue reads all of r, up to one byte more than a node takes, for it to
-// refuse. If ctx ends first, what reads goes on until the process ends.
+// readValue reads all of r, up to one byte more than a node takes. If ctx ends first, what reads goes on until the process ends.
 func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
 	value, w := io.Pipe()
 	go func() {
@@ -345,14 +359,14 @@ func compareError(version uint64) error {
 
 func (c *client) get(ctx context.Context) error {
 	resp, err := c.kv().Get(ctx, &kvpb.GetRequest{Key: c.args[0], Local: c.local})
-	if err == nil && resp.Value == nil {
-		err = errNotFound
-	}
 	text := string(resp.GetValue())
-	if info, err := os.Stdout.Stat(); c.stdout == os.Stdout && err == nil && info.Mode()&os.ModeCharDevice != 0 {
+	if info, err := os.Stdout.Stat(); resp.GetValue() != nil && c.stdout == os.Stdout && err == nil && info.Mode()&os.ModeCharDevice != 0 {
 		text += "\n" // on a terminal
 	}
-	return c.show(resp, err, text)
+	if err = c.show(resp, err, text); err == nil && resp.Value == nil {
+		err = errNotFound
+	}
+	return err
 }
 
 // list prints page after page; with -o json each is a line.
@@ -404,15 +418,26 @@ type memberRow struct {
 
 // survey asks the endpoints and then all other members that they name.
 func (c *client) survey(ctx context.Context) []*memberRow {
-	rows, ids := c.ask(ctx, c.endpoints), map[string]uint64{}
+	lives, ids, others := map[uint64]bool{}, map[string]uint64{}, map[string]bool{}
+	rows := slices.DeleteFunc(c.ask(ctx, c.endpoints), func(r *memberRow) bool { // one node can have two addresses
+		id := r.metrics.GetRaftId()
+		again := lives[id]
+		lives[id] = id != 0
+		return again
+	})
 	for _, r := range rows {
 		for _, m := range r.metrics.GetMembers() {
 			ids[m.Node.GetAddress()] = m.Node.GetId()
+			if !lives[m.RaftId] && !slices.Contains(c.endpoints, m.Node.GetAddress()) {
+				others[m.Node.GetAddress()] = true
+			}
 		}
 	}
-	others := slices.DeleteFunc(slices.Collect(maps.Keys(ids)), func(a string) bool { return slices.Contains(c.endpoints, a) })
-	rows = append(rows, c.ask(ctx, others)...)
+	rows = append(rows, c.ask(ctx, slices.Collect(maps.Keys(others)))...)
 	for _, r := range rows {
+		if id := ids[r.Address]; id != 0 && r.NodeID != 0 && r.NodeID != id {
+			*r = memberRow{Address: r.Address, Error: fmt.Sprintf("node %d answers there", r.NodeID)}
+		}
 		r.NodeID = cmp.Or(r.NodeID, ids[r.Address])
 	}
 	slices.SortFunc(rows, func(a, b *memberRow) int { return cmp.Compare(a.NodeID-1, b.NodeID-1) }) // 0 comes last
@@ -471,7 +496,7 @@ func (c *client) status(ctx context.Context) error {
 			m.Term, m.AppliedIndex, m.Version, m.Keys, oneOf(m.Durable, "yes", "no"), m.ClusterId, m.UnhealthyReason)
 	}
 	w.Flush() // A strings.Builder takes everything.
-	err := c.print(map[string]any{"members": rows}, table.String())
+	err := c.print(map[string]any{"members": rows}, regexp.MustCompile(" +\n").ReplaceAllString(table.String(), "\n"))
 	if best == nil {
 		return cmp.Or(err, errors.New("no node answered"))
 	} else if best.ClusterId == 0 {
@@ -493,7 +518,7 @@ func (c *client) health(ctx context.Context) (err error) {
 	for {
 		resp, now := healthpb.NewHealthClient(c).Check(ctx, &healthpb.HealthCheckRequest{Service: c.service})
 		if now == nil && resp.Status == healthpb.HealthCheckResponse_SERVING {
-			return c.print(protoJSON{resp}, "SERVING\n")
+			return c.print(protoJSON{resp}, "SERVING, says "+c.endpoints[0]+"\n")
 		} else if now == nil {
 			now = fmt.Errorf("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(ctx))
 		}
@@ -546,7 +571,7 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 	defer f.Close()
 	absent := func() error {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-			return cmp.Or[error](err, &os.PathError{Op: "backup", Path: path, Err: os.ErrExist})
+			return cmp.Or[error](err, &os.PathError{Op: "create", Path: path, Err: os.ErrExist})
 		}
 		return nil
 	}
@@ -561,12 +586,16 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 	if err != nil {
 		return nil, err
 	}
+	var broken error
 	s, err = scanSnapshot(io.TeeReader(&chunkReader{recv: func() ([]byte, error) {
 		resp, err := stream.Recv()
 		silent.Reset(helloTimeout)
+		if err != nil && err != io.EOF {
+			broken = err
+		}
 		return resp.GetData(), err
 	}}, f), false, c.progress)
-	return s, ifNot(err, f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
+	return s, ifNot(cmp.Or(broken, err), f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
 		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
 }
 
@@ -679,7 +708,7 @@ func (c *client) Invoke(ctx context.Context, method string, req, resp any, _ ...
 				return nil
 			}
 			failures = append(failures, addrs[i]+": "+err.Error())
-			again, unknown = f.again, unknown || f.unknown
+			again, unknown, c.refused = f.again, unknown || f.unknown, f.refused
 			if f.leader != "" && !c.local && !slices.Contains(addrs[:i+1], f.leader) {
 				addrs = slices.Insert(addrs, i+1, f.leader)
 			}
@@ -699,6 +728,7 @@ type failure struct {
 	leader  string // where to go next
 	again   bool   // another node may be tried
 	unknown bool   // it may or may not have been applied
+	refused bool   // as invalid
 }
 
 // send makes a call to one node, which has only its share of the time to
@@ -717,6 +747,7 @@ func send(ctx context.Context, addr string, share time.Duration, method string, 
 		f.again = true
 	} else if err = conn.Invoke(ctx, method, req, resp, grpc.Trailer(&trailer)); err != nil {
 		f.again, f.unknown = judge(method, err)
+		f.refused = status.Code(err) == codes.InvalidArgument
 	}
 	f.leader = strings.Join(trailer.Get(leaderMetadata), "")
 	return f, readable(err)
@@ -742,8 +773,10 @@ func judge(method string, err error) (again, unknown bool) {
 		return transient, false
 	case slices.Contains(writes, method):
 		return transient, reason == "" || reason == "OUTCOME_UNKNOWN"
-	case code == codes.Unavailable && reason != "":
-		return method != kvpb.ClusterService_Init_FullMethodName, false // That is about the called node.
+	case reason == "UNREACHABLE", reason != "" && method == kvpb.ClusterService_Init_FullMethodName: // no other node knows better
+		return false, false
+	case code == codes.Unavailable && reason != "": // that is about the called node
+		return true, false
 	}
 	return false, reason == "" || code == codes.DeadlineExceeded
 }

@@ -274,6 +274,10 @@ func TestClientUsageErrors(t *testing.T) {
 	}
 	runCommand(t, 2, "", "get", "\xff")
 	runCommand(t, 2, "", "set", "", "v")
+	for _, addr := range []string{"0.0.0.0:1", "[::]:1", "127.0.0.1:0"} {
+		_, errs := runCommand(t, 2, "", "restore", "x", "--data-dir", "d", "--id", "1", "--addr", addr)
+		wantPart(t, errs, "want where the others find the node")
+	}
 	for line, hint := range map[string]string{
 		"set k -5": "goes behind --", "get k --timeout 1": "number and its unit", "health --service nosuch": "restart", "list --limit -1": "want a whole number", "list --limit x": "want a whole number",
 		"set k v --if-version x": "want a version", "delete k --if-version 99999999999999999999": "want a version", "get k --timeout x": "number and its unit",
@@ -289,6 +293,8 @@ func TestClientUsageErrors(t *testing.T) {
 }
 
 func TestClientHelp(t *testing.T) {
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", "bogus") // which nobody asks for
+	runCommand(t, 0, "", "version")
 	list, _ := runCommand(t, 0, "", "help")
 	wantPart(t, list, "raft-key-value --id N --addr HOST:PORT")
 	for name := range commands() {
@@ -302,7 +308,9 @@ func TestClientHelp(t *testing.T) {
 		if strings.Contains(help, " \n") {
 			t.Errorf("a blank at the end of a line: %s", help)
 		}
-		wantPart(t, help, "-endpoints")
+		if calls := !slices.Contains([]string{"help", "restore", "version"}, name); calls != strings.Contains(help, "-endpoints") {
+			t.Errorf("it calls a node %v, but: %s", calls, help)
+		}
 	}
 	if isCommand("nosuch") || isCommand("") {
 		t.Error("an unknown command is known")
@@ -349,13 +357,17 @@ func TestClientKeys(t *testing.T) {
 	if req, _ := f.take(); !req.(*kvpb.GetRequest).Local {
 		t.Error("--local was not asked for")
 	}
-	runCommand(t, 0, strings.Repeat("x", 2<<20), "set", "k", "-")
-	if n := len(f.value("k")); n != maxValueBytes+1 {
-		t.Errorf("%d bytes of stdin were sent, want one more than the limit", n)
+	runCommand(t, 2, strings.Repeat("x", 2<<20), "set", "k", "-")
+	runCommand(t, 0, strings.Repeat("x", maxValueBytes), "set", "k", "-")
+	if n := len(f.value("k")); n != maxValueBytes {
+		t.Errorf("%d bytes of stdin were sent, want all", n)
 	}
 	runCommand(t, 0, "", "set", "k", "")
 	out, _ = runCommand(t, 0, "", "get", "k", "-o=json")
 	wantPart(t, out, `"value":""`)
+
+	out, _ = runCommand(t, 1, "", "get", "nosuch", "-o=json")
+	wantText(t, "get", out, `{"version":"0"}`+"\n")
 
 	out, _ = runCommand(t, 0, "", "delete", "-o", "json", "k")
 	wantText(t, "delete", out, `{"deleted":true,"version":"9","compare_failed":false}`+"\n")
@@ -710,6 +722,21 @@ func TestClientStatus(t *testing.T) {
 	if m := answer.Members[3]; m.ID != "4" || m.Reachable || m.Error == "" || m.Metrics != nil {
 		t.Errorf("%+v", m)
 	}
+	// Somebody else is at a member's address; a node has two, of which one is known.
+	d, e := newFakeNode(t), newFakeNode(t)
+	members = []*kvpb.MemberStatus{member(1, "127.0.0.1:9", true), member(2, d.addr, true)}
+	members[0].RaftId = 77
+	e.setMetrics(&kvpb.MetricsResponse{Node: members[0].Node, RaftId: 77, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Members: members, Healthy: true})
+	d.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 9, Address: d.addr}, RaftId: 88})
+	out, _ = runCommand(t, 0, "", "status", "--endpoints", e.addr+","+strings.Replace(e.addr, "127.0.0.1", "localhost", 1))
+	rows = strings.Split(strings.TrimSpace(out), "\n")
+	if len(rows) != 3 || !strings.HasPrefix(rows[1], "1 ") || !strings.HasPrefix(rows[2], "2 ") || !strings.HasSuffix(rows[2], "node 9 answers there") {
+		t.Errorf("rows %q", rows)
+	}
+	if strings.Contains(out, " \n") {
+		t.Errorf("a blank at the end of a line: %q", out)
+	}
+
 	_, errs := runCommand(t, 0, "", "status", "--endpoints", c.addr)
 	wantText(t, "stderr", errs, "no node that was asked is in a cluster; --endpoints asks others\n")
 	out, _ = runCommand(t, 1, "", "status", "--endpoints", closedAddress)
@@ -726,7 +753,7 @@ func TestClientHealth(t *testing.T) {
 	_, errs := runCommand(t, 1, "", "health", "--endpoints", closedAddress+","+f.addr)
 	wantPart(t, errs, "NOT_SERVING: node 2 at h:2: it is new")
 	out, _ := runCommand(t, 0, "", "health", "--endpoints", closedAddress+","+f.addr, "--service", "restart")
-	wantText(t, "health", out, "SERVING\n")
+	wantText(t, "health", out, "SERVING, says "+f.addr+"\n")
 	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--service", "restart", "-o", "json")
 	wantText(t, "health", out, `{"status":"SERVING"}`+"\n")
 	runCommand(t, 1, "", "health", "--endpoints", closedAddress, "--wait", "--timeout", "500ms")
@@ -738,7 +765,7 @@ func TestClientHealth(t *testing.T) {
 	wantPart(t, errs, "a change of membership is half way")
 	time.AfterFunc(500*time.Millisecond, func() { set("kv.v1.KVService", healthpb.HealthCheckResponse_SERVING) })
 	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--wait")
-	wantText(t, "health", out, "SERVING\n")
+	wantText(t, "health", out, "SERVING, says "+f.addr+"\n")
 }
 
 // A call goes on to the second endpoint only if the first cannot have applied
@@ -770,6 +797,9 @@ func TestClientResend(t *testing.T) {
 		{"unknown", "delete k", unknown, ""},
 		{"unknown", "change-membership 1", unknown, mayBe},
 		{"refused", "set k v", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
+		{"unreachable", "transfer-leader 1", func(context.Context) error {
+			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "node 1 does not answer")
+		}, "(UNAVAILABLE UNREACHABLE)\n"},
 		{"refused", "get k", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
 		{"hang", "set k v", hang, ""},
 		{"hang", "transfer-leader 1", hang, mayBe},
@@ -781,8 +811,11 @@ func TestClientResend(t *testing.T) {
 			second.data["k"] = []byte("v")
 			first.failWith(test.fail)
 			exit, calls := 1, 0
-			if test.want == "" {
+			switch {
+			case test.want == "":
 				exit, calls = 0, 1
+			case test.name == "refused":
+				exit = 2
 			}
 			args := append(strings.Fields(test.command), "--timeout", "2s", "--endpoints", first.addr+","+second.addr)
 			_, errs := runCommand(t, exit, "", args...)

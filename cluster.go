@@ -138,7 +138,7 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 	}
 	var clusterID uint64
 	if err := s.n.do(ctx, func() (err error) { clusterID, err = s.n.bootstrap(); return err }); err != nil {
-		return nil, err
+		return nil, cmp.Or(oneOf(err == ctx.Err(), errChangeUnknown, nil), err)
 	}
 	todo = append(todo, "change-membership "+strings.Trim(fmt.Sprint(ids), "[]"))
 	err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil })

@@ -92,16 +92,20 @@ type recovered struct {
 	batch    *kvpb.LogBatch
 }
 
-// openDisk locks a directory, and makes it if it is not there.
-func openDisk(fsys fileSystem, dir string, logBytes uint64, log *slog.Logger) (*disk, error) {
-	unlock, err := fsys.lock(dir)
-	if err != nil {
-		return nil, err
-	}
+// openDisk locks a directory, and makes it if it is not there. It refuses one that
+// is somebody else's.
+func openDisk(fsys fileSystem, dir string, logBytes uint64, log *slog.Logger) (_ *disk, err error) {
 	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
-	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, unlock: unlock, wake: newBell()}
+	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, wake: newBell()}
 	d.start = d.running.Go
-	return d, nil
+	names, _ := fsys.readDir(dir) // if it can be read: lock says why not
+	for _, name := range names {
+		if name != "LOCK" && name != "lost+found" && name[0] != '.' && !ownName.MatchString(name) && !slices.Contains(names, "identity") {
+			return nil, d.refuse("it is not empty: there is %s. Nothing was changed", name)
+		}
+	}
+	d.unlock, err = fsys.lock(dir)
+	return d, err
 }
 
 // close ends all writing and unlocks the directory.
@@ -421,7 +425,7 @@ func (d *disk) restore(self *kvpb.Node, read func() (*store, error)) (*store, er
 	names, err := d.fs.readDir(d.dir)
 	unfinished := slices.Contains(names, "identity.tmp") && !slices.Contains(names, "identity") // it comes first, and goes last
 	for _, name := range slices.Backward(names) {
-		if name != "LOCK" && name != "lost+found" && (!unfinished || !ownName.MatchString(name)) {
+		if !unfinished && ownName.MatchString(name) {
 			return nil, d.refuse("it is not empty: there is %s. Nothing was changed", name)
 		}
 	}

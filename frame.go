@@ -6,6 +6,7 @@ package main
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"io"
 )
@@ -122,10 +123,12 @@ func (f *frameReader) next() error {
 	return nil
 }
 
+var errCutShort = fmt.Errorf("it ends in the middle: %w", io.ErrUnexpectedEOF)
+
 // noEOF makes an end in the middle recognisable as one.
 func noEOF(err error) error {
-	if errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errCutShort
 	}
 	return err
 }

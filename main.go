@@ -132,7 +132,12 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 	fs.StringVar(&o.advertise, "advertise", "", "`host:port` at which others reach this node (default: the address listened on)")
 	durationVar(fs, &o.heartbeat, "heartbeat", "time between a leader's heartbeats")
 	durationVar(fs, &o.election, "election-timeout", "least time without a leader before an election")
-	fs.StringVar(&o.dataDir, "data-dir", "", "`directory` that keeps all that the node has promised (default: it is in memory only)")
+	fs.Func("data-dir", "`directory` that keeps all that the node has promised (default: it is in memory only)", func(s string) error {
+		if o.dataDir = s; s == "" { // of a variable that was not set, perhaps
+			return errors.New("want a directory, or leave it out")
+		}
+		return nil
+	})
 	numberVar(fs, &o.logBytes, "log-bytes", fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
 	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
 	fs.Func("log-level", "debug, info, warn or error (default INFO)", func(s string) error {
@@ -199,11 +204,10 @@ func (o *options) check() error {
 	for _, a := range []struct{ flag, address string }{{"addr", o.addr}, {"advertise", cmp.Or(o.advertise, o.addr)}} {
 		host, port, err := net.SplitHostPort(a.address)
 		ip, _ := netip.ParseAddr(host)
-		everywhere := host == "" || ip.Unmap().WithZone("").IsUnspecified() // at none of these another machine finds it
 		switch {
 		case err != nil || port == "":
 			return fmt.Errorf("--%s %q is not host:port", a.flag, a.address)
-		case a.flag == "advertise" && (everywhere || o.advertise != "" && port == "0"):
+		case a.flag == "advertise" && (isEverywhere(host) || o.advertise != "" && port == "0"):
 			return fmt.Errorf("--advertise has to say where the others find this node, %q does not", a.address)
 		case host != "localhost" && !ip.Unmap().IsLoopback() && !o.insecure:
 			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; "+
@@ -211,6 +215,13 @@ func (o *options) check() error {
 		}
 	}
 	return nil
+}
+
+// isEverywhere reports whether a host is all that a machine has: there, no other
+// machine finds it.
+func isEverywhere(host string) bool {
+	ip, _ := netip.ParseAddr(host)
+	return host == "" || ip.Unmap().WithZone("").IsUnspecified()
 }
 
 // run runs a node until ctx ends or the node cannot go on. It calls ready once
@@ -223,7 +234,9 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 			return err
 		}
 	}
-	self := &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, listener.Addr().String())}
+	host, _, _ := net.SplitHostPort(o.addr)
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	self := &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, net.JoinHostPort(host, port))}
 	n := newNode(o, self, log)
 	nw := newNetwork(n, log, o.dialer)
 	n.net = nw
@@ -248,6 +261,9 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	go func() { loopErr <- n.run(loop) }()
 	go func() { serveErr <- s.grpc.Serve(newLimiter(listener)) }()
 	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.dataDir != "")
+	if n.pub.Load().clusterID == 0 {
+		log.Info(errNotInitialized.Error())
+	}
 	ready(s)
 
 	var err error

@@ -63,6 +63,8 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "flag -log-level: want debug, info, warn or error"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level warn"},
 		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: `invalid value "x" of RAFT_KEY_VALUE_ID: want a whole number`},
+		{args: "--id 1 --addr 127.0.0.1:1 --data-dir=", want: "flag -data-dir: want a directory"},
+		{args: "--id 1 --addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_DATA_DIR=", want: "RAFT_KEY_VALUE_DATA_DIR: want a directory"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 64MiB", want: "flag -log-bytes: want a whole number"},
 		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "unknown sub-command \"nosuch\""},
 	} {
@@ -85,6 +87,28 @@ func TestFlagsGoBeforeTheEnvironment(t *testing.T) {
 	o, err := parseOptions([]string{"--id", "1", "--addr", "127.0.0.1:1"}, io.Discard, env)
 	if err != nil || o.id != 1 {
 		t.Fatal(o.id, err)
+	}
+}
+
+// TestAdvertised: a node is known by the name that it was given, not by what that
+// means here; if it picks a port, by that.
+func TestAdvertised(t *testing.T) {
+	for _, test := range []struct{ addr, advertise, want string }{
+		{"localhost:0", "", "localhost:*"}, {"127.0.0.1:0", "", "127.0.0.1:*"}, {"127.0.0.1:0", "localhost:9", "localhost:9"},
+	} {
+		o := defaultOptions()
+		o.id, o.addr, o.advertise = 1, test.addr, test.advertise
+		ctx, cancel := context.WithCancel(t.Context())
+		err := run(ctx, o, quiet(), func(s *server) {
+			_, port, _ := net.SplitHostPort(s.n.self.Address)
+			if want := strings.ReplaceAll(test.want, "*", port); s.n.self.Address != want || port == "0" {
+				t.Errorf("%+v: it is at %s", test, s.n.self.Address)
+			}
+			cancel()
+		})
+		if err != nil {
+			t.Error(err)
+		}
 	}
 }
 
