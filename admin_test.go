@@ -159,6 +159,11 @@ func TestWhoMayVote(t *testing.T) {
 			t.Errorf("heard of %v, it says %q, want %q", test.heard, r, test.want)
 		}
 	}
+	n.changeAt = n.now // this one, perhaps
+	if r := reason(); r != "" {
+		t.Errorf("while a change is on its way, it says %q", r)
+	}
+	n.changeAt = 0
 	req.Members = []uint64{1, 2}
 	clear(n.heard)
 	if r := reason(); r != "UNREACHABLE" {
@@ -194,18 +199,91 @@ func TestBegunIsUnknown(t *testing.T) {
 
 	l = newLone(t, leading)
 	s = &server{n: l.n}
-	tries := 0
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-	defer cancel()
-	err := s.onLeader(ctx, nil, nil, func(context.Context) error {
-		if tries++; tries == 1 {
-			return fmt.Errorf("%w: %w", errChangeUnknown, errNotLeader)
+	for _, then := range []error{errNotLeader, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "node 4 does not answer")} {
+		tries := 0
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		err := s.onLeader(ctx, nil, nil, func(context.Context) error {
+			if tries++; tries == 1 {
+				return fmt.Errorf("%w: %w", errChangeUnknown, errNotLeader)
+			}
+			return then
+		})
+		wantError(t, toStatus(err, false), codes.DeadlineExceeded, "OUTCOME_UNKNOWN")
+		if tries < 2 {
+			t.Error("it is not made again")
 		}
-		return errNotLeader
-	})
-	wantError(t, toStatus(err, false), codes.DeadlineExceeded, "OUTCOME_UNKNOWN")
-	if tries < 2 {
-		t.Error("it is not made again")
+	}
+
+	for _, code := range []codes.Code{codes.Unavailable, codes.FailedPrecondition, codes.NotFound} {
+		steps := 0
+		go func() {
+			ended <- s.awaitChange(t.Context(), func() (bool, error) {
+				if steps++; steps == 1 {
+					l.n.changeAt++
+					return false, nil
+				}
+				return false, apiError(code, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, "")
+			})
+		}()
+		eventually(t, func() error {
+			if l.turn(0); len(ended) == 0 {
+				return errors.New("it waits")
+			}
+			return nil
+		})
+		if err := toStatus(<-ended, false); (errorReason(err) == "OUTCOME_UNKNOWN") != (code != codes.NotFound) {
+			t.Errorf("%v, which ends one that was begun: %v", code, err)
+		}
+	}
+}
+
+// TestNobodyIsReplacedWhoAnswers: a life takes the place of another at another
+// address only if that one is silent, and not if the leader is new and may not have
+// heard from it yet. Where another life was, none can be.
+func TestNobodyIsReplacedWhoAnswers(t *testing.T) {
+	for _, test := range []struct {
+		name, address string
+		change        func(n *node)
+		reason        string
+		begins        bool
+	}{
+		{"a new leader", "other:1", func(*node) {}, "", false},
+		{"it was heard", "other:1", func(n *node) { n.heard[3] = n.now }, "MEMBER_EXISTS", false},
+		{"it is silent", "other:1", func(n *node) { n.leadHeard = 0; n.now += 2 * n.electionTicks() }, "", true},
+		{"it is not connected", "other:1", func(n *node) { delete(n.connected, 3) }, "", true},
+		{"the same address", plainNode(3).Address, func(n *node) { n.heard[3] = n.now }, "", true},
+	} {
+		l := newLone(t, leading)
+		clear(l.n.heard)
+		test.change(l.n)
+		_, err := l.n.stepLearner(9, &kvpb.Node{Id: 3, Address: test.address})
+		if errorReason(err) != test.reason || l.n.changeAt != 0 != test.begins {
+			t.Errorf("%s: %v, begun %v", test.name, err, l.n.changeAt != 0)
+		}
+	}
+	l := newLone(t, leading)
+	_, err := l.n.stepLearner(9, &kvpb.Node{Id: 1, Address: "other:1"})
+	wantError(t, err, codes.AlreadyExists, "MEMBER_EXISTS")
+}
+
+// TestStrayLearner: a learner that has joined another cluster is removed, and
+// nobody else.
+func TestStrayLearner(t *testing.T) {
+	for cluster, stray := range map[uint64]bool{0: false, 7: false, 8: true} {
+		for raftID, learner := range map[uint64]bool{3: false, 4: true} {
+			l := newLone(t, leading)
+			if err := l.n.proposeChange(plainMembers(4), confChange(raftpb.ConfChangeAddLearnerNode, 4)); err != nil {
+				t.Fatal(err)
+			}
+			l.turn(0)
+			l.hears(0, message(raftpb.MsgAppResp, 2, 2, func(m *raftpb.Message) { *m.Index = 3 }))
+			l.n.refused(1, raftID, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_OTHER_CLUSTER, ClusterId: cluster, Peer: &kvpb.Peer{RaftId: raftID, Life: 4, Node: plainNode(raftID)}})
+			l.turn(0)
+			if begun := l.n.changeAt != 0; begun != (stray && learner) {
+				t.Errorf("raft ID %d says that it is in cluster %d: a change is begun %v", raftID, cluster, begun)
+			}
+		}
 	}
 }
 

@@ -137,7 +137,7 @@ func (c *client) versionFlag(fs *flag.FlagSet) {
 var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName}
 
 const helpNotes = "Flags stand before or after the arguments; what follows -- is an argument.\n" +
-	"What reads or writes keys is tried until the timeout, if that can do no harm; a local read once.\n" +
+	"What reads or writes keys is tried until the timeout, if that can do no harm; a local read once at each endpoint.\n" +
 	"With -o json, an answer is as kv.proto has it, 64-bit numbers as strings, values in base64.\n"
 
 func isCommand(name string) bool { return commands()[name] != nil }
@@ -274,10 +274,11 @@ func (c *client) addLearner(ctx context.Context) error {
 	}
 	watch, done := context.WithCancel(ctx)
 	var watching sync.WaitGroup
+	watcher := *c // Invoke sorts c's endpoints
 	watching.Go(func() {
 		for last := ""; watch.Err() == nil; {
 			sleep(watch, pollInterval)
-			best := bestMetrics(c.survey(watch))
+			best := bestMetrics(watcher.survey(watch))
 			progress := findMember(best, id).GetProgress()
 			line := fmt.Sprintf("node %d: %d of %d entries\n", id, progress.GetMatchIndex(), best.GetLastIndex())
 			if progress != nil && line != last {

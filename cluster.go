@@ -218,6 +218,9 @@ func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 // can be taken; true: it is one, and has caught up.
 func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	present := n.store.members[raftID]
+	elsewhere := slices.DeleteFunc(n.store.raftIDsOf(m.Id), func(id uint64) bool { // where it was, another life may answer by now
+		return id != n.raftID && (!n.connected[id] || n.store.members[id].Address == m.Address)
+	})
 	for id, other := range n.store.members {
 		if other.Id != m.Id && (id == raftID || other.Address == m.Address) {
 			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
@@ -233,9 +236,11 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 		return false, nil
 	case present != nil:
 		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
-	case slices.ContainsFunc(n.store.raftIDsOf(m.Id), n.alive):
+	case slices.ContainsFunc(elsewhere, n.alive):
 		return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
 			fmt.Sprintf("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
+	case len(elsewhere) > 0 && n.isNewLeader():
+		return false, nil
 	case len(n.store.members) >= maxMembers:
 		return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
 	}
@@ -263,11 +268,11 @@ func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error 
 		busy.Store(!begun.Load() && !n.mayChange())
 		return ok, err
 	})
-	switch {
+	switch code := status.Code(toStatus(err, false)); {
 	case errors.Is(err, context.DeadlineExceeded) && busy.Load():
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
 			"another change of membership was running until the deadline")
-	case begun.Load() && err != errPastLife && status.Code(toStatus(err, false)) == codes.Unavailable:
+	case begun.Load() && err != errPastLife && (code == codes.Unavailable || code == codes.FailedPrecondition): // it may be made yet
 		return fmt.Errorf("%w: %w", errChangeUnknown, err)
 	}
 	return err
@@ -347,8 +352,8 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		err = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 			fmt.Sprintf("of these %d voters %s: they could not go on", len(want), n.silent(dead)))
 	}
-	if err != nil && n.now-n.leadHeard <= n.electionTicks() {
-		return false, nil // a leader that is new has not heard from everybody yet
+	if err != nil && (!n.mayChange() || n.isNewLeader()) {
+		return false, nil // perhaps it is made just now
 	}
 	if err != nil || len(changes) == 0 {
 		return err != nil || n.settled(), err
@@ -651,6 +656,9 @@ func (n *node) names(ids []uint64) string {
 	slices.Sort(names)
 	return strings.Join(names, " and ")
 }
+
+// isNewLeader reports whether a leader has perhaps not heard from everybody yet.
+func (n *node) isNewLeader() bool { return n.now-n.leadHeard <= n.electionTicks() }
 
 // silent says which members do not answer.
 func (n *node) silent(ids []uint64) string {

@@ -34,7 +34,7 @@ func newDurable(t *testing.T, n uint64, set ...func(*options)) (c *testCluster, 
 	t.Helper()
 	parent := t.TempDir()
 	dir = func(id uint64) string { return filepath.Join(parent, fmt.Sprint(id)) }
-	return newCluster(t, n, append(set, func(o *options) { o.dataDir = dir(o.id) })...), dir
+	return newCluster(t, n, append(set, func(o *options) { o.durable, o.dataDir = true, dir(o.id) })...), dir
 }
 
 // raftIDs returns the raft IDs that nodes go by.
@@ -342,7 +342,7 @@ func TestBackup(t *testing.T) {
 			restored := dir(5)
 			out, _ = runCommand(t, 0, "", "restore", file, "--data-dir", restored, "--id", "5", "--addr", "127.0.0.1:1", "-o", "json")
 			wantPart(t, out, `"version":`)
-			r := &testCluster{t: t, ctx: c.ctx, nodes: map[uint64]*testNode{}, options: func(o *options) { o.dataDir = dir(o.id) }}
+			r := &testCluster{t: t, ctx: c.ctx, nodes: map[uint64]*testNode{}, options: func(o *options) { o.durable, o.dataDir = true, dir(o.id) }}
 			n := r.start(5, "127.0.0.1:0")
 			defer func() { r.stop(5) }()
 			r.settled(5)

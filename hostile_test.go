@@ -338,7 +338,12 @@ func TestCommitsWait(t *testing.T) {
 func (l *lone) turn(ticks int) bool {
 	l.t.Helper()
 	n := l.n
-	for i := 0; i == 0 || len(n.in.next.events) > 0; i++ {
+	asked := func() bool {
+		n.in.mu.Lock()
+		defer n.in.mu.Unlock()
+		return len(n.in.next.events) > 0
+	}
+	for i := 0; i == 0 || asked(); i++ {
 		in := n.in.take()
 		in.ticks, ticks = ticks, 0
 		n.turn(in)

@@ -65,9 +65,10 @@ type options struct {
 	advertise string        // host:port for the others; empty: the one listened on
 	heartbeat time.Duration // between two heartbeats of a leader
 	election  time.Duration // without a heartbeat before an election, at least
-	dataDir   string        // empty: all is in memory only
-	logBytes  uint64        // of entries, before old ones are dropped
-	insecure  bool          // beyond loopback without TLS
+	durable   bool          // or else all is in memory only
+	dataDir   string
+	logBytes  uint64 // of entries, before old ones are dropped
+	insecure  bool   // beyond loopback without TLS
 	logLevel  slog.Level
 
 	listener net.Listener                                    // in place of addr, for tests
@@ -133,9 +134,7 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 	durationVar(fs, &o.heartbeat, "heartbeat", "time between a leader's heartbeats")
 	durationVar(fs, &o.election, "election-timeout", "least time without a leader before an election")
 	fs.Func("data-dir", "`directory` that keeps all that the node has promised (default: it is in memory only)", func(s string) error {
-		if o.dataDir = s; s == "" { // of a variable that was not set, perhaps
-			return errors.New("want a directory, or leave it out")
-		}
+		o.dataDir, o.durable = s, true
 		return nil
 	})
 	numberVar(fs, &o.logBytes, "log-bytes", fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
@@ -155,7 +154,9 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 			}
 		}
 	})
-	err = ifNot(err, func() error { return fs.Parse(args) }) // flags go before the environment
+	if parsed := fs.Parse(args); err == nil || errors.Is(parsed, flag.ErrHelp) { // flags go before the environment
+		err = parsed
+	}
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stdout, usage+"\nFlags of a node; each has an environment variable, such as\n"+
 			"RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:\n", commandList())
@@ -194,6 +195,8 @@ func (o *options) check() error {
 		return errors.New("--id is needed, and not 0")
 	case o.addr == "":
 		return errors.New("--addr is needed: host:port to listen on")
+	case o.durable && o.dataDir == "": // perhaps of a variable that was not set
+		return errors.New("--data-dir is empty: name a directory, or leave it out")
 	case o.heartbeat < 10*time.Millisecond || o.heartbeat > leaderWait:
 		return fmt.Errorf("--heartbeat %v is not between 10ms and %v", o.heartbeat, leaderWait)
 	case o.election < 3*o.heartbeat || o.election > time.Hour:
@@ -241,7 +244,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	nw := newNetwork(n, log, o.dialer)
 	n.net = nw
 	s := newServer(n, nw)
-	if o.dataDir != "" {
+	if o.durable {
 		d, err := openDisk(osFS{}, o.dataDir, o.logBytes, log)
 		if err == nil {
 			defer d.close()
@@ -260,7 +263,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
 	go func() { loopErr <- n.run(loop) }()
 	go func() { serveErr <- s.grpc.Serve(newLimiter(listener)) }()
-	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.dataDir != "")
+	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.durable)
 	if n.pub.Load().clusterID == 0 {
 		log.Info(errNotInitialized.Error())
 	}

@@ -63,8 +63,9 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level loud", want: "flag -log-level: want debug, info, warn or error"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level warn"},
 		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: `invalid value "x" of RAFT_KEY_VALUE_ID: want a whole number`},
-		{args: "--id 1 --addr 127.0.0.1:1 --data-dir=", want: "flag -data-dir: want a directory"},
-		{args: "--id 1 --addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_DATA_DIR=", want: "RAFT_KEY_VALUE_DATA_DIR: want a directory"},
+		{args: "--id 1 --addr 127.0.0.1:1 --data-dir=", want: "--data-dir is empty"},
+		{args: "--id 1 --addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_DATA_DIR=", want: "--data-dir is empty"},
+		{args: "--id 1 --addr 127.0.0.1:1 --data-dir d", env: "RAFT_KEY_VALUE_DATA_DIR="},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 64MiB", want: "flag -log-bytes: want a whole number"},
 		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "unknown sub-command \"nosuch\""},
 	} {

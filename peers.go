@@ -228,7 +228,7 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 		case n.rn == nil || myRaftID != n.raftID:
 		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
 			n.disowned(raftID)
-		case w.Verdict == kvpb.Verdict_VERDICT_OTHER_CLUSTER && w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID) && n.mayChange():
+		case w.Verdict == kvpb.Verdict_VERDICT_OTHER_CLUSTER && w.ClusterId != 0 && w.ClusterId != n.store.clusterID && w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID) && n.mayChange():
 			// Another cluster was faster to add it. That life will never be this one's.
 			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
 		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):

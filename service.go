@@ -124,16 +124,16 @@ var apiErrors = []struct {
 // toStatus makes the errors of the loop those of the API. What it does not know
 // has ended the loop: a write with such an error was not proposed.
 func toStatus(err error, kv bool) error {
-	if _, ok := status.FromError(err); ok {
-		return err
-	}
-	for _, e := range apiErrors {
+	for _, e := range apiErrors { // an unknown outcome may wrap a status
 		if errors.Is(err, e.err) {
 			if e.err == errNotInitialized && !kv {
 				e.code = codes.FailedPrecondition
 			}
 			return apiError(e.code, e.reason, err.Error())
 		}
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
 	}
 	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NODE_FAILED, "this node has failed: "+err.Error())
 }

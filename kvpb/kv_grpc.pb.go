@@ -378,8 +378,9 @@ const (
 // The others: any node; it has the leader do it.
 type ClusterServiceClient interface {
 	// Init makes a cluster of the called node alone and then adds the other
-	// members as voters. It asks each of them first and changes nothing if one
-	// is unreachable or in a cluster already.
+	// members as voters. It asks each of them first, at its address the called one,
+	// too, and changes nothing if one is unreachable or in a cluster already. If it
+	// fails later, the message says that the cluster was made, and what is left.
 	Init(ctx context.Context, in *InitRequest, opts ...grpc.CallOption) (*InitResponse, error)
 	// AddLearner adds a node that receives the log but has no vote. It answers
 	// once the learner has caught up. Adding the same member again succeeds.
@@ -483,8 +484,9 @@ type ClusterService_BackupClient = grpc.ServerStreamingClient[BackupResponse]
 // The others: any node; it has the leader do it.
 type ClusterServiceServer interface {
 	// Init makes a cluster of the called node alone and then adds the other
-	// members as voters. It asks each of them first and changes nothing if one
-	// is unreachable or in a cluster already.
+	// members as voters. It asks each of them first, at its address the called one,
+	// too, and changes nothing if one is unreachable or in a cluster already. If it
+	// fails later, the message says that the cluster was made, and what is left.
 	Init(context.Context, *InitRequest) (*InitResponse, error)
 	// AddLearner adds a node that receives the log but has no vote. It answers
 	// once the learner has caught up. Adding the same member again succeeds.
