@@ -184,12 +184,11 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		}
 		rep.Points = append(rep.Points, p)
 	}
+	err = rep.write(stdout, o.output)
 	if o.plot != "" {
-		if err := os.WriteFile(o.plot, rep.svg(), 0o644); err != nil {
-			return err
-		}
+		err = errors.Join(err, os.WriteFile(o.plot, rep.svg(), 0o644))
 	}
-	return rep.write(stdout, o.output)
+	return err
 }
 
 // loads are the points to be measured.

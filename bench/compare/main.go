@@ -99,11 +99,10 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 			return err
 		}
 		r := c.report(cells)
+		err := r.write(stdout, o.output)
 		if o.plot != "" {
-			if err := os.WriteFile(o.plot, r.svg(), 0o644); err != nil {
-				return err
-			}
+			err = errors.Join(err, os.WriteFile(o.plot, r.svg(), 0o644))
 		}
-		return r.write(stdout, o.output)
+		return err
 	})
 }

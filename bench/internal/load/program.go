@@ -109,7 +109,7 @@ func ParseList[T any](s string, parse func(string) (T, error)) (numbers []T, err
 	for part := range strings.SplitSeq(s, ",") {
 		n, err := parse(strings.TrimSpace(part))
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%q is no number of these", part)
 		}
 		numbers = append(numbers, n)
 	}
