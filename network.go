@@ -370,10 +370,7 @@ func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, er
 
 // Stream implements RaftService: it hears a peer.
 func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
-	if err := countHello(s); err != nil {
-		return err
-	}
-	return nw.serve(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+	return nw.serveHello(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
 		first, err := s.Recv()
 		if err != nil {
 			return err
@@ -410,13 +407,14 @@ func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
 
 var errNoHello = status.Error(codes.InvalidArgument, "the first request has no hello")
 
-// countHello closes a connection that says hello too often.
-func countHello(s grpc.ServerStream) error {
+// serveHello is serve for a stream that begins with a hello. It closes a connection
+// that says too many.
+func (nw *network) serveHello(s grpc.ServerStream, f func(context.Context, context.CancelCauseFunc, *time.Timer) error) error {
 	if c := connOf(s.Context()); !c.greeted() {
 		_ = c.Close()
 		return status.Error(codes.ResourceExhausted, "too many hellos on this connection")
 	}
-	return nil
+	return nw.serve(s, f)
 }
 
 // serve calls f, but returns as soon as the stream is cancelled: that tears it

@@ -254,10 +254,7 @@ func (f chunkWriter) Write(b []byte) (int, error) { return len(b), f(b) }
 
 // InstallSnapshot implements RaftService.
 func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) error {
-	if err := countHello(s); err != nil {
-		return err
-	}
-	return nw.serve(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+	return nw.serveHello(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
 		first, err := s.Recv()
 		if err != nil {
 			return err
