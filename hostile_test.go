@@ -350,7 +350,7 @@ func (l *lone) turn(ticks int) bool {
 	}
 	if err := n.err; err != nil {
 		// What a majority has in its log cannot be undone, only not understood.
-		if text := err.Error(); !errors.Is(err, errContradiction) && !(strings.HasPrefix(text, "applying entry ") && (strings.Contains(text, "decoding a batch") || strings.Contains(text, "unknown kind"))) {
+		if text := err.Error(); !errors.Is(err, errContradiction) && !(strings.HasPrefix(text, "applying entry ") && strings.Contains(text, "decoding a batch")) {
 			l.t.Fatal(err)
 		}
 		return false

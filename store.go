@@ -146,7 +146,7 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	}
 	b, err := parseBatch(data, s.room)
 	if err != nil {
-		return 0, 0, nil, fmt.Errorf("%w: if this node is older than its cluster, start a newer one", err)
+		return 0, 0, nil, fmt.Errorf("decoding a batch: %w: if this node is older than its cluster, start a newer one", err)
 	}
 	if !s.fresh(b.proposer, b.sequence) {
 		return b.proposer, b.sequence, nil, nil
