@@ -933,7 +933,7 @@ type sender struct {
 func (s *sender) hello() *kvpb.Hello {
 	return &kvpb.Hello{ClusterId: 1, From: &kvpb.Peer{Node: &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, RaftId: 1, Life: 1}}
 }
-func (s *sender) peerDown(uint64, bool, error)              {}
+func (s *sender) peerDown(uint64, bool)                     {}
 func (s *sender) snapshotSent(_ uint64, _ *view, err error) { s.sent <- err }
 
 // transferTo sends a view by the network to whatever takes the requests.

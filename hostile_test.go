@@ -155,7 +155,7 @@ func TestLeaderLost(t *testing.T) {
 	if l.hears(0, heartbeat); l.n.lead != 2 {
 		t.Fatalf("it follows %d", l.n.lead)
 	}
-	l.n.peerDown(2, true, errors.New("it died"))
+	l.n.peerDown(2, true)
 	l.hears(0, heartbeat)
 	if l.turn(1); l.n.lead != 0 || l.n.rn.BasicStatus().RaftState != raft.StatePreCandidate {
 		t.Errorf("it follows %d, and is %v", l.n.lead, l.n.rn.BasicStatus().RaftState)
@@ -226,7 +226,7 @@ func TestLeaderGoneAfterAWait(t *testing.T) {
 		l.hears(0, message(raftpb.MsgHeartbeat, 2, 1))
 		l.turn(1)
 	}
-	l.n.peerDown(2, true, errors.New("it died"))
+	l.n.peerDown(2, true)
 	ticks := 0
 	for ; len(c.done) == 0 && ticks < 2*wait; ticks++ {
 		l.turn(1)
@@ -412,7 +412,7 @@ func (l *lone) do(what byte, data []byte) {
 			}
 		}
 	case 5:
-		l.n.peerDown(h.From.RaftId, stream%2 == 0, io.EOF)
+		l.n.peerDown(h.From.RaftId, stream%2 == 0)
 	case 6:
 		l.n.peerUp(h.From.RaftId, h.From.Life, true)
 	case 7:

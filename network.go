@@ -51,7 +51,7 @@ type receiver interface {
 	accept(*kvpb.Hello) *kvpb.Welcome
 	refused(myRaftID, raftID uint64, w *kvpb.Welcome)
 	peerUp(raftID, life uint64, outbound bool)
-	peerDown(raftID uint64, lost bool, cause error)
+	peerDown(raftID uint64, lost bool)
 	receiveMessages(context.Context, []inbound) error
 	readSnapshot(io.Reader) (*store, error)
 	receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error
@@ -213,7 +213,7 @@ func (p *peer) enqueue(life uint64, ms []*raftpb.Message) bool {
 	if len(p.queue)+len(ms) > maxPeerMessages || p.bytes > maxPeerBytes {
 		if !p.full {
 			p.full = true
-			p.nw.r.peerDown(p.raftID, false, nil)
+			p.nw.r.peerDown(p.raftID, false)
 		}
 		return false
 	}
@@ -262,9 +262,9 @@ func (p *peer) take() []*raftpb.Message {
 func (p *peer) run() {
 	defer func() { _ = p.conn.Close() }()
 	for p.ctx.Err() == nil {
-		err := p.stream()
+		_ = p.stream() // it has said why it ended, if it was open
 		p.open(0)
-		p.nw.r.peerDown(p.raftID, true, err)
+		p.nw.r.peerDown(p.raftID, true)
 		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
 	}
 }
@@ -290,7 +290,7 @@ func refusal(w *kvpb.Welcome) error {
 }
 
 // stream opens a stream to the peer and sends until it breaks.
-func (p *peer) stream() error {
+func (p *peer) stream() (err error) {
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	defer cancel(nil)
 	s, err := kvpb.NewRaftServiceClient(p.conn).Stream(ctx, grpc.WaitForReady(true))
@@ -314,6 +314,12 @@ func (p *peer) stream() error {
 	}
 	p.open(w.Peer.Life)
 	p.nw.r.peerUp(p.raftID, w.Peer.Life, true)
+	p.nw.log.Info("peer connected", "peer", p.node.Id, "address", p.node.Address)
+	defer func() {
+		if p.ctx.Err() == nil {
+			p.nw.log.Info("peer disconnected", "peer", p.node.Id, "address", p.node.Address, "cause", err)
+		}
+	}()
 	go func() { // ends with the stream
 		_, err := s.Recv()
 		cancel(fmt.Errorf("the stream ended: %w", err))

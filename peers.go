@@ -170,7 +170,6 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 		if outbound {
 			n.connected[raftID] = true
 			delete(n.met, raftID)
-			n.log.Info("peer connected", "peer", n.describe(raftID))
 			if raftID == n.lead {
 				n.askAgain() // what was on its way may be lost
 			}
@@ -179,12 +178,11 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 }
 
 // peerDown learns that messages to a peer were lost. Any goroutine may call it.
-func (n *node) peerDown(raftID uint64, lost bool, cause error) {
+func (n *node) peerDown(raftID uint64, lost bool) {
 	n.in.event(func() {
 		if !lost {
 			n.log.Debug("peer's queue is full", "peer", n.describe(raftID))
 		} else if n.connected[raftID] {
-			n.log.Info("peer disconnected", "peer", n.describe(raftID), "cause", cause)
 			delete(n.connected, raftID)
 			if n.rn != nil && raftID == n.lead {
 				n.leaderLost()

@@ -202,10 +202,14 @@ func leaderOf(tb testing.TB, ps []*process) (leader *process) {
 
 // counter is a key whose only writer writes 1, 2, 3… and reads it again at
 // random nodes: a read between the last acknowledged value and the last one
-// that was sent is right, any other is wrong.
+// that was sent is right. So is an earlier one whose fate was not known, if its
+// version says that it was applied later. Any other is wrong.
 type counter struct {
 	key          string
 	acked, sent  uint64
+	version      uint64          // of the last one that was acknowledged
+	fates        map[uint64]bool // values whose fate is not known
+	late         int             // reads of such
 	writes       atomic.Uint64
 	longest      time.Duration // between two acknowledged writes
 	lastAcked    time.Time
@@ -218,17 +222,20 @@ func (c *counter) run(ctx context.Context, via func() *process) error {
 	for ctx.Err() == nil {
 		c.sent++
 		call, cancel := context.WithTimeout(ctx, 5*time.Second)
-		_, err := via().kv.Set(call, &kvpb.SetRequest{Key: c.key, Value: []byte(strconv.FormatUint(c.sent, 10))})
+		resp, err := via().kv.Set(call, &kvpb.SetRequest{Key: c.key, Value: []byte(strconv.FormatUint(c.sent, 10))})
 		cancel()
 		if err == nil {
-			c.acked = c.sent
+			c.acked, c.version = c.sent, resp.Version
 			c.writes.Add(1)
 			c.longest = max(c.longest, time.Since(c.lastAcked))
 			c.lastAcked = time.Now()
 		} else {
+			if reason := errorReason(err); reason == "" || reason == "OUTCOME_UNKNOWN" {
+				c.fates[c.sent] = true
+			}
 			c.note(ctx, err)
 		}
-		if c.sent%4 == 0 {
+		if c.sent%4 == 0 || c.fates[c.sent-1] {
 			if err := c.check(ctx, via()); err != nil {
 				return err
 			}
@@ -259,10 +266,15 @@ func (c *counter) check(ctx context.Context, p *process) error {
 		return nil
 	}
 	got, _ := strconv.ParseUint(string(resp.Value), 10, 64)
-	if got < c.acked || got > c.sent {
-		return fmt.Errorf("key %s is %d at node %d; %d was acknowledged, %d sent last", c.key, got, p.id, c.acked, c.sent)
+	switch {
+	case got >= c.acked && got <= c.sent:
+		return nil
+	case got < c.acked && c.fates[got] && resp.Version > c.version:
+		c.late++
+		return nil
 	}
-	return nil
+	return fmt.Errorf("key %s is %d of version %d at node %d; %d of version %d was acknowledged, %d sent last; the fate of %d was unknown: %v",
+		c.key, got, resp.Version, p.id, c.acked, c.version, c.sent, got, c.fates[got])
 }
 
 // startCounters runs counters until stop, which checks what they found.
@@ -270,7 +282,7 @@ func startCounters(tb testing.TB, n int, via func() *process) (cs []*counter, st
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	for i := range n {
-		c := &counter{key: fmt.Sprintf("counter-%d", i), unknown: map[string]int{}, bad: map[string]int{}}
+		c := &counter{key: fmt.Sprintf("counter-%d", i), unknown: map[string]int{}, bad: map[string]int{}, fates: map[uint64]bool{}}
 		cs = append(cs, c)
 		wg.Go(func() {
 			if err := c.run(ctx, via); err != nil {
@@ -330,6 +342,7 @@ func TestSoak(t *testing.T) {
 		for k, n := range c.unknown {
 			unknown[k] += n
 		}
+		unknown["applied late"] += c.late
 	}
 	sameListings(t, ps)
 	if early > 0 && late > 2*early+64<<20 {

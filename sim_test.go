@@ -968,7 +968,7 @@ func (p *proc) endPeer(peer *simPeer) {
 			p.s.after(0, nil, func() { t.end(errors.New("the peer was given up")) })
 		}
 	}
-	p.n.peerDown(peer.raftID, true, errors.New("the peer was given up"))
+	p.n.peerDown(peer.raftID, true)
 	p.s.after(0, p, p.wake)
 }
 
@@ -1088,7 +1088,7 @@ func (st *simStream) broken() {
 		}
 		peer.stream, peer.life = nil, 0
 		if !peer.ended {
-			p.n.peerDown(peer.raftID, true, errors.New("the stream ended"))
+			p.n.peerDown(peer.raftID, true)
 			p.s.after(5+15*p.s.rng.Float64(), p, func() { p.dial(peer) })
 			p.wake()
 		}
@@ -1130,7 +1130,7 @@ func (p *proc) send(to, life uint64, ms []*raftpb.Message) {
 	st := peer.stream
 	if st.queued+len(ms) > s.cfg.queue {
 		s.count["queues full"]++
-		p.n.peerDown(to, false, nil)
+		p.n.peerDown(to, false)
 		s.after(0, p, p.wake)
 		return
 	}
