@@ -120,21 +120,27 @@ func TestNewLeaderJudgesLater(t *testing.T) {
 	}
 }
 
-// TestWhoMayVote: a learner becomes a voter if it answers and has caught up, and a
-// change is made if most of those who then vote answer; but a leader that is new
-// waits until it has heard from them.
-func TestWhoMayVote(t *testing.T) {
+// newLoneWithLearner is a node that leads, and has added 4.
+func newLoneWithLearner(t *testing.T) *lone {
+	t.Helper()
 	l := newLone(t, leading)
-	n := l.n
-	members := plainMembers(4)
-	if err := n.proposeChange(members, confChange(raftpb.ConfChangeAddLearnerNode, 4)); err != nil {
+	if err := l.n.proposeChange(plainMembers(4), confChange(raftpb.ConfChangeAddLearnerNode, 4)); err != nil {
 		t.Fatal(err)
 	}
 	l.turn(0)
 	l.hears(0, message(raftpb.MsgAppResp, 2, 2, func(m *raftpb.Message) { *m.Index = 3 }))
-	if n.store.members[4] == nil {
+	if l.n.store.members[4] == nil {
 		t.Fatal("no learner")
 	}
+	return l
+}
+
+// TestWhoMayVote: a learner becomes a voter if it answers and has caught up, and a
+// change is made if most of those who then vote answer; but a leader that is new
+// waits until it has heard from them.
+func TestWhoMayVote(t *testing.T) {
+	l := newLoneWithLearner(t)
+	n := l.n
 	req := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}}
 	reason := func() string {
 		_, err := n.stepMembership(req)
@@ -272,12 +278,7 @@ func TestNobodyIsReplacedWhoAnswers(t *testing.T) {
 func TestStrayLearner(t *testing.T) {
 	for cluster, stray := range map[uint64]bool{0: false, 7: false, 8: true} {
 		for raftID, learner := range map[uint64]bool{3: false, 4: true} {
-			l := newLone(t, leading)
-			if err := l.n.proposeChange(plainMembers(4), confChange(raftpb.ConfChangeAddLearnerNode, 4)); err != nil {
-				t.Fatal(err)
-			}
-			l.turn(0)
-			l.hears(0, message(raftpb.MsgAppResp, 2, 2, func(m *raftpb.Message) { *m.Index = 3 }))
+			l := newLoneWithLearner(t)
 			l.n.refused(1, raftID, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_OTHER_CLUSTER, ClusterId: cluster, Peer: &kvpb.Peer{RaftId: raftID, Life: 4, Node: plainNode(raftID)}})
 			l.turn(0)
 			if begun := l.n.changeAt != 0; begun != (stray && learner) {

@@ -338,7 +338,8 @@ func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
 	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, nil
 }
 
-// readValue reads all of r, up to one byte more than a node takes. If ctx ends first, what reads goes on until the process ends.
+// readValue reads all of r, up to one byte more than a node takes. If ctx ends
+// first, what reads goes on until the process ends.
 func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
 	value, w := io.Pipe()
 	go func() {

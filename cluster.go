@@ -137,11 +137,14 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 		}
 	}
 	var clusterID uint64
-	if err := s.n.do(ctx, func() (err error) { clusterID, err = s.n.bootstrap(); return err }); err != nil {
-		return nil, cmp.Or(oneOf(err == ctx.Err(), errChangeUnknown, nil), err)
+	err := s.n.do(ctx, func() (err error) { clusterID, err = s.n.bootstrap(); return err })
+	if err != nil && err == ctx.Err() {
+		return nil, errChangeUnknown
+	} else if err != nil {
+		return nil, err
 	}
 	todo = append(todo, "change-membership "+strings.Trim(fmt.Sprint(ids), "[]"))
-	err := s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil })
+	err = s.n.await(ctx, func() (bool, error) { return s.n.leads(), nil })
 	for i := 0; err == nil && i < len(others); i++ {
 		if err = s.addLearner(ctx, others[i]); err == nil {
 			todo = todo[1:]
@@ -705,23 +708,25 @@ func (n *node) progressOf() map[uint64]tracker.Progress {
 	return m
 }
 
-// heirs are the voters among ids that could lead in place of this node.
+// heirs are the voters among ids that could lead in place of this node, the one
+// that has most of the log first.
 func (n *node) heirs(ids []uint64) []uint64 {
 	progress := n.progressOf()
-	return slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
+	ids = slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
 		pr, ok := progress[id]
 		return !ok || id == n.raftID || pr.IsLearner || !n.alive(id)
 	})
+	slices.SortStableFunc(ids, func(a, b uint64) int { return cmp.Compare(progress[b].Match, progress[a].Match) })
+	return ids
 }
 
-// handOver asks raft to make another node the leader: the heir among ids that has
-// most of the log; false: there is none.
+// handOver asks raft to make the first heir among ids the leader; false: there is
+// none.
 func (n *node) handOver(ids []uint64) bool {
 	if ids = n.heirs(ids); len(ids) == 0 {
 		return false
 	}
-	progress := n.progressOf()
 	n.changeAt = n.now
-	n.rn.TransferLeader(slices.MaxFunc(ids, func(a, b uint64) int { return cmp.Compare(progress[a].Match, progress[b].Match) }))
+	n.rn.TransferLeader(ids[0])
 	return true
 }

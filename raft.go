@@ -108,7 +108,8 @@ type node struct {
 	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
 	// gone is whom this node tells that they were removed: it must know so after
 	// a restart, too, or it might need the vote of one that has left for good.
-	gone   []uint64
+	gone []uint64
+
 	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 
 	now        uint64 // ticks since the start
