@@ -2,6 +2,8 @@ package cluster
 
 import (
 	"os"
+	"runtime/debug"
+	"syscall"
 	"testing"
 	"time"
 
@@ -13,13 +15,21 @@ func TestProc(t *testing.T) {
 	pid := os.Getpid()
 	before, err := CPU(pid)
 	if err != nil {
-		t.Skip(err) // no /proc
+		t.Skip(err) // not on Linux
+	}
+	var own syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &own); err != nil {
+		t.Fatal(err)
+	}
+	if used := time.Duration(own.Utime.Nano() + own.Stime.Nano()); before > used+time.Second || used > before+time.Second {
+		t.Errorf("%v by the clock, %v by getrusage", before, used)
 	}
 	for used := before; used < before+100*time.Millisecond; {
 		if used, err = CPU(pid); err != nil {
 			t.Fatal(err)
 		}
 	}
+	debug.FreeOSMemory() // what a test before has left would be taken anew
 	memory, err := MemoryOf(pid)
 	if err != nil {
 		t.Fatal(err)
