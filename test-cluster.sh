@@ -48,6 +48,8 @@ fail() {
   exit 1
 }
 
+part() { printf '\n== %s ==\n' "$*"; }
+
 title() { printf '\n# %s\n' "$*"; }
 
 # poll LIMIT WHAT COMMAND...: runs the command until it succeeds. No other
@@ -141,25 +143,42 @@ remember() {
 # expect ID KEY VALUE [--local]: reads from a node.
 expect() {
   run 0 get --endpoints "${addr[$1]}" ${4:+"$4"} "$2"
-  [[ $out == "$3" ]] || fail "the value of $2 on node $1 is \"$out\" instead of \"$3\""
+  found "$@"
+}
+
+# found ID KEY VALUE: what was read last has to be that.
+found() {
+  [[ $status == 0 && $out == "$3" ]] || fail "the value of $2 on node $1 is \"$out\" instead of \"$3\": $(cat "$tmp/err")"
   reads=$((reads + 1))
 }
 
 # absent ID KEY: a node must not have a key.
 absent() {
   run 1 get --endpoints "${addr[$1]}" "$2"
-  [[ -z $out ]] || fail "get printed a value"
-  grep -q 'not found' "$tmp/err" || fail "get does not say that the key is not there"
+  not_found "$2"
+}
+
+# not_found KEY: what was read last must not be there.
+not_found() {
+  [[ $status == 1 && -z $out ]] || fail "get $1: exit status $status, and it printed \"$out\""
+  grep -q 'not found' "$tmp/err" || fail "get does not say that $1 is not there: $(cat "$tmp/err")"
   reads=$((reads + 1))
 }
 
-# expect_all ID: a node must have all keys.
+# expect_all ID...: these nodes must have all keys. It shows the reads as one.
 expect_all() {
-  local i
-  for i in "${!keys[@]}"; do
-    expect "$1" "${keys[$i]}" "${values[$i]}"
+  local id i at=''
+  for id in "$@"; do at+=" ${addr[$id]}"; done
+  printf '$ for node in%s; do for key in%s gone; do\n>   raft-key-value get --endpoints $node $key; done; done\n' "$at" "$(quote "${keys[@]}")"
+  for id in "$@"; do
+    for i in "${!keys[@]}"; do
+      quietly get --endpoints "${addr[$id]}" "${keys[$i]}"
+      found "$id" "${keys[$i]}" "${values[$i]}"
+    done
+    quietly get --endpoints "${addr[$id]}" gone
+    not_found gone
   done
-  absent "$1" gone
+  printf '(all %s values are as they were written, and gone is not found)\n' "${#keys[@]}"
 }
 
 # await_status PATTERN...: shows the status once each pattern matches a line
@@ -269,7 +288,7 @@ walk() {
   done
   run 0 change-membership 1 2 3 4 5
   await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes follower' '^5 .* ok yes follower'
-  for id in 4 5; do expect_all "$id"; done
+  expect_all 4 5
 
   title 'The leader is killed'
   RAFT_KEY_VALUE_ENDPOINTS=$(IFS=, && printf '%s' "${addr[*]}")
@@ -287,7 +306,7 @@ walk() {
   await_status "^$leader .* ok yes leader $leader " "^$killed .* unreachable yes"
 
   title 'All of it is on all nodes that are left'
-  for id in "${!pid[@]}"; do expect_all "$id"; done
+  expect_all "${!pid[@]}"
 
   local as
   if [[ -n $data ]]; then
@@ -311,18 +330,18 @@ walk() {
     healed "$id"
   done
   await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes' '^5 .* ok yes'
-  for id in "${!pid[@]}"; do expect_all "$id"; done
+  expect_all "${!pid[@]}"
   run 0 list
 }
 
 go build -buildvcs=false -o "$bin" .
 SECONDS=0
 
-title '# All in memory'
+part 'All in memory'
 walk
 for id in "${!pid[@]}"; do stop KILL "$id"; done
 
-title '# With data directories'
+part 'With data directories'
 data=$tmp/data
 mkdir "$data"
 walk
@@ -331,7 +350,7 @@ title 'All nodes are killed at once, and find everything when they start again'
 for id in "${!pid[@]}"; do stop KILL "$id"; done
 for id in "${!addr[@]}"; do start "$id"; done
 for id in "${!pid[@]}"; do healed "$id"; done
-for id in "${!pid[@]}"; do expect_all "$id"; done
+expect_all "${!pid[@]}"
 
 title 'A backup becomes a new cluster, which goes on from there'
 run 0 backup "$tmp/backup"
