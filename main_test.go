@@ -11,12 +11,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -216,8 +218,16 @@ func TestFullQueue(t *testing.T) {
 		}
 	}
 	err := n.in.call(&call{done: make(chan outcome, 1)})
-	if !errors.Is(err, errOverloaded) || status.Code(toStatus(err, true)) != codes.ResourceExhausted {
+	if !errors.Is(err, errOverloaded) {
 		t.Fatal(err)
+	}
+	st := toStatus(err, true)
+	wantError(t, st, codes.ResourceExhausted, "OVERLOADED")
+	if !slices.ContainsFunc(status.Convert(st).Details(), func(d any) bool {
+		retry, ok := d.(*errdetails.RetryInfo)
+		return ok && retry.RetryDelay.AsDuration() > 0
+	}) {
+		t.Error("it does not say when to try again")
 	}
 	n.turn(n.in.take())
 	if err := n.in.call(&call{done: make(chan outcome, 1)}); !errors.Is(err, errOverloaded) {

@@ -25,6 +25,8 @@ import (
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"raft-key-value/kvpb"
 )
@@ -57,6 +59,8 @@ const (
 	probeTimeout = 3 * time.Second
 	// maxMargin bounds how long before its caller's deadline a call ends.
 	maxMargin = 100 * time.Millisecond
+	// retryDelay is when to try again what found a queue full.
+	retryDelay = 100 * time.Millisecond
 
 	errorDomain     = "kv.v1"
 	leaderMetadata  = "x-raft-leader"
@@ -65,13 +69,18 @@ const (
 	restartHealth = "restart"
 )
 
-// apiError makes an error of the API; its ErrorInfo names a field, if one is given.
+// apiError makes an error of the API; its ErrorInfo names a field, if one is
+// given. Who is told that a queue is full is told when to come back.
 func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ...string) error {
 	info := &errdetails.ErrorInfo{Domain: errorDomain, Reason: strings.TrimPrefix(reason.String(), "ERROR_REASON_")}
 	if len(field) > 0 {
 		info.Metadata = map[string]string{"field": field[0]}
 	}
-	st, _ := status.New(code, message).WithDetails(info) // fails only if the code is OK or a string of info is not UTF-8
+	details := []protoadapt.MessageV1{info}
+	if code == codes.ResourceExhausted {
+		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(retryDelay)})
+	}
+	st, _ := status.New(code, message).WithDetails(details...) // fails only if the code is OK or a string of info is not UTF-8
 	return st.Err()
 }
 

@@ -56,7 +56,8 @@ const (
 	ErrorReason_ERROR_REASON_NOT_CAUGHT_UP ErrorReason = 8
 	// ABORTED: another change of membership was running until the deadline.
 	ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS ErrorReason = 9
-	// RESOURCE_EXHAUSTED: a queue of the node is full. Nothing was applied.
+	// RESOURCE_EXHAUSTED: a queue of the node is full. Nothing was applied. A
+	// RetryInfo says when to try again.
 	ErrorReason_ERROR_REASON_OVERLOADED ErrorReason = 10
 	// UNAVAILABLE: the request was forwarded to a node that does not lead.
 	// Nothing was applied.
