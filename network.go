@@ -97,7 +97,7 @@ type peer struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wake   bell
-	said   string // the last refusal that was logged
+	said   string // the state that was logged last
 
 	mu    sync.Mutex
 	life  uint64 // of the peer at the other end of the stream; 0: no stream
@@ -262,7 +262,7 @@ func (p *peer) take() []*raftpb.Message {
 func (p *peer) run() {
 	defer func() { _ = p.conn.Close() }()
 	for p.ctx.Err() == nil {
-		_ = p.stream() // it has said why it ended, if it was open
+		_ = p.stream() // it has said why it ended
 		p.open(0)
 		p.nw.r.peerDown(p.raftID, true)
 		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
@@ -289,11 +289,37 @@ func refusal(w *kvpb.Welcome) error {
 	return fmt.Errorf("it is node %d at %s, raft ID %x", n.Id, n.Address, w.Peer.RaftId)
 }
 
+// States of a peer, as they are logged.
+const (
+	peerConnected    = "peer connected"
+	peerDisconnected = "peer disconnected"
+	peerUnreachable  = "peer cannot be reached"
+	peerRefuses      = "peer refuses this node"
+)
+
+// follow logs a state that is new. One that is unreachable since it was
+// disconnected is no news.
+func (p *peer) follow(state string, cause ...any) {
+	said := state
+	if state == peerRefuses {
+		said = fmt.Sprint(state, cause)
+	}
+	if said == p.said || state == peerUnreachable && p.said == peerDisconnected || p.ctx.Err() != nil {
+		return
+	}
+	p.said = said
+	p.nw.log.Info(state, append([]any{"peer", p.node.Id, "address", p.node.Address}, cause...)...)
+}
+
 // stream opens a stream to the peer and sends until it breaks.
 func (p *peer) stream() (err error) {
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	defer cancel(nil)
+	state := peerUnreachable
+	defer func() { p.follow(state, "cause", err) }()
+	waiting := alarm(cancel)
 	s, err := kvpb.NewRaftServiceClient(p.conn).Stream(ctx, grpc.WaitForReady(true))
+	waiting.Stop()
 	if err != nil {
 		return err
 	}
@@ -304,22 +330,14 @@ func (p *peer) stream() (err error) {
 		return err
 	}
 	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != p.raftID {
+		state = peerRefuses
 		p.nw.r.refused(h.From.RaftId, p.raftID, w)
-		err := refusal(w)
-		if text := err.Error(); text != p.said {
-			p.said = text
-			p.nw.log.Info("peer refuses this node", "peer", p.node.Id, "address", p.node.Address, "verdict", text)
-		}
-		return err
+		return refusal(w)
 	}
 	p.open(w.Peer.Life)
 	p.nw.r.peerUp(p.raftID, w.Peer.Life, true)
-	p.nw.log.Info("peer connected", "peer", p.node.Id, "address", p.node.Address)
-	defer func() {
-		if p.ctx.Err() == nil {
-			p.nw.log.Info("peer disconnected", "peer", p.node.Id, "address", p.node.Address, "cause", err)
-		}
-	}()
+	p.follow(peerConnected)
+	state = peerDisconnected
 	go func() { // ends with the stream
 		_, err := s.Recv()
 		cancel(fmt.Errorf("the stream ended: %w", err))

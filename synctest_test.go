@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -744,4 +745,61 @@ func TestClockFaults(t *testing.T) {
 			b.sameStates(1, 2, 3)
 		}
 	})
+}
+
+// TestUnreachable: that a peer cannot be reached is said once, with the reason.
+func TestUnreachable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		dials := 0
+		nw := newNetwork(&sender{}, slog.New(slog.NewTextHandler(&log, nil)), func(context.Context, string) (net.Conn, error) {
+			dials++
+			return nil, errors.New("no route")
+		})
+		nw.setMembers(1, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: "node2:1"}}, nil)
+		time.Sleep(5 * helloTimeout)
+		nw.close()
+		if strings.Count(log.String(), "\n") != 1 || dials < 50 {
+			t.Errorf("%d dials\n%s", dials, &log)
+		}
+		for _, part := range []string{peerUnreachable, "peer=2", "no route"} {
+			wantPart(t, log.String(), part)
+		}
+	})
+}
+
+// TestPeerStates: a state of a peer is logged when it is new.
+func TestPeerStates(t *testing.T) {
+	var log strings.Builder
+	p := &peer{nw: &network{log: slog.New(slog.NewTextHandler(&log, nil))}, node: &kvpb.Node{Id: 2}}
+	var cancel context.CancelFunc
+	p.ctx, cancel = context.WithCancel(t.Context())
+	for _, s := range []struct {
+		state, cause string
+		lines        int
+	}{
+		{peerUnreachable, "a", 1},
+		{peerUnreachable, "b", 0},
+		{peerRefuses, "a", 1},
+		{peerRefuses, "a", 0},
+		{peerRefuses, "b", 1},
+		{peerUnreachable, "a", 1},
+		{peerConnected, "", 1},
+		{peerDisconnected, "a", 1},
+		{peerUnreachable, "a", 0},
+		{peerConnected, "", 1},
+		{peerDisconnected, "a", 1},
+		{peerRefuses, "b", 1},
+	} {
+		log.Reset()
+		p.follow(s.state, "cause", s.cause)
+		if lines := strings.Count(log.String(), s.state); lines != s.lines || lines > 0 && !strings.Contains(log.String(), "cause="+s.cause) {
+			t.Errorf("%+v: %q", s, &log)
+		}
+	}
+	log.Reset()
+	cancel()
+	if p.follow(peerDisconnected); log.Len() > 0 {
+		t.Errorf("of a peer that is none any more: %q", &log)
+	}
 }
