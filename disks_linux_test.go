@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -102,13 +103,21 @@ func TestDisks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for err == nil {
-		_, err = f.Write(make([]byte, 64<<10))
-	}
-	_ = f.Close()
+	filling, full := context.WithCancel(context.Background())
+	var filler sync.WaitGroup
+	filler.Go(func() { // until the node has ended: it frees space when it drops an old snapshot
+		for filling.Err() == nil {
+			if _, err := f.Write(make([]byte, 64<<10)); err != nil {
+				sleep(filling, time.Millisecond)
+			}
+		}
+	})
 	alarm := time.AfterFunc(pollDeadline, func() { _ = leader.cmd.Process.Kill() })
 	err = leader.cmd.Wait() // its writes go on, so it needs space
 	alarm.Stop()
+	full()
+	filler.Wait()
+	_ = f.Close()
 	if text, _ := os.ReadFile(leader.log); leader.cmd.ProcessState.ExitCode() != 1 || !bytes.Contains(text, []byte("no space left on device")) {
 		t.Errorf("with a full disk the node ended with %v: %s", err, text[max(0, len(text)-1000):])
 	}
