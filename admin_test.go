@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -205,7 +207,11 @@ func TestBegunIsUnknown(t *testing.T) {
 
 	l = newLone(t, leading)
 	s = &server{n: l.n}
-	for _, then := range []error{errNotLeader, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "node 4 does not answer")} {
+	for _, then := range []error{
+		errNotLeader, errNotInitialized, context.DeadlineExceeded,
+		apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "node 4 does not answer"),
+		apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS, "the change that was begun, perhaps"),
+	} {
 		tries := 0
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
@@ -221,7 +227,7 @@ func TestBegunIsUnknown(t *testing.T) {
 		}
 	}
 
-	for _, code := range []codes.Code{codes.Unavailable, codes.FailedPrecondition, codes.NotFound} {
+	for _, code := range []codes.Code{codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.NotFound} {
 		steps := 0
 		go func() {
 			ended <- s.awaitChange(t.Context(), func() (bool, error) {
@@ -240,6 +246,176 @@ func TestBegunIsUnknown(t *testing.T) {
 		})
 		if err := toStatus(<-ended, false); (errorReason(err) == "OUTCOME_UNKNOWN") != (code != codes.NotFound) {
 			t.Errorf("%v, which ends one that was begun: %v", code, err)
+		}
+	}
+}
+
+// TestPastLifeIsNeeded: a node that was removed is asked to drop its state, to be
+// added again, only once most others know that they can do without it.
+func TestPastLifeIsNeeded(t *testing.T) {
+	l := newLoneWithLearner(t)
+	n := l.n
+	step := func() error {
+		ok, err := n.stepLearner(4, plainNode(4))
+		l.turn(0)
+		if ok {
+			t.Fatal("it is a learner")
+		}
+		return err
+	}
+	if err := n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, 4)); err != nil {
+		t.Fatal(err)
+	}
+	ack := func() {
+		l.turn(0)
+		l.hears(0, message(raftpb.MsgAppResp, 2, n.term, func(m *raftpb.Message) { *m.Index = n.raft.last() }))
+	}
+	if ack(); !slices.Contains(n.store.removed, 4) {
+		t.Fatal("it is not removed")
+	}
+	for range 3 {
+		if err := step(); err != nil {
+			t.Fatalf("nobody else knows, and it says %v", err)
+		}
+	}
+	ack()
+	if err := step(); err != errPastLife {
+		t.Errorf("the others know, and it says %v", err)
+	}
+
+	other := turnNode()
+	other.store.install(n.store)
+	other.raftID, other.net = 4, l
+	other.publish()
+	for _, past := range [][]uint64{nil, {3}, {4}} {
+		h := n.hello()
+		h.Removed = past
+		other.accept(h)
+		other.turn(other.in.take())
+		if dropped := other.raftID != 4; dropped != slices.Contains(past, 4) {
+			t.Errorf("asked as %v, it has dropped its state: %v", past, dropped)
+		}
+	}
+}
+
+// greeter keeps what its callers say.
+type greeter struct {
+	kvpb.UnimplementedRaftServiceServer
+	said chan *kvpb.Hello
+}
+
+func (g *greeter) Stream(s kvpb.RaftService_StreamServer) error {
+	req, err := s.Recv()
+	if err != nil {
+		return err
+	}
+	g.said <- req.Hello
+	return s.Send(&kvpb.StreamResponse{Welcome: &kvpb.Welcome{Peer: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}}})
+}
+
+// TestProbeTellsNoMore: who is asked who he is hears of no removals but those that
+// are meant for him.
+func TestProbeTellsNoMore(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, there := &greeter{said: make(chan *kvpb.Hello, 1)}, grpc.NewServer()
+	kvpb.RegisterRaftServiceServer(there, g)
+	served := make(chan error, 1)
+	go func() { served <- there.Serve(listener) }()
+	defer func() { there.Stop(); <-served }()
+	n := newLone(t, leading).n
+	n.store.removed = []uint64{4, 5}
+	n.publish()
+	nw := newNetwork(n, n.log, nil)
+	defer nw.close()
+	for _, past := range [][]uint64{nil, {4}} {
+		if _, err := nw.probe(t.Context(), listener.Addr().String(), past); err != nil {
+			t.Fatal(err)
+		}
+		if h := <-g.said; !slices.Equal(h.Removed, past) || len(n.hello().Removed) != 2 {
+			t.Errorf("it hears of %v, want %v", h.Removed, past)
+		}
+	}
+}
+
+// TestStrangersAreForgotten: of those who come and go nothing is kept.
+func TestStrangersAreForgotten(t *testing.T) {
+	n := newLone(t, following).n
+	for id := uint64(1000); id < 2000; id++ {
+		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(9), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
+		n.peerUp(id, id, false)
+		n.in.deliver([]inbound{{message(raftpb.MsgPreVoteResp, id, 1), h}})
+		n.turn(n.in.take())
+	}
+	if len(n.heard) > maxMembers || len(n.lives) > maxMembers+maxStrangers {
+		t.Errorf("it was heard of %d, and talks to %d", len(n.heard), len(n.lives))
+	}
+}
+
+// snapBox keeps the snapshots that a node sends.
+type snapBox struct {
+	*lone
+	views []*view
+}
+
+func (b *snapBox) sendSnapshot(_, _, _ uint64, v *view) { b.views = append(b.views, v) }
+
+// TestSnapshotOfChange: a follower whose log has to be sent anew makes raft ask for
+// a snapshot while it takes a change of membership in. That has to be in it.
+func TestSnapshotOfChange(t *testing.T) {
+	l := newLoneWithLearner(t)
+	n, box := l.n, &snapBox{lone: l}
+	n.net = box
+	n.opts.logBytes = 1 << 20
+	l.hellos = append(l.hellos, &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}})
+	n.peerUp(4, 4, true)
+	l.turn(0)
+	ack := func(from, index uint64) {
+		l.hears(int(from-2), message(raftpb.MsgAppResp, from, n.term, func(m *raftpb.Message) { *m.Index = index }))
+	}
+	ack(4, n.raft.last()) // the learner has what there is
+	matched := n.raft.last()
+	for i := range 40 { // 4 MiB more, which 2 has at once and the learner not yet
+		record, err := encodeWrite(setWrite(fmt.Sprint("key", i), strings.Repeat("x", 100<<10)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.call(record)
+		l.turn(0)
+		ack(2, n.raft.last())
+	}
+	if n.raft.prevIndex <= matched || len(box.views) > 0 {
+		t.Fatal("the log still has what the learner needs, or it has got a snapshot")
+	}
+	var jobs []diskJob
+	n.disk = &disk{start: func(func()) {}, wake: newBell()} // its jobs are done below
+	if err := n.proposeChange(plainMembers(5), confChange(raftpb.ConfChangeAddLearnerNode, 5)); err != nil {
+		t.Fatal(err)
+	}
+	l.turn(0)
+	change := n.raft.last()
+	ack(2, change)
+	ack(3, change)
+	if n.rn.BasicStatus().GetCommit() != change || n.store.index == change {
+		t.Fatal("it is not committed, or applied already")
+	}
+	n.peerDown(4, true)
+	l.turn(0)
+	n.disk.mu.Lock()
+	jobs, n.disk.queue = n.disk.queue, nil
+	n.disk.mu.Unlock()
+	for _, j := range jobs {
+		j.done(nil)
+	}
+	l.turn(0)
+	if n.store.index != change || len(box.views) == 0 {
+		t.Fatal("it is not applied, or no snapshot is sent")
+	}
+	for _, v := range box.views {
+		if v.header.Index >= change && !slices.Contains(v.header.ConfState.Learners, 5) {
+			t.Errorf("the snapshot of entry %d has not the configuration of entry %d", v.header.Index, change)
 		}
 	}
 }

@@ -210,26 +210,26 @@ func tryConfChange(cs *raftpb.ConfState, cc *raftpb.ConfChangeV2) (*raftpb.ConfS
 	return t.ConfState(), nil
 }
 
-// checkConfChange says why a change does not fit the configuration, or does not
-// say who it is that it adds.
-func (s *store) checkConfChange(cc *raftpb.ConfChangeV2, ctx *kvpb.ConfChangeContext) error {
+// checkConfChange returns the configuration that a change leads to, or why it does
+// not fit the present one, or does not say who it is that it adds.
+func (s *store) checkConfChange(cc *raftpb.ConfChangeV2, ctx *kvpb.ConfChangeContext) (*raftpb.ConfState, error) {
 	cs, err := tryConfChange(s.conf, cc)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	named := slices.Collect(maps.Keys(s.members))
 	for _, m := range ctx.Members {
 		if !slices.Contains(confIDs(cs), m.RaftId) {
-			return fmt.Errorf("%x is named, but no member", m.RaftId)
+			return nil, fmt.Errorf("%x is named, but no member", m.RaftId)
 		}
 		named = append(named, m.RaftId)
 	}
 	for _, id := range confIDs(cs) {
 		if !slices.Contains(named, id) {
-			return fmt.Errorf("%x is a member, but not named", id)
+			return nil, fmt.Errorf("%x is a member, but not named", id)
 		}
 	}
-	return nil
+	return cs, nil
 }
 
 // checkConfState finds what raft would panic over when it restores a snapshot

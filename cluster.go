@@ -34,6 +34,9 @@ func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, adminTimeout)
 }
 
+// unsettled are the codes with which the fate of what was begun is open.
+var unsettled = []codes.Code{codes.Unavailable, codes.DeadlineExceeded, codes.Aborted}
+
 // onLeader has the leader do the request that ctx came with: here by local, or
 // where the leader is. A request is forwarded once: what arrives forwarded at a
 // node that does not lead goes back. All these requests state what shall be, so
@@ -64,7 +67,7 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) && leaderless <= leaderWait
 		switch {
 		case again && !forwarded && ctx.Err() == nil:
-		case begun && status.Code(toStatus(err, false)) == codes.Unavailable:
+		case begun && !errors.Is(err, errChangeUnknown) && slices.Contains(unsettled, status.Code(toStatus(err, true))):
 			return fmt.Errorf("%w: %w", errChangeUnknown, err)
 		default:
 			return err
@@ -94,12 +97,13 @@ func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto
 }
 
 // probe asks a node for its raft ID in this life. It has to be the one that is
-// meant, and in no other cluster than this node.
-func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
+// meant, and in no other cluster than this node. If it is one of the past lives,
+// it drops its state.
+func (s *server) probe(ctx context.Context, m *kvpb.Node, past []uint64) (uint64, error) {
 	p := s.n.pub.Load()
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	w, err := s.net.probe(ctx, m.Address)
+	w, err := s.net.probe(ctx, m.Address, past)
 	if err != nil {
 		return 0, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 			fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
@@ -129,7 +133,7 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 	var others []*kvpb.Node
 	var todo []string
 	for _, m := range req.Members {
-		if _, err := s.probe(ctx, m); err != nil {
+		if _, err := s.probe(ctx, m, nil); err != nil {
 			return nil, err
 		}
 		if ids = append(ids, m.Id); m.Id != s.n.self.Id {
@@ -199,21 +203,24 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.addLearner(ctx, req.Node) })
 }
 
-// errPastLife means that a node was asked before it knew that it is removed.
-var errPastLife = errors.New("the node is about to drop its state")
+// errPastLife means that a node does not know yet that it is removed, and that the
+// others can do without it.
+var errPastLife = errors.New("the node has yet to drop its state")
 
 // addLearner adds a node on the leader and waits until it has caught up.
 func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 	m = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
+	var past []uint64
 	for {
-		raftID, err := s.probe(ctx, m)
+		raftID, err := s.probe(ctx, m, past)
 		if err == nil {
 			err = s.awaitChange(ctx, func() (bool, error) { return s.n.stepLearner(raftID, m) })
 		}
 		if err != errPastLife {
 			return err
 		}
-		sleep(ctx, s.n.opts.heartbeat) // it will be somebody new
+		past = []uint64{raftID} // now it is told, and will be somebody new
+		sleep(ctx, s.n.opts.heartbeat)
 	}
 }
 
@@ -232,7 +239,7 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	}
 	switch {
 	case slices.Contains(n.store.removed, raftID):
-		return false, errPastLife
+		return false, oneOf(n.settled(), errPastLife, nil)
 	case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
 		return (raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID])) && n.settled(), nil
 	case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
@@ -275,7 +282,7 @@ func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error 
 	case errors.Is(err, context.DeadlineExceeded) && busy.Load():
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
 			"another change of membership was running until the deadline")
-	case begun.Load() && err != errPastLife && (code == codes.Unavailable || code == codes.FailedPrecondition): // it may be made yet
+	case begun.Load() && err != errPastLife && (code == codes.Unavailable || code == codes.FailedPrecondition || code == codes.DeadlineExceeded): // it may be made yet
 		return fmt.Errorf("%w: %w", errChangeUnknown, err)
 	}
 	return err
@@ -571,7 +578,7 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	if c := changes[0]; len(changes) == 1 && (c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())) {
 		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // no voter leaves
 	}
-	if err := n.store.checkConfChange(cc, who); err != nil {
+	if _, err := n.store.checkConfChange(cc, who); err != nil {
 		return err
 	}
 	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred

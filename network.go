@@ -379,8 +379,8 @@ func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.Cancel
 	return resp.Welcome, nil
 }
 
-// probe asks who is at an address.
-func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, error) {
+// probe asks who is at an address, and tells it whose state is to be dropped.
+func (nw *network) probe(ctx context.Context, address string, past []uint64) (*kvpb.Welcome, error) {
 	conn := nw.dial(address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -389,7 +389,9 @@ func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, er
 	if err != nil {
 		return nil, err
 	}
-	return greet(s, nw.r.hello(), cancel)
+	h := nw.r.hello()
+	h.Removed = past
+	return greet(s, h, cancel)
 }
 
 // Stream implements RaftService: it hears a peer.

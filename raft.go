@@ -380,7 +380,9 @@ func (n *node) receive(in inbound) {
 	if !n.check(m) {
 		return
 	}
-	n.heard[from] = n.now
+	if n.store.members[from] != nil {
+		n.heard[from] = n.now
+	}
 	if from == n.lead {
 		n.leadHeard = n.now
 	}
@@ -727,10 +729,11 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 	if err != nil {
 		return err
 	}
-	if err := n.store.checkConfChange(cc, ctx); err != nil {
+	if conf, err := n.store.checkConfChange(cc, ctx); err != nil {
 		n.log.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
 	} else {
-		n.store.configure(n.rn.ApplyConfChange(cc), ctx.Members)
+		n.store.configure(conf, ctx.Members) // first: raft may want a snapshot at once
+		n.rn.ApplyConfChange(cc)
 		n.configured()
 		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, func() {}) // it is committed: now the removed may be told
 	}
@@ -744,6 +747,7 @@ func (n *node) configured() {
 	for _, id := range n.store.removed {
 		delete(n.lives, id) // never to be heard again
 		delete(n.met, id)
+		delete(n.heard, id)
 	}
 	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))

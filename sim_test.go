@@ -1761,17 +1761,20 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 // addLearner is server.addLearner.
 func (s *sim) addLearner(st *site, then func(error)) {
 	var raftID uint64
+	var past []uint64
 	s.request(fmt.Sprintf("add learner %d", st.node.Id), 150, func(n *node) (bool, error) {
 		if raftID == 0 || n.store.members[raftID] == nil && s.rng.IntN(50) == 0 { // he asks once, or again
 			if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
 				return false, errNotNow
 			}
-			raftID = st.cur.n.accept(n.hello()).Peer.RaftId
+			h := n.hello()
+			h.Removed = past
+			raftID = st.cur.n.accept(h).Peer.RaftId
 			st.cur.wake()
 		}
 		ok, err := n.stepLearner(raftID, st.node)
 		if err == errPastLife { // he asks again
-			raftID, err = 0, nil
+			past, raftID, err = []uint64{raftID}, 0, nil
 		}
 		return ok, err
 	}, then)
