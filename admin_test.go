@@ -627,8 +627,8 @@ func TestAnswersInTime(t *testing.T) {
 		_, err := c.nodes[1].Init(ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
 		return err
 	})
-	wantError(t, err, codes.DeadlineExceeded, "DEADLINE")
-	wantPart(t, err.Error(), fmt.Sprintf("was made, but: context deadline exceeded; what is left, with --endpoints %s: "+
+	wantError(t, err, codes.DeadlineExceeded, "OUTCOME_UNKNOWN")
+	wantPart(t, err.Error(), fmt.Sprintf("was made, but: the change was begun, whether it was or will be made is not known: context deadline exceeded; what is left, with --endpoints %s: "+
 		"add-learner 2=%s, then add-learner 3=%s, then change-membership 1 2 3", c.nodes[1].address, c.nodes[2].address, c.nodes[3].address))
 	release()
 	c.addLearner(1, 2)
