@@ -362,7 +362,10 @@ func TestHealing(t *testing.T) {
 		other := 1 + leader%3
 		u.kill(other)
 		u.start(other, "127.0.0.1:0")
-		u.addLearner(leader, other)
+		eventually(t, func() error { // once the leader knows that the old one is gone
+			_, err := u.nodes[leader].AddLearner(u.ctx, &kvpb.AddLearnerRequest{Node: u.proto(other)[0]})
+			return err
+		})
 		u.healed(three, 4)
 		// A learner: not while the old one is there.
 		old := u.nodes[4]
