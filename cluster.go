@@ -582,7 +582,7 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 		return err
 	}
 	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
-		n.changeAt = max(n.now, 1) // a cluster can be made before the first tick
+		n.changeAt = n.now
 	}
 	return nil
 }

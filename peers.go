@@ -197,8 +197,8 @@ func (n *node) peerDown(raftID uint64, lost bool) {
 // leaderLost brings an election forward: the stream to the leader broke, which
 // it does at once if the process has died. If the leader lives, PreVote and the
 // others, who hear of it, keep an election from succeeding. Voters take turns,
-// so as not to split the vote. Until a little after that, what the leader sent
-// last is not heard, or it would be the leader again.
+// so as not to split the vote. For a moment, whatever this voter's turn, what the
+// leader sent last is not heard, or it would be the leader again.
 func (n *node) leaderLost() {
 	rank := uint64(0)
 	for _, id := range n.store.conf.GetVoters() {
@@ -206,7 +206,8 @@ func (n *node) leaderLost() {
 			rank++
 		}
 	}
-	n.campaignAt, n.deafTo = n.now+1+rank*n.electionTicks()/10, n.lead
+	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
+	n.deafTo, n.deafUntil = n.lead, n.now+n.electionTicks()/5
 	_ = n.rn.ForgetLeader()
 }
 

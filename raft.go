@@ -54,8 +54,13 @@ const (
 	leaderWait = 2 * time.Second
 )
 
-// never is a tick, and an index, that does not come.
-const never = math.MaxUint64
+const (
+	// never is a tick, and an index, that does not come.
+	never = math.MaxUint64
+	// firstTick is where a node's clock starts: so that tick 0, which is what a field
+	// says of what has not happened, was longer ago than anything waits.
+	firstTick = 1 << 32
+)
 
 // transport is what the loop needs of the network. Nothing in it blocks.
 type transport interface {
@@ -99,9 +104,9 @@ type node struct {
 	raftID uint64 // new whenever the node has lost its memory
 	life   uint64 // new whenever raftID is, and in every process
 	rn     *raft.RawNode
-	raft   *raftLog
-	store  *store // the loop writes, others get
-	err    error  // why the loop must end
+	raft   *raftLog // by drainedLog, between two Readys
+	store  *store   // the loop writes, others get
+	err    error    // why the loop must end
 
 	mark   uint64 // index of the last snapshot on disk
 	queued int    // jobs that the disk has not done
@@ -112,14 +117,21 @@ type node struct {
 
 	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 
-	now        uint64 // ticks since the start
+	// logBehind: raft has taken in entries, or a snapshot, since its last Ready. They
+	// may have replaced what the log holds.
+	logBehind bool
+	// learned is what a peer knows to be committed, if this node does not know it yet.
+	learned learnedCommit
+
+	now        uint64 // ticks since the start, and firstTick
 	clock      uint64 // the same, with those that a busy loop has missed: what callers wait by
 	term, lead uint64
 	role       raft.StateType
 	leadHeard  uint64    // tick of the leader's last message
 	leaderless uint64    // ticks without a leader
 	campaignAt uint64    // tick in which to call an election, if there is no leader then; 0: none
-	deafTo     uint64    // a leader whose stream broke, by raft ID, not heard for a while; 0: none
+	deafTo     uint64    // a leader whose stream broke, by raft ID, not heard until deafUntil; 0: none
+	deafUntil  uint64    // tick
 	caughtUpAt uint64    // what this leader had committed when it was first asked; never: it has not answered
 	commitAt   [3]uint64 // what was committed at the last heartbeats, the newest first
 
@@ -152,6 +164,7 @@ type node struct {
 func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}, onApply: func(*raftpb.Entry) {}}
 	n.in.wake = newBell()
+	n.now, n.clock = firstTick, firstTick
 	n.newLife()
 	n.pub.Store(&published{})
 	n.publish()
@@ -167,6 +180,7 @@ func (n *node) newLife() {
 	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, never, 0, 0, 0
 	n.lives, n.connected, n.heard = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]uint64{}
 	n.met, n.disownedBy = map[uint64]*meeting{}, map[uint64]bool{}
+	n.logBehind, n.learned = false, learnedCommit{}
 	n.out, n.gone = nil, nil
 }
 
@@ -205,7 +219,7 @@ func (n *node) open(d *disk) error {
 		return err
 	}
 	if slices.Equal(confIDs(n.store.conf), []uint64{n.raftID}) {
-		n.campaignAt = 1 // there is nobody to wait for
+		n.campaignAt = n.now + 1 // there is nobody to wait for
 	}
 	n.publish() // who it is, before it says hello
 	n.configured()
@@ -313,7 +327,7 @@ func (n *node) turn(in input) {
 	for _, msg := range in.messages {
 		n.receive(msg)
 	}
-	n.clock = max(n.clock, in.clock)
+	n.clock = max(n.clock, firstTick+in.clock)
 	for range in.ticks {
 		n.tick()
 	}
@@ -337,6 +351,10 @@ func (n *node) tick() {
 	}
 	n.rn.Tick()
 	n.missLeader()
+	n.commitLearned()
+	if n.rn == nil || n.err != nil {
+		return
+	}
 	// A learner never campaigns, so raft lets it keep a dead leader for ever.
 	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*n.electionTicks() {
 		_ = n.rn.ForgetLeader()
@@ -369,7 +387,7 @@ func (n *node) leads() bool {
 func (n *node) receive(in inbound) {
 	m := in.m
 	from := m.GetFrom()
-	if !n.hears(in.hello) || from == n.deafTo && n.now < n.campaignAt+n.electionTicks()/5 {
+	if !n.hears(in.hello) || from == n.deafTo && n.now < n.deafUntil {
 		n.count.MessagesDropped++
 		return
 	}
@@ -393,10 +411,29 @@ func (n *node) receive(in inbound) {
 		return // raft would answer before it knows what is committed; who asked will ask again
 	}
 	n.learnCommit(m)
+	n.step(m)
+}
+
+// step gives a peer's message to raft.
+func (n *node) step(m *raftpb.Message) {
+	n.logBehind = n.logBehind || m.GetType() == raftpb.MsgApp
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
-		n.log.Debug("raft refused a message", "type", m.GetType(), "from", from, "err", err)
+		n.log.Debug("raft refused a message", "type", m.GetType(), "from", m.GetFrom(), "err", err)
 	}
 	n.syncSoftState()
+}
+
+// drainedLog returns the log as raft itself has it, or nil if the node has broken.
+// Whoever looks at the log between two Readys has to look here: n.raft can still
+// hold entries that raft has replaced.
+func (n *node) drainedLog() *raftLog {
+	if n.logBehind {
+		n.drain()
+	}
+	if n.rn == nil || n.err != nil {
+		return nil
+	}
+	return n.raft
 }
 
 // receiveUninitialized answers a leader as raft with an empty log would: it
@@ -414,39 +451,81 @@ func (n *node) receiveUninitialized(m *raftpb.Message) {
 	n.send(resp)
 }
 
-// learnCommit takes from the answer to a call for votes what is committed. A
-// node without a leader can need that: if it has forgotten, or never heard, that
-// a change of membership is committed, it asks for votes by the old
-// configuration, perhaps of nodes that have left for good, or of learners whose
-// log is longer. Raft takes commits from a leader only; so here is one, for no
-// longer than the call.
+// learnedCommit is an entry that a peer knows to be committed.
+type learnedCommit struct {
+	index, term uint64
+	from        uint64 // raft ID of the peer; 0: nothing was learned
+	tick        uint64 // in which it was learned
+}
+
+// learnCommit remembers what the sender of an answer to a call for votes knows to
+// be committed. A node without a leader can need that: if it has forgotten, or never
+// heard, that a change of membership is committed, it asks for votes by the old
+// configuration, perhaps of nodes that have left for good, or of learners whose log
+// is longer.
 func (n *node) learnCommit(m *raftpb.Message) {
-	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp || n.lead != 0 {
+	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp {
+		return
+	}
+	if m.GetCommit() > max(n.learned.index, n.rn.BasicStatus().GetCommit()) {
+		n.learned = learnedCommit{index: m.GetCommit(), term: m.GetLogTerm(), from: m.GetFrom(), tick: n.now}
+	}
+}
+
+// commitLearned has raft commit what was learned, once that cannot cost this node an
+// election that it would win: it has lost its campaign, or has waited for half an
+// election timeout. Then it calls for votes again, by the configuration that it
+// knows now. Raft takes commits from a leader only; so here is one, for no longer
+// than the call.
+func (n *node) commitLearned() {
+	l := n.learned
+	if l.from == 0 {
+		return
+	}
+	if n.lead != 0 || n.role == raft.StateLeader {
+		n.learned = learnedCommit{} // a leader commits it
+		return
+	}
+	campaigns := n.role != raft.StateFollower
+	if campaigns && n.now-l.tick < n.electionTicks()/2 {
+		return
+	}
+	n.learned = learnedCommit{}
+	log := n.drainedLog()
+	if log == nil || n.lead != 0 {
 		return
 	}
 	st := n.rn.BasicStatus()
-	if term, err := n.raft.Term(m.GetCommit()); err != nil || term != m.GetLogTerm() || m.GetCommit() <= st.GetCommit() {
+	term, err := log.Term(l.index)
+	if err != nil || term != l.term || l.index <= st.GetCommit() {
 		return // equal entries have equal ones before them (Raft paper, section 5.3)
 	}
-	_ = n.rn.Step(&raftpb.Message{Type: raftpb.MsgHeartbeat.Enum(), From: m.From, To: m.To, Term: new(st.GetTerm()), Commit: m.Commit})
+	_ = n.rn.Step(&raftpb.Message{
+		Type: raftpb.MsgHeartbeat.Enum(), From: &l.from, To: &n.raftID,
+		Term: new(st.GetTerm()), Commit: &l.index,
+	})
 	_ = n.rn.ForgetLeader()
+	n.drain() // the configuration may be another one now
+	if campaigns && n.rn != nil && n.err == nil && n.isVoter(n.raftID) {
+		_ = n.rn.Campaign()
+	}
 }
 
 // check guards raft against a peer's message.
 func (n *node) check(m *raftpb.Message) bool {
-	try := func() error {
-		st := n.rn.BasicStatus()
-		return (&peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: n.raft, leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat}).check(m)
+	if n.mustDrainFor(m) {
+		n.drain()
 	}
-	err := try()
-	if t := m.GetType(); err != nil || t == raftpb.MsgProp || t == raftpb.MsgTimeoutNow || t == raftpb.MsgHeartbeat && m.GetCommit() > n.store.index {
-		// n.raft and n.role are not raft's own while there is a Ready, and raft
-		// ignores MsgTimeoutNow while it has a change of membership to apply.
+	if n.rn == nil || n.err != nil {
+		return false
+	}
+	err := n.checkDrained(m)
+	if err != nil && n.rn.HasReady() { // n.role and the end of the log are not raft's own then
 		n.drain()
 		if n.rn == nil || n.err != nil {
 			return false
 		}
-		err = try()
+		err = n.checkDrained(m)
 	}
 	if errors.Is(err, errContradiction) {
 		n.err = fmt.Errorf("stopped by a message of node %s: %w", n.describe(m.GetFrom()), err)
@@ -457,15 +536,46 @@ func (n *node) check(m *raftpb.Message) bool {
 	return err == nil
 }
 
+// mustDrainFor reports whether a message can be checked only against a log and a
+// role that are raft's own.
+func (n *node) mustDrainFor(m *raftpb.Message) bool {
+	switch m.GetType() {
+	case raftpb.MsgProp:
+		return true
+	case raftpb.MsgTimeoutNow:
+		return true // raft ignores it while it has a change of membership to apply
+	case raftpb.MsgApp:
+		// Entries after the last committed one cannot contradict it.
+		return n.logBehind && m.GetIndex() <= n.rn.BasicStatus().GetCommit()
+	case raftpb.MsgHeartbeat:
+		return n.logBehind || m.GetCommit() > n.store.index
+	case raftpb.MsgAppResp:
+		return n.logBehind
+	}
+	return false
+}
+
+func (n *node) checkDrained(m *raftpb.Message) error {
+	st := n.rn.BasicStatus()
+	c := &peerCheck{
+		term: st.GetTerm(), commit: st.GetCommit(), log: n.raft,
+		leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat,
+	}
+	return c.check(m)
+}
+
 // drain proposes, asks, and handles Readys until there is nothing left to do.
 func (n *node) drain() {
 	for n.rn != nil && n.err == nil {
 		n.propose()
 		n.askRead()
 		if !n.rn.HasReady() {
+			n.logBehind = false
 			return
 		}
-		n.ready(n.rn.Ready())
+		rd := n.rn.Ready()
+		n.logBehind = false // ready appends before it asks the log for anything
+		n.ready(rd)
 	}
 }
 
@@ -529,10 +639,7 @@ func (n *node) send(m *raftpb.Message) {
 			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
 		}
 	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
-		commit := n.rn.BasicStatus().GetCommit()
-		if term, err := n.raft.Term(commit); err == nil {
-			m.Commit, m.LogTerm = &commit, &term
-		}
+		n.tellCommit(m)
 	}
 	to, life := m.GetTo(), n.lives[m.GetTo()]
 	for i := range n.out {
@@ -545,6 +652,18 @@ func (n *node) send(m *raftpb.Message) {
 		}
 	}
 	n.out = append(n.out, peerMessages{to, life, []*raftpb.Message{m}})
+}
+
+// tellCommit adds to a message the last entry that this node knows to be committed.
+func (n *node) tellCommit(m *raftpb.Message) {
+	log := n.drainedLog()
+	if log == nil {
+		return
+	}
+	commit := n.rn.BasicStatus().GetCommit()
+	if term, err := log.Term(commit); err == nil {
+		m.Commit, m.LogTerm = &commit, &term
+	}
 }
 
 // covers reports whether a message says all that the one before it says: a
