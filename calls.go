@@ -64,10 +64,9 @@ func (n *node) expire() {
 	} else if n.lead == 0 {
 		noLeader = n.noLeader()
 	}
-	wait := n.ticksOf(leaderWait)
 	late := func(c *call) bool { return c.wait != 0 && n.clock-c.since >= c.wait }
-	gone := noLeader != nil && (n.rn == nil || n.leaderless >= wait)
-	overdue := func(c *call) bool { return late(c) || gone && n.clock-c.since >= wait }
+	gone := noLeader != nil && (n.rn == nil || n.leaderless >= n.ticksOf(leaderWait))
+	overdue := func(c *call) bool { return gone || late(c) }
 	end := func(calls []*call) []*call {
 		return slices.DeleteFunc(calls, func(c *call) bool {
 			ends := overdue(c)
@@ -186,11 +185,10 @@ func (n *node) nextProposal() *proposal {
 }
 
 // askRead starts a ReadIndex for all reads that wait (Raft thesis, section
-// 6.4), if none is in flight, and to catch up with a new leader even if none
-// waits. A leader asks only once it has applied an entry of its term; raft
-// itself is less careful with one voter.
+// 6.4), if none is in flight. A leader asks only once it has applied an entry of its
+// term; raft itself is less careful with one voter.
 func (n *node) askRead() {
-	if n.round.ctx != nil || len(n.reads) == 0 && n.caughtUpAt != never || n.lead == 0 || n.lead == n.raftID && !n.leads() {
+	if n.round.ctx != nil || len(n.reads) == 0 || n.lead == 0 || n.lead == n.raftID && !n.leads() {
 		return
 	}
 	n.sequence++ // a context is used once
@@ -213,7 +211,6 @@ func (n *node) readConfirmed(rs raft.ReadState) {
 	}
 	n.round.index = rs.Index
 	n.readWait = max(n.electionTicks()/2, 2*(n.now-n.round.tick))
-	n.caughtUpAt = min(n.caughtUpAt, rs.Index)
 	n.confirmed, n.round = append(n.confirmed, n.round), readRound{}
 	n.releaseReads()
 }

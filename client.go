@@ -540,7 +540,11 @@ func (c *client) whyUnhealthy(ctx context.Context) string {
 	if err != nil {
 		return err.Error()
 	}
-	why := cmp.Or(m.UnhealthyReason, oneOf(m.Joint && c.service == restartHealth, "a change of membership is half way", "it was, a moment ago"))
+	why := m.UnhealthyReason
+	if c.service == restartHealth {
+		why = m.RestartReason
+	}
+	why = cmp.Or(why, "it was, a moment ago")
 	return fmt.Sprintf("node %d at %s: %s", m.Node.GetId(), m.Node.GetAddress(), why)
 }
 

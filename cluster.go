@@ -64,7 +64,8 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 			err = s.forward(ctx, p.leader, req, resp)
 		}
 		begun = begun || errors.Is(err, errChangeUnknown)
-		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) && leaderless <= leaderWait
+		waits := leaderless <= leaderWait && !p.longLeaderless()
+		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) && waits
 		switch {
 		case again && !forwarded && ctx.Err() == nil:
 		case begun && !errors.Is(err, errChangeUnknown) && slices.Contains(unsettled, status.Code(toStatus(err, true))):
@@ -526,6 +527,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.raft.prevIndex+1, n.raft.last(), s.index, n.raft.bytes
 	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
 	m.Healthy, m.Durable = m.UnhealthyReason == "", n.disk != nil
+	m.RestartReason = n.whyNotRestart()
 	m.Keys, m.StoreBytes, m.Sessions = s.keys, s.bytes, uint64(len(s.sessions))
 	if n.rn == nil {
 		return m
@@ -677,29 +679,6 @@ func (n *node) silent(ids []uint64) string {
 
 // isVoter reports whether a raft ID votes once no change is running.
 func (n *node) isVoter(id uint64) bool { return slices.Contains(n.store.conf.GetVoters(), id) }
-
-// noLeader is what to say to a call that finds no leader.
-func (n *node) noLeader() error {
-	voters := n.store.conf.GetVoters()
-	away := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return id == n.raftID || n.connected[id] })
-	if err := n.quorumLost(); err != nil || len(away) <= (len(voters)-1)/2 {
-		return cmp.Or(err, errNoLeader)
-	}
-	return fmt.Errorf("%w: %d of %d voters are needed, but %s", errNoLeader, len(voters)/2+1, len(voters), n.silent(away))
-}
-
-// quorumLost says so if too many voters have lost their memory for the cluster
-// ever to go on: what they knew cannot be made up. Only a newer configuration
-// than this node has applied could make it untrue.
-func (n *node) quorumLost() error {
-	for _, voters := range [][]uint64{n.store.conf.GetVoters(), n.store.conf.GetVotersOutgoing()} {
-		lost := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return n.met[id] == nil })
-		if need := len(voters)/2 + 1; len(voters) > 0 && len(voters)-len(lost) < need {
-			return fmt.Errorf("%w: %d of %d voters are needed, but %s restarted without memory", errNoLeader, need, len(voters), n.names(lost))
-		}
-	}
-	return nil
-}
 
 // isCaughtUp reports whether a member has what was committed two heartbeats ago.
 func (n *node) isCaughtUp(pr tracker.Progress) bool {

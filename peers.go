@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -29,9 +30,15 @@ type glance struct {
 	clusterID, raftID, life uint64
 	term, lead              uint64
 	leading, caughtUp       bool
-	lost, connected         int // members known to have lost their memory; peers
+	spared                  bool   // this node may be restarted
+	lost, connected         int    // members known to have lost their memory; peers
+	leaderless              uint64 // seconds without a leader
 	conf                    *raftpb.ConfState
 }
+
+// longLeaderless reports whether there has been no leader for so long that calls do not
+// wait for one any more.
+func (g *glance) longLeaderless() bool { return g.leaderless >= uint64(leaderWait/time.Second) }
 
 // publish lets others see what they may, if it has changed.
 func (n *node) publish() {
@@ -39,7 +46,11 @@ func (n *node) publish() {
 		n.gone = n.store.removed
 	}
 	old, s := n.pub.Load(), n.store
-	now := glance{s.clusterID, n.raftID, n.life, n.term, n.lead, n.leads(), n.caughtUp(), len(n.met), len(n.connected), s.conf}
+	now := glance{
+		clusterID: s.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead,
+		leading: n.leads(), caughtUp: n.caughtUp(), spared: n.rn != nil && n.isSpared(),
+		lost: len(n.met), connected: len(n.connected), leaderless: n.leaderless / n.ticksOf(time.Second), conf: s.conf,
+	}
 	if old.glance == now && slices.Equal(old.removed, n.gone) {
 		return
 	}
@@ -62,27 +73,6 @@ func (n *node) missLeader() {
 		n.log.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.connected), "members", describeMembers(n.store.conf, n.store.members))
 	}
 }
-
-// whyUnhealthy says why this node should get no calls; empty: it should.
-func (n *node) whyUnhealthy() string {
-	switch {
-	case n.rn == nil:
-		return "in no cluster"
-	case n.store.members[n.raftID] == nil:
-		return "not a member, as far as it knows"
-	case len(n.store.raftIDsOf(n.self.Id)) > 1:
-		return "not yet back in its role"
-	case n.lead == 0:
-		return n.noLeader().Error()
-	case !n.caughtUp():
-		return "not yet caught up"
-	}
-	return ""
-}
-
-// caughtUp reports whether this node has applied what the leader had committed
-// when it came to know it.
-func (n *node) caughtUp() bool { return n.store.index >= n.caughtUpAt }
 
 // describe names a raft ID in a log.
 func (n *node) describe(raftID uint64) string {
@@ -230,7 +220,7 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 		case w.Verdict == kvpb.Verdict_VERDICT_OTHER_CLUSTER && w.ClusterId != 0 && w.ClusterId != n.store.clusterID && w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID) && n.mayChange():
 			// Another cluster was faster to add it. That life will never be this one's.
 			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
-		case w.ClusterId == 0 && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
+		case (w.ClusterId == 0 || w.ClusterId == n.store.clusterID) && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
 			n.meet(raftID, w.Peer)
 		}
 	})

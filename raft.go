@@ -132,8 +132,11 @@ type node struct {
 	campaignAt uint64    // tick in which to call an election, if there is no leader then; 0: none
 	deafTo     uint64    // a leader whose stream broke, by raft ID, not heard until deafUntil; 0: none
 	deafUntil  uint64    // tick
-	caughtUpAt uint64    // what this leader had committed when it was first asked; never: it has not answered
+	lag        lag       // behind the leader
 	commitAt   [3]uint64 // what was committed at the last heartbeats, the newest first
+	upVoters   []uint64  // as this leader counted them at the last heartbeat
+	// sparedUntil is up to which tick the cluster can do without this node, says the leader.
+	sparedUntil uint64
 
 	lives     map[uint64]uint64   // by raft ID: the life that we talk to; replaced, never changed
 	connected map[uint64]bool     // by raft ID: our stream to it is open
@@ -177,7 +180,8 @@ func (n *node) newLife() {
 	n.raftID, n.life = randomID(), randomID()
 	n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
-	n.term, n.lead, n.role, n.caughtUpAt, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, never, 0, 0, 0
+	n.term, n.lead, n.role, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, 0, 0, 0
+	n.lag, n.sparedUntil = lag{mark: never}, 0
 	n.lives, n.connected, n.heard = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]uint64{}
 	n.met, n.disownedBy = map[uint64]*meeting{}, map[uint64]bool{}
 	n.logBehind, n.learned = false, learnedCommit{}
@@ -370,6 +374,7 @@ func (n *node) tick() {
 		return
 	}
 	n.commitAt = [...]uint64{n.rn.BasicStatus().GetCommit(), n.commitAt[0], n.commitAt[1]}
+	n.countUp()
 	if n.leads() && isJoint(n.store.conf) {
 		n.leaveJoint()
 	} else if n.mayChange() {
@@ -412,6 +417,50 @@ func (n *node) receive(in inbound) {
 	}
 	n.learnCommit(m)
 	n.step(m)
+	switch m.GetType() {
+	case raftpb.MsgHeartbeat:
+		n.followHeartbeat(m)
+	case raftpb.MsgPreVote:
+		n.answerAlive(m)
+	}
+}
+
+// followHeartbeat takes from a heartbeat of the leader what the leader adds to it.
+func (n *node) followHeartbeat(m *raftpb.Message) {
+	if m.GetFrom() != n.lead || m.GetTerm() != n.term {
+		return
+	}
+	if m.GetIndex() != 0 {
+		n.lag.follow(m.GetIndex(), n.store.index, n.now, n.electionTicks())
+	}
+	n.sparedUntil = 0
+	if m.GetRejectHint() != 0 {
+		n.sparedUntil = n.now + n.electionTicks()
+	}
+}
+
+// addToHeartbeat adds to a leader's heartbeat what the follower wants to know besides:
+// what is applied, if that is no less than was ever acknowledged, and whether the
+// cluster can do without the follower. Raft does not look at these fields of a heartbeat.
+func (n *node) addToHeartbeat(m *raftpb.Message) {
+	if !n.leads() {
+		return
+	}
+	m.Index = new(n.store.index)
+	if n.canSpare(m.GetTo()) {
+		m.RejectHint = new(uint64(1))
+	}
+}
+
+// answerAlive tells a node that calls for votes that this one is there. Raft says
+// nothing to such a call while it hears a leader; the caller, which may be cut off from
+// that one alone, would take this node for dead. To raft the answer means nothing: the
+// caller does not lead in its present term.
+func (n *node) answerAlive(m *raftpb.Message) {
+	if n.lead == 0 || m.GetTerm() <= 1 {
+		return
+	}
+	n.send(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: &n.raftID, To: m.From, Term: new(m.GetTerm() - 1)})
 }
 
 // step gives a peer's message to raft.
@@ -617,7 +666,8 @@ func (n *node) ready(rd raft.Ready) {
 func (n *node) syncSoftState() {
 	st := n.rn.BasicStatus()
 	if st.GetTerm() != n.term || st.Lead != n.lead {
-		n.caughtUpAt, n.changeAt, n.readBeat = never, 0, 0
+		n.changeAt, n.readBeat = 0, 0
+		n.lag, n.sparedUntil = lag{mark: never, since: n.now}, 0
 		n.leadHeard, n.readWait = n.now, n.electionTicks()/2
 		n.askedAt = n.now // peers may wait for what they asked of the leader before
 		n.askAgain()
@@ -638,6 +688,7 @@ func (n *node) send(m *raftpb.Message) {
 		if len(m.GetContext()) == 8 {
 			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
 		}
+		n.addToHeartbeat(m)
 	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
 		n.tellCommit(m)
 	}

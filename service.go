@@ -65,7 +65,7 @@ const (
 	errorDomain     = "kv.v1"
 	leaderMetadata  = "x-raft-leader"
 	forwardMetadata = "x-raft-forwarded"
-	// restartHealth is the health name that says: the next node may restart.
+	// restartHealth is the health name that says: this node may be restarted.
 	restartHealth = "restart"
 )
 
@@ -203,7 +203,7 @@ func (s *server) published(p *published) {
 	}
 	healthy := s.n.whyUnhealthy() == "" && !s.draining
 	set(kvpb.KVService_ServiceDesc.ServiceName, healthy)
-	set(restartHealth, healthy && !isJoint(p.conf))
+	set(restartHealth, !s.draining && s.n.whyNotRestart() == "")
 }
 
 // intercept names the leader in every answer, and lets stop wait for calls.

@@ -34,7 +34,8 @@ const (
 	ErrorReason_ERROR_REASON_UNSPECIFIED ErrorReason = 0
 	// INVALID_ARGUMENT. The metadata has the field; the message, the limit.
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
-	// UNAVAILABLE: no leader for 2 s, or until the deadline. Nothing was applied.
+	// UNAVAILABLE: there has been no leader for 2 s, or none until the deadline. The
+	// message names who does not answer. Nothing was applied.
 	ErrorReason_ERROR_REASON_NO_LEADER ErrorReason = 2
 	// The write was sent off, or the change of membership was begun, and its fate
 	// is not known. UNAVAILABLE: it has a request_id, or opens a session, and may be
@@ -2182,7 +2183,10 @@ type MetricsResponse struct {
 	// Sessions that are open.
 	Sessions uint64 `protobuf:"varint,28,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	// Whether the node has a data directory.
-	Durable       bool `protobuf:"varint,29,opt,name=durable,proto3" json:"durable,omitempty"`
+	Durable bool `protobuf:"varint,29,opt,name=durable,proto3" json:"durable,omitempty"`
+	// Why the health name restart is not SERVING here; empty: it is, unless the node is
+	// stopping.
+	RestartReason string `protobuf:"bytes,40,opt,name=restart_reason,json=restartReason,proto3" json:"restart_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2418,6 +2422,13 @@ func (x *MetricsResponse) GetDurable() bool {
 		return x.Durable
 	}
 	return false
+}
+
+func (x *MetricsResponse) GetRestartReason() string {
+	if x != nil {
+		return x.RestartReason
+	}
+	return ""
 }
 
 // Hello opens a stream between two nodes.
@@ -2820,8 +2831,10 @@ type RaftMessage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Type  RaftMessageType        `protobuf:"varint,1,opt,name=type,proto3,enum=kv.v1.RaftMessageType" json:"type,omitempty"`
 	Term  uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
-	// In the answer to a call for votes, unlike raft's: what the sender knows to
-	// be committed, and the term of that entry.
+	// In the answer to a call for votes, unlike raft's: log_term and commit are of the
+	// last entry that the sender knows to be committed. In a heartbeat, unlike raft's:
+	// index is what the leader has applied, 0 before it has applied an entry of its
+	// term; reject_hint is 1 if the cluster can do without the receiver.
 	LogTerm       uint64   `protobuf:"varint,3,opt,name=log_term,json=logTerm,proto3" json:"log_term,omitempty"`
 	Index         uint64   `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
 	Entries       []*Entry `protobuf:"bytes,5,rep,name=entries,proto3" json:"entries,omitempty"`
@@ -4274,7 +4287,7 @@ const file_kv_proto_rawDesc = "" +
 	"\alearner\x18\x05 \x01(\bR\alearner\x12\x1c\n" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x120\n" +
 	"\bprogress\x18\a \x01(\v2\x0f.kv.v1.ProgressH\x00R\bprogress\x88\x01\x01B\v\n" +
-	"\t_progress\"\xef\a\n" +
+	"\t_progress\"\x96\b\n" +
 	"\x0fMetricsResponse\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -4310,7 +4323,8 @@ const file_kv_proto_rawDesc = "" +
 	"\x10unhealthy_reason\x18\x1a \x01(\tR\x0funhealthyReason\x12#\n" +
 	"\rbuild_version\x18\x1b \x01(\tR\fbuildVersion\x12\x1a\n" +
 	"\bsessions\x18\x1c \x01(\x04R\bsessions\x12\x18\n" +
-	"\adurable\x18\x1d \x01(\bR\adurableB\t\n" +
+	"\adurable\x18\x1d \x01(\bR\adurable\x12%\n" +
+	"\x0erestart_reason\x18( \x01(\tR\rrestartReasonB\t\n" +
 	"\a_leader\"~\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +

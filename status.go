@@ -1,0 +1,204 @@
+// What a node says of itself: whether it is healthy, whether it may be restarted, and
+// why there is no leader.
+
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"go.etcd.io/raft/v3"
+)
+
+// lag is how far this node is behind its leader. A leader says with each heartbeat what
+// it has applied: that is the mark, until this node has applied it, too. It keeps up if
+// it applies each mark within an election timeout.
+type lag struct {
+	mark   uint64 // never: the leader has not said yet what it has applied
+	since  uint64 // tick in which the mark was set
+	inTime bool   // the mark before this one was applied in time
+}
+
+// follow takes in what the leader has applied. All but the indexes is in ticks.
+func (l *lag) follow(leader, applied, now, limit uint64) {
+	if l.mark != never && applied < l.mark {
+		return
+	}
+	l.inTime = l.mark != never && now-l.since <= limit
+	l.mark, l.since = leader, now
+}
+
+func (l *lag) caughtUp(applied, now, limit uint64) bool {
+	if l.mark == never || now-l.since > limit {
+		return false
+	}
+	return l.inTime || applied >= l.mark
+}
+
+// caughtUp reports whether this node's state is that of its leader, but for what was
+// committed in the last election timeout.
+func (n *node) caughtUp() bool {
+	if n.role == raft.StateLeader {
+		return n.leads()
+	}
+	return n.lag.caughtUp(n.store.index, n.now, n.electionTicks())
+}
+
+// whyUnhealthy says why this node should get no calls; empty: it should.
+func (n *node) whyUnhealthy() string {
+	switch {
+	case n.rn == nil:
+		return "in no cluster"
+	case n.store.members[n.raftID] == nil:
+		return "not a member, as far as it knows"
+	case len(n.store.raftIDsOf(n.self.Id)) > 1:
+		return "not yet back in its role"
+	case n.lead == 0:
+		return n.noLeader().Error()
+	case !n.caughtUp():
+		return "not yet caught up"
+	}
+	return ""
+}
+
+// whyNotRestart says why this node should not be stopped for a restart; empty: the
+// cluster can do without it for a while.
+func (n *node) whyNotRestart() string {
+	if why := n.whyUnhealthy(); why != "" {
+		return why
+	}
+	switch {
+	case isJoint(n.store.conf):
+		return "a change of membership is half way"
+	case !n.isVoter(n.raftID):
+		return "" // a learner's vote is not missed
+	case n.isSpared():
+		return ""
+	case n.role == raft.StateLeader:
+		return "a change of membership is running, or too few other voters answer and have caught up"
+	}
+	return fmt.Sprintf("its leader, node %s, does not say that the cluster can do without it", n.describe(n.lead))
+}
+
+// isSpared reports whether the leader says that the cluster can do without this voter.
+// It said so at most an election timeout ago.
+func (n *node) isSpared() bool {
+	if n.role == raft.StateLeader {
+		return n.canSpare(n.raftID)
+	}
+	return n.lead != 0 && n.now < n.sparedUntil
+}
+
+// canSpare reports whether this leader and others would go on without a voter, also
+// if no other fails: a majority answers and has caught up. One or two voters cannot do
+// without any; there it means that all are up, for then a restart loses the least.
+func (n *node) canSpare(id uint64) bool {
+	voters := n.store.conf.GetVoters()
+	others := 0
+	for _, up := range n.upVoters {
+		if up != id && slices.Contains(voters, up) {
+			others++
+		}
+	}
+	if !n.mayChange() {
+		return false
+	}
+	if len(voters) <= 2 {
+		return others == len(voters)-1
+	}
+	return others >= len(voters)/2+1
+}
+
+// countUp notes the voters that answer this leader and have caught up.
+func (n *node) countUp() {
+	n.upVoters = n.upVoters[:0]
+	if !n.leads() {
+		return
+	}
+	progress := n.progressOf()
+	for _, id := range n.store.conf.GetVoters() {
+		if id == n.raftID || n.alive(id) && n.isCaughtUp(progress[id]) {
+			n.upVoters = append(n.upVoters, id)
+		}
+	}
+}
+
+// noLeader is what to say to a call that finds no leader: who is needed and does not
+// answer, and for how long. For the first two election timeouts without a leader only
+// broken streams tell.
+func (n *node) noLeader() error {
+	if err := n.quorumLost(); err != nil {
+		return err
+	}
+	voters := n.store.conf.GetVoters()
+	var silent []string
+	for _, id := range voters {
+		if id != n.raftID && !n.answers(id) {
+			silent = append(silent, n.silence(id))
+		}
+	}
+	if len(silent) == 0 {
+		return errNoLeader
+	}
+	slices.Sort(silent)
+	needed := len(voters)/2 + 1
+	if len(voters)-len(silent) >= needed {
+		return fmt.Errorf("%w that this node hears: %s", errNoLeader, strings.Join(silent, ", "))
+	}
+	return fmt.Errorf("%w: %d of %d voters are needed, but %s", errNoLeader, needed, len(voters), strings.Join(silent, ", "))
+}
+
+// answers reports whether a voter is connected and, as far as this node can know yet,
+// answers. While there is no leader a voter calls for votes once in two election
+// timeouts, and hears from whoever is there.
+func (n *node) answers(id uint64) bool {
+	if !n.connected[id] {
+		return false
+	}
+	asks := n.isVoter(n.raftID) && n.leaderless > 2*n.electionTicks()
+	return !asks || n.now-n.heard[id] <= 2*n.electionTicks()
+}
+
+// silence says that a member does not answer, since when and where.
+func (n *node) silence(id uint64) string {
+	m := n.store.members[id]
+	ticks := n.leaderless // followers need not hear each other while there is a leader
+	if heard, ok := n.heard[id]; ok {
+		ticks = min(ticks, n.now-heard)
+	}
+	text := fmt.Sprintf("node %d at %s has not answered for %v", m.GetId(), m.GetAddress(), n.durationOf(ticks))
+	if !n.connected[id] {
+		text += " and is not connected"
+	}
+	return text
+}
+
+func (n *node) durationOf(ticks uint64) time.Duration {
+	return (time.Duration(ticks) * n.tickDuration()).Round(100 * time.Millisecond)
+}
+
+// quorumLost says so if too many voters have lost their memory for the cluster
+// ever to go on: what they knew cannot be made up. Only a newer configuration
+// than this node has applied could make it untrue.
+func (n *node) quorumLost() error {
+	for _, voters := range [][]uint64{n.store.conf.GetVoters(), n.store.conf.GetVotersOutgoing()} {
+		lost := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return !n.hasLostMemory(id) })
+		need := len(voters)/2 + 1
+		if len(voters) > 0 && len(voters)-len(lost) < need {
+			return fmt.Errorf("%w: %d of %d voters are needed, but %s restarted without memory", errNoLeader, need, len(voters), n.names(lost))
+		}
+	}
+	return nil
+}
+
+// hasLostMemory reports whether another life answers in place of a member, this
+// node's own perhaps.
+func (n *node) hasLostMemory(id uint64) bool {
+	if n.met[id] != nil {
+		return true
+	}
+	m := n.store.members[id]
+	return m != nil && m.Id == n.self.Id && id != n.raftID
+}
