@@ -75,6 +75,20 @@ type transport interface {
 	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
 }
 
+// raftLimits bound what raft does at a time. All but inflight are bytes of entries, of
+// which one may always be larger.
+type raftLimits struct {
+	message       uint64 // an append
+	ready         uint64 // what a Ready has to apply
+	uncommitted   uint64 // what a leader has proposed, beyond which it takes no more
+	inflight      int    // appends to a follower that it has not answered
+	inflightBytes uint64
+}
+
+func defaultRaftLimits() raftLimits {
+	return raftLimits{message: 1 << 20, ready: 4 << 20, uncommitted: 64 << 20, inflight: 256, inflightBytes: 16 << 20}
+}
+
 // peerMessages is what one turn sends to one life of a peer.
 type peerMessages struct {
 	to, life uint64
@@ -90,13 +104,14 @@ type inbound struct {
 // node is one member. All fields below are the loop's, but for those that say
 // otherwise; turn is the loop's body, and needs no goroutine, clock or socket.
 type node struct {
-	opts options      // constant
-	self *kvpb.Node   // constant
-	log  *slog.Logger // constant
-	net  transport    // constant
-	disk *disk        // constant; nil: in memory only
-	in   inbox        // any goroutine
-	pub  atomic.Pointer[published]
+	opts   options      // constant
+	limits raftLimits   // constant, once raft has started
+	self   *kvpb.Node   // constant
+	log    *slog.Logger // constant
+	net    transport    // constant
+	disk   *disk        // constant; nil: in memory only
+	in     inbox        // any goroutine
+	pub    atomic.Pointer[published]
 	// onPublish is called by the loop whenever pub has changed.
 	onPublish func(*published)
 	onApply   func(*raftpb.Entry) // called by the loop
@@ -165,7 +180,7 @@ type node struct {
 }
 
 func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
-	n := &node{opts: o, self: self, log: log, store: newStore(), onPublish: func(*published) {}, onApply: func(*raftpb.Entry) {}}
+	n := &node{opts: o, limits: defaultRaftLimits(), self: self, log: log, store: newStore(), onPublish: func(*published) {}, onApply: func(*raftpb.Entry) {}}
 	n.in.wake = newBell()
 	n.now, n.clock = firstTick, firstTick
 	n.newLife()
@@ -264,11 +279,11 @@ func (n *node) start() (err error) {
 		Storage:                   n.raft,
 		Applied:                   n.store.index,
 		AsyncStorageWrites:        true,
-		MaxSizePerMsg:             1 << 20,
-		MaxCommittedSizePerReady:  4 << 20,
-		MaxUncommittedEntriesSize: 64 << 20,
-		MaxInflightMsgs:           256,
-		MaxInflightBytes:          16 << 20,
+		MaxSizePerMsg:             n.limits.message,
+		MaxCommittedSizePerReady:  n.limits.ready,
+		MaxUncommittedEntriesSize: n.limits.uncommitted,
+		MaxInflightMsgs:           n.limits.inflight,
+		MaxInflightBytes:          n.limits.inflightBytes,
 		CheckQuorum:               true, // a leader that is cut off steps down
 		PreVote:                   true, // a node that was cut off does not disturb
 		StepDownOnRemoval:         true,

@@ -89,6 +89,7 @@ type simConfig struct {
 	adminEvery    float64
 	sessions      int // that are kept
 	answers       int // that each keeps
+	limits        raftLimits
 
 	reckless bool // operators ask for voters of whom a majority is dead
 
@@ -113,7 +114,7 @@ type simConfig struct {
 	unsettled bool // a change of membership is answered as soon as it is committed
 }
 
-var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe"}
+var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe", "freeze", "freeze", "forget"}
 
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
@@ -125,6 +126,13 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 		think: pick(.5, 2, 10), timeout: pick(30, 100, 300), faultEvery: pick(3, 20, 60, 200), outage: pick(5, 20, 60, 150), adminEvery: pick(15, 60, 200, 1000),
 	}
 	c.sessions, c.answers = int(pick(2, 4, 20)), int(pick(1, 4, 20))
+	c.limits = defaultRaftLimits()
+	if rng.IntN(2) == 0 {
+		c.limits = raftLimits{
+			message: uint64(pick(0, 500, 4000)), ready: uint64(pick(500, 4000)), uncommitted: uint64(pick(2000, 20000)),
+			inflight: int(pick(1, 2, 10)), inflightBytes: 1 << 20,
+		}
+	}
 	c.voters = min(c.nodes, int(pick(1, 2, 3, 3, 3, 5)))
 	c.durable, c.disk = pick(0, 0, .5, 1, 1, 1), pick(.01, .1, .5, 2)
 	for _, f := range simFaults {
@@ -168,15 +176,19 @@ type site struct {
 	most  uint64 // index of the last entry that it ever applied
 	fs    *simFS // nil: it has no disk
 	slow  int64  // until then the disk does nothing
+	// forgets: processes are started without the disk. onDisk is whose the disk is, by
+	// raft ID.
+	forgets bool
+	onDisk  uint64
 }
 
 // keeps is the raft ID that a process will have again that starts here; 0: a
 // new one.
 func (st *site) keeps() uint64 {
-	if st.fs == nil || st.fs.names[simDir+"/identity"] == nil {
+	if st.forgets || st.fs == nil || st.fs.names[simDir+"/identity"] == nil {
 		return 0
 	}
-	return st.old
+	return st.onDisk
 }
 
 // proc is a process: a node from its start to its death. It is the node's
@@ -406,7 +418,8 @@ func (s *sim) start(st *site) {
 			s.failf("starting under the old raft ID: %v", err)
 		}
 	}
-	if st.fs != nil {
+	p.n.limits = s.cfg.limits
+	if st.fs != nil && !st.forgets {
 		p.openDisk()
 	}
 	p.identify()
@@ -423,6 +436,9 @@ func (p *proc) identify() {
 	p.raftID, p.term, p.commit, p.applied, p.version = n.raftID, 0, 0, 0, map[string]uint64{}
 	s.count["lives"]++
 	p.site.old = n.raftID
+	if p.disk != nil {
+		p.site.onDisk = n.raftID
+	}
 	if s.cfg.reuseID {
 		delete(s.lives, n.raftID)
 	}
@@ -926,6 +942,8 @@ type simStream struct {
 	queued   int
 	last     int64 // when its last message arrives: order is kept
 	closed   bool  // at the receiver
+	frozen   bool  // what arrives is held, and then arrives at once
+	held     []*raftpb.Message
 }
 
 // setMembers implements transport.
@@ -1157,13 +1175,44 @@ func (st *simStream) transmit(m *raftpb.Message) {
 		st.last = at
 	}
 	s.schedule(at, nil, func() {
-		st.queued--
-		to := st.to
-		if s.cfg.crossLife && to.dead && to.site.cur != nil {
-			to = to.site.cur
+		if st.frozen {
+			st.held = append(st.held, m)
+			return
 		}
-		if s.isCut(st.from.site, st.to.site) || !s.at(to, func() { st.deliver(to, m) }) {
-			s.count["messages lost"]++
+		st.arrive(m)
+	})
+}
+
+// arrive delivers messages in one turn.
+func (st *simStream) arrive(ms ...*raftpb.Message) {
+	s := st.from.s
+	st.queued -= len(ms)
+	to := st.to
+	if s.cfg.crossLife && to.dead && to.site.cur != nil {
+		to = to.site.cur
+	}
+	all := func() {
+		for _, m := range ms {
+			st.deliver(to, m)
+		}
+		to.wake()
+	}
+	if s.isCut(st.from.site, st.to.site) || !s.at(to, all) {
+		s.count["messages lost"] += len(ms)
+	}
+}
+
+// freeze holds what arrives by a stream for a while, and then delivers it at once.
+func (st *simStream) freeze(length float64) {
+	s := st.from.s
+	s.trace("FAULT: what %v sends to %v stalls for %.0f ticks", st.from, st.to, length)
+	st.frozen = true
+	s.after(length, nil, func() {
+		held := st.held
+		st.frozen, st.held = false, nil
+		s.count["messages held"] += len(held)
+		if len(held) > 0 {
+			st.arrive(held...)
 		}
 	})
 }
@@ -1187,7 +1236,6 @@ func (st *simStream) deliver(to *proc, m *raftpb.Message) {
 	}
 	s.trace("%v → %v %s", st.from, to, messageText{m})
 	_ = to.n.receiveMessages(context.Background(), fromWire(req.Messages, h))
-	to.wake()
 }
 
 // messageText prints a message.
@@ -2035,6 +2083,21 @@ func (s *sim) fault() {
 			p.site.fs = newSimFS()
 			p.die(length)
 		}
+	case "forget":
+		if fired = p.site.keeps() != 0 && s.mayLose(p); fired {
+			s.trace("FAULT: %v is started without its disk", p)
+			p.site.forgets = true
+			p.die(length)
+			s.after(length+s.expo(s.cfg.outage), nil, func() { s.remember(p.site) })
+		}
+	case "freeze":
+		fired = false
+		for _, id := range slices.Sorted(maps.Keys(p.peers)) {
+			if st := p.peers[id].stream; st != nil && !st.frozen && s.rng.IntN(2) == 0 {
+				fired = true
+				st.freeze(length)
+			}
+		}
 	case "stop":
 		if fired = (p.site.keeps() != 0 || s.mayLose(p)) && !p.paused; fired {
 			p.stop(length)
@@ -2070,6 +2133,23 @@ func (s *sim) fault() {
 		s.count["fault: "+kind]++
 	} else {
 		s.count["fault not allowed: "+kind]++
+	}
+}
+
+// remember has a site be started with its disk again, once its process may go.
+func (s *sim) remember(st *site) {
+	if s.calm {
+		return
+	}
+	switch p := st.cur; {
+	case p == nil:
+		st.forgets = false
+	case s.mayLose(p):
+		s.trace("%v is to be started with the disk again", p)
+		p.die(s.expo(10))
+		st.forgets = false
+	default:
+		s.after(20, nil, func() { s.remember(st) })
 	}
 }
 
