@@ -4,8 +4,9 @@
 //
 // LOCK is locked by the process that uses the directory. identity says whose it
 // is: it gets its name once the log has its first batch, so all that is found
-// beside identity.tmp was never acknowledged. *.wal is the log (wal.go). *.snap
-// are snapshots: the log names the one that counts. *.tmp was not finished.
+// beside identity.tmp was never acknowledged. That is there before anything else
+// is, so what is found without both has lost its identity. *.wal is the log (wal.go).
+// *.snap are snapshots: the log names the one that counts. *.tmp was not finished.
 //
 // What it takes is bounded. A snapshot is begun once log-bytes are logged behind
 // the last one, and at 4 times that writing waits until it is there. Besides: what
@@ -31,6 +32,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -48,8 +50,9 @@ const (
 	syncEvery = 1 << 20
 	// whatToDo is what an operator can do about a directory that is damaged.
 	whatToDo = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
-		"Else, if this node's cluster works without it, delete its data directory, all of it: the cluster takes it back. " +
-		"Else restore a backup"
+		"Else move the data directory away, all of it, and keep it until the cluster is known to be healthy without it. " +
+		"If the cluster works without this node, start the node with an empty directory: the cluster takes it back. " +
+		"If it does not, restore a backup"
 )
 
 // ownName matches the names of what a node makes in its directory. Anything
@@ -67,6 +70,8 @@ type disk struct {
 	unlock       io.Closer
 	running      sync.WaitGroup // what start runs
 	closing      atomic.Bool    // it need not finish
+	failed       atomic.Bool    // nothing more is to be written
+	claim        func() error   // see claimDir; any goroutine may call it
 
 	wal *wal // the writer's; nil: the directory is empty
 
@@ -92,12 +97,23 @@ type recovered struct {
 	batch    *kvpb.LogBatch
 }
 
+// adviceOn is what is said behind an error of reading a file. An error of the system
+// speaks for itself: it says nothing about the data.
+func adviceOn(err error) string {
+	var errno syscall.Errno
+	if errors.As(err, &errno) && errno != syscall.ENOENT {
+		return "Nothing was changed"
+	}
+	return whatToDo
+}
+
 // openDisk locks a directory, and makes it if it is not there. It refuses one that
 // is somebody else's.
 func openDisk(fsys fileSystem, dir string, logBytes uint64, log *slog.Logger) (_ *disk, err error) {
 	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
 	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, wake: newBell()}
 	d.start = d.running.Go
+	d.claim = sync.OnceValue(d.claimDir)
 	names, _ := fsys.readDir(dir) // if it can be read: lock says why not
 	for _, name := range names {
 		if name != "LOCK" && name != "lost+found" && name[0] != '.' && !ownName.MatchString(name) && !slices.Contains(names, "identity") {
@@ -108,12 +124,17 @@ func openDisk(fsys fileSystem, dir string, logBytes uint64, log *slog.Logger) (_
 	return d, err
 }
 
-// close ends all writing and unlocks the directory.
+// close ends all writing and unlocks the directory. Unless something has failed, the
+// last batch of the log then says nothing, so that damage to those before it cannot
+// be taken for what a loss of power leaves of the last one.
 func (d *disk) close() {
 	d.closing.Store(true)
 	d.wake.ring()
 	d.running.Wait()
 	if d.wal != nil {
+		if !d.failed.Load() {
+			_ = d.wal.append(&kvpb.LogBatch{}) // without it the log is whole, too
+		}
 		d.wal.close()
 	}
 	_ = d.unlock.Close()
@@ -134,13 +155,13 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 		return nil, err
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return !ownName.MatchString(name) })
-	begun := func(name string) bool { return strings.Contains(name, ".wal") } // a segment was filled at least: behind identity.tmp
 	if !slices.Contains(names, "identity") {
-		if slices.ContainsFunc(names, begun) && !slices.Contains(names, "identity.tmp") {
-			return nil, d.refuse("it has a log, but no file named identity that says whose. %s", whatToDo)
+		if lost := slices.DeleteFunc(slices.Clone(names), isUnfinishedSnapshot); len(lost) > 0 && !slices.Contains(names, "identity.tmp") {
+			return nil, d.refuse("it has %s, but no file named identity that says whose. %s", strings.Join(lost, ", "), whatToDo)
 		}
 		return nil, d.clean(names, "", "identity.tmp")
 	}
+	d.claim = func() error { return nil }
 	id, err := d.readIdentity()
 	switch {
 	case err != nil:
@@ -169,6 +190,10 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 		func() error { return d.clean(names, mark.File, "") })
 }
 
+func isUnfinishedSnapshot(name string) bool {
+	return strings.HasSuffix(name, ".tmp") && !strings.HasSuffix(name, ".wal.tmp")
+}
+
 func (d *disk) walOptions(id *kvpb.Identity) walOptions {
 	return walOptions{id: id.LogId, segmentBytes: d.segmentBytes, log: d.log, background: d.background}
 }
@@ -187,7 +212,7 @@ func (d *disk) readIdentity() (*kvpb.Identity, error) {
 	}
 	switch {
 	case err != nil:
-		return nil, d.refuse("its file identity, offset %d: %w. %s", r.offset, err, whatToDo)
+		return nil, d.refuse("its file identity, offset %d: %w. %s", r.offset, err, adviceOn(err))
 	case id.Format > identityFormat:
 		return nil, d.refuse("its format is %d, this program knows %d: start the newer one that made it", id.Format, identityFormat)
 	case id.Format != identityFormat || id.ClusterId == 0 || id.NodeId == 0 || id.RaftId == 0 || id.RaftId >= maxRaftID || id.LogId == 0:
@@ -204,7 +229,7 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 	path := d.path(mark.File)
 	f, err := d.fs.open(path)
 	if err != nil {
-		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, whatToDo)
+		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, adviceOn(err))
 	}
 	defer f.Close()
 	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, func(keys, all uint64) {
@@ -212,7 +237,7 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 	})
 	switch {
 	case err != nil:
-		return nil, d.refuse("%s: %w. %s", path, err, whatToDo)
+		return nil, d.refuse("%s: %w. %s", path, err, adviceOn(err))
 	case s.index != mark.Index || s.term != mark.Term || s.clusterID != id.ClusterId:
 		return nil, d.refuse("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s", path, s.index, s.clusterID, mark.Index, id.ClusterId, whatToDo)
 	}
@@ -251,6 +276,9 @@ type snapshotWriter struct {
 
 func (d *disk) newSnapshot() *snapshotWriter {
 	w := &snapshotWriter{d: d, name: fmt.Sprintf("%016x.tmp", randomID())}
+	if w.err = d.claim(); w.err != nil {
+		return w
+	}
 	if w.file, w.err = d.fs.create(d.path(w.name)); w.err == nil {
 		w.w = io.NewOffsetWriter(w.file, 0)
 	}
@@ -277,7 +305,7 @@ func (w *snapshotWriter) Write(b []byte) (n int, err error) {
 func (w *snapshotWriter) finish(index uint64, err error) (name string, _ error) {
 	name = fmt.Sprintf("%016x-%s.snap", index, strings.TrimSuffix(w.name, ".tmp"))
 	if err == nil {
-		w.err = ifNot(w.err, w.file.sync)
+		w.err = ifNot(w.err, func() error { return w.file.sync() })
 	}
 	if w.w != nil {
 		_ = w.file.Close() // synced, or to be removed
@@ -378,8 +406,7 @@ func (d *disk) persist(jobs []diskJob) (err error) {
 		}
 	}
 	if mark := batch.Snapshot; mark != nil {
-		// Behind another batch, the mark cannot be cut away as the last one.
-		return ifNot(d.wal.append(&kvpb.LogBatch{}), func() error { return d.wal.release(mark.Index) })
+		return d.wal.release(mark.Index)
 	}
 	return nil
 }
@@ -396,8 +423,18 @@ func ifNot(err error, steps ...func() error) error {
 
 func (d *disk) syncDir() error { return d.fs.syncDir(d.dir) }
 
+// claimDir has an empty directory say that what is put there is not finished. Once
+// identity.tmp is there, only begin may write it.
+func (d *disk) claimDir() error {
+	f, err := d.fs.create(d.path("identity.tmp"))
+	return ifNot(err, func() error { return f.Close() }, d.syncDir)
+}
+
 // begin makes an empty directory that of a node, but for the last step.
 func (d *disk) begin(j diskJob) error {
+	if err := d.claim(); err != nil {
+		return err
+	}
 	f, err := d.fs.create(d.path("identity.tmp"))
 	if err != nil {
 		return err

@@ -72,11 +72,29 @@ func (osFS) lock(dir string) (io.Closer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	if err := lockFile(f); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("the data directory %s: another process uses it (%w)", dir, err)
+		return nil, fmt.Errorf("the data directory %s: %w", dir, lockError(f.Name(), err))
 	}
 	return f, nil
+}
+
+func lockFile(f *os.File) error {
+	for {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err != syscall.EINTR { // interrupted before it did anything: not a failure
+			return err
+		}
+	}
+}
+
+// lockError says what it means that a file cannot be locked: only one error means
+// that another process has the lock.
+func lockError(name string, err error) error {
+	if err == syscall.EWOULDBLOCK {
+		return fmt.Errorf("another process uses it (%w)", err)
+	}
+	return &os.PathError{Op: "flock", Path: name, Err: err}
 }
 
 func (osFS) syncDir(dir string) error {

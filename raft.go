@@ -843,6 +843,7 @@ func (n *node) persist(j diskJob, done func()) {
 
 // diskFailed ends the node: what is on the disk nobody knows.
 func (n *node) diskFailed(err error) {
+	n.disk.failed.Store(true)
 	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
 }
 

@@ -2270,6 +2270,9 @@ func (p *proc) stop(length float64) {
 		p.turn(0)
 		n.failAll(errStopping)
 		p.poll()
+		if p.disk != nil {
+			p.disk.close()
+		}
 		p.die(length)
 	})
 }

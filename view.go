@@ -335,7 +335,8 @@ func scanSnapshot(r io.Reader, keep bool, say func(keys, all uint64)) (*store, e
 				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
 			}
 			if _, err := br.ReadByte(); err != io.EOF {
-				return nil, fmt.Errorf("snapshot, offset %d: something follows its footer", frames.offset)
+				more := errors.New("something follows its footer")
+				return nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, cmp.Or(noEOF(err), more))
 			}
 			s.keys = keys
 			return s, nil

@@ -2,27 +2,37 @@
 //
 // The log is a run of segments: files named by a number that goes up by one
 // ("0000000000000001.wal"), full of zeros until they are written. In a segment,
-// batches follow one another. A batch starts on a sector, ends with zeros up to
-// the end of one, and never spans segments: one that is too large has a larger
-// segment to itself. Integers are little-endian, checksums CRC-32C:
+// batches follow one another. A batch takes whole sectors of 512 bytes, and never
+// spans segments: one that is too large has a larger segment to itself. Of a
+// sector, 508 bytes are data. The data of a batch is a header, a payload, and
+// zeros. Integers are little-endian, checksums CRC-32C:
 //
 //	0 "rkv-wal" and a byte, the format's version; 8 the log's id; 16 segment
 //	number; 24 batch number; 32 checksum of the batch before; 36 checksum of
-//	all but these four bytes; 40 length of the payload; 44 payload: a LogBatch
+//	all data but these four bytes; 40 length of the payload; 44 size of the
+//	segment; 48 1 if the batch says that the next segment's file is there, else
+//	0; 52 payload: a LogBatch
 //
-// The first 40 bytes, and what the checksum covers if the length is where it
-// is, stay in every version.
+// Each sector ends with a checksum of bytes 8 to 35 of the header, of the sector's
+// number in the batch, and of its data. Layout, checksums and the fields before 44
+// stay in every version.
 //
-// A batch is written only after the one before it is synced, so a crash can
-// damage none but the last: damage before an intact later batch is corruption.
-// The checksum proves a batch by itself; the checksum before it and the numbers
-// prove its place. The id is random: no stored value can pass for a batch.
+// A batch is written over zeros that are durable, and only after the one before it
+// is synced. A disk writes a sector whole or not at all. So of the last batch a
+// loss of power can leave sectors as they were written, and zeros, and at least
+// one that is missing: such a batch is torn, was never acknowledged, and is cut
+// away. All else that is no intact batch is damage, of a batch of one sector too.
+// That is also why close appends a batch that says nothing: all that was
+// acknowledged is before it. The id is random: no stored value can pass for a batch.
 //
-// A segment gets its name after its first batch is synced: that one is never
-// torn. It repeats the hard state, the snapshot mark and which segment is the
-// oldest one needed: those before may go. While a segment is written, a
-// goroutine fills the next one (".wal.tmp"), which it begins only once the one
-// before has its name: if that is not there, it was lost.
+// A segment gets its name after its first batch is synced, and has its full size
+// by then: that batch is never torn, and a segment of another size is damaged. The
+// first batch repeats the hard state, the snapshot mark and which segment is the
+// oldest one needed: those before may go. While a segment is written, a goroutine
+// fills the next one (".wal.tmp"), which it begins only once the one before has its
+// name: if that is not there, it was lost. Before the log goes on in the next
+// segment, the present one announces that its file is there: so all segments can be
+// missed but those at the front, which may go.
 
 package main
 
@@ -46,9 +56,10 @@ import (
 )
 
 const (
-	walMagic     = "rkv-wal\x01" // the last byte is the version
+	walMagic     = "rkv-wal\x02" // the last byte is the version
 	sectorBytes  = 512
-	headerBytes  = 44
+	sectorData   = sectorBytes - 4 // behind it is its checksum
+	headerBytes  = 52
 	segmentBytes = 64 << 20 // by default
 	zeroBytes    = 1 << 20  // synced at a time, for an append may wait behind it
 )
@@ -94,74 +105,150 @@ func mergeBatch(b, c *kvpb.LogBatch) error {
 type walPlace struct {
 	id, segment, batch uint64
 	before             uint32 // checksum of the batch before
+	size               int    // of the segment
 }
 
+// placeOf returns the place that the header of a batch says it has.
 func placeOf(b []byte) walPlace {
 	u := binary.LittleEndian.Uint64
-	return walPlace{u(b[8:]), u(b[16:]), u(b[24:]), binary.LittleEndian.Uint32(b[32:])}
+	return walPlace{u(b[8:]), u(b[16:]), u(b[24:]), binary.LittleEndian.Uint32(b[32:]), int(binary.LittleEndian.Uint32(b[44:]))}
 }
+
+// putHeader writes the place to a header.
+func (p walPlace) putHeader(b []byte) {
+	copy(b, walMagic)
+	binary.LittleEndian.PutUint64(b[8:], p.id)
+	binary.LittleEndian.PutUint64(b[16:], p.segment)
+	binary.LittleEndian.PutUint64(b[24:], p.batch)
+	binary.LittleEndian.PutUint32(b[32:], p.before)
+	binary.LittleEndian.PutUint32(b[44:], uint32(p.size))
+}
+
+// announces reports whether a batch says that the next segment's file is there.
+func announces(b []byte) bool { return binary.LittleEndian.Uint32(b[48:]) == 1 }
 
 func checksumOf(b []byte) uint32 { return binary.LittleEndian.Uint32(b[36:]) }
 
-func checksum(b []byte) uint32 {
-	return crc32.Update(crc32.Checksum(b[:36], castagnoli), castagnoli, b[40:])
+// checksum is of all data of a batch but the checksum itself.
+func checksum(data []byte) uint32 {
+	return crc32.Update(crc32.Checksum(data[:36], castagnoli), castagnoli, data[40:])
 }
 
-// sectors rounds a size up to whole sectors.
-func sectors(size int) int { return (size + sectorBytes - 1) / sectorBytes * sectorBytes }
+// sectorSeed is what the checksums of a batch's sectors go on from: its place.
+func sectorSeed(header []byte) uint32 { return crc32.Checksum(header[8:36], castagnoli) }
+
+func sectorChecksum(seed uint32, number int, sector []byte) uint32 {
+	var n [4]byte
+	binary.LittleEndian.PutUint32(n[:], uint32(number))
+	return crc32.Update(crc32.Update(seed, castagnoli, n[:]), castagnoli, sector[:sectorData])
+}
+
+func intactSector(seed uint32, number int, sector []byte) bool {
+	return binary.LittleEndian.Uint32(sector[sectorData:]) == sectorChecksum(seed, number, sector)
+}
+
+// sectors returns how many bytes so much data takes, in whole sectors.
+func sectors(data int) int { return (data + sectorData - 1) / sectorData * sectorBytes }
+
+// batchBytes returns how many bytes the batch takes that a sector begins.
+func batchBytes(first []byte) uint64 {
+	data := headerBytes + uint64(binary.LittleEndian.Uint32(first[40:]))
+	return (data + sectorData - 1) / sectorData * sectorBytes
+}
 
 // encode encodes the batch whose place is p.
-func (p walPlace) encode(b *kvpb.LogBatch) ([]byte, error) {
+func (p walPlace) encode(b *kvpb.LogBatch, announces bool) ([]byte, error) {
 	size := headerBytes + proto.Size(b)
 	buf := make([]byte, headerBytes, sectors(size))
 	buf, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(buf, b)
 	buf = buf[:cap(buf)]
-	copy(buf, walMagic)
-	binary.LittleEndian.PutUint64(buf[8:], p.id)
-	binary.LittleEndian.PutUint64(buf[16:], p.segment)
-	binary.LittleEndian.PutUint64(buf[24:], p.batch)
-	binary.LittleEndian.PutUint32(buf[32:], p.before)
+	p.putHeader(buf)
 	binary.LittleEndian.PutUint32(buf[40:], uint32(size-headerBytes))
-	binary.LittleEndian.PutUint32(buf[36:], checksum(buf))
+	if announces {
+		binary.LittleEndian.PutUint32(buf[48:], 1)
+	}
+	layOut(buf)
 	return buf, err
 }
 
-// intactBatch returns the batch that b begins with, unless it is damaged.
-func intactBatch(b []byte) []byte {
+// layOut makes sectors of the data that b begins with, and adds all checksums.
+func layOut(b []byte) {
+	n := len(b) / sectorBytes
+	data := b[:n*sectorData]
+	binary.LittleEndian.PutUint32(b[36:], checksum(data))
+	seed := sectorSeed(b)
+	for i := n - 1; i >= 0; i-- { // the last one first: none is overwritten before it has moved
+		sector := b[i*sectorBytes:][:sectorBytes]
+		copy(sector, data[i*sectorData:][:sectorData])
+		binary.LittleEndian.PutUint32(sector[sectorData:], sectorChecksum(seed, i, sector))
+	}
+}
+
+// intactBatch returns the batch that b begins with, and its data; nil if it is
+// damaged.
+func intactBatch(b []byte) (raw, data []byte) {
 	if len(b) < sectorBytes {
-		return nil
+		return nil, nil
 	}
-	size := uint64(binary.LittleEndian.Uint32(b[40:])) + headerBytes + sectorBytes - 1
-	if size -= size % sectorBytes; size > uint64(len(b)) || checksum(b[:size]) != checksumOf(b) {
-		return nil
+	seed := sectorSeed(b)
+	if !intactSector(seed, 0, b) || batchBytes(b) > uint64(len(b)) {
+		return nil, nil
 	}
-	return b[:size]
+	raw = b[:batchBytes(b)]
+	n := len(raw) / sectorBytes
+	data = make([]byte, 0, n*sectorData)
+	for i := range n {
+		sector := raw[i*sectorBytes:][:sectorBytes]
+		if !intactSector(seed, i, sector) {
+			return nil, nil
+		}
+		data = append(data, sector[:sectorData]...)
+	}
+	if checksum(data) != checksumOf(data) {
+		return nil, nil
+	}
+	return raw, data
 }
 
 // decodeBatch decodes the batch that b begins with. The error is errNoBatch if
 // it is damaged. What this allocates is bounded by the length of b.
 func decodeBatch(b []byte) (raw []byte, batch *kvpb.LogBatch, err error) {
-	if raw = intactBatch(b); raw == nil {
+	raw, data := intactBatch(b)
+	if raw == nil {
 		return nil, nil, errNoBatch
 	}
-	if string(raw[:8]) != walMagic {
+	if string(data[:8]) != walMagic {
 		return raw, nil, errWALFormat
 	}
 	batch = &kvpb.LogBatch{}
-	err = proto.Unmarshal(raw[headerBytes:][:binary.LittleEndian.Uint32(raw[40:])], batch)
+	err = proto.Unmarshal(data[headerBytes:][:binary.LittleEndian.Uint32(data[40:])], batch)
 	return raw, batch, err
 }
 
-// laterBatch looks for an intact batch behind the one that b begins with and
-// whose place is p.
-func (p walPlace) laterBatch(b []byte) bool {
-	for ; len(b) > sectorBytes; b = b[sectorBytes:] {
-		l := placeOf(b[sectorBytes:])
-		if l.id == p.id && l.segment == p.segment && l.batch >= p.batch && intactBatch(b[sectorBytes:]) != nil {
-			return true
+// torn reports whether b, the rest of a segment, is what a loss of power can leave
+// while the batch is written whose place is p: each sector is there as it was
+// written, or is zeros, and one of the batch's is missing.
+func (p walPlace) torn(b []byte) bool {
+	var header [headerBytes]byte
+	p.putHeader(header[:])
+	seed := sectorSeed(header[:])
+	end := uint64(len(b)) // of the batch, as far as that is known
+	if intactSector(seed, 0, b) {
+		end = batchBytes(b)
+	}
+	missing := false
+	for at := 0; at < len(b); at += sectorBytes {
+		sector := b[at:][:sectorBytes]
+		inBatch := uint64(at) < end
+		switch {
+		case inBatch && intactSector(seed, at/sectorBytes, sector):
+		case !allZero(sector):
+			return false
+		case inBatch:
+			missing = true
 		}
 	}
-	return false
+	return missing && end <= uint64(len(b))
 }
 
 // wal is an open log. One goroutine at a time uses it.
@@ -174,10 +261,11 @@ type wal struct {
 	at       walPlace // of the next batch
 	file     file     // the newest segment
 	offset   int      // of the next batch
-	size     int      // of the newest segment
 	segments []walSegment
 	head     *kvpb.LogBatch // what the first batch of a segment repeats
 	next     chan error     // tells when the next segment is filled; nil: none is
+
+	announced bool // the newest segment says that the next one's file is there
 }
 
 // walSegment is a segment and the highest index of an entry in it.
@@ -192,10 +280,10 @@ func openWAL(fs fileSystem, dir string, o walOptions) (*wal, *kvpb.LogBatch, err
 		o.background = func(f func()) { go f() }
 	}
 	w := &wal{fs: fs, dir: dir, opts: o, head: &kvpb.LogBatch{FirstSegment: 1}}
-	numbers, err := w.list()
+	numbers, filled, err := w.list()
 	var state *kvpb.LogBatch
 	if err == nil && len(numbers) > 0 {
-		state, err = w.replay(numbers)
+		state, err = w.replay(numbers, filled)
 	}
 	if err == nil {
 		w.fillNext()
@@ -219,8 +307,9 @@ func (w *wal) damage(segment uint64, offset int, format string, args ...any) err
 	return fmt.Errorf("%s, offset %d: %s. %s", w.path(segment), offset, fmt.Sprintf(format, args...), whatToDo)
 }
 
-// list returns the numbers of all segments.
-func (w *wal) list() (numbers []uint64, err error) {
+// list returns the numbers of all segments, and of the one that was being filled;
+// 0: there is none.
+func (w *wal) list() (numbers []uint64, filled uint64, err error) {
 	names, err := w.fs.readDir(w.dir)
 	newest := uint64(0)
 	for _, name := range names {
@@ -231,15 +320,17 @@ func (w *wal) list() (numbers []uint64, err error) {
 		case suffix == "wal":
 			numbers, newest = append(numbers, n), n
 		case suffix == "wal.tmp" && n > newest+1:
-			return nil, w.damage(n-1, 0, "the segment is missing, for the next one was begun")
+			return nil, 0, w.damage(n-1, 0, "the segment is missing, for the next one was begun")
+		case suffix == "wal.tmp":
+			filled = n
 		}
 	}
-	return numbers, err
+	return numbers, filled, err
 }
 
 // replay reads the segments that precede the newest one without a gap. If more
 // are needed, the newest says so.
-func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
+func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
 	first := len(numbers) - 1
 	for first > 0 && numbers[first-1] == numbers[first]-1 {
 		first--
@@ -262,6 +353,9 @@ func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
 			w.opts.log.Info("reading the log", "segments", i+1-first, "of", len(numbers)-first)
 		}
 	}
+	if next := w.at.segment + 1; w.announced && filled != next {
+		return nil, w.damage(next, 0, "the segment is missing, for the one before says that its file is there")
+	}
 	oldest, mark := numbers[first], s.Snapshot.GetIndex()
 	s.Entries = slices.DeleteFunc(s.Entries, func(e *kvpb.Entry) bool { return e.Index <= mark })
 	switch {
@@ -283,17 +377,16 @@ func (w *wal) replay(numbers []uint64) (*kvpb.LogBatch, error) {
 	return s, ifNot(err, func() error { return writeSync(w.file, again, offset) }, w.drop)
 }
 
-// replaySegment adds what a segment says to s. It returns what has to be
-// written again, and where: the last batch, for if the process that wrote it
-// failed to sync it, the page cache has it and does not know that the disk has
-// not; and zeros over a batch that was torn.
+// replaySegment adds what a segment says to s. It returns what has to be written
+// again, and where: all from the last batch on. If the process that wrote that
+// failed to sync it, or the zeros over a torn one, the page cache has them and does
+// not know that the disk has not.
 func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []byte, offset int, err error) {
 	b, err := w.fs.readFile(w.path(n))
 	if err != nil {
 		return nil, 0, err
 	}
-	b = append(b, make([]byte, -len(b)&(sectorBytes-1))...)
-	w.at.segment, w.offset, w.size = n, 0, len(b)
+	w.at.segment, w.at.size, w.offset, w.announced = n, len(b), 0, false
 	for {
 		raw, batch, err := decodeBatch(b[w.offset:])
 		if err == errNoBatch {
@@ -303,8 +396,11 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []by
 			return nil, 0, fmt.Errorf("%s: %w", w.path(n), err)
 		}
 		p := placeOf(raw)
+		if w.offset == 0 && p.size != len(b) {
+			return nil, 0, w.damage(n, min(p.size, len(b)), "the segment is %d bytes long, and was %d before it got its name", len(b), p.size)
+		}
 		if w.at.id == 0 { // the first one of all that there are
-			w.at = walPlace{cmp.Or(w.opts.id, p.id), n, p.batch, p.before}
+			w.at = walPlace{cmp.Or(w.opts.id, p.id), n, p.batch, p.before, len(b)}
 		}
 		if p != w.at {
 			err = fmt.Errorf("batch %d of segment %d of log %x is in the place of batch %d of segment %d of log %x, or batches before it are missing",
@@ -316,21 +412,24 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []by
 		if err != nil {
 			return nil, 0, w.damage(n, w.offset, "%v", err)
 		}
-		again, offset = raw, w.offset
+		offset = w.offset
+		w.announced = w.announced || announces(raw)
 		w.wrote(batch, raw)
 	}
 	rest := b[w.offset:]
-	switch torn := !allZero(rest); {
+	switch {
 	case w.offset == 0:
 		return nil, 0, w.damage(n, 0, "the first batch is damaged, which was whole before the segment got its name")
-	case torn && (!newest || w.at.laterBatch(rest)):
-		return nil, 0, w.damage(n, w.offset, "a batch is damaged that is not the last one")
-	case torn:
+	case allZero(rest):
+	case !newest:
+		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and later ones were written")
+	case !w.at.torn(rest):
+		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: that leaves each sector as it was written, or as zeros")
+	default:
 		w.opts.log.Warn("the last batch of the log is torn: cut there", "file", w.path(n), "offset", w.offset)
 		clear(rest)
-		again = b[offset:]
 	}
-	return again, offset, nil
+	return b[offset:], offset, nil
 }
 
 func allZero(b []byte) bool {
@@ -365,11 +464,11 @@ func (w *wal) write(b *kvpb.LogBatch) error {
 	if err := mergeBatch(head, b); err != nil {
 		return err
 	}
-	raw, err := w.at.encode(b)
+	raw, err := w.at.encode(b, false)
 	if err != nil {
 		return err
 	}
-	if w.offset+len(raw) > w.size {
+	if w.offset+len(raw)+sectorBytes > w.at.size { // the last sector is announce's
 		err = w.roll(head)
 	} else if err = writeSync(w.file, raw, w.offset); err == nil {
 		w.wrote(b, raw)
@@ -387,21 +486,27 @@ func writeSync(f file, b []byte, offset int) error {
 
 // roll writes a batch as the first one of the next segment.
 func (w *wal) roll(b *kvpb.LogBatch) error {
-	w.at.segment++
-	raw, err := w.at.encode(b)
-	if err != nil {
-		return err
-	}
-	temp := w.path(w.at.segment) + ".tmp"
-	err, w.next = <-w.next, nil
+	temp := w.path(w.at.segment+1) + ".tmp"
+	err := <-w.next
+	w.next = nil
 	if err != nil && w.fill(temp) != nil { // again, as a new file: there may be space now
 		return err
 	}
 	if w.file != nil {
+		if err := w.announce(); err != nil {
+			return err
+		}
 		w.file.Close() // synced
+	}
+	w.at.segment++
+	w.at.size = max(sectors(headerBytes+proto.Size(b))+sectorBytes, w.opts.segmentBytes)
+	raw, err := w.at.encode(b, false)
+	if err != nil {
+		return err
 	}
 	w.file, err = w.fs.open(temp)
 	err = ifNot(err,
+		w.lengthen,
 		func() error { return writeSync(w.file, raw, 0) },
 		func() error { return w.fs.rename(temp, w.path(w.at.segment)) },
 		func() error { return w.fs.syncDir(w.dir) })
@@ -409,10 +514,37 @@ func (w *wal) roll(b *kvpb.LogBatch) error {
 		return err
 	}
 	w.segments = append(w.segments, walSegment{number: w.at.segment})
-	w.offset, w.size = 0, max(len(raw), w.opts.segmentBytes)
+	w.offset, w.announced = 0, false
 	w.wrote(b, raw)
 	w.fillNext()
 	return nil
+}
+
+// announce appends, where there is always room for it, that the file of the next
+// segment is there. A log that went on in that before a crash has said so already.
+func (w *wal) announce() error {
+	if w.announced {
+		return nil
+	}
+	nothing := &kvpb.LogBatch{}
+	raw, err := w.at.encode(nothing, true)
+	err = ifNot(err, func() error { return writeSync(w.file, raw, w.offset) })
+	if err != nil {
+		return err
+	}
+	w.announced = true
+	w.wrote(nothing, raw)
+	return nil
+}
+
+// lengthen makes the file of a segment as long as it has to be, if that is more than
+// was filled.
+func (w *wal) lengthen() error {
+	if w.at.size == w.opts.segmentBytes {
+		return nil
+	}
+	_, err := w.file.WriteAt(make([]byte, sectorBytes), int64(w.at.size-sectorBytes))
+	return err
 }
 
 // fillNext has a goroutine fill the next segment. The file is the goroutine's
@@ -423,8 +555,8 @@ func (w *wal) fillNext() {
 	w.opts.background(func() { next <- w.fill(temp) })
 }
 
-// fill fills a new file with zeros: what is written over them is synced twice
-// as fast as what makes a file grow.
+// fill fills a new file with zeros, and makes its name durable: what is written over
+// them is synced twice as fast as what makes a file grow.
 func (w *wal) fill(path string) error {
 	f, err := w.fs.create(path)
 	if err != nil {
@@ -435,7 +567,7 @@ func (w *wal) fill(path string) error {
 	for n := 0; n < w.opts.segmentBytes && err == nil; n += len(zeros) {
 		err = writeSync(f, zeros[:min(len(zeros), w.opts.segmentBytes-n)], n)
 	}
-	return err
+	return ifNot(err, func() error { return w.fs.syncDir(w.dir) })
 }
 
 // release removes the segments that nobody needs who needs no entry up to
@@ -447,8 +579,7 @@ func (w *wal) release(index uint64) error {
 	for n < len(w.segments)-1 && w.segments[n].last <= index {
 		n++
 	}
-	if n > 0 && w.append(&kvpb.LogBatch{FirstSegment: w.segments[n].number}) == nil &&
-		w.append(&kvpb.LogBatch{}) == nil { // so that what says so is not the last batch, which can be cut away
+	if n > 0 && w.append(&kvpb.LogBatch{FirstSegment: w.segments[n].number}) == nil {
 		w.err = w.drop()
 	}
 	return w.err
