@@ -436,7 +436,8 @@ func checkRows() []checkRow {
 		{name: "proposal: long key to delete", peer: newLeader, bad: proposalOf(deleteWrite(strings.Repeat("k", maxKeyBytes+1))), good: proposalOf(deleteWrite(strings.Repeat("k", maxKeyBytes)))},
 		{name: "proposal: long value", peer: newLeader, bad: proposalOf(setWrite("k", strings.Repeat("v", maxValueBytes+1))), good: proposalOf(setWrite("k", strings.Repeat("v", maxValueBytes)))},
 		{name: "proposal: session 0", peer: newLeader, bad: proposalOf(withID(0, 1, setWrite("k", ""))), good: proposalOf(withID(1, 1, setWrite("k", "")))},
-		{name: "proposal: sequence 0", peer: newLeader, bad: proposalOf(withID(1, 0, deleteWrite("k"))), good: proposalOf(withID(1, 1, deleteWrite("k")), openWrite())},
+		{name: "proposal: sequence 0", peer: newLeader, bad: proposalOf(withID(1, 0, deleteWrite("k"))), good: proposalOf(withID(1, 1, deleteWrite("k")), openWrite(1))},
+		{name: "proposal: session without a number", peer: newLeader, bad: proposalOf(openWrite(0)), good: proposalOf(openWrite(1<<64 - 1))},
 		{name: "proposal: delete of nothing", peer: newLeader, bad: proposalOf(deleteIf("k", 0)), good: proposalOf(deleteIf("k", 1), setIf("k", "v", 0))},
 		{name: "proposal: unknown write", peer: newLeader, bad: proposalOf(write, &kvpb.Write{}), good: proposalOf(write, write)},
 

@@ -95,17 +95,21 @@ func kvService() *grpc.ServiceDesc {
 func operate(ctx context.Context, req any) (any, error) {
 	m := req.(*kvRequest)
 	var o kvOp
-	if err := o.parse(m.operation); err != nil {
+	if err := o.parseOperation(m.operation); err != nil {
 		return nil, err
 	}
 	if o.kind == opGet {
 		return m.s.get(ctx, &o)
 	}
-	r, err := m.s.call(ctx, m.operation)
+	write := m.operation
+	if o.kind == opOpenSession {
+		write = o.newSession()
+	}
+	r, err := m.s.call(ctx, write)
 	if err != nil {
 		return nil, o.unknown(err)
 	}
-	return &wireBytes{appendAnswer(make([]byte, 0, 16), o.kind, r, nil), mem.NopBufferPool{}}, nil
+	return &wireBytes{appendAnswer(make([]byte, 0, 16), &o, r, nil), mem.NopBufferPool{}}, nil
 }
 
 func (s *server) get(ctx context.Context, o *kvOp) (any, error) {
@@ -122,13 +126,13 @@ func (s *server) get(ctx context.Context, o *kvOp) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &wireBytes{appendAnswer(make([]byte, 0, len(it.value)+16), opGet, result{version: it.version, found: found}, it.value), pool}, nil
+	return &wireBytes{appendAnswer(make([]byte, 0, len(it.value)+16), o, result{version: it.version, found: found}, it.value), pool}, nil
 }
 
 // appendAnswer appends the answer to an operation; value is that of the key that a
 // Get has found.
-func appendAnswer(b []byte, kind protowire.Number, r result, value []byte) []byte {
-	switch kind {
+func appendAnswer(b []byte, o *kvOp, r result, value []byte) []byte {
+	switch o.kind {
 	case opGet:
 		if r.found {
 			b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), value)
@@ -140,7 +144,7 @@ func appendAnswer(b []byte, kind protowire.Number, r result, value []byte) []byt
 		b = appendVarint(b, 1, protowire.EncodeBool(r.found))
 		b = appendVarint(appendVarint(b, 2, r.version), 3, protowire.EncodeBool(r.compareFailed))
 	case opOpenSession:
-		b = appendVarint(b, 1, r.version)
+		b = appendVarint(b, 1, o.session)
 	}
 	return b
 }
@@ -167,8 +171,13 @@ func newGroup(m []byte) (*group, error) {
 	for i := range g.ops {
 		f.next()
 		o, c := &g.ops[i], &g.calls[i]
-		c.out.err = o.parse(f.b)
-		if c.group = g; o.kind != opGet {
+		c.group = g
+		c.out.err = o.parseOperation(f.b)
+		switch {
+		case o.kind == opGet:
+		case o.kind == opOpenSession && c.out.err == nil:
+			c.record = o.newSession()
+		default:
 			c.record = f.b
 		}
 	}
@@ -312,7 +321,7 @@ func (s *server) appendResult(b []byte, o *kvOp, err error, r result) []byte {
 	if err != nil {
 		kind, m = 5, appendError(m, toStatus(o.unknown(err), true))
 	} else {
-		m = appendAnswer(slices.Grow(m, len(it.value)+16), kind, r, it.value)
+		m = appendAnswer(slices.Grow(m, len(it.value)+16), o, r, it.value)
 	}
 	b = protowire.AppendTag(b, kind, protowire.BytesType)
 	return protowire.AppendBytes(b, m)

@@ -67,7 +67,7 @@ func TestPipeline(t *testing.T) {
 			}
 		}
 		session, first := r[0].GetOpenSession().GetSession(), r[1].GetSet().GetVersion()
-		if session == 0 || first != session+1 || r[5].GetDelete() == nil || r[5].GetDelete().Deleted || r[6].GetSet().GetVersion() != first+2 {
+		if session == 0 || first == 0 || r[5].GetDelete() == nil || r[5].GetDelete().Deleted || r[6].GetSet().GetVersion() != first+2 {
 			t.Fatalf("node %d: %v", id, r)
 		}
 		again := setOp("a", "2")
@@ -237,8 +237,50 @@ func sameOperation(p kvOp, o *kvpb.Operation) bool {
 }
 
 func parseOperation(b []byte) (o kvOp, err error) {
-	err = o.parse(b)
+	err = o.parseOperation(b)
 	return o, err
+}
+
+// TestNumbersAreNotChosen: a client opens no session by a number, however it puts
+// that, and a peer none without one. The node that is called draws all of them.
+func TestNumbersAreNotChosen(t *testing.T) {
+	open := &kvpb.Operation{Operation: &kvpb.Operation_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}}
+	chosen := mustMarshal(t, openWrite(7))
+	within := protowire.AppendTag(nil, opOpenSession, protowire.BytesType)
+	within = protowire.AppendBytes(within, mustMarshal(t, &kvpb.NewSession{Session: 7}))
+	for name, b := range map[string][]byte{"of the log": chosen, "within the request": within} {
+		if o, err := parseOperation(b); err == nil {
+			t.Errorf("%s: %+v is taken from a client", name, o)
+		} else {
+			wantError(t, err, codes.InvalidArgument, "INVALID_FIELD")
+		}
+	}
+	var o kvOp
+	for name, b := range map[string][]byte{"a client's": mustMarshal(t, open), "within a client's": within, "no number": mustMarshal(t, openWrite(0))} {
+		if err := o.parseWrite(b); err == nil {
+			t.Errorf("%s: %+v is taken from a peer", name, o)
+		}
+	}
+	if err := o.parseWrite(chosen); err != nil || o.session != 7 {
+		t.Errorf("%+v, %v", o, err)
+	}
+
+	g, err := newGroup(mustMarshal(t, &kvpb.PipelineRequest{Operations: []*kvpb.Operation{open, open}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	drawn := map[uint64]bool{0: true}
+	for i := range g.calls {
+		if err := o.parseWrite(g.calls[i].record); err != nil || drawn[o.session] {
+			t.Errorf("%+v, %v; drawn before: %v", o, err, drawn)
+		}
+		drawn[o.session] = true
+		var answer kvpb.OperationResult
+		b := (&server{}).appendResult(nil, &g.ops[i], nil, result{})
+		if err := proto.Unmarshal(b, &answer); err != nil || answer.GetOpenSession().GetSession() != o.session {
+			t.Errorf("session %d is opened, %v, %v answered", o.session, &answer, err)
+		}
+	}
 }
 
 // FuzzParseOperation: what is accepted says the same to protobuf.
@@ -259,7 +301,7 @@ func FuzzParseOperation(f *testing.F) {
 		if err := proto.Unmarshal(b, &o); err != nil || !sameOperation(p, &o) {
 			t.Errorf("%+v is %v, %v", p, &o, err)
 		}
-		if _, err := parseBatch(append([]byte{0x1a}, protowire.AppendBytes(nil, b)...), nil); (err == nil) != (p.kind != opGet) {
+		if _, err := parseBatch(append([]byte{0x1a}, protowire.AppendBytes(nil, b)...), nil); (err == nil) != (p.kind == opSet || p.kind == opDelete) {
 			t.Error(err)
 		}
 	})

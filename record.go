@@ -10,12 +10,13 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Kinds of operations: the field numbers of Operation and, but for opGet, Write.
+// Kinds of operations: the field numbers of Operation and Write.
 const (
 	opSet         protowire.Number = 1
 	opDelete      protowire.Number = 2
-	opOpenSession protowire.Number = 3
-	opGet         protowire.Number = 4
+	opOpenSession protowire.Number = 3 // not of Write
+	opGet         protowire.Number = 4 // not of Write
+	opNewSession  protowire.Number = 5 // not of Operation
 )
 
 // kvOp is an Operation or a Write. Its slices are part of what it was
@@ -26,7 +27,7 @@ type kvOp struct {
 	compares          bool
 	expected          uint64 // the key's version, if compares
 	hasID             bool
-	session, sequence uint64
+	session, sequence uint64 // of the id; or session is the one to be opened
 	local             bool
 }
 
@@ -70,10 +71,28 @@ func (f *fields) next() bool {
 	return true
 }
 
+// parseOperation parses what a client asks for.
+func (o *kvOp) parseOperation(m []byte) error {
+	err := o.parse(m)
+	if err == nil && o.kind == opNewSession {
+		return errMalformed
+	}
+	return err
+}
+
+// parseWrite parses what goes into the log.
+func (o *kvOp) parseWrite(m []byte) error {
+	err := o.parse(m)
+	if err == nil && (o.kind == opGet || o.kind == opOpenSession) {
+		return errMalformed
+	}
+	return err
+}
+
 // parse parses an Operation, or a Write, and checks it.
 func (o *kvOp) parse(m []byte) error {
 	f := fields{rest: m}
-	if *o = (kvOp{}); !f.next() || len(f.rest) > 0 || f.b == nil || f.num > opGet {
+	if *o = (kvOp{}); !f.next() || len(f.rest) > 0 || f.b == nil || f.num > opNewSession {
 		return errMalformed
 	}
 	o.kind = f.num
@@ -89,7 +108,9 @@ func (o *kvOp) parse(m []byte) error {
 func (o *kvOp) take(f *fields) bool {
 	isBytes := f.b != nil
 	switch num := f.num; {
-	case num == 1 && isBytes && o.kind != opOpenSession:
+	case num == 1 && !isBytes && o.kind == opNewSession:
+		o.session = f.v
+	case num == 1 && isBytes && o.hasKey():
 		o.key = f.b
 	case num == 2 && isBytes && o.kind == opSet:
 		o.value = f.b
@@ -116,10 +137,14 @@ func (o *kvOp) take(f *fields) bool {
 	return true
 }
 
-// check finds what a service refuses.
+func (o *kvOp) hasKey() bool { return o.kind != opOpenSession && o.kind != opNewSession }
+
+// check finds what a service, or a leader, refuses.
 func (o *kvOp) check() error {
 	switch {
-	case o.kind == opOpenSession:
+	case o.kind == opNewSession && o.session == 0:
+		return invalid("session", "it is 0")
+	case !o.hasKey():
 	case len(o.key) == 0:
 		return invalid("key", "it is empty")
 	case len(o.key) > maxKeyBytes:
@@ -136,6 +161,18 @@ func (o *kvOp) check() error {
 		return invalid("request_id.sequence", "it is 0")
 	}
 	return nil
+}
+
+// newSession draws the number of the session that is asked for, and returns the
+// Write that opens it.
+func (o *kvOp) newSession() []byte {
+	o.session = randomID()
+	return appendNewSession(nil, o.session)
+}
+
+func appendNewSession(b []byte, session uint64) []byte {
+	m := appendVarint(nil, 1, session)
+	return protowire.AppendBytes(protowire.AppendTag(b, opNewSession, protowire.BytesType), m)
 }
 
 // batch is a Batch that was parsed.
@@ -158,11 +195,7 @@ func parseBatch(data []byte, room []kvOp) (b batch, err error) {
 		case ok && f.num == 3 && f.b != nil:
 			b.writes = append(b.writes, kvOp{})
 			w := &b.writes[len(b.writes)-1]
-			err := w.parse(f.b)
-			if w.kind == opGet {
-				err = errMalformed
-			}
-			if err != nil {
+			if err := w.parseWrite(f.b); err != nil {
 				return b, fmt.Errorf("write %d of a batch: %w", len(b.writes), err)
 			}
 		default:

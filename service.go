@@ -121,6 +121,8 @@ var apiErrors = []struct {
 	{errOutcomeUnknown, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN},
 	{errSessionUnknown, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN},
 	{errSequenceTooOld, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD},
+	{errSequenceTooFar, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_FAR},
+	{errSessionTaken, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_SESSION_TAKEN},
 	{errNotInitialized, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
 	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
 	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},

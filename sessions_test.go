@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -31,9 +32,12 @@ import (
 	"raft-key-value/kvpb"
 )
 
-func openWrite() *kvpb.Write {
-	return &kvpb.Write{Operation: &kvpb.Write_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}}
+func openWrite(session uint64) *kvpb.Write {
+	return &kvpb.Write{Operation: &kvpb.Write_NewSession{NewSession: &kvpb.NewSession{Session: session}}}
 }
+
+// opened is what a write ends with that opens a session.
+var opened outcome
 
 // setIf is a Set of a key that has a version.
 func setIf(key, value string, version uint64) *kvpb.Write {
@@ -105,69 +109,146 @@ func TestCompare(t *testing.T) {
 
 func TestSession(t *testing.T) {
 	s := &sessionStore{newTestStore(), t, 0}
-	unknown, tooOld := outcome{err: errSessionUnknown}, outcome{err: errSequenceTooOld}
-	s.wants(withID(1, 1, setWrite("a", "x")), 0, unknown)
-	s.wants(openWrite(), 1, done(1, false))
-	s.wants(openWrite(), 1, done(2, false))
-	s.wants(withID(1, 1, setWrite("a", "1")), 1, done(3, false))
-	s.wants(setWrite("a", "2"), 1, done(4, true))
-	s.wants(withID(1, 1, setWrite("a", "1")), 0, done(3, false))
-	s.wants(withID(2, 1, setWrite("a", "3")), 1, done(5, true)) // of another session
-	s.wants(withID(1, 2, deleteWrite("a")), 1, done(6, true))
-	s.wants(setWrite("a", "4"), 1, done(7, false))
-	s.wants(withID(1, 2, deleteWrite("a")), 0, done(6, true))
-	s.wants(withID(1, 3, setIf("a", "x", 6)), 0, failed(7))
-	s.wants(deleteWrite("a"), 1, done(8, true))
-	s.wants(withID(1, 3, setIf("a", "x", 0)), 0, failed(7)) // remembered
-	s.wants(withID(8, 1, setWrite("a", "x")), 0, unknown)   // a version, but of no OpenSession
-	s.wants(withID(9, 1, setWrite("a", "x")), 0, unknown)
-	if got := applyBatch(t, s.store, 2, 1, withID(1, 4, setWrite("a", "5")), withID(1, 4, setWrite("a", "5"))); got[0] != got[1] || s.version != 9 {
+	unknown, tooOld, tooFar := outcome{err: errSessionUnknown}, outcome{err: errSequenceTooOld}, outcome{err: errSequenceTooFar}
+	s.wants(withID(71, 1, setWrite("a", "x")), 0, unknown)
+	s.wants(openWrite(71), 0, opened)
+	s.wants(openWrite(1<<64-1), 0, opened)
+	s.wants(openWrite(71), 0, outcome{err: errSessionTaken})
+	s.wants(withID(71, 1, setWrite("a", "1")), 1, done(1, false))
+	s.wants(openWrite(71), 0, outcome{err: errSessionTaken})
+	s.wants(setWrite("a", "2"), 1, done(2, true))
+	s.wants(withID(71, 1, setWrite("a", "1")), 0, done(1, false))
+	s.wants(withID(1<<64-1, 1, setWrite("a", "3")), 1, done(3, true)) // of another session
+	s.wants(withID(71, 2, deleteWrite("a")), 1, done(4, true))
+	s.wants(setWrite("a", "4"), 1, done(5, false))
+	s.wants(withID(71, 2, deleteWrite("a")), 0, done(4, true))
+	s.wants(withID(71, 3, setIf("a", "x", 4)), 0, failed(5))
+	s.wants(deleteWrite("a"), 1, done(6, true))
+	s.wants(withID(71, 3, setIf("a", "x", 0)), 0, failed(5)) // remembered
+	s.wants(withID(6, 1, setWrite("a", "x")), 0, unknown)    // a version, but of no OpenSession
+	if got := applyBatch(t, s.store, 2, 1, withID(71, 4, setWrite("a", "5")), withID(71, 4, setWrite("a", "5"))); got[0] != got[1] || s.version != 7 {
 		t.Errorf("twice in one batch: %v", got)
 	}
 
-	// The window: what is out of order is taken, what is too old is not.
-	s.wants(withID(1, 2000, setWrite("b", "1")), 1, done(10, false))
-	s.wants(withID(1, 977, setWrite("b", "2")), 1, done(11, true))
-	s.wants(withID(1, 976, setWrite("b", "x")), 0, tooOld)
-	s.wants(withID(1, 1, setWrite("a", "1")), 0, tooOld)
-	s.wants(withID(1, 1500, setWrite("b", "3")), 1, done(12, true))
-	s.wants(withID(1, 977, setWrite("b", "2")), 0, done(11, true))
-	s.wants(withID(1, 2001, setWrite("b", "4")), 1, done(13, true))
-	s.wants(withID(1, 977, setWrite("b", "2")), 0, tooOld)
-	s.wants(withID(1, 978, setWrite("b", "5")), 1, done(14, true))
-	s.wants(withID(1, 1500, setWrite("b", "3")), 0, done(12, true))
-	s.wants(withID(2, 1<<64-1, setWrite("b", "6")), 1, done(15, true))
-	s.wants(withID(2, 1<<64-1025, setWrite("b", "x")), 0, tooOld)
-	s.wants(withID(2, 1<<64-1024, setWrite("b", "7")), 1, done(16, true))
-	if it := contents(t, s.store); string(it["a"].value) != "5" || string(it["b"].value) != "7" {
+	// The window: what is out of order is taken, what is too old or too far is not.
+	s.wants(withID(71, 1029, setWrite("b", "x")), 0, tooFar)
+	s.wants(withID(71, 1<<64-1, setWrite("b", "x")), 0, tooFar)
+	s.wants(withID(71, 1028, setWrite("b", "1")), 1, done(8, false))
+	s.wants(withID(71, 2000, setWrite("b", "1")), 1, done(9, true))
+	s.wants(withID(71, 977, setWrite("b", "2")), 1, done(10, true))
+	s.wants(withID(71, 976, setWrite("b", "x")), 0, tooOld)
+	s.wants(withID(71, 1, setWrite("a", "1")), 0, tooOld)
+	s.wants(withID(71, 1500, setWrite("b", "3")), 1, done(11, true))
+	s.wants(withID(71, 977, setWrite("b", "2")), 0, done(10, true))
+	s.wants(withID(71, 2001, setWrite("b", "4")), 1, done(12, true))
+	s.wants(withID(71, 977, setWrite("b", "2")), 0, tooOld)
+	s.wants(withID(71, 978, setWrite("b", "5")), 1, done(13, true))
+	s.wants(withID(71, 1500, setWrite("b", "3")), 0, done(11, true))
+	s.wants(withID(71, 3026, setWrite("b", "x")), 0, tooFar)
+	s.wants(withID(1<<64-1, 1026, setWrite("b", "x")), 0, tooFar)
+	s.wants(withID(1<<64-1, 1025, setWrite("b", "6")), 1, done(14, true))
+
+	// The end of all sequences, which nobody reaches.
+	ses := s.sessions[71].Value.(*session)
+	ses.answers = []firstAnswer{{1<<64 - 1000, result{version: 1}}}
+	s.wants(withID(71, 1<<64-1, setWrite("b", "7")), 1, done(15, true))
+	s.wants(withID(71, 1<<64-1025, setWrite("b", "x")), 0, tooOld)
+	s.wants(withID(71, 1<<64-1024, setWrite("b", "8")), 1, done(16, true))
+	if it := contents(t, s.store); string(it["a"].value) != "5" || string(it["b"].value) != "8" {
 		t.Errorf("%v", it)
 	}
 }
 
+// opens opens sessions, the first of them with this number, as one batch.
+func (s *sessionStore) opens(first, n uint64) {
+	s.t.Helper()
+	var open []*kvpb.Write
+	for i := range n {
+		open = append(open, openWrite(first+i))
+	}
+	s.batches++
+	for i, o := range tryBatch(s.t, s.store, 1, s.batches, open...) {
+		if o != opened {
+			s.t.Fatalf("session %d: %v", first+uint64(i), o.err)
+		}
+	}
+	if all := s.unused.Len() + s.recent.Len(); len(s.sessions) != all || all > maxSessions {
+		s.t.Fatalf("%d sessions, %d unused, %d used", len(s.sessions), s.unused.Len(), s.recent.Len())
+	}
+}
+
+// uses uses sessions, the first of them with this number, as one batch.
+func (s *sessionStore) uses(first, n, sequence uint64) {
+	s.t.Helper()
+	var ws []*kvpb.Write
+	for i := range n {
+		ws = append(ws, withID(first+i, sequence, setWrite("k", "v")))
+	}
+	s.batches++
+	for i, o := range tryBatch(s.t, s.store, 1, s.batches, ws...) {
+		if o.err != nil {
+			s.t.Fatalf("session %d: %v", first+uint64(i), o.err)
+		}
+	}
+}
+
+// TestStrangersSessions: whoever opens many sessions costs others the tenth that
+// were used the longest ago, and leaves who has just opened one time to use it,
+// however many there are.
+func TestStrangersSessions(t *testing.T) {
+	s := &sessionStore{newTestStore(), t, 0}
+	unknown := outcome{err: errSessionUnknown}
+	s.opens(1, maxSessions)
+	s.uses(1, maxSessions-1, 1)
+	s.opens(20_000, 1000) // session 10,000 and the 999 that were used first go
+	s.wants(withID(maxSessions, 1, setWrite("a", "x")), 0, unknown)
+	s.wants(withID(999, 2, setWrite("a", "x")), 0, unknown)
+	s.uses(1000, 1, 2)
+	s.opens(30_000, 2*maxSessions) // in place of each other
+	s.uses(1000, maxSessions-1000, 3)
+	s.wants(withID(30_000+2*maxSessions-1001, 1, setWrite("a", "x")), 0, unknown)
+	s.uses(30_000+2*maxSessions-1000, 1000, 1) // the newest have waited for their first use
+
+	// All are used, as if each write had a session of its own: many may be open at
+	// the same time.
+	for first := uint64(100_000); first < 103_000; first += 300 {
+		s.opens(first, 300)
+		s.uses(first, 300, 1)
+	}
+}
+
+// TestRefusedWritesUseNothing: a write that is refused keeps no session from being
+// dropped, whoever sends it.
+func TestRefusedWritesUseNothing(t *testing.T) {
+	s := &sessionStore{newTestStore(), t, 0}
+	s.sessionLimit, s.answerLimit = 3, 2
+	for id := uint64(1); id <= 3; id++ {
+		s.wants(openWrite(id), 0, opened)
+	}
+	s.uses(2, 2, 1)
+	s.uses(2, 2, 3)
+	s.wants(withID(1, 3, setWrite("a", "x")), 0, outcome{err: errSequenceTooFar})
+	s.wants(withID(2, 6, setWrite("a", "x")), 0, outcome{err: errSequenceTooFar})
+	s.wants(withID(2, 1, setWrite("a", "x")), 0, outcome{err: errSequenceTooOld})
+	s.wants(openWrite(4), 0, opened)
+	s.wants(withID(1, 1, setWrite("a", "x")), 0, outcome{err: errSessionUnknown})
+	s.uses(4, 1, 1)
+	s.wants(openWrite(5), 0, opened)
+	s.wants(withID(2, 4, setWrite("a", "x")), 0, outcome{err: errSessionUnknown})
+	s.uses(3, 1, 3) // a repeat, and so the latest
+	s.uses(5, 1, 1)
+	s.wants(openWrite(6), 0, opened)
+	s.wants(withID(4, 2, setWrite("a", "x")), 0, outcome{err: errSessionUnknown})
+	s.uses(3, 1, 4)
+}
+
 func TestSessionsAreBounded(t *testing.T) {
 	s := &sessionStore{newTestStore(), t, 0}
-	var open []*kvpb.Write
-	for range maxSessions {
-		open = append(open, openWrite())
-	}
-	applyBatch(t, s.store, 2, 1, open...)
-	// Whatever names a session makes it the latest.
-	s.wants(withID(1, 1, setWrite("a", "1")), 1, done(10001, false))
-	s.wants(withID(2, 2000, setWrite("a", "2")), 1, done(10002, true))
-	s.wants(withID(3, 1, setIf("a", "", 0)), 0, failed(10002))
-	applyBatch(t, s.store, 2, 2, open[:maxSessions-4]...)
-	s.wants(withID(4, 1, setWrite("a", "x")), 0, outcome{err: errSessionUnknown})
-	s.wants(withID(1, 1, setWrite("a", "1")), 0, done(10001, false)) // a repeat
-	s.wants(withID(2, 1, setWrite("a", "x")), 0, outcome{err: errSequenceTooOld})
-	applyBatch(t, s.store, 2, 3, open[:2]...)
-	s.wants(withID(3, 2, setWrite("a", "x")), 0, outcome{err: errSessionUnknown})
-	s.wants(withID(1, 2, setWrite("a", "3")), 1, done(s.version+1, true))
-	s.wants(withID(2, 2000, setWrite("a", "2")), 0, done(10002, true))
-	if len(s.sessions) != maxSessions || s.recent.Len() != maxSessions {
-		t.Fatal(len(s.sessions), s.recent.Len())
-	}
+	s.opens(1, maxSessions)
 	// A session with all answers at their longest fits into a record.
 	last := uint64(1<<64 - 1024)
+	s.uses(1, 1, 1)
+	s.sessions[1].Value.(*session).answers[0].sequence = last - 1
 	for i := range uint64(1024) {
 		applyBatch(t, s.store, 3, i+1, withID(1, last+i, setWrite("a", fmt.Sprint(i))))
 	}
@@ -189,7 +270,7 @@ func TestSessionsAreBounded(t *testing.T) {
 type sessionModel struct {
 	version  uint64
 	keys     map[string]uint64
-	order    []uint64
+	order    []uint64 // all that were never used, and then all others
 	highest  map[uint64]uint64
 	answered map[[2]uint64]outcome
 }
@@ -204,21 +285,21 @@ func (m *sessionModel) apply(w *kvpb.Write, sessions int, answers uint64) (o out
 	case del != nil:
 		key, id, expected = del.Key, del.RequestId, del.ExpectedVersion
 	default:
-		m.version++
-		if m.order = append(m.order, m.version); len(m.order) > sessions {
-			m.order = m.order[1:]
-		}
-		return done(m.version, false)
+		return outcome{err: m.open(w.GetNewSession().Session, sessions)}
 	}
 	if id != nil {
 		i := slices.Index(m.order, id.Session)
 		if i < 0 {
 			return outcome{err: errSessionUnknown}
 		}
-		m.order = append(slices.Delete(m.order, i, i+1), id.Session)
-		if h := m.highest[id.Session]; h >= answers && id.Sequence <= h-answers {
+		h := m.highest[id.Session]
+		if h >= answers && id.Sequence <= h-answers {
 			return outcome{err: errSequenceTooOld}
 		}
+		if id.Sequence > h+answers {
+			return outcome{err: errSequenceTooFar}
+		}
+		m.order = append(slices.Delete(m.order, i, i+1), id.Session)
 		at := [2]uint64{id.Session, id.Sequence}
 		if first, ok := m.answered[at]; ok {
 			return first
@@ -237,6 +318,26 @@ func (m *sessionModel) apply(w *kvpb.Write, sessions int, answers uint64) (o out
 	return done(m.version, was != 0)
 }
 
+func (m *sessionModel) open(id uint64, sessions int) error {
+	if slices.Contains(m.order, id) {
+		return errSessionTaken
+	}
+	unused := 0
+	for unused < len(m.order) && m.highest[m.order[unused]] == 0 {
+		unused++
+	}
+	if len(m.order) == sessions {
+		drop := unused // the first of those that were used
+		if unused >= max(1, sessions/10) {
+			drop = 0
+			unused--
+		}
+		m.order = slices.Delete(m.order, drop, drop+1)
+	}
+	m.order = slices.Insert(m.order, unused, id)
+	return nil
+}
+
 // Writes of all kinds, with small limits, views open, and going through a
 // snapshot now and then.
 func TestSessionModel(t *testing.T) {
@@ -244,7 +345,7 @@ func TestSessionModel(t *testing.T) {
 	for seed := range uint64(8) {
 		r := seededRand(seed)
 		s := newTestStore()
-		s.sessionLimit, s.answerLimit = 1+r.IntN(5), 1+r.IntN(8)
+		s.sessionLimit, s.answerLimit = 1+r.IntN(5)*r.IntN(7), 1+r.IntN(8)
 		m := &sessionModel{keys: map[string]uint64{}, highest: map[uint64]uint64{}, answered: map[[2]uint64]outcome{}}
 		ids := []uint64{77}
 		type open struct {
@@ -285,8 +386,8 @@ func TestSessionModel(t *testing.T) {
 					version = k
 				}
 				switch k := r.IntN(50); {
-				case k < 1:
-					w = openWrite()
+				case k < 3:
+					w = openWrite(1 + r.Uint64N(2*uint64(len(ids))+2))
 				case k < 10:
 					w = deleteWrite(w.GetSet().Key)
 				case k < 20:
@@ -294,12 +395,14 @@ func TestSessionModel(t *testing.T) {
 				case k < 30:
 					w = setIf(w.GetSet().Key, "v", version)
 				}
-				if id := ids[max(0, len(ids)-1-r.IntN(7))]; w.GetOpenSession() == nil && r.IntN(3) > 0 {
+				if id := ids[max(0, len(ids)-1-r.IntN(7))]; w.GetNewSession() == nil && r.IntN(3) > 0 {
 					withID(id, max(1, m.highest[id]+uint64(r.IntN(4))-min(m.highest[id], uint64(r.IntN(9)))), w)
 				}
 				o := m.apply(w, s.sessionLimit, uint64(s.answerLimit))
-				if w.GetOpenSession() != nil {
-					ids = append(ids, o.version)
+				if w.GetNewSession() != nil && o.err == nil {
+					id := w.GetNewSession().Session
+					ids, m.highest[id] = append(ids, id), 0
+					maps.DeleteFunc(m.answered, func(at [2]uint64, _ outcome) bool { return at[0] == id })
 				}
 				counts[fmt.Sprint(o.err, o.compareFailed)]++
 				ws, want = append(ws, w), append(want, o)
@@ -308,8 +411,10 @@ func TestSessionModel(t *testing.T) {
 				t.Fatalf("seed %d: %v: %v, want %v", seed, ws, got, want)
 			}
 			var order []uint64
-			for e := s.recent.Front(); e != nil; e = e.Next() {
-				order = append(order, e.Value.(*session).id)
+			for _, l := range []*list.List{s.unused, s.recent} {
+				for e := l.Front(); e != nil; e = e.Next() {
+					order = append(order, e.Value.(*session).id)
+				}
 			}
 			if !slices.Equal(order, m.order) || len(s.sessions) != len(order) {
 				t.Fatalf("seed %d: sessions %v, want %v", seed, order, m.order)
@@ -324,7 +429,7 @@ func TestSessionModel(t *testing.T) {
 			}
 		}
 	}
-	if len(counts) != 4 || slices.Min(slices.Collect(maps.Values(counts))) < 50 {
+	if len(counts) != 6 || slices.Min(slices.Collect(maps.Values(counts))) < 50 {
 		t.Errorf("outcomes %v", counts)
 	}
 }
@@ -419,7 +524,7 @@ func TestMargin(t *testing.T) {
 // off and does not know the fate of.
 func TestUnknownOutcomes(t *testing.T) {
 	var late atomic.Bool
-	plain, withIDs := []*kvpb.Write{setWrite("k", "v"), deleteWrite("k")}, []*kvpb.Write{withID(1, 1, setWrite("k", "v")), withID(1, 1, deleteWrite("k")), openWrite()}
+	plain, withIDs := []*kvpb.Write{setWrite("k", "v"), deleteWrite("k")}, []*kvpb.Write{withID(1, 1, setWrite("k", "v")), withID(1, 1, deleteWrite("k")), openWrite(1)}
 	for _, tt := range []struct {
 		name   string
 		writes []*kvpb.Write
@@ -510,14 +615,14 @@ func TestExactlyOnce(t *testing.T) {
 	c.init(1, 2, 3)
 	id := c.openSession(1)
 	set, del, cas := withID(id, 1, setWrite("k", "first")), withID(id, 2, deleteWrite("k")), withID(id, 3, setIf("k", "third", 0))
-	c.answers(&kvpb.SetResponse{Version: id + 1}, set, 2)
+	c.answers(&kvpb.SetResponse{Version: 1}, set, 2)
 	c.answers(&kvpb.SetResponse{Version: c.set(3, "k", "second"), CompareFailed: true}, cas, 1, 2)
-	c.answers(&kvpb.DeleteResponse{Version: id + 3, Deleted: true}, del, 3, 1)
+	c.answers(&kvpb.DeleteResponse{Version: 3, Deleted: true}, del, 3, 1)
 	repeats := func(via ...uint64) {
 		t.Helper()
-		c.answers(&kvpb.SetResponse{Version: id + 1}, set, via...)
-		c.answers(&kvpb.DeleteResponse{Version: id + 3, Deleted: true}, del, via...)
-		c.answers(&kvpb.SetResponse{Version: id + 2, CompareFailed: true}, cas, via...)
+		c.answers(&kvpb.SetResponse{Version: 1}, set, via...)
+		c.answers(&kvpb.DeleteResponse{Version: 3, Deleted: true}, del, via...)
+		c.answers(&kvpb.SetResponse{Version: 2, CompareFailed: true}, cas, via...)
 		c.wantsAbsent(via[0], "k")
 	}
 	repeats(1, 2, 3)
@@ -526,7 +631,7 @@ func TestExactlyOnce(t *testing.T) {
 	c.restart(2) // comes back by a snapshot
 	c.settled(1, 2, 3)
 	repeats(2, 1, 3)
-	if m, err := c.metrics(2); err != nil || m.Sessions != 1 || m.Version != id+3 {
+	if m, err := c.metrics(2); err != nil || m.Sessions != 1 || m.Version != 3 {
 		t.Errorf("%v, %v", m, err)
 	}
 
@@ -538,19 +643,61 @@ func TestExactlyOnce(t *testing.T) {
 		}
 	}
 	refused(withID(id+1, 1, setWrite("k", "x")), "SESSION_UNKNOWN")
-	c.answers(&kvpb.SetResponse{Version: id + 4}, withID(id, 1026, setWrite("k", "v")), 3)
+	refused(withID(id, 1028, setWrite("k", "x")), "SEQUENCE_TOO_FAR")
+	refused(withID(id, 1<<64-1, setWrite("k", "x")), "SEQUENCE_TOO_FAR") // a stranger's guess
+	c.answers(&kvpb.SetResponse{Version: 4}, withID(id, 1026, setWrite("k", "v")), 3)
 	refused(del, "SEQUENCE_TOO_OLD")
-	c.answers(&kvpb.SetResponse{Version: id + 2, CompareFailed: true}, cas, 1)
+	c.answers(&kvpb.SetResponse{Version: 2, CompareFailed: true}, cas, 1)
 	for _, n := range c.nodes {
 		if err := n.server.n.do(c.ctx, func() error { n.server.n.store.sessionLimit = 3; return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for range 3 {
+	for range 4 { // in place of each other
 		c.openSession(3)
+	}
+	c.answers(&kvpb.SetResponse{Version: 2, CompareFailed: true}, cas, 1)
+	for range 3 {
+		set := withID(c.openSession(3), 1, setWrite("k", "v"))
+		if _, err := c.send(c.ctx, 1, set); err != nil {
+			t.Fatal(err)
+		}
 	}
 	refused(cas, "SESSION_UNKNOWN")
 	c.sameStates(1, 2, 3)
+}
+
+// TestSessionsAreNotGuessed: who knows many sessions is not near any other, of this
+// cluster or another one. (By chance it is in one of ten million runs.)
+func TestSessionsAreNotGuessed(t *testing.T) {
+	t.Parallel()
+	const near = 1 << 24
+	all := []uint64{0}
+	for range 2 {
+		c := newCluster(t, 1)
+		c.init(1)
+		stream, err := c.nodes[1].Pipeline(c.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		open := &kvpb.Operation{Operation: &kvpb.Operation_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}}
+		results, err := exchange(stream, slices.Repeat([]*kvpb.Operation{open}, 50)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range results {
+			all = append(all, r.GetOpenSession().GetSession(), c.openSession(1))
+		}
+	}
+	slices.Sort(all)
+	for i, id := range all[1:] {
+		if id-all[i] < near {
+			t.Errorf("session %d is near %d", id, all[i])
+		}
+	}
+	if len(all) != 201 || all[200] >= 1<<63 {
+		t.Errorf("%d sessions, up to %d", len(all), all[len(all)-1])
+	}
 }
 
 // TestExactlyOnceUnderLoad sends each write several times, at once and through
@@ -609,8 +756,8 @@ func TestExactlyOnceUnderLoad(t *testing.T) {
 			t.Errorf("k0 at node %d is %q", id+1, value)
 		}
 	}
-	if h, _ := c.dump(1); h.Version != opened+clients*writes {
-		t.Errorf("%d writes count as %d", clients*writes, h.Version-opened)
+	if h, _ := c.dump(1); h.Version != clients*writes {
+		t.Errorf("%d writes count as %d", clients*writes, h.Version)
 	}
 	c.sameStates(1, 2, 3)
 
@@ -756,6 +903,9 @@ func TestServiceConfig(t *testing.T) {
 // writeAs calls what the method of a write calls.
 func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
 	b, err := proto.Marshal(w)
+	if w.GetNewSession() != nil { // the node draws another number
+		b, err = proto.Marshal(&kvpb.Operation{Operation: &kvpb.Operation_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}})
+	}
 	if err != nil {
 		return result{}, err
 	}
@@ -774,9 +924,7 @@ func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
 		err = proto.Unmarshal(b, a)
 		r = result{a.Version, a.Deleted, a.CompareFailed}
 	default:
-		a := &kvpb.OpenSessionResponse{}
-		err = proto.Unmarshal(b, a)
-		r = result{version: a.Session}
+		err = proto.Unmarshal(b, &kvpb.OpenSessionResponse{})
 	}
 	return r, err
 }

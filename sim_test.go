@@ -16,6 +16,7 @@ import (
 	"bytes"
 	"cmp"
 	"container/heap"
+	"container/list"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -507,9 +508,10 @@ func (p *proc) turn(ticks int) {
 	if p.s.cfg.twice {
 		clear(p.n.store.proposers)
 	}
-	if s := p.n.store; p.s.cfg.careless {
+	if s := p.n.store; p.s.cfg.careless { // all but the highest
 		for e := s.recent.Front(); e != nil; e = e.Next() {
-			e.Value.(*session).answers = nil
+			ses := e.Value.(*session)
+			ses.answers = ses.answers[len(ses.answers)-1:]
 		}
 	}
 	if n := p.n; p.s.cfg.unsettled {
@@ -754,8 +756,10 @@ type oracle struct {
 	version  uint64
 	keys     map[string][]change
 	versions map[uint64]change
-	sessions []*modelSession      // the one used the longest ago first
-	first    map[[2]uint64]result // all answers ever, by session and sequence
+	sessions []*modelSession      // those never used, the oldest first, and then the others, the one used the longest ago first
+	opened   map[uint64]bool      // all sessions ever
+	tooFar   map[[2]uint64]bool   // all writes ever that were, by session and sequence
+	first    map[[2]uint64]result // all answers ever, likewise
 }
 
 // modelSession is what a session is meant to be.
@@ -789,7 +793,7 @@ func (s *sim) observe(p *proc, from, to uint64) {
 		case e == nil && i > 1:
 			s.failf("the simulator has not seen entry %d before %v has applied and compacted it", i, p)
 		case e == nil:
-			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}, first: map[[2]uint64]result{}}
+			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}, opened: map[uint64]bool{}, tooFar: map[[2]uint64]bool{}, first: map[[2]uint64]result{}}
 		default:
 			o.entries = append(o.entries, proto.CloneOf(e))
 			s.commit(e)
@@ -838,14 +842,8 @@ func (s *sim) commit(e *raftpb.Entry) {
 // commitWrite applies a write to the oracle, if its id is new.
 func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 	o := &s.oracle
-	if w.GetOpenSession() != nil {
-		o.version++
-		o.versions[o.version] = change{version: o.version}
-		o.sessions = append(o.sessions, &modelSession{id: o.version, answers: map[uint64]bool{}})
-		if len(o.sessions) > s.cfg.sessions {
-			o.sessions = o.sessions[1:]
-		}
-		s.count["sessions opened"]++
+	if open := w.GetNewSession(); open != nil {
+		s.open(index, open.Session)
 		return
 	}
 	c := change{at: s.tock()}
@@ -889,6 +887,30 @@ func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 	s.count["writes committed"]++
 }
 
+// open opens a session in the oracle, where there may be place for more that
+// were never used than for one.
+func (s *sim) open(index, id uint64) {
+	o := &s.oracle
+	if id == 0 || o.opened[id] {
+		s.failf("I8: entry %d opens session %d, again or by no number", index, id)
+	}
+	unused := slices.IndexFunc(o.sessions, func(ses *modelSession) bool { return ses.highest > 0 })
+	if unused < 0 {
+		unused = len(o.sessions)
+	}
+	if len(o.sessions) == s.cfg.sessions {
+		drop := unused // the one used the longest ago
+		if unused >= max(1, s.cfg.sessions/unusedShare) {
+			drop = 0
+			unused--
+		}
+		o.sessions = slices.Delete(o.sessions, drop, drop+1)
+	}
+	o.sessions = slices.Insert(o.sessions, unused, &modelSession{id: id, answers: map[uint64]bool{}})
+	o.opened[id] = true
+	s.count["sessions opened"]++
+}
+
 // sessionOf finds a session that the oracle keeps.
 func (o *oracle) sessionOf(id uint64) (i int, ses *modelSession) {
 	for i, ses := range o.sessions {
@@ -912,12 +934,17 @@ func (s *sim) isNew(id *kvpb.RequestId) bool {
 		s.count["writes without a session"]++
 		return false
 	}
-	o.sessions = append(slices.Delete(o.sessions, i, i+1), ses)
-	switch {
-	case s.tooOld(ses, id.Sequence):
+	if s.tooOld(ses, id.Sequence) {
 		s.count["writes too old"]++
 		return false
-	case ses.answers[id.Sequence]:
+	}
+	if id.Sequence > ses.highest+uint64(s.cfg.answers) {
+		s.count["writes too far"]++
+		o.tooFar[[2]uint64{id.Session, id.Sequence}] = true
+		return false
+	}
+	o.sessions = append(slices.Delete(o.sessions, i, i+1), ses)
+	if ses.answers[id.Sequence] {
 		s.count["writes repeated"]++
 		return false
 	}
@@ -1377,6 +1404,7 @@ func (t *transfer) install() {
 	}
 	if s.cfg.strangers {
 		clear(st.sessions)
+		st.unused.Init()
 		st.recent.Init()
 	}
 	delete(p.receiving, t.hello.From.RaftId)
@@ -1429,6 +1457,7 @@ type op struct {
 	key       string
 	value     string
 	id        *kvpb.RequestId
+	session   uint64 // that it opens
 	expected  *uint64
 	record    []byte
 	sent      *attempt // the one that it waits for
@@ -1481,7 +1510,8 @@ func (c *caller) newOp() *op {
 	w := &kvpb.Write{}
 	switch k := s.rng.IntN(10); {
 	case k < 6 && (c.session == 0 || s.rng.IntN(30) == 0):
-		o.kind, o.key, w.Operation = "open", "", &kvpb.Write_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}
+		o.kind, o.key, o.session = "open", "", randomID()
+		w = openWrite(o.session)
 	case k < 5:
 		o.kind, o.value = "set", fmt.Sprintf("%d.%d.%s", c.id, c.n, strings.Repeat(".", s.rng.IntN(s.cfg.valueBytes+1)))
 		s.values[o.value] = o
@@ -1507,13 +1537,21 @@ func (c *caller) newOp() *op {
 	return o
 }
 
+// farAway is a sequence that no client gets to.
+const farAway = 1 << 40
+
 // identify gives most writes an id.
 func (c *caller) identify(o *op) {
 	s := c.s
 	if s.rng.IntN(4) == 0 {
 		return
 	}
-	c.sequence += 1 + uint64(s.rng.IntN(2)*s.rng.IntN(3))
+	if s.rng.IntN(50) == 0 { // a stranger's guess
+		o.id = &kvpb.RequestId{Session: c.session, Sequence: farAway + s.rng.Uint64N(farAway)}
+		s.ids[o.key2()] = o
+		return
+	}
+	c.sequence += uint64(min(1+s.rng.IntN(2)*s.rng.IntN(3), s.cfg.answers))
 	o.id = &kvpb.RequestId{Session: c.session, Sequence: c.sequence}
 	s.ids[[2]uint64{c.session, c.sequence}] = o
 	if c.past = append(c.past, o); len(c.past) > 6 {
@@ -1621,13 +1659,16 @@ func (c *caller) finish(a *attempt, out outcome) {
 	case errors.Is(out.err, errOutcomeUnknown):
 		s.count["outcomes unknown"]++
 		c.again(a, false)
-	case out.err == errSessionUnknown, out.err == errSequenceTooOld:
+	case out.err == errSessionUnknown, out.err == errSequenceTooOld, out.err == errSequenceTooFar:
 		s.count["writes refused by session"]++
 		_, ses := s.oracle.sessionOf(o.id.Session)
 		if in := a.p.n.rn != nil; in && out.err == errSessionUnknown && ses != nil || in && out.err == errSequenceTooOld && ses != nil && !s.tooOld(ses, o.id.Sequence) {
 			s.failf("I8: %v is refused: %v", o, out.err)
 		}
-		if out.err == errSessionUnknown && o.id.Session == c.session {
+		if a.p.n.rn != nil && out.err == errSequenceTooFar && !s.oracle.tooFar[o.key2()] {
+			s.failf("I8: %v is refused: %v", o, out.err)
+		}
+		if out.err != errSequenceTooOld && o.id.Session == c.session && o.id.Sequence < farAway {
 			c.session, c.sequence = 0, 0
 		}
 		o.sent = nil
@@ -1648,7 +1689,10 @@ func (c *caller) finish(a *attempt, out outcome) {
 	default:
 		s.finishWrite(o, out.result)
 		if o.kind == "open" {
-			c.session, c.sequence = o.version, 0
+			if a.p.n.rn != nil && !s.oracle.opened[o.session] {
+				s.failf("I8: %v was acknowledged, and session %d was never opened", o, o.session)
+			}
+			c.session, c.sequence = o.session, 0
 		}
 		o.sent = nil
 		c.rest()
@@ -2364,8 +2408,9 @@ func (s *sim) settle() {
 		}
 	}
 	// A retry through each of them takes effect once.
-	w, _ = encodeWrite(openWrite())
-	id := s.ask(members[0], w).version
+	id := randomID()
+	w, _ = encodeWrite(openWrite(id))
+	s.ask(members[0], w)
 	o = &op{client: -1, kind: "set", key: "once", value: "once", begun: s.tock(), id: &kvpb.RequestId{Session: id, Sequence: 1}}
 	s.values[o.value] = o
 	w, _ = encodeWrite(withID(id, 1, setWrite(o.key, o.value)))
@@ -2505,8 +2550,10 @@ func (s *sim) unequal() string {
 			}
 		}
 		var kept []uint64
-		for e := st.recent.Front(); e != nil; e = e.Next() {
-			kept = append(kept, e.Value.(*session).id)
+		for _, l := range []*list.List{st.unused, st.recent} {
+			for e := l.Front(); e != nil; e = e.Next() {
+				kept = append(kept, e.Value.(*session).id)
+			}
 		}
 		if !slices.EqualFunc(o.sessions, kept, func(ses *modelSession, id uint64) bool { return ses.id == id }) {
 			s.failf("I5: %v has sessions %d", p, kept)

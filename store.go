@@ -26,8 +26,13 @@ const (
 	// maxRemoved is how many removed raft IDs are remembered.
 	maxRemoved = 1024
 	// maxSessions is how many sessions are kept, maxAnswers how many sequences
-	// of each are told from new ones. All nodes of a cluster have to agree.
+	// of each are told from new ones, and how far above the highest the next may
+	// be. All nodes of a cluster have to agree.
 	maxSessions, maxAnswers = 10_000, 1024
+	// unusedShare is the part of the sessions that those that were never used keep
+	// from the others: a client has time to use the one that it has opened, and
+	// whoever opens many costs others no more than this.
+	unusedShare = 10
 	// maxRoom is for how many writes of an entry memory is kept.
 	maxRoom = 16 << 10
 )
@@ -48,6 +53,8 @@ type keyItem struct {
 var (
 	errSessionUnknown = errors.New("the session was never opened, or has been dropped: the write was not applied now")
 	errSequenceTooOld = errors.New("the sequence is too far below the highest of its session: the write was not applied now")
+	errSequenceTooFar = errors.New("the sequence is too far above the highest of its session: the write was not applied; open another session")
+	errSessionTaken   = errors.New("the number drawn for the session is another's: none was opened, the next call draws another")
 )
 
 // session is what is known of a client's writes. Views share the answers: what
@@ -77,14 +84,15 @@ func (s *session) highest() uint64 {
 type store struct {
 	index     uint64 // of the last entry applied
 	term      uint64 // of the last entry applied
-	version   uint64 // count of all writes applied
+	version   uint64 // of the last write applied: a count of them
 	conf      *raftpb.ConfState
 	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
 	removed   []uint64              // raft IDs, oldest first
 	proposers map[uint64]uint64     // by raft ID: the last batch applied
 	file      string                // that it was read from, if that is in the data directory
 	sessions  map[uint64]*list.Element
-	recent    *list.List // of all *session, the one used the longest ago first
+	unused    *list.List // of all *session without answers, the oldest first
+	recent    *list.List // of all others, the one used the longest ago first
 	// maxSessions and maxAnswers, but for the simulator, which may also have all
 	// writes of an entry share a version.
 	sessionLimit, answerLimit int
@@ -104,7 +112,7 @@ func newStore() *store {
 		conf:      raftpb.EnsureConfState(nil),
 		members:   map[uint64]*kvpb.Node{},
 		proposers: map[uint64]uint64{},
-		sessions:  map[uint64]*list.Element{}, recent: list.New(),
+		sessions:  map[uint64]*list.Element{}, unused: list.New(), recent: list.New(),
 		sessionLimit: maxSessions, answerLimit: maxAnswers,
 		shards: make([]shard, numShards),
 	}
@@ -167,8 +175,11 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 }
 
 // applyOnce applies a write, unless its id says that it was applied before, or
-// that nobody can know.
+// that nobody can know, or is none that the session's client would use next.
 func (s *store) applyOnce(w *kvOp) outcome {
+	if w.kind == opNewSession {
+		return outcome{err: s.openSession(w.session)}
+	}
 	if !w.hasID {
 		return outcome{result: s.applyWrite(w)}
 	}
@@ -176,12 +187,15 @@ func (s *store) applyOnce(w *kvOp) outcome {
 	if e == nil {
 		return outcome{err: errSessionUnknown}
 	}
-	s.recent.MoveToBack(e)
 	ses, limit := e.Value.(*session), uint64(s.answerLimit)
 	highest := ses.highest()
 	if highest > limit && w.sequence <= highest-limit {
 		return outcome{err: errSequenceTooOld}
 	}
+	if w.sequence > highest && w.sequence-highest > limit {
+		return outcome{err: errSequenceTooFar}
+	}
+	s.useSession(e)
 	i, found := len(ses.answers), false
 	if w.sequence <= highest { // most are above
 		i, found = slices.BinarySearchFunc(ses.answers, w.sequence, func(a firstAnswer, sequence uint64) int { return cmp.Compare(a.sequence, sequence) })
@@ -208,24 +222,46 @@ func (s *store) applyWrite(w *kvOp) result {
 	}
 	s.version++
 	r := result{version: s.version}
-	switch w.kind {
-	case opSet:
+	if w.kind == opSet {
 		r.found = s.set(w.key, item{w.value, s.version})
-	case opDelete:
+	} else {
 		r.found = s.delete(w.key)
-	default:
-		s.openSession(s.version)
 	}
 	return r
 }
 
-// openSession adds a session, in place of the one used the longest ago if
-// there are too many.
-func (s *store) openSession(id uint64) {
-	if len(s.sessions) >= s.sessionLimit {
-		delete(s.sessions, s.recent.Remove(s.recent.Front()).(*session).id)
+// openSession adds a session, unless there is one of that id.
+func (s *store) openSession(id uint64) error {
+	if s.sessions[id] != nil {
+		return errSessionTaken
 	}
-	s.sessions[id] = s.recent.PushBack(&session{id: id})
+	if len(s.sessions) >= s.sessionLimit {
+		s.dropSession()
+	}
+	s.sessions[id] = s.unused.PushBack(&session{id: id})
+	return nil
+}
+
+// dropSession makes room for a session.
+func (s *store) dropSession() {
+	from := s.recent
+	if s.unused.Len() >= max(1, s.sessionLimit/unusedShare) {
+		from = s.unused
+	}
+	ses := from.Remove(from.Front()).(*session)
+	delete(s.sessions, ses.id)
+}
+
+// useSession makes a session the one used last. If it has no answer, it is about
+// to get its first.
+func (s *store) useSession(e *list.Element) {
+	ses := e.Value.(*session)
+	if len(ses.answers) > 0 {
+		s.recent.MoveToBack(e)
+		return
+	}
+	s.unused.Remove(e)
+	s.sessions[ses.id] = s.recent.PushBack(ses)
 }
 
 // fresh reports whether a batch is to be applied, and remembers that it was.
@@ -327,7 +363,7 @@ func (s *store) raftIDsOf(nodeID uint64) []uint64 {
 func (s *store) install(t *store) {
 	s.index, s.term, s.version = t.index, t.term, t.version
 	s.conf, s.members, s.removed, s.proposers, s.file = t.conf, t.members, t.removed, t.proposers, t.file
-	s.sessions, s.recent = t.sessions, t.recent
+	s.sessions, s.unused, s.recent = t.sessions, t.unused, t.recent
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.clusterID, s.shards, s.keys, s.bytes, s.views = t.clusterID, t.shards, t.keys, t.bytes, nil

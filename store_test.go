@@ -630,8 +630,8 @@ func realSnapshots(t testing.TB) [][]byte {
 	s := newTestStore()
 	empty := snapshotBytes(t, s)
 	applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("b", ""), setWrite(crowded()[0], "x"), setWrite(crowded()[1], "y"), deleteWrite("b"))
-	applyBatch(t, s, 2, 1, openWrite(), openWrite(), openWrite())
-	applyBatch(t, s, 2, 2, withID(7, 2000, setWrite("a", "2")), withID(7, 1000, setIf("a", "3", 4)), withID(6, 1, deleteWrite("a")), withID(6, 2, setIf("a", "4", 0)), withID(6, 3, setIf("a", "5", 0)))
+	applyBatch(t, s, 2, 1, openWrite(5), openWrite(6), openWrite(7), openWrite(1<<64-1))
+	applyBatch(t, s, 2, 2, withID(7, 1024, setWrite("a", "2")), withID(7, 2000, setWrite("a", "2")), withID(7, 1000, setIf("a", "3", 4)), withID(6, 1, deleteWrite("a")), withID(6, 2, setIf("a", "4", 0)), withID(6, 3, setIf("a", "5", 0)))
 	small := snapshotBytes(t, s)
 	s.configure(&raftpb.ConfState{Voters: []uint64{1, 4}, Learners: []uint64{5}, VotersOutgoing: []uint64{1, 2}, LearnersNext: []uint64{2}, AutoLeave: new(true)}, plainMembers(4, 5))
 	joint := snapshotBytes(t, s)
@@ -730,8 +730,8 @@ func TestSnapshotRefused(t *testing.T) {
 		"empty":              {header, footerRecord(0)},
 		"keys":               {headerOf(0, 2), keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
 		"one shard":          {headerOf(0, 2), keyRecord(crowded()[0], 9), keyRecord(crowded()[1], 1), footerRecord(2)},
-		"sessions":           {headerOf(2, 1), sessionRecord(9, 1024, answersTo(1, 1024)...), sessionRecord(1, 0), keyRecord(low, 9), footerRecord(1)},
-		"highest session":    {headerOf(1, 0), sessionRecord(9, 1<<64-1, answersTo(1<<64-1024, 1<<64-1)...), footerRecord(0)},
+		"sessions":           {headerOf(2, 1), sessionRecord(1, 0), sessionRecord(9, 1024, answersTo(1, 1024)...), keyRecord(low, 9), footerRecord(1)},
+		"highest session":    {headerOf(1, 0), sessionRecord(1<<64-1, 1<<64-1, answersTo(1<<64-1024, 1<<64-1)...), footerRecord(0)},
 		"failed compare":     {headerOf(1, 0), sessionRecord(9, 7, &kvpb.Answer{Sequence: 7, CompareFailed: true}), footerRecord(0)},
 		"most removed":       with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved) }),
 		"no proposers":       with(func(h *kvpb.SnapshotHeader) { h.Proposers = nil }),
@@ -776,7 +776,7 @@ func TestSnapshotRefused(t *testing.T) {
 		"session too many":       {headerOf(0, 0), sessionRecord(9, 0), footerRecord(0)},
 		"session behind a key":   {headerOf(1, 1), keyRecord(low, 1), sessionRecord(9, 0), footerRecord(1)},
 		"session 0":              {headerOf(1, 0), sessionRecord(0, 0), footerRecord(0)},
-		"session too high":       {headerOf(1, 0), sessionRecord(10, 0), footerRecord(0)},
+		"unused behind used":     {headerOf(2, 0), sessionRecord(9, 1, answersTo(1)...), sessionRecord(1, 0), footerRecord(0)},
 		"session twice":          {headerOf(2, 0), sessionRecord(9, 0), sessionRecord(9, 0), footerRecord(0)},
 		"sequence 0":             {headerOf(1, 0), sessionRecord(9, 1, answersTo(0, 1)...), footerRecord(0)},
 		"sequences out of order": {headerOf(1, 0), sessionRecord(9, 1, answersTo(2, 1)...), footerRecord(0)},
@@ -881,7 +881,7 @@ func FuzzReadSnapshot(f *testing.F) {
 	}
 	header := headerRecord(func(*kvpb.SnapshotHeader) {})
 	f.Add(recordBytes(f, headerOf(0, 1), keyRecord("a", 1), footerRecord(1)))
-	f.Add(recordBytes(f, headerOf(2, 1), sessionRecord(9, 1024, answersTo(1, 5, 1024)...), sessionRecord(1, 0), keyRecord("a", 1), footerRecord(1)))
+	f.Add(recordBytes(f, headerOf(2, 1), sessionRecord(1, 0), sessionRecord(9, 1024, answersTo(1, 5, 1024)...), keyRecord("a", 1), footerRecord(1)))
 	f.Add(recordBytes(f, header, footerRecord(0)))
 	f.Add(framed(protowire.AppendVarint(unframed(f, recordBytes(f, header)), maxRecordBytes)))
 	f.Fuzz(func(t *testing.T, b []byte) {

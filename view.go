@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"container/list"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -43,7 +44,7 @@ type view struct {
 	conf     *raftpb.ConfState // the store's then
 	readers  int               // snapshots that are being sent from it; the loop's
 	header   *kvpb.SnapshotHeader
-	sessions []session // as in recent
+	sessions []session // as in unused, and then in recent
 	shards   []shard
 	replaced map[uint64][]keyItem // by shard
 	// rest, if writeTo is not to take all that it can get of processor and disk,
@@ -55,8 +56,10 @@ type view struct {
 func (s *store) open() *view {
 	v := s.openKeys()
 	v.sessions = make([]session, 0, len(s.sessions))
-	for e := s.recent.Front(); e != nil; e = e.Next() {
-		v.sessions = append(v.sessions, *e.Value.(*session))
+	for _, l := range []*list.List{s.unused, s.recent} {
+		for e := l.Front(); e != nil; e = e.Next() {
+			v.sessions = append(v.sessions, *e.Value.(*session))
+		}
 	}
 	return v
 }
@@ -379,7 +382,7 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 }
 
 func (s *store) restoreSession(m *kvpb.Session) error {
-	if m.Id == 0 || m.Id > s.version || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions {
+	if m.Id == 0 || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions {
 		return errors.New("its id is invalid, or it is out of place")
 	}
 	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}
@@ -392,6 +395,13 @@ func (s *store) restoreSession(m *kvpb.Session) error {
 	if ses.highest() != m.Highest || m.Highest > maxAnswers && ses.answers[0].sequence <= m.Highest-maxAnswers {
 		return errors.New("its answers are not the last ones")
 	}
-	s.sessions[m.Id] = s.recent.PushBack(ses)
+	if len(ses.answers) > 0 {
+		s.sessions[m.Id] = s.recent.PushBack(ses)
+		return nil
+	}
+	if s.recent.Len() > 0 {
+		return errors.New("it was never used, and follows one that was")
+	}
+	s.sessions[m.Id] = s.unused.PushBack(ses)
 	return nil
 }

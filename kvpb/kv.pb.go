@@ -86,6 +86,12 @@ const (
 	// UNAVAILABLE: the node has failed and is about to end; the message has the
 	// cause. Nothing was applied.
 	ErrorReason_ERROR_REASON_NODE_FAILED ErrorReason = 19
+	// FAILED_PRECONDITION: the sequence of the request_id is more than 1,024 above
+	// the highest of its session. The write was not applied now, nor before.
+	ErrorReason_ERROR_REASON_SEQUENCE_TOO_FAR ErrorReason = 21
+	// UNAVAILABLE: the number that the node drew for a session is another
+	// session's. None was opened; the next call draws another.
+	ErrorReason_ERROR_REASON_SESSION_TAKEN ErrorReason = 22
 )
 
 // Enum value maps for ErrorReason.
@@ -111,6 +117,8 @@ var (
 		17: "ERROR_REASON_SESSION_UNKNOWN",
 		18: "ERROR_REASON_SEQUENCE_TOO_OLD",
 		19: "ERROR_REASON_NODE_FAILED",
+		21: "ERROR_REASON_SEQUENCE_TOO_FAR",
+		22: "ERROR_REASON_SESSION_TAKEN",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -133,6 +141,8 @@ var (
 		"ERROR_REASON_SESSION_UNKNOWN":     17,
 		"ERROR_REASON_SEQUENCE_TOO_OLD":    18,
 		"ERROR_REASON_NODE_FAILED":         19,
+		"ERROR_REASON_SEQUENCE_TOO_FAR":    21,
+		"ERROR_REASON_SESSION_TAKEN":       22,
 	}
 )
 
@@ -419,7 +429,8 @@ type RequestId struct {
 	// As OpenSession answered it.
 	Session uint64 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
 	// Not 0. A client counts its writes, and gives a repeat the number of the
-	// first try. At most 1,023 below the session's highest.
+	// first try. At most 1,023 below and 1,024 above the session's highest, which is
+	// 0 at first.
 	Sequence      uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -469,6 +480,7 @@ func (x *RequestId) GetSequence() uint64 {
 	return 0
 }
 
+// OpenSessionRequest is empty. The node that takes it draws the number.
 type OpenSessionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -506,8 +518,10 @@ func (*OpenSessionRequest) Descriptor() ([]byte, []int) {
 }
 
 type OpenSessionResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Session       uint64                 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A random number below 2^63, not 0: no other session has it, in this cluster
+	// or another one, before a restore or after it.
+	Session       uint64 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -593,9 +607,9 @@ func (x *PipelineRequest) GetOperations() []*Operation {
 	return nil
 }
 
-// Operation is what a unary method would do with the same request. It has the
-// field numbers of Write, so that a write goes into the log as it came. A field
-// that is not known, or stands there twice, is INVALID_ARGUMENT.
+// Operation is what a unary method would do with the same request. Set and delete
+// have the field numbers of Write, so that they go into the log as they came. A
+// field that is not known, or stands there twice, is INVALID_ARGUMENT.
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Operation:
@@ -1130,8 +1144,8 @@ func (x *SetRequest) GetRequestId() *RequestId {
 
 type SetResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The key's new version: a count of all writes applied by the cluster, and of
-	// the sessions opened, this one included. No two share one.
+	// The key's new version: the number of this write among all that the cluster
+	// has applied, counted from 1. No two share one.
 	Version uint64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	// The key does not have the expected version: nothing was written, and version
 	// is the one that it has; 0: it is absent.
@@ -2163,7 +2177,7 @@ type MetricsResponse struct {
 	// Bytes of keys and values; bytes of the log's entries.
 	StoreBytes uint64 `protobuf:"varint,15,opt,name=store_bytes,json=storeBytes,proto3" json:"store_bytes,omitempty"`
 	LogBytes   uint64 `protobuf:"varint,16,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
-	// Since the process started: entries and writes applied (OpenSession is one),
+	// Since the process started: entries and writes applied (OpenSession is none),
 	// linearizable reads released, rounds of ReadIndex, changes of leader seen,
 	// snapshots sent and installed, messages dropped because a queue to a peer was
 	// full or down, or because they were refused.
@@ -3077,7 +3091,7 @@ type Write struct {
 	//
 	//	*Write_Set
 	//	*Write_Delete
-	//	*Write_OpenSession
+	//	*Write_NewSession
 	Operation     isWrite_Operation `protobuf_oneof:"operation"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3138,10 +3152,10 @@ func (x *Write) GetDelete() *DeleteRequest {
 	return nil
 }
 
-func (x *Write) GetOpenSession() *OpenSessionRequest {
+func (x *Write) GetNewSession() *NewSession {
 	if x != nil {
-		if x, ok := x.Operation.(*Write_OpenSession); ok {
-			return x.OpenSession
+		if x, ok := x.Operation.(*Write_NewSession); ok {
+			return x.NewSession
 		}
 	}
 	return nil
@@ -3159,15 +3173,61 @@ type Write_Delete struct {
 	Delete *DeleteRequest `protobuf:"bytes,2,opt,name=delete,proto3,oneof"`
 }
 
-type Write_OpenSession struct {
-	OpenSession *OpenSessionRequest `protobuf:"bytes,3,opt,name=open_session,json=openSession,proto3,oneof"`
+type Write_NewSession struct {
+	NewSession *NewSession `protobuf:"bytes,5,opt,name=new_session,json=newSession,proto3,oneof"`
 }
 
 func (*Write_Set) isWrite_Operation() {}
 
 func (*Write_Delete) isWrite_Operation() {}
 
-func (*Write_OpenSession) isWrite_Operation() {}
+func (*Write_NewSession) isWrite_Operation() {}
+
+// NewSession opens a session, unless there is one with its number.
+type NewSession struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Drawn by the node that proposes it, so that all nodes have the same. Not 0.
+	Session       uint64 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NewSession) Reset() {
+	*x = NewSession{}
+	mi := &file_kv_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NewSession) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NewSession) ProtoMessage() {}
+
+func (x *NewSession) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
+func (*NewSession) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *NewSession) GetSession() uint64 {
+	if x != nil {
+		return x.Session
+	}
+	return 0
+}
 
 // ConfChangeContext goes with a change of raft's configuration.
 type ConfChangeContext struct {
@@ -3180,7 +3240,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3192,7 +3252,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3205,7 +3265,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{42}
+	return file_kv_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -3226,7 +3286,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_kv_proto_msgTypes[43]
+	mi := &file_kv_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3238,7 +3298,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[43]
+	mi := &file_kv_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3251,7 +3311,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{43}
+	return file_kv_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -3282,7 +3342,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_kv_proto_msgTypes[44]
+	mi := &file_kv_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3294,7 +3354,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[44]
+	mi := &file_kv_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3307,7 +3367,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{44}
+	return file_kv_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -3356,7 +3416,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_kv_proto_msgTypes[45]
+	mi := &file_kv_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3368,7 +3428,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[45]
+	mi := &file_kv_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3381,7 +3441,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{45}
+	return file_kv_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -3398,8 +3458,9 @@ func (x *Proposer) GetSequence() uint64 {
 	return 0
 }
 
-// A snapshot is a SnapshotHeader, then the Sessions, the one used the longest ago
-// first, then KeyValues sorted within each shard, then a SnapshotFooter, each in
+// A snapshot is a SnapshotHeader, then the Sessions: those that were never used,
+// the oldest first, and then the others, the one used the longest ago first. Then
+// come KeyValues sorted within each shard, then a SnapshotFooter, each in
 // a SnapshotRecord behind its length as a varint. frame.go has the frames with
 // checksums that all of it is in.
 type SnapshotRecord struct {
@@ -3417,7 +3478,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_kv_proto_msgTypes[46]
+	mi := &file_kv_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3429,7 +3490,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[46]
+	mi := &file_kv_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3442,7 +3503,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{46}
+	return file_kv_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -3541,7 +3602,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_kv_proto_msgTypes[47]
+	mi := &file_kv_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3553,7 +3614,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[47]
+	mi := &file_kv_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3566,7 +3627,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{47}
+	return file_kv_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -3649,8 +3710,9 @@ func (x *SnapshotHeader) GetSessions() uint64 {
 // Session is what is known of a client's writes.
 type Session struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
-	// The highest sequence applied.
+	// Not 0, and of no other session.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The highest sequence applied; 0: it was never used.
 	Highest uint64 `protobuf:"varint,2,opt,name=highest,proto3" json:"highest,omitempty"`
 	// In the order of their sequences.
 	Answers       []*Answer `protobuf:"bytes,3,rep,name=answers,proto3" json:"answers,omitempty"`
@@ -3660,7 +3722,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_kv_proto_msgTypes[48]
+	mi := &file_kv_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3672,7 +3734,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[48]
+	mi := &file_kv_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3685,7 +3747,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{48}
+	return file_kv_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Session) GetId() uint64 {
@@ -3722,7 +3784,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_kv_proto_msgTypes[49]
+	mi := &file_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3734,7 +3796,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[49]
+	mi := &file_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3747,7 +3809,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{49}
+	return file_kv_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -3789,7 +3851,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_kv_proto_msgTypes[50]
+	mi := &file_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3801,7 +3863,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[50]
+	mi := &file_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3814,7 +3876,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{50}
+	return file_kv_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -3848,7 +3910,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_kv_proto_msgTypes[51]
+	mi := &file_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3860,7 +3922,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[51]
+	mi := &file_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3873,7 +3935,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{51}
+	return file_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -3905,7 +3967,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_kv_proto_msgTypes[52]
+	mi := &file_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3917,7 +3979,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[52]
+	mi := &file_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3930,7 +3992,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{52}
+	return file_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -3991,7 +4053,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_kv_proto_msgTypes[53]
+	mi := &file_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4003,7 +4065,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[53]
+	mi := &file_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4016,7 +4078,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{53}
+	return file_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -4066,7 +4128,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_kv_proto_msgTypes[54]
+	mi := &file_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4078,7 +4140,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[54]
+	mi := &file_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4091,7 +4153,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{54}
+	return file_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -4127,7 +4189,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_kv_proto_msgTypes[55]
+	mi := &file_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4139,7 +4201,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[55]
+	mi := &file_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4152,7 +4214,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{55}
+	return file_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -4370,12 +4432,16 @@ const file_kv_proto_rawDesc = "" +
 	"\x05Batch\x12\x1a\n" +
 	"\bproposer\x18\x01 \x01(\x04R\bproposer\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12$\n" +
-	"\x06writes\x18\x03 \x03(\v2\f.kv.v1.WriteR\x06writes\"\xab\x01\n" +
+	"\x06writes\x18\x03 \x03(\v2\f.kv.v1.WriteR\x06writes\"\xad\x01\n" +
 	"\x05Write\x12%\n" +
 	"\x03set\x18\x01 \x01(\v2\x11.kv.v1.SetRequestH\x00R\x03set\x12.\n" +
-	"\x06delete\x18\x02 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x12>\n" +
-	"\fopen_session\x18\x03 \x01(\v2\x19.kv.v1.OpenSessionRequestH\x00R\vopenSessionB\v\n" +
-	"\toperation\"<\n" +
+	"\x06delete\x18\x02 \x01(\v2\x14.kv.v1.DeleteRequestH\x00R\x06delete\x124\n" +
+	"\vnew_session\x18\x05 \x01(\v2\x11.kv.v1.NewSessionH\x00R\n" +
+	"newSessionB\v\n" +
+	"\toperationJ\x04\b\x03\x10\x04J\x04\b\x04\x10\x05\"&\n" +
+	"\n" +
+	"NewSession\x12\x18\n" +
+	"\asession\x18\x01 \x01(\x04R\asession\"<\n" +
 	"\x11ConfChangeContext\x12'\n" +
 	"\amembers\x18\x01 \x03(\v2\r.kv.v1.MemberR\amembers\"B\n" +
 	"\x06Member\x12\x17\n" +
@@ -4449,7 +4515,7 @@ const file_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xff\x04\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xc2\x05\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -4471,7 +4537,9 @@ const file_kv_proto_rawDesc = "" +
 	"\x17ERROR_REASON_WRONG_NODE\x10\x10\x12 \n" +
 	"\x1cERROR_REASON_SESSION_UNKNOWN\x10\x11\x12!\n" +
 	"\x1dERROR_REASON_SEQUENCE_TOO_OLD\x10\x12\x12\x1c\n" +
-	"\x18ERROR_REASON_NODE_FAILED\x10\x13*~\n" +
+	"\x18ERROR_REASON_NODE_FAILED\x10\x13\x12!\n" +
+	"\x1dERROR_REASON_SEQUENCE_TOO_FAR\x10\x15\x12\x1e\n" +
+	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -4535,7 +4603,7 @@ func file_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
 var file_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: kv.v1.ErrorReason
 	(Role)(0),                        // 1: kv.v1.Role
@@ -4584,20 +4652,21 @@ var file_kv_proto_goTypes = []any{
 	(*Entry)(nil),                    // 44: kv.v1.Entry
 	(*Batch)(nil),                    // 45: kv.v1.Batch
 	(*Write)(nil),                    // 46: kv.v1.Write
-	(*ConfChangeContext)(nil),        // 47: kv.v1.ConfChangeContext
-	(*Member)(nil),                   // 48: kv.v1.Member
-	(*ConfState)(nil),                // 49: kv.v1.ConfState
-	(*Proposer)(nil),                 // 50: kv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 51: kv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 52: kv.v1.SnapshotHeader
-	(*Session)(nil),                  // 53: kv.v1.Session
-	(*Answer)(nil),                   // 54: kv.v1.Answer
-	(*KeyValue)(nil),                 // 55: kv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 56: kv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 57: kv.v1.LogBatch
-	(*Identity)(nil),                 // 58: kv.v1.Identity
-	(*HardState)(nil),                // 59: kv.v1.HardState
-	(*SnapshotMark)(nil),             // 60: kv.v1.SnapshotMark
+	(*NewSession)(nil),               // 47: kv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 48: kv.v1.ConfChangeContext
+	(*Member)(nil),                   // 49: kv.v1.Member
+	(*ConfState)(nil),                // 50: kv.v1.ConfState
+	(*Proposer)(nil),                 // 51: kv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 52: kv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 53: kv.v1.SnapshotHeader
+	(*Session)(nil),                  // 54: kv.v1.Session
+	(*Answer)(nil),                   // 55: kv.v1.Answer
+	(*KeyValue)(nil),                 // 56: kv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 57: kv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 58: kv.v1.LogBatch
+	(*Identity)(nil),                 // 59: kv.v1.Identity
+	(*HardState)(nil),                // 60: kv.v1.HardState
+	(*SnapshotMark)(nil),             // 61: kv.v1.SnapshotMark
 }
 var file_kv_proto_depIdxs = []int32{
 	9,  // 0: kv.v1.PipelineRequest.operations:type_name -> kv.v1.Operation
@@ -4614,7 +4683,7 @@ var file_kv_proto_depIdxs = []int32{
 	0,  // 11: kv.v1.OperationError.reason:type_name -> kv.v1.ErrorReason
 	5,  // 12: kv.v1.SetRequest.request_id:type_name -> kv.v1.RequestId
 	5,  // 13: kv.v1.DeleteRequest.request_id:type_name -> kv.v1.RequestId
-	55, // 14: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
+	56, // 14: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
 	21, // 15: kv.v1.InitRequest.members:type_name -> kv.v1.Node
 	21, // 16: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
 	21, // 17: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
@@ -4638,19 +4707,19 @@ var file_kv_proto_depIdxs = []int32{
 	46, // 35: kv.v1.Batch.writes:type_name -> kv.v1.Write
 	15, // 36: kv.v1.Write.set:type_name -> kv.v1.SetRequest
 	17, // 37: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
-	6,  // 38: kv.v1.Write.open_session:type_name -> kv.v1.OpenSessionRequest
-	48, // 39: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
+	47, // 38: kv.v1.Write.new_session:type_name -> kv.v1.NewSession
+	49, // 39: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
 	21, // 40: kv.v1.Member.node:type_name -> kv.v1.Node
-	52, // 41: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
-	55, // 42: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
-	56, // 43: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
-	53, // 44: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
-	49, // 45: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
-	48, // 46: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
-	50, // 47: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
-	54, // 48: kv.v1.Session.answers:type_name -> kv.v1.Answer
-	59, // 49: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
-	60, // 50: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
+	53, // 41: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
+	56, // 42: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
+	57, // 43: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
+	54, // 44: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
+	50, // 45: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
+	49, // 46: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
+	51, // 47: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
+	55, // 48: kv.v1.Session.answers:type_name -> kv.v1.Answer
+	60, // 49: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
+	61, // 50: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
 	44, // 51: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
 	13, // 52: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
 	15, // 53: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
@@ -4713,9 +4782,9 @@ func file_kv_proto_init() {
 	file_kv_proto_msgTypes[41].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
-		(*Write_OpenSession)(nil),
+		(*Write_NewSession)(nil),
 	}
-	file_kv_proto_msgTypes[46].OneofWrappers = []any{
+	file_kv_proto_msgTypes[47].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -4727,7 +4796,7 @@ func file_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kv_proto_rawDesc), len(file_kv_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   56,
+			NumMessages:   57,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -57,9 +57,11 @@ type KVServiceClient interface {
 	// between two pages show. A page costs one pass over all keys of the node.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
-	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
-	// the one whose writes were applied the longest ago goes first. It may be sent
-	// again: a session that nobody knows of does no harm.
+	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions.
+	// One more takes the place of one that was never used, the oldest, if there are
+	// 1,000 of those, and else of the one that was used the longest ago. To use a
+	// session is to send a write in it, or to repeat one, and to get its answer.
+	// OpenSession may be sent again: a session that nobody knows of does no harm.
 	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Writes of one stream
@@ -165,9 +167,11 @@ type KVServiceServer interface {
 	// between two pages show. A page costs one pass over all keys of the node.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
-	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions:
-	// the one whose writes were applied the longest ago goes first. It may be sent
-	// again: a session that nobody knows of does no harm.
+	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions.
+	// One more takes the place of one that was never used, the oldest, if there are
+	// 1,000 of those, and else of the one that was used the longest ago. To use a
+	// session is to send a write in it, or to repeat one, and to get its answer.
+	// OpenSession may be sent again: a session that nobody knows of does no harm.
 	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Writes of one stream

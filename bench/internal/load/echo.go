@@ -34,7 +34,7 @@ func (e *echo) Get(context.Context, *kvpb.GetRequest) (*kvpb.GetResponse, error)
 }
 
 func (e *echo) OpenSession(context.Context, *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
-	return &kvpb.OpenSessionResponse{Session: 1}, nil
+	return &kvpb.OpenSessionResponse{Session: 1 << 62}, nil // as long as those of nodes are
 }
 
 // newEcho is a server with gRPC's stock settings.
