@@ -112,7 +112,8 @@ The exit status is 1 if no node answers.`, 0, 0, short, (*client).status, nil},
 		"backup": {"FILE", "write all that a cluster holds to a file\nThe file must not be there yet, and is only once it is whole.", 1, 1, time.Hour, (*client).backup, nil},
 		"restore": {"FILE", `make a data directory from a backup, offline
 It is that of a new cluster with one voter. Start that node with the same id, address
-and directory, and add others. Keys, versions and sessions are those of the backup.`, 1, 1, time.Hour, (*client).restore, func(c *client, fs *flag.FlagSet) {
+and directory, and add others. Keys, with their versions, and sessions are those of the
+backup. What is written then has higher versions than any before, by this machine's clock.`, 1, 1, time.Hour, (*client).restore, func(c *client, fs *flag.FlagSet) {
 			c.node = &kvpb.Node{}
 			fs.StringVar(&c.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
 			numberVar(fs, &c.node.Id, "id", "the node's `NUMBER`, not 0")
@@ -620,7 +621,7 @@ func (c *client) restore(ctx context.Context) error {
 	defer d.close()
 	defer context.AfterFunc(ctx, func() { f.Close() })() // ends reading
 	empty := false
-	s, err := d.restore(c.node, func() (*store, error) {
+	s, err := d.restore(c.node, time.Now(), func() (*store, error) {
 		empty = true // or it would not ask
 		s, err := scanSnapshot(f, true, c.progress)
 		if err != nil {

@@ -456,9 +456,10 @@ func (d *disk) begin(j diskJob) error {
 }
 
 // restore makes an empty directory that of a new cluster of one voter. It has
-// the keys, the versions and the sessions of the snapshot that read reads. What
-// a restore that was cut short has left counts as empty.
-func (d *disk) restore(self *kvpb.Node, read func() (*store, error)) (*store, error) {
+// the keys, their versions and the sessions of the snapshot that read reads; new
+// versions begin with the present time. What a restore that was cut short has left
+// counts as empty.
+func (d *disk) restore(self *kvpb.Node, now time.Time, read func() (*store, error)) (*store, error) {
 	names, err := d.fs.readDir(d.dir)
 	unfinished := slices.Contains(names, "identity.tmp") && !slices.Contains(names, "identity") // it comes first, and goes last
 	for _, name := range slices.Backward(names) {
@@ -474,6 +475,9 @@ func (d *disk) restore(self *kvpb.Node, read func() (*store, error)) (*store, er
 	}
 	s, err := read()
 	if err != nil {
+		return nil, err
+	}
+	if err := s.beginVersions(now); err != nil {
 		return nil, err
 	}
 	id := &kvpb.Identity{Format: identityFormat, ClusterId: randomID(), NodeId: self.Id, RaftId: randomID(), LogId: randomID()}

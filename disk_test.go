@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/cryptotest"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -683,13 +684,14 @@ func backupOf(t *testing.T, keys int) (*store, []byte) {
 // directory, or all of what it restores.
 func TestRestoreFaults(t *testing.T) {
 	backup, b := backupOf(t, 20)
+	now := time.Now()
 	restore := func(fs *simFS) (bool, error) {
 		d, err := openDisk(fs, simDir, diskLogBytes, quiet())
 		if err != nil {
 			return false, err
 		}
 		d.background = func(f func()) { f() }
-		_, err = d.restore(&kvpb.Node{Id: 5, Address: "127.0.0.1:5"}, func() (*store, error) { return readSnapshot(bytes.NewReader(b)) })
+		_, err = d.restore(&kvpb.Node{Id: 5, Address: "127.0.0.1:5"}, now, func() (*store, error) { return readSnapshot(bytes.NewReader(b)) })
 		d.close()
 		return err == nil, err
 	}
@@ -712,7 +714,7 @@ func TestRestoreFaults(t *testing.T) {
 			return err
 		}
 		s := p.n.store
-		if keysOf(s) != keysOf(backup) || s.version != backup.version || s.clusterID == 9 || s.members[leaderID] != nil || len(s.members) != 1 || len(s.removed) > 0 {
+		if keysOf(s) != keysOf(backup) || s.version != versionAt(now) || s.clusterID == 9 || s.members[leaderID] != nil || len(s.members) != 1 || len(s.removed) > 0 {
 			return fmt.Errorf("it is %v", s.header())
 		}
 		return cmp.Or(p.do(diskOp{"k", []byte("v")}), tidy(fs, p))

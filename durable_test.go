@@ -334,7 +334,10 @@ func TestBackup(t *testing.T) {
 			start, _ := c.metrics(1)
 			file := filepath.Join(t.TempDir(), "backup")
 			out, _ := runCommand(t, 0, "", "backup", "--endpoints", deadAddress(t)+","+c.nodes[2].address, file)
-			wantPart(t, out, "wrote keys: ")
+			var keys, version uint64
+			if _, err := fmt.Sscanf(out, "wrote keys: %d, version: %d,", &keys, &version); err != nil {
+				t.Fatal(out, err)
+			}
 			stop()
 			all := <-written
 			runCommand(t, 1, "", "backup", "--endpoints", c.nodes[2].address, file) // it is there
@@ -347,8 +350,11 @@ func TestBackup(t *testing.T) {
 			defer func() { r.stop(5) }()
 			r.settled(5)
 			m, err := r.metrics(5)
-			if err != nil || m.Version < start.Version || m.Version > all+2 || m.Sessions != 1 || m.ClusterId == start.ClusterId {
-				t.Fatalf("%v, %v; backup began at %v", m, err, start)
+			if err != nil || version < start.Version || version > all+2 || m.Keys != keys || m.Sessions != 1 || m.ClusterId == start.ClusterId {
+				t.Fatalf("%v, %v; backup of version %d began at %v", m, err, version, start)
+			}
+			if first := versionAt(time.Now().Add(-time.Minute)); m.Version < first {
+				t.Errorf("the restored cluster begins with version %d, want %d at least", m.Version, first)
 			}
 			items, _, err := r.listAll(5, &kvpb.ListRequest{})
 			if err != nil || len(items) != int(m.Keys) {
@@ -356,8 +362,8 @@ func TestBackup(t *testing.T) {
 			}
 			for _, kv := range items { // write i of the load has version i + 2: none is missing up to the last
 				i, _ := strconv.ParseUint(string(kv.Value), 10, 64)
-				if kv.Key != "once" && (kv.Version != i+2 || kv.Version+100 <= m.Version) {
-					t.Errorf("%q = %d of version %d, in a backup of version %d", kv.Key, i, kv.Version, m.Version)
+				if kv.Key != "once" && (kv.Version != i+2 || kv.Version+100 <= version) {
+					t.Errorf("%q = %d of version %d, in a backup of version %d", kv.Key, i, kv.Version, version)
 				}
 			}
 			if again, err := n.Set(r.ctx, once); err != nil || !proto.Equal(again, first) {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"raft-key-value/kvpb"
 )
@@ -188,7 +189,7 @@ func TestSnapshotOfAnother(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = d.restore(&kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, func() (*store, error) { return nil, errors.New("it is damaged") })
+	_, err = d.restore(&kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, time.Now(), func() (*store, error) { return nil, errors.New("it is damaged") })
 	if err == nil || !strings.Contains(err.Error(), "not empty") || fs.names[snap] == nil {
 		t.Error("restored into it: ", err, slices.Collect(func(y func(string) bool) {
 			for n := range fs.names {

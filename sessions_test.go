@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -667,6 +668,65 @@ func TestExactlyOnce(t *testing.T) {
 	c.sameStates(1, 2, 3)
 }
 
+// TestRestoreGivesNothingOutAgain: what a cluster told its clients and then lost,
+// the one that is restored gives to nobody else: no session, and no version. That
+// holds for each life that begins with one backup, and for a backup of such a one.
+func TestRestoreGivesNothingOutAgain(t *testing.T) {
+	t.Parallel()
+	const id = 1
+	file := filepath.Join(t.TempDir(), "backup")
+	sessions, versions := map[uint64]bool{}, map[uint64]bool{}
+	take := func(what string, taken map[uint64]bool, n uint64) {
+		t.Helper()
+		if taken[n] {
+			t.Errorf("%s %d is given out again", what, n)
+		}
+		taken[n] = true
+	}
+	c, _ := newDurable(t, id)
+	c.init(id)
+	kept := withID(c.openSession(id), 1, setWrite("kept", "v"))
+	c.answers(&kvpb.SetResponse{Version: 1}, kept, id)
+	lives := []string{"the first", "restored", "restored again", "restored from that"}
+	for i, life := range lives {
+		if i > 0 {
+			dir := filepath.Join(t.TempDir(), life)
+			runCommand(t, 0, "", "restore", file, "--data-dir", dir, "--id", fmt.Sprint(id), "--addr", "127.0.0.1:1")
+			c = newCluster(t, id, func(o *options) { o.durable, o.dataDir = true, dir })
+			c.settled(id)
+		}
+		if i == 0 || i == len(lives)-2 { // later than this, what it tells is lost
+			path := c.nodes[id].address
+			_ = os.Remove(file)
+			runCommand(t, 0, "", "backup", "--endpoints", path, file)
+		}
+		c.answers(&kvpb.SetResponse{Version: 1}, kept, id)
+		c.wants(id, false, "kept", "v", 1)
+
+		for session := range sessions { // whoever has it from another life
+			_, err := c.send(c.ctx, id, withID(session, 1, setWrite("of another", "x")))
+			wantError(t, err, codes.FailedPrecondition, "SESSION_UNKNOWN")
+		}
+		lost := maps.Clone(versions)
+		for range 5 {
+			session := c.openSession(id)
+			take("session", sessions, session)
+			value := fmt.Sprint(life, session)
+			resp, err := c.send(c.ctx, id, withID(session, 1, setWrite("mine", value)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			version := resp.(*kvpb.SetResponse).Version
+			take("version", versions, version)
+			c.wants(id, false, "mine", value, version)
+			for old := range lost {
+				c.answers(&kvpb.SetResponse{Version: version, CompareFailed: true}, setIf("mine", "of another", old), id)
+			}
+		}
+		c.stop(id)
+	}
+}
+
 // TestSessionsAreNotGuessed: who knows many sessions is not near any other, of this
 // cluster or another one. (By chance it is in one of ten million runs.)
 func TestSessionsAreNotGuessed(t *testing.T) {
@@ -697,6 +757,64 @@ func TestSessionsAreNotGuessed(t *testing.T) {
 	}
 	if len(all) != 201 || all[200] >= 1<<63 {
 		t.Errorf("%d sessions, up to %d", len(all), all[len(all)-1])
+	}
+}
+
+// TestRestoreByTheClock: a restored cluster's versions begin with the time, even if
+// it was restored just before; a clock that would give out some again is refused,
+// in words that say why and what to do, and nothing is made.
+func TestRestoreByTheClock(t *testing.T) {
+	now := time.Date(2026, 11, 28, 20, 0, 0, 0, time.UTC)
+	const first = 1_795_896_000 << 20
+	for _, tt := range []struct {
+		name    string
+		version uint64
+		now     time.Time
+		want    uint64
+		said    []string
+	}{
+		{"an empty backup", 0, now, first, nil},
+		{"one that was never restored", 1 << 50, now, first, nil},
+		{"a microsecond later", first, now.Add(time.Microsecond), first + 1, nil},
+		{"half a second later", first + 1<<19 - 1, now.Add(time.Second / 2), first + 1<<19, nil},
+		{"just before another second", first, now.Add(time.Second - 1), first + 1<<20 - 1, nil},
+		{"in 200 years", first, now.AddDate(200, 0, 0), 0, nil},
+
+		{"a clock that stands", first, now, 0, []string{"says 2026-11-28 20:00:00 UTC", "reached by 2026-11-28 20:00:01 UTC", "set the clock", "beyond that time"}},
+		{"a clock that was set back", first, now.AddDate(0, -1, 0), 0, []string{"says 2026-10-28 20:00:00 UTC", "reached by 2026-11-28 20:00:01 UTC"}},
+		{"the highest version", maxCounter - 1, now, 0, []string{"is of version 1152921504606846975", "set the clock"}},
+		{"a clock that was never set", 0, time.Unix(100, 0), 0, []string{"says 1970-01-01 00:01:40 UTC", "never set", "set the clock"}},
+		{"a clock before all time", 0, time.Unix(-100, 0), 0, []string{"says 1969-12-31 23:58:20 UTC", "never set"}},
+		{"a clock of another age", 0, now.AddDate(216, 2, 0), 0, []string{"says 2243-01-28", "set the clock"}},
+	} {
+		s := newStore()
+		s.version = tt.version
+		err := s.beginVersions(tt.now)
+		if err == nil && tt.want == 0 {
+			tt.want = versionAt(tt.now)
+		}
+		if (err != nil) != (tt.said != nil) || err == nil && (s.version != tt.want || s.version <= tt.version || s.version >= maxFirstVersion) {
+			t.Errorf("%s: version %d, %v; want %d", tt.name, s.version, err, tt.want)
+		}
+		for _, part := range tt.said {
+			if err != nil {
+				wantPart(t, err.Error(), part)
+			}
+		}
+	}
+
+	// The command: it makes nothing.
+	s, _ := backupOf(t, 3)
+	s.version = versionAt(time.Now().Add(time.Hour))
+	dir := t.TempDir()
+	file, data := filepath.Join(dir, "backup"), filepath.Join(dir, "data")
+	if err := os.WriteFile(file, snapshotBytes(t, s), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, errs := runCommand(t, 1, "", "restore", file, "--data-dir", data, "--id", "1", "--addr", "127.0.0.1:1")
+	wantPart(t, errs, "raft-key-value: restore: this machine's clock says ")
+	if names, err := os.ReadDir(dir); err != nil || len(names) != 1 {
+		t.Error(names, err)
 	}
 }
 

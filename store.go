@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 
@@ -33,6 +34,12 @@ const (
 	// from the others: a client has time to use the one that it has opened, and
 	// whoever opens many costs others no more than this.
 	unusedShare = 10
+	// versionsPerSecond is by how much the version that a restored cluster begins
+	// with grows in a second: no cluster writes so much.
+	versionsPerSecond = 1 << 20
+	// maxFirstVersion bounds the version that a restored cluster begins with: JSON
+	// in JavaScript has no higher integers.
+	maxFirstVersion = 1 << 53
 	// maxRoom is for how many writes of an entry memory is kept.
 	maxRoom = 16 << 10
 )
@@ -56,6 +63,9 @@ var (
 	errSequenceTooFar = errors.New("the sequence is too far above the highest of its session: the write was not applied; open another session")
 	errSessionTaken   = errors.New("the number drawn for the session is another's: none was opened, the next call draws another")
 )
+
+// firstClock is no clock's time any more, unless it was never set.
+var firstClock = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
 
 // session is what is known of a client's writes. Views share the answers: what
 // stands in them is not changed while one is open.
@@ -84,7 +94,7 @@ func (s *session) highest() uint64 {
 type store struct {
 	index     uint64 // of the last entry applied
 	term      uint64 // of the last entry applied
-	version   uint64 // of the last write applied: a count of them
+	version   uint64 // of the last write applied: a count of them, from beginVersions on
 	conf      *raftpb.ConfState
 	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
 	removed   []uint64              // raft IDs, oldest first
@@ -263,6 +273,39 @@ func (s *store) useSession(e *list.Element) {
 	s.unused.Remove(e)
 	s.sessions[ses.id] = s.recent.PushBack(ses)
 }
+
+// beginVersions makes the next version of a store that is restored one that the
+// cluster has never given out: not before the backup, not after it, nor in
+// another life that began with the same backup. So it goes by time. The keys keep
+// their versions: whoever knows one knows the value that it is of.
+func (s *store) beginVersions(now time.Time) error {
+	first := versionAt(now)
+	if now.Before(firstClock) {
+		return fmt.Errorf("this machine's clock says %s, so it was never set: versions begin with the time of a restore; set the clock", clockText(now))
+	}
+	if first >= maxFirstVersion {
+		return fmt.Errorf("this machine's clock says %s: versions begin with the time of a restore, and would exceed 2^53; set the clock", clockText(now))
+	}
+	if s.version >= first {
+		return fmt.Errorf("this machine's clock says %s, and the backup is of version %d, which is reached by %s: "+
+			"versions begin with the time of a restore, and would be given out again; set the clock. "+
+			"If it is right, the one that the cluster was restored by was ahead: set this one beyond that time for as long as it takes",
+			clockText(now), s.version, clockText(timeOf(s.version)))
+	}
+	s.version = first
+	return nil
+}
+
+// versionAt is the version with which a cluster begins that is restored at a time
+// since 1970.
+func versionAt(t time.Time) uint64 {
+	return uint64(t.Unix())*versionsPerSecond + uint64(t.Nanosecond())*versionsPerSecond/uint64(time.Second)
+}
+
+// timeOf is when a cluster begins with a version, rounded up to a second.
+func timeOf(version uint64) time.Time { return time.Unix(int64(version/versionsPerSecond+1), 0) }
+
+func clockText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }
 
 // fresh reports whether a batch is to be applied, and remembers that it was.
 // A proposal may come twice: its proposer repeats what seems lost.

@@ -1145,7 +1145,8 @@ func (x *SetRequest) GetRequestId() *RequestId {
 type SetResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The key's new version: the number of this write among all that the cluster
-	// has applied, counted from 1. No two share one.
+	// has applied. They are counted from 1; after a restore, from the time of it, in
+	// seconds since 1970 times 2^20. No two writes share one. Below 2^53 until 2242.
 	Version uint64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	// The key does not have the expected version: nothing was written, and version
 	// is the one that it has; 0: it is absent.
