@@ -606,6 +606,8 @@ func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) 
 		m.version++
 		delete(m.items, r.Key)
 		return &kvpb.DeleteResponse{Deleted: found, Version: m.version}, true
+	case "OpenSession":
+		return nil, len(req) > 0 // else it answers a number that nobody knows
 	}
 	return nil, false
 }
@@ -648,6 +650,9 @@ func FuzzServices(f *testing.F) {
 	f.Add(slices.Concat(
 		call("Set", &kvpb.SetRequest{}), call("Get", &kvpb.GetRequest{}), call("Delete", &kvpb.DeleteRequest{}), call("Set", &kvpb.SetRequest{Key: strings.Repeat("k", maxKeyBytes+1)}),
 		step(index("Set"), []byte("\x0a\x02\xff\xfe")), step(index("Set"), []byte("\x0a\x01k\x30\x01")), step(index("Get"), []byte{0x80}), call("List", &kvpb.ListRequest{PageToken: "zzz"}),
+	))
+	f.Add(slices.Concat(
+		call("OpenSession", &kvpb.OpenSessionRequest{}), step(index("OpenSession"), mustMarshal(f, &kvpb.NewSession{Session: 7})), call("Set", &kvpb.SetRequest{Key: "a"}),
 	))
 	f.Add(slices.Concat(
 		call("Init", &kvpb.InitRequest{Members: []*kvpb.Node{plainNode(1)}}), call("Init", &kvpb.InitRequest{}), call("AddLearner", &kvpb.AddLearnerRequest{Node: plainNode(2)}),
