@@ -822,12 +822,30 @@ func TestWALMixed(t *testing.T) {
 		if _, _, err := decodeBatch(mixed); err != errNoBatch {
 			t.Errorf("%s: it passes for a batch: %v", name, err)
 		}
-		if p.torn(mixed) {
+		if p.torn(mixed) || p.torn(append(mixed, make([]byte, sectorBytes)...)) {
 			t.Errorf("%s: it passes for a torn batch", name)
 		}
 		if clear(mixed[2*sectorBytes:]); p.torn(mixed) != (name == "same place") { // which then cannot be told
 			t.Errorf("%s: with a sector missing, torn is %v", name, p.torn(mixed))
 		}
+	}
+	moved := encodeAt(t, p, &kvpb.LogBatch{Entries: []*kvpb.Entry{{Data: make([]byte, 1200)}}})
+	copy(moved[sectorBytes:], moved[2*sectorBytes:])
+	if clear(moved[2*sectorBytes:]); p.torn(moved) {
+		t.Error("a sector passes in the place of another")
+	}
+	long := encodeAt(t, p, &kvpb.LogBatch{Entries: []*kvpb.Entry{{Data: make([]byte, 1200)}}})
+	short := encodeAt(t, p, &kvpb.LogBatch{Entries: []*kvpb.Entry{{Data: make([]byte, 700)}}})
+	behind := append(slices.Clone(short), long[len(short):]...)
+	clear(behind[sectorBytes:len(short)])
+	if p.torn(behind) {
+		t.Error("what is behind the batch passes for a part of it")
+	}
+	if clear(behind[len(short):]); !p.torn(behind) {
+		t.Error("without that it is torn")
+	}
+	if clear(long[2*sectorBytes:]); !p.torn(long) || p.torn(long[:2*sectorBytes]) {
+		t.Error("a batch is torn that its segment has no room for, or else is not")
 	}
 }
 
@@ -1099,6 +1117,33 @@ func TestWALGap(t *testing.T) {
 		} else if _, _, err := openSim(fs); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestWALSizes: a segment may have the size of another time, or of a large batch.
+func TestWALSizes(t *testing.T) {
+	fs, index, sizes := newSimFS(), uint64(0), map[int]bool{}
+	for _, segmentBytes := range []int{simSegment, 2 * simSegment, sectorBytes, simSegment} {
+		w, s, err := openWAL(fs, simDir, walOptions{segmentBytes: segmentBytes, log: quiet(), background: func(f func()) { f() }})
+		if err != nil || len(s.GetEntries()) != int(index) {
+			t.Fatalf("%d entries of %d: %v", len(s.GetEntries()), index, err)
+		}
+		for _, size := range []int{100, 3000, 20000, 100, 3000, 100} {
+			index++
+			if err := w.append(&kvpb.LogBatch{Entries: []*kvpb.Entry{{Index: index, Term: 1, Data: make([]byte, size)}}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.close()
+		fs = fs.lose(nil)
+	}
+	for path, f := range fs.names {
+		if strings.HasSuffix(path, ".wal") {
+			sizes[len(f.cache)] = true
+		}
+	}
+	if len(sizes) < 4 {
+		t.Errorf("segments of few sizes: %v", sizes)
 	}
 }
 
