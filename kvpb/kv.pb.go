@@ -86,6 +86,9 @@ const (
 	// UNAVAILABLE: the node has failed and is about to end; the message has the
 	// cause. Nothing was applied.
 	ErrorReason_ERROR_REASON_NODE_FAILED ErrorReason = 19
+	// ABORTED: the cluster has another membership than the one that the change was
+	// made for; the message has the present one. Nothing was changed.
+	ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED ErrorReason = 20
 	// FAILED_PRECONDITION: the sequence of the request_id is more than 1,024 above
 	// the highest of its session. The write was not applied now, nor before.
 	ErrorReason_ERROR_REASON_SEQUENCE_TOO_FAR ErrorReason = 21
@@ -117,6 +120,7 @@ var (
 		17: "ERROR_REASON_SESSION_UNKNOWN",
 		18: "ERROR_REASON_SEQUENCE_TOO_OLD",
 		19: "ERROR_REASON_NODE_FAILED",
+		20: "ERROR_REASON_MEMBERSHIP_CHANGED",
 		21: "ERROR_REASON_SEQUENCE_TOO_FAR",
 		22: "ERROR_REASON_SESSION_TAKEN",
 	}
@@ -141,6 +145,7 @@ var (
 		"ERROR_REASON_SESSION_UNKNOWN":     17,
 		"ERROR_REASON_SEQUENCE_TOO_OLD":    18,
 		"ERROR_REASON_NODE_FAILED":         19,
+		"ERROR_REASON_MEMBERSHIP_CHANGED":  20,
 		"ERROR_REASON_SEQUENCE_TOO_FAR":    21,
 		"ERROR_REASON_SESSION_TAKEN":       22,
 	}
@@ -1508,7 +1513,10 @@ func (x *Node) GetAddress() string {
 type InitRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// All voters of the new cluster, the called node among them.
-	Members       []*Node `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	Members []*Node `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	// Make the cluster although a hello of another cluster has just named the
+	// called node.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1548,6 +1556,13 @@ func (x *InitRequest) GetMembers() []*Node {
 		return x.Members
 	}
 	return nil
+}
+
+func (x *InitRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 type InitResponse struct {
@@ -1683,7 +1698,14 @@ type ChangeMembershipRequest struct {
 	Retain bool `protobuf:"varint,2,opt,name=retain,proto3" json:"retain,omitempty"`
 	// The ids of members to be removed in the same change, learners or voters.
 	// Other learners stay.
-	Remove        []uint64 `protobuf:"varint,3,rep,packed,name=remove,proto3" json:"remove,omitempty"`
+	Remove []uint64 `protobuf:"varint,3,rep,packed,name=remove,proto3" json:"remove,omitempty"`
+	// The ids of members to become voters; the others stay as they are.
+	Promote []uint64 `protobuf:"varint,4,rep,packed,name=promote,proto3" json:"promote,omitempty"`
+	// The ids of voters to become learners; the others stay as they are.
+	Demote []uint64 `protobuf:"varint,5,rep,packed,name=demote,proto3" json:"demote,omitempty"`
+	// The membership that the change was made for. If the cluster has another one,
+	// and is not as the change would have it: MEMBERSHIP_CHANGED. Absent: any.
+	Expected      *Membership `protobuf:"bytes,6,opt,name=expected,proto3" json:"expected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1739,6 +1761,126 @@ func (x *ChangeMembershipRequest) GetRemove() []uint64 {
 	return nil
 }
 
+func (x *ChangeMembershipRequest) GetPromote() []uint64 {
+	if x != nil {
+		return x.Promote
+	}
+	return nil
+}
+
+func (x *ChangeMembershipRequest) GetDemote() []uint64 {
+	if x != nil {
+		return x.Demote
+	}
+	return nil
+}
+
+func (x *ChangeMembershipRequest) GetExpected() *Membership {
+	if x != nil {
+		return x.Expected
+	}
+	return nil
+}
+
+// Membership is who is in a cluster, by what operators know.
+type Membership struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Each id once, in any order.
+	Members       []*ExpectedMember `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Membership) Reset() {
+	*x = Membership{}
+	mi := &file_kv_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Membership) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Membership) ProtoMessage() {}
+
+func (x *Membership) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Membership.ProtoReflect.Descriptor instead.
+func (*Membership) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Membership) GetMembers() []*ExpectedMember {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+type ExpectedMember struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Node  *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// False: a learner.
+	Voter         bool `protobuf:"varint,2,opt,name=voter,proto3" json:"voter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExpectedMember) Reset() {
+	*x = ExpectedMember{}
+	mi := &file_kv_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExpectedMember) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExpectedMember) ProtoMessage() {}
+
+func (x *ExpectedMember) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExpectedMember.ProtoReflect.Descriptor instead.
+func (*ExpectedMember) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ExpectedMember) GetNode() *Node {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
+func (x *ExpectedMember) GetVoter() bool {
+	if x != nil {
+		return x.Voter
+	}
+	return false
+}
+
 type ChangeMembershipResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1747,7 +1889,7 @@ type ChangeMembershipResponse struct {
 
 func (x *ChangeMembershipResponse) Reset() {
 	*x = ChangeMembershipResponse{}
-	mi := &file_kv_proto_msgTypes[22]
+	mi := &file_kv_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1759,7 +1901,7 @@ func (x *ChangeMembershipResponse) String() string {
 func (*ChangeMembershipResponse) ProtoMessage() {}
 
 func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[22]
+	mi := &file_kv_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1772,7 +1914,7 @@ func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipResponse.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{22}
+	return file_kv_proto_rawDescGZIP(), []int{24}
 }
 
 type TransferLeaderRequest struct {
@@ -1785,7 +1927,7 @@ type TransferLeaderRequest struct {
 
 func (x *TransferLeaderRequest) Reset() {
 	*x = TransferLeaderRequest{}
-	mi := &file_kv_proto_msgTypes[23]
+	mi := &file_kv_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +1939,7 @@ func (x *TransferLeaderRequest) String() string {
 func (*TransferLeaderRequest) ProtoMessage() {}
 
 func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[23]
+	mi := &file_kv_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +1952,7 @@ func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{23}
+	return file_kv_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TransferLeaderRequest) GetNodeId() uint64 {
@@ -1828,7 +1970,7 @@ type TransferLeaderResponse struct {
 
 func (x *TransferLeaderResponse) Reset() {
 	*x = TransferLeaderResponse{}
-	mi := &file_kv_proto_msgTypes[24]
+	mi := &file_kv_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1840,7 +1982,7 @@ func (x *TransferLeaderResponse) String() string {
 func (*TransferLeaderResponse) ProtoMessage() {}
 
 func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[24]
+	mi := &file_kv_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1853,7 +1995,7 @@ func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeaderResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{24}
+	return file_kv_proto_rawDescGZIP(), []int{26}
 }
 
 type BackupRequest struct {
@@ -1864,7 +2006,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_kv_proto_msgTypes[25]
+	mi := &file_kv_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2018,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[25]
+	mi := &file_kv_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2031,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{25}
+	return file_kv_proto_rawDescGZIP(), []int{27}
 }
 
 type BackupResponse struct {
@@ -1902,7 +2044,7 @@ type BackupResponse struct {
 
 func (x *BackupResponse) Reset() {
 	*x = BackupResponse{}
-	mi := &file_kv_proto_msgTypes[26]
+	mi := &file_kv_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +2056,7 @@ func (x *BackupResponse) String() string {
 func (*BackupResponse) ProtoMessage() {}
 
 func (x *BackupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[26]
+	mi := &file_kv_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +2069,7 @@ func (x *BackupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
 func (*BackupResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{26}
+	return file_kv_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *BackupResponse) GetData() []byte {
@@ -1945,7 +2087,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_kv_proto_msgTypes[27]
+	mi := &file_kv_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2099,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[27]
+	mi := &file_kv_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2112,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{27}
+	return file_kv_proto_rawDescGZIP(), []int{29}
 }
 
 // Progress is how far the leader knows a member to be.
@@ -1992,7 +2134,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_kv_proto_msgTypes[28]
+	mi := &file_kv_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2004,7 +2146,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[28]
+	mi := &file_kv_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2017,7 +2159,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{28}
+	return file_kv_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Progress) GetMatchIndex() uint64 {
@@ -2075,7 +2217,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_kv_proto_msgTypes[29]
+	mi := &file_kv_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2087,7 +2229,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[29]
+	mi := &file_kv_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2100,7 +2242,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{29}
+	return file_kv_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *MemberStatus) GetNode() *Node {
@@ -2208,7 +2350,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_kv_proto_msgTypes[30]
+	mi := &file_kv_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2220,7 +2362,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[30]
+	mi := &file_kv_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2233,7 +2375,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{30}
+	return file_kv_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *MetricsResponse) GetNode() *Node {
@@ -2463,7 +2605,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_kv_proto_msgTypes[31]
+	mi := &file_kv_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2475,7 +2617,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[31]
+	mi := &file_kv_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2488,7 +2630,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{31}
+	return file_kv_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Hello) GetClusterId() uint64 {
@@ -2534,7 +2676,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_kv_proto_msgTypes[32]
+	mi := &file_kv_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2688,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[32]
+	mi := &file_kv_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2701,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{32}
+	return file_kv_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Peer) GetNode() *Node {
@@ -2595,7 +2737,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_kv_proto_msgTypes[33]
+	mi := &file_kv_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2607,7 +2749,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[33]
+	mi := &file_kv_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2620,7 +2762,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{33}
+	return file_kv_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Welcome) GetVerdict() Verdict {
@@ -2656,7 +2798,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_kv_proto_msgTypes[34]
+	mi := &file_kv_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2810,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[34]
+	mi := &file_kv_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2823,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{34}
+	return file_kv_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StreamRequest) GetHello() *Hello {
@@ -2707,7 +2849,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_kv_proto_msgTypes[35]
+	mi := &file_kv_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +2861,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[35]
+	mi := &file_kv_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +2874,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{35}
+	return file_kv_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -2755,7 +2897,7 @@ type InstallSnapshotRequest struct {
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2767,7 +2909,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2780,7 +2922,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{36}
+	return file_kv_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -2812,7 +2954,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2824,7 +2966,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2837,7 +2979,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{37}
+	return file_kv_proto_rawDescGZIP(), []int{39}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -2863,7 +3005,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_kv_proto_msgTypes[38]
+	mi := &file_kv_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +3017,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[38]
+	mi := &file_kv_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +3030,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{38}
+	return file_kv_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -2967,7 +3109,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_kv_proto_msgTypes[39]
+	mi := &file_kv_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2979,7 +3121,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[39]
+	mi := &file_kv_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2992,7 +3134,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{39}
+	return file_kv_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -3037,7 +3179,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_kv_proto_msgTypes[40]
+	mi := &file_kv_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3049,7 +3191,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[40]
+	mi := &file_kv_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3062,7 +3204,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{40}
+	return file_kv_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -3100,7 +3242,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_kv_proto_msgTypes[41]
+	mi := &file_kv_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3254,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[41]
+	mi := &file_kv_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3267,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{41}
+	return file_kv_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -3195,7 +3337,7 @@ type NewSession struct {
 
 func (x *NewSession) Reset() {
 	*x = NewSession{}
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3207,7 +3349,7 @@ func (x *NewSession) String() string {
 func (*NewSession) ProtoMessage() {}
 
 func (x *NewSession) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3220,7 +3362,7 @@ func (x *NewSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
 func (*NewSession) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{42}
+	return file_kv_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *NewSession) GetSession() uint64 {
@@ -3241,7 +3383,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_kv_proto_msgTypes[43]
+	mi := &file_kv_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3253,7 +3395,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[43]
+	mi := &file_kv_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3266,7 +3408,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{43}
+	return file_kv_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -3287,7 +3429,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_kv_proto_msgTypes[44]
+	mi := &file_kv_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3299,7 +3441,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[44]
+	mi := &file_kv_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3312,7 +3454,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{44}
+	return file_kv_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -3343,7 +3485,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_kv_proto_msgTypes[45]
+	mi := &file_kv_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3355,7 +3497,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[45]
+	mi := &file_kv_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3368,7 +3510,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{45}
+	return file_kv_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -3417,7 +3559,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_kv_proto_msgTypes[46]
+	mi := &file_kv_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3429,7 +3571,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[46]
+	mi := &file_kv_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3442,7 +3584,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{46}
+	return file_kv_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -3479,7 +3621,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_kv_proto_msgTypes[47]
+	mi := &file_kv_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3491,7 +3633,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[47]
+	mi := &file_kv_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3504,7 +3646,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{47}
+	return file_kv_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -3603,7 +3745,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_kv_proto_msgTypes[48]
+	mi := &file_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3615,7 +3757,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[48]
+	mi := &file_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3628,7 +3770,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{48}
+	return file_kv_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -3723,7 +3865,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_kv_proto_msgTypes[49]
+	mi := &file_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3735,7 +3877,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[49]
+	mi := &file_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3748,7 +3890,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{49}
+	return file_kv_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Session) GetId() uint64 {
@@ -3785,7 +3927,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_kv_proto_msgTypes[50]
+	mi := &file_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3797,7 +3939,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[50]
+	mi := &file_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3810,7 +3952,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{50}
+	return file_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -3852,7 +3994,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_kv_proto_msgTypes[51]
+	mi := &file_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3864,7 +4006,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[51]
+	mi := &file_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3877,7 +4019,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{51}
+	return file_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -3911,7 +4053,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_kv_proto_msgTypes[52]
+	mi := &file_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3923,7 +4065,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[52]
+	mi := &file_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3936,7 +4078,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{52}
+	return file_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -3968,7 +4110,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_kv_proto_msgTypes[53]
+	mi := &file_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3980,7 +4122,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[53]
+	mi := &file_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3993,7 +4135,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{53}
+	return file_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -4054,7 +4196,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_kv_proto_msgTypes[54]
+	mi := &file_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4066,7 +4208,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[54]
+	mi := &file_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4079,7 +4221,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{54}
+	return file_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -4129,7 +4271,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_kv_proto_msgTypes[55]
+	mi := &file_kv_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4141,7 +4283,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[55]
+	mi := &file_kv_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4154,7 +4296,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{55}
+	return file_kv_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -4190,7 +4332,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_kv_proto_msgTypes[56]
+	mi := &file_kv_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4202,7 +4344,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[56]
+	mi := &file_kv_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4215,7 +4357,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{56}
+	return file_kv_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -4313,19 +4455,29 @@ const file_kv_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"0\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"4\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"J\n" +
 	"\vInitRequest\x12%\n" +
-	"\amembers\x18\x01 \x03(\v2\v.kv.v1.NodeR\amembers\"-\n" +
+	"\amembers\x18\x01 \x03(\v2\v.kv.v1.NodeR\amembers\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"-\n" +
 	"\fInitResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"4\n" +
 	"\x11AddLearnerRequest\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\"\x14\n" +
-	"\x12AddLearnerResponse\"c\n" +
+	"\x12AddLearnerResponse\"\xc4\x01\n" +
 	"\x17ChangeMembershipRequest\x12\x18\n" +
 	"\amembers\x18\x01 \x03(\x04R\amembers\x12\x16\n" +
 	"\x06retain\x18\x02 \x01(\bR\x06retain\x12\x16\n" +
-	"\x06remove\x18\x03 \x03(\x04R\x06remove\"\x1a\n" +
+	"\x06remove\x18\x03 \x03(\x04R\x06remove\x12\x18\n" +
+	"\apromote\x18\x04 \x03(\x04R\apromote\x12\x16\n" +
+	"\x06demote\x18\x05 \x03(\x04R\x06demote\x12-\n" +
+	"\bexpected\x18\x06 \x01(\v2\x11.kv.v1.MembershipR\bexpected\"=\n" +
+	"\n" +
+	"Membership\x12/\n" +
+	"\amembers\x18\x01 \x03(\v2\x15.kv.v1.ExpectedMemberR\amembers\"G\n" +
+	"\x0eExpectedMember\x12\x1f\n" +
+	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x14\n" +
+	"\x05voter\x18\x02 \x01(\bR\x05voter\"\x1a\n" +
 	"\x18ChangeMembershipResponse\"0\n" +
 	"\x15TransferLeaderRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\x04R\x06nodeId\"\x18\n" +
@@ -4516,7 +4668,7 @@ const file_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xc2\x05\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xe7\x05\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -4538,7 +4690,8 @@ const file_kv_proto_rawDesc = "" +
 	"\x17ERROR_REASON_WRONG_NODE\x10\x10\x12 \n" +
 	"\x1cERROR_REASON_SESSION_UNKNOWN\x10\x11\x12!\n" +
 	"\x1dERROR_REASON_SEQUENCE_TOO_OLD\x10\x12\x12\x1c\n" +
-	"\x18ERROR_REASON_NODE_FAILED\x10\x13\x12!\n" +
+	"\x18ERROR_REASON_NODE_FAILED\x10\x13\x12#\n" +
+	"\x1fERROR_REASON_MEMBERSHIP_CHANGED\x10\x14\x12!\n" +
 	"\x1dERROR_REASON_SEQUENCE_TOO_FAR\x10\x15\x12\x1e\n" +
 	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16*~\n" +
 	"\x04Role\x12\x14\n" +
@@ -4604,7 +4757,7 @@ func file_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
+var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: kv.v1.ErrorReason
 	(Role)(0),                        // 1: kv.v1.Role
@@ -4633,41 +4786,43 @@ var file_kv_proto_goTypes = []any{
 	(*AddLearnerRequest)(nil),        // 24: kv.v1.AddLearnerRequest
 	(*AddLearnerResponse)(nil),       // 25: kv.v1.AddLearnerResponse
 	(*ChangeMembershipRequest)(nil),  // 26: kv.v1.ChangeMembershipRequest
-	(*ChangeMembershipResponse)(nil), // 27: kv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 28: kv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 29: kv.v1.TransferLeaderResponse
-	(*BackupRequest)(nil),            // 30: kv.v1.BackupRequest
-	(*BackupResponse)(nil),           // 31: kv.v1.BackupResponse
-	(*MetricsRequest)(nil),           // 32: kv.v1.MetricsRequest
-	(*Progress)(nil),                 // 33: kv.v1.Progress
-	(*MemberStatus)(nil),             // 34: kv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 35: kv.v1.MetricsResponse
-	(*Hello)(nil),                    // 36: kv.v1.Hello
-	(*Peer)(nil),                     // 37: kv.v1.Peer
-	(*Welcome)(nil),                  // 38: kv.v1.Welcome
-	(*StreamRequest)(nil),            // 39: kv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 40: kv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 41: kv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 42: kv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 43: kv.v1.RaftMessage
-	(*Entry)(nil),                    // 44: kv.v1.Entry
-	(*Batch)(nil),                    // 45: kv.v1.Batch
-	(*Write)(nil),                    // 46: kv.v1.Write
-	(*NewSession)(nil),               // 47: kv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 48: kv.v1.ConfChangeContext
-	(*Member)(nil),                   // 49: kv.v1.Member
-	(*ConfState)(nil),                // 50: kv.v1.ConfState
-	(*Proposer)(nil),                 // 51: kv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 52: kv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 53: kv.v1.SnapshotHeader
-	(*Session)(nil),                  // 54: kv.v1.Session
-	(*Answer)(nil),                   // 55: kv.v1.Answer
-	(*KeyValue)(nil),                 // 56: kv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 57: kv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 58: kv.v1.LogBatch
-	(*Identity)(nil),                 // 59: kv.v1.Identity
-	(*HardState)(nil),                // 60: kv.v1.HardState
-	(*SnapshotMark)(nil),             // 61: kv.v1.SnapshotMark
+	(*Membership)(nil),               // 27: kv.v1.Membership
+	(*ExpectedMember)(nil),           // 28: kv.v1.ExpectedMember
+	(*ChangeMembershipResponse)(nil), // 29: kv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 30: kv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 31: kv.v1.TransferLeaderResponse
+	(*BackupRequest)(nil),            // 32: kv.v1.BackupRequest
+	(*BackupResponse)(nil),           // 33: kv.v1.BackupResponse
+	(*MetricsRequest)(nil),           // 34: kv.v1.MetricsRequest
+	(*Progress)(nil),                 // 35: kv.v1.Progress
+	(*MemberStatus)(nil),             // 36: kv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 37: kv.v1.MetricsResponse
+	(*Hello)(nil),                    // 38: kv.v1.Hello
+	(*Peer)(nil),                     // 39: kv.v1.Peer
+	(*Welcome)(nil),                  // 40: kv.v1.Welcome
+	(*StreamRequest)(nil),            // 41: kv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 42: kv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 43: kv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 44: kv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 45: kv.v1.RaftMessage
+	(*Entry)(nil),                    // 46: kv.v1.Entry
+	(*Batch)(nil),                    // 47: kv.v1.Batch
+	(*Write)(nil),                    // 48: kv.v1.Write
+	(*NewSession)(nil),               // 49: kv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 50: kv.v1.ConfChangeContext
+	(*Member)(nil),                   // 51: kv.v1.Member
+	(*ConfState)(nil),                // 52: kv.v1.ConfState
+	(*Proposer)(nil),                 // 53: kv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 54: kv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 55: kv.v1.SnapshotHeader
+	(*Session)(nil),                  // 56: kv.v1.Session
+	(*Answer)(nil),                   // 57: kv.v1.Answer
+	(*KeyValue)(nil),                 // 58: kv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 59: kv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 60: kv.v1.LogBatch
+	(*Identity)(nil),                 // 61: kv.v1.Identity
+	(*HardState)(nil),                // 62: kv.v1.HardState
+	(*SnapshotMark)(nil),             // 63: kv.v1.SnapshotMark
 }
 var file_kv_proto_depIdxs = []int32{
 	9,  // 0: kv.v1.PipelineRequest.operations:type_name -> kv.v1.Operation
@@ -4684,77 +4839,80 @@ var file_kv_proto_depIdxs = []int32{
 	0,  // 11: kv.v1.OperationError.reason:type_name -> kv.v1.ErrorReason
 	5,  // 12: kv.v1.SetRequest.request_id:type_name -> kv.v1.RequestId
 	5,  // 13: kv.v1.DeleteRequest.request_id:type_name -> kv.v1.RequestId
-	56, // 14: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
+	58, // 14: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
 	21, // 15: kv.v1.InitRequest.members:type_name -> kv.v1.Node
 	21, // 16: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
-	21, // 17: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
-	33, // 18: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
-	21, // 19: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
-	1,  // 20: kv.v1.MetricsResponse.role:type_name -> kv.v1.Role
-	21, // 21: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
-	34, // 22: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
-	37, // 23: kv.v1.Hello.from:type_name -> kv.v1.Peer
-	37, // 24: kv.v1.Hello.to:type_name -> kv.v1.Peer
-	21, // 25: kv.v1.Peer.node:type_name -> kv.v1.Node
-	2,  // 26: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
-	37, // 27: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
-	36, // 28: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
-	43, // 29: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
-	38, // 30: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
-	36, // 31: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
-	3,  // 32: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
-	44, // 33: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
-	4,  // 34: kv.v1.Entry.type:type_name -> kv.v1.EntryType
-	46, // 35: kv.v1.Batch.writes:type_name -> kv.v1.Write
-	15, // 36: kv.v1.Write.set:type_name -> kv.v1.SetRequest
-	17, // 37: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
-	47, // 38: kv.v1.Write.new_session:type_name -> kv.v1.NewSession
-	49, // 39: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
-	21, // 40: kv.v1.Member.node:type_name -> kv.v1.Node
-	53, // 41: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
-	56, // 42: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
-	57, // 43: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
-	54, // 44: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
-	50, // 45: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
-	49, // 46: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
-	51, // 47: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
-	55, // 48: kv.v1.Session.answers:type_name -> kv.v1.Answer
-	60, // 49: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
-	61, // 50: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
-	44, // 51: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
-	13, // 52: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
-	15, // 53: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
-	17, // 54: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
-	19, // 55: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
-	6,  // 56: kv.v1.KVService.OpenSession:input_type -> kv.v1.OpenSessionRequest
-	8,  // 57: kv.v1.KVService.Pipeline:input_type -> kv.v1.PipelineRequest
-	22, // 58: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
-	24, // 59: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
-	26, // 60: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
-	28, // 61: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
-	32, // 62: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
-	30, // 63: kv.v1.ClusterService.Backup:input_type -> kv.v1.BackupRequest
-	39, // 64: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
-	41, // 65: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
-	14, // 66: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
-	16, // 67: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
-	18, // 68: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
-	20, // 69: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
-	7,  // 70: kv.v1.KVService.OpenSession:output_type -> kv.v1.OpenSessionResponse
-	10, // 71: kv.v1.KVService.Pipeline:output_type -> kv.v1.PipelineResponse
-	23, // 72: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
-	25, // 73: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
-	27, // 74: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
-	29, // 75: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
-	35, // 76: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
-	31, // 77: kv.v1.ClusterService.Backup:output_type -> kv.v1.BackupResponse
-	40, // 78: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
-	42, // 79: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
-	66, // [66:80] is the sub-list for method output_type
-	52, // [52:66] is the sub-list for method input_type
-	52, // [52:52] is the sub-list for extension type_name
-	52, // [52:52] is the sub-list for extension extendee
-	0,  // [0:52] is the sub-list for field type_name
+	27, // 17: kv.v1.ChangeMembershipRequest.expected:type_name -> kv.v1.Membership
+	28, // 18: kv.v1.Membership.members:type_name -> kv.v1.ExpectedMember
+	21, // 19: kv.v1.ExpectedMember.node:type_name -> kv.v1.Node
+	21, // 20: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
+	35, // 21: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
+	21, // 22: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
+	1,  // 23: kv.v1.MetricsResponse.role:type_name -> kv.v1.Role
+	21, // 24: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
+	36, // 25: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
+	39, // 26: kv.v1.Hello.from:type_name -> kv.v1.Peer
+	39, // 27: kv.v1.Hello.to:type_name -> kv.v1.Peer
+	21, // 28: kv.v1.Peer.node:type_name -> kv.v1.Node
+	2,  // 29: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
+	39, // 30: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
+	38, // 31: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
+	45, // 32: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
+	40, // 33: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
+	38, // 34: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
+	3,  // 35: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
+	46, // 36: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
+	4,  // 37: kv.v1.Entry.type:type_name -> kv.v1.EntryType
+	48, // 38: kv.v1.Batch.writes:type_name -> kv.v1.Write
+	15, // 39: kv.v1.Write.set:type_name -> kv.v1.SetRequest
+	17, // 40: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
+	49, // 41: kv.v1.Write.new_session:type_name -> kv.v1.NewSession
+	51, // 42: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
+	21, // 43: kv.v1.Member.node:type_name -> kv.v1.Node
+	55, // 44: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
+	58, // 45: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
+	59, // 46: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
+	56, // 47: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
+	52, // 48: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
+	51, // 49: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
+	53, // 50: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
+	57, // 51: kv.v1.Session.answers:type_name -> kv.v1.Answer
+	62, // 52: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
+	63, // 53: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
+	46, // 54: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
+	13, // 55: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
+	15, // 56: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
+	17, // 57: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
+	19, // 58: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
+	6,  // 59: kv.v1.KVService.OpenSession:input_type -> kv.v1.OpenSessionRequest
+	8,  // 60: kv.v1.KVService.Pipeline:input_type -> kv.v1.PipelineRequest
+	22, // 61: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
+	24, // 62: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
+	26, // 63: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
+	30, // 64: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
+	34, // 65: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
+	32, // 66: kv.v1.ClusterService.Backup:input_type -> kv.v1.BackupRequest
+	41, // 67: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
+	43, // 68: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
+	14, // 69: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
+	16, // 70: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
+	18, // 71: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
+	20, // 72: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
+	7,  // 73: kv.v1.KVService.OpenSession:output_type -> kv.v1.OpenSessionResponse
+	10, // 74: kv.v1.KVService.Pipeline:output_type -> kv.v1.PipelineResponse
+	23, // 75: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
+	25, // 76: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
+	29, // 77: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
+	31, // 78: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
+	37, // 79: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
+	33, // 80: kv.v1.ClusterService.Backup:output_type -> kv.v1.BackupResponse
+	42, // 81: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
+	44, // 82: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
+	69, // [69:83] is the sub-list for method output_type
+	55, // [55:69] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_kv_proto_init() }
@@ -4778,14 +4936,14 @@ func file_kv_proto_init() {
 	file_kv_proto_msgTypes[9].OneofWrappers = []any{}
 	file_kv_proto_msgTypes[10].OneofWrappers = []any{}
 	file_kv_proto_msgTypes[12].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[29].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[30].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[41].OneofWrappers = []any{
+	file_kv_proto_msgTypes[31].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[32].OneofWrappers = []any{}
+	file_kv_proto_msgTypes[43].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 		(*Write_NewSession)(nil),
 	}
-	file_kv_proto_msgTypes[47].OneofWrappers = []any{
+	file_kv_proto_msgTypes[49].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -4797,7 +4955,7 @@ func file_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kv_proto_rawDesc), len(file_kv_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   57,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
