@@ -12,10 +12,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -27,11 +30,6 @@ import (
 	"raft-key-value/kvpb"
 )
 
-const defaultEndpoint = "127.0.0.1:21001"
-
-// The wait for a node that is asked how it is, and between two such questions.
-const askTimeout, pollInterval = 2 * time.Second, 200 * time.Millisecond
-
 // client is one run of a sub-command: its flags and arguments. It is what the
 // stubs of its calls take for a connection, by Invoke; no stream goes that way.
 type client struct {
@@ -40,7 +38,8 @@ type client struct {
 	stdout, stderr  io.Writer
 	output, service string
 	retain, wait    bool
-	refused         bool   // a node has called a request invalid
+	removeOthers    bool
+	force           bool
 	local, keysOnly bool   // local: no other node can answer for the called one
 	limit           uint64 // of keys to list
 	timeout         time.Duration
@@ -50,36 +49,117 @@ type client struct {
 	ifVersion       *uint64
 	dataDir         string
 	node            *kvpb.Node // whose directory is to be made
+
+	clusterID uint64 // of the nodes that are called; 0: none was found yet
+	changed   bool   // what the command is to change is changed
 }
 
-// runClient runs the sub-command args[0] and returns the exit status: 0; 2 for
-// a usage error; 1 for any other failure, a missing key included.
+// commandError says why the exit status of a sub-command is not 0. With -o json,
+// it is what is printed.
+type commandError struct {
+	Text      string  `json:"error"`
+	Status    int     `json:"status"` // of the process
+	Reason    string  `json:"reason"` // the last one that a node gave; empty: there is none
+	Endpoints []reply `json:"endpoints"`
+}
+
+func (e *commandError) Error() string { return e.Text }
+
+// say is the same error with other words.
+func (e *commandError) say(text string) *commandError {
+	return &commandError{text, e.Status, e.Reason, e.Endpoints}
+}
+
+// noError is an answer that is "no".
+func noError(format string, args ...any) error {
+	return &commandError{Text: fmt.Sprintf(format, args...), Status: exitNo}
+}
+
+func usageError(format string, args ...any) error {
+	return &commandError{Text: fmt.Sprintf(format, args...), Status: exitUsage}
+}
+
+// runClient runs the sub-command args[0] and returns the exit status.
 func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	c, exit := &client{stdin: stdin, stdout: stdout, stderr: stderr}, 2
+	c := &client{stdin: stdin, stdout: stdout, stderr: stderr}
 	err := c.parse(args[0], args[1:])
-	if err == nil {
-		ctx, cancel := context.WithTimeout(ctx, c.timeout)
-		defer cancel()
-		err = commands()[args[0]].run(c, ctx)
-		exit = oneOf(c.refused, 2, 1)
+	if errors.Is(err, flag.ErrHelp) {
+		return exitYes
 	}
+	if err != nil {
+		return c.fail(args[0], usageError("%v", err))
+	}
+	for _, name := range unknownVariables(os.Environ()) {
+		c.warn("no flag has the environment variable " + name)
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	err = commands()[args[0]].run(c, ctx)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
-		return 0
+		return exitYes
 	}
-	see := oneOf(exit == 2, "; see raft-key-value help "+args[0], "")
-	fmt.Fprintf(stderr, "raft-key-value: %s: %s%s\n", args[0], strings.Join(strings.Fields(err.Error()), " "), see)
-	return exit
+	return c.fail(args[0], err)
+}
+
+// fail prints an error, as one line, and returns the exit status.
+func (c *client) fail(name string, err error) int {
+	e := &commandError{Text: err.Error(), Status: exitNotDone}
+	if known, ok := errors.AsType[*commandError](err); ok {
+		e = known.say(err.Error())
+	}
+	if e.Status == exitUsage {
+		e.Text += "; see raft-key-value help " + name
+	}
+	if e.Endpoints == nil {
+		e.Endpoints = []reply{} // as JSON, a list
+	}
+	e.Text = strings.Join(strings.Fields(e.Text), " ")
+	if c.output == "json" {
+		_ = encodeJSON(c.stderr, e)
+	} else {
+		fmt.Fprintf(c.stderr, "raft-key-value: %s: %s\n", name, e.Text)
+	}
+	return e.Status
+}
+
+// warn says on stderr what does not change the exit status.
+func (c *client) warn(text string) {
+	if c.output == "json" {
+		_ = encodeJSON(c.stderr, map[string]string{"warning": text})
+		return
+	}
+	fmt.Fprintf(c.stderr, "raft-key-value: warning: %s\n", text)
+}
+
+// progress tells people how far something is.
+func (c *client) progress(format string, args ...any) {
+	if c.output != "json" {
+		fmt.Fprintf(c.stderr, format+"\n", args...)
+	}
+}
+
+func (c *client) keysDone(keys, all uint64) { c.progress("%d of %d keys", keys, all) }
+
+// encodeJSON writes a value as a line.
+func encodeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
 }
 
 func (c *client) init(ctx context.Context) error {
-	resp, err := c.cluster().Init(ctx, &kvpb.InitRequest{Members: c.nodes})
+	resp, err := c.cluster().Init(ctx, &kvpb.InitRequest{Members: c.nodes, Force: c.force})
 	return c.show(resp, err, fmt.Sprintf("a cluster is initialised, voters: %v\n", c.ids))
 }
 
 // addLearner says meanwhile how far the learner has got.
 func (c *client) addLearner(ctx context.Context) error {
+	present, err := c.present(ctx)
+	if err != nil {
+		return err
+	}
 	id := c.ids[0]
-	was := findMember(bestMetrics(c.ask(ctx, c.endpoints)), id)
+	was := findMember(present, id)
 	text := fmt.Sprintf("node %d is a %s and has caught up", id, oneOf(was.GetVoter(), "voter", "learner"))
 	if old, now := was.GetNode().GetAddress(), c.nodes[0].Address; was != nil && old != now {
 		text += fmt.Sprintf(", at %s in place of %s", now, old)
@@ -87,27 +167,113 @@ func (c *client) addLearner(ctx context.Context) error {
 	watch, done := context.WithCancel(ctx)
 	var watching sync.WaitGroup
 	watcher := *c // Invoke sorts c's endpoints
-	watching.Go(func() {
-		for last := ""; watch.Err() == nil; {
-			sleep(watch, pollInterval)
-			best := bestMetrics(watcher.survey(watch))
-			progress := findMember(best, id).GetProgress()
-			line := fmt.Sprintf("node %d: %d of %d entries\n", id, progress.GetMatchIndex(), best.GetLastIndex())
-			if progress != nil && line != last {
-				io.WriteString(c.stderr, line)
-				last = line
-			}
-		}
-	})
+	watching.Go(func() { watcher.watchLearner(watch, id) })
 	defer watching.Wait()
 	defer done()
 	resp, err := c.cluster().AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.nodes[0]})
 	return c.show(resp, err, text+"\n")
 }
 
+// watchLearner says how far a learner has got, until ctx ends.
+func (c *client) watchLearner(ctx context.Context, id uint64) {
+	for last := ""; ctx.Err() == nil; sleep(ctx, pollInterval) {
+		best := c.survey(ctx).best[c.clusterID]
+		progress := findMember(best, id).GetProgress()
+		line := fmt.Sprintf("node %d: %d of %d entries", id, progress.GetMatchIndex(), best.GetLastIndex())
+		if progress != nil && line != last {
+			c.progress("%s", line)
+			last = line
+		}
+	}
+}
+
+// present is the leader's view of the cluster, or else that of the first endpoint
+// that can answer.
+func (c *client) present(ctx context.Context) (*kvpb.MetricsResponse, error) {
+	r := c.newRound(ctx, false)
+	defer r.end()
+	e := r.next()
+	if e == nil {
+		return nil, callError(r.answers, false, false)
+	}
+	c.prefer(e.address)
+	if e.metrics.Role == kvpb.Role_ROLE_LEADER || e.metrics.Leader == nil {
+		return e.metrics, nil
+	}
+	answers := c.ask(ctx, []string{e.metrics.Leader.Address})
+	defer closeAll(answers)
+	led := answers[0].metrics
+	if led.GetRole() == kvpb.Role_ROLE_LEADER && led.GetClusterId() == c.clusterID {
+		return led, nil
+	}
+	return e.metrics, nil
+}
+
+// changeMembership makes c's ids the voters of the membership that it sees: a node
+// refuses if another one is there by then.
 func (c *client) changeMembership(ctx context.Context) error {
-	resp, err := c.cluster().ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain})
+	present, err := c.present(ctx)
+	if err != nil {
+		return err
+	}
+	expected := membershipOf(present)
+	var others []uint64
+	for _, m := range expected.Members {
+		if m.Voter && !slices.Contains(c.ids, m.Node.Id) {
+			others = append(others, m.Node.Id)
+		}
+	}
+	if len(others) > 0 && !c.retain && !c.removeOthers {
+		return usageError("it would remove %s from the cluster: --remove-others does that, --retain keeps %s; "+
+			"promote makes learners voters and leaves all others as they are",
+			nodeList(others), oneOf(len(others) == 1, "it as a learner", "them as learners"))
+	}
+	resp, err := c.cluster().ChangeMembership(ctx,
+		&kvpb.ChangeMembershipRequest{Members: c.ids, Retain: c.retain, Expected: expected})
 	return c.show(resp, err, fmt.Sprintf("voters: %v\n", c.ids))
+}
+
+// membershipOf is who a cluster's members are once no change is running. A node
+// that comes back has two lives there for a moment: it counts once.
+func membershipOf(m *kvpb.MetricsResponse) *kvpb.Membership {
+	members := map[uint64]*kvpb.ExpectedMember{}
+	for _, s := range m.Members {
+		if !s.Voter && !s.Learner {
+			continue // it is on its way out
+		}
+		id := s.Node.GetId()
+		if members[id] == nil || s.Voter {
+			members[id] = &kvpb.ExpectedMember{Node: s.Node, Voter: s.Voter}
+		}
+	}
+	membership := &kvpb.Membership{}
+	for _, id := range slices.Sorted(maps.Keys(members)) {
+		membership.Members = append(membership.Members, members[id])
+	}
+	return membership
+}
+
+// nodeList names nodes, as in "nodes 1, 2 and 3".
+func nodeList(ids []uint64) string {
+	var words []string
+	for _, id := range ids {
+		words = append(words, strconv.FormatUint(id, 10))
+	}
+	last := len(words) - 1
+	if last == 0 {
+		return "node " + words[0]
+	}
+	return "nodes " + strings.Join(words[:last], ", ") + " and " + words[last]
+}
+
+func (c *client) promote(ctx context.Context) error {
+	resp, err := c.cluster().ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: c.ids})
+	return c.show(resp, err, nodeList(c.ids)+oneOf(len(c.ids) == 1, " is a voter\n", " are voters\n"))
+}
+
+func (c *client) demote(ctx context.Context) error {
+	resp, err := c.cluster().ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Demote: c.ids})
+	return c.show(resp, err, nodeList(c.ids)+oneOf(len(c.ids) == 1, " is a learner\n", " are learners\n"))
 }
 
 func (c *client) remove(ctx context.Context) error {
@@ -126,8 +292,8 @@ func (c *client) set(ctx context.Context) (err error) {
 		if req.Value, err = readValue(ctx, c.stdin); err != nil {
 			return err
 		}
-		if c.refused = len(req.Value) > maxValueBytes; c.refused {
-			return fmt.Errorf("stdin has more than %d bytes, which is the limit", maxValueBytes)
+		if len(req.Value) > maxValueBytes {
+			return usageError("stdin has more than %d bytes, which is the limit", maxValueBytes)
 		}
 	}
 	if req.RequestId, err = c.newID(ctx); err != nil {
@@ -143,9 +309,16 @@ func (c *client) set(ctx context.Context) (err error) {
 // newID opens a session for one write, which may then be sent again and again.
 func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
 	resp, err := c.kv().OpenSession(ctx, &kvpb.OpenSessionRequest{})
-	if err != nil { // A node calls it a write; what the user wrote was never sent.
-		said := strings.ReplaceAll(err.Error(), errOutcomeUnknown.Error(), "whether one was opened is not known")
-		return nil, fmt.Errorf("nothing was written: no session could be opened: %s", said)
+	if e, ok := errors.AsType[*commandError](err); ok { // A node calls it a write; what the user wrote was never sent.
+		said := strings.ReplaceAll(e.Text, errOutcomeUnknown.Error(), "whether one was opened is not known")
+		e = e.say("nothing was written: no session could be opened: " + said)
+		if e.Reason == "OUTCOME_UNKNOWN" {
+			e.Reason = "" // it is known of the write
+		}
+		return nil, e
+	}
+	if err != nil {
+		return nil, err
 	}
 	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, nil
 }
@@ -162,13 +335,13 @@ func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
 	return io.ReadAll(value)
 }
 
-var errNotFound = errors.New("not found")
+var errNotFound = noError("not found")
 
 func compareError(version uint64) error {
 	if version == 0 {
-		return errors.New("compare failed: the key is not there")
+		return noError("compare failed: the key is not there")
 	}
-	return fmt.Errorf("compare failed: the key has version %d", version)
+	return noError("compare failed: the key has version %d", version)
 }
 
 func (c *client) get(ctx context.Context) error {
@@ -220,37 +393,16 @@ func (c *client) delete(ctx context.Context) (err error) {
 	return errNotFound
 }
 
-func oneOf[T any](b bool, yes, no T) T {
-	if b {
-		return yes
-	}
-	return no
-}
-
-// backup asks one endpoint after another.
-func (c *client) backup(ctx context.Context) error {
-	var failures []string
-	for _, addr := range c.endpoints {
-		s, err := c.backupFrom(ctx, addr, c.args[0])
-		if err == nil {
-			return c.printState(s, "wrote")
-		}
-		if errors.As(err, new(*os.PathError)) {
-			return err // no other node would help
-		}
-		failures = append(failures, fmt.Sprintf("%s: %v", addr, readable(err)))
-	}
-	return errors.New(strings.Join(failures, "; "))
-}
-
-// backupFrom makes a file that has its name only once all of it is there, was
+// backup makes a file that has its name only once all of it is there, was
 // checked, and is durable.
-func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, err error) {
-	conn := dial(addr)
-	defer conn.Close()
+func (c *client) backup(ctx context.Context) error {
+	path := c.args[0]
 	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("%w: if no other backup writes it, one was killed: delete it", err)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w%s", err, oneOf(errors.Is(err, os.ErrExist), ": if no other backup writes it, one was killed: delete it", ""))
+		return err
 	}
 	defer os.Remove(f.Name()) // unless it has got its name
 	defer f.Close()
@@ -260,28 +412,62 @@ func (c *client) backupFrom(ctx context.Context, addr, path string) (s *store, e
 		}
 		return nil
 	}
-	if err = absent(); err != nil {
-		return nil, err
+	if err := absent(); err != nil {
+		return err
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	silent := alarm(cancel)
-	defer silent.Stop()
-	stream, err := kvpb.NewClusterServiceClient(conn).Backup(ctx, &kvpb.BackupRequest{})
+	s, err := c.backupInto(ctx, f)
+	err = ifNot(err, f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
+		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
+	if err != nil {
+		return err
+	}
+	c.changed = true
+	return c.printState(s, "wrote")
+}
+
+// backupInto asks one endpoint after another, until one has sent all of it.
+func (c *client) backupInto(ctx context.Context, f *os.File) (*store, error) {
+	r := c.newRound(ctx, false)
+	defer r.end()
+	for e := r.next(); e != nil; e = r.next() {
+		s, err := c.backupFrom(ctx, e, f)
+		if err == nil || errors.As(err, new(*os.PathError)) { // of f: no other node would help
+			return s, err
+		}
+		r.say(e, err)
+		if err := rewind(f); err != nil {
+			return nil, err
+		}
+	}
+	return nil, callError(r.answers, false, false)
+}
+
+// rewind empties a file.
+func rewind(f *os.File) error {
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	return f.Truncate(0)
+}
+
+// backupFrom writes what one endpoint sends, and checks it.
+func (c *client) backupFrom(ctx context.Context, e *endpoint, f *os.File) (*store, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := kvpb.NewClusterServiceClient(e.conn).Backup(ctx, &kvpb.BackupRequest{})
 	if err != nil {
 		return nil, err
 	}
 	var broken error
-	s, err = scanSnapshot(io.TeeReader(&chunkReader{recv: func() ([]byte, error) {
+	receive := func() ([]byte, error) {
 		resp, err := stream.Recv()
-		silent.Reset(helloTimeout)
 		if err != nil && err != io.EOF {
 			broken = err
 		}
 		return resp.GetData(), err
-	}}, f), false, c.progress)
-	return s, ifNot(cmp.Or(broken, err), f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
-		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
+	}
+	s, err := scanSnapshot(io.TeeReader(&chunkReader{recv: receive}, f), false, c.keysDone)
+	return s, cmp.Or(broken, err)
 }
 
 func (c *client) restore(ctx context.Context) error {
@@ -292,7 +478,7 @@ func (c *client) restore(ctx context.Context) error {
 	defer f.Close()
 	_, there := os.Lstat(c.dataDir)
 	_, locked := os.Lstat(filepath.Join(c.dataDir, "LOCK"))
-	d, err := openDisk(osFS{}, c.dataDir, defaultOptions().logBytes, slog.New(slog.NewTextHandler(c.stderr, nil)))
+	d, err := openDisk(osFS{}, c.dataDir, defaultOptions().logBytes, c.logger())
 	if err != nil {
 		return err
 	}
@@ -301,7 +487,7 @@ func (c *client) restore(ctx context.Context) error {
 	empty := false
 	s, err := d.restore(c.node, time.Now(), func() (*store, error) {
 		empty = true // or it would not ask
-		s, err := scanSnapshot(f, true, c.progress)
+		s, err := scanSnapshot(f, true, c.keysDone)
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), cmp.Or(ctx.Err(), err))
 		}
@@ -322,10 +508,17 @@ func (c *client) restore(ctx context.Context) error {
 		}
 		return err
 	}
+	c.changed = true
 	return c.printState(s, "restored")
 }
 
-func (c *client) progress(keys, all uint64) { fmt.Fprintf(c.stderr, "%d of %d keys\n", keys, all) }
+// logger is for what a part of a node has to say.
+func (c *client) logger() *slog.Logger {
+	if c.output == "json" {
+		return slog.New(slog.NewJSONHandler(c.stderr, nil))
+	}
+	return slog.New(slog.NewTextHandler(c.stderr, nil))
+}
 
 func (c *client) printState(s *store, did string) error {
 	h := s.header()
@@ -353,10 +546,15 @@ func (p protoJSON) MarshalJSON() ([]byte, error) {
 
 // print prints a result as JSON, or the text that says the same.
 func (c *client) print(v any, text string) error {
+	var err error
 	if c.output == "json" {
-		return json.NewEncoder(c.stdout).Encode(v)
+		err = json.NewEncoder(c.stdout).Encode(v)
+	} else {
+		_, err = io.WriteString(c.stdout, text)
 	}
-	_, err := io.WriteString(c.stdout, text)
+	if err != nil && c.changed {
+		return &commandError{Text: "it is done, but its result could not be printed: " + err.Error(), Status: exitUnknown}
+	}
 	return err
 }
 

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -64,8 +65,9 @@ func newFakeNode(t *testing.T) *fakeNode {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fakeNode{addr: l.Addr().String(), health: health.NewServer(), data: map[string][]byte{}, metrics: &kvpb.MetricsResponse{}}
-	f.server = grpc.NewServer(grpc.UnaryInterceptor(f.intercept))
+	f := &fakeNode{addr: l.Addr().String(), health: health.NewServer(), data: map[string][]byte{}, metrics: &kvpb.MetricsResponse{ClusterId: 10}}
+	pings := keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true} // as a node has it
+	f.server = grpc.NewServer(grpc.UnaryInterceptor(f.intercept), grpc.KeepaliveEnforcementPolicy(pings))
 	kvpb.RegisterKVServiceServer(f.server, f)
 	kvpb.RegisterClusterServiceServer(f.server, f)
 	healthpb.RegisterHealthServer(f.server, f.health)
@@ -231,7 +233,7 @@ func listenSilently(t *testing.T) string {
 const closedAddress = "127.0.0.1:1"
 
 // runCommand runs a sub-command and checks its exit status, and that an error
-// is one line on stderr.
+// is one line on stderr: JSON if that is wanted.
 func runCommand(t *testing.T, want int, stdin string, args ...string) (stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -239,7 +241,12 @@ func runCommand(t *testing.T, want int, stdin string, args ...string) (stdout, s
 		t.Errorf("%q: exit status %d, want %d; stderr %q", args, got, want, errs.String())
 	}
 	lines := strings.Count(errs.String(), "\n")
-	if want != 0 && (lines != 1 || !strings.HasPrefix(errs.String(), "raft-key-value: "+args[0]+": ")) || want == 2 && out.Len() > 0 {
+	printed := strings.HasPrefix(errs.String(), "raft-key-value: "+args[0]+": ")
+	var e commandError
+	if json.Unmarshal(errs.Bytes(), &e) == nil {
+		printed = e.Text != "" && e.Status == want && e.Endpoints != nil
+	}
+	if want != 0 && (lines != 1 || !printed) || want == 2 && out.Len() > 0 {
 		t.Errorf("%q: stdout %q, stderr %q, want one line of stderr", args, out.String(), errs.String())
 	}
 	return out.String(), errs.String()
@@ -260,7 +267,7 @@ func wantPart(t *testing.T, got, part string) {
 }
 
 func TestClientUsageErrors(t *testing.T) {
-	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", closedAddress) // A call would be exit status 1.
+	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", closedAddress) // A call would be exit status 3.
 	for _, line := range []string{
 		"get", "get a b", "set a", "set a b c", "get a --nosuch", "get a -o yaml", "get a --timeout x", "set a b --local",
 		"set a b --if-version", "set a b --if-version -1", "delete a --if-version x", "get a --if-version 1",
@@ -308,7 +315,7 @@ func TestClientHelp(t *testing.T) {
 		if strings.Contains(help, " \n") {
 			t.Errorf("a blank at the end of a line: %s", help)
 		}
-		if calls := !slices.Contains([]string{"help", "restore", "version"}, name); calls != strings.Contains(help, "-endpoints") {
+		if calls := !slices.Contains([]string{"help", "restore", "version"}, name); calls != strings.Contains(help, "\n  -endpoints ") {
 			t.Errorf("it calls a node %v, but: %s", calls, help)
 		}
 	}
@@ -325,7 +332,7 @@ func TestClientTimeouts(t *testing.T) {
 	for name, cmd := range commands() {
 		want := 5 * time.Second
 		switch name {
-		case "init", "add-learner", "change-membership", "remove":
+		case "init", "add-learner", "change-membership", "promote", "demote", "remove":
 			want = time.Minute
 		case "backup", "restore":
 			want = time.Hour
@@ -410,10 +417,12 @@ func TestClientCompare(t *testing.T) {
 	out, errs := runCommand(t, 1, "", "set", "k", "v", "--if-version", "0")
 	wantText(t, "set", out+errs, "raft-key-value: set: compare failed: the key has version 7\n")
 	out, errs = runCommand(t, 1, "", "delete", "k", "--if-version", "6", "-o", "json")
-	wantText(t, "delete", out+errs, `{"deleted":false,"version":"7","compare_failed":true}`+"\nraft-key-value: delete: compare failed: the key has version 7\n")
+	wantText(t, "delete", out+errs, `{"deleted":false,"version":"7","compare_failed":true}`+"\n"+
+		`{"error":"compare failed: the key has version 7","status":1,"reason":"","endpoints":[]}`+"\n")
 	f.version = 0
 	out, errs = runCommand(t, 1, "", "set", "k", "v", "--if-version", "6", "-o", "json")
-	wantText(t, "set", out+errs, `{"version":"0","compare_failed":true}`+"\nraft-key-value: set: compare failed: the key is not there\n")
+	wantText(t, "set", out+errs, `{"version":"0","compare_failed":true}`+"\n"+
+		`{"error":"compare failed: the key is not there","status":1,"reason":"","endpoints":[]}`+"\n")
 	runCommand(t, 0, "", "set", "k", "v", "--if-version", "0")
 	if req, _ := f.take(); req.(*kvpb.SetRequest).ExpectedVersion == nil {
 		t.Errorf("sent %v", req)
@@ -472,7 +481,7 @@ func TestClientNoSession(t *testing.T) {
 				t.Parallel()
 				f := newFakeNode(t)
 				f.barred = test.barred
-				_, errs := runCommand(t, 1, "", append(strings.Fields(command), "--timeout", "2s", "--endpoints", f.addr)...)
+				_, errs := runCommand(t, exitNotDone, "", append(strings.Fields(command), "--timeout", "1s", "--endpoints", f.addr)...)
 				wantPart(t, errs, ": nothing was written: no session could be opened: "+f.addr+": ")
 				wantPart(t, errs, test.want)
 				for _, part := range []string{"the outcome is unknown", "may or may not", errOutcomeUnknown.Error()} {
@@ -521,7 +530,8 @@ func TestClientGivesUp(t *testing.T) {
 				tries++
 				return test.errors[tries-1]
 			})
-			_, errs := runCommand(t, 1, "", "set", "k", "v", "--timeout", timeout, "--endpoints", f.addr)
+			exit := oneOf(test.mayBe, exitUnknown, exitNotDone)
+			_, errs := runCommand(t, exit, "", "set", "k", "v", "--timeout", timeout, "--endpoints", f.addr)
 			wantPart(t, errs, want)
 			if strings.Contains(errs, mayBe) != test.mayBe || tries != len(test.errors) {
 				t.Errorf("sent %d times: %s", tries, errs)
@@ -541,7 +551,7 @@ func TestClientSilentStdin(t *testing.T) {
 	}()
 	select {
 	case exit := <-ended:
-		if exit != 1 || !strings.Contains(errs.String(), "reading stdin") {
+		if exit != exitNotDone || !strings.Contains(errs.String(), "reading stdin") {
 			t.Errorf("exit status %d, %s", exit, &errs)
 		}
 	case <-time.After(pollDeadline):
@@ -585,7 +595,7 @@ func TestClientRestoreUndone(t *testing.T) {
 				pipe.Write(backup[len(backup)-1:])
 				pipe.Close()
 			}()
-			_, errs := runCommand(t, 1, "", "restore", path, "--data-dir", dir, "--id", "5", "--addr", "127.0.0.1:5")
+			_, errs := runCommand(t, exitNotDone, "", "restore", path, "--data-dir", dir, "--id", "5", "--addr", "127.0.0.1:5")
 			wantPart(t, errs, "0000000000000001.wal.tmp: is a directory")
 			names, err := os.ReadDir(dir)
 			if made && !errors.Is(err, os.ErrNotExist) || !made && len(names) > 0 {
@@ -601,7 +611,7 @@ func TestClientRestoreEnds(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	ended := make(chan string, 1)
 	go func() {
-		_, errs := runCommand(t, 1, "", "restore", path, "--data-dir", dir, "--id", "5", "--addr", "127.0.0.1:5", "--timeout", "50ms")
+		_, errs := runCommand(t, exitNotDone, "", "restore", path, "--data-dir", dir, "--id", "5", "--addr", "127.0.0.1:5", "--timeout", "50ms")
 		ended <- errs
 	}()
 	select {
@@ -633,15 +643,11 @@ func TestClientMembership(t *testing.T) {
 			t.Errorf("sent %v, want %v", req, want)
 		}
 	}
-	out, _ = runCommand(t, 0, "", "change-membership", "3", "1", "--retain", "2")
-	wantText(t, "change-membership", out, "voters: [3 1 2]\n")
-	changed(&kvpb.ChangeMembershipRequest{Members: []uint64{3, 1, 2}, Retain: true})
-
 	out, _ = runCommand(t, 0, "", "remove", "2")
 	wantText(t, "remove", out, "node 2 is removed\n")
 	changed(&kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
 
-	f.setMetrics(&kvpb.MetricsResponse{Members: []*kvpb.MemberStatus{{Node: &kvpb.Node{Id: 2, Address: "h:1"}, Voter: true}}})
+	f.setMetrics(&kvpb.MetricsResponse{ClusterId: 10, Members: []*kvpb.MemberStatus{{Node: &kvpb.Node{Id: 2, Address: "h:1"}, Voter: true}}})
 	out, _ = runCommand(t, 0, "", "add-learner", "2=h:2")
 	wantText(t, "add-learner", out, "node 2 is a voter and has caught up, at h:2 in place of h:1\n")
 	out, _ = runCommand(t, 0, "", "add-learner", "2=h:1")
@@ -653,10 +659,10 @@ func TestClientAddLearnerShowsProgress(t *testing.T) {
 	t.Parallel()
 	f, leader := newFakeNode(t), newFakeNode(t)
 	other := &kvpb.MemberStatus{Node: &kvpb.Node{Id: 2, Address: leader.addr}, Voter: true}
-	f.setMetrics(&kvpb.MetricsResponse{Role: kvpb.Role_ROLE_FOLLOWER, Members: []*kvpb.MemberStatus{other}})
+	f.setMetrics(&kvpb.MetricsResponse{ClusterId: 10, Role: kvpb.Role_ROLE_FOLLOWER, Members: []*kvpb.MemberStatus{other}})
 	progress := func(match uint64) {
 		learner := &kvpb.MemberStatus{Node: &kvpb.Node{Id: 3, Address: closedAddress}, Learner: true, Progress: &kvpb.Progress{MatchIndex: match}}
-		leader.setMetrics(&kvpb.MetricsResponse{Role: kvpb.Role_ROLE_LEADER, LastIndex: 5000, Members: []*kvpb.MemberStatus{other, learner}})
+		leader.setMetrics(&kvpb.MetricsResponse{ClusterId: 10, Role: kvpb.Role_ROLE_LEADER, LastIndex: 5000, Members: []*kvpb.MemberStatus{other, learner}})
 	}
 	f.failWith(func(ctx context.Context) error {
 		progress(1200)
@@ -689,10 +695,10 @@ func TestClientStatus(t *testing.T) {
 	want := []string{
 		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS DISK CLUSTER REASON ",
 		"1 " + a.addr + " ok yes leader 1 3 99 7 5 no 0000000000000abc ",
-		"2 " + b.addr + " unhealthy no learner 0 0 0 0 0 no 0000000000000abc no leader ",
-		"3 " + c.addr + " unhealthy no uninitialized 0 0 0 0 0 no 0000000000000000 new ",
-		"4 " + closedAddress + " unreachable yes - - - - - - - - \"dial tcp ",
-		"5 " + silent + " unreachable yes - - - - - - - - ",
+		"2 " + b.addr + " unhealthy no learner - - 0 0 0 no 0000000000000abc no leader ",
+		"3 " + c.addr + " unhealthy no uninitialized - - - - - no - new ",
+		"4 " + closedAddress + " unreachable yes - - - - - - - 0000000000000abc \"dial tcp ",
+		"5 " + silent + " unreachable yes - - - - - - - 0000000000000abc no answer in 500ms (DEADLINE_EXCEEDED) ",
 	}
 	if len(rows) != len(want) {
 		t.Fatalf("%d rows, want %d:\n%s", len(rows), len(want), out)
@@ -738,9 +744,10 @@ func TestClientStatus(t *testing.T) {
 	}
 
 	_, errs := runCommand(t, 0, "", "status", "--endpoints", c.addr)
-	wantText(t, "stderr", errs, "no node that was asked is in a cluster; --endpoints asks others\n")
-	out, _ = runCommand(t, 1, "", "status", "--endpoints", closedAddress)
-	wantPart(t, out, "unreachable")
+	wantText(t, "stderr", errs, "raft-key-value: warning: no node that was asked is in a cluster; --endpoints asks others\n")
+	out, errs = runCommand(t, exitNotDone, "", "status", "--endpoints", closedAddress)
+	wantPart(t, out, "-     "+closedAddress+"  unreachable  -      -     -       -     -        -        -     -     -        \"dial tcp")
+	wantPart(t, errs, "no node answered: "+closedAddress+": ")
 }
 
 func TestClientHealth(t *testing.T) {
@@ -756,7 +763,7 @@ func TestClientHealth(t *testing.T) {
 	wantText(t, "health", out, "SERVING, says "+f.addr+"\n")
 	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--service", "restart", "-o", "json")
 	wantText(t, "health", out, `{"status":"SERVING"}`+"\n")
-	runCommand(t, 1, "", "health", "--endpoints", closedAddress, "--wait", "--timeout", "500ms")
+	runCommand(t, exitNotDone, "", "health", "--endpoints", closedAddress, "--wait", "--timeout", "500ms")
 	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--wait", "--timeout", "1s")
 	wantPart(t, errs, "NOT_SERVING: node 2 at h:2: it is new")
 	f.setMetrics(&kvpb.MetricsResponse{Joint: true, RestartReason: "a change of membership is half way"})
@@ -777,6 +784,9 @@ func TestClientResend(t *testing.T) {
 	late := answer(apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE, "late"))
 	unknown := answer(apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "lost"))
 	refused := answer(apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, "key:\ntoo long"))
+	full := answer(apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED, "full"))
+	outside := answer(apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED, "removed just now"))
+	changed := answer(apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED, "it is 1=a:1, voter, now"))
 	hang := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 	const mayBe = "may or may not have been applied"
 	for _, test := range []struct {
@@ -801,21 +811,27 @@ func TestClientResend(t *testing.T) {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "node 1 does not answer")
 		}, "(UNAVAILABLE UNREACHABLE)\n"},
 		{"refused", "get k", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
-		{"hang", "set k v", hang, ""},
+		{"overloaded", "set k v", full, ""},
+		{"overloaded", "transfer-leader 1", full, ""},
+		{"in no cluster", "transfer-leader 1", outside, ""},
+		{"changed", "change-membership 1", changed, "(ABORTED MEMBERSHIP_CHANGED)"},
+		{"hang", "set k v", hang, mayBe},
 		{"hang", "transfer-leader 1", hang, mayBe},
-		{"hang", "get k", hang, ""},
+		{"hang", "get k", hang, "DEADLINE_EXCEEDED"},
 	} {
 		t.Run(test.name+" "+test.command, func(t *testing.T) {
 			t.Parallel()
 			first, second := newFakeNode(t), newFakeNode(t)
 			second.data["k"] = []byte("v")
 			first.failWith(test.fail)
-			exit, calls := 1, 0
+			exit, calls := exitNotDone, 0
 			switch {
 			case test.want == "":
 				exit, calls = 0, 1
 			case test.name == "refused":
-				exit = 2
+				exit = exitUsage
+			case test.want == mayBe:
+				exit = exitUnknown
 			}
 			args := append(strings.Fields(test.command), "--timeout", "2s", "--endpoints", first.addr+","+second.addr)
 			_, errs := runCommand(t, exit, "", args...)
@@ -839,7 +855,7 @@ func TestClientConnections(t *testing.T) {
 	for _, dead := range []string{closedAddress, listenSilently(t)} {
 		runCommand(t, 0, "", "set", "k", "v", "--timeout", "1s", "--endpoints", dead+","+live.addr)
 		runCommand(t, 0, "", "get", "k", "--timeout", "1s", "--endpoints", dead+","+live.addr)
-		_, errs := runCommand(t, 1, "", "set", "k", "v", "--timeout", "500ms", "--endpoints", dead)
+		_, errs := runCommand(t, exitNotDone, "", "set", "k", "v", "--timeout", "500ms", "--endpoints", dead)
 		if strings.Contains(errs, "may") {
 			t.Errorf("%s: nothing was sent, but: %s", dead, errs)
 		}
@@ -865,12 +881,12 @@ func TestClientFollowsLeader(t *testing.T) {
 	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", follower.addr)
 	runCommand(t, 0, "", "set", "k", "v")
 	runCommand(t, 0, "", "get", "k")
-	runCommand(t, 1, "", "get", "k", "--local")
+	runCommand(t, exitNotDone, "", "get", "k", "--local")
 	if _, n := leader.take(); n != 2 {
 		t.Errorf("the leader was called %d times, want 2", n)
 	}
 	leader.failWith(names(follower.addr)) // Nodes that name each other are asked once each.
-	runCommand(t, 1, "", "transfer-leader", "2")
+	runCommand(t, exitNotDone, "", "transfer-leader", "2")
 	if _, n := leader.take(); n != 1 {
 		t.Errorf("the leader was called %d times, want 1", n)
 	}
@@ -889,7 +905,7 @@ func TestClientTriesUntilTheTimeout(t *testing.T) {
 		}
 		return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "there is no leader")
 	})
-	_, errs := runCommand(t, 1, "", "get", "k", "--local", "--endpoints", f.addr)
+	_, errs := runCommand(t, exitNotDone, "", "get", "k", "--local", "--endpoints", f.addr)
 	wantPart(t, errs, "there is no leader")
 	if n := calls.Swap(0); n != 1 {
 		t.Errorf("it was asked %d times", n)
@@ -906,8 +922,8 @@ func TestClientOutputFails(t *testing.T) {
 	}
 	defer full.Close()
 	var errs bytes.Buffer
-	if exit := runClient(t.Context(), []string{"version"}, nil, full, &errs); exit != 1 {
-		t.Errorf("exit status %d, want 1", exit)
+	if exit := runClient(t.Context(), []string{"version"}, nil, full, &errs); exit != exitNotDone {
+		t.Errorf("exit status %d, want %d", exit, exitNotDone)
 	}
 	wantPart(t, errs.String(), "no space left")
 }

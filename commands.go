@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"os"
 	"slices"
 	"strconv"
@@ -21,68 +20,208 @@ import (
 	"raft-key-value/kvpb"
 )
 
+const (
+	defaultEndpoint  = "127.0.0.1:21001"
+	endpointVariable = variablePrefix + "ENDPOINTS"
+)
+
+// The exit statuses of sub-commands.
+const (
+	exitYes     = 0
+	exitNo      = 1 // a key is not there, a compare failed, a node is not SERVING
+	exitUsage   = 2
+	exitNotDone = 3 // nothing was changed, or what was read is not known
+	exitUnknown = 4 // it may or may not have been done
+)
+
+// argument is what an argument of a sub-command is. That tells how it is checked.
+type argument int
+
+const (
+	keyArgument argument = iota
+	valueArgument
+	prefixArgument
+	fileArgument
+	idArgument
+	memberArgument
+	commandArgument
+)
+
+// String is the argument's name in the help text.
+func (a argument) String() string {
+	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "ID", "ID=ADDR", "COMMAND"}[a]
+}
+
 // command is a sub-command. The first line of its help is a summary.
 type command struct {
-	args, help string
-	min, max   int // arguments
-	timeout    time.Duration
-	run        func(*client, context.Context) error
-	flags      func(*client, *flag.FlagSet)
+	args     []argument
+	optional bool // the last argument may be left out
+	repeated bool // the last argument may be given any number of times
+	help     string
+	timeout  time.Duration
+	offline  bool // it calls no node
+	run      func(*client, context.Context) error
+	flags    func(*client, *flag.FlagSet)
+	check    func(*client) error // of the flags; nil: there is nothing to check
 }
 
 // commands is a function because help refers to it.
 func commands() map[string]*command {
-	const short, long, many = 5 * time.Second, time.Minute, 1 << 16
-	local := func(c *client, fs *flag.FlagSet) {
-		fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
-	}
+	const short, long = 5 * time.Second, time.Minute
 	return map[string]*command{
-		"init": {"ID=ADDR [ID=ADDR ...]", "make a cluster of these voters\nThe first one is called, if neither --endpoints nor the environment names another.",
-			1, many, long, (*client).init, nil},
-		"add-learner": {"ID=ADDR", "add a node without a vote and wait until it has caught up\nA member that has moved gets the new address, and keeps its role.",
-			1, 1, long, (*client).addLearner, nil},
-		"change-membership": {"ID [ID ...]", "make these members the voters", 1, many, long, (*client).changeMembership,
-			func(c *client, fs *flag.FlagSet) {
+		"init": {
+			args: []argument{memberArgument}, repeated: true, timeout: long, run: (*client).init,
+			help: `make a cluster of these voters
+The first one is called, if neither --endpoints nor the environment names another.`,
+			flags: func(c *client, fs *flag.FlagSet) {
+				fs.BoolVar(&c.force, "force", false, "make it although a hello of another cluster named the called node just now")
+			},
+		},
+		"add-learner": {
+			args: []argument{memberArgument}, timeout: long, run: (*client).addLearner,
+			help: `add a node without a vote and wait until it has caught up
+A member that has moved gets the new address, and keeps its role.`,
+		},
+		"promote": {
+			args: []argument{idArgument}, repeated: true, timeout: long, run: (*client).promote,
+			help: `make these learners voters
+All other members stay as they are.`,
+		},
+		"demote": {
+			args: []argument{idArgument}, repeated: true, timeout: long, run: (*client).demote,
+			help: `make these voters learners
+All other members stay as they are.`,
+		},
+		"change-membership": {
+			args: []argument{idArgument}, repeated: true, timeout: long, run: (*client).changeMembership,
+			help: `make these members, and no others, the voters
+If others are voters, --remove-others or --retain has to say what becomes of them. Learners
+that are not named stay. To change the role of some members only, see promote and demote.
+It fails if somebody else changes the membership meanwhile.`,
+			flags: func(c *client, fs *flag.FlagSet) {
 				fs.BoolVar(&c.retain, "retain", false, "keep the other voters as learners")
-			}},
-		"remove":          {"ID", "remove a voter or a learner", 1, 1, long, (*client).remove, nil},
-		"transfer-leader": {"ID", "make this voter the leader", 1, 1, short, (*client).transferLeader, nil},
-		"set":             {"KEY VALUE", "write a key; the VALUE - is read from stdin", 2, 2, short, (*client).set, (*client).versionFlag},
-		"get":             {"KEY", "print the exact bytes of a value, and a newline on a terminal\nThe exit status is 1 if the key is not there.", 1, 1, short, (*client).get, local},
-		"list": {"[PREFIX]", `print keys in order, with versions and values
+				fs.BoolVar(&c.removeOthers, "remove-others", false, "remove the other voters from the cluster")
+			},
+			check: func(c *client) error {
+				if c.retain && c.removeOthers {
+					return errors.New("--retain and --remove-others: want one of them")
+				}
+				return nil
+			},
+		},
+		"remove": {
+			args: []argument{idArgument}, timeout: long, run: (*client).remove,
+			help: "remove a voter or a learner",
+		},
+		"transfer-leader": {
+			args: []argument{idArgument}, timeout: short, run: (*client).transferLeader,
+			help: "make this voter the leader",
+		},
+		"set": {
+			args: []argument{keyArgument, valueArgument}, timeout: short, run: (*client).set,
+			help: `write a key; the VALUE - is read from stdin
+The exit status is 1 if the key has not the version that --if-version wants.`,
+			flags: func(c *client, fs *flag.FlagSet) {
+				c.versionFlag(fs, "only if the key has this `VERSION`; 0: only if it is not there")
+			},
+		},
+		"get": {
+			args: []argument{keyArgument}, timeout: short, run: (*client).get,
+			help: `print the exact bytes of a value, and a newline on a terminal
+The exit status is 1 if the key is not there.`,
+			flags: (*client).localFlag,
+		},
+		"list": {
+			args: []argument{prefixArgument}, optional: true, timeout: short, run: (*client).list,
+			help: `print keys in order, with versions and values
 A line is a key, a version, and a value, quoted as Go does, with tabs between.
-With -o json, a line is a page: a ListResponse.`, 0, 1, short, (*client).list, func(c *client, fs *flag.FlagSet) {
-			local(c, fs)
-			fs.BoolVar(&c.keysOnly, "keys-only", false, "print the keys alone; with -o json, values are empty")
-			numberVar(fs, &c.limit, "limit", "the most `KEYS` to print; 0: all")
-		}},
-		"delete": {"KEY", "remove a key\nThe exit status is 1 if it was not there.", 1, 1, short, (*client).delete, (*client).versionFlag},
-		"status": {"", `show every member as it sees itself
-The JSON is {"members": [{"node_id", "address", "reachable", "error", "metrics"}]}, where
-metrics is a MetricsResponse or null. A node or leader of 0 is not known.
-The exit status is 1 if no node answers.`, 0, 0, short, (*client).status, nil},
-		"health": {"", "ask the first endpoint that answers for its health\nThe exit status is 0 only if it is SERVING.",
-			0, 0, short, (*client).health, func(c *client, fs *flag.FlagSet) {
-				fs.StringVar(&c.service, "service", kvpb.KVService_ServiceDesc.ServiceName, "`NAME` to ask for: "+strings.Join(healthNames, ", "))
+With -o json, a line is a page: a ListResponse.`,
+			flags: func(c *client, fs *flag.FlagSet) {
+				c.localFlag(fs)
+				fs.BoolVar(&c.keysOnly, "keys-only", false, "print the keys alone; with -o json, values are empty")
+				numberVar(fs, &c.limit, "limit", "the most `KEYS` to print; 0: all")
+			},
+		},
+		"delete": {
+			args: []argument{keyArgument}, timeout: short, run: (*client).delete,
+			help: `remove a key
+The exit status is 1 if it was not there, or has not the version that --if-version wants.`,
+			flags: func(c *client, fs *flag.FlagSet) { c.versionFlag(fs, "only if the key has this `VERSION`, not 0") },
+			check: func(c *client) error {
+				if c.ifVersion != nil && *c.ifVersion == 0 {
+					return errors.New("--if-version 0: no key has it; a key that is not there cannot be deleted")
+				}
+				return nil
+			},
+		},
+		"status": {
+			timeout: short, run: (*client).status,
+			help: `show every member as it sees itself
+What is not known is a dash. The JSON is {"members": [{"node_id", "address", "reachable",
+"error", "cluster_id", "metrics"}]}, where cluster_id is the node's cluster, or else the one
+that lists it, and metrics is a MetricsResponse or null; an id of 0 is not known.
+The exit status is 3 if no node answers, or if nodes of several clusters do.`,
+		},
+		"health": {
+			timeout: short, run: (*client).health,
+			help: `ask the first endpoint that can answer for its health
+The exit status is 0 only if it is SERVING, 1 if it is not; 3 if none can answer, or if the
+endpoints are in several clusters.`,
+			flags: func(c *client, fs *flag.FlagSet) {
+				fs.StringVar(&c.service, "service", healthNames[0], "`NAME` to ask for: "+strings.Join(healthNames, ", "))
 				fs.BoolVar(&c.wait, "wait", false, "wait for SERVING until the timeout")
-			}},
-		"backup": {"FILE", "write all that a cluster holds to a file\nThe file must not be there yet, and is only once it is whole.", 1, 1, time.Hour, (*client).backup, nil},
-		"restore": {"FILE", `make a data directory from a backup, offline
+			},
+			check: func(c *client) error {
+				if !slices.Contains(healthNames, c.service) {
+					return fmt.Errorf("--service %q: want one of: %s", c.service, strings.Join(healthNames, ", "))
+				}
+				return nil
+			},
+		},
+		"backup": {
+			args: []argument{fileArgument}, timeout: time.Hour, run: (*client).backup,
+			help: `write all that a cluster holds to a file
+The file must not be there yet, and is only once it is whole.`,
+		},
+		"restore": {
+			args: []argument{fileArgument}, timeout: time.Hour, offline: true, run: (*client).restore,
+			help: `make a data directory from a backup, offline
 It is that of a new cluster with one voter. Start that node with the same id, address
 and directory, and add others. Keys, with their versions, and sessions are those of the
-backup. What is written then has higher versions than any before, by this machine's clock.`, 1, 1, time.Hour, (*client).restore, func(c *client, fs *flag.FlagSet) {
-			c.node = &kvpb.Node{}
-			fs.StringVar(&c.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
-			numberVar(fs, &c.node.Id, "id", "the node's `NUMBER`, not 0")
-			fs.StringVar(&c.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
-		}},
-		"version": {"", "print the version", 0, 0, short, (*client).version, nil},
-		"help":    {"[COMMAND]", "explain a command", 0, 1, short, (*client).help, nil},
+backup. What is written then has higher versions than any before, by this machine's clock.`,
+			flags: func(c *client, fs *flag.FlagSet) {
+				c.node = &kvpb.Node{}
+				fs.StringVar(&c.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
+				numberVar(fs, &c.node.Id, "id", "the node's `NUMBER`, not 0")
+				fs.StringVar(&c.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
+			},
+			check: func(c *client) error {
+				if c.dataDir == "" || c.node.Id == 0 || c.node.Address == "" {
+					return errors.New("--data-dir, --id and --addr are needed")
+				}
+				if err := checkMemberAddress(c.node.Address); err != nil {
+					return fmt.Errorf("--addr %w", err)
+				}
+				return nil
+			},
+		},
+		"version": {
+			timeout: short, offline: true, run: (*client).version,
+			help: "print the version",
+		},
+		"help": {
+			args: []argument{commandArgument}, optional: true, timeout: short, offline: true, run: (*client).help,
+			help: "explain a command",
+		},
 	}
 }
 
-func (c *client) versionFlag(fs *flag.FlagSet) {
-	fs.Func("if-version", "only if the key has this `VERSION`, or exit status 1; 0, for set: only if it is not there", func(s string) error {
+func (c *client) localFlag(fs *flag.FlagSet) {
+	fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
+}
+
+func (c *client) versionFlag(fs *flag.FlagSet, usage string) {
+	fs.Func("if-version", usage, func(s string) error {
 		n, err := strconv.ParseUint(s, 10, 64)
 		if err != nil {
 			return errors.New("want a version as list prints it, or 0") // err is of strconv
@@ -92,11 +231,20 @@ func (c *client) versionFlag(fs *flag.FlagSet) {
 	})
 }
 
-var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName}
+var healthNames = []string{
+	kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName,
+}
 
-const helpNotes = "Flags stand before or after the arguments; what follows -- is an argument.\n" +
-	"What reads or writes keys is tried until the timeout, if that can do no harm; a local read once at each endpoint.\n" +
-	"With -o json, an answer is as kv.proto has it, 64-bit numbers as strings, values in base64.\n"
+const helpNotes = `Flags stand before or after the arguments; what follows -- is an argument. --endpoints, --timeout and
+-o may stand before the command, too.
+An endpoint that does not answer in 2 s, or that is in no cluster, is passed over (but init wants such).
+What reads or writes keys is tried until the timeout, if that can do no harm; a local read once at each endpoint.
+With -o json, an answer is as kv.proto has it, 64-bit numbers as strings, values in base64. What is printed to
+stderr is JSON, too, a line each: {"warning"}, or {"error", "status", "reason", "endpoints": [{"endpoint",
+"error", "code", "reason"}]}, where status is the exit status and a reason an ErrorReason of kv.proto.
+The exit status is 0 for yes or done, 1 for no, 2 for a usage error, 3 if it was not done or no node could
+answer, and 4 if it is not known whether it was done.
+`
 
 func isCommand(name string) bool { return commands()[name] != nil }
 
@@ -110,6 +258,28 @@ func commandList() string {
 	return b.String()
 }
 
+// findCommand finds the sub-command among a process's arguments and puts it
+// first: flags that all sub-commands have may stand before it. It returns nil if
+// the arguments are none of a sub-command.
+func findCommand(args []string) []string {
+	fs := flag.NewFlagSet("", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	for _, name := range []string{"endpoints", "o", "timeout"} {
+		fs.String(name, "", "")
+	}
+	if fs.Parse(args) != nil || !isCommand(fs.Arg(0)) || slices.Contains(args[:len(args)-fs.NArg()], "--") {
+		return nil
+	}
+	found := []string{fs.Arg(0)}
+	fs.Visit(func(f *flag.Flag) {
+		if f.Name == "endpoints" && commands()[found[0]].offline {
+			return // an alias may have it before every sub-command
+		}
+		found = append(found, "-"+f.Name+"="+f.Value.String())
+	})
+	return append(found, fs.Args()[1:]...)
+}
+
 // parse sets c's fields by the flags and arguments, or prints the help text.
 func (c *client) parse(name string, args []string) error {
 	cmd, fs := commands()[name], flag.NewFlagSet(name, flag.ContinueOnError)
@@ -117,10 +287,11 @@ func (c *client) parse(name string, args []string) error {
 	fs.StringVar(&c.output, "o", "text", "`FORMAT` of the output: text or json")
 	c.timeout = cmd.timeout
 	durationVar(fs, &c.timeout, "timeout", "`DURATION` until the command gives up")
-	endpoints, calls := "", !slices.Contains([]string{"help", "restore", "version"}, name)
-	if calls {
-		fs.StringVar(&endpoints, "endpoints", cmp.Or(os.Getenv("RAFT_KEY_VALUE_ENDPOINTS"), oneOf(name == "init", "", defaultEndpoint)),
-			"the nodes to call, `HOST:PORT,...`, in this order; or environment RAFT_KEY_VALUE_ENDPOINTS")
+	variable := os.Getenv(endpointVariable)
+	endpoints := cmp.Or(variable, oneOf(name == "init", "", defaultEndpoint))
+	if !cmd.offline {
+		fs.StringVar(&endpoints, "endpoints", endpoints,
+			"the nodes to call, `HOST:PORT,...`, in this order; or environment "+endpointVariable)
 	}
 	if cmd.flags != nil {
 		cmd.flags(c, fs)
@@ -129,71 +300,174 @@ func (c *client) parse(name string, args []string) error {
 	if i := slices.Index(args, "--"); i >= 0 {
 		args, rest = args[:i], args[i+1:]
 	}
-	err := fs.Parse(args) // It stops at the first argument.
-	for ; err == nil && fs.NArg() > 0; err = fs.Parse(fs.Args()[1:]) {
-		c.args = append(c.args, fs.Arg(0))
-	}
+	given, err := parseFlags(fs, args)
 	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintf(c.stdout, "Usage: raft-key-value %s\n\nTo %s\n\n%s", strings.TrimSpace(name+" [FLAGS] "+cmd.args), cmd.help, helpNotes)
+		words := strings.TrimSpace(name + " [FLAGS] " + cmd.usage())
+		fmt.Fprintf(c.stdout, "Usage: raft-key-value %s\n\nTo %s\n\n%s", words, cmd.help, helpNotes)
 		fs.SetOutput(c.stdout)
 		fs.PrintDefaults()
 	}
 	if err != nil {
-		return fmt.Errorf("%w%s", err, oneOf(strings.HasPrefix(err.Error(), "flag provided"), "; an argument that starts with - goes behind --", ""))
+		return err
 	}
-	c.args = append(c.args, rest...)
-	if endpoints == "" && name == "init" && len(c.args) > 0 {
-		_, endpoints, _ = strings.Cut(c.args[0], "=")
+	if c.output != "text" && c.output != "json" {
+		return fmt.Errorf("-o %q: want text or json", c.output)
 	}
-	if calls {
-		c.endpoints = strings.Split(endpoints, ",")
+	if c.timeout <= 0 {
+		return fmt.Errorf("--timeout %v: want more than 0", c.timeout)
 	}
-	return c.check(cmd.args, cmd.min, cmd.max)
+	if err := c.takeArguments(cmd, append(given, rest...)); err != nil {
+		return err
+	}
+	if endpoints == "" && name == "init" {
+		endpoints = c.nodes[0].Address
+	}
+	if !cmd.offline {
+		if c.endpoints, err = splitEndpoints(endpoints); err != nil {
+			return fmt.Errorf("%s: %w", oneOf(endpoints == variable, endpointVariable, "--endpoints"), err)
+		}
+	}
+	if cmd.check != nil {
+		return cmd.check(c)
+	}
+	return nil
 }
 
-// check checks the arguments by their names in the help text.
-func (c *client) check(names string, least, most int) error {
-	addrs := slices.Clone(c.endpoints)
-	switch n := len(c.args); {
-	case n < least || n > most:
-		return fmt.Errorf("wrong number of arguments: %d; want: %s", n, cmp.Or(names, "none"))
-	case c.output != "text" && c.output != "json":
-		return fmt.Errorf("-o %q: want text or json", c.output)
-	case c.timeout <= 0:
-		return fmt.Errorf("--timeout %v: want more than 0", c.timeout)
-	case strings.HasPrefix(names, "KEY") && (c.args[0] == "" || !utf8.ValidString(c.args[0])):
-		return fmt.Errorf("key %q: want UTF-8, and not nothing", c.args[0])
-	case names == "[COMMAND]" && n > 0 && !isCommand(c.args[0]):
-		return fmt.Errorf("unknown command: %q", c.args[0])
-	case names == "FILE" && c.args[0] == "-":
-		return errors.New("FILE \"-\": want the name of a file, not stdin or stdout")
-	case c.service != "" && !slices.Contains(healthNames, c.service):
-		return fmt.Errorf("--service %q: want one of: %s", c.service, strings.Join(healthNames, ", "))
-	case c.node != nil && (c.dataDir == "" || c.node.Id == 0 || c.node.Address == ""):
-		return errors.New("--data-dir, --id and --addr are needed")
-	case c.node != nil:
-		addrs = append(addrs, c.node.Address)
-	case strings.HasPrefix(names, "ID"):
-		for _, arg := range c.args {
-			number, addr, hasAddr := strings.Cut(arg, "=")
-			id, err := strconv.ParseUint(number, 10, 64)
-			if err != nil || id == 0 || hasAddr != strings.HasPrefix(names, "ID=") {
-				return fmt.Errorf("%q: want %s, an ID being a positive number", arg, names)
-			}
-			c.ids, c.nodes = append(c.ids, id), append(c.nodes, &kvpb.Node{Id: id, Address: addr})
-			if hasAddr {
-				addrs = append(addrs, addr)
-			}
+// parseFlags sets flags, and returns what lies between them: the arguments. It
+// goes on after an error, so that an -o behind it tells how to print it.
+func parseFlags(fs *flag.FlagSet, args []string) (given []string, first error) {
+	for len(args) > 0 {
+		err := fs.Parse(args) // It stops at the first argument.
+		if errors.Is(err, flag.ErrHelp) {
+			return nil, cmp.Or(first, err)
+		}
+		if err != nil && strings.HasPrefix(err.Error(), "flag provided") {
+			err = fmt.Errorf("%w; an argument that starts with - goes behind --", err)
+		}
+		first = cmp.Or(first, err)
+		left := fs.Args()
+		switch {
+		case err == nil && len(left) > 0:
+			given, left = append(given, left[0]), left[1:]
+		case len(left) == len(args): // it has not even taken the flag
+			left = left[1:]
+		}
+		args = left
+	}
+	return given, first
+}
+
+// usage names the arguments.
+func (cmd *command) usage() string {
+	var words []string
+	for _, a := range cmd.args {
+		words = append(words, a.String())
+	}
+	if last := len(words) - 1; cmd.optional {
+		words[last] = "[" + words[last] + "]"
+	} else if cmd.repeated {
+		words = append(words, "["+words[last]+" ...]")
+	}
+	return strings.Join(words, " ")
+}
+
+// takeArguments checks the arguments and sets c's fields by them.
+func (c *client) takeArguments(cmd *command, args []string) error {
+	least, most := len(cmd.args), len(cmd.args)
+	if cmd.optional {
+		least--
+	}
+	if cmd.repeated {
+		most = maxMembers // only members are given in any number
+	}
+	if len(args) < least || len(args) > most {
+		return fmt.Errorf("wrong number of arguments: %d; want: %s", len(args), cmp.Or(cmd.usage(), "none"))
+	}
+	for i, arg := range args {
+		if err := c.takeArgument(cmd.args[min(i, len(cmd.args)-1)], arg); err != nil {
+			return err
 		}
 	}
-	for _, addr := range addrs {
-		host, port, err := net.SplitHostPort(addr)
-		if err != nil || host == "" || port == "" {
-			return fmt.Errorf("address %q: want HOST:PORT", addr)
+	return nil
+}
+
+func (c *client) takeArgument(kind argument, arg string) error {
+	switch kind {
+	case keyArgument, prefixArgument:
+		if kind == keyArgument && arg == "" || !utf8.ValidString(arg) {
+			return fmt.Errorf("%v %q: want UTF-8%s", kind, arg, oneOf(kind == keyArgument, ", and not nothing", ""))
 		}
-		if c.node != nil && (isEverywhere(host) || port == "0") {
-			return fmt.Errorf("--addr %q: want where the others find the node", addr)
+		if len(arg) > maxKeyBytes {
+			return fmt.Errorf("%v: it has %d bytes, the limit is %d", kind, len(arg), maxKeyBytes)
 		}
+	case valueArgument:
+		if len(arg) > maxValueBytes {
+			return fmt.Errorf("%v: it has %d bytes, the limit is %d", kind, len(arg), maxValueBytes)
+		}
+	case fileArgument:
+		if arg == "" || arg == "-" {
+			return fmt.Errorf("%v %q: want the name of a file, not stdin or stdout", kind, arg)
+		}
+	case idArgument, memberArgument:
+		if err := c.takeMember(kind, arg); err != nil {
+			return err
+		}
+	case commandArgument:
+		if !isCommand(arg) {
+			return fmt.Errorf("unknown command: %q", arg)
+		}
+	}
+	c.args = append(c.args, arg)
+	return nil
+}
+
+func (c *client) takeMember(kind argument, arg string) error {
+	number, address, hasAddress := strings.Cut(arg, "=")
+	id, err := strconv.ParseUint(number, 10, 64)
+	if err != nil || id == 0 || hasAddress != (kind == memberArgument) {
+		return fmt.Errorf("%q: want %v, an ID being a positive number", arg, kind)
+	}
+	if slices.Contains(c.ids, id) {
+		return fmt.Errorf("%q: the id %d stands there twice", arg, id)
+	}
+	if hasAddress {
+		if err := checkMemberAddress(address); err != nil {
+			return err
+		}
+	}
+	c.ids = append(c.ids, id)
+	c.nodes = append(c.nodes, &kvpb.Node{Id: id, Address: address})
+	return nil
+}
+
+// splitEndpoints takes a list of addresses apart, with or without blanks at its
+// commas.
+func splitEndpoints(list string) ([]string, error) {
+	var endpoints []string
+	for _, address := range strings.Split(list, ",") {
+		address = strings.TrimSpace(address)
+		_, port, err := splitAddress(address)
+		if err != nil {
+			return nil, err
+		}
+		if port == 0 {
+			return nil, fmt.Errorf("address %q: nobody listens on port 0", address)
+		}
+		if !slices.Contains(endpoints, address) {
+			endpoints = append(endpoints, address)
+		}
+	}
+	return endpoints, nil
+}
+
+// checkMemberAddress checks an address at which other nodes find a member.
+func checkMemberAddress(address string) error {
+	host, port, err := splitAddress(address)
+	if err != nil {
+		return err
+	}
+	if isEverywhere(host) || port == 0 {
+		return fmt.Errorf("address %q: want where the others find the node", address)
 	}
 	return nil
 }

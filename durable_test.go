@@ -340,7 +340,7 @@ func TestBackup(t *testing.T) {
 			}
 			stop()
 			all := <-written
-			runCommand(t, 1, "", "backup", "--endpoints", c.nodes[2].address, file) // it is there
+			runCommand(t, exitNotDone, "", "backup", "--endpoints", c.nodes[2].address, file) // it is there
 
 			restored := dir(5)
 			out, _ = runCommand(t, 0, "", "restore", file, "--data-dir", restored, "--id", "5", "--addr", "127.0.0.1:1", "-o", "json")
@@ -400,11 +400,11 @@ func TestBackupRefused(t *testing.T) {
 	if err := os.WriteFile(file+".tmp", nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	wantPart(t, backup(1, deadAddress(t)), "raft-key-value: backup: open "+file+".tmp: file exists: if no other backup writes it")
+	wantPart(t, backup(exitNotDone, deadAddress(t)), "raft-key-value: backup: open "+file+".tmp: file exists: if no other backup writes it")
 	if err := os.Remove(file + ".tmp"); err != nil {
 		t.Fatal(err)
 	}
-	wantPart(t, backup(1, deadAddress(t)), "UNAVAILABLE")
+	wantPart(t, backup(exitNotDone, deadAddress(t)), "UNAVAILABLE")
 	c.init(1)
 	c.set(1, "k", "v")
 
@@ -422,7 +422,7 @@ func TestBackupRefused(t *testing.T) {
 			if err := os.WriteFile(file, bad, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			_, errs := runCommand(t, 1, "", "restore", file, "--data-dir", data, "--id", "1", "--addr", "127.0.0.1:1")
+			_, errs := runCommand(t, exitNotDone, "", "restore", file, "--data-dir", data, "--id", "1", "--addr", "127.0.0.1:1")
 			wantPart(t, errs, file+": snapshot")
 		}
 	}
@@ -434,7 +434,7 @@ func TestBackupRefused(t *testing.T) {
 		f.mu.Lock()
 		f.backup = sent
 		f.mu.Unlock()
-		wantPart(t, backup(1, f.addr), "snapshot")
+		wantPart(t, backup(exitNotDone, f.addr), "snapshot")
 	}
 	names, err := os.ReadDir(dir)
 	if err != nil || len(names) != 1 { // whole
@@ -454,7 +454,7 @@ func TestBackupRefused(t *testing.T) {
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		_, errs := runCommand(t, 1, "", restore...)
+		_, errs := runCommand(t, exitNotDone, "", restore...)
 		if name != simPath(1)[2:] {
 			wantPart(t, errs, "it is not empty: there is "+name)
 		}
@@ -466,17 +466,17 @@ func TestBackupRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, errs := runCommand(t, 1, "", restore...)
+	_, errs := runCommand(t, exitNotDone, "", restore...)
 	wantPart(t, errs, "another process uses it")
 	d.close()
 	runCommand(t, 0, "", restore...)
-	_, errs = runCommand(t, 1, "", restore...)
+	_, errs = runCommand(t, exitNotDone, "", restore...)
 	wantPart(t, errs, "it is not empty: there is identity")
 
 	// So many at a time.
 	s := c.nodes[1].server
 	s.backups.Add(maxBackups)
-	wantPart(t, backup(1, c.nodes[1].address), "OVERLOADED")
+	wantPart(t, backup(exitNotDone, c.nodes[1].address), "OVERLOADED")
 	s.backups.Add(-maxBackups)
 	backup(0, c.nodes[1].address)
 

@@ -44,10 +44,13 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"raft-key-value/kvpb"
 )
@@ -70,6 +73,7 @@ type options struct {
 	logBytes  uint64 // of entries, before old ones are dropped
 	insecure  bool   // beyond loopback without TLS
 	logLevel  slog.Level
+	version   bool // it is to be printed, and nothing else
 
 	listener net.Listener                                    // in place of addr, for tests
 	dialer   func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
@@ -95,18 +99,27 @@ func main() {
 
 // execute runs a node or a sub-command and returns the exit status.
 func execute(ctx context.Context, args []string) int {
-	if len(args) > 0 && isCommand(args[0]) {
-		return runClient(ctx, args, os.Stdin, os.Stdout, os.Stderr)
+	if command := findCommand(args); command != nil {
+		return runClient(ctx, command, os.Stdin, os.Stdout, os.Stderr)
 	}
 	o, err := parseOptions(args, os.Stdout, os.LookupEnv)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
 	if err != nil {
+		for _, name := range unknownVariables(os.Environ()) {
+			fmt.Fprintln(os.Stderr, "raft-key-value: warning: no flag has the environment variable "+name)
+		}
 		fmt.Fprintf(os.Stderr, "raft-key-value: %v; see raft-key-value --help\n", err)
 		return 2
 	}
+	if o.version {
+		return runClient(ctx, []string{"version"}, os.Stdin, os.Stdout, os.Stderr)
+	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: o.logLevel})).With("node", o.id)
+	for _, name := range unknownVariables(os.Environ()) {
+		log.Warn("no flag has this environment variable", "name", name)
+	}
 	if err := run(ctx, o, log, func(*server) {}); err != nil {
 		log.Error("stopped", "err", err)
 		return 1
@@ -123,9 +136,34 @@ A node (raft-key-value --help lists all flags):
 Sub-commands (raft-key-value help COMMAND tells more):
 %s`
 
-// parseOptions reads a node's settings from flags and the environment.
-func parseOptions(args []string, stdout io.Writer, env func(string) (string, bool)) (options, error) {
+// variablePrefix begins the names of all environment variables of the program.
+const variablePrefix = "RAFT_KEY_VALUE_"
+
+// variableOf is the environment variable of a node's flag.
+func variableOf(flag string) string {
+	return variablePrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// unknownVariables are the names of variables that look like the program's, and
+// are not: perhaps a flag's name was mistyped.
+func unknownVariables(environ []string) []string {
+	known := map[string]bool{endpointVariable: true}
 	o := defaultOptions()
+	nodeFlags(&o).VisitAll(func(f *flag.Flag) { known[variableOf(f.Name)] = true })
+	var unknown []string
+	for _, variable := range environ {
+		name, _, _ := strings.Cut(variable, "=")
+		if strings.HasPrefix(name, variablePrefix) && !known[name] {
+			unknown = append(unknown, name)
+		}
+	}
+	slices.Sort(unknown)
+	return unknown
+}
+
+// nodeFlags are the flags of a node that have environment variables, too. They
+// set o.
+func nodeFlags(o *options) *flag.FlagSet {
 	fs := flag.NewFlagSet("raft-key-value", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	numberVar(fs, &o.id, "id", "the node's `number` in its cluster, not 0")
@@ -145,26 +183,37 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 		}
 		return nil
 	})
+	return fs
+}
+
+// parseOptions reads a node's settings from flags and the environment.
+func parseOptions(args []string, stdout io.Writer, env func(string) (string, bool)) (options, error) {
+	o := defaultOptions()
+	fs := nodeFlags(&o)
 	var err error
 	fs.VisitAll(func(f *flag.Flag) {
-		name := "RAFT_KEY_VALUE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := variableOf(f.Name)
 		if v, ok := env(name); ok && err == nil {
 			if err = fs.Set(f.Name, v); err != nil {
 				err = fmt.Errorf("invalid value %q of %s: %w", v, name, err)
 			}
 		}
 	})
+	fs.BoolVar(&o.version, "version", false, "print the version and end")
 	if parsed := fs.Parse(args); err == nil || errors.Is(parsed, flag.ErrHelp) { // flags go before the environment
 		err = parsed
 	}
 	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintf(stdout, usage+"\nFlags of a node; each has an environment variable, such as\n"+
+		fmt.Fprintf(stdout, usage+"\nFlags of a node; each but --version has an environment variable, such as\n"+
 			"RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:\n", commandList())
 		fs.SetOutput(stdout)
 		fs.PrintDefaults()
 	}
 	if arg := fs.Arg(0); err == nil && fs.NArg() > 0 {
 		err = fmt.Errorf("%s %q", oneOf(isCommand(arg), "before all flags goes the sub-command", "unknown sub-command"), arg)
+	}
+	if o.version {
+		return o, err
 	}
 	return o, ifNot(err, o.check)
 }
@@ -205,12 +254,12 @@ func (o *options) check() error {
 		return fmt.Errorf("--log-bytes %d is not between 1 MiB and 1 TiB", o.logBytes)
 	}
 	for _, a := range []struct{ flag, address string }{{"addr", o.addr}, {"advertise", cmp.Or(o.advertise, o.addr)}} {
-		host, port, err := net.SplitHostPort(a.address)
+		host, port, err := splitListenAddress(a.address)
 		ip, _ := netip.ParseAddr(host)
 		switch {
-		case err != nil || port == "":
-			return fmt.Errorf("--%s %q is not host:port", a.flag, a.address)
-		case a.flag == "advertise" && (isEverywhere(host) || o.advertise != "" && port == "0"):
+		case err != nil:
+			return fmt.Errorf("--%s: %w", a.flag, err)
+		case a.flag == "advertise" && (isEverywhere(host) || o.advertise != "" && port == 0):
 			return fmt.Errorf("--advertise has to say where the others find this node, %q does not", a.address)
 		case host != "localhost" && !ip.Unmap().IsLoopback() && !o.insecure:
 			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; "+
@@ -218,6 +267,36 @@ func (o *options) check() error {
 		}
 	}
 	return nil
+}
+
+// splitListenAddress takes host:port apart; the host may be empty, which means
+// everywhere. A port is a number: names of services differ between machines.
+func splitListenAddress(address string) (host string, port uint16, err error) {
+	host, number, err := net.SplitHostPort(address)
+	if err != nil || number == "" {
+		return "", 0, fmt.Errorf("address %q: want host:port", address)
+	}
+	n, err := strconv.ParseUint(number, 10, 16)
+	if err != nil {
+		return "", 0, fmt.Errorf("address %q: want a port from 0 to 65535, not %q", address, number)
+	}
+	strange := func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) || r == utf8.RuneError }
+	if strings.ContainsFunc(host, strange) {
+		return "", 0, fmt.Errorf("address %q: there is a blank, or what cannot be printed, in the host", address)
+	}
+	if len(address) > maxAddressBytes {
+		return "", 0, fmt.Errorf("address: it has %d bytes, the limit is %d", len(address), maxAddressBytes)
+	}
+	return host, uint16(n), nil
+}
+
+// splitAddress takes the address of a node apart, which has to name a host.
+func splitAddress(address string) (host string, port uint16, err error) {
+	host, port, err = splitListenAddress(address)
+	if err == nil && host == "" {
+		err = fmt.Errorf("address %q: want host:port, and a host", address)
+	}
+	return host, port, err
 }
 
 // isEverywhere reports whether a host is all that a machine has: there, no other

@@ -70,6 +70,14 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --data-dir d", env: "RAFT_KEY_VALUE_DATA_DIR="},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 64MiB", want: "flag -log-bytes: want a whole number"},
 		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "unknown sub-command \"nosuch\""},
+		{args: "--id 1 --addr 127.0.0.1:65535"},
+		{args: "--id 1 --addr 127.0.0.1:65536", want: "--addr: address \"127.0.0.1:65536\": want a port from 0 to 65535"},
+		{args: "--id 1 --addr localhost:http", want: "want a port from 0 to 65535"},
+		{args: "--id 1 --addr localhost:-1", want: "want a port from 0 to 65535"},
+		{args: "--id 1 --addr localhost:", want: "host:port"},
+		{args: "--id 1 --addr 127.0.0.1:1 --advertise localhost:x", want: "--advertise: address \"localhost:x\": want a port"},
+		{args: "--version"},
+		{args: "--version nosuch", want: "unknown sub-command"},
 	} {
 		env := map[string]string{}
 		for _, kv := range strings.Fields(c.env) {
@@ -81,6 +89,20 @@ func TestOptions(t *testing.T) {
 		wantText(t, c.args, out.String(), "")
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%q, %q: %v, want %q", c.args, c.env, err, c.want)
+		}
+	}
+}
+
+// TestAddressesOfTheAPI: what no other node can dial is refused.
+func TestAddressesOfTheAPI(t *testing.T) {
+	for _, address := range []string{
+		"", "a", "a:", ":1", "a:0", "a:x", "a:http", "a:65536", "a:-1", "a b:1", "a\n:1", strings.Repeat("a", 256) + ":1",
+	} {
+		wantError(t, validateNode("node", &kvpb.Node{Id: 1, Address: address}), codes.InvalidArgument, "INVALID_FIELD")
+	}
+	for _, address := range []string{"a:1", "[::1%lo]:65535", "127.0.0.1:21001"} {
+		if err := validateNode("node", &kvpb.Node{Id: 1, Address: address}); err != nil {
+			t.Errorf("%q: %v", address, err)
 		}
 	}
 }

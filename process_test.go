@@ -33,7 +33,7 @@ import (
 var soak = flag.Duration("soak", 3*time.Second, "how long TestSoak kills nodes")
 
 // mainVariable makes the test binary run main instead of the tests.
-const mainVariable = "RAFT_KEY_VALUE_TEST_MAIN"
+const mainVariable = "TEST_MAIN_OF_RAFT_KEY_VALUE"
 
 func init() {
 	if os.Getenv(mainVariable) != "" {

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -46,6 +45,8 @@ const (
 	maxLists = 4
 	// maxMembers bounds a cluster, and with it what a request may name.
 	maxMembers = 64
+	// maxAddressBytes bounds the address of a node.
+	maxAddressBytes = 256
 	// maxStreamsPerConnection bounds the calls that run on one connection.
 	maxStreamsPerConnection = 1024
 	// streamWorkers keep their stacks from call to call: a new goroutine grows its
@@ -103,8 +104,10 @@ func validateNode(field string, n *kvpb.Node) error {
 	if n.GetId() == 0 {
 		return invalid(field+".id", "it is 0")
 	}
-	if host, port, err := net.SplitHostPort(n.GetAddress()); err != nil || host == "" || port == "" || len(n.GetAddress()) > 256 {
-		return invalid(field+".address", "%q is not host:port", n.GetAddress())
+	if _, port, err := splitAddress(n.GetAddress()); err != nil {
+		return invalid(field+".address", "%v", err)
+	} else if port == 0 {
+		return invalid(field+".address", "%q has no port", n.GetAddress())
 	}
 	return nil
 }

@@ -6,13 +6,12 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
-	"sync"
 	"text/tabwriter"
 
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -22,67 +21,131 @@ import (
 
 // memberRow is what survey learned of one node, in the format of status.
 type memberRow struct {
-	NodeID    uint64         `json:"node_id,string"`
-	Address   string         `json:"address"`
-	Reachable bool           `json:"reachable"`
-	Error     string         `json:"error"`
+	NodeID    uint64 `json:"node_id,string"`
+	Address   string `json:"address"`
+	Reachable bool   `json:"reachable"`
+	Error     string `json:"error"`
+	// ClusterID is the cluster by which the row is judged: the node's own, or else
+	// the one that lists it; 0: there is none.
+	ClusterID uint64         `json:"cluster_id,string"`
 	Metrics   json.Marshaler `json:"metrics"`
 	metrics   *kvpb.MetricsResponse
 }
 
-// survey asks the endpoints and then all other members that they name.
-func (c *client) survey(ctx context.Context) []*memberRow {
-	lives, ids, others := map[uint64]bool{}, map[string]uint64{}, map[string]bool{}
-	rows := slices.DeleteFunc(c.ask(ctx, c.endpoints), func(r *memberRow) bool { // one node can have two addresses
-		id := r.metrics.GetRaftId()
-		again := lives[id]
-		lives[id] = id != 0
-		return again
-	})
-	for _, r := range rows {
-		for _, m := range r.metrics.GetMembers() {
-			ids[m.Node.GetAddress()] = m.Node.GetId()
-			if !lives[m.RaftId] && !slices.Contains(c.endpoints, m.Node.GetAddress()) {
-				others[m.Node.GetAddress()] = true
+// survey is what the endpoints, and all members that they name, say of
+// themselves.
+type survey struct {
+	rows []*memberRow
+	best map[uint64]*kvpb.MetricsResponse // by cluster: its newest leader's, or else those of some other node
+}
+
+// listedMember is a member of a cluster, as another member has it.
+type listedMember struct{ cluster, id uint64 }
+
+// survey asks the endpoints and then all others that they name.
+func (c *client) survey(ctx context.Context) *survey {
+	found := c.askAll(ctx)
+	s := &survey{best: map[uint64]*kvpb.MetricsResponse{}}
+	listings := map[string][]listedMember{} // by address
+	for _, e := range found {
+		cluster := e.metrics.GetClusterId()
+		if cluster == 0 {
+			continue
+		}
+		s.best[cluster] = better(s.best[cluster], e.metrics)
+		for _, m := range e.metrics.Members {
+			l, at := listedMember{cluster, m.Node.GetId()}, m.Node.GetAddress()
+			if !slices.Contains(listings[at], l) {
+				listings[at] = append(listings[at], l)
 			}
 		}
 	}
-	rows = append(rows, c.ask(ctx, slices.Collect(maps.Keys(others)))...)
-	for _, r := range rows {
-		if id := ids[r.Address]; id != 0 && r.NodeID != 0 && r.NodeID != id {
-			*r = memberRow{Address: r.Address, Error: fmt.Sprintf("node %d answers there", r.NodeID)}
-		}
-		r.NodeID = cmp.Or(r.NodeID, ids[r.Address])
+	for _, e := range found {
+		s.add(e, listings[e.address])
 	}
-	slices.SortFunc(rows, func(a, b *memberRow) int { return cmp.Compare(a.NodeID-1, b.NodeID-1) }) // 0 comes last
-	return rows
+	slices.SortFunc(s.rows, s.compare)
+	return s
 }
 
-// ask asks nodes for their metrics, all at the same time. It takes at most
-// half of the timeout.
-func (c *client) ask(ctx context.Context, addrs []string) []*memberRow {
-	rows := make([]*memberRow, len(addrs))
-	var answers sync.WaitGroup
-	for i, addr := range addrs {
-		answers.Go(func() {
-			m := new(kvpb.MetricsResponse)
-			_, err := send(ctx, addr, min(c.timeout/2, askTimeout), kvpb.ClusterService_Metrics_FullMethodName, &kvpb.MetricsRequest{}, m)
-			rows[i] = &memberRow{m.GetNode().GetId(), addr, true, "", protoJSON{m}, m}
-			if err != nil {
-				rows[i] = &memberRow{Address: addr, Error: err.Error()}
+// askAll asks the endpoints, then the members that they name, and so on. A node
+// that has two addresses is in the result once.
+func (c *client) askAll(ctx context.Context) []*endpoint {
+	var found []*endpoint
+	asked, lives := map[string]bool{}, map[uint64]bool{}
+	for next := c.endpoints; len(next) > 0; {
+		answers := c.ask(ctx, next)
+		closeAll(answers)
+		for _, e := range answers {
+			asked[e.address] = true
+			if id := e.metrics.GetRaftId(); !lives[id] {
+				found = append(found, e)
+				lives[id] = id != 0
 			}
-		})
+		}
+		others := map[string]bool{}
+		for _, e := range found {
+			for _, m := range e.metrics.GetMembers() {
+				if at := m.Node.GetAddress(); !asked[at] && !lives[m.RaftId] {
+					others[at] = true
+				}
+			}
+		}
+		next = slices.Sorted(maps.Keys(others))
 	}
-	answers.Wait()
-	return rows
+	return found
 }
 
-// bestMetrics is the newest leader's, or else that of some other node; nil if
-// no node answered. The numbers of the roles end with the leader's.
-func bestMetrics(rows []*memberRow) *kvpb.MetricsResponse {
-	return slices.MaxFunc(rows, func(a, b *memberRow) int {
-		return cmp.Or(cmp.Compare(a.metrics.GetRole(), b.metrics.GetRole()), cmp.Compare(a.metrics.GetTerm(), b.metrics.GetTerm()))
-	}).metrics
+// add adds the rows for an address: of the node that answers there, and of members
+// that should.
+func (s *survey) add(e *endpoint, listed []listedMember) {
+	if e.err != nil {
+		if len(listed) == 0 {
+			listed = []listedMember{{}} // nobody knows who should answer
+		}
+		for _, l := range listed {
+			s.rows = append(s.rows, &memberRow{
+				NodeID: l.id, Address: e.address, Error: readable(e.err).Error(), ClusterID: l.cluster,
+			})
+		}
+		return
+	}
+	m := e.metrics
+	row := &memberRow{
+		NodeID: m.GetNode().GetId(), Address: e.address, Reachable: true, ClusterID: m.ClusterId,
+		Metrics: protoJSON{m}, metrics: m,
+	}
+	says := fmt.Sprintf("node %d answers there", row.NodeID)
+	if m.ClusterId != 0 {
+		says = fmt.Sprintf("node %d of cluster %016x answers there", row.NodeID, m.ClusterId)
+	}
+	for _, l := range listed {
+		if row.ClusterID == 0 && l.id == row.NodeID {
+			row.ClusterID = l.cluster // it has come back, and is not taken back yet
+		}
+	}
+	for _, l := range listed {
+		if l != (listedMember{row.ClusterID, row.NodeID}) {
+			s.rows = append(s.rows, &memberRow{NodeID: l.id, Address: e.address, Error: says, ClusterID: l.cluster})
+		}
+	}
+	if row.ClusterID != 0 || len(listed) == 0 { // or else it is nobody's, in the place of a member
+		s.rows = append(s.rows, row)
+	}
+}
+
+// compare orders rows: by cluster if there are several, then by node.
+func (s *survey) compare(a, b *memberRow) int {
+	if order := cmp.Compare(a.ClusterID-1, b.ClusterID-1); len(s.best) > 1 && order != 0 { // 0 comes last
+		return order
+	}
+	return cmp.Or(cmp.Compare(a.NodeID-1, b.NodeID-1), strings.Compare(a.Address, b.Address))
+}
+
+// better is which of two answers of one cluster knows more. The numbers of the
+// roles end with the leader's.
+func better(a, b *kvpb.MetricsResponse) *kvpb.MetricsResponse {
+	newer := cmp.Or(cmp.Compare(a.GetRole(), b.GetRole()), cmp.Compare(a.GetTerm(), b.GetTerm()))
+	return oneOf(newer < 0, b, a)
 }
 
 func findMember(m *kvpb.MetricsResponse, id uint64) *kvpb.MemberStatus {
@@ -93,62 +156,175 @@ func findMember(m *kvpb.MetricsResponse, id uint64) *kvpb.MemberStatus {
 }
 
 func (c *client) status(ctx context.Context) error {
-	rows := c.survey(ctx)
-	best := bestMetrics(rows)
+	s := c.survey(ctx)
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tVERSION\tKEYS\tDISK\tCLUSTER\tREASON")
-	for _, r := range rows {
-		m, voter := r.metrics, oneOf(findMember(best, r.NodeID).GetVoter(), "yes", "no")
-		fmt.Fprintf(w, "%d\t%s\t", r.NodeID, r.Address)
-		if !r.Reachable {
-			fmt.Fprintf(w, "unreachable\t%s\t-\t-\t-\t-\t-\t-\t-\t-\t%s\n", voter, r.Error)
-			continue
+	for _, r := range s.rows {
+		fmt.Fprintln(w, strings.Join(s.cells(r), "\t"))
+	}
+	_ = w.Flush() // A strings.Builder takes everything.
+	err := c.print(map[string]any{"members": s.rows}, regexp.MustCompile(" +\n").ReplaceAllString(table.String(), "\n"))
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(s.rows, func(r *memberRow) bool { return r.Reachable }) {
+		return s.noAnswer()
+	}
+	if len(s.best) == 0 {
+		c.warn("no node that was asked is in a cluster; --endpoints asks others")
+	}
+	var members []clusterMember
+	for _, r := range s.rows {
+		if cluster := r.metrics.GetClusterId(); cluster != 0 {
+			members = append(members, clusterMember{cluster, r.NodeID, r.Address})
 		}
-		role := strings.ToLower(strings.TrimPrefix(m.Role.String(), "ROLE_"))
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%s\t%016x\t%s\n", oneOf(m.Healthy, "ok", "unhealthy"), voter, role, m.Leader.GetId(),
-			m.Term, m.AppliedIndex, m.Version, m.Keys, oneOf(m.Durable, "yes", "no"), m.ClusterId, m.UnhealthyReason)
 	}
-	w.Flush() // A strings.Builder takes everything.
-	err := c.print(map[string]any{"members": rows}, regexp.MustCompile(" +\n").ReplaceAllString(table.String(), "\n"))
-	if best == nil {
-		return cmp.Or(err, errors.New("no node answered"))
-	} else if best.ClusterId == 0 {
-		fmt.Fprintln(c.stderr, "no node that was asked is in a cluster; --endpoints asks others")
+	return oneCluster(members)
+}
+
+// cells are a row of the table.
+func (s *survey) cells(r *memberRow) []string {
+	const unknown = "-"
+	known := func(n uint64) string { return oneOf(n == 0, unknown, strconv.FormatUint(n, 10)) }
+	voter := oneOf(findMember(s.best[r.ClusterID], r.NodeID).GetVoter(), "yes", "no")
+	if !r.Reachable && r.NodeID == 0 {
+		voter = unknown
 	}
-	return err
+	cluster := oneOf(r.ClusterID == 0, unknown, fmt.Sprintf("%016x", r.ClusterID))
+	start := []string{known(r.NodeID), r.Address}
+	if !r.Reachable {
+		return slices.Concat(start, []string{"unreachable", voter},
+			slices.Repeat([]string{unknown}, 7), []string{cluster, r.Error})
+	}
+	m := r.metrics
+	store := slices.Repeat([]string{unknown}, 3)
+	if m.ClusterId != 0 {
+		store = nil
+		for _, n := range []uint64{m.AppliedIndex, m.Version, m.Keys} {
+			store = append(store, strconv.FormatUint(n, 10))
+		}
+	}
+	role := strings.ToLower(strings.TrimPrefix(m.Role.String(), "ROLE_"))
+	return slices.Concat(start,
+		[]string{oneOf(m.Healthy, "ok", "unhealthy"), voter, role, known(m.Leader.GetId()), known(m.Term)},
+		store, []string{oneOf(m.Durable, "yes", "no"), cluster, m.UnhealthyReason})
+}
+
+// noAnswer is the error if no node has answered.
+func (s *survey) noAnswer() error {
+	var answers []reply
+	for _, r := range s.rows {
+		answers = append(answers, reply{Endpoint: r.Address, Error: r.Error})
+	}
+	e := callError(answers, false, false)
+	return e.say("no node answered: " + e.Text)
+}
+
+// clusterMember is a node that has said that it is in a cluster.
+type clusterMember struct {
+	cluster, id uint64
+	address     string
+}
+
+// oneCluster returns an error if nodes are in several clusters.
+func oneCluster(members []clusterMember) error {
+	nodes := map[uint64][]string{}
+	for _, m := range members {
+		nodes[m.cluster] = append(nodes[m.cluster], fmt.Sprintf("%d=%s", m.id, m.address))
+	}
+	if len(nodes) < 2 {
+		return nil
+	}
+	var clusters []string
+	for _, id := range slices.Sorted(maps.Keys(nodes)) {
+		clusters = append(clusters, fmt.Sprintf("in cluster %016x: %s", id, strings.Join(nodes[id], ", ")))
+	}
+	return &commandError{
+		Text:   fmt.Sprintf("these nodes are in %d clusters, not in one: %s", len(nodes), strings.Join(clusters, "; ")),
+		Status: exitNotDone,
+	}
+}
+
+func oneOf[T any](b bool, yes, no T) T {
+	if b {
+		return yes
+	}
+	return no
 }
 
 // health polls if it waits: a stream would end with a node that restarts.
-func (c *client) health(ctx context.Context) (err error) {
-	c.local, c.timeout = true, min(c.timeout, askTimeout) // One node that hangs must not take up the wait.
+func (c *client) health(ctx context.Context) error {
+	var said error
 	for {
-		resp, now := healthpb.NewHealthClient(c).Check(ctx, &healthpb.HealthCheckRequest{Service: c.service})
-		if now == nil && resp.Status == healthpb.HealthCheckResponse_SERVING {
-			return c.print(protoJSON{resp}, "SERVING, says "+c.endpoints[0]+"\n")
-		} else if now == nil {
-			now = fmt.Errorf("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(ctx))
+		endpoints := c.ask(ctx, c.endpoints)
+		if err := oneCluster(membersAmong(endpoints)); err != nil {
+			closeAll(endpoints)
+			return err // which does not pass
 		}
-		if err == nil || ctx.Err() == nil {
-			err = now // what failed before the time was up tells more
+		address, resp, err := c.checkHealth(ctx, endpoints)
+		closeAll(endpoints)
+		if err == nil {
+			return c.print(protoJSON{resp}, "SERVING, says "+address+"\n")
+		}
+		if said == nil || ctx.Err() == nil {
+			said = err // what failed before the time was up tells more
 		}
 		if !c.wait || ctx.Err() != nil {
-			return err
+			return said
 		}
 		sleep(ctx, pollInterval)
 	}
 }
 
-// whyUnhealthy asks who answers first, as health did.
-func (c *client) whyUnhealthy(ctx context.Context) string {
-	m, err := c.cluster().Metrics(ctx, &kvpb.MetricsRequest{})
-	if err != nil {
-		return err.Error()
+// membersAmong are those endpoints that are in a cluster.
+func membersAmong(endpoints []*endpoint) []clusterMember {
+	var members []clusterMember
+	for _, e := range endpoints {
+		if m := e.metrics; m.GetClusterId() != 0 {
+			members = append(members, clusterMember{m.ClusterId, m.GetNode().GetId(), e.address})
+		}
 	}
-	why := m.UnhealthyReason
+	return members
+}
+
+// checkHealth asks the first endpoint that answers, and is in a cluster if one is,
+// for its health. All have been asked how they are.
+func (c *client) checkHealth(
+	ctx context.Context, endpoints []*endpoint,
+) (address string, resp *healthpb.HealthCheckResponse, err error) {
+	liveness := c.service == kvpb.ClusterService_ServiceDesc.ServiceName
+	slices.SortStableFunc(endpoints, func(a, b *endpoint) int {
+		outside := func(e *endpoint) int { return oneOf(e.metrics.GetClusterId() == 0 && !liveness, 1, 0) }
+		return outside(a) - outside(b)
+	})
+	r := &round{c: c} // for what they say
+	for _, e := range endpoints {
+		if e.err != nil && !liveness {
+			r.say(e, e.err)
+			continue
+		}
+		short, cancel := context.WithTimeout(ctx, c.askTime())
+		resp, err = healthpb.NewHealthClient(e.conn).Check(short, &healthpb.HealthCheckRequest{Service: c.service})
+		cancel()
+		if err != nil {
+			r.say(e, err)
+			continue
+		}
+		if resp.Status != healthpb.HealthCheckResponse_SERVING {
+			err = noError("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(e.metrics))
+		}
+		return e.address, resp, err
+	}
+	return "", nil, callError(r.answers, false, false)
+}
+
+// whyUnhealthy is what a node's metrics say of its health.
+func (c *client) whyUnhealthy(m *kvpb.MetricsResponse) string {
+	why := m.GetUnhealthyReason()
 	if c.service == restartHealth {
-		why = m.RestartReason
+		why = m.GetRestartReason()
 	}
 	why = cmp.Or(why, "it was, a moment ago")
-	return fmt.Sprintf("node %d at %s: %s", m.Node.GetId(), m.Node.GetAddress(), why)
+	return fmt.Sprintf("node %d at %s: %s", m.GetNode().GetId(), m.GetNode().GetAddress(), why)
 }

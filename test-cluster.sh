@@ -286,6 +286,8 @@ walk() {
     start "$id"
     run 0 add-learner "$id=${addr[$id]}"
   done
+  run 2 change-membership 4 5 # that would remove the others
+  grep -q 'it would remove nodes 1, 2 and 3' "$tmp/err" || fail "change-membership does not say whom it would remove"
   run 0 change-membership 1 2 3 4 5
   await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes follower' '^5 .* ok yes follower'
   expect_all 4 5
@@ -354,12 +356,12 @@ expect_all "${!pid[@]}"
 
 title 'A backup becomes a new cluster, which goes on from there'
 run 0 backup "$tmp/backup"
-run 1 backup "$tmp/backup" # it is there already
+run 3 backup "$tmp/backup" # it is there already
 for id in "${!pid[@]}"; do stop TERM "$id"; done
 addr[6]=${addr[1]}
 export RAFT_KEY_VALUE_ENDPOINTS=${addr[6]}
 run 0 restore "$tmp/backup" --data-dir "$data/6" --id 6 --addr "${addr[6]}"
-run 1 restore "$tmp/backup" --data-dir "$data/6" --id 6 --addr "${addr[6]}" # it is not empty any more
+run 3 restore "$tmp/backup" --data-dir "$data/6" --id 6 --addr "${addr[6]}" # it is not empty any more
 start 6
 healed 6
 expect_all 6
