@@ -136,7 +136,7 @@ func newCluster(t *testing.T, n uint64, set ...func(*options)) *testCluster {
 	left := goroutines(t)
 	c := &testCluster{t: t, ctx: t.Context(), nodes: map[uint64]*testNode{}}
 	c.options = func(o *options) {
-		o.heartbeat, o.election = 20*time.Millisecond, 250*time.Millisecond
+		o.heartbeat, o.election, o.redial = 20*time.Millisecond, 250*time.Millisecond, 20*time.Millisecond
 		for _, f := range set {
 			f(o)
 		}
@@ -676,8 +676,11 @@ func TestInitRefusals(t *testing.T) {
 		})
 	}
 	before := c.picture(4)
-	_, err := c.nodes[4].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(4)})
+	_, err := c.nodes[4].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(4, 1)})
 	wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+	if _, err := c.nodes[4].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(4)}); err != nil {
+		t.Errorf("an Init that is true already: %v", err)
+	}
 	if c.picture(4) != before {
 		t.Error("the second Init has changed something")
 	}

@@ -77,6 +77,7 @@ type options struct {
 
 	listener net.Listener                                    // in place of addr, for tests
 	dialer   func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
+	redial   time.Duration                                   // in place of redialTime, for tests; 0: not
 }
 
 func defaultOptions() options {

@@ -56,6 +56,7 @@ type receiver interface {
 	readSnapshot(io.Reader) (*store, error)
 	receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error
 	snapshotSent(to uint64, v *view, err error)
+	receiveClaim(context.Context, *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error)
 }
 
 // network keeps the streams. mu guards what is below it.

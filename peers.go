@@ -33,6 +33,7 @@ type glance struct {
 	spared                  bool   // this node may be restarted
 	lost, connected         int    // members known to have lost their memory; peers
 	leaderless              uint64 // seconds without a leader
+	claimant                uint64
 	conf                    *raftpb.ConfState
 }
 
@@ -49,7 +50,8 @@ func (n *node) publish() {
 	now := glance{
 		clusterID: s.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead,
 		leading: n.leads(), caughtUp: n.caughtUp(), spared: n.rn != nil && n.isSpared(),
-		lost: len(n.met), connected: len(n.connected), leaderless: n.leaderless / n.ticksOf(time.Second), conf: s.conf,
+		lost: len(n.met), connected: len(n.connected), leaderless: n.leaderless / n.ticksOf(time.Second),
+		claimant: n.claimant(), conf: s.conf,
 	}
 	if old.glance == now && slices.Equal(old.removed, n.gone) {
 		return
@@ -100,6 +102,9 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 			}
 		})
 	}
+	if p.clusterID == 0 && n.means(h) {
+		n.in.event(func() { n.called(h) })
+	}
 	switch {
 	case p.clusterID != 0 && slices.Contains(p.removed, h.GetFrom().GetRaftId()) && h.ClusterId == p.clusterID:
 		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
@@ -107,7 +112,7 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 		// It only asks.
 	case validateNode("from", h.GetFrom().GetNode()) != nil || !validRaftID(h.GetFrom().GetRaftId()) || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
 		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
-	case !sameCluster(p.clusterID, p.members, h):
+	case !sameCluster(p.clusterID, p.members, h), p.clusterID == 0 && promisedTo(p.claimant, h):
 		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER
 	case to.GetRaftId() != p.raftID, to.GetLife() != 0 && to.GetLife() != p.life, !proto.Equal(to.GetNode(), n.self):
 		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME

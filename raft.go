@@ -176,6 +176,11 @@ type node struct {
 	pending              *store  // a snapshot's content between Step and Ready
 	views                []*view // that snapshots are being sent from
 
+	bornAt   uint64       // tick in which this life began
+	claim    *claim       // the last that was made; claimed says whether it holds
+	named    *naming      // the last hello of a cluster that meant this node; nil: none
+	founding []*kvpb.Node // of the Init that this node has made its cluster for, while it is not done
+
 	count kvpb.MetricsResponse // the counters in it
 }
 
@@ -201,6 +206,7 @@ func (n *node) newLife() {
 	n.met, n.disownedBy = map[uint64]*meeting{}, map[uint64]bool{}
 	n.logBehind, n.learned = false, learnedCommit{}
 	n.out, n.gone = nil, nil
+	n.bornAt, n.claim, n.founding = n.now, nil, nil
 }
 
 // randomID returns a number that nobody has drawn before. Not 0, and below
@@ -412,7 +418,10 @@ func (n *node) receive(in inbound) {
 		return
 	}
 	if n.rn == nil {
-		n.receiveUninitialized(m)
+		n.called(in.hello)
+		if !promisedTo(n.claimant(), in.hello) {
+			n.receiveUninitialized(m)
+		}
 		return
 	}
 	if !n.check(m) {

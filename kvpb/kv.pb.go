@@ -95,6 +95,9 @@ const (
 	// UNAVAILABLE: the number that the node drew for a session is another
 	// session's. None was opened; the next call draws another.
 	ErrorReason_ERROR_REASON_SESSION_TAKEN ErrorReason = 22
+	// ABORTED: until the deadline, a node was claimed by another Init. Nothing was
+	// changed.
+	ErrorReason_ERROR_REASON_INIT_IN_PROGRESS ErrorReason = 23
 )
 
 // Enum value maps for ErrorReason.
@@ -123,6 +126,7 @@ var (
 		20: "ERROR_REASON_MEMBERSHIP_CHANGED",
 		21: "ERROR_REASON_SEQUENCE_TOO_FAR",
 		22: "ERROR_REASON_SESSION_TAKEN",
+		23: "ERROR_REASON_INIT_IN_PROGRESS",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -148,6 +152,7 @@ var (
 		"ERROR_REASON_MEMBERSHIP_CHANGED":  20,
 		"ERROR_REASON_SEQUENCE_TOO_FAR":    21,
 		"ERROR_REASON_SESSION_TAKEN":       22,
+		"ERROR_REASON_INIT_IN_PROGRESS":    23,
 	}
 )
 
@@ -297,6 +302,70 @@ func (Verdict) EnumDescriptor() ([]byte, []int) {
 	return file_kv_proto_rawDescGZIP(), []int{2}
 }
 
+// ClaimVerdict is the answer to a ClaimRequest.
+type ClaimVerdict int32
+
+const (
+	ClaimVerdict_CLAIM_VERDICT_UNSPECIFIED ClaimVerdict = 0
+	// The called node is claimed; or it could be, if that was only asked.
+	ClaimVerdict_CLAIM_VERDICT_GRANTED ClaimVerdict = 1
+	// Another Init has claimed it.
+	ClaimVerdict_CLAIM_VERDICT_CLAIMED ClaimVerdict = 2
+	// It has just started, and waits to hear whether a cluster names it.
+	ClaimVerdict_CLAIM_VERDICT_FRESH ClaimVerdict = 3
+	// A cluster has called it by its id or its address.
+	ClaimVerdict_CLAIM_VERDICT_NAMED ClaimVerdict = 4
+	// It is in a cluster.
+	ClaimVerdict_CLAIM_VERDICT_MEMBER ClaimVerdict = 5
+)
+
+// Enum value maps for ClaimVerdict.
+var (
+	ClaimVerdict_name = map[int32]string{
+		0: "CLAIM_VERDICT_UNSPECIFIED",
+		1: "CLAIM_VERDICT_GRANTED",
+		2: "CLAIM_VERDICT_CLAIMED",
+		3: "CLAIM_VERDICT_FRESH",
+		4: "CLAIM_VERDICT_NAMED",
+		5: "CLAIM_VERDICT_MEMBER",
+	}
+	ClaimVerdict_value = map[string]int32{
+		"CLAIM_VERDICT_UNSPECIFIED": 0,
+		"CLAIM_VERDICT_GRANTED":     1,
+		"CLAIM_VERDICT_CLAIMED":     2,
+		"CLAIM_VERDICT_FRESH":       3,
+		"CLAIM_VERDICT_NAMED":       4,
+		"CLAIM_VERDICT_MEMBER":      5,
+	}
+)
+
+func (x ClaimVerdict) Enum() *ClaimVerdict {
+	p := new(ClaimVerdict)
+	*p = x
+	return p
+}
+
+func (x ClaimVerdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ClaimVerdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_kv_proto_enumTypes[3].Descriptor()
+}
+
+func (ClaimVerdict) Type() protoreflect.EnumType {
+	return &file_kv_proto_enumTypes[3]
+}
+
+func (x ClaimVerdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ClaimVerdict.Descriptor instead.
+func (ClaimVerdict) EnumDescriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{3}
+}
+
 // RaftMessageType has the numbers of etcd raft's MessageType, shifted by one;
 // only what crosses the network is listed.
 type RaftMessageType int32
@@ -362,11 +431,11 @@ func (x RaftMessageType) String() string {
 }
 
 func (RaftMessageType) Descriptor() protoreflect.EnumDescriptor {
-	return file_kv_proto_enumTypes[3].Descriptor()
+	return file_kv_proto_enumTypes[4].Descriptor()
 }
 
 func (RaftMessageType) Type() protoreflect.EnumType {
-	return &file_kv_proto_enumTypes[3]
+	return &file_kv_proto_enumTypes[4]
 }
 
 func (x RaftMessageType) Number() protoreflect.EnumNumber {
@@ -375,7 +444,7 @@ func (x RaftMessageType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RaftMessageType.Descriptor instead.
 func (RaftMessageType) EnumDescriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{3}
+	return file_kv_proto_rawDescGZIP(), []int{4}
 }
 
 // EntryType has the numbers of etcd raft's EntryType.
@@ -411,11 +480,11 @@ func (x EntryType) String() string {
 }
 
 func (EntryType) Descriptor() protoreflect.EnumDescriptor {
-	return file_kv_proto_enumTypes[4].Descriptor()
+	return file_kv_proto_enumTypes[5].Descriptor()
 }
 
 func (EntryType) Type() protoreflect.EnumType {
-	return &file_kv_proto_enumTypes[4]
+	return &file_kv_proto_enumTypes[5]
 }
 
 func (x EntryType) Number() protoreflect.EnumNumber {
@@ -424,7 +493,7 @@ func (x EntryType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use EntryType.Descriptor instead.
 func (EntryType) EnumDescriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{4}
+	return file_kv_proto_rawDescGZIP(), []int{5}
 }
 
 // RequestId names a write: under one id, a write takes effect once and every
@@ -1512,10 +1581,10 @@ func (x *Node) GetAddress() string {
 
 type InitRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// All voters of the new cluster, the called node among them.
+	// All voters of the new cluster, the called node among them; 1 to 64.
 	Members []*Node `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
-	// Make the cluster although a hello of another cluster has just named the
-	// called node.
+	// Do not wait for members that have just started, and do not refuse those that
+	// another cluster has called by their id or address: it is known to be lost.
 	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2786,6 +2855,189 @@ func (x *Welcome) GetClusterId() uint64 {
 	return 0
 }
 
+type ClaimRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The called node, as the founder was given it.
+	To *Node `protobuf:"bytes,1,opt,name=to,proto3" json:"to,omitempty"`
+	// A random number that the founder draws for each time that it tries to claim
+	// all members. 0: it only asks, and nothing is promised.
+	Id uint64 `protobuf:"varint,2,opt,name=id,proto3" json:"id,omitempty"`
+	// The called node of the Init, in this life.
+	Founder *Peer `protobuf:"bytes,3,opt,name=founder,proto3" json:"founder,omitempty"`
+	// All members of the Init.
+	Members []*Node `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	// Of the InitRequest.
+	Force bool `protobuf:"varint,5,opt,name=force,proto3" json:"force,omitempty"`
+	// The claim with this id is not needed any more.
+	Withdraw bool `protobuf:"varint,6,opt,name=withdraw,proto3" json:"withdraw,omitempty"`
+	// Not 0: the founder has made this cluster, and adds the called node to it. The
+	// answer comes once it is a member of that or any other cluster. The claim lasts
+	// as long as the call.
+	ClusterId     uint64 `protobuf:"varint,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClaimRequest) Reset() {
+	*x = ClaimRequest{}
+	mi := &file_kv_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClaimRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClaimRequest) ProtoMessage() {}
+
+func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClaimRequest.ProtoReflect.Descriptor instead.
+func (*ClaimRequest) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ClaimRequest) GetTo() *Node {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
+func (x *ClaimRequest) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *ClaimRequest) GetFounder() *Peer {
+	if x != nil {
+		return x.Founder
+	}
+	return nil
+}
+
+func (x *ClaimRequest) GetMembers() []*Node {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *ClaimRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *ClaimRequest) GetWithdraw() bool {
+	if x != nil {
+		return x.Withdraw
+	}
+	return false
+}
+
+func (x *ClaimRequest) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+type ClaimResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Verdict ClaimVerdict           `protobuf:"varint,1,opt,name=verdict,proto3,enum=kv.v1.ClaimVerdict" json:"verdict,omitempty"`
+	// MEMBER, NAMED: the cluster.
+	ClusterId uint64 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// MEMBER: the voters of that cluster once no change of membership is running.
+	Voters []*Node `protobuf:"bytes,3,rep,name=voters,proto3" json:"voters,omitempty"`
+	// MEMBER: the members of an Init that the called node has made that cluster for,
+	// while it is not done. CLAIMED: the members of the other Init.
+	Members []*Node `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	// CLAIMED: the founder. NAMED: the node that called.
+	By            *Node `protobuf:"bytes,5,opt,name=by,proto3" json:"by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClaimResponse) Reset() {
+	*x = ClaimResponse{}
+	mi := &file_kv_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClaimResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClaimResponse) ProtoMessage() {}
+
+func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kv_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClaimResponse.ProtoReflect.Descriptor instead.
+func (*ClaimResponse) Descriptor() ([]byte, []int) {
+	return file_kv_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ClaimResponse) GetVerdict() ClaimVerdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return ClaimVerdict_CLAIM_VERDICT_UNSPECIFIED
+}
+
+func (x *ClaimResponse) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+func (x *ClaimResponse) GetVoters() []*Node {
+	if x != nil {
+		return x.Voters
+	}
+	return nil
+}
+
+func (x *ClaimResponse) GetMembers() []*Node {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *ClaimResponse) GetBy() *Node {
+	if x != nil {
+		return x.By
+	}
+	return nil
+}
+
 type StreamRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// In the first request only.
@@ -2798,7 +3050,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2810,7 +3062,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[36]
+	mi := &file_kv_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2823,7 +3075,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{36}
+	return file_kv_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StreamRequest) GetHello() *Hello {
@@ -2849,7 +3101,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2861,7 +3113,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[37]
+	mi := &file_kv_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2874,7 +3126,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{37}
+	return file_kv_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -2897,7 +3149,7 @@ type InstallSnapshotRequest struct {
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_kv_proto_msgTypes[38]
+	mi := &file_kv_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2909,7 +3161,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[38]
+	mi := &file_kv_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2922,7 +3174,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{38}
+	return file_kv_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -2954,7 +3206,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_kv_proto_msgTypes[39]
+	mi := &file_kv_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2966,7 +3218,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[39]
+	mi := &file_kv_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2979,7 +3231,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{39}
+	return file_kv_proto_rawDescGZIP(), []int{41}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -3005,7 +3257,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_kv_proto_msgTypes[40]
+	mi := &file_kv_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3017,7 +3269,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[40]
+	mi := &file_kv_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3030,7 +3282,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{40}
+	return file_kv_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -3109,7 +3361,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_kv_proto_msgTypes[41]
+	mi := &file_kv_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3121,7 +3373,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[41]
+	mi := &file_kv_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3134,7 +3386,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{41}
+	return file_kv_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -3179,7 +3431,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3191,7 +3443,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[42]
+	mi := &file_kv_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3204,7 +3456,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{42}
+	return file_kv_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -3242,7 +3494,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_kv_proto_msgTypes[43]
+	mi := &file_kv_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3254,7 +3506,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[43]
+	mi := &file_kv_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3267,7 +3519,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{43}
+	return file_kv_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -3337,7 +3589,7 @@ type NewSession struct {
 
 func (x *NewSession) Reset() {
 	*x = NewSession{}
-	mi := &file_kv_proto_msgTypes[44]
+	mi := &file_kv_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3349,7 +3601,7 @@ func (x *NewSession) String() string {
 func (*NewSession) ProtoMessage() {}
 
 func (x *NewSession) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[44]
+	mi := &file_kv_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3362,7 +3614,7 @@ func (x *NewSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
 func (*NewSession) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{44}
+	return file_kv_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *NewSession) GetSession() uint64 {
@@ -3383,7 +3635,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_kv_proto_msgTypes[45]
+	mi := &file_kv_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3647,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[45]
+	mi := &file_kv_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3660,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{45}
+	return file_kv_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -3429,7 +3681,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_kv_proto_msgTypes[46]
+	mi := &file_kv_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3441,7 +3693,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[46]
+	mi := &file_kv_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3454,7 +3706,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{46}
+	return file_kv_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -3485,7 +3737,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_kv_proto_msgTypes[47]
+	mi := &file_kv_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3497,7 +3749,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[47]
+	mi := &file_kv_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3510,7 +3762,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{47}
+	return file_kv_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -3559,7 +3811,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_kv_proto_msgTypes[48]
+	mi := &file_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3571,7 +3823,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[48]
+	mi := &file_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3584,7 +3836,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{48}
+	return file_kv_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -3621,7 +3873,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_kv_proto_msgTypes[49]
+	mi := &file_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3633,7 +3885,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[49]
+	mi := &file_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3646,7 +3898,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{49}
+	return file_kv_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -3745,7 +3997,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_kv_proto_msgTypes[50]
+	mi := &file_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3757,7 +4009,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[50]
+	mi := &file_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3770,7 +4022,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{50}
+	return file_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -3865,7 +4117,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_kv_proto_msgTypes[51]
+	mi := &file_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3877,7 +4129,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[51]
+	mi := &file_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3890,7 +4142,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{51}
+	return file_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Session) GetId() uint64 {
@@ -3927,7 +4179,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_kv_proto_msgTypes[52]
+	mi := &file_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3939,7 +4191,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[52]
+	mi := &file_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3952,7 +4204,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{52}
+	return file_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -3994,7 +4246,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_kv_proto_msgTypes[53]
+	mi := &file_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4006,7 +4258,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[53]
+	mi := &file_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4019,7 +4271,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{53}
+	return file_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -4053,7 +4305,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_kv_proto_msgTypes[54]
+	mi := &file_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4065,7 +4317,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[54]
+	mi := &file_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4078,7 +4330,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{54}
+	return file_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -4110,7 +4362,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_kv_proto_msgTypes[55]
+	mi := &file_kv_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4122,7 +4374,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[55]
+	mi := &file_kv_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4135,7 +4387,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{55}
+	return file_kv_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -4196,7 +4448,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_kv_proto_msgTypes[56]
+	mi := &file_kv_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4208,7 +4460,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[56]
+	mi := &file_kv_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4221,7 +4473,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{56}
+	return file_kv_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -4271,7 +4523,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_kv_proto_msgTypes[57]
+	mi := &file_kv_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4283,7 +4535,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[57]
+	mi := &file_kv_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4296,7 +4548,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{57}
+	return file_kv_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -4332,7 +4584,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_kv_proto_msgTypes[58]
+	mi := &file_kv_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4344,7 +4596,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_kv_proto_msgTypes[58]
+	mi := &file_kv_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4357,7 +4609,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_kv_proto_rawDescGZIP(), []int{58}
+	return file_kv_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -4555,7 +4807,23 @@ const file_kv_proto_rawDesc = "" +
 	"\averdict\x18\x01 \x01(\x0e2\x0e.kv.v1.VerdictR\averdict\x12\x1f\n" +
 	"\x04peer\x18\x02 \x01(\v2\v.kv.v1.PeerR\x04peer\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x03 \x01(\x04R\tclusterId\"c\n" +
+	"cluster_id\x18\x03 \x01(\x04R\tclusterId\"\xda\x01\n" +
+	"\fClaimRequest\x12\x1b\n" +
+	"\x02to\x18\x01 \x01(\v2\v.kv.v1.NodeR\x02to\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\x04R\x02id\x12%\n" +
+	"\afounder\x18\x03 \x01(\v2\v.kv.v1.PeerR\afounder\x12%\n" +
+	"\amembers\x18\x04 \x03(\v2\v.kv.v1.NodeR\amembers\x12\x14\n" +
+	"\x05force\x18\x05 \x01(\bR\x05force\x12\x1a\n" +
+	"\bwithdraw\x18\x06 \x01(\bR\bwithdraw\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\a \x01(\x04R\tclusterId\"\xc6\x01\n" +
+	"\rClaimResponse\x12-\n" +
+	"\averdict\x18\x01 \x01(\x0e2\x13.kv.v1.ClaimVerdictR\averdict\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x02 \x01(\x04R\tclusterId\x12#\n" +
+	"\x06voters\x18\x03 \x03(\v2\v.kv.v1.NodeR\x06voters\x12%\n" +
+	"\amembers\x18\x04 \x03(\v2\v.kv.v1.NodeR\amembers\x12\x1b\n" +
+	"\x02by\x18\x05 \x01(\v2\v.kv.v1.NodeR\x02by\"c\n" +
 	"\rStreamRequest\x12\"\n" +
 	"\x05hello\x18\x01 \x01(\v2\f.kv.v1.HelloR\x05hello\x12.\n" +
 	"\bmessages\x18\x02 \x03(\v2\x12.kv.v1.RaftMessageR\bmessages\":\n" +
@@ -4668,7 +4936,7 @@ const file_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xe7\x05\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\x8a\x06\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -4693,7 +4961,8 @@ const file_kv_proto_rawDesc = "" +
 	"\x18ERROR_REASON_NODE_FAILED\x10\x13\x12#\n" +
 	"\x1fERROR_REASON_MEMBERSHIP_CHANGED\x10\x14\x12!\n" +
 	"\x1dERROR_REASON_SEQUENCE_TOO_FAR\x10\x15\x12\x1e\n" +
-	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16*~\n" +
+	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16\x12!\n" +
+	"\x1dERROR_REASON_INIT_IN_PROGRESS\x10\x17*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -4706,7 +4975,14 @@ const file_kv_proto_rawDesc = "" +
 	"\x10VERDICT_ACCEPTED\x10\x01\x12\x19\n" +
 	"\x15VERDICT_OTHER_CLUSTER\x10\x02\x12\x12\n" +
 	"\x0eVERDICT_NOT_ME\x10\x03\x12\x13\n" +
-	"\x0fVERDICT_REMOVED\x10\x04*\xdd\x03\n" +
+	"\x0fVERDICT_REMOVED\x10\x04*\xaf\x01\n" +
+	"\fClaimVerdict\x12\x1d\n" +
+	"\x19CLAIM_VERDICT_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15CLAIM_VERDICT_GRANTED\x10\x01\x12\x19\n" +
+	"\x15CLAIM_VERDICT_CLAIMED\x10\x02\x12\x17\n" +
+	"\x13CLAIM_VERDICT_FRESH\x10\x03\x12\x17\n" +
+	"\x13CLAIM_VERDICT_NAMED\x10\x04\x12\x18\n" +
+	"\x14CLAIM_VERDICT_MEMBER\x10\x05*\xdd\x03\n" +
 	"\x0fRaftMessageType\x12!\n" +
 	"\x1dRAFT_MESSAGE_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19RAFT_MESSAGE_TYPE_PROPOSE\x10\x03\x12\x1c\n" +
@@ -4739,10 +5015,11 @@ const file_kv_proto_rawDesc = "" +
 	"\x10ChangeMembership\x12\x1e.kv.v1.ChangeMembershipRequest\x1a\x1f.kv.v1.ChangeMembershipResponse\x12M\n" +
 	"\x0eTransferLeader\x12\x1c.kv.v1.TransferLeaderRequest\x1a\x1d.kv.v1.TransferLeaderResponse\x128\n" +
 	"\aMetrics\x12\x15.kv.v1.MetricsRequest\x1a\x16.kv.v1.MetricsResponse\x127\n" +
-	"\x06Backup\x12\x14.kv.v1.BackupRequest\x1a\x15.kv.v1.BackupResponse0\x012\x9c\x01\n" +
+	"\x06Backup\x12\x14.kv.v1.BackupRequest\x1a\x15.kv.v1.BackupResponse0\x012\xd0\x01\n" +
 	"\vRaftService\x129\n" +
 	"\x06Stream\x12\x14.kv.v1.StreamRequest\x1a\x15.kv.v1.StreamResponse(\x010\x01\x12R\n" +
-	"\x0fInstallSnapshot\x12\x1d.kv.v1.InstallSnapshotRequest\x1a\x1e.kv.v1.InstallSnapshotResponse(\x01B\x15Z\x13raft-key-value/kvpbb\x06proto3"
+	"\x0fInstallSnapshot\x12\x1d.kv.v1.InstallSnapshotRequest\x1a\x1e.kv.v1.InstallSnapshotResponse(\x01\x122\n" +
+	"\x05Claim\x12\x13.kv.v1.ClaimRequest\x1a\x14.kv.v1.ClaimResponseB\x15Z\x13raft-key-value/kvpbb\x06proto3"
 
 var (
 	file_kv_proto_rawDescOnce sync.Once
@@ -4756,163 +5033,175 @@ func file_kv_proto_rawDescGZIP() []byte {
 	return file_kv_proto_rawDescData
 }
 
-var file_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: kv.v1.ErrorReason
 	(Role)(0),                        // 1: kv.v1.Role
 	(Verdict)(0),                     // 2: kv.v1.Verdict
-	(RaftMessageType)(0),             // 3: kv.v1.RaftMessageType
-	(EntryType)(0),                   // 4: kv.v1.EntryType
-	(*RequestId)(nil),                // 5: kv.v1.RequestId
-	(*OpenSessionRequest)(nil),       // 6: kv.v1.OpenSessionRequest
-	(*OpenSessionResponse)(nil),      // 7: kv.v1.OpenSessionResponse
-	(*PipelineRequest)(nil),          // 8: kv.v1.PipelineRequest
-	(*Operation)(nil),                // 9: kv.v1.Operation
-	(*PipelineResponse)(nil),         // 10: kv.v1.PipelineResponse
-	(*OperationResult)(nil),          // 11: kv.v1.OperationResult
-	(*OperationError)(nil),           // 12: kv.v1.OperationError
-	(*GetRequest)(nil),               // 13: kv.v1.GetRequest
-	(*GetResponse)(nil),              // 14: kv.v1.GetResponse
-	(*SetRequest)(nil),               // 15: kv.v1.SetRequest
-	(*SetResponse)(nil),              // 16: kv.v1.SetResponse
-	(*DeleteRequest)(nil),            // 17: kv.v1.DeleteRequest
-	(*DeleteResponse)(nil),           // 18: kv.v1.DeleteResponse
-	(*ListRequest)(nil),              // 19: kv.v1.ListRequest
-	(*ListResponse)(nil),             // 20: kv.v1.ListResponse
-	(*Node)(nil),                     // 21: kv.v1.Node
-	(*InitRequest)(nil),              // 22: kv.v1.InitRequest
-	(*InitResponse)(nil),             // 23: kv.v1.InitResponse
-	(*AddLearnerRequest)(nil),        // 24: kv.v1.AddLearnerRequest
-	(*AddLearnerResponse)(nil),       // 25: kv.v1.AddLearnerResponse
-	(*ChangeMembershipRequest)(nil),  // 26: kv.v1.ChangeMembershipRequest
-	(*Membership)(nil),               // 27: kv.v1.Membership
-	(*ExpectedMember)(nil),           // 28: kv.v1.ExpectedMember
-	(*ChangeMembershipResponse)(nil), // 29: kv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 30: kv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 31: kv.v1.TransferLeaderResponse
-	(*BackupRequest)(nil),            // 32: kv.v1.BackupRequest
-	(*BackupResponse)(nil),           // 33: kv.v1.BackupResponse
-	(*MetricsRequest)(nil),           // 34: kv.v1.MetricsRequest
-	(*Progress)(nil),                 // 35: kv.v1.Progress
-	(*MemberStatus)(nil),             // 36: kv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 37: kv.v1.MetricsResponse
-	(*Hello)(nil),                    // 38: kv.v1.Hello
-	(*Peer)(nil),                     // 39: kv.v1.Peer
-	(*Welcome)(nil),                  // 40: kv.v1.Welcome
-	(*StreamRequest)(nil),            // 41: kv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 42: kv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 43: kv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 44: kv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 45: kv.v1.RaftMessage
-	(*Entry)(nil),                    // 46: kv.v1.Entry
-	(*Batch)(nil),                    // 47: kv.v1.Batch
-	(*Write)(nil),                    // 48: kv.v1.Write
-	(*NewSession)(nil),               // 49: kv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 50: kv.v1.ConfChangeContext
-	(*Member)(nil),                   // 51: kv.v1.Member
-	(*ConfState)(nil),                // 52: kv.v1.ConfState
-	(*Proposer)(nil),                 // 53: kv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 54: kv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 55: kv.v1.SnapshotHeader
-	(*Session)(nil),                  // 56: kv.v1.Session
-	(*Answer)(nil),                   // 57: kv.v1.Answer
-	(*KeyValue)(nil),                 // 58: kv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 59: kv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 60: kv.v1.LogBatch
-	(*Identity)(nil),                 // 61: kv.v1.Identity
-	(*HardState)(nil),                // 62: kv.v1.HardState
-	(*SnapshotMark)(nil),             // 63: kv.v1.SnapshotMark
+	(ClaimVerdict)(0),                // 3: kv.v1.ClaimVerdict
+	(RaftMessageType)(0),             // 4: kv.v1.RaftMessageType
+	(EntryType)(0),                   // 5: kv.v1.EntryType
+	(*RequestId)(nil),                // 6: kv.v1.RequestId
+	(*OpenSessionRequest)(nil),       // 7: kv.v1.OpenSessionRequest
+	(*OpenSessionResponse)(nil),      // 8: kv.v1.OpenSessionResponse
+	(*PipelineRequest)(nil),          // 9: kv.v1.PipelineRequest
+	(*Operation)(nil),                // 10: kv.v1.Operation
+	(*PipelineResponse)(nil),         // 11: kv.v1.PipelineResponse
+	(*OperationResult)(nil),          // 12: kv.v1.OperationResult
+	(*OperationError)(nil),           // 13: kv.v1.OperationError
+	(*GetRequest)(nil),               // 14: kv.v1.GetRequest
+	(*GetResponse)(nil),              // 15: kv.v1.GetResponse
+	(*SetRequest)(nil),               // 16: kv.v1.SetRequest
+	(*SetResponse)(nil),              // 17: kv.v1.SetResponse
+	(*DeleteRequest)(nil),            // 18: kv.v1.DeleteRequest
+	(*DeleteResponse)(nil),           // 19: kv.v1.DeleteResponse
+	(*ListRequest)(nil),              // 20: kv.v1.ListRequest
+	(*ListResponse)(nil),             // 21: kv.v1.ListResponse
+	(*Node)(nil),                     // 22: kv.v1.Node
+	(*InitRequest)(nil),              // 23: kv.v1.InitRequest
+	(*InitResponse)(nil),             // 24: kv.v1.InitResponse
+	(*AddLearnerRequest)(nil),        // 25: kv.v1.AddLearnerRequest
+	(*AddLearnerResponse)(nil),       // 26: kv.v1.AddLearnerResponse
+	(*ChangeMembershipRequest)(nil),  // 27: kv.v1.ChangeMembershipRequest
+	(*Membership)(nil),               // 28: kv.v1.Membership
+	(*ExpectedMember)(nil),           // 29: kv.v1.ExpectedMember
+	(*ChangeMembershipResponse)(nil), // 30: kv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 31: kv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 32: kv.v1.TransferLeaderResponse
+	(*BackupRequest)(nil),            // 33: kv.v1.BackupRequest
+	(*BackupResponse)(nil),           // 34: kv.v1.BackupResponse
+	(*MetricsRequest)(nil),           // 35: kv.v1.MetricsRequest
+	(*Progress)(nil),                 // 36: kv.v1.Progress
+	(*MemberStatus)(nil),             // 37: kv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 38: kv.v1.MetricsResponse
+	(*Hello)(nil),                    // 39: kv.v1.Hello
+	(*Peer)(nil),                     // 40: kv.v1.Peer
+	(*Welcome)(nil),                  // 41: kv.v1.Welcome
+	(*ClaimRequest)(nil),             // 42: kv.v1.ClaimRequest
+	(*ClaimResponse)(nil),            // 43: kv.v1.ClaimResponse
+	(*StreamRequest)(nil),            // 44: kv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 45: kv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 46: kv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 47: kv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 48: kv.v1.RaftMessage
+	(*Entry)(nil),                    // 49: kv.v1.Entry
+	(*Batch)(nil),                    // 50: kv.v1.Batch
+	(*Write)(nil),                    // 51: kv.v1.Write
+	(*NewSession)(nil),               // 52: kv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 53: kv.v1.ConfChangeContext
+	(*Member)(nil),                   // 54: kv.v1.Member
+	(*ConfState)(nil),                // 55: kv.v1.ConfState
+	(*Proposer)(nil),                 // 56: kv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 57: kv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 58: kv.v1.SnapshotHeader
+	(*Session)(nil),                  // 59: kv.v1.Session
+	(*Answer)(nil),                   // 60: kv.v1.Answer
+	(*KeyValue)(nil),                 // 61: kv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 62: kv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 63: kv.v1.LogBatch
+	(*Identity)(nil),                 // 64: kv.v1.Identity
+	(*HardState)(nil),                // 65: kv.v1.HardState
+	(*SnapshotMark)(nil),             // 66: kv.v1.SnapshotMark
 }
 var file_kv_proto_depIdxs = []int32{
-	9,  // 0: kv.v1.PipelineRequest.operations:type_name -> kv.v1.Operation
-	15, // 1: kv.v1.Operation.set:type_name -> kv.v1.SetRequest
-	17, // 2: kv.v1.Operation.delete:type_name -> kv.v1.DeleteRequest
-	6,  // 3: kv.v1.Operation.open_session:type_name -> kv.v1.OpenSessionRequest
-	13, // 4: kv.v1.Operation.get:type_name -> kv.v1.GetRequest
-	11, // 5: kv.v1.PipelineResponse.results:type_name -> kv.v1.OperationResult
-	16, // 6: kv.v1.OperationResult.set:type_name -> kv.v1.SetResponse
-	18, // 7: kv.v1.OperationResult.delete:type_name -> kv.v1.DeleteResponse
-	7,  // 8: kv.v1.OperationResult.open_session:type_name -> kv.v1.OpenSessionResponse
-	14, // 9: kv.v1.OperationResult.get:type_name -> kv.v1.GetResponse
-	12, // 10: kv.v1.OperationResult.error:type_name -> kv.v1.OperationError
+	10, // 0: kv.v1.PipelineRequest.operations:type_name -> kv.v1.Operation
+	16, // 1: kv.v1.Operation.set:type_name -> kv.v1.SetRequest
+	18, // 2: kv.v1.Operation.delete:type_name -> kv.v1.DeleteRequest
+	7,  // 3: kv.v1.Operation.open_session:type_name -> kv.v1.OpenSessionRequest
+	14, // 4: kv.v1.Operation.get:type_name -> kv.v1.GetRequest
+	12, // 5: kv.v1.PipelineResponse.results:type_name -> kv.v1.OperationResult
+	17, // 6: kv.v1.OperationResult.set:type_name -> kv.v1.SetResponse
+	19, // 7: kv.v1.OperationResult.delete:type_name -> kv.v1.DeleteResponse
+	8,  // 8: kv.v1.OperationResult.open_session:type_name -> kv.v1.OpenSessionResponse
+	15, // 9: kv.v1.OperationResult.get:type_name -> kv.v1.GetResponse
+	13, // 10: kv.v1.OperationResult.error:type_name -> kv.v1.OperationError
 	0,  // 11: kv.v1.OperationError.reason:type_name -> kv.v1.ErrorReason
-	5,  // 12: kv.v1.SetRequest.request_id:type_name -> kv.v1.RequestId
-	5,  // 13: kv.v1.DeleteRequest.request_id:type_name -> kv.v1.RequestId
-	58, // 14: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
-	21, // 15: kv.v1.InitRequest.members:type_name -> kv.v1.Node
-	21, // 16: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
-	27, // 17: kv.v1.ChangeMembershipRequest.expected:type_name -> kv.v1.Membership
-	28, // 18: kv.v1.Membership.members:type_name -> kv.v1.ExpectedMember
-	21, // 19: kv.v1.ExpectedMember.node:type_name -> kv.v1.Node
-	21, // 20: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
-	35, // 21: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
-	21, // 22: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
+	6,  // 12: kv.v1.SetRequest.request_id:type_name -> kv.v1.RequestId
+	6,  // 13: kv.v1.DeleteRequest.request_id:type_name -> kv.v1.RequestId
+	61, // 14: kv.v1.ListResponse.items:type_name -> kv.v1.KeyValue
+	22, // 15: kv.v1.InitRequest.members:type_name -> kv.v1.Node
+	22, // 16: kv.v1.AddLearnerRequest.node:type_name -> kv.v1.Node
+	28, // 17: kv.v1.ChangeMembershipRequest.expected:type_name -> kv.v1.Membership
+	29, // 18: kv.v1.Membership.members:type_name -> kv.v1.ExpectedMember
+	22, // 19: kv.v1.ExpectedMember.node:type_name -> kv.v1.Node
+	22, // 20: kv.v1.MemberStatus.node:type_name -> kv.v1.Node
+	36, // 21: kv.v1.MemberStatus.progress:type_name -> kv.v1.Progress
+	22, // 22: kv.v1.MetricsResponse.node:type_name -> kv.v1.Node
 	1,  // 23: kv.v1.MetricsResponse.role:type_name -> kv.v1.Role
-	21, // 24: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
-	36, // 25: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
-	39, // 26: kv.v1.Hello.from:type_name -> kv.v1.Peer
-	39, // 27: kv.v1.Hello.to:type_name -> kv.v1.Peer
-	21, // 28: kv.v1.Peer.node:type_name -> kv.v1.Node
+	22, // 24: kv.v1.MetricsResponse.leader:type_name -> kv.v1.Node
+	37, // 25: kv.v1.MetricsResponse.members:type_name -> kv.v1.MemberStatus
+	40, // 26: kv.v1.Hello.from:type_name -> kv.v1.Peer
+	40, // 27: kv.v1.Hello.to:type_name -> kv.v1.Peer
+	22, // 28: kv.v1.Peer.node:type_name -> kv.v1.Node
 	2,  // 29: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
-	39, // 30: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
-	38, // 31: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
-	45, // 32: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
-	40, // 33: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
-	38, // 34: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
-	3,  // 35: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
-	46, // 36: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
-	4,  // 37: kv.v1.Entry.type:type_name -> kv.v1.EntryType
-	48, // 38: kv.v1.Batch.writes:type_name -> kv.v1.Write
-	15, // 39: kv.v1.Write.set:type_name -> kv.v1.SetRequest
-	17, // 40: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
-	49, // 41: kv.v1.Write.new_session:type_name -> kv.v1.NewSession
-	51, // 42: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
-	21, // 43: kv.v1.Member.node:type_name -> kv.v1.Node
-	55, // 44: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
-	58, // 45: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
-	59, // 46: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
-	56, // 47: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
-	52, // 48: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
-	51, // 49: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
-	53, // 50: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
-	57, // 51: kv.v1.Session.answers:type_name -> kv.v1.Answer
-	62, // 52: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
-	63, // 53: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
-	46, // 54: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
-	13, // 55: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
-	15, // 56: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
-	17, // 57: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
-	19, // 58: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
-	6,  // 59: kv.v1.KVService.OpenSession:input_type -> kv.v1.OpenSessionRequest
-	8,  // 60: kv.v1.KVService.Pipeline:input_type -> kv.v1.PipelineRequest
-	22, // 61: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
-	24, // 62: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
-	26, // 63: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
-	30, // 64: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
-	34, // 65: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
-	32, // 66: kv.v1.ClusterService.Backup:input_type -> kv.v1.BackupRequest
-	41, // 67: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
-	43, // 68: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
-	14, // 69: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
-	16, // 70: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
-	18, // 71: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
-	20, // 72: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
-	7,  // 73: kv.v1.KVService.OpenSession:output_type -> kv.v1.OpenSessionResponse
-	10, // 74: kv.v1.KVService.Pipeline:output_type -> kv.v1.PipelineResponse
-	23, // 75: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
-	25, // 76: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
-	29, // 77: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
-	31, // 78: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
-	37, // 79: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
-	33, // 80: kv.v1.ClusterService.Backup:output_type -> kv.v1.BackupResponse
-	42, // 81: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
-	44, // 82: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
-	69, // [69:83] is the sub-list for method output_type
-	55, // [55:69] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	40, // 30: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
+	22, // 31: kv.v1.ClaimRequest.to:type_name -> kv.v1.Node
+	40, // 32: kv.v1.ClaimRequest.founder:type_name -> kv.v1.Peer
+	22, // 33: kv.v1.ClaimRequest.members:type_name -> kv.v1.Node
+	3,  // 34: kv.v1.ClaimResponse.verdict:type_name -> kv.v1.ClaimVerdict
+	22, // 35: kv.v1.ClaimResponse.voters:type_name -> kv.v1.Node
+	22, // 36: kv.v1.ClaimResponse.members:type_name -> kv.v1.Node
+	22, // 37: kv.v1.ClaimResponse.by:type_name -> kv.v1.Node
+	39, // 38: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
+	48, // 39: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
+	41, // 40: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
+	39, // 41: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
+	4,  // 42: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
+	49, // 43: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
+	5,  // 44: kv.v1.Entry.type:type_name -> kv.v1.EntryType
+	51, // 45: kv.v1.Batch.writes:type_name -> kv.v1.Write
+	16, // 46: kv.v1.Write.set:type_name -> kv.v1.SetRequest
+	18, // 47: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
+	52, // 48: kv.v1.Write.new_session:type_name -> kv.v1.NewSession
+	54, // 49: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
+	22, // 50: kv.v1.Member.node:type_name -> kv.v1.Node
+	58, // 51: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
+	61, // 52: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
+	62, // 53: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
+	59, // 54: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
+	55, // 55: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
+	54, // 56: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
+	56, // 57: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
+	60, // 58: kv.v1.Session.answers:type_name -> kv.v1.Answer
+	65, // 59: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
+	66, // 60: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
+	49, // 61: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
+	14, // 62: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
+	16, // 63: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
+	18, // 64: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
+	20, // 65: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
+	7,  // 66: kv.v1.KVService.OpenSession:input_type -> kv.v1.OpenSessionRequest
+	9,  // 67: kv.v1.KVService.Pipeline:input_type -> kv.v1.PipelineRequest
+	23, // 68: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
+	25, // 69: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
+	27, // 70: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
+	31, // 71: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
+	35, // 72: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
+	33, // 73: kv.v1.ClusterService.Backup:input_type -> kv.v1.BackupRequest
+	44, // 74: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
+	46, // 75: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
+	42, // 76: kv.v1.RaftService.Claim:input_type -> kv.v1.ClaimRequest
+	15, // 77: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
+	17, // 78: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
+	19, // 79: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
+	21, // 80: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
+	8,  // 81: kv.v1.KVService.OpenSession:output_type -> kv.v1.OpenSessionResponse
+	11, // 82: kv.v1.KVService.Pipeline:output_type -> kv.v1.PipelineResponse
+	24, // 83: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
+	26, // 84: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
+	30, // 85: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
+	32, // 86: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
+	38, // 87: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
+	34, // 88: kv.v1.ClusterService.Backup:output_type -> kv.v1.BackupResponse
+	45, // 89: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
+	47, // 90: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
+	43, // 91: kv.v1.RaftService.Claim:output_type -> kv.v1.ClaimResponse
+	77, // [77:92] is the sub-list for method output_type
+	62, // [62:77] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_kv_proto_init() }
@@ -4938,12 +5227,12 @@ func file_kv_proto_init() {
 	file_kv_proto_msgTypes[12].OneofWrappers = []any{}
 	file_kv_proto_msgTypes[31].OneofWrappers = []any{}
 	file_kv_proto_msgTypes[32].OneofWrappers = []any{}
-	file_kv_proto_msgTypes[43].OneofWrappers = []any{
+	file_kv_proto_msgTypes[45].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 		(*Write_NewSession)(nil),
 	}
-	file_kv_proto_msgTypes[49].OneofWrappers = []any{
+	file_kv_proto_msgTypes[51].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -4954,8 +5243,8 @@ func file_kv_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kv_proto_rawDesc), len(file_kv_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   59,
+			NumEnums:      6,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -381,10 +381,20 @@ const (
 // ClusterService is for operators. Init, Metrics: the node that is called.
 // The others: any node; it has the leader do it.
 type ClusterServiceClient interface {
-	// Init makes a cluster of the called node alone and then adds the other
-	// members as voters. It asks each of them first, at its address the called one,
-	// too, and changes nothing if one is unreachable or in a cluster already. If it
-	// fails later, the message says that the cluster was made, and what is left.
+	// Init makes a cluster of the named members, all of them voters. The called node
+	// first gets a claim from each of them, in ascending order of ids: while it has
+	// all, no other Init can have one. Then it makes a cluster of itself alone, and
+	// adds the others.
+	//
+	// It changes nothing and fails if a member does not answer (UNREACHABLE), is
+	// another node (WRONG_NODE), or is in a cluster or named by one
+	// (ALREADY_INITIALIZED; the message has that cluster's id). While a member has
+	// just started, or is claimed by another Init, it waits; INIT_IN_PROGRESS if that
+	// lasts until the deadline.
+	//
+	// It succeeds, with the id of the cluster, if there is one with exactly these
+	// voters, or as soon as another Init of the same members has made it. An Init
+	// that failed half way says so; the same one again carries on.
 	Init(ctx context.Context, in *InitRequest, opts ...grpc.CallOption) (*InitResponse, error)
 	// AddLearner adds a node that receives the log but has no vote. It answers
 	// once the learner has caught up. Adding the same member again succeeds.
@@ -487,10 +497,20 @@ type ClusterService_BackupClient = grpc.ServerStreamingClient[BackupResponse]
 // ClusterService is for operators. Init, Metrics: the node that is called.
 // The others: any node; it has the leader do it.
 type ClusterServiceServer interface {
-	// Init makes a cluster of the called node alone and then adds the other
-	// members as voters. It asks each of them first, at its address the called one,
-	// too, and changes nothing if one is unreachable or in a cluster already. If it
-	// fails later, the message says that the cluster was made, and what is left.
+	// Init makes a cluster of the named members, all of them voters. The called node
+	// first gets a claim from each of them, in ascending order of ids: while it has
+	// all, no other Init can have one. Then it makes a cluster of itself alone, and
+	// adds the others.
+	//
+	// It changes nothing and fails if a member does not answer (UNREACHABLE), is
+	// another node (WRONG_NODE), or is in a cluster or named by one
+	// (ALREADY_INITIALIZED; the message has that cluster's id). While a member has
+	// just started, or is claimed by another Init, it waits; INIT_IN_PROGRESS if that
+	// lasts until the deadline.
+	//
+	// It succeeds, with the id of the cluster, if there is one with exactly these
+	// voters, or as soon as another Init of the same members has made it. An Init
+	// that failed half way says so; the same one again carries on.
 	Init(context.Context, *InitRequest) (*InitResponse, error)
 	// AddLearner adds a node that receives the log but has no vote. It answers
 	// once the learner has caught up. Adding the same member again succeeds.
@@ -698,6 +718,7 @@ var ClusterService_ServiceDesc = grpc.ServiceDesc{
 const (
 	RaftService_Stream_FullMethodName          = "/kv.v1.RaftService/Stream"
 	RaftService_InstallSnapshot_FullMethodName = "/kv.v1.RaftService/InstallSnapshot"
+	RaftService_Claim_FullMethodName           = "/kv.v1.RaftService/Claim"
 )
 
 // RaftServiceClient is the client API for RaftService service.
@@ -712,6 +733,10 @@ type RaftServiceClient interface {
 	// InstallSnapshot carries one snapshot: a Hello, then parts of at most 1 MiB.
 	// The answer comes once the snapshot has been handed to raft.
 	InstallSnapshot(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[InstallSnapshotRequest, InstallSnapshotResponse], error)
+	// Claim asks a node whether it can become a member of a new cluster, and has it
+	// promise to become none of any other. WRONG_NODE if it is not the one that is
+	// meant. init.go says what the promise is worth.
+	Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error)
 }
 
 type raftServiceClient struct {
@@ -748,6 +773,16 @@ func (c *raftServiceClient) InstallSnapshot(ctx context.Context, opts ...grpc.Ca
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RaftService_InstallSnapshotClient = grpc.ClientStreamingClient[InstallSnapshotRequest, InstallSnapshotResponse]
 
+func (c *raftServiceClient) Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ClaimResponse)
+	err := c.cc.Invoke(ctx, RaftService_Claim_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RaftServiceServer is the server API for RaftService service.
 // All implementations must embed UnimplementedRaftServiceServer
 // for forward compatibility.
@@ -760,6 +795,10 @@ type RaftServiceServer interface {
 	// InstallSnapshot carries one snapshot: a Hello, then parts of at most 1 MiB.
 	// The answer comes once the snapshot has been handed to raft.
 	InstallSnapshot(grpc.ClientStreamingServer[InstallSnapshotRequest, InstallSnapshotResponse]) error
+	// Claim asks a node whether it can become a member of a new cluster, and has it
+	// promise to become none of any other. WRONG_NODE if it is not the one that is
+	// meant. init.go says what the promise is worth.
+	Claim(context.Context, *ClaimRequest) (*ClaimResponse, error)
 	mustEmbedUnimplementedRaftServiceServer()
 }
 
@@ -775,6 +814,9 @@ func (UnimplementedRaftServiceServer) Stream(grpc.BidiStreamingServer[StreamRequ
 }
 func (UnimplementedRaftServiceServer) InstallSnapshot(grpc.ClientStreamingServer[InstallSnapshotRequest, InstallSnapshotResponse]) error {
 	return status.Error(codes.Unimplemented, "method InstallSnapshot not implemented")
+}
+func (UnimplementedRaftServiceServer) Claim(context.Context, *ClaimRequest) (*ClaimResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Claim not implemented")
 }
 func (UnimplementedRaftServiceServer) mustEmbedUnimplementedRaftServiceServer() {}
 func (UnimplementedRaftServiceServer) testEmbeddedByValue()                     {}
@@ -811,13 +853,36 @@ func _RaftService_InstallSnapshot_Handler(srv interface{}, stream grpc.ServerStr
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type RaftService_InstallSnapshotServer = grpc.ClientStreamingServer[InstallSnapshotRequest, InstallSnapshotResponse]
 
+func _RaftService_Claim_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ClaimRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RaftServiceServer).Claim(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RaftService_Claim_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RaftServiceServer).Claim(ctx, req.(*ClaimRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // RaftService_ServiceDesc is the grpc.ServiceDesc for RaftService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var RaftService_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "kv.v1.RaftService",
 	HandlerType: (*RaftServiceServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Claim",
+			Handler:    _RaftService_Claim_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Stream",

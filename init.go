@@ -1,0 +1,798 @@
+// How a cluster is made: Init, and the claims that keep two of them apart.
+//
+// The called node is the founder. It asks all members whether they can take part
+// (survey), claims each of them in ascending order of ids, itself at its place
+// (claim), and makes a cluster of itself alone in the turn in which it sees that it
+// may (found). Then it adds the others (complete). One that finds a member claimed
+// withdraws its own claims, waits, and begins again: nobody holds a claim and waits
+// for another one, so there is no deadlock, and of those who want the same members
+// the first one to claim the lowest gets all.
+//
+// # What a claim is
+//
+// A promise of a node in no cluster, for one try of one founder: it is bound to the
+// try's id, a random number that is used once, to the list of members, and to the
+// lives of both ends. A node has promised itself to one try at most. While it has,
+// no other try gets it, and no cluster but the founder's can add it. The promise is
+// in the loop's memory: a node in no cluster has no durable state, and a process
+// that restarts has made no promise, nor holds one.
+//
+// A claim ends when the founder withdraws it, or claims under another life (so the
+// one before is dead), when the node becomes a member, or claimTime after it was
+// made. Once the founder has its cluster, a call stays open at each node that is to
+// be added, and the claim lasts as long as that.
+//
+// # Why two Inits do not both make a cluster
+//
+// Say that F has a claim of each member of its list, and G of each of its own. Let F
+// be in G's list and G in F's, as always if the lists are equal. Both need claims of
+// both. F gave its claim to G before it gave it to itself, for it keeps its own
+// until it founds, and gives none from then on; likewise G. G has not withdrawn, so
+// its claim of F had expired when F claimed itself: claimTime had passed on F's
+// clock. F's try is younger than half of that on the same clock (found looks), so
+// it began after F had given its claim to G. Likewise G's try began after G had
+// given its claim to F. But F gave its claim to G in G's try, so F's try began after
+// G's, and likewise G's after F's: a contradiction. It compares no two clocks. Nor
+// does a restart help: who restarts has to claim again, in a try that begins later.
+//
+// If F is not in G's list, they meet only in members that both name. Such a member
+// gives its claim to G claimTime after it gave it to F, on its own clock, and F
+// founds within half of that, on F's: that holds while no clock runs twice as fast
+// as another. So F's cluster exists by then. If the member is not in it yet, because
+// F has lost the connection to it or has died, or if the member restarts, then G may
+// have it. There are two clusters then, as two different lists have asked for; no
+// node is in both, and F's Init ends with an error that names the node.
+//
+// # A member that has lost its memory
+//
+// A member in memory that restarts is in no cluster until its leader takes it back.
+// Init must not take it for a new node. So a fresh node makes no promise until its
+// peers would have called it, if it had any (redialTime); and it makes none while it
+// hears a cluster that names it by its id or address, or has heard one that recently.
+// An operator who knows that cluster to be lost says so by force. Whoever reaches a
+// node's port can name it in a hello, and so keep an Init from succeeding; no more.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// claimTime is how long a claim lasts that nobody withdraws. A founder founds
+	// within half of it, or tries again.
+	claimTime = 20 * time.Second
+	// withdrawTimeout bounds the wait for members to hear that a try has failed.
+	withdrawTimeout = 500 * time.Millisecond
+)
+
+// redialTime bounds how long a peer takes to call a node that is back: its pause
+// (peer.run), the longest back-off, and the time-out of a dial (network.dial).
+func (n *node) redialTime() time.Duration {
+	if n.opts.redial != 0 {
+		return n.opts.redial
+	}
+	return 400*time.Millisecond + 480*time.Millisecond + 500*time.Millisecond
+}
+
+// claim is what a node in no cluster has promised.
+type claim struct {
+	id      uint64 // of the try
+	founder *kvpb.Peer
+	members []*kvpb.Node
+	since   uint64 // tick
+}
+
+// naming is a hello of a cluster that means this node.
+type naming struct {
+	clusterID uint64
+	by        *kvpb.Node
+	tick      uint64 // of the hello, or of the last message behind it
+}
+
+// claimed returns the claim that holds, or nil.
+func (n *node) claimed() *claim {
+	if n.claim == nil || n.store.clusterID != 0 {
+		return nil
+	}
+	if n.now-n.claim.since > n.ticksOf(claimTime) {
+		return nil
+	}
+	return n.claim
+}
+
+// claimant is the raft ID of the founder that has claimed this node; 0: nobody has.
+func (n *node) claimant() uint64 {
+	if c := n.claimed(); c != nil {
+		return c.founder.RaftId
+	}
+	return 0
+}
+
+// promisedTo reports whether a claim keeps this node from listening to the sender
+// of a hello.
+func promisedTo(claimant uint64, h *kvpb.Hello) bool {
+	return claimant != 0 && h.GetFrom().GetRaftId() != claimant
+}
+
+// means reports whether a hello is a cluster's that means this node, in whatever
+// life.
+func (n *node) means(h *kvpb.Hello) bool {
+	to := h.GetTo().GetNode()
+	return h.ClusterId != 0 && (to.GetId() == n.self.Id || to.GetAddress() == n.self.Address)
+}
+
+// called remembers who calls this node.
+func (n *node) called(h *kvpb.Hello) {
+	if n.means(h) {
+		n.named = &naming{clusterID: h.ClusterId, by: h.GetFrom().GetNode(), tick: n.now}
+	}
+}
+
+// namedBy returns who named this node lately, or nil.
+func (n *node) namedBy() *naming {
+	if n.named == nil || n.now-n.named.tick > n.ticksOf(n.redialTime()) {
+		return nil
+	}
+	return n.named
+}
+
+// isFresh reports whether a cluster might have this node as a member and have had no
+// time to call it.
+func (n *node) isFresh() bool { return n.now-n.bornAt <= n.ticksOf(n.redialTime()) }
+
+// Claim implements RaftService.
+func (nw *network) Claim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
+	return nw.r.receiveClaim(ctx, req)
+}
+
+// receiveClaim does what a founder asks. Any goroutine may call it.
+func (n *node) receiveClaim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
+	if req.Withdraw {
+		n.in.event(func() { n.withdraw(req.Id) }) // also if the founder does not wait for the answer
+		return &kvpb.ClaimResponse{}, nil
+	}
+	if err := n.checkClaim(req); err != nil {
+		return nil, err
+	}
+	var resp *kvpb.ClaimResponse
+	err := n.await(ctx, func() (bool, error) {
+		if req.ClusterId != 0 {
+			resp = n.awaitMember(req)
+		} else {
+			resp = n.answerClaim(req)
+		}
+		return resp != nil, nil
+	})
+	return resp, err
+}
+
+func (n *node) checkClaim(req *kvpb.ClaimRequest) error {
+	if err := validateNode("to", req.To); err != nil {
+		return err
+	}
+	if err := n.checkMeant(req.To); err != nil || req.Id == 0 {
+		return err
+	}
+	if err := validateNode("founder", req.Founder.GetNode()); err != nil {
+		return err
+	}
+	if !validRaftID(req.Founder.RaftId) || req.Founder.Life == 0 {
+		return invalid("founder", "it is no life of a node")
+	}
+	return checkMembers(req.Members)
+}
+
+// checkMeant refuses what is meant for another node.
+func (n *node) checkMeant(to *kvpb.Node) error {
+	if to.Id == n.self.Id && to.Address == n.self.Address {
+		return nil
+	}
+	return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
+		fmt.Sprintf("%s was asked for, but %s answers", formatNode(to), formatNode(n.self)))
+}
+
+// answerClaim says whether this node can be claimed, and makes the promise if it is
+// asked for one.
+func (n *node) answerClaim(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
+	if n.store.clusterID != 0 {
+		return &kvpb.ClaimResponse{
+			Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER,
+			ClusterId: n.store.clusterID,
+			Voters:    n.voterNodes(),
+			Members:   n.founding,
+		}
+	}
+	if c := n.claimed(); c != nil && c.id != req.Id && !isPastLife(c.founder, req.Founder) {
+		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED, Members: c.members, By: c.founder.Node}
+	}
+	if named := n.namedBy(); named != nil && !req.Force {
+		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED, ClusterId: named.clusterID, By: named.by}
+	}
+	if n.isFresh() && !req.Force {
+		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH}
+	}
+	if req.Id != 0 {
+		n.claim = &claim{id: req.Id, founder: req.Founder, members: req.Members, since: n.now}
+	}
+	return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED}
+}
+
+// isPastLife reports whether two lives are one node's. The one that is heard now is
+// the later one: only one process has the address.
+func isPastLife(before, now *kvpb.Peer) bool {
+	return proto.Equal(before.Node, now.GetNode()) && before.Life != now.GetLife()
+}
+
+// voterNodes are the voters once no change of membership is running, by id.
+func (n *node) voterNodes() []*kvpb.Node {
+	var voters []*kvpb.Node
+	for _, m := range sortedMembers(n.store.members) {
+		if n.isVoter(m.RaftId) {
+			voters = append(voters, m.Node)
+		}
+	}
+	return voters
+}
+
+// withdraw ends a claim.
+func (n *node) withdraw(id uint64) {
+	if n.claim != nil && n.claim.id == id {
+		n.claim = nil
+	}
+}
+
+// awaitMember keeps a claim while its founder waits for this node to become a
+// member. It answers once it is one, durably.
+func (n *node) awaitMember(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
+	if n.store.clusterID == 0 {
+		if n.claim != nil && n.claim.id == req.Id {
+			n.claim.since = n.now
+		}
+		return nil
+	}
+	if n.queued > 0 {
+		return nil
+	}
+	return n.answerClaim(req)
+}
+
+// initTry is a founder's hold on all members, as far as the founder knows.
+type initTry struct {
+	id      uint64
+	begun   uint64 // on the loop's clock
+	founder *kvpb.Peer
+}
+
+// found makes this node the first member of a cluster, if its try still has all
+// claims; 0: it has not, and may try again.
+func (n *node) found(t *initTry, members []*kvpb.Node) (clusterID uint64, err error) {
+	own := n.claimed()
+	if own == nil || own.id != t.id {
+		return 0, nil
+	}
+	if n.clock-t.begun > n.ticksOf(claimTime)/2 {
+		return 0, nil
+	}
+	clusterID, err = n.bootstrap()
+	if err != nil {
+		return 0, err
+	}
+	n.claim, n.founding = nil, members
+	n.log.Info("made a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
+	return clusterID, nil
+}
+
+// Init implements ClusterService.
+func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitResponse, error) {
+	ctx, cancel := inTime(ctx)
+	defer cancel()
+	if err := s.checkInit(req.Members); err != nil {
+		return nil, err
+	}
+	f := newFounder(s, req)
+	defer f.close()
+	clusterID, err := f.init(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &kvpb.InitResponse{ClusterId: clusterID}, nil
+}
+
+func (s *server) checkInit(members []*kvpb.Node) error {
+	if err := checkMembers(members); err != nil {
+		return err
+	}
+	named := false
+	for _, m := range members {
+		if (m.Id == s.n.self.Id) != (m.Address == s.n.self.Address) {
+			return invalid("members", "%s: this node is %s", formatNode(m), formatNode(s.n.self))
+		}
+		named = named || m.Id == s.n.self.Id
+	}
+	if !named {
+		return invalid("members", "the called node, %s, is not among them", formatNode(s.n.self))
+	}
+	return nil
+}
+
+// checkMembers checks the members that an Init names.
+func checkMembers(members []*kvpb.Node) error {
+	if len(members) == 0 || len(members) > maxMembers {
+		return invalid("members", "there are %d, there have to be 1 to %d", len(members), maxMembers)
+	}
+	ids, addresses := map[uint64]bool{}, map[string]bool{}
+	for _, m := range members {
+		if err := validateNode("members", m); err != nil {
+			return err
+		}
+		if ids[m.Id] || addresses[m.Address] {
+			return invalid("members", "%s has the id or the address of another", formatNode(m))
+		}
+		ids[m.Id], addresses[m.Address] = true, true
+	}
+	return nil
+}
+
+// founder is one call of Init at the node that was called.
+type founder struct {
+	s       *server
+	members []*kvpb.Node // by id
+	force   bool
+	conns   map[uint64]*grpc.ClientConn // by id
+}
+
+func newFounder(s *server, req *kvpb.InitRequest) *founder {
+	f := &founder{s: s, force: req.Force, conns: map[uint64]*grpc.ClientConn{}}
+	for _, m := range req.Members {
+		f.members = append(f.members, &kvpb.Node{Id: m.Id, Address: m.Address}) // without unknown fields
+		f.conns[m.Id] = s.net.dial(m.Address)
+	}
+	slices.SortFunc(f.members, func(a, b *kvpb.Node) int { return cmp.Compare(a.Id, b.Id) })
+	return f
+}
+
+func (f *founder) close() {
+	for _, conn := range f.conns {
+		_ = conn.Close()
+	}
+}
+
+// init returns the cluster that has the members, if there is one in the end.
+func (f *founder) init(ctx context.Context) (clusterID uint64, err error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	forwarded := len(md.Get(forwardMetadata)) > 0
+	var waitsFor error // what to say if it waits in vain
+	doubted := false   // the survey before this one has found a cluster
+	for ctx.Err() == nil {
+		var otherVoters error
+		if forwarded || f.s.n.pub.Load().clusterID != 0 {
+			clusterID, err = f.atMember(ctx)
+			if forwarded || !errors.Is(err, errInCluster) {
+				return clusterID, err
+			}
+			otherVoters = err // unless another member is about to change them
+		}
+		answers, err := f.survey(ctx)
+		if err != nil {
+			return 0, cmp.Or(waitsFor, err)
+		}
+		found := outcomeOf(f.members, answers)
+		if ctx.Err() != nil {
+			return 0, cmp.Or(found.refusal, waitsFor, ctx.Err())
+		}
+		if found.byCluster && !doubted {
+			// The answers are not of one moment: another Init may have made the
+			// cluster between two of them. A second survey sees that.
+			doubted = true
+			continue
+		}
+		doubted = false
+		if found.refusal != nil {
+			return 0, cmp.Or(otherVoters, found.refusal)
+		}
+		waitsFor = found.waitsFor
+		if found.made != nil && found.made.Id != f.s.n.self.Id {
+			clusterID, err = f.forward(ctx, found.made)
+			if errorReason(err) != "NOT_INITIALIZED" {
+				return clusterID, err
+			}
+		} else if waitsFor == nil && found.made == nil {
+			var t *initTry
+			t, clusterID, waitsFor, err = f.claim(ctx)
+			if err != nil {
+				return 0, err
+			}
+			if clusterID != 0 {
+				return f.complete(ctx, t, clusterID)
+			}
+		}
+		sleep(ctx, f.s.n.opts.heartbeat/2+rand.N(f.s.n.opts.heartbeat))
+	}
+	return 0, cmp.Or(waitsFor, ctx.Err())
+}
+
+// surveyAnswer is what a member said to a survey.
+type surveyAnswer struct {
+	resp *kvpb.ClaimResponse
+	err  error
+}
+
+// survey asks all members at once whether they can be claimed.
+func (f *founder) survey(ctx context.Context) ([]surveyAnswer, error) {
+	t, err := f.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	answers := make([]surveyAnswer, len(f.members))
+	var asking sync.WaitGroup
+	for i, m := range f.members {
+		asking.Go(func() {
+			resp, err := f.ask(ctx, m, &kvpb.ClaimRequest{Founder: t.founder, Force: f.force})
+			answers[i] = surveyAnswer{resp, err}
+		})
+	}
+	asking.Wait()
+	return answers, nil
+}
+
+// begin begins a try.
+func (f *founder) begin(ctx context.Context) (*initTry, error) {
+	n, t := f.s.n, &initTry{id: randomID()}
+	err := n.do(ctx, func() error {
+		t.begun = n.clock
+		t.founder = &kvpb.Peer{Node: n.self, RaftId: n.raftID, Life: n.life}
+		return nil
+	})
+	return t, err
+}
+
+// ask has a member do something with a claim.
+func (f *founder) ask(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	req.To = m
+	resp, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(ctx, req)
+	if err == nil || errorReason(err) == "WRONG_NODE" {
+		return resp, err
+	}
+	return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+		fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
+}
+
+// finding is what a survey comes to. If nothing is set, the members can be claimed.
+type finding struct {
+	made      *kvpb.Node // a member of a cluster that is made, or being made, of these members
+	refusal   error
+	byCluster bool  // there is a cluster that refuses
+	waitsFor  error // what to say if it waits in vain
+}
+
+// outcomeOf says what the members' answers mean for an Init.
+func outcomeOf(members []*kvpb.Node, answers []surveyAnswer) finding {
+	var found finding
+	var silent, claimed, named, fresh error
+	var clusters []string
+	ids := map[uint64]bool{}
+	for i, a := range answers {
+		m := members[i]
+		if a.err != nil {
+			silent = cmp.Or(silent, a.err)
+			continue
+		}
+		switch a.resp.Verdict {
+		case kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER:
+			ids[a.resp.ClusterId] = true
+			clusters = append(clusters, fmt.Sprintf("node %d at %s is in another cluster, %016x, of the voters %s",
+				m.Id, m.Address, a.resp.ClusterId, formatNodes(a.resp.Voters)))
+			if sameNodes(a.resp.Members, members) {
+				found.made = m // it carries on with what is left
+			} else if found.made == nil && sameNodes(a.resp.Voters, members) {
+				found.made = m
+			}
+		case kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED:
+		case kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED:
+			named = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+				fmt.Sprintf("cluster %016x calls node %d at %s, through its member %d at %s: wait until it has taken the node in; "+
+					"if that cluster is known to be lost, init --force makes another",
+					a.resp.ClusterId, m.Id, m.Address, a.resp.By.GetId(), a.resp.By.GetAddress()))
+		case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
+			fresh = waitsForMember(m, a.resp)
+		default:
+			claimed = waitsForMember(m, a.resp)
+		}
+	}
+	switch {
+	case len(ids) > 1, len(ids) == 1 && found.made == nil:
+		found.made, found.byCluster = nil, true
+		found.refusal = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+			strings.Join(clusters, ", and "))
+	case found.made != nil:
+	case silent != nil:
+		found.refusal = silent
+	case claimed != nil: // and a cluster that names one may be the founder's
+		found.waitsFor = claimed
+	case named != nil:
+		found.refusal, found.byCluster = named, true
+	default:
+		found.waitsFor = fresh
+	}
+	return found
+}
+
+// waitsForMember is what to say if a member cannot be claimed until the deadline.
+func waitsForMember(m *kvpb.Node, resp *kvpb.ClaimResponse) error {
+	switch resp.Verdict {
+	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
+		return apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE,
+			fmt.Sprintf("node %d at %s has just started, and waits to hear whether it is a member of a cluster", m.Id, m.Address))
+	case kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED:
+		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
+			fmt.Sprintf("node %d at %s is claimed by another init, at node %d at %s, of %s",
+				m.Id, m.Address, resp.By.GetId(), resp.By.GetAddress(), formatNodes(resp.Members)))
+	}
+	return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
+		fmt.Sprintf("node %d at %s could be claimed, and then no more", m.Id, m.Address))
+}
+
+// claim claims the members one after another and makes a cluster of this node
+// alone. If it cannot have them all it has none in the end, and says what it would
+// have to wait for.
+func (f *founder) claim(ctx context.Context) (t *initTry, clusterID uint64, waitsFor, err error) {
+	t, err = f.begin(ctx)
+	if err != nil {
+		return nil, 0, nil, err
+	}
+	claimed := 0
+	for ; claimed < len(f.members) && waitsFor == nil; claimed++ {
+		m := f.members[claimed]
+		req := &kvpb.ClaimRequest{Id: t.id, Founder: t.founder, Members: f.members, Force: f.force}
+		resp, err := f.ask(ctx, m, req)
+		if err != nil {
+			waitsFor = err // the next survey says more
+		} else if resp.Verdict != kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED {
+			waitsFor = waitsForMember(m, resp)
+		}
+	}
+	if waitsFor == nil {
+		waitsFor = apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE,
+			fmt.Sprintf("the members took more than %v to answer", claimTime/2))
+		// In any case: whether it has founded has to be known.
+		err = f.s.n.do(context.WithoutCancel(ctx), func() (err error) {
+			clusterID, err = f.s.n.found(t, f.members)
+			return err
+		})
+	}
+	if clusterID == 0 {
+		f.withdraw(ctx, t, f.members[:claimed])
+	}
+	return t, clusterID, waitsFor, err
+}
+
+// withdraw gives claims back, as far as members hear of it: else they expire.
+func (f *founder) withdraw(ctx context.Context, t *initTry, members []*kvpb.Node) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawTimeout)
+	defer cancel()
+	var asking sync.WaitGroup
+	for _, m := range members {
+		asking.Go(func() {
+			_, _ = f.ask(ctx, m, &kvpb.ClaimRequest{Id: t.id, Withdraw: true})
+		})
+	}
+	asking.Wait()
+}
+
+// forward has a member of the cluster say whether it has these voters, or make it so.
+func (f *founder) forward(ctx context.Context, m *kvpb.Node) (clusterID uint64, err error) {
+	ctx = metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1")
+	req := &kvpb.InitRequest{Members: f.members, Force: f.force}
+	resp, err := kvpb.NewClusterServiceClient(f.conns[m.Id]).Init(ctx, req)
+	if err == nil {
+		return resp.ClusterId, nil
+	}
+	if errorReason(err) != "" {
+		return 0, err
+	}
+	return 0, fmt.Errorf("%w: node %d at %s, which carries on with this init: %s",
+		errChangeUnknown, m.Id, m.Address, status.Convert(err).Message())
+}
+
+// atMember is Init at a member of a cluster: it is done, or is carried on, or has
+// other members than the cluster.
+func (f *founder) atMember(ctx context.Context) (clusterID uint64, err error) {
+	n := f.s.n
+	founding := false
+	err = n.do(ctx, func() error {
+		clusterID = n.store.clusterID
+		founding = n.founding != nil && sameNodes(n.founding, f.members)
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	if founding {
+		return f.complete(ctx, nil, clusterID)
+	}
+	if _, err := f.s.call(ctx, nil); err != nil { // what it knows of the voters may be old
+		return 0, err
+	}
+	err = n.do(ctx, func() error {
+		clusterID = n.store.clusterID
+		if clusterID == 0 {
+			return errNotInitialized
+		}
+		if sameNodes(n.voterNodes(), f.members) {
+			return nil
+		}
+		return fmt.Errorf("%w, %016x, of the voters %s; to have those that were named: %s",
+			errInCluster, clusterID, formatNodes(n.voterNodes()), n.toDo(f.members))
+	})
+	return clusterID, err
+}
+
+// complete adds the other members to the cluster that this node has made, as far as
+// they are not in it, and makes them voters. With a try, their claims last meanwhile.
+func (f *founder) complete(ctx context.Context, t *initTry, clusterID uint64) (uint64, error) {
+	n := f.s.n
+	if err := n.await(ctx, func() (bool, error) { return n.store.index > 1, nil }); err != nil {
+		return 0, f.notMade(ctx, clusterID, err)
+	}
+	err := f.addOthers(ctx, t, clusterID)
+	for errorReason(err) == "NOT_CAUGHT_UP" && ctx.Err() == nil { // any more
+		sleep(ctx, n.opts.heartbeat)
+		err = f.addOthers(ctx, t, clusterID)
+	}
+	if err != nil {
+		return 0, f.halfWay(err, clusterID)
+	}
+	_ = n.do(context.WithoutCancel(ctx), func() error { n.founding = nil; return nil })
+	return clusterID, nil
+}
+
+// notMade says that this node has not become a cluster: its first entry was not
+// committed.
+func (f *founder) notMade(ctx context.Context, clusterID uint64, err error) error {
+	self := f.s.n.self
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: node %d at %s is still writing the first entry of cluster %016x",
+			errChangeUnknown, self.Id, self.Address, clusterID)
+	}
+	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NODE_FAILED,
+		fmt.Sprintf("node %d at %s could not make the cluster: %s. Once the cause is gone, start it and init again",
+			self.Id, self.Address, err))
+}
+
+// addOthers makes the other members learners and then voters, by requests as an
+// operator would make them: this node need not lead any more.
+func (f *founder) addOthers(ctx context.Context, t *initTry, clusterID uint64) error {
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	self := kvpb.NewClusterServiceClient(f.conns[f.s.n.self.Id])
+	for _, m := range f.members {
+		watching.Go(func() {
+			if err := f.watch(ctx, t, clusterID, m); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	var ids []uint64
+	var err error
+	for i := 0; i < len(f.members) && err == nil; i++ {
+		m := f.members[i]
+		ids = append(ids, m.Id)
+		if m.Id != f.s.n.self.Id {
+			_, err = self.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m})
+		}
+	}
+	if err == nil {
+		_, err = self.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids})
+	}
+	if cause := context.Cause(ctx); err != nil && cause != ctx.Err() {
+		return cause // of a member that has failed
+	}
+	return err
+}
+
+// watch returns once a member is in a cluster, durably, or ctx has ended; or, with an
+// error, once it has failed.
+func (f *founder) watch(ctx context.Context, t *initTry, clusterID uint64, m *kvpb.Node) error {
+	req := &kvpb.ClaimRequest{To: m, ClusterId: clusterID}
+	if t != nil {
+		req.Id, req.Founder, req.Members = t.id, t.founder, f.members
+	}
+	for {
+		_, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(ctx, req)
+		if err == nil || ctx.Err() != nil {
+			return nil
+		}
+		if errorReason(err) == "" { // a connection that broke need not be more than that
+			_, err = f.ask(ctx, m, &kvpb.ClaimRequest{})
+		}
+		if err == nil {
+			sleep(ctx, f.s.n.opts.heartbeat)
+		} else if ctx.Err() == nil {
+			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+				fmt.Sprintf("node %d at %s has failed while it was added: %s", m.Id, m.Address, status.Convert(err).Message()))
+		}
+	}
+}
+
+// halfWay says how far Init got, and what is left to type.
+func (f *founder) halfWay(err error, clusterID uint64) error {
+	n := f.s.n
+	todo := ""
+	_ = n.do(context.Background(), func() error { // unless the node has ended
+		todo = fmt.Sprintf("; what is left, with --endpoints %s: %s; or the same init, which carries on",
+			n.self.Address, n.toDo(f.members))
+		return nil
+	})
+	st := status.Convert(toStatus(err, false)).Proto()
+	st.Message = fmt.Sprintf("cluster %016x was made, but: %s%s", clusterID, st.Message, todo)
+	return status.FromProto(st).Err()
+}
+
+// toDo is what to type to have these members as the voters.
+func (n *node) toDo(members []*kvpb.Node) string {
+	var todo, ids []string
+	var ready []*kvpb.Node
+	progress := n.progressOf()
+	for raftID, m := range n.store.members {
+		if n.isVoter(raftID) || n.isCaughtUp(progress[raftID]) {
+			ready = append(ready, m)
+		}
+	}
+	for _, m := range members {
+		ids = append(ids, fmt.Sprint(m.Id))
+		if !containsNode(ready, m) {
+			todo = append(todo, "add-learner "+formatNode(m))
+		}
+	}
+	return strings.Join(append(todo, "change-membership "+strings.Join(ids, " ")), ", then ")
+}
+
+func containsNode(nodes []*kvpb.Node, m *kvpb.Node) bool {
+	return slices.ContainsFunc(nodes, func(o *kvpb.Node) bool { return o.Id == m.Id && o.Address == m.Address })
+}
+
+// sameNodes reports whether two lists, none of which has a node twice, have the same
+// nodes.
+func sameNodes(a, b []*kvpb.Node) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for _, m := range a {
+		if !containsNode(b, m) {
+			return false
+		}
+	}
+	return true
+}
+
+// formatNode writes a node as the command line has it.
+func formatNode(m *kvpb.Node) string { return fmt.Sprintf("%d=%s", m.GetId(), m.GetAddress()) }
+
+func formatNodes(nodes []*kvpb.Node) string {
+	var names []string
+	for _, m := range nodes {
+		names = append(names, formatNode(m))
+	}
+	return strings.Join(names, " ")
+}

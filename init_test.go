@@ -1,0 +1,749 @@
+// Tests of init.go: how a cluster is made, and that there are never two.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc/codes"
+
+	"raft-key-value/kvpb"
+)
+
+// hex is how errors and the log write a cluster's id.
+func hex(clusterID uint64) string { return fmt.Sprintf("%016x", clusterID) }
+
+// clusterOf waits for a node's answer and returns its cluster.
+func (c *testCluster) clusterOf(id uint64) (clusterID uint64) {
+	c.t.Helper()
+	eventually(c.t, func() error {
+		m, err := c.metrics(id)
+		clusterID = m.GetClusterId()
+		return err
+	})
+	return clusterID
+}
+
+// holdWhen keeps a node's loop busy from the moment at which a condition holds there.
+func (c *testCluster) holdWhen(id uint64, cond func(*node) bool) (held chan struct{}, release func()) {
+	c.t.Helper()
+	held = make(chan struct{})
+	goOn := make(chan struct{})
+	n := c.nodes[id].server.n
+	wait := &condition{ctx: c.ctx, done: make(chan error, 1), f: func() (bool, error) {
+		if !cond(n) {
+			return false, nil
+		}
+		close(held)
+		<-goOn
+		return true, nil
+	}}
+	n.in.event(func() { n.conds = append(n.conds, wait) })
+	release = sync.OnceFunc(func() { close(goOn) })
+	c.t.Cleanup(release) // before the nodes are stopped
+	return held, release
+}
+
+// failWhen ends a node's process, with an error, once fail is called: it is kept
+// busy from the moment at which a condition holds there.
+func (c *testCluster) failWhen(id uint64, cond func(*node) bool) (held chan struct{}, fail func()) {
+	n := c.nodes[id].server.n
+	held, release := c.holdWhen(id, cond)
+	return held, func() {
+		n.in.event(func() { n.err = errors.New("the test has ended it") }) // before what else waits
+		release()
+	}
+}
+
+// holdOnceClaimed keeps a node busy once it has answered a claim.
+func (c *testCluster) holdOnceClaimed(id uint64) (release func()) {
+	c.t.Helper()
+	_, release = c.holdWhen(id, func(n *node) bool { return n.claim != nil })
+	return release
+}
+
+// TestInitAgain: an Init that is true already succeeds, wherever it is called; one of
+// other members is refused, and names the cluster.
+func TestInitAgain(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 4)
+	c.init(1, 2, 3)
+	want := c.clusterOf(1)
+	again := func(id uint64) {
+		t.Helper()
+		c.done(func() error {
+			resp, err := c.nodes[id].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(3, 1, 2)})
+			if err == nil && resp.ClusterId != want {
+				t.Errorf("through node %d: cluster %x, want %x", id, resp.ClusterId, want)
+			}
+			return err
+		})
+	}
+	for id := uint64(1); id <= 3; id++ {
+		again(id)
+	}
+	refused := func(via uint64, members ...uint64) {
+		t.Helper()
+		_, err := c.nodes[via].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(members...)})
+		wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+		wantPart(t, err.Error(), hex(want))
+	}
+	refused(1, 1)
+	refused(1, 1, 2)
+	refused(1, 1, 2, 3, 4)
+	refused(4, 4, 1)
+	refused(4, 1, 2, 3, 4)
+	c.uninitialized(4)
+
+	c.stop(3) // the others are enough to know
+	members := append(c.proto(1, 2), &kvpb.Node{Id: 3, Address: deadAddress(t)})
+	_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members})
+	wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+	c.works(1, 2)
+}
+
+// TestInitOfRestarted: a member in memory that has restarted founds no second
+// cluster, whatever it is told before the leader has taken it back. An Init of the
+// voters that there are succeeds.
+func TestInitOfRestarted(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3, func(o *options) { o.redial = 0 }) // as it is
+	c.init(1, 2, 3)
+	want := c.clusterOf(1)
+	for round := range 6 {
+		id := 1 + uint64(round)%3
+		c.restart(id)
+		if round < 3 {
+			_, err := c.nodes[id].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(id)})
+			wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+			wantPart(t, err.Error(), hex(want))
+		} else {
+			c.done(func() error {
+				resp, err := c.nodes[id].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+				if err == nil && resp.ClusterId != want {
+					t.Errorf("node %d is in cluster %x, and was in %x", id, resp.ClusterId, want)
+				}
+				return err
+			})
+		}
+		c.settled(1, 2, 3)
+		if got := c.clusterOf(id); got != want {
+			t.Fatalf("node %d is in cluster %x, and was in %x", id, got, want)
+		}
+	}
+}
+
+// TestInitEverywhere sends an Init of the same members to all of them at once: there
+// is one cluster, and all answers have its id.
+func TestInitEverywhere(t *testing.T) {
+	t.Parallel()
+	for round := range times(5) {
+		t.Run(fmt.Sprint(round), func(t *testing.T) {
+			c := newCluster(t, 3)
+			members := c.proto(1, 2, 3)
+			var mu sync.Mutex
+			made := map[uint64]bool{}
+			var calls sync.WaitGroup
+			for id := range c.nodes {
+				calls.Go(func() {
+					c.done(func() error {
+						resp, err := c.nodes[id].Init(c.ctx, &kvpb.InitRequest{Members: members})
+						mu.Lock()
+						defer mu.Unlock()
+						if err == nil {
+							made[resp.ClusterId] = true
+						}
+						return err
+					})
+				})
+			}
+			calls.Wait()
+			for id := range c.nodes {
+				made[c.clusterOf(id)] = true
+			}
+			if len(made) != 1 {
+				t.Errorf("there are %d clusters", len(made))
+			}
+			c.settled(1, 2, 3)
+		})
+	}
+}
+
+// TestInitsOfOtherMembers sends Inits of lists that overlap to their first members
+// at once: no two lists that name each other's founder make a cluster, one does, and
+// whoever is refused is told of that.
+func TestInitsOfOtherMembers(t *testing.T) {
+	t.Parallel()
+	for round := range times(3) {
+		t.Run(fmt.Sprint(round), func(t *testing.T) {
+			c := newCluster(t, 4)
+			lists := [][]uint64{{1, 2, 3}, {2, 1, 4}, {3, 2, 1, 4}, {4, 3, 2, 1}}
+			errs := make([]error, len(lists))
+			var calls sync.WaitGroup
+			for i, list := range lists {
+				calls.Go(func() {
+					_, errs[i] = c.nodes[list[0]].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(list...)})
+				})
+			}
+			calls.Wait()
+			clusters := map[uint64]bool{}
+			for id := range c.nodes {
+				if in := c.clusterOf(id); in != 0 {
+					clusters[in] = true
+				}
+			}
+			if len(clusters) != 1 {
+				t.Errorf("there are %d clusters: %v", len(clusters), errs)
+			}
+			for i, err := range errs {
+				if err != nil && reasonOf(err) != "ALREADY_INITIALIZED" {
+					t.Errorf("Init of %v: %v", lists[i], err)
+				}
+			}
+		})
+	}
+}
+
+// TestInitCarriesOn: an Init that failed half way says what it has done, and the same
+// one carries on, called at the founder or at another member.
+func TestInitCarriesOn(t *testing.T) {
+	t.Parallel()
+	for _, via := range []uint64{1, 2} {
+		t.Run(fmt.Sprint(via), func(t *testing.T) {
+			c := newCluster(t, 3)
+			members := c.proto(1, 2, 3)
+			address := c.nodes[3].address
+			held, fail := c.failWhen(3, func(n *node) bool { return n.claim != nil })
+			ended := make(chan error, 1)
+			go func() {
+				_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members})
+				ended <- err
+			}()
+			<-held
+			eventually(t, func() error {
+				if c.clusterOf(2) == 0 {
+					return fmt.Errorf("node 2 is in no cluster")
+				}
+				return nil
+			})
+			failed := c.nodes[3]
+			fail()
+			<-failed.ended
+			_ = failed.conn.Close()
+			delete(c.nodes, 3)
+			err := <-ended
+			wantError(t, err, codes.Unavailable, "UNREACHABLE")
+			wantPart(t, err.Error(), fmt.Sprintf("cluster %s was made, but: node 3 at %s has failed", hex(c.clusterOf(1)), address))
+			wantPart(t, err.Error(), "the test has ended it")
+			wantPart(t, err.Error(), "change-membership 1 2 3; or the same init")
+			if resp, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members[:2]}); reasonOf(err) != "ALREADY_INITIALIZED" {
+				t.Errorf("an Init of other members at the founder: %v, %v", resp, err)
+			}
+			c.start(3, address)
+			c.done(func() error {
+				resp, err := c.nodes[via].Init(c.ctx, &kvpb.InitRequest{Members: members})
+				if err == nil && resp.ClusterId != c.clusterOf(1) {
+					t.Errorf("cluster %x", resp.ClusterId)
+				}
+				return err
+			})
+			c.settled(1, 2, 3)
+			c.works(1, 2, 3)
+			c.inLoop(1, func(n *node) error {
+				if n.founding != nil {
+					t.Error("the founder still carries on")
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// TestInitGivesClaimsBack: an Init that fails leaves no claim behind.
+func TestInitGivesClaimsBack(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	held, release := c.holdWhen(3, func(n *node) bool { return n.claim != nil })
+	ctx, cancel := context.WithCancel(c.ctx)
+	ended := make(chan error, 1)
+	// Node 3 is busy from its claim on, and so is the founder then.
+	_, releaseFounder := c.holdWhen(1, func(n *node) bool {
+		select {
+		case <-held:
+			return true
+		default:
+			return false
+		}
+	})
+	go func() {
+		_, err := c.nodes[1].Init(ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+		ended <- err
+	}()
+	<-held
+	cancel()
+	<-ended
+	release()
+	releaseFounder()
+	for id := range c.nodes {
+		c.inLoop(id, func(n *node) error {
+			if n.store.clusterID == 0 && n.claimed() != nil {
+				return fmt.Errorf("node %d is claimed", id)
+			}
+			return nil
+		})
+	}
+}
+
+// TestInitDiskFails: if the disk of the founder fails, Init says so, names it, and
+// says that no cluster was made; if that of another member fails, it names that one.
+func TestInitDiskFails(t *testing.T) {
+	t.Parallel()
+	for _, broken := range []uint64{1, 2} {
+		t.Run(fmt.Sprint(broken), func(t *testing.T) {
+			dir := t.TempDir()
+			c := newCluster(t, 0)
+			c.options = func(o *options) {
+				o.heartbeat, o.election, o.redial = 20*time.Millisecond, 250*time.Millisecond, 20*time.Millisecond
+				o.durable, o.dataDir, o.logBytes = true, filepath.Join(dir, fmt.Sprint(o.id)), 1<<20
+			}
+			for id := uint64(1); id <= 3; id++ {
+				c.start(id, "127.0.0.1:0")
+			}
+			if err := os.RemoveAll(filepath.Join(dir, fmt.Sprint(broken))); err != nil {
+				t.Fatal(err)
+			}
+			n := c.nodes[broken]
+			_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+			wantPart(t, err.Error(), fmt.Sprintf("node %d at %s", broken, n.address))
+			wantPart(t, err.Error(), "no such file or directory")
+			if broken == 1 {
+				wantError(t, err, codes.Unavailable, "NODE_FAILED")
+				wantPart(t, err.Error(), "could not make the cluster")
+			} else {
+				wantError(t, err, codes.Unavailable, "UNREACHABLE")
+				wantPart(t, err.Error(), "was made, but")
+			}
+			if err := <-n.ended; err == nil {
+				t.Error("the node has not failed")
+			}
+			_ = n.conn.Close()
+			delete(c.nodes, broken)
+			if broken == 1 {
+				c.uninitialized(2, 3)
+			}
+		})
+	}
+}
+
+// TestClaim: whom a node in no cluster promises itself to, for how long, and what it
+// hears meanwhile.
+func TestClaim(t *testing.T) {
+	const granted, claimed = kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED, kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED
+	const fresh, named = kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH, kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED
+	members := []*kvpb.Node{plainNode(1), plainNode(2)}
+	by := func(id, founder, life uint64) *kvpb.ClaimRequest {
+		return &kvpb.ClaimRequest{To: plainNode(1), Id: id, Members: members, Founder: &kvpb.Peer{Node: plainNode(founder), RaftId: life, Life: life}}
+	}
+	newcomer := func(t *testing.T) (*lone, func(*kvpb.ClaimRequest, kvpb.ClaimVerdict) *kvpb.ClaimResponse) {
+		l := newLone(t, inNoCluster)
+		return l, func(req *kvpb.ClaimRequest, want kvpb.ClaimVerdict) *kvpb.ClaimResponse {
+			t.Helper()
+			resp := l.n.answerClaim(req)
+			if resp.Verdict != want {
+				t.Errorf("claim %d of node %d in life %d: %v, want %v", req.Id, req.Founder.Node.Id, req.Founder.Life, resp, want)
+			}
+			l.n.publish()
+			return resp
+		}
+	}
+	ready := func(t *testing.T) (*lone, func(*kvpb.ClaimRequest, kvpb.ClaimVerdict) *kvpb.ClaimResponse) {
+		l, ask := newcomer(t)
+		l.ticks(l.n.ticksOf(l.n.redialTime()) + 1)
+		return l, ask
+	}
+	call := &kvpb.Hello{ClusterId: 9, From: &kvpb.Peer{Node: plainNode(5), RaftId: 5, Life: 5}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 6}}
+
+	t.Run("a fresh node", func(t *testing.T) {
+		l, ask := newcomer(t)
+		ask(by(7, 2, 2), fresh)
+		l.ticks(l.n.ticksOf(l.n.redialTime()))
+		ask(by(7, 2, 2), fresh)
+		l.ticks(1)
+		ask(by(7, 2, 2), granted)
+	})
+	t.Run("by force", func(t *testing.T) {
+		_, ask := newcomer(t)
+		req := by(7, 2, 2)
+		req.Force = true
+		ask(req, granted)
+	})
+	t.Run("a node that has become fresh again", func(t *testing.T) {
+		l, ask := ready(t)
+		ask(by(7, 2, 2), granted)
+		l.n.newLife()
+		if l.n.claimed() != nil {
+			t.Error("the claim has outlived its life")
+		}
+		ask(by(8, 2, 2), fresh)
+	})
+	t.Run("one at a time", func(t *testing.T) {
+		l, ask := ready(t)
+		ask(by(0, 2, 2), granted)
+		if l.n.claimed() != nil {
+			t.Error("who only asks has got a claim")
+		}
+		ask(by(7, 2, 2), granted)
+		ask(by(7, 2, 2), granted)
+		if resp := ask(by(8, 3, 3), claimed); resp.By.Id != 2 || !sameNodes(resp.Members, members) {
+			t.Errorf("it does not say by whom it is claimed: %v", resp)
+		}
+		ask(by(8, 2, 2), claimed) // another call at the same founder
+		l.n.withdraw(8)
+		ask(by(8, 3, 3), claimed)
+		l.n.withdraw(7)
+		ask(by(8, 3, 3), granted)
+	})
+	t.Run("until it expires", func(t *testing.T) {
+		l, ask := ready(t)
+		ask(by(7, 2, 2), granted)
+		l.ticks(l.n.ticksOf(claimTime))
+		ask(by(8, 3, 3), claimed)
+		if l.n.claimant() != 2 {
+			t.Error("the claim does not hold")
+		}
+		l.ticks(1)
+		if l.n.claimant() != 0 {
+			t.Error("the claim has not expired")
+		}
+		ask(by(8, 3, 3), granted)
+	})
+	t.Run("while its founder waits", func(t *testing.T) {
+		l, ask := ready(t)
+		ask(by(7, 2, 2), granted)
+		l.ticks(l.n.ticksOf(claimTime) / 2)
+		waits := by(7, 2, 2)
+		waits.ClusterId = 9
+		if l.n.awaitMember(waits) != nil {
+			t.Error("it is no member")
+		}
+		l.ticks(l.n.ticksOf(claimTime))
+		ask(by(8, 3, 3), claimed)
+	})
+	t.Run("until its founder has another life", func(t *testing.T) {
+		_, ask := ready(t)
+		ask(by(7, 2, 2), granted)
+		ask(by(8, 2, 3), granted)
+		ask(by(9, 3, 4), claimed)
+	})
+	t.Run("named by a cluster", func(t *testing.T) {
+		for name, to := range map[string]*kvpb.Node{"id": {Id: 1, Address: "elsewhere:1"}, "address": {Id: 8, Address: plainNode(1).Address}} {
+			l, ask := ready(t)
+			h := &kvpb.Hello{ClusterId: 9, From: call.From, To: &kvpb.Peer{Node: to, RaftId: 6}}
+			l.n.accept(h)
+			l.turn(0)
+			if resp := ask(by(7, 2, 2), named); resp.ClusterId != 9 || resp.By.Id != 5 {
+				t.Errorf("by its %s: %v", name, resp)
+			}
+			force := by(7, 2, 2)
+			force.Force = true
+			ask(force, granted)
+			l.n.withdraw(7)
+			l.ticks(l.n.ticksOf(l.n.redialTime()))
+			ask(by(7, 2, 2), named)
+			l.ticks(1)
+			ask(by(7, 2, 2), granted)
+		}
+		l, ask := ready(t)
+		l.n.accept(&kvpb.Hello{ClusterId: 9, From: call.From, To: &kvpb.Peer{Node: plainNode(2), RaftId: 6}}) // means another
+		l.n.accept(&kvpb.Hello{ClusterId: 9, From: call.From})                                                // only asks
+		l.n.accept(&kvpb.Hello{From: call.From, To: call.To})                                                 // is in no cluster
+		l.turn(0)
+		ask(by(7, 2, 2), granted)
+	})
+	t.Run("spoken to by a cluster", func(t *testing.T) {
+		l, ask := ready(t)
+		l.hears(0, message(raftpb.MsgHeartbeat, 2, 1)) // on a stream that is open since long ago
+		ask(by(7, 2, 2), named)
+	})
+	t.Run("no other cluster adds it", func(t *testing.T) {
+		l, ask := ready(t)
+		mine := &kvpb.Hello{ClusterId: 9, From: call.From, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
+		if w := l.n.accept(mine); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
+			t.Errorf("before the claim: %v", w)
+		}
+		l.ticks(l.n.ticksOf(l.n.redialTime()) + 1)
+		ask(by(7, 2, 2), granted)
+		if w := l.n.accept(mine); w.Verdict != kvpb.Verdict_VERDICT_OTHER_CLUSTER {
+			t.Errorf("it is claimed: %v", w)
+		}
+		others := l.hellos[1] // of node 3
+		if err := l.n.stepSnapshot(others, 1, newTestStore()); err == nil || l.n.rn != nil {
+			t.Errorf("a snapshot of another cluster: %v", err)
+		}
+		founders := l.hellos[0]
+		if w := l.n.accept(founders); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
+			t.Errorf("the founder itself: %v", w)
+		}
+		if err := l.n.stepSnapshot(founders, 1, newTestStore()); err != nil || l.n.claimed() != nil {
+			t.Errorf("the founder's snapshot: %v", err)
+		}
+		if resp := ask(by(8, 3, 3), kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER); resp.ClusterId != 7 || len(resp.Voters) != 3 {
+			t.Errorf("it is a member: %v", resp)
+		}
+	})
+}
+
+// TestFound: a founder founds with its own claim, and while all claims are young.
+func TestFound(t *testing.T) {
+	me := &kvpb.Peer{Node: plainNode(1), RaftId: 1, Life: 1}
+	members := []*kvpb.Node{plainNode(1), plainNode(2)}
+	for name, tt := range map[string]struct {
+		between func(*lone)
+		founds  bool
+	}{
+		"at once":               {func(*lone) {}, true},
+		"just in time":          {func(l *lone) { l.ticks(l.n.ticksOf(claimTime) / 2) }, true},
+		"too late":              {func(l *lone) { l.ticks(l.n.ticksOf(claimTime)/2 + 1) }, false},
+		"after a pause":         {func(l *lone) { l.n.clock += l.n.ticksOf(claimTime) }, false},
+		"its own claim is lost": {func(l *lone) { l.n.withdraw(7) }, false},
+		"it is another's": {func(l *lone) {
+			l.n.withdraw(7)
+			l.n.answerClaim(&kvpb.ClaimRequest{Id: 8, Founder: &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2}})
+		}, false},
+	} {
+		l := newLone(t, inNoCluster)
+		l.ticks(l.n.ticksOf(l.n.redialTime()) + 1)
+		try := &initTry{id: 7, begun: l.n.clock, founder: me}
+		l.n.answerClaim(&kvpb.ClaimRequest{Id: 7, Founder: me, Members: members})
+		tt.between(l)
+		id, err := l.n.found(try, members)
+		if err != nil || (id != 0) != tt.founds || (l.n.store.clusterID != 0) != tt.founds {
+			t.Errorf("%s: cluster %x, %v", name, id, err)
+		}
+	}
+}
+
+// ticks lets time pass.
+func (l *lone) ticks(n uint64) {
+	for range n {
+		l.turn(1)
+	}
+}
+
+// claimSim is nodes whose founders claim each other while messages take as long as
+// they like, clocks run at any pace and stand still, and processes restart.
+type claimSim struct {
+	t       *testing.T
+	r       *rand.Rand
+	now     float64 // seconds
+	nodes   map[uint64]*claimNode
+	pending []*claimEvent
+	founded int
+}
+
+type claimNode struct {
+	*node
+	born float64
+	rate float64 // of its clock
+	lost uint64  // ticks that its loop has missed
+	list []*kvpb.Node
+}
+
+type claimEvent struct {
+	at float64
+	f  func()
+}
+
+func (s *claimSim) after(f func()) {
+	delay := s.r.ExpFloat64()
+	if s.r.IntN(4) == 0 {
+		delay *= 30 // more than a claim lasts
+	}
+	s.pending = append(s.pending, &claimEvent{s.now + delay, f})
+}
+
+// start starts a process, which has no memory.
+func (s *claimSim) start(id uint64, list []*kvpb.Node) {
+	n := newNode(defaultOptions(), plainNode(id), quiet())
+	n.net, n.opts.redial = deafNetwork{}, time.Millisecond
+	p := &claimNode{node: n, born: s.now, rate: .1 + 4*s.r.Float64(), list: list}
+	s.nodes[id] = p
+	s.after(func() { s.try(p) })
+}
+
+// look lets time pass at a node until now; false: it has restarted since.
+func (s *claimSim) look(p *claimNode) bool {
+	clock := uint64((s.now - p.born) * p.rate / p.tickDuration().Seconds())
+	if missed := clock - p.clock; missed > 0 && s.r.IntN(5) == 0 {
+		p.lost += s.r.Uint64N(missed)
+	}
+	p.clock, p.now = clock, max(p.now, clock-p.lost)
+	return s.nodes[p.self.Id] == p
+}
+
+// try is founder.claim.
+func (s *claimSim) try(p *claimNode) {
+	if !s.look(p) || p.store.clusterID != 0 {
+		return
+	}
+	t := &initTry{id: randomID(), begun: p.clock, founder: &kvpb.Peer{Node: p.self, RaftId: p.raftID, Life: p.life}}
+	var step func(i int)
+	fail := func(claimed int) {
+		for _, m := range p.list[:claimed] {
+			s.after(func() {
+				if q := s.nodes[m.Id]; s.look(q) {
+					q.withdraw(t.id)
+				}
+			})
+		}
+		s.after(func() { s.try(p) })
+	}
+	step = func(i int) {
+		if i == len(p.list) {
+			if !s.look(p) {
+				return
+			}
+			id, err := p.found(t, p.list)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			if id == 0 {
+				fail(i)
+				return
+			}
+			s.check(p)
+			return
+		}
+		s.after(func() {
+			q := s.nodes[p.list[i].Id]
+			s.look(q)
+			resp := q.answerClaim(&kvpb.ClaimRequest{To: q.self, Id: t.id, Founder: t.founder, Members: p.list})
+			s.after(func() {
+				if resp.Verdict == kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED {
+					step(i + 1)
+				} else {
+					fail(i + 1)
+				}
+			})
+		})
+	}
+	step(0)
+}
+
+// check is called when a cluster was made.
+func (s *claimSim) check(p *claimNode) {
+	s.founded++
+	for id, q := range s.nodes {
+		if q != p && q.founding != nil && containsNode(p.founding, q.self) && containsNode(q.founding, p.self) {
+			s.t.Fatalf("nodes %d and %d have both made a cluster, of %s and of %s",
+				p.self.Id, id, formatNodes(p.founding), formatNodes(q.founding))
+		}
+	}
+}
+
+// TestClaimsExclude: of founders that name each other, one makes a cluster at most.
+func TestClaimsExclude(t *testing.T) {
+	t.Parallel()
+	founded := 0
+	for seed := range uint64(times(2000)) {
+		s := &claimSim{t: t, r: rand.New(rand.NewPCG(seed, 14)), nodes: map[uint64]*claimNode{}}
+		const size = 4
+		for id := uint64(1); id <= size; id++ {
+			var list []*kvpb.Node
+			for other := uint64(1); other <= size; other++ {
+				if other == id || s.r.IntN(4) > 0 {
+					list = append(list, plainNode(other))
+				}
+			}
+			s.start(id, list)
+		}
+		for steps := 0; len(s.pending) > 0 && steps < 400; steps++ {
+			next := slices.MinFunc(s.pending, func(a, b *claimEvent) int { return int(max(-1, min(1, (a.at-b.at)*1e12))) })
+			s.pending = slices.DeleteFunc(s.pending, func(e *claimEvent) bool { return e == next })
+			s.now = next.at
+			next.f()
+			if id := 1 + s.r.Uint64N(size); s.r.IntN(40) == 0 && s.nodes[id].founding == nil {
+				s.start(id, s.nodes[id].list)
+			}
+			if t.Failed() {
+				t.Fatalf("seed %d", seed)
+			}
+		}
+		founded += s.founded
+	}
+	t.Log("clusters made:", founded)
+	if founded < 500 {
+		t.Errorf("only %d clusters were made", founded)
+	}
+}
+
+// TestClockInit: an Init of fresh nodes waits as long as a cluster might need to call
+// them, unless it is forced; and such a call refuses it.
+func TestClockInit(t *testing.T) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
+		want := b.clusterOf(1)
+		b.boot(4)
+		b.boot(5)
+		redial := b.nodes[4].server.n.redialTime()
+		initAlone := func(id uint64, force bool) (error, time.Duration) {
+			start := time.Now()
+			members := []*kvpb.Node{{Id: id, Address: addressIn(id)}}
+			_, err := b.nodes[id].Init(b.ctx, &kvpb.InitRequest{Members: members, Force: force})
+			return err, time.Since(start)
+		}
+		err, took := initAlone(4, true)
+		if err != nil {
+			t.Error(err)
+		}
+		between(t, "an Init by force", took, 0, redial/2)
+		err, took = initAlone(5, false)
+		if err != nil {
+			t.Error(err)
+		}
+		between(t, "an Init", took, redial/2, redial+time.Second)
+		for range times(5) {
+			b.do(2, cut)
+			b.stop(2)
+			time.Sleep(time.Duration(rand.IntN(20_000)) * time.Millisecond)
+			b.boot(2)
+			b.do(2, whole)
+			err, _ := initAlone(2, false)
+			wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+			wantPart(t, err.Error(), hex(want))
+			b.settled(1, 2, 3)
+		}
+	})
+}
+
+// TestInitNamed: a hello of a cluster that names a node keeps an Init from it, and
+// force does not.
+func TestInitNamed(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2, func(o *options) { o.redial = time.Minute })
+	h, err := stranger(c.nodes[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.ClusterId = 77
+	h.To.RaftId++ // of a life before
+	if _, err := greetNode(c.nodes[2], h); err != nil {
+		t.Fatal(err)
+	}
+	_, err = c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2)})
+	wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+	wantPart(t, err.Error(), "cluster "+hex(77)+" calls node 2")
+	if _, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2), Force: true}); err != nil {
+		t.Error(err)
+	}
+	c.settled(1, 2)
+}
