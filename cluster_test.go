@@ -435,10 +435,17 @@ type wires struct {
 	mu    sync.Mutex
 	isCut map[string]bool
 	conns map[net.Conn][2]string
+	dials func(ctx context.Context, from, to string) // called before each dial; nil: nothing is
 }
 
 func (w *wires) dialer(from string) func(context.Context, string) (net.Conn, error) {
 	return func(ctx context.Context, to string) (net.Conn, error) {
+		w.mu.Lock()
+		dials := w.dials
+		w.mu.Unlock()
+		if dials != nil {
+			dials(ctx, from, to)
+		}
 		var d net.Dialer
 		conn, err := d.DialContext(ctx, "tcp", to)
 		if err != nil {

@@ -419,9 +419,7 @@ func (n *node) receive(in inbound) {
 	}
 	if n.rn == nil {
 		n.called(in.hello)
-		if !promisedTo(n.claimant(), in.hello) {
-			n.receiveUninitialized(m)
-		}
+		n.receiveUninitialized(m)
 		return
 	}
 	if !n.check(m) {
