@@ -295,7 +295,7 @@ func (n *node) found(t *initTry, members []*kvpb.Node) (clusterID uint64, err er
 		return 0, err
 	}
 	n.claim, n.founding = nil, members
-	n.log.Info("made a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
+	n.log.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
 	return clusterID, nil
 }
 
