@@ -24,24 +24,23 @@
 //
 // # Why two Inits do not both make a cluster
 //
-// Say that F has a claim of each member of its list, and G of each of its own. Let F
-// be in G's list and G in F's, as always if the lists are equal. Both need claims of
-// both. F gave its claim to G before it gave it to itself, for it keeps its own
-// until it founds, and gives none from then on; likewise G. G has not withdrawn, so
-// its claim of F had expired when F claimed itself: claimTime had passed on F's
-// clock. F's try is younger than half of that on the same clock (found looks), so
-// it began after F had given its claim to G. Likewise G's try began after G had
-// given its claim to F. But F gave its claim to G in G's try, so F's try began after
-// G's, and likewise G's after F's: a contradiction. It compares no two clocks. Nor
-// does a restart help: who restarts has to claim again, in a try that begins later.
+// Say that F and G both found, that F is in G's list and G in F's, as always if the
+// lists are equal. Then F has promised itself to G's try and to its own. The promise
+// to G came first: F keeps the one to itself until it founds, and makes none from
+// then on. G did not withdraw, so it had expired when F made its own: claimTime had
+// passed on F's clock. But when F founds, its try is younger than half of that on
+// the same clock (found looks). So F's try began after the promise to G, and thus
+// after G's try. For the same reasons G's try began after F's: a contradiction. It
+// compares no two clocks. Nor does a restart help: the promise is gone, but who has
+// restarted begins its try after that.
 //
 // If F is not in G's list, they meet only in members that both name. Such a member
-// gives its claim to G claimTime after it gave it to F, on its own clock, and F
-// founds within half of that, on F's: that holds while no clock runs twice as fast
-// as another. So F's cluster exists by then. If the member is not in it yet, because
-// F has lost the connection to it or has died, or if the member restarts, then G may
-// have it. There are two clusters then, as two different lists have asked for; no
-// node is in both, and F's Init ends with an error that names the node.
+// promises itself to G at least claimTime after it did to F, on its own clock, and F
+// founds within half of that, on F's: as long as no clock runs twice as fast as
+// another, F's cluster exists by then. If the member is not in it yet, because F has
+// died or lost the connection to it, or if the member restarts, then G may have it.
+// There are two clusters then, as two different lists have asked for. No node is in
+// both, and F's Init ends with an error that names the node.
 //
 // # A member that has lost its memory
 //
@@ -168,6 +167,8 @@ func (n *node) receiveClaim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.
 		n.in.event(func() { n.withdraw(req.Id) }) // also if the founder does not wait for the answer
 		return &kvpb.ClaimResponse{}, nil
 	}
+	ctx, cancel := inTime(ctx)
+	defer cancel()
 	if err := n.checkClaim(req); err != nil {
 		return nil, err
 	}
@@ -395,7 +396,7 @@ func (f *founder) init(ctx context.Context) (clusterID uint64, err error) {
 		}
 		found := outcomeOf(f.members, answers)
 		if ctx.Err() != nil {
-			return 0, cmp.Or(found.refusal, waitsFor, ctx.Err())
+			return 0, cmp.Or(waitsFor, found.refusal, ctx.Err())
 		}
 		if found.byCluster && !doubted {
 			// The answers are not of one moment: another Init may have made the
@@ -465,12 +466,16 @@ func (f *founder) begin(ctx context.Context) (*initTry, error) {
 
 // ask has a member do something with a claim.
 func (f *founder) ask(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	short, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	req.To = m
-	resp, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(ctx, req)
+	resp, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(short, req)
 	if err == nil || errorReason(err) == "WRONG_NODE" {
 		return resp, err
+	}
+	end, _ := ctx.Deadline()
+	if shortEnd, _ := short.Deadline(); status.Code(err) == codes.DeadlineExceeded && end.Equal(shortEnd) {
+		<-ctx.Done() // the member may see the end of the whole Init a little earlier
 	}
 	return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 		fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
@@ -687,6 +692,9 @@ func (f *founder) addOthers(ctx context.Context, t *initTry, clusterID uint64) e
 	defer cancel(nil)
 	self := kvpb.NewClusterServiceClient(f.conns[f.s.n.self.Id])
 	for _, m := range f.members {
+		if m.Id == f.s.n.self.Id {
+			continue
+		}
 		watching.Go(func() {
 			if err := f.watch(ctx, t, clusterID, m); err != nil {
 				cancel(err)
@@ -720,7 +728,7 @@ func (f *founder) watch(ctx context.Context, t *initTry, clusterID uint64, m *kv
 	}
 	for {
 		_, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(ctx, req)
-		if err == nil || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil || errorReason(err) == "DEADLINE" {
 			return nil
 		}
 		if errorReason(err) == "" { // a connection that broke need not be more than that
