@@ -844,7 +844,7 @@ func TestWALMixed(t *testing.T) {
 	if clear(behind[len(short):]); !p.torn(behind) {
 		t.Error("without that it is torn")
 	}
-	if clear(long[2*sectorBytes:]); !p.torn(long) || p.torn(long[:2*sectorBytes]) {
+	if clear(long[sectorBytes:]); !p.torn(long) || p.torn(long[:2*sectorBytes]) {
 		t.Error("a batch is torn that its segment has no room for, or else is not")
 	}
 }
