@@ -156,8 +156,10 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	}
 	names = slices.DeleteFunc(names, func(name string) bool { return !ownName.MatchString(name) })
 	if !slices.Contains(names, "identity") {
-		if lost := slices.DeleteFunc(slices.Clone(names), isUnfinishedSnapshot); len(lost) > 0 && !slices.Contains(names, "identity.tmp") {
-			return nil, d.refuse("it has %s, but no file named identity that says whose. %s", strings.Join(lost, ", "), whatToDo)
+		lost := slices.DeleteFunc(slices.Clone(names), isUnfinishedSnapshot)
+		if len(lost) > 0 && !slices.Contains(names, "identity.tmp") {
+			found := strings.Join(lost, ", ")
+			return nil, d.refuse("it has %s, but no file named identity that says whose. %s", found, whatToDo)
 		}
 		return nil, d.clean(names, "", "identity.tmp")
 	}

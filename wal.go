@@ -397,7 +397,8 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []by
 		}
 		p := placeOf(raw)
 		if w.offset == 0 && p.size != len(b) {
-			return nil, 0, w.damage(n, min(p.size, len(b)), "the segment is %d bytes long, and was %d before it got its name", len(b), p.size)
+			return nil, 0, w.damage(n, min(p.size, len(b)),
+				"the segment is %d bytes long, and was %d before it got its name", len(b), p.size)
 		}
 		if w.at.id == 0 { // the first one of all that there are
 			w.at = walPlace{cmp.Or(w.opts.id, p.id), n, p.batch, p.before, len(b)}
@@ -424,7 +425,8 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []by
 	case !newest:
 		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and later ones were written")
 	case !w.at.torn(rest):
-		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: that leaves each sector as it was written, or as zeros")
+		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: "+
+			"that leaves each sector as it was written, or as zeros")
 	default:
 		w.opts.log.Warn("the last batch of the log is torn: cut there", "file", w.path(n), "offset", w.offset)
 		clear(rest)
