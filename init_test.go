@@ -664,7 +664,7 @@ func (s *claimSim) start(id uint64, list []*kvpb.Node) {
 
 // look lets time pass at a node until now; false: it has restarted since.
 func (s *claimSim) look(p *claimNode) bool {
-	clock := uint64((s.now - p.born) * p.rate / p.tickDuration().Seconds())
+	clock := firstTick + uint64((s.now-p.born)*p.rate/p.tickDuration().Seconds())
 	if missed := clock - p.clock; missed > 0 && s.r.IntN(5) == 0 {
 		p.lost += s.r.Uint64N(missed)
 	}
