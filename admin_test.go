@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
 )
@@ -44,15 +46,6 @@ func (c *testCluster) inLoop(id uint64, f func(*node) error) {
 // patient keeps the cluster from electing another leader by itself.
 func patient(o *options) { o.election = o.heartbeat * 500 }
 
-// staleView makes a node believe that it has applied no more than at a moment
-// before: what it publishes stays as it was.
-func (c *testCluster) staleView(id uint64, p published) (release func()) {
-	c.t.Helper()
-	release = c.hold(id)
-	c.nodes[id].server.n.pub.Store(&p)
-	return release
-}
-
 func TestRemoveAtOnce(t *testing.T) {
 	t.Parallel() // it mostly waits
 	c := newCluster(t, 5, patient)
@@ -63,26 +56,37 @@ func TestRemoveAtOnce(t *testing.T) {
 	}
 	wg.Wait()
 	c.settled(1, 2, 3)
+}
 
-	// Node 2 does not know a learner yet that it is asked to have removed.
-	without := *c.nodes[2].server.n.pub.Load()
+// TestMadeAlreadyIsNoError: a request that a leader has made, and had no time to
+// answer, succeeds when the next one gets it, however much of it is left to do. What
+// can never have been made fails as before.
+func TestMadeAlreadyIsNoError(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 5, patient)
+	c.init(1, 2, 3)
 	c.addLearner(1, 4)
-	c.inLoop(2, func(n *node) error {
-		if len(n.store.raftIDsOf(4)) == 0 {
-			return errors.New("node 2 does not know node 4 yet")
+	c.addLearner(1, 5)
+	both := &kvpb.ChangeMembershipRequest{Remove: []uint64{4, 5}}
+	c.change(2, both)
+	c.change(1, both)
+	c.transfer(1, 3)
+	c.change(2, both) // by a leader that learned of them in a snapshot or the log
+	c.addLearner(2, 5)
+	c.change(2, both) // one of them is left
+	c.uninitialized(4, 5)
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{5, 4}})
+	c.change(1, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}})
+	for _, req := range []*kvpb.ChangeMembershipRequest{
+		{Remove: []uint64{6}}, {Remove: []uint64{2, 6}}, {Remove: []uint64{4, 6}}, {Remove: []uint64{4}, Promote: []uint64{5}},
+		{Demote: []uint64{4}}, {Members: []uint64{1, 2, 3, 4}},
+	} {
+		_, err := c.nodes[2].ChangeMembership(c.ctx, req)
+		if st := status.Convert(err); st.Code() != codes.NotFound || reasonOf(err) != "UNKNOWN_MEMBER" {
+			t.Errorf("%v: %v", req, err)
 		}
-		return nil
-	})
-	with := *c.nodes[2].server.n.pub.Load()
-	release := c.staleView(2, without)
-	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}})
-	release()
-	// It asks again, because whoever led then had no time to answer.
-	release = c.staleView(2, with)
-	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}})
-	_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Remove: []uint64{6}})
-	wantError(t, err, codes.NotFound, "UNKNOWN_MEMBER")
-	release()
+	}
+	c.settled(1, 2, 3)
 }
 
 // call makes a request in the background, by way of a node.
@@ -119,6 +123,14 @@ func TestNewLeaderJudgesLater(t *testing.T) {
 	c.heal()
 	if err := <-ended; err != nil {
 		t.Fatal(err)
+	}
+}
+
+// ack has followers, 2 or 3, acknowledge all that the node has in its log.
+func (l *lone) ack(ids ...uint64) {
+	l.turn(0)
+	for _, id := range ids {
+		l.hears(int(id-2), message(raftpb.MsgAppResp, id, l.n.term, func(m *raftpb.Message) { *m.Index = l.n.raft.last() }))
 	}
 }
 
@@ -227,7 +239,7 @@ func TestBegunIsUnknown(t *testing.T) {
 		}
 	}
 
-	for _, code := range []codes.Code{codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.NotFound} {
+	for _, code := range []codes.Code{codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted, codes.NotFound} {
 		steps := 0
 		go func() {
 			ended <- s.awaitChange(t.Context(), func() (bool, error) {
@@ -239,7 +251,8 @@ func TestBegunIsUnknown(t *testing.T) {
 			})
 		}()
 		eventually(t, func() error {
-			if l.turn(0); len(ended) == 0 {
+			l.ack(2)
+			if len(ended) == 0 {
 				return errors.New("it waits")
 			}
 			return nil
@@ -250,13 +263,338 @@ func TestBegunIsUnknown(t *testing.T) {
 	}
 }
 
+// expectedOf is a membership of nodes that plainNode makes.
+func expectedOf(voters, learners []uint64) *kvpb.Membership {
+	m := &kvpb.Membership{}
+	for _, id := range slices.Concat(voters, learners) {
+		m.Members = append(m.Members, &kvpb.ExpectedMember{Node: plainNode(id), Voter: slices.Contains(voters, id)})
+	}
+	return m
+}
+
+// operatorsRequests are what operators may want of a node that leads, and has added
+// the learner 4, that it can answer at once; and with what.
+func operatorsRequests(n *node) map[string]struct {
+	step   func() (bool, error)
+	reason string
+} {
+	type request = struct {
+		step   func() (bool, error)
+		reason string
+	}
+	change := func(req *kvpb.ChangeMembershipRequest) func() (bool, error) {
+		return func() (bool, error) { return n.stepMembership(req) }
+	}
+	transfer := func(to uint64) func() (bool, error) {
+		return func() (bool, error) { return n.stepTransfer(to, new(uint64)) }
+	}
+	add := func(raftID uint64, m *kvpb.Node) func() (bool, error) {
+		return func() (bool, error) { return n.stepLearner(raftID, m) }
+	}
+	return map[string]request{
+		"the present voters":        {change(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}}), ""},
+		"what is promoted already":  {change(&kvpb.ChangeMembershipRequest{Promote: []uint64{2}}), ""},
+		"what is demoted already":   {change(&kvpb.ChangeMembershipRequest{Demote: []uint64{4}}), ""},
+		"what is removed already":   {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{5}}), ""},
+		"an unknown voter":          {change(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 99}}), "UNKNOWN_MEMBER"},
+		"an unknown one to go":      {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{99}}), "UNKNOWN_MEMBER"},
+		"no voter":                  {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{1, 2, 3}}), "INVALID_FIELD"},
+		"a voter that is behind":    {change(&kvpb.ChangeMembershipRequest{Promote: []uint64{4}}), "UNREACHABLE"},
+		"another membership":        {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{2}, Expected: expectedOf([]uint64{1, 2, 3}, nil)}), "MEMBERSHIP_CHANGED"},
+		"the leader as the leader":  {transfer(1), ""},
+		"a learner as the leader":   {transfer(4), "NOT_CAUGHT_UP"},
+		"an unknown leader":         {transfer(99), "UNKNOWN_MEMBER"},
+		"the leader as a learner":   {add(1, plainNode(1)), ""},
+		"who is in another's place": {add(9, &kvpb.Node{Id: 9, Address: plainNode(2).Address}), "MEMBER_EXISTS"},
+	}
+}
+
+// TestNoAnswerWithoutMajority: a leader answers no operator, neither with a success nor
+// with a refusal, before a majority has followed it since he asked: it may have been
+// deposed, and membership is another. What another request was answered with tells nothing.
+func TestNoAnswerWithoutMajority(t *testing.T) {
+	newLeader := func() *lone {
+		l := newLoneWithLearner(t)
+		l.n.store.former = []uint64{5}
+		l.n.leadHeard = 0
+		for l.n.now <= 2*l.n.electionTicks() { // it is no new leader, and has heard from 2 and 3, not 4
+			l.turn(1)
+			l.ack(2, 3)
+		}
+		return l
+	}
+	for what := range operatorsRequests(newLeader().n) {
+		l := newLeader()
+		first, second := l.ask(operatorsRequests(l.n)[what].step), (<-chan error)(nil)
+		l.turn(1)
+		if l.ack(2); len(first) != 1 {
+			t.Fatalf("%s: with a majority it is not answered", what)
+		}
+		second = l.ask(operatorsRequests(l.n)[what].step)
+		for range l.n.electionTicks() / 2 { // and hears of nobody
+			l.turn(1)
+		}
+		if len(second) > 0 {
+			t.Errorf("%s: without a majority it is answered with %v", what, <-second)
+			continue
+		}
+		l.ack(3)
+		if len(second) != 1 {
+			t.Errorf("%s: a majority is back, and it is not answered", what)
+			continue
+		}
+		want := operatorsRequests(l.n)[what].reason
+		for _, err := range []error{<-first, <-second} {
+			if errorReason(err) != want || (err == nil) != (want == "") {
+				t.Errorf("%s: it is answered with %v, want %q", what, err, want)
+			}
+		}
+		third := l.ask(operatorsRequests(l.n)[what].step)
+		l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.term+1))
+		if err := <-third; err != errNotLeader {
+			t.Errorf("%s: a follower answers with %v", what, err)
+		}
+	}
+}
+
+// ask makes an operator's request.
+func (l *lone) ask(step func() (bool, error)) <-chan error {
+	r := &request{n: l.n, step: step}
+	c := &condition{ctx: l.t.Context(), f: r.advance, done: make(chan error, 1)}
+	l.n.in.event(func() { l.n.conds = append(l.n.conds, c) })
+	l.turn(0)
+	return c.done
+}
+
+// TestDeposedLeaderAnswersNoOperator: a leader that was deposed, and does not know
+// yet, does not say that what was asked for is so. It is not so any more.
+func TestDeposedLeaderAnswersNoOperator(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 4)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	old := c.settled(1, 2, 3)
+	all := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}}
+	c.change(old, all) // he knows what is known of it, once
+	c.cut(old)
+	others := slices.DeleteFunc([]uint64{1, 2, 3}, func(id uint64) bool { return id == old })
+	var leader uint64
+	eventually(t, func() error {
+		for _, id := range others {
+			if m, err := c.metrics(id); err == nil && m.Role == kvpb.Role_ROLE_LEADER {
+				leader = id
+				return nil
+			}
+		}
+		return errors.New("no new leader")
+	})
+	c.change(leader, &kvpb.ChangeMembershipRequest{Members: append([]uint64{4}, others...)})
+	for what, f := range map[string]func(context.Context, *testNode) error{
+		"the voters that were": func(ctx context.Context, n *testNode) error {
+			_, err := n.ChangeMembership(ctx, all)
+			return err
+		},
+		"the leader that was": func(ctx context.Context, n *testNode) error {
+			_, err := n.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: old})
+			return err
+		},
+		"an unknown member": func(ctx context.Context, n *testNode) error {
+			_, err := n.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Remove: []uint64{99}})
+			return err
+		},
+	} {
+		ctx, cancel := context.WithTimeout(c.ctx, 100*time.Millisecond)
+		defer cancel()
+		switch err := f(ctx, c.nodes[old]); reasonOf(err) {
+		case "NO_LEADER", "NOT_LEADER", "DEADLINE", "OUTCOME_UNKNOWN":
+		case "":
+			if status.Code(err) != codes.DeadlineExceeded {
+				t.Errorf("%s: node %d, which was deposed, answers with %v", what, old, err)
+			}
+		default:
+			t.Errorf("%s: node %d, which was deposed, answers with %v", what, old, err)
+		}
+	}
+	c.heal()
+}
+
+// TestChangeIsForOneMembership: of two operators who change the same membership, one
+// succeeds, and the other hears of the membership as it is then. What is so already is
+// so, whatever he expected.
+func TestChangeIsForOneMembership(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 5, patient)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.addLearner(1, 5)
+	present := func() *kvpb.Membership {
+		m, err := c.metrics(1) // the leader
+		if err != nil {
+			t.Fatal(err)
+		}
+		expected := &kvpb.Membership{}
+		for _, ms := range m.Members {
+			expected.Members = append(expected.Members, &kvpb.ExpectedMember{Node: ms.Node, Voter: ms.Voter})
+		}
+		return expected
+	}
+	for range 3 {
+		before := present()
+		slices.Reverse(before.Members) // in any order
+		ended := map[uint64]<-chan error{}
+		for id := uint64(4); id <= 5; id++ {
+			ended[id] = c.call(func() error {
+				_, err := c.nodes[id-2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, id}, Retain: true, Expected: before})
+				return err
+			})
+		}
+		won := uint64(0)
+		for id, ch := range ended {
+			err := <-ch
+			if err == nil && won == 0 {
+				won = id
+				continue
+			}
+			wantError(t, err, codes.Aborted, "MEMBERSHIP_CHANGED")
+			wantPart(t, err.Error(), fmt.Sprintf("%d=%s voter", 9-id, c.nodes[9-id].address))
+			wantPart(t, err.Error(), fmt.Sprintf("%d=%s learner", id, c.nodes[id].address))
+		}
+		if won == 0 {
+			t.Fatal("none of them has succeeded")
+		}
+		c.settled(1, 2, 3, won)
+		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{won}, Expected: before})
+		c.change(2, &kvpb.ChangeMembershipRequest{Demote: []uint64{9 - won}, Expected: before})
+		c.change(3, &kvpb.ChangeMembershipRequest{Demote: []uint64{won}, Expected: present()})
+		c.settled(1, 2, 3)
+	}
+	for what, change := range map[string]func(m *kvpb.ExpectedMember){
+		"another address": func(m *kvpb.ExpectedMember) { m.Node.Address = "127.0.0.1:1" },
+		"another id":      func(m *kvpb.ExpectedMember) { m.Node.Id = 9 },
+		"another role":    func(m *kvpb.ExpectedMember) { m.Voter = !m.Voter },
+	} {
+		expected := present()
+		change(expected.Members[2])
+		_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}, Expected: expected})
+		if reasonOf(err) != "MEMBERSHIP_CHANGED" {
+			t.Errorf("%s was expected: %v", what, err)
+		}
+	}
+}
+
+// TestLostChangeIsForOneMembership: a change that seems to be lost, and comes when
+// another for the same membership has been proposed, does not bring that one with it.
+func TestLostChangeIsForOneMembership(t *testing.T) {
+	l := newLone(t, leading)
+	n := l.n
+	expected := expectedOf([]uint64{1, 2, 3}, nil)
+	beat := func() { // followed, but nothing is committed
+		l.turn(1)
+		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, n.term))
+		l.hears(1, message(raftpb.MsgHeartbeatResp, 3, n.term))
+	}
+	beat()
+	first := l.ask(func() (bool, error) {
+		return n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Expected: expected})
+	})
+	proposed := n.raft.last()
+	if n.changeAt == 0 {
+		t.Fatal("nothing is proposed")
+	}
+	second := l.ask(func() (bool, error) {
+		return n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, Expected: expected})
+	})
+	if n.raft.last() != proposed {
+		t.Error("another one is proposed at once")
+	}
+	for range 2 * n.electionTicks() {
+		beat()
+	}
+	if n.raft.last() == proposed {
+		t.Fatal("it does not count as lost")
+	}
+	for range 10 {
+		l.turn(1)
+		l.ack(2, 3)
+	}
+	if len(first) != 1 || len(second) != 1 {
+		t.Fatalf("not both are answered: %d, %d", len(first), len(second))
+	}
+	if err := <-first; err != nil {
+		t.Errorf("the first ends with %v", err)
+	}
+	wantError(t, <-second, codes.Aborted, "MEMBERSHIP_CHANGED")
+	if voters := n.store.conf.GetVoters(); !slices.Equal(voters, []uint64{1, 2}) || isJoint(n.store.conf) {
+		t.Errorf("the configuration is %v", n.store.conf)
+	}
+}
+
+// TestExpectedWhileHealing: a node that is being taken back is expected as before.
+func TestExpectedWhileHealing(t *testing.T) {
+	l := newLone(t, leading)
+	s := l.n.store
+	whole := s.roles()
+	life := plainMembers(9)
+	life[0].Node = plainNode(3)
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 2, 3}, Learners: []uint64{9}}, life)
+	if now := s.roles(); !maps.Equal(now, whole) {
+		t.Errorf("while node 3 is taken back, the roles are %v, before %v", now, whole)
+	}
+	life[0].Node = &kvpb.Node{Id: 3, Address: "moved:1"}
+	s.configure(s.conf, life)
+	moved := map[uint64]role{1: whole[1], 2: whole[2], 3: {"moved:1", true}}
+	if now := s.roles(); !maps.Equal(now, moved) {
+		t.Errorf("while node 3 moves, the roles are %v", now)
+	}
+	rows := []*kvpb.ExpectedMember{{Node: plainNode(3), Voter: true}, {Node: life[0].Node}, {Node: plainNode(1), Voter: true}, {Node: plainNode(2), Voter: true}}
+	for range 2 {
+		if got := expectedRoles(&kvpb.Membership{Members: rows}); !maps.Equal(got, moved) {
+			t.Errorf("as Metrics lists it, it is %v", got)
+		}
+		slices.Reverse(rows)
+	}
+}
+
+// TestPromoteAndDemote: who is not named stays as it is; the leader may be demoted,
+// and all of it is one change.
+func TestPromoteAndDemote(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 5)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.addLearner(1, 5)
+	roles := func(voters, learners []uint64) {
+		t.Helper()
+		c.settled(voters...)
+		m, err := c.metrics(voters[0])
+		if _, got := membersOf(m); err != nil || !slices.Equal(got, learners) {
+			t.Errorf("learners are %v, want %v, %v", got, learners, err)
+		}
+	}
+	c.change(2, &kvpb.ChangeMembershipRequest{Promote: []uint64{4}})
+	roles([]uint64{1, 2, 3, 4}, []uint64{5})
+	leader := c.settled(1, 2, 3, 4)
+	rest := slices.DeleteFunc([]uint64{1, 2, 3, 4}, func(id uint64) bool { return id == leader })
+	c.change(leader, &kvpb.ChangeMembershipRequest{Promote: []uint64{5}, Demote: []uint64{leader}})
+	roles(append(rest, 5), []uint64{leader})
+	c.change(leader, &kvpb.ChangeMembershipRequest{Promote: []uint64{leader}, Remove: []uint64{5}})
+	roles([]uint64{1, 2, 3, 4}, nil)
+	c.uninitialized(5)
+	c.change(leader, &kvpb.ChangeMembershipRequest{Demote: rest}) // all but the leader
+	roles([]uint64{leader}, rest)
+	c.change(rest[0], &kvpb.ChangeMembershipRequest{Promote: rest[:1], Demote: []uint64{leader}}) // whom nobody can follow yet
+	roles(rest[:1], slices.Sorted(slices.Values(append([]uint64{leader}, rest[1:]...))))
+	c.works(1, 2, 3, 4)
+}
+
 // TestPastLifeIsNeeded: a node that was removed is asked to drop its state, to be
 // added again, only once most others know that they can do without it.
 func TestPastLifeIsNeeded(t *testing.T) {
 	l := newLoneWithLearner(t)
 	n := l.n
+	r := &request{n: n, step: func() (bool, error) { return n.stepLearner(4, plainNode(4)) }}
 	step := func() error {
-		ok, err := n.stepLearner(4, plainNode(4))
+		ok, err := r.advance()
 		l.turn(0)
 		if ok {
 			t.Fatal("it is a learner")
@@ -266,11 +604,7 @@ func TestPastLifeIsNeeded(t *testing.T) {
 	if err := n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, 4)); err != nil {
 		t.Fatal(err)
 	}
-	ack := func() {
-		l.turn(0)
-		l.hears(0, message(raftpb.MsgAppResp, 2, n.term, func(m *raftpb.Message) { *m.Index = n.raft.last() }))
-	}
-	if ack(); !slices.Contains(n.store.removed, 4) {
+	if l.ack(2); !slices.Contains(n.store.removed, 4) {
 		t.Fatal("it is not removed")
 	}
 	for range 3 {
@@ -278,7 +612,7 @@ func TestPastLifeIsNeeded(t *testing.T) {
 			t.Fatalf("nobody else knows, and it says %v", err)
 		}
 	}
-	ack()
+	l.ack(2)
 	if err := step(); err != errPastLife {
 		t.Errorf("the others know, and it says %v", err)
 	}

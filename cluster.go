@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -165,9 +166,9 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	}
 	switch {
 	case slices.Contains(n.store.removed, raftID):
-		return false, oneOf(n.settled(), errPastLife, nil)
+		return false, errPastLife
 	case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
-		return (raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID])) && n.settled(), nil
+		return raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
 	case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
 		return false, nil
 	case present != nil:
@@ -187,140 +188,231 @@ func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle
 	return &raftpb.ConfChangeSingle{Type: t.Enum(), NodeId: new(raftID)}
 }
 
-// awaitChange waits on the leader until f, which takes steps, says that the
-// membership is as it shall be.
-func (s *server) awaitChange(ctx context.Context, f func() (bool, error)) error {
-	n := s.n
-	var begun, busy atomic.Bool // this change; the leader, with somebody else's
-	err := n.await(ctx, func() (bool, error) {
-		if !n.leads() {
-			return false, errNotLeader
+// request is what an operator asks of the leader, on its way through the loop there.
+type request struct {
+	n *node
+	// step takes the next step, if one can be taken; true: what was asked for is so.
+	step    func() (bool, error)
+	witness witness
+	begun   atomic.Bool // it has proposed a change, or a transfer of leadership
+	busy    atomic.Bool // it waits for somebody else's
+}
+
+// witness is an entry that a leader has proposed behind a configuration.
+type witness struct {
+	conf        *raftpb.ConfState
+	term, index uint64
+}
+
+// advance is called after each turn. An answer, also that something cannot be done,
+// waits for the request's witness: a leader that has been deposed must not give one.
+func (r *request) advance() (bool, error) {
+	n := r.n
+	if !n.leads() {
+		return false, errNotLeader
+	}
+	was := n.changeAt
+	done, err := r.step()
+	if n.changeAt > was {
+		r.begun.Store(true)
+	}
+	r.busy.Store(!r.begun.Load() && !n.mayChange())
+	if !done && err == nil {
+		return false, nil
+	}
+	if !r.witnessed() {
+		return false, nil
+	}
+	return done, err
+}
+
+// witnessed reports whether an entry is applied that this leader has proposed since
+// the request came, behind the present configuration. Then a majority still followed
+// it, and that configuration was in force, after the request came. And most voters know
+// that it is committed, also after a restart: they have stored an entry that came with
+// word of it. Before, they might need the votes of those who were removed, if this
+// leader is lost. Raft itself asks for no more than that a change is committed.
+func (r *request) witnessed() bool {
+	n := r.n
+	w := witness{conf: n.store.conf, term: n.term}
+	if r.witness.conf != w.conf || r.witness.term != w.term {
+		if err := n.rn.Propose(nil); err != nil {
+			return false // leadership is being transferred: once more, later
 		}
-		was := n.changeAt
-		ok, err := f()
-		if n.changeAt > was {
-			begun.Store(true)
-		}
-		busy.Store(!begun.Load() && !n.mayChange())
-		return ok, err
-	})
-	switch code := status.Code(toStatus(err, false)); {
-	case errors.Is(err, context.DeadlineExceeded) && busy.Load():
+		n.drain() // has the log take it
+		w.index = n.raft.last()
+		r.witness = w
+	}
+	w = r.witness
+	return w.conf == n.store.conf && w.term == n.term && w.index <= n.store.index
+}
+
+// awaitChange waits on the leader until step, which changes the membership, is done.
+func (s *server) awaitChange(ctx context.Context, step func() (bool, error)) error {
+	r := &request{n: s.n, step: step}
+	err := s.n.await(ctx, r.advance)
+	open := false
+	switch status.Code(toStatus(err, false)) {
+	case codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted:
+		open = err != errPastLife
+	}
+	if r.begun.Load() && open {
+		return fmt.Errorf("%w: %w", errChangeUnknown, err) // it may be made yet
+	}
+	if r.busy.Load() && errors.Is(err, context.DeadlineExceeded) {
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
 			"another change of membership was running until the deadline")
-	case begun.Load() && err != errPastLife && (code == codes.Unavailable || code == codes.FailedPrecondition || code == codes.DeadlineExceeded): // it may be made yet
-		return fmt.Errorf("%w: %w", errChangeUnknown, err)
 	}
 	return err
 }
 
 // ChangeMembership implements ClusterService.
 func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) (*kvpb.ChangeMembershipResponse, error) {
-	ids := slices.Sorted(slices.Values(slices.Concat(req.Members, req.Remove)))
+	if err := validateChange(req); err != nil {
+		return nil, err
+	}
+	resp := &kvpb.ChangeMembershipResponse{}
+	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.changeMembership(ctx, req) })
+}
+
+// validateChange checks what can be checked of a request without the membership.
+func validateChange(req *kvpb.ChangeMembershipRequest) error {
+	deltas := len(req.Promote) + len(req.Demote)
+	if deltas > 0 && len(req.Members) > 0 {
+		return invalid("members", "they are all voters to be: there is nobody to promote or demote besides")
+	}
+	if deltas > 0 && req.Retain {
+		return invalid("retain", "it goes with members: who is not promoted or demoted stays as it is")
+	}
+	ids := slices.Concat(req.Members, req.Promote, req.Demote, req.Remove)
 	if len(ids) == 0 || len(ids) > maxMembers {
-		return nil, invalid("members", "with those to be removed there are %d, there have to be 1 to %d", len(ids), maxMembers)
+		return invalid("members", "the request names %d, there have to be 1 to %d", len(ids), maxMembers)
 	}
-	if ids[0] == 0 || len(slices.Compact(ids)) < len(req.Members)+len(req.Remove) {
-		return nil, invalid("members", "an id is 0 or stands there twice")
+	named := len(ids)
+	slices.Sort(ids)
+	if ids[0] == 0 || len(slices.Compact(ids)) < named {
+		return invalid("members", "an id is 0 or stands there twice")
 	}
-	before, resp := s.n.pub.Load().members, &kvpb.ChangeMembershipResponse{}
-	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.changeMembership(ctx, req) })
-	for _, m := range before {
-		if len(req.Members) == 0 && len(ids) == 1 && m.Id == ids[0] && errorReason(err) == "UNKNOWN_MEMBER" {
-			err = nil // a leader that had no time to answer has removed it
+	if req.Expected == nil {
+		return nil
+	}
+	if n := len(req.Expected.Members); n == 0 || n > 2*maxMembers {
+		return invalid("expected.members", "there are %d, there have to be 1 to %d", n, 2*maxMembers)
+	}
+	for _, m := range req.Expected.Members {
+		if err := validateNode("expected.members.node", m.GetNode()); err != nil {
+			return err
 		}
 	}
-	return resp, err
+	return nil
 }
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	known := false
-	return s.awaitChange(ctx, func() (bool, error) { return s.n.stepKnown(req, &known) })
-}
-
-// stepKnown is stepMembership of a request whose nodes to be removed are known at
-// first: then it removes them itself.
-func (n *node) stepKnown(req *kvpb.ChangeMembershipRequest, known *bool) (bool, error) {
-	if _, err := n.resolve(req.Remove); err != nil && !*known {
-		if !n.settled() {
-			return false, nil // perhaps another request has just removed it
-		}
-		return false, err
-	}
-	*known = true
-	return n.stepMembership(req)
-}
-
-// settling is an entry that a leader has proposed behind a configuration.
-type settling struct {
-	conf        *raftpb.ConfState
-	term, index uint64
-}
-
-// settled reports whether most voters know the configuration to be committed, also
-// after a restart: they have stored an entry that came with word of it. Before,
-// they might need the votes of those who were removed, if this leader is lost; so
-// nobody is told. Raft itself asks for no more than that a change is committed.
-func (n *node) settled() bool {
-	if s := (settling{conf: n.store.conf, term: n.term}); n.settling.conf != s.conf || n.settling.term != s.term {
-		if n.rn.Propose(nil) != nil { // during a transfer, or if too much is uncommitted
-			return false
-		}
-		n.drain() // has the log take it
-		s.index = n.raft.last()
-		n.settling = s
-	}
-	return n.settling.conf == n.store.conf && n.settling.term == n.term && n.settling.index <= n.store.index
+	return s.awaitChange(ctx, func() (bool, error) { return s.n.stepMembership(req) })
 }
 
 // stepMembership takes the next step towards the voters that a request names,
-// if one can be taken; true: it is there.
+// if one can be taken; true: it is there. Nothing can come between what it compares
+// and the change that it proposes: raft takes no second change before the first is
+// applied.
 func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if isJoint(n.store.conf) {
 		return false, nil
 	}
+	var changes []*raftpb.ConfChangeSingle
 	want, err := n.votersToBe(req)
-	if err != nil {
-		return false, err
+	if err == nil {
+		changes, err = n.changesTo(want, req)
 	}
-	changes, err := n.changesTo(want, req)
-	if dead := slices.DeleteFunc(slices.Clone(want), n.alive); err == nil && len(changes) > 0 && len(dead) > (len(want)-1)/2 {
+	if err == nil && len(changes) == 0 {
+		return true, nil
+	}
+	if !n.mayChange() {
+		return false, nil // perhaps it is made just now
+	}
+	if req.Expected != nil && !maps.Equal(expectedRoles(req.Expected), n.store.roles()) {
+		return false, apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED,
+			"the membership is another than the change was made for: "+describeMembers(n.store.conf, n.store.members))
+	}
+	if dead := slices.DeleteFunc(slices.Clone(want), n.alive); err == nil && len(dead) > (len(want)-1)/2 {
 		err = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 			fmt.Sprintf("of these %d voters %s: they could not go on", len(want), n.silent(dead)))
 	}
-	if err != nil && (!n.mayChange() || n.isNewLeader()) {
-		return false, nil // perhaps it is made just now
+	if err != nil {
+		return false, oneOf(n.isNewLeader(), nil, err) // perhaps it has yet to hear from them
 	}
-	if err != nil || len(changes) == 0 {
-		return err != nil || n.settled(), err
-	}
-	if !n.mayChange() || slices.ContainsFunc(want, func(id uint64) bool { return n.met[id] != nil }) {
+	if slices.ContainsFunc(want, func(id uint64) bool { return n.met[id] != nil }) {
 		return false, nil // a node that lost its memory is taken back first
 	}
-	if !slices.Contains(want, n.raftID) {
-		// This node leaves: the change is made by one who stays.
-		if n.handOver(want) {
-			return false, nil
-		}
-		changes = slices.DeleteFunc(changes, func(c *raftpb.ConfChangeSingle) bool { // nobody who stays is a voter yet
-			return c.GetType() != raftpb.ConfChangeAddNode
-		})
-		if len(changes) == 0 {
-			return false, nil // they are voters, but not heard of: wait
-		}
+	if !slices.Contains(want, n.raftID) && n.handOver(want) {
+		return false, nil // this node leaves: who stays, and votes already, makes the change
 	}
 	return false, n.proposeChange(nil, changes...)
 }
 
-// votersToBe returns the raft IDs of the voters that a request wants.
+// role is what operators know of a member.
+type role struct {
+	address string
+	voter   bool
+}
+
+// addRole adds a life of a node to roles by node id. While a node is taken back it
+// has two: it keeps the role of the older one, and is at the address of the newer.
+func addRole(roles map[uint64]role, m *kvpb.Node, voter bool) {
+	other, twice := roles[m.Id]
+	address := m.Address
+	if twice && voter {
+		address = other.address
+	}
+	roles[m.Id] = role{address, voter || other.voter}
+}
+
+// roles returns the roles of all members by node id.
+func (s *store) roles() map[uint64]role {
+	roles := map[uint64]role{}
+	for id, m := range s.members {
+		addRole(roles, m, slices.Contains(s.conf.GetVoters(), id))
+	}
+	return roles
+}
+
+func expectedRoles(expected *kvpb.Membership) map[uint64]role {
+	roles := map[uint64]role{}
+	for _, m := range expected.Members {
+		addRole(roles, m.Node, m.Voter)
+	}
+	return roles
+}
+
+// votersToBe returns the raft IDs of the voters that a request wants. Who is to be
+// removed need not be a member any more: the request may have been made already, by
+// a leader that had no time to answer.
 func (n *node) votersToBe(req *kvpb.ChangeMembershipRequest) ([]uint64, error) {
+	present := slices.DeleteFunc(slices.Clone(req.Remove), func(id uint64) bool { return slices.Contains(n.store.former, id) })
+	if _, err := n.resolve(present); err != nil {
+		return nil, err
+	}
 	if len(req.Members) > 0 {
 		return n.resolve(req.Members)
 	}
-	leaves := func(id uint64) bool { return slices.Contains(req.Remove, n.store.members[id].Id) }
-	want := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), leaves)
+	if _, err := n.resolve(req.Demote); err != nil {
+		return nil, err
+	}
+	promoted, err := n.resolve(req.Promote)
+	if err != nil {
+		return nil, err
+	}
+	stops := slices.Concat(req.Demote, req.Remove)
+	want := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool {
+		return slices.Contains(stops, n.store.members[id].Id)
+	})
+	for _, id := range promoted {
+		if !slices.Contains(want, id) {
+			want = append(want, id)
+		}
+	}
 	if len(want) == 0 {
-		return nil, invalid("remove", "no voter would be left")
+		return nil, invalid(oneOf(len(req.Remove) > 0, "remove", "demote"), "no voter would be left")
 	}
 	return want, nil
 }
@@ -356,7 +448,7 @@ func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) (chan
 				fmt.Sprintf("node %d is too far behind to vote: it has entry %d of %d", m.Node.Id, progress[id].Match, n.store.index))
 		case wanted:
 			changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
-		case leaves(id) && req.Retain && !removed:
+		case leaves(id) && !removed && (req.Retain || slices.Contains(req.Demote, m.Node.Id)):
 			changes = append(changes, confChange(raftpb.ConfChangeAddLearnerNode, id))
 		case removed || slices.ContainsFunc(n.store.raftIDsOf(m.Node.Id), leaves): // a life that was to take the place of one that leaves
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
@@ -373,21 +465,17 @@ func (s *server) TransferLeader(ctx context.Context, req *kvpb.TransferLeaderReq
 	resp := &kvpb.TransferLeaderResponse{}
 	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error {
 		var start uint64
-		return s.n.await(ctx, func() (bool, error) { return s.n.stepTransfer(req.NodeId, &start) })
+		r := &request{n: s.n, step: func() (bool, error) { return s.n.stepTransfer(req.NodeId, &start) }}
+		return s.n.await(ctx, r.advance)
 	})
 }
 
-// stepTransfer has raft make a node the leader; true: it is. start is the tick
-// of the first try.
+// stepTransfer has raft make a node the leader; true: it is this one. A leader that
+// has handed over does not know for sure who leads now: that one is asked next. start is
+// the tick of the first try.
 func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
-	if lead := n.store.members[n.lead]; lead != nil && lead.Id == nodeID {
+	if nodeID == n.self.Id {
 		return true, nil
-	}
-	if n.role != raft.StateLeader {
-		if n.lead == 0 && *start != 0 && n.now-*start < 2*n.electionTicks() {
-			return false, nil // the election that was asked for
-		}
-		return false, errNotLeader
 	}
 	ids, err := n.resolve([]uint64{nodeID})
 	if err != nil {

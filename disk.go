@@ -484,6 +484,7 @@ func (d *disk) restore(self *kvpb.Node, now time.Time, read func() (*store, erro
 	}
 	id := &kvpb.Identity{Format: identityFormat, ClusterId: randomID(), NodeId: self.Id, RaftId: randomID(), LogId: randomID()}
 	s.clusterID, s.members, s.removed, s.proposers = id.ClusterId, map[uint64]*kvpb.Node{}, nil, nil
+	s.former = nil
 	s.configure(&raftpb.ConfState{Voters: []uint64{id.RaftId}}, []*kvpb.Member{{RaftId: id.RaftId, Node: self}})
 	hard := &kvpb.HardState{Term: s.term, Commit: s.index}
 	return s, d.persist([]diskJob{{identity: id, view: s.open(), batch: &kvpb.LogBatch{HardState: hard}}})

@@ -170,9 +170,8 @@ type node struct {
 	sequence             uint64 // of the last proposal or round
 	readBeat             uint64 // highest read context sent with a heartbeat in this term
 	conds                []*condition
-	doneCalls, doneBytes int    // of the calls that ended in this turn
-	changeAt             uint64 // tick of a change of membership or of leadership in flight; 0: none
-	settling             settling
+	doneCalls, doneBytes int     // of the calls that ended in this turn
+	changeAt             uint64  // tick of a change of membership or of leadership in flight; 0: none
 	pending              *store  // a snapshot's content between Step and Ready
 	views                []*view // that snapshots are being sent from
 

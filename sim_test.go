@@ -8,7 +8,8 @@
 // write is the one committed, no read of anything else, no raft ID twice, no
 // node stops. Whenever a node's applied index is a multiple of stateEvery, and
 // at the end: I5 equal states. With each answer to a write with an id: I8 it is
-// the first one. At the end: I1 porcupine, I9 all heals.
+// the first one. With each answer to an operator: whoever gives it led, and what it
+// says was so, at some moment since the request. At the end: I1 porcupine, I9 all heals.
 
 package main
 
@@ -113,6 +114,7 @@ type simConfig struct {
 	careless  bool // a write is applied as often as it comes
 	sameCount bool // all writes of an entry have one version
 	unsettled bool // a change of membership is answered as soon as it is committed
+	cached    bool // an operator's request is answered on the word of an earlier one's entry
 }
 
 var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe", "freeze", "freeze", "forget"}
@@ -220,6 +222,7 @@ type proc struct {
 	sending   []*transfer
 	calls     []*attempt
 	hellos    []*simStream // on their way to here
+	witness   witness      // of the last operator's request
 
 	disk    *disk
 	writing bool          // the disk is at work
@@ -514,9 +517,6 @@ func (p *proc) turn(ticks int) {
 			ses.answers = ses.answers[len(ses.answers)-1:]
 		}
 	}
-	if n := p.n; p.s.cfg.unsettled {
-		n.settling = settling{n.store.conf, n.term, 0}
-	}
 	p.n.turn(in)
 	p.readBadly()
 	p.inTurn = false
@@ -760,6 +760,15 @@ type oracle struct {
 	opened   map[uint64]bool      // all sessions ever
 	tooFar   map[[2]uint64]bool   // all writes ever that were, by session and sequence
 	first    map[[2]uint64]result // all answers ever, likewise
+	eras     []era
+	terms    map[uint64]int64 // when an entry of each was first applied
+}
+
+// era is a membership, which holds from when it was first applied until the next is.
+type era struct {
+	from    int64
+	conf    *raftpb.ConfState
+	members map[uint64]*kvpb.Node
 }
 
 // modelSession is what a session is meant to be.
@@ -794,6 +803,7 @@ func (s *sim) observe(p *proc, from, to uint64) {
 			s.failf("the simulator has not seen entry %d before %v has applied and compacted it", i, p)
 		case e == nil:
 			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}, opened: map[uint64]bool{}, tooFar: map[[2]uint64]bool{}, first: map[[2]uint64]result{}}
+			o.eras, o.terms = []era{{s.tock(), o.conf, p.n.store.members}}, map[uint64]int64{}
 		default:
 			o.entries = append(o.entries, proto.CloneOf(e))
 			s.commit(e)
@@ -809,13 +819,17 @@ func entryText(e *raftpb.Entry) string {
 func (s *sim) commit(e *raftpb.Entry) {
 	o := &s.oracle
 	s.count["entries"]++
+	if o.terms[e.GetTerm()] == 0 {
+		o.terms[e.GetTerm()] = s.tock()
+	}
 	if e.GetType() != raftpb.EntryNormal {
-		cc, _, err := decodeConfChange(e)
+		cc, ctx, err := decodeConfChange(e)
 		if err != nil {
 			s.failf("entry %d: %v", e.GetIndex(), err)
 		}
 		if cs, err := tryConfChange(o.conf, cc); err == nil {
 			o.conf = cs
+			s.begins(cs, ctx.Members)
 			s.count["changes of membership"]++
 		} else {
 			s.count["changes of membership skipped"]++
@@ -837,6 +851,72 @@ func (s *sim) commit(e *raftpb.Entry) {
 	for _, w := range b.Writes {
 		s.commitWrite(e.GetIndex(), w)
 	}
+}
+
+// begins notes that another membership holds.
+func (s *sim) begins(cs *raftpb.ConfState, changed []*kvpb.Member) {
+	o := &s.oracle
+	members := maps.Clone(o.eras[len(o.eras)-1].members)
+	for _, m := range changed {
+		members[m.RaftId] = m.Node
+	}
+	maps.DeleteFunc(members, func(id uint64, _ *kvpb.Node) bool { return !slices.Contains(confIDs(cs), id) })
+	o.eras = append(o.eras, era{s.tock(), cs, members})
+}
+
+// held reports whether a membership of some kind was in force at some moment since.
+func (o *oracle) held(since int64, f func(era) bool) bool {
+	for i, e := range o.eras {
+		if (i+1 == len(o.eras) || o.eras[i+1].from > since) && f(e) {
+			return true
+		}
+	}
+	return false
+}
+
+// livesOf counts those of a node, and its votes.
+func (e era) livesOf(id uint64) (lives, votes int) {
+	for raftID, m := range e.members {
+		if m.Id != id {
+			continue
+		}
+		lives++
+		if slices.Contains(e.conf.GetVoters(), raftID) {
+			votes++
+		}
+	}
+	return lives, votes
+}
+
+// fulfils reports whether a membership is as a request wants it.
+func (e era) fulfils(req *kvpb.ChangeMembershipRequest) bool {
+	all := func(ids []uint64, f func(lives, votes int) bool) bool {
+		return !slices.ContainsFunc(ids, func(id uint64) bool { return !f(e.livesOf(id)) })
+	}
+	isVoter := func(_, votes int) bool { return votes == 1 }
+	if len(req.Members) > 0 && len(req.Members) != len(e.conf.GetVoters()) {
+		return false
+	}
+	return !isJoint(e.conf) && all(req.Members, isVoter) && all(req.Promote, isVoter) &&
+		all(req.Demote, func(lives, votes int) bool { return lives > 0 && votes == 0 }) &&
+		all(req.Remove, func(lives, _ int) bool { return lives == 0 })
+}
+
+// lacks reports whether a node that a request names is no member.
+func (e era) lacks(req *kvpb.ChangeMembershipRequest) bool {
+	return slices.ContainsFunc(slices.Concat(req.Members, req.Promote, req.Demote, req.Remove), func(id uint64) bool {
+		lives, _ := e.livesOf(id)
+		return lives == 0
+	})
+}
+
+// membership is the one as operators know it.
+func (e era) membership() *kvpb.Membership {
+	m := &kvpb.Membership{}
+	for _, member := range sortedMembers(e.members) {
+		m.Members = append(m.Members, &kvpb.ExpectedMember{Node: member.Node, Voter: slices.Contains(e.conf.GetVoters(), member.RaftId)})
+	}
+	return m
 }
 
 // commitWrite applies a write to the oracle, if its id is new.
@@ -1766,14 +1846,19 @@ func (s *sim) readLocal(p *proc, key string) {
 	s.count["local reads"]++
 }
 
-// admin is an operator's request: f is called in the loop of whoever leads
-// until it returns true or an error, as server.awaitChange does.
+// admin is an operator's request. Its steps are taken in the loop of whoever leads
+// until it is answered, as server.onLeader has it.
 type admin struct {
 	what     string
-	f        func(n *node) (bool, error)
+	steps    func(n *node) func() (bool, error)
+	done     func(p *proc)        // called in the loop that answers
+	again    func(err error) bool // whether it is asked again; nil: it is not
+	isTrue   func(err error) bool // whether an answer is; nil: any is
 	then     func(error)
+	begun    int64 // as calls are ordered
 	deadline int64
 	p        *proc
+	term     uint64 // of whoever answered
 	c        *condition
 	cancel   func()
 }
@@ -1781,10 +1866,11 @@ type admin struct {
 var errNotNow = errors.New("not now")
 
 // request starts an operator's request.
-func (s *sim) request(what string, ticks float64, f func(n *node) (bool, error), then func(error)) {
-	s.trace("an operator wants to %s", what)
+func (s *sim) request(a *admin, ticks float64) {
+	s.trace("an operator wants to %s", a.what)
 	s.count["requests"]++
-	s.admins = append(s.admins, &admin{what: what, f: f, then: then, deadline: s.now + int64(ticks*simTick)})
+	a.begun, a.deadline = s.tock(), s.now+int64(ticks*simTick)
+	s.admins = append(s.admins, a)
 }
 
 // operate follows the operators' requests.
@@ -1816,7 +1902,10 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 		select {
 		case err := <-a.c.done:
 			if err == nil || !errors.Is(err, errNotLeader) && !errors.Is(err, errStopping) && !errors.Is(err, errNotInitialized) {
-				return true, err
+				s.judge(a, err)
+				if a.again == nil || !a.again(err) {
+					return true, err
+				}
 			}
 		default:
 			if !a.p.dead {
@@ -1839,56 +1928,130 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 	n := a.p.n
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
-	a.c = &condition{ctx: ctx, done: make(chan error, 1), f: func() (bool, error) {
-		if !n.leads() {
-			return false, errNotLeader
-		}
-		return a.f(n)
-	}}
+	r := &request{n: n, step: a.steps(n)}
+	a.c = &condition{ctx: ctx, done: make(chan error, 1), f: func() (bool, error) { return a.advance(r) }}
 	n.in.event(func() { n.conds = append(n.conds, a.c) })
 	a.p.wake()
 	return false, nil
+}
+
+// advance is request.advance, with the bugs of answering too early.
+func (a *admin) advance(r *request) (done bool, err error) {
+	p := a.p
+	if p.s.cfg.cached {
+		r.witness = p.witness
+	}
+	if p.s.cfg.unsettled && r.n.leads() {
+		done, err = r.step()
+	} else {
+		done, err = r.advance()
+	}
+	p.witness = r.witness
+	a.term = r.n.term
+	if done && err == nil && a.done != nil {
+		a.done(p)
+	}
+	return done, err
+}
+
+// judge checks an answer to an operator. It is given by a leader that no other had
+// taken the place of when he asked, and true of some moment since.
+func (s *sim) judge(a *admin, err error) {
+	for _, term := range slices.Sorted(maps.Keys(s.oracle.terms)) {
+		if at := s.oracle.terms[term]; term > a.term && at < a.begun {
+			s.failf("the request to %s is answered with %v in term %d, when one of term %d had committed before", a.what, err, a.term, term)
+		}
+	}
+	if a.isTrue != nil && !a.isTrue(err) {
+		s.failf("the request to %s is answered with %v, which is not true of any moment since", a.what, err)
+	}
+	s.count["answers to operators judged"]++
 }
 
 // addLearner is server.addLearner.
 func (s *sim) addLearner(st *site, then func(error)) {
 	var raftID uint64
 	var past []uint64
-	s.request(fmt.Sprintf("add learner %d", st.node.Id), 150, func(n *node) (bool, error) {
-		if raftID == 0 || n.store.members[raftID] == nil && s.rng.IntN(50) == 0 { // he asks once, or again
-			if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
-				return false, errNotNow
+	a := &admin{what: fmt.Sprintf("add learner %d", st.node.Id), then: then}
+	a.steps = func(n *node) func() (bool, error) {
+		return func() (bool, error) {
+			if raftID == 0 || n.store.members[raftID] == nil && s.rng.IntN(50) == 0 { // he asks once, or again
+				if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
+					return false, errNotNow
+				}
+				h := n.hello()
+				h.Removed = past
+				raftID = st.cur.n.accept(h).Peer.RaftId
+				st.cur.wake()
 			}
-			h := n.hello()
-			h.Removed = past
-			raftID = st.cur.n.accept(h).Peer.RaftId
-			st.cur.wake()
+			return n.stepLearner(raftID, st.node)
 		}
-		ok, err := n.stepLearner(raftID, st.node)
-		if err == errPastLife { // he asks again
-			past, raftID, err = []uint64{raftID}, 0, nil
+	}
+	a.again = func(err error) bool {
+		if err != errPastLife {
+			return false
 		}
-		return ok, err
-	}, then)
+		past, raftID = []uint64{raftID}, 0
+		return true
+	}
+	a.isTrue = func(err error) bool {
+		return err != nil || s.oracle.held(a.begun, func(e era) bool {
+			lives, _ := e.livesOf(st.node.Id)
+			return lives == 1 && proto.Equal(e.members[raftID], st.node)
+		})
+	}
+	s.request(a, 150)
 }
 
 // changeMembership is server.changeMembership.
 func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(error)) {
-	s.request(fmt.Sprintf("have voters %v, retain %v, without %v", req.Members, req.Retain, req.Remove), 150, func(n *node) (bool, error) {
-		if want, err := n.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
-			return false, errNotNow // an operator would not
+	if err := validateChange(req); err != nil {
+		s.failf("the operator wants what cannot be: %v", err)
+	}
+	a := &admin{what: fmt.Sprintf("have voters %v, retain %v, without %v, promote %v, demote %v, expecting %v",
+		req.Members, req.Retain, req.Remove, req.Promote, req.Demote, describeExpected(req.Expected))}
+	a.steps = func(n *node) func() (bool, error) {
+		return func() (bool, error) {
+			if want, err := n.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
+				return false, errNotNow // an operator would not
+			}
+			return n.stepMembership(req)
 		}
-		ok, err := n.stepMembership(req)
-		if p := s.sites[n.self.Id-1].cur; ok && err == nil && p.confAt > s.told.index {
-			s.told = established{p.confAt, n.store.conf, n.store.removed}
+	}
+	a.done = func(p *proc) {
+		if p.confAt > s.told.index {
+			s.told = established{p.confAt, p.n.store.conf, p.n.store.removed}
 		}
-		return ok, err
-	}, func(err error) {
+	}
+	a.isTrue = func(err error) bool {
+		s.count["changes answered: "+cmp.Or(errorReason(err), oneOf(err == nil, "done", "other"))]++
+		switch {
+		case err == nil:
+			return s.oracle.held(a.begun, func(e era) bool { return e.fulfils(req) })
+		case errorReason(err) == "UNKNOWN_MEMBER":
+			return s.oracle.held(a.begun, func(e era) bool { return e.lacks(req) })
+		case errorReason(err) == "MEMBERSHIP_CHANGED":
+			return s.oracle.held(a.begun, func(e era) bool {
+				return !isJoint(e.conf) && !e.fulfils(req) && !proto.Equal(e.membership(), req.Expected)
+			})
+		}
+		return true
+	}
+	a.then = func(err error) {
 		if err == nil {
 			s.after(s.expo(2), nil, s.dismiss)
 		}
 		then(err)
-	})
+	}
+	s.request(a, 150)
+}
+
+// describeExpected is not protobuf's text, which is unstable on purpose.
+func describeExpected(m *kvpb.Membership) (text string) {
+	for _, e := range m.GetMembers() {
+		text += fmt.Sprintf("%d %v ", e.Node.Id, e.Voter)
+	}
+	return text
 }
 
 // dismiss has an operator end the processes of nodes that are no members any more,
@@ -1916,10 +2079,15 @@ func (s *sim) dismiss() {
 	}
 }
 
-// transfer is server.transferLeader.
+// transferLeader is server.TransferLeader.
 func (s *sim) transferLeader(nodeID uint64) {
-	var start uint64
-	s.request(fmt.Sprintf("have %d lead", nodeID), 100, func(n *node) (bool, error) { return n.stepTransfer(nodeID, &start) }, func(error) {})
+	a := &admin{what: fmt.Sprintf("have %d lead", nodeID), then: func(error) {}}
+	a.steps = func(n *node) func() (bool, error) {
+		var start uint64
+		return func() (bool, error) { return n.stepTransfer(nodeID, &start) }
+	}
+	a.isTrue = func(err error) bool { return err != nil || a.p.n.self.Id == nodeID }
+	s.request(a, 100)
 }
 
 // boot makes the cluster, as server.Init does: no faults before that is done.
@@ -2012,7 +2180,19 @@ func (s *sim) wish() {
 			slices.Sort(req.Remove)
 			req.Remove = slices.Compact(req.Remove)
 		}
-		if len(req.Members) > 0 || len(req.Remove) > 0 {
+		if s.rng.IntN(3) == 0 { // in terms of what changes
+			req.Promote, req.Members, req.Retain = req.Members, nil, false
+			if n := len(req.Promote); n > 1 && s.rng.IntN(2) == 0 {
+				req.Demote, req.Promote = req.Promote[:1], req.Promote[1:]
+			}
+		}
+		if some != nil && s.rng.IntN(2) == 0 {
+			req.Expected = era{conf: some.n.store.conf, members: some.n.store.members}.membership()
+		}
+		if req.Expected != nil && len(req.Expected.Members) == 0 {
+			return
+		}
+		if len(req.Members)+len(req.Promote)+len(req.Demote)+len(req.Remove) > 0 {
 			s.changeMembership(req, func(error) {})
 		}
 	}
@@ -2832,6 +3012,7 @@ func TestSimulatorFindsBugs(t *testing.T) {
 			c.unsettled, c.nodes, c.voters, c.faults = true, 5, 3, []string{"kill", "wipe", "drop", "isolate"}
 			c.adminEvery, c.faultEvery, c.latency = 20, 3, 2
 		}},
+		{"an operator answered on the word of an earlier entry", func(c *simConfig) { c.cached = true }},
 	}
 	for _, tt := range bugs {
 		t.Run(tt.name, func(t *testing.T) {

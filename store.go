@@ -24,7 +24,7 @@ const (
 	// the copy of a shard. Snapshots are in the order of shards, so which one a key
 	// is in can be chosen; shard.go bounds what of one is copied.
 	numShards = 1 << 12
-	// maxRemoved is how many removed raft IDs are remembered.
+	// maxRemoved is how many removed raft IDs, and how many removed nodes, are remembered.
 	maxRemoved = 1024
 	// maxSessions is how many sessions are kept, maxAnswers how many sequences
 	// of each are told from new ones, and how far above the highest the next may
@@ -98,6 +98,7 @@ type store struct {
 	conf      *raftpb.ConfState
 	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
 	removed   []uint64              // raft IDs, oldest first
+	former    []uint64              // ids of nodes that were removed, each once, the last one last
 	proposers map[uint64]uint64     // by raft ID: the last batch applied
 	file      string                // that it was read from, if that is in the data directory
 	sessions  map[uint64]*list.Element
@@ -375,8 +376,20 @@ func (s *store) configure(cs *raftpb.ConfState, changed []*kvpb.Member) {
 			s.removed = append(s.removed, id)
 		}
 	}
+	before := s.members
 	s.members = members // a new map: the old one may have been published
 	s.removed = slices.Clone(s.removed[max(0, len(s.removed)-maxRemoved):])
+	for _, m := range sortedMembers(before) {
+		if len(s.raftIDsOf(m.Node.Id)) == 0 {
+			s.remember(m.Node.Id)
+		}
+	}
+}
+
+// remember notes that a node is no member any more.
+func (s *store) remember(nodeID uint64) {
+	others := slices.DeleteFunc(slices.Clone(s.former), func(id uint64) bool { return id == nodeID })
+	s.former = append(others[max(0, len(others)+1-maxRemoved):], nodeID)
 }
 
 // confIDs returns all raft IDs that a configuration names.
@@ -406,6 +419,7 @@ func (s *store) raftIDsOf(nodeID uint64) []uint64 {
 func (s *store) install(t *store) {
 	s.index, s.term, s.version = t.index, t.term, t.version
 	s.conf, s.members, s.removed, s.proposers, s.file = t.conf, t.members, t.removed, t.proposers, t.file
+	s.former = t.former
 	s.sessions, s.unused, s.recent = t.sessions, t.unused, t.recent
 	s.mu.Lock()
 	defer s.mu.Unlock()

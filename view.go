@@ -159,6 +159,7 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		ConfState: recode(s.conf, &kvpb.ConfState{}),
 		Members:   sortedMembers(s.members),
 		Removed:   slices.Clone(s.removed),
+		Former:    slices.Clone(s.former),
 		Keys:      s.keys,
 		Sessions:  uint64(len(s.sessions)),
 	}
@@ -362,7 +363,10 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	}
 	s.clusterID, s.index, s.term, s.version = h.ClusterId, h.Index, h.Term, h.Version
 	s.conf = raftpb.EnsureConfState(recode(h.ConfState, &raftpb.ConfState{}))
-	s.removed = h.Removed
+	if len(h.Former) > maxRemoved || slices.Contains(h.Former, 0) {
+		return errors.New("its header has invalid former members")
+	}
+	s.removed, s.former = h.Removed, h.Former
 	for _, m := range h.Members {
 		if m.GetRaftId() == 0 || m.GetRaftId() >= maxRaftID || m.GetNode().GetId() == 0 || s.members[m.RaftId] != nil {
 			return errors.New("its header has an invalid member")

@@ -47,7 +47,7 @@ const (
 	ErrorReason_ERROR_REASON_NOT_INITIALIZED ErrorReason = 4
 	// FAILED_PRECONDITION: a node is in a cluster already.
 	ErrorReason_ERROR_REASON_ALREADY_INITIALIZED ErrorReason = 5
-	// NOT_FOUND: no member has this id.
+	// NOT_FOUND: no member has this id, nor had one that is to be removed.
 	ErrorReason_ERROR_REASON_UNKNOWN_MEMBER ErrorReason = 6
 	// ALREADY_EXISTS: another member has this address, or the member with this id
 	// is at another one, and answers there.
@@ -1758,22 +1758,25 @@ func (*AddLearnerResponse) Descriptor() ([]byte, []int) {
 	return file_kv_proto_rawDescGZIP(), []int{20}
 }
 
+// ChangeMembershipRequest says who shall vote: either all of them, in members, or
+// what changes, in promote, demote and remove. It names 1 to 64 members, none twice.
 type ChangeMembershipRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The ids of the voters to be. Empty: the present ones, without those in
-	// remove, of which there has to be one then.
+	// The ids of the voters to be; the other voters are removed, unless retain is
+	// set. Empty: the present ones, but for promote, demote and remove.
 	Members []uint64 `protobuf:"varint,1,rep,packed,name=members,proto3" json:"members,omitempty"`
-	// Keep voters that are not named as learners.
+	// With members: keep voters that are not named as learners.
 	Retain bool `protobuf:"varint,2,opt,name=retain,proto3" json:"retain,omitempty"`
 	// The ids of members to be removed in the same change, learners or voters.
-	// Other learners stay.
+	// Other learners stay. One that was removed already is none: removing it again
+	// succeeds.
 	Remove []uint64 `protobuf:"varint,3,rep,packed,name=remove,proto3" json:"remove,omitempty"`
-	// The ids of members to become voters; the others stay as they are.
+	// The ids of members to become voters. Not with members or retain.
 	Promote []uint64 `protobuf:"varint,4,rep,packed,name=promote,proto3" json:"promote,omitempty"`
-	// The ids of voters to become learners; the others stay as they are.
+	// The ids of voters to become learners. Not with members or retain.
 	Demote []uint64 `protobuf:"varint,5,rep,packed,name=demote,proto3" json:"demote,omitempty"`
-	// The membership that the change was made for. If the cluster has another one,
-	// and is not as the change would have it: MEMBERSHIP_CHANGED. Absent: any.
+	// The membership that the change was made for. If it is another: ABORTED
+	// MEMBERSHIP_CHANGED, unless what is asked for is so already. Absent: any.
 	Expected      *Membership `protobuf:"bytes,6,opt,name=expected,proto3" json:"expected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1851,10 +1854,12 @@ func (x *ChangeMembershipRequest) GetExpected() *Membership {
 	return nil
 }
 
-// Membership is who is in a cluster, by what operators know.
+// Membership is a membership as operators know it.
 type Membership struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Each id once, in any order.
+	// 1 to 128: all members, in any order. A node that is just being taken back may
+	// stand there in both its lives, as Metrics lists it: it counts as one, with the
+	// role of the voter and the address of the learner.
 	Members       []*ExpectedMember `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1900,7 +1905,7 @@ func (x *Membership) GetMembers() []*ExpectedMember {
 type ExpectedMember struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Node  *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	// False: a learner.
+	// Whether it votes; if not, it is a learner.
 	Voter         bool `protobuf:"varint,2,opt,name=voter,proto3" json:"voter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3986,7 +3991,10 @@ type SnapshotHeader struct {
 	ConfState *ConfState `protobuf:"bytes,6,opt,name=conf_state,json=confState,proto3" json:"conf_state,omitempty"`
 	Members   []*Member  `protobuf:"bytes,7,rep,name=members,proto3" json:"members,omitempty"`
 	// Raft IDs that were removed, oldest first; the last 1,024.
-	Removed   []uint64    `protobuf:"varint,8,rep,packed,name=removed,proto3" json:"removed,omitempty"`
+	Removed []uint64 `protobuf:"varint,8,rep,packed,name=removed,proto3" json:"removed,omitempty"`
+	// The ids of nodes that were members, each once, the one removed last at the
+	// end; the last 1,024. One of them may be a member again.
+	Former    []uint64    `protobuf:"varint,15,rep,packed,name=former,proto3" json:"former,omitempty"`
 	Proposers []*Proposer `protobuf:"bytes,9,rep,name=proposers,proto3" json:"proposers,omitempty"`
 	// The numbers of KeyValues and of Sessions that follow.
 	Keys          uint64 `protobuf:"varint,10,opt,name=keys,proto3" json:"keys,omitempty"`
@@ -4077,6 +4085,13 @@ func (x *SnapshotHeader) GetMembers() []*Member {
 func (x *SnapshotHeader) GetRemoved() []uint64 {
 	if x != nil {
 		return x.Removed
+	}
+	return nil
+}
+
+func (x *SnapshotHeader) GetFormer() []uint64 {
+	if x != nil {
+		return x.Former
 	}
 	return nil
 }
@@ -4883,7 +4898,7 @@ const file_kv_proto_rawDesc = "" +
 	"\tkey_value\x18\x02 \x01(\v2\x0f.kv.v1.KeyValueH\x00R\bkeyValue\x12/\n" +
 	"\x06footer\x18\x03 \x01(\v2\x15.kv.v1.SnapshotFooterH\x00R\x06footer\x12*\n" +
 	"\asession\x18\x04 \x01(\v2\x0e.kv.v1.SessionH\x00R\asessionB\b\n" +
-	"\x06record\"\xde\x02\n" +
+	"\x06record\"\xf6\x02\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -4894,7 +4909,8 @@ const file_kv_proto_rawDesc = "" +
 	"\n" +
 	"conf_state\x18\x06 \x01(\v2\x10.kv.v1.ConfStateR\tconfState\x12'\n" +
 	"\amembers\x18\a \x03(\v2\r.kv.v1.MemberR\amembers\x12\x18\n" +
-	"\aremoved\x18\b \x03(\x04R\aremoved\x12-\n" +
+	"\aremoved\x18\b \x03(\x04R\aremoved\x12\x16\n" +
+	"\x06former\x18\x0f \x03(\x04R\x06former\x12-\n" +
 	"\tproposers\x18\t \x03(\v2\x0f.kv.v1.ProposerR\tproposers\x12\x12\n" +
 	"\x04keys\x18\n" +
 	" \x01(\x04R\x04keys\x12\x1a\n" +

@@ -401,7 +401,8 @@ type ClusterServiceClient interface {
 	AddLearner(ctx context.Context, in *AddLearnerRequest, opts ...grpc.CallOption) (*AddLearnerResponse, error)
 	// ChangeMembership makes the named members the voters, in one joint change
 	// (Raft paper, section 6). Each has to be a voter or a learner that has
-	// caught up. A leader that is not among them hands over first.
+	// caught up. A leader that is not among them hands over. It answers once most
+	// voters know the change; if all is so already, it succeeds.
 	ChangeMembership(ctx context.Context, in *ChangeMembershipRequest, opts ...grpc.CallOption) (*ChangeMembershipResponse, error)
 	// TransferLeader makes another voter the leader (Raft thesis, section 3.10)
 	// and answers once it is.
@@ -517,7 +518,8 @@ type ClusterServiceServer interface {
 	AddLearner(context.Context, *AddLearnerRequest) (*AddLearnerResponse, error)
 	// ChangeMembership makes the named members the voters, in one joint change
 	// (Raft paper, section 6). Each has to be a voter or a learner that has
-	// caught up. A leader that is not among them hands over first.
+	// caught up. A leader that is not among them hands over. It answers once most
+	// voters know the change; if all is so already, it succeeds.
 	ChangeMembership(context.Context, *ChangeMembershipRequest) (*ChangeMembershipResponse, error)
 	// TransferLeader makes another voter the leader (Raft thesis, section 3.10)
 	// and answers once it is.
