@@ -4,9 +4,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"slices"
@@ -781,6 +783,122 @@ func TestNobodyIsReplacedWhoAnswers(t *testing.T) {
 	l := newLone(t, leading)
 	_, err := l.n.stepLearner(9, &kvpb.Node{Id: 1, Address: "other:1"})
 	wantError(t, err, codes.AlreadyExists, "MEMBER_EXISTS")
+}
+
+// twoLives is a leader of the cluster of nodes 1 to 3 which has added 9, another life
+// of a node, and has heard from all but 9 for long.
+type twoLives struct {
+	*lone
+	node uint64
+	logs bytes.Buffer
+}
+
+func newTwoLives(t *testing.T, node uint64) *twoLives {
+	t.Helper()
+	l := &twoLives{lone: newLone(t, leading), node: node}
+	n := l.n
+	n.log = slog.New(slog.NewTextHandler(&l.logs, nil))
+	l.live(2*n.electionTicks(), 2, 3)
+	if err := n.addIncarnation(&kvpb.Peer{RaftId: 9, Node: &kvpb.Node{Id: node, Address: "other:1"}}); err != nil {
+		t.Fatal(err)
+	}
+	l.ack(2, 3)
+	if len(n.store.raftIDsOf(node)) != 2 {
+		t.Fatal("there is one life")
+	}
+	l.hellos = append(l.hellos, &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: n.store.members[9], RaftId: 9, Life: 9}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}})
+	n.peerUp(9, 9, true)
+	return l
+}
+
+// live lets time pass, in which lives, 2, 3 and 9, have all that the leader has, and
+// answer it.
+func (l *twoLives) live(ticks uint64, ids ...uint64) {
+	l.t.Helper()
+	for range ticks {
+		l.turn(1)
+		for _, id := range ids {
+			if l.n.store.members[id] != nil {
+				l.hears(map[uint64]int{2: 0, 3: 1, 9: 2}[id], message(raftpb.MsgAppResp, id, l.n.term, func(m *raftpb.Message) { *m.Index = l.n.raft.last() }))
+			}
+		}
+		if l.n.role != raft.StateLeader {
+			l.t.Fatal("it does not lead any more")
+		}
+	}
+}
+
+// wants checks which lives the node has.
+func (l *twoLives) wants(when string, lives ...uint64) {
+	l.t.Helper()
+	if got := l.n.store.raftIDsOf(l.node); !slices.Equal(got, lives) {
+		l.t.Errorf("node %d %s: it has the lives %v, want %v", l.node, when, got, lives)
+	}
+}
+
+// TestOneLifeStays: of two lives of a node the one stays that answers: the older one
+// if the newer is silent for long, the newer one if the older is silent. If both answer,
+// or none, both stay. That goes for the leader itself, too, which answers.
+func TestOneLifeStays(t *testing.T) {
+	long := func(n *node) uint64 { return n.ticksOf(leaderWait) + 2*n.electionTicks() + 2*ticksPerHeartbeat }
+	for _, node := range []uint64{1, 3} {
+		l := newTwoLives(t, node)
+		l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
+		l.wants("has just been added", node, 9)
+		if l.live(4*ticksPerHeartbeat, 2, 3); l.n.err != nil {
+			t.Fatal(l.n.err)
+		}
+		l.wants("does not answer where it has moved", node)
+		if r := &(request{n: l.n, step: func() (bool, error) { return l.n.stepLearner(node, plainNode(node)) }}); node == l.n.raftID {
+			if done, err := r.advance(); err != nil || done {
+				t.Errorf("added again, it is %v, %v", done, err)
+			}
+			l.ack(2)
+			if done, err := r.advance(); err != nil || !done || strings.Contains(l.n.whyUnhealthy(), "role") {
+				t.Errorf("added again, it is %v, %v; it is unhealthy: %q", done, err, l.n.whyUnhealthy())
+			}
+		}
+
+		l = newTwoLives(t, node)
+		for range 5 {
+			l.live(long(l.n)/2, 2, 3)
+			l.live(1, 2, 3, 9)
+		}
+		l.wants("answers now and then", node, 9)
+
+		l = newTwoLives(t, node)
+		l.live(3*long(l.n), 2, 3, 9)
+		l.wants("answers twice", node, 9)
+		if said := strings.Count(l.logs.String(), "two processes go by the id"); said != 1 || !strings.Contains(l.logs.String(), "n"+fmt.Sprint(node)+":1 and other:1") {
+			t.Errorf("that node %d answers twice is said %d times:\n%s", node, said, l.logs.String())
+		}
+		if why := l.n.whyUnhealthy(); strings.Contains(why, "another process goes by the id of this node, 1, at other:1") != (node == 1) {
+			t.Errorf("node %d answers twice: the leader is unhealthy: %q", node, why)
+		}
+		l.n.peerDown(9, true)
+		l.live(long(l.n), 2, 3)
+		l.wants("answers once again", node)
+	}
+
+	l := newTwoLives(t, 3)
+	l.live(3*long(l.n), 2)
+	l.wants("does not answer at all", 3, 9)
+	l.live(2*ticksPerHeartbeat, 2, 3)
+	l.wants("is back", 3)
+
+	l = newTwoLives(t, 3)
+	l.n.peerDown(3, true)
+	l.live(2*l.n.electionTicks(), 2, 9)
+	l.wants("answers where it has moved", 9)
+	if !l.n.isVoter(9) {
+		t.Error("it has lost its vote")
+	}
+
+	l = newTwoLives(t, 3)
+	l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
+	l.n.sights[9].term-- // as if it had led before, too
+	l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
+	l.wants("has a leader that is new", 3, 9)
 }
 
 // TestStrayLearner: a learner that has joined another cluster is removed, and

@@ -638,21 +638,73 @@ func (n *node) heal() {
 			n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId):
 			_ = n.addIncarnation(met.Peer)
 			return
-		case len(ids) > 1 && m.Node.Id != n.self.Id && slices.Contains(n.store.conf.GetLearners(), m.RaftId) &&
-			n.alive(m.RaftId) && n.isCaughtUp(progress[m.RaftId]):
-			var changes []*raftpb.ConfChangeSingle
-			for _, id := range ids {
-				if n.isVoter(id) {
-					changes = append(changes, confChange(raftpb.ConfChangeAddNode, m.RaftId))
-				}
-				if id != m.RaftId {
-					changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
-				}
+		case len(ids) > 1 && slices.Contains(n.store.conf.GetLearners(), m.RaftId):
+			if n.oneLife(m, ids, progress[m.RaftId]) {
+				return
 			}
-			_ = n.proposeChange(nil, changes...)
-			return
 		}
 	}
+}
+
+// sight is when a leader first saw that a node has a learner beside an older life.
+type sight struct {
+	term, tick uint64
+	said       bool // that both of them answer
+}
+
+// oneLife takes a step towards one life of a node that has a learner beside an
+// older one, if it is clear which of them lives; true: it has taken one. A learner that
+// nobody hears while the older life answers is of a process that has ended: the node was
+// started once without its directory, or did not get on where it had moved. It is given
+// the time to connect that a new one needs.
+func (n *node) oneLife(m *kvpb.Member, ids []uint64, pr tracker.Progress) bool {
+	seen := n.sights[m.RaftId]
+	if seen == nil || seen.term != n.term {
+		seen = &sight{term: n.term, tick: n.now}
+		n.sights[m.RaftId] = seen
+	}
+	silent := n.now - max(seen.tick, n.heard[m.RaftId])
+	answers := n.alive(m.RaftId)
+	olderAnswers := slices.ContainsFunc(ids, func(id uint64) bool { return id != m.RaftId && n.alive(id) })
+	switch {
+	case answers && olderAnswers:
+		if !seen.said {
+			n.log.Warn("two processes go by the id of one node: stop one of them", "peer", m.Node.Id, "at", n.addresses(ids))
+		}
+		seen.said = true
+	case answers && n.isCaughtUp(pr):
+		_ = n.proposeChange(nil, n.replaceBy(m.RaftId, ids)...)
+		return true
+	case olderAnswers && silent > n.ticksOf(leaderWait)+2*n.electionTicks():
+		n.log.Warn("a life of a node that answers in an older one is given up", "peer", m.Node.Id, "address", m.Node.Address)
+		_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
+		return true
+	}
+	return false
+}
+
+// replaceBy returns what gives a life of a node the role that its others have, and
+// removes them.
+func (n *node) replaceBy(life uint64, ids []uint64) (changes []*raftpb.ConfChangeSingle) {
+	for _, id := range ids {
+		if n.isVoter(id) {
+			changes = append(changes, confChange(raftpb.ConfChangeAddNode, life))
+		}
+		if id != life {
+			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+		}
+	}
+	return changes
+}
+
+// addresses lists where members are.
+func (n *node) addresses(ids []uint64) string {
+	var at []string
+	for _, id := range ids {
+		at = append(at, n.store.members[id].Address)
+	}
+	slices.Sort(at)
+	return strings.Join(slices.Compact(at), " and ")
 }
 
 // addIncarnation adds a life of a node as a learner, in place of its learners.

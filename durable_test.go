@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -145,6 +146,35 @@ func TestDurableAlone(t *testing.T) {
 	d.close()
 	if _, err := openDisk(osFS{}, filepath.Join(dir(1), "no", "parent"), 1<<20, quiet()); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "has to be there") {
 		t.Fatal(err)
+	}
+}
+
+// TestDurableForgotten: a node that was started without its directory, and then with
+// it, is healthy again, although its cluster has taken the other life in.
+func TestDurableForgotten(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c, _ := newDurable(t, 3)
+	c.init(1, 2, 3)
+	durable := c.options
+	leader := c.settled(1, 2, 3)
+	for _, id := range []uint64{1 + leader%3, leader} {
+		before := c.raftIDs(id)
+		address := c.nodes[id].address
+		c.kill(id)
+		c.options = func(o *options) { durable(o); o.durable, o.dataDir = false, "" }
+		added := c.when(livesOf(id, 2))
+		c.start(id, address)
+		added(func() { c.kill(id) })
+		c.options = durable
+		c.start(id, address)
+		c.health(id, "kv.v1.KVService", grpc_health_v1.HealthCheckResponse_SERVING)
+		c.health(id, restartHealth, grpc_health_v1.HealthCheckResponse_SERVING)
+		c.settled(1, 2, 3)
+		if after := c.raftIDs(id); !slices.Equal(before, after) {
+			t.Errorf("node %d was %x and is %x", id, before, after)
+		}
+		c.addLearner(id, id)
+		c.works(1, 2, 3)
 	}
 }
 

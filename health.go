@@ -54,13 +54,23 @@ func (n *node) whyUnhealthy() string {
 	case n.store.members[n.raftID] == nil:
 		return "not a member, as far as it knows"
 	case len(n.store.raftIDsOf(n.self.Id)) > 1:
-		return "not yet back in its role"
+		return n.whyTwoLives()
 	case n.lead == 0:
 		return n.noLeader().Error()
 	case !n.caughtUp():
 		return "not yet caught up"
 	}
 	return ""
+}
+
+// whyTwoLives says of a node that is a member twice what keeps it from being one.
+func (n *node) whyTwoLives() string {
+	for _, id := range n.store.raftIDsOf(n.self.Id) {
+		if id != n.raftID && n.connected[id] {
+			return fmt.Sprintf("another process goes by the id of this node, %d, at %s: stop one of the two", n.self.Id, n.store.members[id].Address)
+		}
+	}
+	return "not yet back in its role"
 }
 
 // whyNotRestart says why this node should not be stopped for a restart; empty: the

@@ -159,6 +159,7 @@ type node struct {
 	met       map[uint64]*meeting // by raft ID: a life without memory that answered in place of this member
 	// disownedBy are the members, by raft ID, that have applied this node's removal.
 	disownedBy map[uint64]bool
+	sights     map[uint64]*sight // by raft ID: learners whose node has an older life, too
 	out        []peerMessages
 	askedAt    uint64 // tick in which a peer last asked this leader for something
 
@@ -204,6 +205,7 @@ func (n *node) newLife() {
 	n.lives, n.connected, n.heard = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]uint64{}
 	n.met, n.disownedBy = map[uint64]*meeting{}, map[uint64]bool{}
 	n.logBehind, n.learned = false, learnedCommit{}
+	n.sights = map[uint64]*sight{}
 	n.out, n.gone = nil, nil
 	n.bornAt, n.claim, n.founding = n.now, nil, nil
 }
@@ -940,6 +942,7 @@ func (n *node) configured() {
 		delete(n.lives, id) // never to be heard again
 		delete(n.met, id)
 		delete(n.heard, id)
+		delete(n.sights, id)
 	}
 	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
