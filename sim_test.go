@@ -3012,7 +3012,10 @@ func TestSimulatorFindsBugs(t *testing.T) {
 			c.unsettled, c.nodes, c.voters, c.faults = true, 5, 3, []string{"kill", "wipe", "drop", "isolate"}
 			c.adminEvery, c.faultEvery, c.latency = 20, 3, 2
 		}},
-		{"an operator answered on the word of an earlier entry", func(c *simConfig) { c.cached = true }},
+		{"an operator answered on the word of an earlier entry", func(c *simConfig) {
+			c.cached, c.nodes, c.voters, c.faults = true, 4, 3, []string{"isolate", "drop"}
+			c.adminEvery, c.faultEvery, c.election, c.outage = 3, 10, 30, 150
+		}},
 	}
 	for _, tt := range bugs {
 		t.Run(tt.name, func(t *testing.T) {

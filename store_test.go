@@ -302,8 +302,28 @@ func TestStoreConfigure(t *testing.T) {
 	if n := len(s.removed); n != maxRemoved || s.removed[0] != 15 || s.removed[n-1] != 10+maxRemoved+4 {
 		t.Errorf("it remembers %d removed, %d to %d", n, s.removed[0], s.removed[n-1])
 	}
-	if _, err := readSnapshot(bytes.NewReader(snapshotBytes(t, s))); err != nil {
-		t.Errorf("with all removed: %v", err)
+	if !slices.Equal(s.former, s.removed) { // plainMembers has them alike
+		t.Errorf("it remembers the nodes %v", s.former)
+	}
+	again, err := readSnapshot(bytes.NewReader(snapshotBytes(t, s)))
+	if err != nil {
+		t.Fatalf("with all removed: %v", err)
+	}
+	if !slices.Equal(again.former, s.former) {
+		t.Errorf("after a snapshot it remembers the nodes %v", again.former)
+	}
+
+	s = newTestStore()
+	life := []*kvpb.Member{{RaftId: 9, Node: plainNode(3)}}
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 2, 9}}, life) // 3 is replaced
+	if len(s.former) > 0 {
+		t.Errorf("who is in another life counts as removed: %v", s.former)
+	}
+	s.configure(&raftpb.ConfState{Voters: []uint64{1}}, nil)
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 2}}, plainMembers(2)) // for a while
+	s.configure(&raftpb.ConfState{Voters: []uint64{1}}, nil)
+	if !slices.Equal(s.former, []uint64{3, 2}) {
+		t.Errorf("it remembers the nodes %v, want 3 and 2, once each", s.former)
 	}
 }
 
@@ -791,6 +811,8 @@ func TestSnapshotRefused(t *testing.T) {
 		"no cluster":             with(func(h *kvpb.SnapshotHeader) { h.ClusterId = 0 }),
 		"no index":               with(func(h *kvpb.SnapshotHeader) { h.Index = 0 }),
 		"no term":                with(func(h *kvpb.SnapshotHeader) { h.Term = 0 }),
+		"too many former":        with(func(h *kvpb.SnapshotHeader) { h.Former = slices.Repeat([]uint64{1}, maxRemoved+1) }),
+		"a former member 0":      with(func(h *kvpb.SnapshotHeader) { h.Former = []uint64{0} }),
 		"too many removed":       with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved+1) }),
 		"member 0":               with(func(h *kvpb.SnapshotHeader) { h.Members[2].RaftId = 0 }),
 		"member without node":    with(func(h *kvpb.SnapshotHeader) { h.Members[2].Node = nil }),
