@@ -1138,6 +1138,9 @@ func TestDiskChangeAnswered(t *testing.T) {
 		if err := p.settle(); err != nil {
 			t.Fatal(err)
 		}
+		if !last.witnessed() {
+			t.Error("there is no entry of this term")
+		}
 	}
 }
 
