@@ -90,12 +90,12 @@ func (n *node) redialTime() time.Duration {
 	return 400*time.Millisecond + 480*time.Millisecond + 500*time.Millisecond
 }
 
-// claim is what a node in no cluster has promised.
+// claim is what a node in no cluster has promised. It is never changed.
 type claim struct {
-	id      uint64 // of the try
-	founder *kvpb.Peer
-	members []*kvpb.Node
-	since   uint64 // tick
+	id        uint64 // of the try
+	founder   *kvpb.Peer
+	members   []*kvpb.Node
+	clusterID uint64 // that the founder has made; 0: none, as far as this node knows
 }
 
 // naming is a hello of a cluster that means this node.
@@ -110,24 +110,19 @@ func (n *node) claimed() *claim {
 	if n.claim == nil || n.store.clusterID != 0 {
 		return nil
 	}
-	if n.now-n.claim.since > n.ticksOf(claimTime) {
+	if n.now-n.claimedAt > n.ticksOf(claimTime) {
 		return nil
 	}
 	return n.claim
 }
 
-// claimant is the raft ID of the founder that has claimed this node; 0: nobody has.
-func (n *node) claimant() uint64 {
-	if c := n.claimed(); c != nil {
-		return c.founder.RaftId
+// excludes reports whether a claim, or nil, keeps its node from listening to the
+// sender of a hello: that is neither the founder nor in its cluster.
+func (c *claim) excludes(h *kvpb.Hello) bool {
+	if c == nil || h.GetFrom().GetRaftId() == c.founder.RaftId {
+		return false
 	}
-	return 0
-}
-
-// promisedTo reports whether a claim keeps this node from listening to the sender
-// of a hello.
-func promisedTo(claimant uint64, h *kvpb.Hello) bool {
-	return claimant != 0 && h.GetFrom().GetRaftId() != claimant
+	return c.clusterID == 0 || h.ClusterId != c.clusterID
 }
 
 // means reports whether a hello is a cluster's that means this node, in whatever
@@ -230,7 +225,8 @@ func (n *node) answerClaim(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH}
 	}
 	if req.Id != 0 {
-		n.claim = &claim{id: req.Id, founder: req.Founder, members: req.Members, since: n.now}
+		n.claim = &claim{id: req.Id, founder: req.Founder, members: req.Members}
+		n.claimedAt = n.now
 	}
 	return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED}
 }
@@ -264,7 +260,7 @@ func (n *node) withdraw(id uint64) {
 func (n *node) awaitMember(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 	if n.store.clusterID == 0 {
 		if n.claim != nil && n.claim.id == req.Id {
-			n.claim.since = n.now
+			n.keepClaim(req.ClusterId)
 		}
 		return nil
 	}
@@ -272,6 +268,16 @@ func (n *node) awaitMember(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 		return nil
 	}
 	return n.answerClaim(req)
+}
+
+// keepClaim makes the claim last, now that its founder has a cluster.
+func (n *node) keepClaim(clusterID uint64) {
+	n.claimedAt = n.now
+	if n.claim.clusterID != clusterID {
+		c := *n.claim
+		c.clusterID = clusterID
+		n.claim = &c
+	}
 }
 
 // initTry is a founder's hold on all members, as far as the founder knows.

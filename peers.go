@@ -33,7 +33,7 @@ type glance struct {
 	spared                  bool   // this node may be restarted
 	lost, connected         int    // members known to have lost their memory; peers
 	leaderless              uint64 // seconds without a leader
-	claimant                uint64
+	claim                   *claim // nil: it has not promised itself
 	conf                    *raftpb.ConfState
 }
 
@@ -51,7 +51,7 @@ func (n *node) publish() {
 		clusterID: s.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead,
 		leading: n.leads(), caughtUp: n.caughtUp(), spared: n.rn != nil && n.isSpared(),
 		lost: len(n.met), connected: len(n.connected), leaderless: n.leaderless / n.ticksOf(time.Second),
-		claimant: n.claimant(), conf: s.conf,
+		claim: n.claimed(), conf: s.conf,
 	}
 	if old.glance == now && slices.Equal(old.removed, n.gone) {
 		return
@@ -112,7 +112,7 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 		// It only asks.
 	case validateNode("from", h.GetFrom().GetNode()) != nil || !validRaftID(h.GetFrom().GetRaftId()) || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
 		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
-	case !sameCluster(p.clusterID, p.members, h), p.clusterID == 0 && promisedTo(p.claimant, h):
+	case !sameCluster(p.clusterID, p.members, h), p.clusterID == 0 && p.claim.excludes(h):
 		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER
 	case to.GetRaftId() != p.raftID, to.GetLife() != 0 && to.GetLife() != p.life, !proto.Equal(to.GetNode(), n.self):
 		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME

@@ -176,10 +176,11 @@ type node struct {
 	pending              *store  // a snapshot's content between Step and Ready
 	views                []*view // that snapshots are being sent from
 
-	bornAt   uint64       // tick in which this life began
-	claim    *claim       // the last that was made; claimed says whether it holds
-	named    *naming      // the last hello of a cluster that meant this node; nil: none
-	founding []*kvpb.Node // of the Init that this node has made its cluster for, while it is not done
+	bornAt    uint64       // tick in which this life began
+	claim     *claim       // the last that was made; claimed says whether it holds
+	claimedAt uint64       // tick in which it was made, or was last wanted
+	named     *naming      // the last hello of a cluster that meant this node; nil: none
+	founding  []*kvpb.Node // of the Init that this node has made its cluster for, while it is not done
 
 	count kvpb.MetricsResponse // the counters in it
 }

@@ -116,7 +116,7 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 		return errors.New("the snapshot does not name this node")
 	}
 	fresh := n.rn == nil
-	if fresh && promisedTo(n.claimant(), h) {
+	if fresh && n.claimed().excludes(h) {
 		return errors.New("the node is claimed for another cluster")
 	}
 	if fresh {
