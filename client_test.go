@@ -784,6 +784,7 @@ func TestClientResend(t *testing.T) {
 	late := answer(apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE, "late"))
 	unknown := answer(apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "lost"))
 	refused := answer(apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, "key:\ntoo long"))
+	unsure := answer(apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "begun"))
 	full := answer(apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED, "full"))
 	outside := answer(apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED, "removed just now"))
 	changed := answer(apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED, "it is 1=a:1, voter, now"))
@@ -806,6 +807,7 @@ func TestClientResend(t *testing.T) {
 		{"unknown", "set k v", unknown, ""},
 		{"unknown", "delete k", unknown, ""},
 		{"unknown", "change-membership 1", unknown, mayBe},
+		{"unknown, unavailable", "change-membership 1", unsure, mayBe},
 		{"refused", "set k v", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
 		{"unreachable", "transfer-leader 1", func(context.Context) error {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "node 1 does not answer")

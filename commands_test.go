@@ -322,11 +322,13 @@ func TestChangesOfMembership(t *testing.T) {
 	}
 	// Who is on its way out is no voter to be kept; a node of two lives counts once.
 	old := memberStatus(2, "learner")
-	leaderHas(memberStatus(1, "leaving"), old, two, three)
-	runCommand(t, exitYes, "", "change-membership", "2", "3")
 	want := &kvpb.ChangeMembershipRequest{Members: []uint64{2, 3}, Expected: expected(two, three)}
-	if sent, _ := follower.take(); !proto.Equal(sent, want) {
-		t.Errorf("sent %v, want %v", sent, want)
+	for _, lives := range [][]*kvpb.MemberStatus{{old, two}, {two, old}} {
+		leaderHas(append(lives, memberStatus(1, "leaving"), three)...)
+		runCommand(t, exitYes, "", "change-membership", "2", "3")
+		if sent, _ := follower.take(); !proto.Equal(sent, want) {
+			t.Errorf("sent %v, want %v", sent, want)
+		}
 	}
 	runCommand(t, exitYes, "", "init", "1=h:1", "--force")
 	if sent, _ := follower.take(); !sent.(*kvpb.InitRequest).Force {

@@ -4,17 +4,19 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -117,6 +119,19 @@ func TestNoEndpointIsAHelp(t *testing.T) {
 			wantPart(t, e.Text, address+": "+want)
 		}
 	})
+}
+
+// TestBackupBeginsAnew: what an endpoint sent that broke off is not in the file.
+func TestBackupBeginsAnew(t *testing.T) {
+	t.Parallel()
+	broken, live := newFakeNode(t), newFakeNode(t)
+	_, whole := backupOf(t, 100)
+	broken.backup, live.backup = whole[:len(whole)/2], whole
+	file := filepath.Join(t.TempDir(), "backup")
+	runCommand(t, exitYes, "", "backup", file, "--endpoints", broken.addr+","+live.addr)
+	if got, err := os.ReadFile(file); err != nil || !bytes.Equal(got, whole) {
+		t.Errorf("%d bytes, %v, want the %d that were sent last", len(got), err, len(whole))
+	}
 }
 
 // TestInitWantsNodesInNoCluster: the first endpoint that answers is called, and
@@ -250,16 +265,12 @@ func TestCallsAreLeftWhenTheConnectionBreaks(t *testing.T) {
 			<-ctx.Done()
 			return ctx.Err()
 		})
-		args := commandLine(t, line, freezer.address+","+live.addr)
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			runCommand(t, exit, "", append(args, "--timeout", "10m")...)
-		}()
-		select {
-		case <-ended:
-		case <-time.After(2 * pollDeadline):
-			t.Fatal("it waits for a node that hangs")
+		args := append(commandLine(t, line, freezer.address+","+live.addr), "--timeout", "10m")
+		ctx, cancel := context.WithTimeout(t.Context(), 2*pollDeadline)
+		defer cancel()
+		var errs bytes.Buffer
+		if got := runClient(ctx, args, nil, io.Discard, &errs); got != exit || ctx.Err() != nil {
+			t.Errorf("exit status %d, want %d, in time %v: %s", got, exit, ctx.Err() == nil, &errs)
 		}
 		if _, n := live.take(); n != oneOf(exit == exitYes, 1, 0) {
 			t.Errorf("the second endpoint was called %d times", n)

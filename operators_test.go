@@ -28,8 +28,8 @@ func votersOf(t *testing.T, c *testCluster, id uint64) (voters, learners []uint6
 	return voters, learners
 }
 
-// TestPromoteAndDemote: all others stay as they are.
-func TestPromoteAndDemote(t *testing.T) {
+// TestOperatorsPromoteAndDemote: all others stay as they are.
+func TestOperatorsPromoteAndDemote(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 5)
 	c.init(1, 2, 3)
