@@ -589,8 +589,8 @@ func TestPromoteAndDemote(t *testing.T) {
 	c.works(1, 2, 3, 4)
 }
 
-// TestPastLifeIsNeeded: a node that was removed is asked to drop its state, to be
-// added again, only once most others know that they can do without it.
+// TestPastLifeIsNeeded: a node that was removed, and does not know it yet, is not
+// added again.
 func TestPastLifeIsNeeded(t *testing.T) {
 	l := newLoneWithLearner(t)
 	n := l.n
@@ -615,63 +615,9 @@ func TestPastLifeIsNeeded(t *testing.T) {
 		}
 	}
 	l.ack(2)
-	if err := step(); err != errPastLife {
-		t.Errorf("the others know, and it says %v", err)
-	}
-
-	other := turnNode()
-	other.store.install(n.store)
-	other.raftID, other.net = 4, l
-	other.publish()
-	for _, past := range [][]uint64{nil, {3}, {4}} {
-		h := n.hello()
-		h.Removed = past
-		other.accept(h)
-		other.turn(other.in.take())
-		if dropped := other.raftID != 4; dropped != slices.Contains(past, 4) {
-			t.Errorf("asked as %v, it has dropped its state: %v", past, dropped)
-		}
-	}
-}
-
-// greeter keeps what its callers say.
-type greeter struct {
-	kvpb.UnimplementedRaftServiceServer
-	said chan *kvpb.Hello
-}
-
-func (g *greeter) Stream(s kvpb.RaftService_StreamServer) error {
-	req, err := s.Recv()
-	if err != nil {
-		return err
-	}
-	g.said <- req.Hello
-	return s.Send(&kvpb.StreamResponse{Welcome: &kvpb.Welcome{Peer: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}}})
-}
-
-// TestProbeTellsNoMore: who is asked who he is hears of no removals but those that
-// are meant for him.
-func TestProbeTellsNoMore(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	g, there := &greeter{said: make(chan *kvpb.Hello, 1)}, grpc.NewServer()
-	kvpb.RegisterRaftServiceServer(there, g)
-	served := make(chan error, 1)
-	go func() { served <- there.Serve(listener) }()
-	defer func() { there.Stop(); <-served }()
-	n := newLone(t, leading).n
-	n.store.removed = []uint64{4, 5}
-	n.publish()
-	nw := newNetwork(n, n.log, nil)
-	defer nw.close()
-	for _, past := range [][]uint64{nil, {4}} {
-		if _, err := nw.probe(t.Context(), listener.Addr().String(), past); err != nil {
-			t.Fatal(err)
-		}
-		if h := <-g.said; !slices.Equal(h.Removed, past) || len(n.hello().Removed) != 2 {
-			t.Errorf("it hears of %v, want %v", h.Removed, past)
+	for range 3 {
+		if err := step(); err != errPastLife {
+			t.Fatalf("the others know, and it says %v", err)
 		}
 	}
 }
@@ -771,6 +717,8 @@ func TestNobodyIsReplacedWhoAnswers(t *testing.T) {
 		{"it is silent", "other:1", func(n *node) { n.leadHeard = 0; n.now += 2 * n.electionTicks() }, "", true},
 		{"it is not connected", "other:1", func(n *node) { delete(n.connected, 3) }, "", true},
 		{"the same address", plainNode(3).Address, func(n *node) { n.heard[3] = n.now }, "", true},
+		{"it answers where it has moved to", plainNode(3).Address, func(n *node) { n.heard[3] = n.now; n.moved[3] = &kvpb.Node{Id: 3, Address: "other:1"} }, "MEMBER_EXISTS", false},
+		{"it was where another life answers", "other:1", func(n *node) { n.heard[3] = n.now; n.moved[3] = &kvpb.Node{Id: 3, Address: "other:1"} }, "", true},
 	} {
 		l := newLone(t, leading)
 		clear(l.n.heard)

@@ -26,7 +26,10 @@ var (
 	errOverloaded     = errors.New("this node has too many calls waiting")
 	errNotLeader      = errors.New("this node does not lead")
 	errInCluster      = errors.New("this node is in a cluster already")
-	errRemoved        = fmt.Errorf("%w: it is no member of its cluster any more: it was removed, or has come back since without this data directory. Delete that, all of it, and start again; if status does not list the node then, add-learner adds it", errStopping)
+	errRemoved        = fmt.Errorf("%w: most of the other voters that it knows say that it is no member of its cluster "+
+		"any more: it was removed, or has come back since without this data directory, in which nothing was changed. "+
+		"Ask the others with status: if they list this node, and no other process is it, start it again. "+
+		"Else move the directory away and start it without; add-learner adds it, if it is not listed then", errStopping)
 )
 
 // proposal is this node's own entry in flight. There is one at most: what is

@@ -31,8 +31,17 @@ func validRaftID(id uint64) bool { return id != 0 && id < maxRaftID }
 
 // errContradiction is what a peer's message is met with that cannot be true if
 // this node's state is. One of the two has lost data, so the node stops.
-var errContradiction = errors.New("a peer contradicts what this node knows to be committed, so one of the two has lost what it promised " +
-	"(was a data directory rolled back? then delete it, all of it, and start that node again: the cluster takes it back)")
+var errContradiction = errors.New("it contradicts what this node knows to be committed, " +
+	"so one of the two has lost what it promised")
+
+// whichIsWrong is what an operator can do about a contradiction. It must be true
+// for either of the two, and if the message was forged.
+const whichIsWrong = "That does not say which of the two is wrong: " +
+	"keep all data directories as they are until that is known. " +
+	"Compare term, last and commit index of all nodes (status -o json; for one that has stopped, its log), " +
+	"and find out whose directory was rolled back or copied: that one is, and has less than it had. " +
+	"Then move that directory away, and start its node without: the cluster takes it back. " +
+	"If none was, the message was not the peer's: start this node again"
 
 // peerCheck is the state of this node against which messages are checked.
 type peerCheck struct {

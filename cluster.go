@@ -99,13 +99,12 @@ func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto
 }
 
 // probe asks a node for its raft ID in this life. It has to be the one that is
-// meant, and in no other cluster than this node. If it is one of the past lives,
-// it drops its state.
-func (s *server) probe(ctx context.Context, m *kvpb.Node, past []uint64) (uint64, error) {
+// meant, and in no other cluster than this node.
+func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
 	p := s.n.pub.Load()
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	w, err := s.net.probe(ctx, m.Address, past)
+	w, err := s.net.probe(ctx, m.Address)
 	if err != nil {
 		return 0, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 			fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
@@ -116,7 +115,8 @@ func (s *server) probe(ctx context.Context, m *kvpb.Node, past []uint64) (uint64
 	}
 	if w.ClusterId != 0 && w.ClusterId != p.clusterID {
 		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
-			fmt.Sprintf("node %d at %s is in another cluster, %016x; to have it in this one, stop it, delete its data directory if it has one, and start it again", m.Id, m.Address, w.ClusterId))
+			fmt.Sprintf("node %d at %s is in another cluster, %016x; to have it in this one, stop it, "+
+				"move its data directory away if it has one, and start it again", m.Id, m.Address, w.ClusterId))
 	}
 	return w.Peer.RaftId, nil
 }
@@ -130,25 +130,46 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.addLearner(ctx, req.Node) })
 }
 
-// errPastLife means that a node does not know yet that it is removed, and that the
-// others can do without it.
-var errPastLife = errors.New("the node has yet to drop its state")
+// errPastLife means that a node goes by a raft ID that was removed, and is yet to
+// hear of it.
+var errPastLife = errors.New("the node has yet to hear that it was removed")
 
 // addLearner adds a node on the leader and waits until it has caught up.
 func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 	m = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
-	var past []uint64
-	for {
-		raftID, err := s.probe(ctx, m, past)
-		if err == nil {
-			err = s.awaitChange(ctx, func() (bool, error) { return s.n.stepLearner(raftID, m) })
+	for past := false; ; past = true {
+		raftID, err := s.probe(ctx, m)
+		if past && err != nil {
+			sleep(ctx, s.n.opts.heartbeat) // or the deadline, which ends the probe, could be a moment ahead
 		}
+		switch {
+		case err != nil && past && ctx.Err() != nil:
+			return hasPast(m)
+		case err != nil && past && errorReason(err) == "UNREACHABLE":
+			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, status.Convert(err).Message()+
+				": it was removed, and stops when it hears of that, if it has a data directory, as its log then says; "+
+				"move that away, start it without, and add it again")
+		case err != nil:
+			return err
+		}
+		err = s.awaitChange(ctx, func() (bool, error) { return s.n.stepLearner(raftID, m) })
 		if err != errPastLife {
 			return err
 		}
-		past = []uint64{raftID} // now it is told, and will be somebody new
+		// Most of the voters that it knows will tell it; then it is somebody new, or stops.
 		sleep(ctx, s.n.opts.heartbeat)
+		if ctx.Err() != nil {
+			return hasPast(m)
+		}
 	}
+}
+
+// hasPast is the error for a node that nobody could tell of its removal.
+func hasPast(m *kvpb.Node) error {
+	return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_PAST_MEMBER,
+		fmt.Sprintf("node %d at %s still has what it had before it was removed: too few of the voters that it knows "+
+			"are left at their addresses to tell it. Stop it, move its data directory away if it has one, start it again, "+
+			"and add it", m.Id, m.Address))
 }
 
 // stepLearner takes the next step of making a life of a node a member, if one
@@ -156,7 +177,7 @@ func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	present := n.store.members[raftID]
 	elsewhere := slices.DeleteFunc(n.store.raftIDsOf(m.Id), func(id uint64) bool { // where it was, another life may answer by now
-		return id != n.raftID && (!n.connected[id] || n.store.members[id].Address == m.Address)
+		return id != n.raftID && (!n.connected[id] || n.nodeOf(id).Address == m.Address)
 	})
 	for id, other := range n.store.members {
 		if other.Id != m.Id && (id == raftID || other.Address == m.Address) {
@@ -536,7 +557,8 @@ func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.Met
 func (n *node) metrics() *kvpb.MetricsResponse {
 	s := n.store
 	m := proto.CloneOf(&n.count)
-	m.Node, m.RaftId, m.ClusterId, m.Role, m.Leader = n.self, n.raftID, s.clusterID, kvpb.Role_ROLE_UNINITIALIZED, s.members[n.lead]
+	m.Node, m.RaftId, m.ClusterId, m.Role = n.self, n.raftID, s.clusterID, kvpb.Role_ROLE_UNINITIALIZED
+	m.Leader = n.nodeOf(n.lead)
 	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.raft.prevIndex+1, n.raft.last(), s.index, n.raft.bytes
 	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
 	m.Healthy, m.Durable = m.UnhealthyReason == "", n.disk != nil

@@ -192,12 +192,12 @@ func TestDurableRemoved(t *testing.T) {
 		if c.nodes[3] == nil {
 			c.start(3, address)
 		}
-		c.ends(3, errRemoved, "it is no member of its cluster any more", "Delete that, all of it")
+		c.ends(3, errRemoved, "it is no member of its cluster any more", "move the directory away")
 		var log bytes.Buffer
 		c.log = &log
 		c.start(3, address)
 		c.log = nil
-		c.ends(3, errRemoved, "it is no member of its cluster any more", "Delete that, all of it")
+		c.ends(3, errRemoved, "it is no member of its cluster any more", "move the directory away")
 		if strings.Contains(log.String(), "msg=stopped") { // whoever gets the error logs it
 			t.Error(&log)
 		}
@@ -233,7 +233,7 @@ func TestDurableRolledBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.start(3, address)
-	c.ends(3, errContradiction, "rolled back", "delete it, all of it")
+	c.ends(3, errContradiction, "rolled back", "keep all data directories", fmt.Sprintf("node 1 at %s", c.nodes[1].address))
 	c.works(1, 2)
 	if err := os.RemoveAll(dir(3)); err != nil {
 		t.Fatal(err)

@@ -51,6 +51,7 @@ type receiver interface {
 	accept(*kvpb.Hello) *kvpb.Welcome
 	refused(myRaftID, raftID uint64, w *kvpb.Welcome)
 	peerUp(raftID, life uint64, outbound bool)
+	peerMoved(raftID uint64, to *kvpb.Node)
 	peerDown(raftID uint64, lost bool)
 	receiveMessages(context.Context, []inbound) error
 	readSnapshot(io.Reader) (*store, error)
@@ -59,7 +60,10 @@ type receiver interface {
 	receiveClaim(context.Context, *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error)
 }
 
-// network keeps the streams. mu guards what is below it.
+// network keeps the streams. mu guards what is below it. What it tells the
+// receiver of a stream's begin and end it tells while it has mu, and of a stream
+// that was replaced nothing any more: so it comes in the order in which it
+// happened. mu may be held when a peer's is taken, not the other way round.
 type network struct {
 	kvpb.UnimplementedRaftServiceServer
 	r       receiver
@@ -93,18 +97,39 @@ type inboundStream struct {
 type peer struct {
 	nw     *network
 	raftID uint64
-	node   *kvpb.Node
-	conn   *grpc.ClientConn
 	ctx    context.Context
 	cancel context.CancelFunc
 	wake   bell
 	said   string // the state that was logged last
+	sought string // the claimed address at which, as was logged last, it was not found
 
 	mu    sync.Mutex
-	life  uint64 // of the peer at the other end of the stream; 0: no stream
+	node  *kvpb.Node // as the configuration has it; if that does not name it, as its hello does
+	life  uint64     // of the peer at the other end of the stream; 0: no stream
+	at    *kvpb.Node // where the stream goes
 	queue []*raftpb.Message
 	bytes uint64
 	full  bool // something was dropped since the queue was last empty
+
+	claim    *moveClaim // that it has moved; nil: none
+	claimDue bool       // it is the claim's turn to be dialed
+	tried    *kvpb.Node // whom giveUp gives up
+	giveUp   func()     // for another address: the wait for a connection, or what hangs on a claim; nil: there is none
+	rivals   rivals
+}
+
+// moveClaim says that a peer is at another address than the one that is known. It is
+// believed once a life of the peer answers there.
+type moveClaim struct {
+	clusterID uint64
+	peer      *kvpb.Peer
+}
+
+// rivals is what is known of processes that go by the same raft ID.
+type rivals struct {
+	lives   [2]uint64 // the last two that said hello, the newest first
+	returns int       // how often the newest one was the one before
+	logged  uint64    // the life that the log has named
 }
 
 func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, string) (net.Conn, error)) *network {
@@ -180,19 +205,95 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 func (nw *network) endPeers() {
 	for id, p := range nw.peers {
 		isHeard := nw.inbound[inboundKey{id, false}] != nil || nw.inbound[inboundKey{id, true}] != nil
-		if m := nw.members[id]; m != nil && m.Address != p.node.Address || m == nil && !isHeard || slices.Contains(nw.removed, id) {
+		if m := nw.members[id]; m != nil && !p.isAt(m) || m == nil && !isHeard || slices.Contains(nw.removed, id) {
 			p.cancel()
 			delete(nw.peers, id)
+			nw.r.peerDown(id, true)
 		}
 	}
 }
 
 // addPeer starts a stream to a peer. nw.mu is held.
 func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
-	p := &peer{nw: nw, raftID: raftID, node: node, conn: nw.dial(node.Address), wake: newBell()}
+	p := &peer{nw: nw, raftID: raftID, node: node, wake: newBell()}
 	p.ctx, p.cancel = context.WithCancel(nw.ctx)
 	nw.peers[raftID] = p
+	if s := nw.inbound[inboundKey{raftID, false}]; s != nil {
+		p.claimed(&moveClaim{s.hello.ClusterId, s.hello.From})
+	}
 	nw.goroutine(p.run)
+}
+
+// isAt reports whether the peer can be left alone under a configuration that has
+// it at an address: that is known, or where its stream goes.
+func (p *peer) isAt(m *kvpb.Node) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.life != 0 && p.at.Address == m.Address {
+		p.node, p.claim = m, nil
+	}
+	return p.node.Address == m.Address
+}
+
+// claimed takes a claim to be at some address in; the newest one counts.
+func (p *peer) claimed(c *moveClaim) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c.peer.Node.Id != p.node.Id {
+		return
+	}
+	p.claim = c
+	if c.peer.Node.Address == p.node.Address {
+		p.claim = nil
+	}
+	if p.giveUp != nil && p.life != c.peer.Life && p.tried.Address != c.peer.Node.Address {
+		p.giveUp()
+	}
+}
+
+// rival reports whether a hello is of another process than the one that this node
+// has a stream to, elsewhere. If the peer has moved, that stream is about to break.
+// Who says hello from the known address is none: it is the other who only claims.
+func (p *peer) rival(from *kvpb.Peer) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	address := from.Node.Address
+	if p.life == 0 || p.life == from.Life || address == p.at.Address || address == p.node.Address {
+		return false
+	}
+	p.logRival(from)
+	return true
+}
+
+// logRival says once that two processes are one node. p.mu is held.
+func (p *peer) logRival(from *kvpb.Peer) {
+	if p.rivals.logged == from.Life {
+		return
+	}
+	p.rivals.logged = from.Life
+	p.nw.log.Warn("another process goes by a peer's raft ID: the peer has moved, and its old connection breaks soon, "+
+		"or one of the two was started from a copy of the other's data directory and has to be stopped",
+		"peer", p.node.Id, "address", p.at.GetAddress(), "other", from.Node.Address)
+}
+
+// takesTurns looks for two processes at one address that replace each other: a
+// life that has ended does not come back.
+func (p *peer) takesTurns(from *kvpb.Peer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := &p.rivals
+	switch from.Life {
+	case r.lives[0]:
+		return
+	case r.lives[1]:
+		r.returns++
+	default:
+		r.returns = 0
+	}
+	r.lives = [2]uint64{from.Life, r.lives[0]}
+	if r.returns == 2 { // once may be a hello that came late
+		p.logRival(from)
+	}
 }
 
 // send implements transport.
@@ -235,11 +336,14 @@ func messageBytes(m *raftpb.Message) uint64 {
 	return n
 }
 
-// open lets messages to a life of the peer in; 0: none.
-func (p *peer) open(life uint64) {
+// open lets messages to a life of the peer in, which is somewhere; 0: none.
+func (p *peer) open(life uint64, at *kvpb.Node) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.life, p.queue, p.bytes, p.full = life, nil, 0, false
+	p.life, p.at, p.queue, p.bytes, p.full = life, at, nil, 0, false
+	if at == p.node {
+		p.claim = nil // it is where it was
+	}
 }
 
 // take returns messages of about maxStreamBytes.
@@ -259,14 +363,82 @@ func (p *peer) take() []*raftpb.Message {
 	return ms
 }
 
-// run is the peer's goroutine: it keeps a stream open and sends.
+// run is the peer's goroutine: it keeps a stream open and sends. The connection
+// is kept while the address is the same.
 func (p *peer) run() {
-	defer func() { _ = p.conn.Close() }()
+	var conn *grpc.ClientConn
+	var address string
 	for p.ctx.Err() == nil {
-		_ = p.stream() // it has said why it ended
-		p.open(0)
-		p.nw.r.peerDown(p.raftID, true)
+		to := p.next()
+		if conn != nil && to.node.Address != address {
+			_ = conn.Close()
+			conn = nil
+		}
+		if conn == nil {
+			conn, address = p.nw.dial(to.node.Address), to.node.Address
+		}
+		_ = p.stream(conn, to) // it has said why it ended
+		p.open(0, nil)
+		p.nw.down(p)
 		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
+	}
+	if conn != nil {
+		_ = conn.Close()
+	}
+}
+
+// target is whom to dial next.
+type target struct {
+	node  *kvpb.Node
+	claim *moveClaim // that it is there; nil: that is known
+	turns bool       // there is another address to be tried
+}
+
+// next takes the address that is known and the one that is claimed in turn.
+func (p *peer) next() target {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	to := target{node: p.node, turns: p.claim != nil}
+	if p.claimDue && p.claim != nil {
+		to.node, to.claim = p.claim.peer.Node, p.claim
+	}
+	p.claimDue = to.claim == nil
+	return to
+}
+
+// answers reports whether who answered is the one that was meant.
+func (to target) answers(raftID uint64, w *kvpb.Welcome) bool {
+	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != raftID {
+		return false
+	}
+	return to.claim == nil || w.ClusterId == to.claim.clusterID && w.Peer.Life == to.claim.peer.Life
+}
+
+// up begins to send to a life of a peer, unless the peer was replaced.
+func (nw *network) up(p *peer, life uint64, to target) bool {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	if nw.peers[p.raftID] != p {
+		return false
+	}
+	p.open(life, to.node)
+	nw.r.peerUp(p.raftID, life, true)
+	if to.claim != nil {
+		nw.r.peerMoved(p.raftID, to.node)
+	}
+	s := nw.inbound[inboundKey{p.raftID, false}]
+	if s != nil && p.rival(s.hello.From) {
+		s.cancel(errRival) // or it would wait for answers that go to the other
+	}
+	return true
+}
+
+// down says that nothing gets to a peer, unless another has taken its place.
+func (nw *network) down(p *peer) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	if nw.peers[p.raftID] == p {
+		nw.r.peerDown(p.raftID, true)
 	}
 }
 
@@ -286,6 +458,10 @@ func refusal(w *kvpb.Welcome) error {
 		return fmt.Errorf("node %d at %s is in another cluster, %016x", n.Id, n.Address, w.ClusterId)
 	case kvpb.Verdict_VERDICT_REMOVED:
 		return fmt.Errorf("node %d at %s says that this node was removed", n.Id, n.Address)
+	case kvpb.Verdict_VERDICT_RIVAL:
+		return fmt.Errorf("node %d at %s is connected to another process that goes by this node's raft ID: "+
+			"if this node has not just moved, one of the two was started from a copy of the other's data directory "+
+			"and has to be stopped", n.Id, n.Address)
 	}
 	return fmt.Errorf("it is node %d at %s, raft ID %x", n.Id, n.Address, w.Peer.RaftId)
 }
@@ -293,6 +469,7 @@ func refusal(w *kvpb.Welcome) error {
 // States of a peer, as they are logged.
 const (
 	peerConnected    = "peer connected"
+	peerMoved        = "peer connected at another address than the known one"
 	peerDisconnected = "peer disconnected"
 	peerUnreachable  = "peer cannot be reached"
 	peerRefuses      = "peer refuses this node"
@@ -309,35 +486,98 @@ func (p *peer) follow(state string, cause ...any) {
 		return
 	}
 	p.said = said
-	p.nw.log.Info(state, append([]any{"peer", p.node.Id, "address", p.node.Address}, cause...)...)
+	p.mu.Lock()
+	node := p.node
+	p.mu.Unlock()
+	p.nw.log.Info(state, append([]any{"peer", node.Id, "address", node.Address}, cause...)...)
+}
+
+// notFound says once that the peer was not found where it says that it is.
+func (p *peer) notFound(at *kvpb.Node, err error) {
+	if p.sought == at.Address || p.ctx.Err() != nil {
+		return
+	}
+	p.sought = at.Address
+	p.nw.log.Info("peer not found where it says that it is", "peer", at.Id, "address", at.Address, "cause", err)
+}
+
+// errElsewhere ends the wait for a connection, to try another address.
+var errElsewhere = errors.New("it says that it is elsewhere")
+
+// connected waits for a connection to the peer.
+func (p *peer) connected(
+	ctx context.Context, cancel context.CancelCauseFunc, conn *grpc.ClientConn, to target,
+) (kvpb.RaftService_StreamClient, error) {
+	defer alarm(cancel).Stop()
+	if to.claim == nil && !to.turns {
+		p.mayGiveUp(to, cancel)
+		defer p.mayGiveUp(to, nil)
+	}
+	s, err := kvpb.NewRaftServiceClient(conn).Stream(ctx, grpc.WaitForReady(!to.turns))
+	if err != nil && context.Cause(ctx) == errElsewhere {
+		err = errElsewhere
+	}
+	return s, err
+}
+
+// mayGiveUp lets news of another address end what is tried; nil: not any more.
+func (p *peer) mayGiveUp(to target, cancel context.CancelCauseFunc) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.tried, p.giveUp = to.node, nil
+	if cancel == nil {
+		return
+	}
+	p.giveUp = func() { cancel(errElsewhere) }
+	if to.claim == nil && p.claim != nil { // it came just before
+		p.giveUp()
+	}
 }
 
 // stream opens a stream to the peer and sends until it breaks.
-func (p *peer) stream() (err error) {
+func (p *peer) stream(conn *grpc.ClientConn, to target) (err error) {
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	defer cancel(nil)
 	state := peerUnreachable
-	defer func() { p.follow(state, "cause", err) }()
-	waiting := alarm(cancel)
-	s, err := kvpb.NewRaftServiceClient(p.conn).Stream(ctx, grpc.WaitForReady(true))
-	waiting.Stop()
+	defer func() {
+		if to.claim == nil || state == peerDisconnected {
+			p.follow(state, "cause", err)
+		} else {
+			p.notFound(to.node, err)
+		}
+	}()
+	if to.claim != nil { // whoever makes one up shall not keep this node from the known address
+		defer time.AfterFunc(probeTimeout, func() { p.giveUpClaim(cancel) }).Stop()
+		p.mayGiveUp(to, cancel)
+		defer p.mayGiveUp(to, nil)
+	}
+	s, err := p.connected(ctx, cancel, conn, to)
 	if err != nil {
 		return err
 	}
 	h := p.nw.r.hello()
-	h.To = &kvpb.Peer{Node: p.node, RaftId: p.raftID}
+	h.To = &kvpb.Peer{Node: to.node, RaftId: p.raftID}
 	w, err := greet(s, h, cancel)
 	if err != nil {
 		return err
 	}
-	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != p.raftID {
+	if !to.answers(p.raftID, w) {
 		state = peerRefuses
-		p.nw.r.refused(h.From.RaftId, p.raftID, w)
+		if to.claim == nil { // else it may be anybody
+			p.nw.r.refused(h.From.RaftId, p.raftID, w)
+		}
 		return refusal(w)
 	}
-	p.open(w.Peer.Life)
-	p.nw.r.peerUp(p.raftID, w.Peer.Life, true)
-	p.follow(peerConnected)
+	if !p.nw.up(p, w.Peer.Life, to) {
+		return context.Canceled
+	}
+	p.nw.told(h.ClusterId, w.Peers)
+	if to.claim == nil {
+		p.follow(peerConnected)
+	} else {
+		p.sought = ""
+		p.follow(peerMoved, "found", to.node.Address)
+	}
 	state = peerDisconnected
 	go func() { // ends with the stream
 		_, err := s.Recv()
@@ -380,8 +620,8 @@ func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.Cancel
 	return resp.Welcome, nil
 }
 
-// probe asks who is at an address, and tells it whose state is to be dropped.
-func (nw *network) probe(ctx context.Context, address string, past []uint64) (*kvpb.Welcome, error) {
+// probe asks who is at an address.
+func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, error) {
 	conn := nw.dial(address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -390,9 +630,7 @@ func (nw *network) probe(ctx context.Context, address string, past []uint64) (*k
 	if err != nil {
 		return nil, err
 	}
-	h := nw.r.hello()
-	h.Removed = past
-	return greet(s, h, cancel)
+	return greet(s, nw.r.hello(), cancel)
 }
 
 // Stream implements RaftService: it hears a peer.
@@ -412,11 +650,15 @@ func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
 			return s.Send(&kvpb.StreamResponse{Welcome: w})
 		}
 		done, err := nw.hear(h, false, cancel)
+		if err == errRival {
+			w.Verdict = kvpb.Verdict_VERDICT_RIVAL
+			return s.Send(&kvpb.StreamResponse{Welcome: w})
+		}
 		if err != nil {
 			return err
 		}
 		defer done()
-		nw.r.peerUp(h.From.RaftId, h.From.Life, false)
+		w.Peers = nw.heard(h.From.RaftId)
 		if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil {
 			return err
 		}
@@ -432,7 +674,10 @@ func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
 	})
 }
 
-var errNoHello = status.Error(codes.InvalidArgument, "the first request has no hello")
+var (
+	errNoHello = status.Error(codes.InvalidArgument, "the first request has no hello")
+	errRival   = status.Error(codes.FailedPrecondition, "another process with this raft ID is connected, elsewhere")
+)
 
 // serveHello is serve for a stream that begins with a hello. It closes a connection
 // that says too many.
@@ -484,11 +729,20 @@ func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCause
 		}
 		nw.addPeer(id, h.From.GetNode())
 	}
+	p := nw.peers[id]
+	if p.rival(h.From) {
+		return nil, errRival
+	}
 	key, s := inboundKey{id, snapshot}, &inboundStream{h, cancel}
 	if old := nw.inbound[key]; old != nil {
 		old.cancel(errors.New("replaced by a newer stream"))
 	}
 	nw.inbound[key] = s
+	if !snapshot {
+		p.takesTurns(h.From)
+		p.claimed(&moveClaim{h.ClusterId, h.From})
+		nw.r.peerUp(id, h.From.Life, false)
+	}
 	return func() {
 		nw.mu.Lock()
 		defer nw.mu.Unlock()
@@ -497,4 +751,47 @@ func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCause
 		}
 		nw.endPeers()
 	}, nil
+}
+
+// heard names the members that this node hears, for one that may know none of them
+// at the address where it is now.
+func (nw *network) heard(by uint64) (peers []*kvpb.Peer) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	for key, s := range nw.inbound {
+		if id := key.raftID; !key.snapshot && id != by && nw.members[id] != nil {
+			peers = append(peers, s.hello.From)
+		}
+	}
+	return peers
+}
+
+// told takes in where a peer hears others. What they say themselves counts more.
+func (nw *network) told(clusterID uint64, peers []*kvpb.Peer) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	for _, at := range peers {
+		p := nw.peers[at.GetRaftId()]
+		isHeard := nw.inbound[inboundKey{at.GetRaftId(), false}] != nil
+		if p != nil && !isHeard && !p.isOpen() && validateNode("peers", at.GetNode()) == nil {
+			p.claimed(&moveClaim{clusterID, at})
+		}
+	}
+}
+
+// isOpen reports whether there is a stream to the peer.
+func (p *peer) isOpen() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.life != 0
+}
+
+// giveUpClaim ends the attempt to reach a peer where it is said to be, if that has
+// come to nothing.
+func (p *peer) giveUpClaim(cancel context.CancelCauseFunc) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.life == 0 {
+		cancel(errSilent)
+	}
 }

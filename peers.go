@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -30,6 +31,7 @@ type glance struct {
 	clusterID, raftID, life uint64
 	term, lead              uint64
 	leading, caughtUp       bool
+	leaderAt                string
 	spared                  bool   // this node may be restarted
 	lost, connected         int    // members known to have lost their memory; peers
 	leaderless              uint64 // seconds without a leader
@@ -47,16 +49,17 @@ func (n *node) publish() {
 		n.gone = n.store.removed
 	}
 	old, s := n.pub.Load(), n.store
+	leader := n.nodeOf(n.lead)
 	now := glance{
 		clusterID: s.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead,
 		leading: n.leads(), caughtUp: n.caughtUp(), spared: n.rn != nil && n.isSpared(),
 		lost: len(n.met), connected: len(n.connected), leaderless: n.leaderless / n.ticksOf(time.Second),
-		claim: n.claimed(), conf: s.conf,
+		leaderAt: leader.GetAddress(), claim: n.claimed(), conf: s.conf,
 	}
 	if old.glance == now && slices.Equal(old.removed, n.gone) {
 		return
 	}
-	p := &published{glance: now, leader: s.members[n.lead], members: s.members, removed: n.gone, noLeader: n.noLeader()}
+	p := &published{glance: now, leader: leader, members: s.members, removed: n.gone, noLeader: n.noLeader()}
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
 		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
 	}
@@ -84,6 +87,14 @@ func (n *node) describe(raftID uint64) string {
 	return fmt.Sprintf("with raft ID %x", raftID)
 }
 
+// locate names a raft ID, and says where it is.
+func (n *node) locate(raftID uint64) string {
+	if at := n.nodeOf(raftID); at != nil {
+		return fmt.Sprintf("node %d at %s", at.Id, at.Address)
+	}
+	return "a node " + n.describe(raftID)
+}
+
 // hello is how this life of the node introduces itself.
 func (n *node) hello() *kvpb.Hello {
 	p := n.pub.Load()
@@ -95,12 +106,8 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	p := n.pub.Load()
 	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, ClusterId: p.clusterID}
 	to := h.GetTo()
-	if slices.Contains(h.Removed, p.raftID) && (p.clusterID == 0 || p.clusterID == h.ClusterId && to.GetRaftId() == 0) {
-		n.in.event(func() { // a leader is about to add this node again
-			if n.raftID == p.raftID {
-				n.removed()
-			}
-		})
+	if p.clusterID == 0 && slices.Contains(h.Removed, p.raftID) {
+		n.in.event(func() { n.takeNewID(p.raftID) })
 	}
 	if p.clusterID == 0 && n.means(h) {
 		n.in.event(func() { n.called(h) })
@@ -118,6 +125,16 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
 	}
 	return w
+}
+
+// takeNewID gives a node in no cluster another raft ID, if its own was removed
+// before it got any state: it could never be added. Whoever makes that up can
+// delay the adding of the node, but costs it nothing.
+func (n *node) takeNewID(removed uint64) {
+	if n.store.clusterID == 0 && n.raftID == removed {
+		n.newLife()
+		n.net.setMembers(0, n.raftID, nil, nil)
+	}
 }
 
 // sameCluster reports whether a node in a cluster, or in none yet, may talk to
@@ -165,11 +182,59 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 		if outbound {
 			n.connected[raftID] = true
 			delete(n.met, raftID)
+			delete(n.moved, raftID)
 			if raftID == n.lead {
 				n.askAgain() // what was on its way may be lost
 			}
 		}
 	})
+}
+
+// peerMoved learns that the stream of which peerUp has just told goes to another
+// address than the one that is known. Any goroutine may call it.
+func (n *node) peerMoved(raftID uint64, to *kvpb.Node) {
+	n.in.event(func() {
+		if n.connected[raftID] {
+			n.moved[raftID] = to
+		}
+	})
+}
+
+// nodeOf is where a member is, as far as this node knows: itself where it says, and
+// one that has moved where it was found. nil: it is no member.
+func (n *node) nodeOf(raftID uint64) *kvpb.Node {
+	m := n.store.members[raftID]
+	switch {
+	case m == nil:
+		return nil
+	case raftID == n.raftID:
+		return n.self
+	}
+	return cmp.Or(n.moved[raftID], m)
+}
+
+// commitMove has the leader put into the configuration where one of its members,
+// or itself, is now; false: there is nothing to do.
+func (n *node) commitMove() bool {
+	for _, m := range sortedMembers(n.store.members) {
+		at := n.nodeOf(m.RaftId)
+		if at.Address == m.Node.Address || !n.alive(m.RaftId) || n.isTaken(at.Address, m.Node.Id) {
+			continue
+		}
+		moved := []*kvpb.Member{{RaftId: m.RaftId, Node: at}}
+		return n.proposeChange(moved, confChange(raftpb.ConfChangeUpdateNode, m.RaftId)) == nil
+	}
+	return false
+}
+
+// isTaken reports whether another node than this one is known to be at an address.
+func (n *node) isTaken(address string, nodeID uint64) bool {
+	for id, m := range n.store.members {
+		if m.Id != nodeID && n.nodeOf(id).Address == address {
+			return true
+		}
+	}
+	return false
 }
 
 // peerDown learns that messages to a peer were lost. Any goroutine may call it.
@@ -179,6 +244,7 @@ func (n *node) peerDown(raftID uint64, lost bool) {
 			n.log.Debug("peer's queue is full", "peer", n.describe(raftID))
 		} else if n.connected[raftID] {
 			delete(n.connected, raftID)
+			delete(n.moved, raftID)
 			if n.rn != nil && raftID == n.lead {
 				n.leaderLost()
 			}
@@ -214,13 +280,13 @@ func (n *node) askAgain() {
 	}
 }
 
-// refused learns that whoever answered in place of a member would not talk to
-// this node. Any goroutine may call it.
+// refused learns that whoever answered at the known address of a member would not
+// talk to this node. Any goroutine may call it.
 func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 	n.in.event(func() {
 		switch {
 		case n.rn == nil || myRaftID != n.raftID:
-		case w.Verdict == kvpb.Verdict_VERDICT_REMOVED && w.ClusterId == n.store.clusterID:
+		case n.saysRemoved(raftID, w):
 			n.disowned(raftID)
 		case w.Verdict == kvpb.Verdict_VERDICT_OTHER_CLUSTER && w.ClusterId != 0 && w.ClusterId != n.store.clusterID && w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID) && n.mayChange():
 			// Another cluster was faster to add it. That life will never be this one's.
@@ -231,33 +297,47 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 	})
 }
 
-// disowned learns from a member that it has applied this node's removal. The
-// node keeps its state, and thus its vote, until most voters have: those who
-// have not still need it to elect a leader.
+// saysRemoved reports whether a member, whatever its raft ID is by now, says that
+// this node was removed from its cluster.
+func (n *node) saysRemoved(raftID uint64, w *kvpb.Welcome) bool {
+	return w.Verdict == kvpb.Verdict_VERDICT_REMOVED &&
+		w.ClusterId == n.store.clusterID &&
+		w.Peer.Node.Id == n.store.members[raftID].GetId()
+}
+
+// disowned learns from a member that it has applied this node's removal, as its
+// disk knows. The node drops its state by this rule alone: once most of the other
+// voters have said so, to hellos that it sent to the addresses that it knows. Less
+// is not enough, not even that it has applied its removal itself: those who do not
+// know of it can still need this node's vote. With one less than most of the
+// others, this node makes no majority of its configuration; so then they cannot.
 func (n *node) disowned(by uint64) {
 	n.disownedBy[by] = true
-	others, told := 0, 0
+	others, told := 0, []uint64{}
 	for _, id := range n.store.conf.GetVoters() {
-		if id != n.raftID {
-			others++
-			if n.disownedBy[id] || n.met[id] != nil { // or cannot elect anybody any more
-				told++
-			}
+		if id == n.raftID {
+			continue
+		}
+		others++
+		if n.disownedBy[id] {
+			told = append(told, id)
 		}
 	}
-	if told >= min(others, len(n.store.conf.GetVoters())/2+1) {
-		n.removed()
+	if len(told) > others/2 {
+		n.removed(told)
 	}
 }
 
-// removed drops the state of a node that is no member any more. It may be
-// added again, as somebody new.
-func (n *node) removed() {
+// removed ends a node that is no member any more, as most of the others say. One
+// without a data directory drops its state and may be added again, as somebody new.
+func (n *node) removed(by []uint64) {
 	if n.mark != 0 {
+		n.log.Error("this node was removed from its cluster", "say", n.names(by))
 		n.err = errRemoved
 		return
 	}
-	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again", "cluster", fmt.Sprintf("%016x", n.store.clusterID))
+	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again",
+		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "say", n.names(by))
 	n.flush(true)
 	n.failAll(errNotInitialized)
 	n.newLife()

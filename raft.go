@@ -157,6 +157,9 @@ type node struct {
 	connected map[uint64]bool     // by raft ID: our stream to it is open
 	heard     map[uint64]uint64   // by raft ID: tick of its last message
 	met       map[uint64]*meeting // by raft ID: a life without memory that answered in place of this member
+	// moved is where our stream to a member goes, by raft ID, if that is not where
+	// the configuration had it.
+	moved map[uint64]*kvpb.Node
 	// disownedBy are the members, by raft ID, that have applied this node's removal.
 	disownedBy map[uint64]bool
 	sights     map[uint64]*sight // by raft ID: learners whose node has an older life, too
@@ -204,7 +207,7 @@ func (n *node) newLife() {
 	n.term, n.lead, n.role, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, 0, 0, 0
 	n.lag, n.sparedUntil = lag{mark: never}, 0
 	n.lives, n.connected, n.heard = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]uint64{}
-	n.met, n.disownedBy = map[uint64]*meeting{}, map[uint64]bool{}
+	n.met, n.disownedBy, n.moved = map[uint64]*meeting{}, map[uint64]bool{}, map[uint64]*kvpb.Node{}
 	n.logBehind, n.learned = false, learnedCommit{}
 	n.sights = map[uint64]*sight{}
 	n.out, n.gone = nil, nil
@@ -252,7 +255,8 @@ func (n *node) open(d *disk) error {
 	n.configured()
 	n.turn(input{})
 	if m := n.store.members[n.raftID]; m != nil && m.Address != n.self.Address {
-		n.log.Warn("the members know this node by another address: add-learner tells them", "known", m.Address, "advertise", n.self.Address)
+		n.log.Info("the members know this node by another address: it says hello to them from this one",
+			"known", m.Address, "advertise", n.self.Address)
 	}
 	return n.err
 }
@@ -400,7 +404,7 @@ func (n *node) tick() {
 	n.countUp()
 	if n.leads() && isJoint(n.store.conf) {
 		n.leaveJoint()
-	} else if n.mayChange() {
+	} else if n.mayChange() && !n.commitMove() {
 		n.heal()
 	}
 }
@@ -601,7 +605,9 @@ func (n *node) check(m *raftpb.Message) bool {
 		err = n.checkDrained(m)
 	}
 	if errors.Is(err, errContradiction) {
-		n.err = fmt.Errorf("stopped by a message of node %s: %w", n.describe(m.GetFrom()), err)
+		n.err = fmt.Errorf("stopped by a message of %s: %w. "+
+			"Here the term is %d, the log ends at entry %d, and what is committed at %d. %s",
+			n.locate(m.GetFrom()), err, n.term, n.raft.last(), n.rn.BasicStatus().GetCommit(), whichIsWrong)
 	} else if err != nil {
 		n.count.MessagesDropped++
 		n.log.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
@@ -944,6 +950,7 @@ func (n *node) configured() {
 		delete(n.met, id)
 		delete(n.heard, id)
 		delete(n.sights, id)
+		delete(n.moved, id)
 	}
 	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))

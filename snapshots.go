@@ -15,7 +15,6 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -112,7 +111,7 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 	if !n.hears(h) || h.ClusterId != s.clusterID {
 		return errors.New("the snapshot is of or to another life, or another cluster")
 	}
-	if !proto.Equal(s.members[n.raftID], n.self) {
+	if s.members[n.raftID].GetId() != n.self.Id { // it may have moved since
 		return errors.New("the snapshot does not name this node")
 	}
 	fresh := n.rn == nil
@@ -222,7 +221,10 @@ func (nw *network) sendSnapshot(to, life, term uint64, v *view) {
 // snapshot sends a view over a connection of its own, so that it delays no
 // heartbeat.
 func (p *peer) snapshot(life, term uint64, v *view) error {
-	conn := p.nw.dial(p.node.Address)
+	p.mu.Lock()
+	node := oneOf(p.life == life, p.at, p.node)
+	p.mu.Unlock()
+	conn := p.nw.dial(node.Address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	defer cancel(nil)
@@ -233,7 +235,7 @@ func (p *peer) snapshot(life, term uint64, v *view) error {
 	silent := alarm(cancel)
 	defer silent.Stop()
 	h := p.nw.r.hello()
-	h.To = &kvpb.Peer{Node: p.node, RaftId: p.raftID, Life: life}
+	h.To = &kvpb.Peer{Node: node, RaftId: p.raftID, Life: life}
 	if err = s.Send(&kvpb.InstallSnapshotRequest{Hello: h, Term: term}); err == nil {
 		err = v.writeTo(chunkWriter(func(b []byte) error {
 			err := s.Send(&kvpb.InstallSnapshotRequest{Data: b})

@@ -98,6 +98,9 @@ const (
 	// ABORTED: until the deadline, a node was claimed by another Init. Nothing was
 	// changed.
 	ErrorReason_ERROR_REASON_INIT_IN_PROGRESS ErrorReason = 23
+	// FAILED_PRECONDITION: the node was removed and still has what it had before;
+	// it did not hear of its removal until the deadline.
+	ErrorReason_ERROR_REASON_PAST_MEMBER ErrorReason = 25
 )
 
 // Enum value maps for ErrorReason.
@@ -127,6 +130,7 @@ var (
 		21: "ERROR_REASON_SEQUENCE_TOO_FAR",
 		22: "ERROR_REASON_SESSION_TAKEN",
 		23: "ERROR_REASON_INIT_IN_PROGRESS",
+		25: "ERROR_REASON_PAST_MEMBER",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -153,6 +157,7 @@ var (
 		"ERROR_REASON_SEQUENCE_TOO_FAR":    21,
 		"ERROR_REASON_SESSION_TAKEN":       22,
 		"ERROR_REASON_INIT_IN_PROGRESS":    23,
+		"ERROR_REASON_PAST_MEMBER":         25,
 	}
 )
 
@@ -255,6 +260,9 @@ const (
 	Verdict_VERDICT_NOT_ME Verdict = 3
 	// The caller has been removed from the cluster.
 	Verdict_VERDICT_REMOVED Verdict = 4
+	// The called node has a stream to another process with the caller's raft ID, at
+	// another address.
+	Verdict_VERDICT_RIVAL Verdict = 5
 )
 
 // Enum value maps for Verdict.
@@ -265,6 +273,7 @@ var (
 		2: "VERDICT_OTHER_CLUSTER",
 		3: "VERDICT_NOT_ME",
 		4: "VERDICT_REMOVED",
+		5: "VERDICT_RIVAL",
 	}
 	Verdict_value = map[string]int32{
 		"VERDICT_UNSPECIFIED":   0,
@@ -272,6 +281,7 @@ var (
 		"VERDICT_OTHER_CLUSTER": 2,
 		"VERDICT_NOT_ME":        3,
 		"VERDICT_REMOVED":       4,
+		"VERDICT_RIVAL":         5,
 	}
 )
 
@@ -2671,7 +2681,8 @@ type Hello struct {
 	// else. life 0: it does not know yet.
 	To *Peer `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
 	// Raft IDs that the caller's cluster has removed. A node in no cluster that
-	// goes by one of them takes another: it could never be added.
+	// goes by one of them takes another: it could never be added. A node in a
+	// cluster ignores them.
 	Removed       []uint64 `protobuf:"varint,4,rep,packed,name=removed,proto3" json:"removed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2803,8 +2814,12 @@ type Welcome struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Verdict Verdict                `protobuf:"varint,1,opt,name=verdict,proto3,enum=kv.v1.Verdict" json:"verdict,omitempty"`
 	// Who answers, and its cluster; 0 in no cluster.
-	Peer          *Peer  `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"`
-	ClusterId     uint64 `protobuf:"varint,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Peer      *Peer  `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"`
+	ClusterId uint64 `protobuf:"varint,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// Other members that the called node hears, as their hellos name them. A caller
+	// that cannot reach one where it knows it tries that address, too, and uses it
+	// if that life of that member answers there. At most 64.
+	Peers         []*Peer `protobuf:"bytes,8,rep,name=peers,proto3" json:"peers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2858,6 +2873,13 @@ func (x *Welcome) GetClusterId() uint64 {
 		return x.ClusterId
 	}
 	return 0
+}
+
+func (x *Welcome) GetPeers() []*Peer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
 }
 
 type ClaimRequest struct {
@@ -4817,12 +4839,13 @@ const file_kv_proto_rawDesc = "" +
 	"\x04Peer\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x12\n" +
-	"\x04life\x18\x03 \x01(\x04R\x04life\"s\n" +
+	"\x04life\x18\x03 \x01(\x04R\x04life\"\x96\x01\n" +
 	"\aWelcome\x12(\n" +
 	"\averdict\x18\x01 \x01(\x0e2\x0e.kv.v1.VerdictR\averdict\x12\x1f\n" +
 	"\x04peer\x18\x02 \x01(\v2\v.kv.v1.PeerR\x04peer\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x03 \x01(\x04R\tclusterId\"\xda\x01\n" +
+	"cluster_id\x18\x03 \x01(\x04R\tclusterId\x12!\n" +
+	"\x05peers\x18\b \x03(\v2\v.kv.v1.PeerR\x05peers\"\xda\x01\n" +
 	"\fClaimRequest\x12\x1b\n" +
 	"\x02to\x18\x01 \x01(\v2\v.kv.v1.NodeR\x02to\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12%\n" +
@@ -4952,7 +4975,7 @@ const file_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\x8a\x06\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xa8\x06\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -4978,20 +5001,22 @@ const file_kv_proto_rawDesc = "" +
 	"\x1fERROR_REASON_MEMBERSHIP_CHANGED\x10\x14\x12!\n" +
 	"\x1dERROR_REASON_SEQUENCE_TOO_FAR\x10\x15\x12\x1e\n" +
 	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16\x12!\n" +
-	"\x1dERROR_REASON_INIT_IN_PROGRESS\x10\x17*~\n" +
+	"\x1dERROR_REASON_INIT_IN_PROGRESS\x10\x17\x12\x1c\n" +
+	"\x18ERROR_REASON_PAST_MEMBER\x10\x19*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
 	"\fROLE_LEARNER\x10\x02\x12\x11\n" +
 	"\rROLE_FOLLOWER\x10\x03\x12\x12\n" +
 	"\x0eROLE_CANDIDATE\x10\x04\x12\x0f\n" +
-	"\vROLE_LEADER\x10\x05*|\n" +
+	"\vROLE_LEADER\x10\x05*\x8f\x01\n" +
 	"\aVerdict\x12\x17\n" +
 	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10VERDICT_ACCEPTED\x10\x01\x12\x19\n" +
 	"\x15VERDICT_OTHER_CLUSTER\x10\x02\x12\x12\n" +
 	"\x0eVERDICT_NOT_ME\x10\x03\x12\x13\n" +
-	"\x0fVERDICT_REMOVED\x10\x04*\xaf\x01\n" +
+	"\x0fVERDICT_REMOVED\x10\x04\x12\x11\n" +
+	"\rVERDICT_RIVAL\x10\x05*\xaf\x01\n" +
 	"\fClaimVerdict\x12\x1d\n" +
 	"\x19CLAIM_VERDICT_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CLAIM_VERDICT_GRANTED\x10\x01\x12\x19\n" +
@@ -5152,72 +5177,73 @@ var file_kv_proto_depIdxs = []int32{
 	22, // 28: kv.v1.Peer.node:type_name -> kv.v1.Node
 	2,  // 29: kv.v1.Welcome.verdict:type_name -> kv.v1.Verdict
 	40, // 30: kv.v1.Welcome.peer:type_name -> kv.v1.Peer
-	22, // 31: kv.v1.ClaimRequest.to:type_name -> kv.v1.Node
-	40, // 32: kv.v1.ClaimRequest.founder:type_name -> kv.v1.Peer
-	22, // 33: kv.v1.ClaimRequest.members:type_name -> kv.v1.Node
-	3,  // 34: kv.v1.ClaimResponse.verdict:type_name -> kv.v1.ClaimVerdict
-	22, // 35: kv.v1.ClaimResponse.voters:type_name -> kv.v1.Node
-	22, // 36: kv.v1.ClaimResponse.members:type_name -> kv.v1.Node
-	22, // 37: kv.v1.ClaimResponse.by:type_name -> kv.v1.Node
-	39, // 38: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
-	48, // 39: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
-	41, // 40: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
-	39, // 41: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
-	4,  // 42: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
-	49, // 43: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
-	5,  // 44: kv.v1.Entry.type:type_name -> kv.v1.EntryType
-	51, // 45: kv.v1.Batch.writes:type_name -> kv.v1.Write
-	16, // 46: kv.v1.Write.set:type_name -> kv.v1.SetRequest
-	18, // 47: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
-	52, // 48: kv.v1.Write.new_session:type_name -> kv.v1.NewSession
-	54, // 49: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
-	22, // 50: kv.v1.Member.node:type_name -> kv.v1.Node
-	58, // 51: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
-	61, // 52: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
-	62, // 53: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
-	59, // 54: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
-	55, // 55: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
-	54, // 56: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
-	56, // 57: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
-	60, // 58: kv.v1.Session.answers:type_name -> kv.v1.Answer
-	65, // 59: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
-	66, // 60: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
-	49, // 61: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
-	14, // 62: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
-	16, // 63: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
-	18, // 64: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
-	20, // 65: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
-	7,  // 66: kv.v1.KVService.OpenSession:input_type -> kv.v1.OpenSessionRequest
-	9,  // 67: kv.v1.KVService.Pipeline:input_type -> kv.v1.PipelineRequest
-	23, // 68: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
-	25, // 69: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
-	27, // 70: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
-	31, // 71: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
-	35, // 72: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
-	33, // 73: kv.v1.ClusterService.Backup:input_type -> kv.v1.BackupRequest
-	44, // 74: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
-	46, // 75: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
-	42, // 76: kv.v1.RaftService.Claim:input_type -> kv.v1.ClaimRequest
-	15, // 77: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
-	17, // 78: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
-	19, // 79: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
-	21, // 80: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
-	8,  // 81: kv.v1.KVService.OpenSession:output_type -> kv.v1.OpenSessionResponse
-	11, // 82: kv.v1.KVService.Pipeline:output_type -> kv.v1.PipelineResponse
-	24, // 83: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
-	26, // 84: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
-	30, // 85: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
-	32, // 86: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
-	38, // 87: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
-	34, // 88: kv.v1.ClusterService.Backup:output_type -> kv.v1.BackupResponse
-	45, // 89: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
-	47, // 90: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
-	43, // 91: kv.v1.RaftService.Claim:output_type -> kv.v1.ClaimResponse
-	77, // [77:92] is the sub-list for method output_type
-	62, // [62:77] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	40, // 31: kv.v1.Welcome.peers:type_name -> kv.v1.Peer
+	22, // 32: kv.v1.ClaimRequest.to:type_name -> kv.v1.Node
+	40, // 33: kv.v1.ClaimRequest.founder:type_name -> kv.v1.Peer
+	22, // 34: kv.v1.ClaimRequest.members:type_name -> kv.v1.Node
+	3,  // 35: kv.v1.ClaimResponse.verdict:type_name -> kv.v1.ClaimVerdict
+	22, // 36: kv.v1.ClaimResponse.voters:type_name -> kv.v1.Node
+	22, // 37: kv.v1.ClaimResponse.members:type_name -> kv.v1.Node
+	22, // 38: kv.v1.ClaimResponse.by:type_name -> kv.v1.Node
+	39, // 39: kv.v1.StreamRequest.hello:type_name -> kv.v1.Hello
+	48, // 40: kv.v1.StreamRequest.messages:type_name -> kv.v1.RaftMessage
+	41, // 41: kv.v1.StreamResponse.welcome:type_name -> kv.v1.Welcome
+	39, // 42: kv.v1.InstallSnapshotRequest.hello:type_name -> kv.v1.Hello
+	4,  // 43: kv.v1.RaftMessage.type:type_name -> kv.v1.RaftMessageType
+	49, // 44: kv.v1.RaftMessage.entries:type_name -> kv.v1.Entry
+	5,  // 45: kv.v1.Entry.type:type_name -> kv.v1.EntryType
+	51, // 46: kv.v1.Batch.writes:type_name -> kv.v1.Write
+	16, // 47: kv.v1.Write.set:type_name -> kv.v1.SetRequest
+	18, // 48: kv.v1.Write.delete:type_name -> kv.v1.DeleteRequest
+	52, // 49: kv.v1.Write.new_session:type_name -> kv.v1.NewSession
+	54, // 50: kv.v1.ConfChangeContext.members:type_name -> kv.v1.Member
+	22, // 51: kv.v1.Member.node:type_name -> kv.v1.Node
+	58, // 52: kv.v1.SnapshotRecord.header:type_name -> kv.v1.SnapshotHeader
+	61, // 53: kv.v1.SnapshotRecord.key_value:type_name -> kv.v1.KeyValue
+	62, // 54: kv.v1.SnapshotRecord.footer:type_name -> kv.v1.SnapshotFooter
+	59, // 55: kv.v1.SnapshotRecord.session:type_name -> kv.v1.Session
+	55, // 56: kv.v1.SnapshotHeader.conf_state:type_name -> kv.v1.ConfState
+	54, // 57: kv.v1.SnapshotHeader.members:type_name -> kv.v1.Member
+	56, // 58: kv.v1.SnapshotHeader.proposers:type_name -> kv.v1.Proposer
+	60, // 59: kv.v1.Session.answers:type_name -> kv.v1.Answer
+	65, // 60: kv.v1.LogBatch.hard_state:type_name -> kv.v1.HardState
+	66, // 61: kv.v1.LogBatch.snapshot:type_name -> kv.v1.SnapshotMark
+	49, // 62: kv.v1.LogBatch.entries:type_name -> kv.v1.Entry
+	14, // 63: kv.v1.KVService.Get:input_type -> kv.v1.GetRequest
+	16, // 64: kv.v1.KVService.Set:input_type -> kv.v1.SetRequest
+	18, // 65: kv.v1.KVService.Delete:input_type -> kv.v1.DeleteRequest
+	20, // 66: kv.v1.KVService.List:input_type -> kv.v1.ListRequest
+	7,  // 67: kv.v1.KVService.OpenSession:input_type -> kv.v1.OpenSessionRequest
+	9,  // 68: kv.v1.KVService.Pipeline:input_type -> kv.v1.PipelineRequest
+	23, // 69: kv.v1.ClusterService.Init:input_type -> kv.v1.InitRequest
+	25, // 70: kv.v1.ClusterService.AddLearner:input_type -> kv.v1.AddLearnerRequest
+	27, // 71: kv.v1.ClusterService.ChangeMembership:input_type -> kv.v1.ChangeMembershipRequest
+	31, // 72: kv.v1.ClusterService.TransferLeader:input_type -> kv.v1.TransferLeaderRequest
+	35, // 73: kv.v1.ClusterService.Metrics:input_type -> kv.v1.MetricsRequest
+	33, // 74: kv.v1.ClusterService.Backup:input_type -> kv.v1.BackupRequest
+	44, // 75: kv.v1.RaftService.Stream:input_type -> kv.v1.StreamRequest
+	46, // 76: kv.v1.RaftService.InstallSnapshot:input_type -> kv.v1.InstallSnapshotRequest
+	42, // 77: kv.v1.RaftService.Claim:input_type -> kv.v1.ClaimRequest
+	15, // 78: kv.v1.KVService.Get:output_type -> kv.v1.GetResponse
+	17, // 79: kv.v1.KVService.Set:output_type -> kv.v1.SetResponse
+	19, // 80: kv.v1.KVService.Delete:output_type -> kv.v1.DeleteResponse
+	21, // 81: kv.v1.KVService.List:output_type -> kv.v1.ListResponse
+	8,  // 82: kv.v1.KVService.OpenSession:output_type -> kv.v1.OpenSessionResponse
+	11, // 83: kv.v1.KVService.Pipeline:output_type -> kv.v1.PipelineResponse
+	24, // 84: kv.v1.ClusterService.Init:output_type -> kv.v1.InitResponse
+	26, // 85: kv.v1.ClusterService.AddLearner:output_type -> kv.v1.AddLearnerResponse
+	30, // 86: kv.v1.ClusterService.ChangeMembership:output_type -> kv.v1.ChangeMembershipResponse
+	32, // 87: kv.v1.ClusterService.TransferLeader:output_type -> kv.v1.TransferLeaderResponse
+	38, // 88: kv.v1.ClusterService.Metrics:output_type -> kv.v1.MetricsResponse
+	34, // 89: kv.v1.ClusterService.Backup:output_type -> kv.v1.BackupResponse
+	45, // 90: kv.v1.RaftService.Stream:output_type -> kv.v1.StreamResponse
+	47, // 91: kv.v1.RaftService.InstallSnapshot:output_type -> kv.v1.InstallSnapshotResponse
+	43, // 92: kv.v1.RaftService.Claim:output_type -> kv.v1.ClaimResponse
+	78, // [78:93] is the sub-list for method output_type
+	63, // [63:78] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_kv_proto_init() }

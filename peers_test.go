@@ -1,0 +1,1139 @@
+// Tests of who a peer is and where: nodes that were removed, that move, that are
+// copied, and strangers who say that they are somebody.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"raft-key-value/kvpb"
+)
+
+// sharedLog is a log that a test reads while nodes write it.
+type sharedLog struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *sharedLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *sharedLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// startDurable starts processes with directories and makes them a cluster.
+func startDurable(t *testing.T, n int) (ps []*process) {
+	t.Helper()
+	for i := range n {
+		dir := filepath.Join(t.TempDir(), "data")
+		ps = append(ps, &process{id: uint64(i + 1), address: "127.0.0.1:0", args: []string{"--data-dir", dir}})
+	}
+	formCluster(t, ps)
+	return ps
+}
+
+// says says hello to a process, and then sends messages.
+func (p *process) says(ctx context.Context, h *kvpb.Hello, ms ...*kvpb.RaftMessage) error {
+	conn := dial(p.address)
+	defer func() { _ = conn.Close() }()
+	s, err := kvpb.NewRaftServiceClient(conn).Stream(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil {
+		return err
+	}
+	if _, err := s.Recv(); err != nil || len(ms) == 0 {
+		return err
+	}
+	if err := s.Send(&kvpb.StreamRequest{Messages: ms}); err != nil {
+		return err
+	}
+	_, _ = s.Recv() // until it hangs up
+	return nil
+}
+
+// noAdviceToDelete looks for what would cost data if it was done.
+func noAdviceToDelete(t *testing.T, p *process) {
+	t.Helper()
+	text, err := os.ReadFile(p.log)
+	if err != nil || strings.Contains(strings.ToLower(string(text)), "delete") {
+		t.Errorf("node %d advises to delete something: %s, %v", p.id, text, err)
+	}
+}
+
+// TestHelloDropsNothing: whatever a stranger's hello says, a node keeps what it has,
+// and goes on.
+func TestHelloDropsNothing(t *testing.T) {
+	for _, durable := range []bool{false, true} {
+		t.Run(fmt.Sprintf("durable=%v", durable), func(t *testing.T) {
+			var ps []*process
+			if durable {
+				ps = startDurable(t, 3)
+			} else {
+				ps = startProcesses(t, 3)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), rpcTimeout)
+			defer cancel()
+			if _, err := ps[0].kv.Set(ctx, &kvpb.SetRequest{Key: "k", Value: []byte("v")}); err != nil {
+				t.Fatal(err)
+			}
+			var raftIDs []uint64
+			for _, p := range ps {
+				m, err := p.metrics()
+				if err != nil {
+					t.Fatal(err)
+				}
+				raftIDs = append(raftIDs, m.RaftId)
+			}
+			for i, p := range ps {
+				m, err := p.metrics()
+				if err != nil {
+					t.Fatal(err)
+				}
+				peer := m.Members[(i+1)%3]
+				from := &kvpb.Peer{Node: peer.Node, RaftId: peer.RaftId, Life: 4711}
+				to := &kvpb.Peer{Node: m.Node, RaftId: m.RaftId}
+				for _, h := range []*kvpb.Hello{
+					{ClusterId: m.ClusterId, Removed: raftIDs},
+					{ClusterId: m.ClusterId, Removed: raftIDs, From: from},
+					{ClusterId: m.ClusterId, Removed: raftIDs, From: from, To: to},
+					{ClusterId: m.ClusterId, Removed: raftIDs, To: to},
+					{Removed: raftIDs},
+				} {
+					if err := p.says(ctx, h); err != nil {
+						t.Fatalf("%v: %v", h, err)
+					}
+				}
+			}
+			for i, p := range ps {
+				resp, err := p.kv.Get(ctx, &kvpb.GetRequest{Key: "k", Local: true})
+				if err != nil || string(resp.Value) != "v" {
+					t.Errorf("node %d has %v, %v", p.id, resp, err)
+				}
+				if m, err := p.metrics(); err != nil || m.RaftId != raftIDs[i] {
+					t.Errorf("node %d: %v, %v", p.id, m, err)
+				}
+				noAdviceToDelete(t, p)
+			}
+			awaitHealthy(t, ps, pollDeadline)
+		})
+	}
+}
+
+// TestForgedContradiction: a message that cannot be true stops a node. It names whom
+// it is said to be of, and nothing that it advises costs data; started again, all is
+// as it was.
+func TestForgedContradiction(t *testing.T) {
+	ps := startDurable(t, 3)
+	ctx, cancel := context.WithTimeout(t.Context(), pollDeadline)
+	defer cancel()
+	if _, err := ps[0].kv.Set(ctx, &kvpb.SetRequest{Key: "k", Value: []byte("v")}); err != nil {
+		t.Fatal(err)
+	}
+	leader := leaderOf(t, ps)
+	lm, err := leader.metrics()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range ps {
+		if p == leader {
+			continue
+		}
+		m, err := p.metrics()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := &kvpb.Hello{
+			ClusterId: m.ClusterId, From: &kvpb.Peer{Node: lm.Node, RaftId: lm.RaftId, Life: 4711}, To: &kvpb.Peer{Node: m.Node, RaftId: m.RaftId},
+		}
+		beat := &kvpb.RaftMessage{Type: kvpb.RaftMessageType_RAFT_MESSAGE_TYPE_HEARTBEAT, Term: m.Term, Commit: m.LastIndex + 1000}
+		ended := make(chan error, 1)
+		cmd := p.cmd
+		go func() { ended <- cmd.Wait() }()
+		within(t, pollDeadline, func() error { // the leader may say hello in between
+			if err := p.says(ctx, h, beat); err != nil && len(ended) == 0 {
+				return err
+			}
+			if len(ended) == 0 {
+				return errors.New("it goes on")
+			}
+			return nil
+		})
+		if err := <-ended; err == nil {
+			t.Error("it has ended as if nothing was wrong")
+		}
+		noAdviceToDelete(t, p)
+		text, err := os.ReadFile(p.log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, part := range []string{
+			fmt.Sprintf("stopped by a message of node %d at %s", leader.id, leader.address),
+			"keep all data directories", "Compare term, last and commit index", "start this node again",
+		} {
+			wantPart(t, string(text), part)
+		}
+	}
+	for _, p := range ps {
+		if p != leader {
+			p.start()
+		}
+	}
+	awaitHealthy(t, ps, pollDeadline)
+	for _, p := range ps {
+		resp, err := p.kv.Get(ctx, &kvpb.GetRequest{Key: "k"})
+		if err != nil || string(resp.Value) != "v" {
+			t.Errorf("node %d has %v, %v", p.id, resp, err)
+		}
+	}
+}
+
+// TestInnocentIsNotBlamed: where two of three directories were rolled back, it is the
+// third node that stops. Its message must not have the only whole copy destroyed.
+func TestInnocentIsNotBlamed(t *testing.T) {
+	t.Parallel()
+	c, dir := newDurable(t, 3)
+	c.init(1, 2, 3)
+	addresses := map[uint64]string{}
+	for id := uint64(1); id <= 3; id++ {
+		addresses[id] = c.nodes[id].address
+	}
+	copied := func(id uint64) string { return dir(id) + ".copy" }
+	for id := uint64(2); id <= 3; id++ {
+		c.stop(id)
+		if err := os.CopyFS(copied(id), os.DirFS(dir(id))); err != nil {
+			t.Fatal(err)
+		}
+		c.start(id, addresses[id])
+	}
+	c.settled(1, 2, 3)
+	c.works(1, 2, 3)
+	c.sameStates(1, 2, 3)
+	for id := uint64(1); id <= 3; id++ {
+		c.kill(id)
+	}
+	for id := uint64(2); id <= 3; id++ {
+		if err := errors.Join(os.RemoveAll(dir(id)), os.Rename(copied(id), dir(id))); err != nil {
+			t.Fatal(err)
+		}
+		c.start(id, addresses[id])
+	}
+	eventually(t, func() error { // they go another way
+		_, err := c.nodes[2].Set(c.ctx, &kvpb.SetRequest{Key: "k", Value: []byte("other")})
+		return err
+	})
+	c.start(1, addresses[1])
+	n := c.nodes[1]
+	delete(c.nodes, 1)
+	defer func() { _ = n.conn.Close() }()
+	select {
+	case err := <-n.ended:
+		if !errors.Is(err, errContradiction) || strings.Contains(strings.ToLower(err.Error()), "delete") {
+			t.Errorf("it ended with %v", err)
+		}
+		wantPart(t, err.Error(), "keep all data directories")
+		if text := err.Error(); !strings.Contains(text, "node 2 at "+addresses[2]) && !strings.Contains(text, "node 3 at "+addresses[3]) {
+			t.Errorf("%v does not name the peer", err)
+		}
+	case <-time.After(pollDeadline):
+		n.cancel()
+		<-n.ended
+		t.Error("it goes on")
+	}
+}
+
+// voted makes node 1 by raft ID one of so many voters, or a learner.
+func voted(t *testing.T, voters []uint64, learners ...uint64) *lone {
+	l := newLone(t, following)
+	l.n.store.configure(&raftpb.ConfState{Voters: voters, Learners: learners, AutoLeave: new(false)}, plainMembers(slices.Concat(voters, learners)...))
+	l.n.publish()
+	return l
+}
+
+// saysRemoved is the answer of a node that knows of the removal.
+func saysRemoved(id uint64) *kvpb.Welcome {
+	return &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_REMOVED, ClusterId: 7, Peer: &kvpb.Peer{Node: plainNode(id), RaftId: id, Life: id}}
+}
+
+// TestRemovedByMost: a node drops its state once most of the other voters that it
+// knows say that it was removed, and for nothing less.
+func TestRemovedByMost(t *testing.T) {
+	for _, test := range []struct {
+		name     string
+		voters   []uint64
+		learners []uint64
+		by       []uint64 // who says so; the last one makes it
+	}{
+		{"one of two", []uint64{1, 2}, nil, []uint64{2}},
+		{"one of three", []uint64{1, 2, 3}, nil, []uint64{2, 2, 3}},
+		{"one of four", []uint64{1, 2, 3, 4}, nil, []uint64{4, 2}},
+		{"one of five", []uint64{1, 2, 3, 4, 5}, nil, []uint64{4, 2, 2, 5}},
+		{"a learner", []uint64{2, 3}, []uint64{1, 4}, []uint64{4, 2, 4, 3}},
+		{"it has applied it", []uint64{2, 3, 4}, nil, []uint64{2, 3}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := voted(t, test.voters, test.learners...)
+			for i, id := range test.by {
+				for _, change := range []func(w *kvpb.Welcome) (from uint64){
+					func(w *kvpb.Welcome) uint64 { w.Verdict = kvpb.Verdict_VERDICT_NOT_ME; return 1 },
+					func(w *kvpb.Welcome) uint64 { w.ClusterId++; return 1 },
+					func(w *kvpb.Welcome) uint64 { w.Peer.Node.Id++; return 1 },
+					func(*kvpb.Welcome) uint64 { return 2 }, // an answer to an earlier life
+				} {
+					w := saysRemoved(id)
+					l.n.refused(change(w), id, w)
+				}
+				l.turn(0)
+				if l.n.raftID != 1 {
+					t.Fatalf("before %d says so, it has dropped its state", id)
+				}
+				l.n.refused(1, id, saysRemoved(id))
+				l.turn(0)
+				if dropped := l.n.raftID != 1; dropped != (i == len(test.by)-1) {
+					t.Fatalf("once %v say so, it has dropped its state: %v", test.by[:i+1], dropped)
+				}
+			}
+			if l.n.rn != nil || l.n.store.clusterID != 0 {
+				t.Error("it still has some")
+			}
+		})
+	}
+
+	t.Run("a blank node says nothing", func(t *testing.T) {
+		l := voted(t, []uint64{1, 2, 3})
+		l.n.refused(1, 2, saysRemoved(2))
+		l.n.refused(1, 3, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_NOT_ME, Peer: &kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}})
+		if l.turn(0); l.n.raftID != 1 || l.n.met[3] == nil {
+			t.Error("it has dropped its state, or has not met the blank one")
+		}
+	})
+
+	t.Run("with a directory", func(t *testing.T) {
+		l := voted(t, []uint64{1, 2, 3})
+		l.n.mark = 1
+		l.n.refused(1, 2, saysRemoved(2))
+		if l.turn(0); l.n.err != nil {
+			t.Fatal(l.n.err)
+		}
+		l.n.refused(1, 3, saysRemoved(3))
+		l.n.turn(l.n.in.take())
+		if l.n.err != errRemoved || l.n.store.clusterID != 7 {
+			t.Errorf("it has ended with %v, or dropped its state", l.n.err)
+		}
+		if strings.Contains(strings.ToLower(errRemoved.Error()), "delete") {
+			t.Error(errRemoved)
+		}
+	})
+}
+
+// TestHelloToBlank: a node in no cluster whose raft ID was removed takes another; one
+// that is in a cluster keeps what it has, whoever says hello.
+func TestHelloToBlank(t *testing.T) {
+	for state, cluster := range map[int]uint64{inNoCluster: 0, following: 7, leading: 7} {
+		for _, to := range []*kvpb.Peer{nil, {}, {Node: plainNode(1), RaftId: 1}} {
+			for _, removed := range [][]uint64{nil, {3}, {3, 1}} {
+				l := newLone(t, state)
+				l.n.accept(&kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2}, To: to, Removed: removed})
+				l.turn(0)
+				renamed := l.n.raftID != 1
+				if want := cluster == 0 && slices.Contains(removed, 1); renamed != want || l.n.store.clusterID != cluster {
+					t.Errorf("in cluster %d, told that %v are removed: it has another raft ID: %v", cluster, removed, renamed)
+				}
+			}
+		}
+	}
+	// It has joined between hello and event.
+	l := newLone(t, inNoCluster)
+	l.n.in.event(func() {
+		if err := l.n.stepSnapshot(l.hellos[0], 1, newTestStore()); err != nil {
+			t.Error(err)
+		}
+	})
+	l.n.accept(&kvpb.Hello{Removed: []uint64{1}})
+	if l.turn(0); l.n.raftID != 1 || l.n.store.clusterID != 7 {
+		t.Error("it has dropped what it had just got")
+	}
+	l.n.accept(&kvpb.Hello{Removed: []uint64{1}})
+	l.n.rn = nil // as run does with a node that ends
+	if l.turn(0); l.n.raftID != 1 || l.n.store.clusterID != 7 {
+		t.Error("it has dropped its state at its end")
+	}
+}
+
+// TestRemovedBeforeItHadState: a learner that was removed before it got a snapshot is
+// added as somebody new.
+func TestRemovedBeforeItHadState(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	c.init(1)
+	m, err := c.metrics(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.cut(2)
+	c.inLoop(1, func(n *node) error {
+		if n.store.members[m.RaftId] != nil {
+			return nil
+		}
+		if n.mayChange() {
+			_ = n.addIncarnation(&kvpb.Peer{RaftId: m.RaftId, Node: m.Node})
+		}
+		return errors.New("it is not added")
+	})
+	c.change(1, &kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
+	c.heal()
+	c.addLearner(1, 2)
+	if now, err := c.metrics(2); err != nil || now.RaftId == m.RaftId || now.Role != kvpb.Role_ROLE_LEARNER {
+		t.Errorf("it is %v, %v", now, err)
+	}
+}
+
+// muzzle makes a node that is in no cluster yet one that can be kept from dialing.
+func muzzle(n *testNode) (shut *atomic.Bool) {
+	shut = &atomic.Bool{}
+	dial := n.server.net.dialer
+	n.server.net.dialer = func(ctx context.Context, address string) (net.Conn, error) {
+		if shut.Load() {
+			return nil, errors.New("the test lets it dial nobody")
+		}
+		return dial(ctx, address)
+	}
+	return shut
+}
+
+// TestAddAgain: a node that was removed is added again once it has heard of that,
+// from most of those that it knows; until then, and if it has stopped, the answer
+// says what to do.
+func TestAddAgain(t *testing.T) {
+	t.Parallel()
+	for _, durable := range []bool{false, true} {
+		t.Run(fmt.Sprintf("durable=%v", durable), func(t *testing.T) {
+			t.Parallel()
+			c, dir := newDurable(t, 0)
+			if !durable {
+				c.options = func(o *options) { o.heartbeat, o.election = 20*time.Millisecond, 250*time.Millisecond }
+			}
+			for id := range uint64(3) {
+				c.start(id+1, "127.0.0.1:0")
+			}
+			shut := muzzle(c.nodes[3])
+			c.init(1, 2, 3)
+			version := c.set(3, "k", "v")
+			shut.Store(true)
+			c.cut(3)
+			c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}})
+			c.heal()
+			node, via := c.proto(3)[0], c.nodes[1]
+			add := func(timeout time.Duration) error {
+				ctx, cancel := context.WithTimeout(c.ctx, timeout)
+				defer cancel()
+				_, err := via.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: node})
+				return err
+			}
+			var err error
+			eventually(t, func() error { // the answer can miss the caller's deadline on a busy machine
+				if err = add(time.Second); status.Code(err) == codes.DeadlineExceeded {
+					return err
+				}
+				return nil
+			})
+			wantError(t, err, codes.FailedPrecondition, "PAST_MEMBER")
+			wantPart(t, status.Convert(err).Message(), "move its data directory away")
+			c.wants(3, true, "k", "v", version)
+			ended := make(chan error, 1)
+			if durable {
+				go func() { ended <- add(rpcTimeout) }()
+			}
+			shut.Store(false)
+			if !durable {
+				c.addLearner(2, 3)
+				c.works(1, 2, 3)
+				return
+			}
+			c.ends(3, errRemoved, "move the directory away")
+			err = <-ended
+			wantError(t, err, codes.Unavailable, "UNREACHABLE")
+			if err := os.Rename(dir(3), dir(3)+".away"); err != nil {
+				t.Fatal(err)
+			}
+			c.start(3, node.Address)
+			c.addLearner(2, 3)
+			c.works(1, 2, 3)
+		})
+	}
+}
+
+// follows waits until the nodes agree on where all of them are.
+func (c *testCluster) follows(ids ...uint64) {
+	c.t.Helper()
+	eventually(c.t, func() error {
+		for _, via := range ids {
+			m, err := c.metrics(via)
+			if err != nil {
+				return err
+			}
+			for _, member := range m.Members {
+				if n := c.nodes[member.Node.Id]; n != nil && n.address != member.Node.Address {
+					return fmt.Errorf("node %d has node %d at %s", via, n.id, member.Node.Address)
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// moves stops nodes and starts them elsewhere.
+func (c *testCluster) moves(ids ...uint64) {
+	c.t.Helper()
+	for _, id := range ids {
+		c.kill(id)
+	}
+	for _, id := range ids {
+		c.start(id, "127.0.0.1:0")
+	}
+}
+
+// TestMoved: members that come back elsewhere are found as long as each reaches one
+// that has not moved, and the configuration follows, without an operator.
+func TestMoved(t *testing.T) {
+	t.Parallel()
+
+	t.Run("two of three are left", func(t *testing.T) {
+		t.Parallel()
+		c, _ := newDurable(t, 3)
+		c.init(1, 2, 3)
+		before := c.raftIDs(1)
+		c.set(1, "k", "v")
+		c.kill(3)
+		var log sharedLog
+		c.log = &log
+		c.moves(2) // its log is the new one's
+		c.log = nil
+		c.follows(1, 2)
+		c.moves(1)
+		c.follows(1, 2)
+		eventually(t, func() error {
+			_, err := c.nodes[1].Set(c.ctx, &kvpb.SetRequest{Key: "k", Value: []byte("w")})
+			return err
+		})
+		if after := c.raftIDs(1); !slices.Equal(before, after) {
+			t.Error("it is somebody else")
+		}
+		var header metadata.MD
+		_, err := c.nodes[2].Get(c.ctx, &kvpb.GetRequest{Key: "k"}, grpc.Header(&header))
+		m, merr := c.metrics(2)
+		if err != nil || merr != nil || !slices.Equal(header.Get(leaderMetadata), []string{c.nodes[m.GetLeader().GetId()].address}) {
+			t.Errorf("the leader is said to be at %v: %v, %v", header.Get(leaderMetadata), err, merr)
+		}
+		lines := 0
+		for line := range strings.SplitSeq(log.String(), "\n") {
+			if strings.Contains(line, peerMoved) && strings.Contains(line, "found="+c.nodes[1].address) {
+				lines++
+			}
+		}
+		if lines != 1 {
+			t.Errorf("that node 1 was found is said %d times:\n%s", lines, &log)
+		}
+	})
+
+	t.Run("one after another", func(t *testing.T) {
+		t.Parallel()
+		c, _ := newDurable(t, 4)
+		c.init(1, 2, 3)
+		c.addLearner(1, 4)
+		for id := uint64(1); id <= 4; id++ {
+			c.moves(id)
+			c.follows(1, 2, 3, 4)
+			c.settled(1, 2, 3)
+		}
+		c.works(1, 2, 3, 4)
+		c.addLearner(1, 4) // as it is already
+		c.sameStates(1, 2, 3, 4)
+	})
+
+	t.Run("two at once", func(t *testing.T) { // each reaches the third, which tells it of the other
+		t.Parallel()
+		c, _ := newDurable(t, 3)
+		c.init(1, 2, 3)
+		for range 3 {
+			c.moves(1, 2)
+			c.settled(1, 2, 3)
+			c.follows(1, 2, 3)
+		}
+		c.works(1, 2, 3)
+	})
+
+	t.Run("each reaches another one", func(t *testing.T) { // the leader is known to neither by itself
+		t.Parallel()
+		c, _ := newDurable(t, 3)
+		c.init(1, 2, 3)
+		c.kill(2)
+		c.moves(1)
+		c.follows(1, 3)
+		c.transfer(3, 1)
+		c.start(2, "127.0.0.1:0")
+		c.settled(1, 2, 3)
+		c.follows(1, 2, 3)
+	})
+
+	t.Run("behind the log", func(t *testing.T) { // the snapshot has its old address
+		t.Parallel()
+		c, _ := newDurable(t, 3, func(o *options) { o.logBytes = 64 << 10 })
+		c.init(1, 2, 3)
+		c.kill(1)
+		c.fill(2, 24)
+		c.kill(3)
+		c.start(1, "127.0.0.1:0")
+		c.follows(1, 2)
+		if m, err := c.metrics(1); err != nil || m.SnapshotsInstalled == 0 {
+			t.Fatal(m, err)
+		}
+		c.works(1, 2)
+	})
+}
+
+// TestMoveIsCommitted: a leader puts into the configuration where a member was found
+// that it hears, and where it is itself; but two members are never at one address.
+func TestMoveIsCommitted(t *testing.T) {
+	other := &kvpb.Node{Id: 3, Address: "other:1"}
+	for _, test := range []struct {
+		name   string
+		change func(n *node)
+		want   *kvpb.Node
+	}{
+		{"nobody has moved", func(*node) {}, nil},
+		{"it was found", func(n *node) { n.peerMoved(3, other) }, other},
+		{"it is not heard", func(n *node) { n.peerMoved(3, other); delete(n.heard, 3) }, nil},
+		{"it is not connected any more", func(n *node) { n.peerMoved(3, other); n.peerDown(3, true) }, nil},
+		{"it is where it was", func(n *node) { n.peerMoved(3, other); n.peerUp(3, 3, true) }, nil},
+		{"another member is there", func(n *node) { n.peerMoved(3, &kvpb.Node{Id: 3, Address: plainNode(2).Address}) }, nil},
+		{"another member was there", func(n *node) {
+			n.peerMoved(2, &kvpb.Node{Id: 2, Address: "elsewhere:1"})
+			n.peerMoved(3, &kvpb.Node{Id: 3, Address: plainNode(2).Address})
+			delete(n.heard, 2)
+		}, &kvpb.Node{Id: 3, Address: plainNode(2).Address}},
+		{"the leader itself", func(n *node) { n.self = &kvpb.Node{Id: 1, Address: "self:1"} }, &kvpb.Node{Id: 1, Address: "self:1"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := newLone(t, leading)
+			n := l.n
+			n.now = 10 * n.electionTicks()
+			n.heard[2], n.heard[3] = n.now, n.now
+			test.change(n)
+			l.turn(0)
+			last := n.raft.last()
+			begun := n.commitMove()
+			l.turn(0)
+			if begun != (test.want != nil) || (n.raft.last() > last) != begun {
+				t.Fatalf("a change is begun: %v", begun)
+			}
+			if !begun {
+				return
+			}
+			l.hears(0, message(raftpb.MsgAppResp, 2, n.term, func(m *raftpb.Message) { *m.Index = n.raft.last() }))
+			if got := n.store.members[test.want.Id]; got.GetAddress() != test.want.Address {
+				t.Errorf("it is at %v", got)
+			}
+		})
+	}
+}
+
+// silentNode takes streams and says nothing.
+type silentNode struct {
+	kvpb.UnimplementedRaftServiceServer
+}
+
+func (silentNode) Stream(s kvpb.RaftService_StreamServer) error {
+	<-s.Context().Done()
+	return s.Context().Err()
+}
+
+// TestMoveClaimsAreTriedBriefly: whoever says hello from an address where nobody answers
+// does not keep a node from dialing the known one.
+func TestMoveClaimsAreTriedBriefly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := bufconn.Listen(64 << 10)
+		g := grpc.NewServer()
+		kvpb.RegisterRaftServiceServer(g, silentNode{})
+		served := make(chan error, 1)
+		go func() { served <- g.Serve(l) }()
+		var known, claimed atomic.Int64
+		nw := newNetwork(&recorder{}, quiet(), func(ctx context.Context, address string) (net.Conn, error) {
+			if address == "known:1" {
+				known.Add(1)
+				return nil, errors.New("no route")
+			}
+			claimed.Add(1)
+			return l.DialContext(ctx)
+		})
+		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: "known:1"}}, nil)
+		if _, err := hearFrom(nw, &kvpb.Node{Id: 2, Address: "claimed:1"}, 5); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * helloTimeout) // by the fake clock
+		nw.close()
+		g.Stop()
+		<-served
+		if known.Load() < 6 || claimed.Load() < 6 {
+			t.Errorf("the known address was dialed %d times, the other %d times", known.Load(), claimed.Load())
+		}
+	})
+}
+
+// TestLeaderIsNamedWhereItIs: not where the configuration has it.
+func TestLeaderIsNamedWhereItIs(t *testing.T) {
+	l := newLone(t, leading)
+	l.n.self = &kvpb.Node{Id: 1, Address: "self:1"}
+	l.n.peerUp(2, 2, true) // so that something is new
+	l.n.connected = map[uint64]bool{}
+	if l.turn(0); l.n.pub.Load().leader.GetAddress() != "self:1" || l.n.metrics().Leader.GetAddress() != "self:1" {
+		t.Errorf("a leader names itself as %v", l.n.pub.Load().leader)
+	}
+	l = newLone(t, following)
+	l.hears(0, message(raftpb.MsgHeartbeat, 2, 1))
+	if at := l.n.pub.Load().leader.GetAddress(); at != plainNode(2).Address {
+		t.Fatalf("the leader is at %q", at)
+	}
+	l.n.peerMoved(2, &kvpb.Node{Id: 2, Address: "other:1"})
+	l.n.peerMoved(9, &kvpb.Node{Id: 9, Address: "nobody:1"})
+	if l.turn(0); l.n.pub.Load().leader.GetAddress() != "other:1" || len(l.n.moved) != 1 {
+		t.Errorf("a follower names it as %v", l.n.pub.Load().leader)
+	}
+	l.n.peerDown(2, true)
+	if l.turn(0); l.n.nodeOf(2).Address != plainNode(2).Address {
+		t.Errorf("it is not connected any more, and at %v", l.n.nodeOf(2))
+	}
+}
+
+// recorder is what a network needs of a node, and keeps what it is told.
+type recorder struct {
+	receiver
+	mu   sync.Mutex
+	told []string
+}
+
+func (r *recorder) tell(format string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.told = append(r.told, fmt.Sprintf(format, args...))
+}
+
+// all returns what it was told since it was last asked, but that a peer is down
+// that was.
+func (r *recorder) all() (told []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	told, r.told = slices.Compact(r.told), nil
+	return told
+}
+
+func (r *recorder) hello() *kvpb.Hello {
+	return &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(1), RaftId: 1, Life: 1}}
+}
+func (r *recorder) peerUp(id, life uint64, outbound bool) { r.tell("up %d %d %v", id, life, outbound) }
+func (r *recorder) peerMoved(id uint64, to *kvpb.Node)    { r.tell("moved %d %s", id, to.Address) }
+func (r *recorder) peerDown(id uint64, _ bool)            { r.tell("down %d", id) }
+func (r *recorder) refused(_, raftID uint64, w *kvpb.Welcome) {
+	r.tell("refused %d %v", raftID, w.Verdict)
+}
+
+// answering is a process that answers each hello with a Welcome.
+type answering struct {
+	kvpb.UnimplementedRaftServiceServer
+	welcome atomic.Pointer[kvpb.Welcome]
+	asked   atomic.Int64
+}
+
+func (a *answering) Stream(s kvpb.RaftService_StreamServer) error {
+	if _, err := s.Recv(); err != nil {
+		return err
+	}
+	a.asked.Add(1)
+	w := a.welcome.Load()
+	if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
+		return err
+	}
+	_, err := s.Recv()
+	return err
+}
+
+// newAnswering serves, as node 2 by raft ID 2, with that life.
+func newAnswering(t *testing.T, life uint64) (a *answering, node *kvpb.Node, stop func()) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, node = &answering{}, &kvpb.Node{Id: 2, Address: l.Addr().String()}
+	a.welcome.Store(&kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, ClusterId: 7, Peer: &kvpb.Peer{Node: node, RaftId: 2, Life: life}})
+	g := grpc.NewServer()
+	kvpb.RegisterRaftServiceServer(g, a)
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(l) }()
+	stop = sync.OnceFunc(func() { g.Stop(); <-served })
+	t.Cleanup(stop)
+	return a, node, stop
+}
+
+// testNetwork is the network of node 1, which knows node 2 at an address.
+func testNetwork(t *testing.T, log io.Writer, known *kvpb.Node) (*network, *recorder) {
+	t.Helper()
+	r := &recorder{}
+	nw := newNetwork(r, slog.New(slog.NewTextHandler(log, nil)), nil)
+	t.Cleanup(nw.close)
+	nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: known}, nil)
+	return nw, r
+}
+
+// hearFrom hears a hello of node 2 from an address.
+func hearFrom(nw *network, at *kvpb.Node, life uint64) (done func(), err error) {
+	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: at, RaftId: 2, Life: life}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
+	return nw.hear(h, false, func(error) {})
+}
+
+// claimOf is what node 2 claims.
+func claimOf(nw *network) *moveClaim {
+	nw.mu.Lock()
+	p := nw.peers[2]
+	nw.mu.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.claim
+}
+
+// awaits waits until the last that the network told is this, and returns all of it.
+func (r *recorder) awaits(t *testing.T, last string) (told []string) {
+	t.Helper()
+	eventually(t, func() error {
+		if told = append(told, r.all()...); len(told) == 0 || told[len(told)-1] != last {
+			return fmt.Errorf("not told of %q: %q", last, told)
+		}
+		return nil
+	})
+	return told
+}
+
+// TestMoveClaims: where an accepted hello came from, its sender is dialed, too. It is
+// used once the right life of the right peer answers there, and only then.
+func TestMoveClaims(t *testing.T) {
+	t.Parallel()
+	dead := &kvpb.Node{Id: 2, Address: deadAddress(t)}
+
+	t.Run("it is there", func(t *testing.T) {
+		var log sharedLog
+		nw, r := testNetwork(t, &log, dead)
+		nw.mu.Lock()
+		p := nw.peers[2]
+		nw.mu.Unlock()
+		eventually(t, func() error { // until it waits for the known address
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			if p.giveUp == nil {
+				return errors.New("it does not wait")
+			}
+			return nil
+		})
+		_, node, _ := newAnswering(t, 5)
+		done, err := hearFrom(nw, node, 5)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer done()
+		told := r.awaits(t, "moved 2 "+node.Address)
+		if i := slices.Index(told, "up 2 5 true"); i < 0 || i != len(told)-2 {
+			t.Errorf("it is told %q", told)
+		}
+		eventually(t, func() error {
+			if n := strings.Count(log.String(), peerMoved); n != 1 {
+				return fmt.Errorf("it is said %d times", n)
+			}
+			return nil
+		})
+		wantPart(t, log.String(), errElsewhere.Error()) // it has not waited until the known address is given up
+		// The configuration follows: the stream stays.
+		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: node}, nil)
+		if told := r.all(); len(told) > 0 {
+			t.Errorf("it is told %q", told)
+		}
+	})
+
+	for name, change := range map[string]func(*kvpb.Welcome){
+		"another life":    func(w *kvpb.Welcome) { w.Peer.Life++ },
+		"another peer":    func(w *kvpb.Welcome) { w.Peer.RaftId++ },
+		"another cluster": func(w *kvpb.Welcome) { w.ClusterId++ },
+		"it refuses":      func(w *kvpb.Welcome) { w.Verdict = kvpb.Verdict_VERDICT_REMOVED },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var log sharedLog
+			a, node, _ := newAnswering(t, 5)
+			change(a.welcome.Load())
+			nw, r := testNetwork(t, &log, dead)
+			done, err := hearFrom(nw, node, 5)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer done()
+			eventually(t, func() error {
+				if a.asked.Load() < 3 {
+					return errors.New("it was not asked")
+				}
+				return nil
+			})
+			for _, told := range r.all() {
+				if told != "down 2" && told != "up 2 5 false" {
+					t.Errorf("it is told %q", told)
+				}
+			}
+			if n := strings.Count(log.String(), "not found where it says that it is"); n != 1 {
+				t.Errorf("it is said %d times: %s", n, &log)
+			}
+		})
+	}
+
+	t.Run("it is where it was", func(t *testing.T) { // however often others say otherwise
+		a, node, _ := newAnswering(t, 4)
+		nw, r := testNetwork(t, io.Discard, node)
+		liar, there, _ := newAnswering(t, 5)
+		r.awaits(t, "up 2 4 true")
+		if _, err := hearFrom(nw, there, 5); err != errRival {
+			t.Errorf("who is elsewhere is heard: %v", err)
+		}
+		nw.told(7, []*kvpb.Peer{{Node: there, RaftId: 2, Life: 5}, {RaftId: 2}, nil, {Node: there, RaftId: 3, Life: 5}})
+		if liar.asked.Load() > 0 || a.asked.Load() != 1 || len(r.all()) > 0 {
+			t.Error("somebody else was asked")
+		}
+	})
+
+	t.Run("another node", func(t *testing.T) {
+		a, node, _ := newAnswering(t, 5)
+		nw, r := testNetwork(t, io.Discard, dead)
+		if _, err := hearFrom(nw, &kvpb.Node{Id: 3, Address: node.Address}, 5); err != nil {
+			t.Fatal(err)
+		}
+		if claimOf(nw) != nil || a.asked.Load() > 0 {
+			t.Errorf("it is asked; it is told %q", r.all())
+		}
+	})
+
+	t.Run("just before it waits", func(t *testing.T) {
+		p := &peer{node: dead, claim: &moveClaim{7, &kvpb.Peer{Node: dead, RaftId: 2, Life: 5}}}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		if p.mayGiveUp(target{node: dead}, cancel); context.Cause(ctx) != errElsewhere {
+			t.Error("it waits")
+		}
+	})
+
+	t.Run("it is heard elsewhere than others hear it", func(t *testing.T) {
+		nw, _ := testNetwork(t, io.Discard, dead)
+		if _, err := hearFrom(nw, &kvpb.Node{Id: 2, Address: "first:1"}, 5); err != nil {
+			t.Fatal(err)
+		}
+		nw.told(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "second:1"}, RaftId: 2, Life: 6}})
+		if c := claimOf(nw); c.peer.Node.Address != "first:1" {
+			t.Errorf("what others say counts more: %v", c.peer)
+		}
+	})
+
+	t.Run("the configuration changes", func(t *testing.T) {
+		nw, r := testNetwork(t, io.Discard, dead)
+		_, node, _ := newAnswering(t, 5)
+		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: node, RaftId: 2, Life: 5}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
+		nw.mu.Lock()
+		nw.inbound[inboundKey{2, false}] = &inboundStream{h, func(error) {}}
+		nw.mu.Unlock()
+		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: deadAddress(t)}}, nil)
+		r.awaits(t, "moved 2 "+node.Address)
+	})
+
+	t.Run("others hear it", func(t *testing.T) {
+		_, node, _ := newAnswering(t, 5)
+		nw, r := testNetwork(t, io.Discard, dead)
+		nw.told(7, []*kvpb.Peer{{Node: node, RaftId: 2, Life: 5}})
+		r.awaits(t, "moved 2 "+node.Address)
+		nw.told(7, []*kvpb.Peer{{Node: dead, RaftId: 2, Life: 6}})
+		nw.told(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "third:1"}, RaftId: 2, Life: 6}})
+		if c := claimOf(nw); c == nil || c.peer.Node.Address != node.Address {
+			t.Errorf("who is connected is sought elsewhere: %v", c)
+		}
+	})
+
+	t.Run("it comes back", func(t *testing.T) { // the known address counts more than a claim
+		_, node, _ := newAnswering(t, 4)
+		_, there, _ := newAnswering(t, 5)
+		nw, r := testNetwork(t, io.Discard, node)
+		r.awaits(t, "up 2 4 true")
+		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: dead}, nil)
+		done, err := hearFrom(nw, there, 5)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.awaits(t, "moved 2 "+there.Address)
+		done()
+		back, err := hearFrom(nw, dead, 6)
+		if err != nil {
+			t.Fatalf("it is not heard where it is known: %v", err)
+		}
+		defer back()
+		r.awaits(t, "down 2")
+		if claimOf(nw) != nil {
+			t.Error("it is still sought elsewhere")
+		}
+	})
+}
+
+// TestEventsOfReplacedStreams: of a stream that was replaced the loop is told nothing
+// any more, and of its end at once.
+func TestEventsOfReplacedStreams(t *testing.T) {
+	_, here, _ := newAnswering(t, 4)
+	_, there, _ := newAnswering(t, 5)
+	nw, r := testNetwork(t, io.Discard, here)
+	r.awaits(t, "up 2 4 true")
+	nw.mu.Lock()
+	old := nw.peers[2]
+	nw.mu.Unlock()
+	nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: there}, nil)
+	if told := r.awaits(t, "up 2 5 true"); told[0] != "down 2" {
+		t.Errorf("it is told %q", told)
+	}
+	if nw.up(old, 4, target{node: here}) {
+		t.Error("the old stream is used")
+	}
+	nw.down(old)
+	// Two hellos: the later one counts, also if it is answered first.
+	first, err := hearFrom(nw, there, 6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := hearFrom(nw, there, 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second()
+	first()
+	if told := r.all(); !slices.Equal(told, []string{"up 2 6 false", "up 2 7 false"}) {
+		t.Errorf("it is told %q", told)
+	}
+}
+
+// TestRivals: of two processes that are one node, at two addresses, the one that is
+// connected stays, and the other is told; at one address, it is said that they
+// replace each other.
+func TestRivals(t *testing.T) {
+	var log sharedLog
+	_, here, stop := newAnswering(t, 4)
+	nw, r := testNetwork(t, &log, here)
+	r.awaits(t, "up 2 4 true")
+	elsewhere := &kvpb.Node{Id: 2, Address: deadAddress(t)}
+	lines := func() int { return strings.Count(log.String(), "another process goes by a peer's raft ID") }
+	for range 5 {
+		if _, err := hearFrom(nw, elsewhere, 5); err != errRival {
+			t.Errorf("it is heard: %v", err)
+		}
+	}
+	if lines() != 1 {
+		t.Errorf("it is said %d times: %s", lines(), &log)
+	}
+	for i, life := range []uint64{8, 9, 8, 8, 9, 8, 9} {
+		if _, err := hearFrom(nw, here, life); err != nil {
+			t.Error(err)
+		}
+		if want := 1 + min(1, i/4); lines() != want {
+			t.Errorf("after %d hellos in turn it is said %d times", i+1, lines())
+		}
+	}
+	stop()
+	r.awaits(t, "down 2")
+	if _, err := hearFrom(nw, elsewhere, 5); err != nil {
+		t.Errorf("it is not heard once the other is gone: %v", err)
+	}
+
+	// The other one answers again, at the known address: who is elsewhere would wait
+	// for answers that it does not get.
+	nw, r = testNetwork(t, &log, &kvpb.Node{Id: 2, Address: deadAddress(t)})
+	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: elsewhere, RaftId: 2, Life: 5}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
+	ended := make(chan error, 1)
+	if _, err := nw.hear(h, false, func(err error) { ended <- err }); err != nil {
+		t.Fatal(err)
+	}
+	_, here, _ = newAnswering(t, 4)
+	nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: here}, nil)
+	r.awaits(t, "up 2 4 true")
+	eventually(t, func() error {
+		if len(ended) == 0 {
+			return errors.New("its stream goes on")
+		}
+		return nil
+	})
+	if err := <-ended; err != errRival || claimOf(nw) != nil {
+		t.Errorf("its stream ends with %v", err)
+	}
+}
+
+// TestCopiedDirectory: a node started from a copy of another's directory, elsewhere,
+// takes nobody's place while the other runs, and is told what it is.
+func TestCopiedDirectory(t *testing.T) {
+	t.Parallel()
+	c, dir := newDurable(t, 3)
+	var log sharedLog
+	c.init(1, 2, 3)
+	c.transfer(1, 1)
+	c.stop(3)
+	c.options = func(next func(*options)) func(*options) {
+		return func(o *options) {
+			if next(o); o.id == 33 {
+				o.id, o.dataDir = 3, dir(3)+".copy"
+			}
+		}
+	}(c.options)
+	if err := os.CopyFS(dir(3)+".copy", os.DirFS(dir(3))); err != nil {
+		t.Fatal(err)
+	}
+	c.start(3, c.addressOf(1, 3))
+	c.settled(1, 2, 3)
+	c.works(1, 2, 3)
+	c.log = &log
+	copied := c.start(33, "127.0.0.1:0")
+	c.log = nil
+	for id := uint64(1); id <= 2; id++ {
+		eventually(t, func() error {
+			if part := fmt.Sprintf("node %d at %s is connected to another process", id, c.nodes[id].address); !strings.Contains(log.String(), part) {
+				return fmt.Errorf("the log does not say %q", part)
+			}
+			return nil
+		})
+	}
+	c.works(1, 2, 3)
+	c.settled(1, 2, 3)
+	if m, err := c.metrics(1); err != nil || c.addressOf(1, 3) == copied.address {
+		t.Errorf("it has taken its place: %v, %v", m, err)
+	}
+}
