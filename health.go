@@ -173,12 +173,11 @@ func (n *node) answers(id uint64) bool {
 
 // silence says that a member does not answer, since when and where.
 func (n *node) silence(id uint64) string {
-	m := n.store.members[id]
 	ticks := n.leaderless // followers need not hear each other while there is a leader
 	if heard, ok := n.heard[id]; ok {
 		ticks = min(ticks, n.now-heard)
 	}
-	text := fmt.Sprintf("node %d at %s has not answered for %v", m.GetId(), m.GetAddress(), n.durationOf(ticks))
+	text := fmt.Sprintf("%s has not answered for %v", n.locate(id), n.durationOf(ticks))
 	if !n.connected[id] {
 		text += " and is not connected"
 	}

@@ -117,7 +117,7 @@ type simConfig struct {
 	cached    bool // an operator's request is answered on the word of an earlier one's entry
 }
 
-var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe", "freeze", "freeze", "forget"}
+var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe", "freeze", "freeze", "forget", "move", "move"}
 
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
@@ -146,6 +146,10 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 	return c
 }
 
+// anchored reports whether the first site never moves and stays a member: members
+// that move have to meet somewhere.
+func (c simConfig) anchored() bool { return slices.Contains(c.faults, "move") }
+
 // event is something that will happen. With a process it happens there: not
 // if that has died, and later if it is stopped.
 type event struct {
@@ -172,7 +176,8 @@ func (q *eventQueue) Pop() any {
 // site is where a node runs, one process after another.
 type site struct {
 	i     int
-	node  *kvpb.Node
+	node  *kvpb.Node // another one whenever it has moved
+	moves int
 	cur   *proc  // nil: dead
 	old   uint64 // the last raft ID
 	lives int
@@ -324,7 +329,7 @@ func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 	}
 	for i := range cfg.nodes {
 		st := &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}}
-		if rng.Float64() < cfg.durable {
+		if rng.Float64() < cfg.durable || i == 0 && cfg.anchored() {
 			st.fs = newSimFS()
 		}
 		s.sites = append(s.sites, st)
@@ -1034,17 +1039,55 @@ func (s *sim) isNew(id *kvpb.RequestId) bool {
 
 // simPeer is a process's way to a peer, as peer in network.go.
 type simPeer struct {
-	raftID uint64
-	node   *kvpb.Node
-	life   uint64 // 0: no stream
-	stream *simStream
-	ended  bool
+	raftID   uint64
+	node     *kvpb.Node
+	life     uint64 // 0: no stream
+	at       *kvpb.Node
+	claim    *claim
+	claimDue bool
+	stream   *simStream
+	ended    bool
+}
+
+func (peer *simPeer) isAt(m *kvpb.Node) bool {
+	if peer.life != 0 && peer.at.Address == m.Address {
+		peer.node, peer.claim = m, nil
+	}
+	return peer.node.Address == m.Address
+}
+
+func (peer *simPeer) claimed(c *claim) {
+	switch {
+	case c.peer.Node.Id != peer.node.Id:
+	case c.peer.Node.Address != peer.node.Address:
+		peer.claim = c
+	default:
+		peer.claim = nil
+		if peer.life != 0 && peer.life != c.peer.Life && peer.at.Address != peer.node.Address {
+			peer.stream.breakBoth()
+		}
+	}
+}
+
+func (peer *simPeer) rival(from *kvpb.Peer) bool {
+	address := from.Node.Address
+	return peer.life != 0 && peer.life != from.Life && peer.at.Address != address && peer.node.Address != address
+}
+
+func (peer *simPeer) next() target {
+	to := target{node: peer.node}
+	if peer.claimDue && peer.claim != nil {
+		to.node, to.claim = peer.claim.peer.Node, peer.claim
+	}
+	peer.claimDue = to.claim == nil
+	return to
 }
 
 // simStream carries messages from one process to another.
 type simStream struct {
 	from, to *proc
 	peer     *simPeer
+	target   target
 	hello    *kvpb.Hello
 	queued   int
 	last     int64 // when its last message arrives: order is kept
@@ -1058,7 +1101,7 @@ func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Nod
 	p.members, p.removed = members, removed
 	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
 		peer := p.peers[id]
-		if m := members[id]; m != nil && m.Address != peer.node.Address || m == nil && p.inbound[id] == nil || slices.Contains(removed, id) {
+		if m := members[id]; m != nil && !peer.isAt(m) || m == nil && p.inbound[id] == nil || slices.Contains(removed, id) {
 			p.endPeer(peer)
 		}
 	}
@@ -1078,6 +1121,9 @@ func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Nod
 func (p *proc) addPeer(raftID uint64, node *kvpb.Node) {
 	peer := &simPeer{raftID: raftID, node: node}
 	p.peers[raftID] = peer
+	if st := p.inbound[raftID]; st != nil {
+		peer.claimed(&claim{st.hello.ClusterId, st.hello.From})
+	}
 	p.s.after(p.s.latency(), p, func() { p.dial(peer) })
 }
 
@@ -1109,8 +1155,14 @@ func (s *sim) latency() float64 {
 
 func (s *sim) isCut(from, to *site) bool { return !s.calm && s.cut[from.i][to.i] > 0 }
 
+// siteOf is the site at an address; nil: it has moved.
 func (s *sim) siteOf(node *kvpb.Node) *site {
-	return s.sites[slices.IndexFunc(s.sites, func(st *site) bool { return st.node.Address == node.Address })]
+	for _, st := range s.sites {
+		if st.node.Address == node.Address {
+			return st
+		}
+	}
+	return nil
 }
 
 // at makes f happen at a process, later if it is stopped, and otherwise says
@@ -1130,17 +1182,18 @@ func (s *sim) at(p *proc, f func()) bool {
 // dial says hello to whoever is at a peer's address.
 func (p *proc) dial(peer *simPeer) {
 	s := p.s
-	to := s.siteOf(peer.node)
 	again := func(ticks float64) { s.after(ticks, p, func() { p.dial(peer) }) }
 	if peer.ended || peer.stream != nil {
 		return
 	}
-	if to.cur == nil || s.isCut(p.site, to) || s.isCut(to, p.site) {
+	target := peer.next()
+	to := s.siteOf(target.node)
+	if to == nil || to.cur == nil || s.isCut(p.site, to) || s.isCut(to, p.site) {
 		again(5 + 15*s.rng.Float64())
 		return
 	}
-	st := &simStream{from: p, to: to.cur, peer: peer, hello: p.n.hello()}
-	st.hello.To = &kvpb.Peer{Node: peer.node, RaftId: peer.raftID}
+	st := &simStream{from: p, to: to.cur, peer: peer, target: target, hello: p.n.hello()}
+	st.hello.To = &kvpb.Peer{Node: target.node, RaftId: peer.raftID}
 	peer.stream = st
 	st.to.hellos = append(st.to.hellos, st)
 	s.after(s.latency(), nil, func() {
@@ -1160,9 +1213,18 @@ func (st *simStream) greet() {
 		st.breakBoth()
 		return
 	}
+	if peer := p.peers[from.RaftId]; w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && peer != nil && peer.rival(from) {
+		w.Verdict = kvpb.Verdict_VERDICT_RIVAL
+	}
 	if w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED {
 		if p.peers[from.RaftId] == nil {
 			p.addPeer(from.RaftId, from.Node)
+		}
+		p.peers[from.RaftId].claimed(&claim{st.hello.ClusterId, from})
+		for _, id := range slices.Sorted(maps.Keys(p.inbound)) {
+			if id != from.RaftId && p.members[id] != nil {
+				w.Peers = append(w.Peers, p.inbound[id].hello.From)
+			}
 		}
 		if old := p.inbound[from.RaftId]; old != nil && old != st {
 			old.closed = true
@@ -1186,18 +1248,34 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 		st.close()
 		return
 	}
-	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != peer.raftID {
+	if !st.target.answers(peer.raftID, w) {
 		p.s.trace("%v is refused by %s: %v", p, p.s.name(w.Peer.RaftId), w.Verdict)
 		p.s.count["refused"]++
-		p.n.refused(st.hello.From.RaftId, peer.raftID, w)
+		if st.target.claim == nil {
+			p.n.refused(st.hello.From.RaftId, peer.raftID, w)
+		}
 		st.close()
 		st.broken()
 		return
 	}
 	p.s.trace("%v has a stream to %v", p, st.to)
 	p.s.count["streams"]++
-	peer.life = w.Peer.Life
+	peer.life, peer.at = w.Peer.Life, st.target.node
 	p.n.peerUp(peer.raftID, w.Peer.Life, true)
+	if st.target.claim != nil {
+		p.s.count["found elsewhere"]++
+		p.n.peerMoved(peer.raftID, st.target.node)
+	} else {
+		peer.claim = nil
+	}
+	if old := p.inbound[peer.raftID]; old != nil && peer.rival(old.hello.From) {
+		old.breakBoth()
+	}
+	for _, at := range w.Peers {
+		if other := p.peers[at.RaftId]; other != nil && other.life == 0 && p.inbound[at.RaftId] == nil {
+			other.claimed(&claim{st.hello.ClusterId, at})
+		}
+	}
 	if st.closed { // it was replaced meanwhile
 		st.broken()
 	}
@@ -1401,12 +1479,15 @@ func bytesOf(v *view) []byte {
 // start dials and sends the first chunk.
 func (t *transfer) start() {
 	p, s := t.from, t.from.s
-	st := s.siteOf(t.peer.node)
-	t.to, t.data = st.cur, bytesOf(t.v)
-	t.hello = p.n.hello()
-	t.hello.To = &kvpb.Peer{Node: t.peer.node, RaftId: t.peer.raftID, Life: t.life}
+	node := oneOf(t.peer.life == t.life, t.peer.at, t.peer.node)
+	st := s.siteOf(node)
+	t.data, t.hello = bytesOf(t.v), p.n.hello()
+	t.hello.To = &kvpb.Peer{Node: node, RaftId: t.peer.raftID, Life: t.life}
 	s.after(500, nil, func() { t.end(errors.New("the receiver is silent")) })
-	if st.cur == nil || s.isCut(p.site, st) || s.isCut(st, p.site) {
+	if st != nil {
+		t.to = st.cur
+	}
+	if t.to == nil || s.isCut(p.site, st) || s.isCut(st, p.site) {
 		s.after(10+s.expo(50), nil, func() { t.end(errors.New("the receiver cannot be reached")) })
 		return
 	}
@@ -1971,7 +2052,7 @@ func (s *sim) judge(a *admin, err error) {
 // addLearner is server.addLearner.
 func (s *sim) addLearner(st *site, then func(error)) {
 	var raftID uint64
-	var past []uint64
+	at := st.node
 	a := &admin{what: fmt.Sprintf("add learner %d", st.node.Id), then: then}
 	a.steps = func(n *node) func() (bool, error) {
 		return func() (bool, error) {
@@ -1979,25 +2060,23 @@ func (s *sim) addLearner(st *site, then func(error)) {
 				if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
 					return false, errNotNow
 				}
-				h := n.hello()
-				h.Removed = past
-				raftID = st.cur.n.accept(h).Peer.RaftId
+				raftID, at = st.cur.n.accept(n.hello()).Peer.RaftId, st.node
 				st.cur.wake()
 			}
-			return n.stepLearner(raftID, st.node)
+			return n.stepLearner(raftID, at)
 		}
 	}
 	a.again = func(err error) bool {
 		if err != errPastLife {
 			return false
 		}
-		past, raftID = []uint64{raftID}, 0
+		raftID = 0
 		return true
 	}
 	a.isTrue = func(err error) bool {
 		return err != nil || s.oracle.held(a.begun, func(e era) bool {
 			lives, _ := e.livesOf(st.node.Id)
-			return lives == 1 && proto.Equal(e.members[raftID], st.node)
+			return lives == 1 && proto.Equal(e.members[raftID], at)
 		})
 	}
 	s.request(a, 150)
@@ -2180,6 +2259,12 @@ func (s *sim) wish() {
 			slices.Sort(req.Remove)
 			req.Remove = slices.Compact(req.Remove)
 		}
+		if anchor := s.sites[0].node.Id; s.cfg.anchored() {
+			req.Remove = slices.DeleteFunc(req.Remove, func(id uint64) bool { return id == anchor })
+			if len(req.Members) > 0 && req.Members[0] != anchor {
+				req.Members = slices.Insert(req.Members, 0, anchor)
+			}
+		}
 		if s.rng.IntN(3) == 0 { // in terms of what changes
 			req.Promote, req.Members, req.Retain = req.Members, nil, false
 			if n := len(req.Promote); n > 1 && s.rng.IntN(2) == 0 {
@@ -2302,13 +2387,13 @@ func (s *sim) fault() {
 			p.site.slow = s.now + int64(length*simTick)
 		}
 	case "wipe":
-		if fired = p.site.keeps() != 0 && s.mayLose(p); fired {
+		if fired = p.site.keeps() != 0 && !s.cfg.anchored() && s.mayLose(p); fired { // one that has moved would not be found
 			s.trace("FAULT: %v loses its disk", p)
 			p.site.fs = newSimFS()
 			p.die(length)
 		}
 	case "forget":
-		if fired = p.site.keeps() != 0 && s.mayLose(p); fired {
+		if fired = p.site.keeps() != 0 && !s.cfg.anchored() && s.mayLose(p); fired { // as with wipe
 			s.trace("FAULT: %v is started without its disk", p)
 			p.site.forgets = true
 			p.die(length)
@@ -2320,6 +2405,16 @@ func (s *sim) fault() {
 			if st := p.peers[id].stream; st != nil && !st.frozen && s.rng.IntN(2) == 0 {
 				fired = true
 				st.freeze(length)
+			}
+		}
+	case "move":
+		st := p.site
+		if fired = st.i != 0 && st.keeps() != 0; fired {
+			p.die(length)
+			if st.keeps() != 0 {
+				st.moves++
+				st.node = &kvpb.Node{Id: st.node.Id, Address: fmt.Sprintf("node%d:%d", st.node.Id, st.moves+1)}
+				s.trace("node %d moves to %s", st.node.Id, st.node.Address)
 			}
 		}
 	case "stop":
@@ -2648,9 +2743,25 @@ func (s *sim) members() []*proc {
 	return slices.DeleteFunc(s.alive(), func(p *proc) bool { return p.n.rn == nil || p.astray() })
 }
 
-// astray reports whether a process cannot know that it was removed: the voters
-// that it knows have left, and have no memory. An operator sees it in status.
-func (p *proc) astray() bool { return p.n.lead == 0 && p.n.quorumLost() != nil }
+// astray reports whether a process cannot know that it was removed: too few of the
+// voters that it knows are where it knows them, and could say so. An operator sees
+// in status that the others do not list it.
+func (p *proc) astray() bool {
+	n := p.n
+	others, told := 0, 0
+	for _, id := range n.store.conf.GetVoters() {
+		if id == p.raftID {
+			continue
+		}
+		others++
+		node := n.store.members[id]
+		st := p.s.siteOf(node)
+		if st != nil && st.cur != nil && st.node.Id == node.Id && slices.Contains(st.cur.n.store.removed, p.raftID) {
+			told++
+		}
+	}
+	return n.lead == 0 && told <= others/2
+}
 
 // unsettled says what is not as it shall be without faults; empty: all is.
 func (s *sim) unsettled() string {
