@@ -1043,7 +1043,7 @@ type simPeer struct {
 	node     *kvpb.Node
 	life     uint64 // 0: no stream
 	at       *kvpb.Node
-	claim    *claim
+	claim    *moveClaim
 	claimDue bool
 	stream   *simStream
 	ended    bool
@@ -1056,7 +1056,7 @@ func (peer *simPeer) isAt(m *kvpb.Node) bool {
 	return peer.node.Address == m.Address
 }
 
-func (peer *simPeer) claimed(c *claim) {
+func (peer *simPeer) claimed(c *moveClaim) {
 	switch {
 	case c.peer.Node.Id != peer.node.Id:
 	case c.peer.Node.Address != peer.node.Address:
@@ -1122,7 +1122,7 @@ func (p *proc) addPeer(raftID uint64, node *kvpb.Node) {
 	peer := &simPeer{raftID: raftID, node: node}
 	p.peers[raftID] = peer
 	if st := p.inbound[raftID]; st != nil {
-		peer.claimed(&claim{st.hello.ClusterId, st.hello.From})
+		peer.claimed(&moveClaim{st.hello.ClusterId, st.hello.From})
 	}
 	p.s.after(p.s.latency(), p, func() { p.dial(peer) })
 }
@@ -1220,7 +1220,7 @@ func (st *simStream) greet() {
 		if p.peers[from.RaftId] == nil {
 			p.addPeer(from.RaftId, from.Node)
 		}
-		p.peers[from.RaftId].claimed(&claim{st.hello.ClusterId, from})
+		p.peers[from.RaftId].claimed(&moveClaim{st.hello.ClusterId, from})
 		for _, id := range slices.Sorted(maps.Keys(p.inbound)) {
 			if id != from.RaftId && p.members[id] != nil {
 				w.Peers = append(w.Peers, p.inbound[id].hello.From)
@@ -1273,7 +1273,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	}
 	for _, at := range w.Peers {
 		if other := p.peers[at.RaftId]; other != nil && other.life == 0 && p.inbound[at.RaftId] == nil {
-			other.claimed(&claim{st.hello.ClusterId, at})
+			other.claimed(&moveClaim{st.hello.ClusterId, at})
 		}
 	}
 	if st.closed { // it was replaced meanwhile
