@@ -552,7 +552,8 @@ func waitsForMember(m *kvpb.Node, resp *kvpb.ClaimResponse) error {
 	switch resp.Verdict {
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
 		return apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE,
-			fmt.Sprintf("node %d at %s has just started, and waits to hear whether it is a member of a cluster", m.Id, m.Address))
+			fmt.Sprintf("node %d at %s has just started, and waits to hear whether it is a member of a cluster",
+				m.Id, m.Address))
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED:
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
 			fmt.Sprintf("node %d at %s is claimed by another init, at node %d at %s, of %s",
