@@ -102,7 +102,7 @@ func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto
 // meant, and in no other cluster than this node.
 func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
 	p := s.n.pub.Load()
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.n.opts.probeTimeout())
 	defer cancel()
 	w, err := s.net.probe(ctx, m.Address)
 	if err != nil {

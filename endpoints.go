@@ -23,7 +23,8 @@ import (
 )
 
 const (
-	// askTimeout bounds the wait for a node that is asked how it is.
+	// askTimeout bounds the wait for a node that is asked how it is: it gives the four
+	// round trips of a connection and the question 500 ms each; a person waits for it.
 	askTimeout = 2 * time.Second
 	// askStagger is the wait for an endpoint before the next one is asked, too.
 	askStagger = 200 * time.Millisecond

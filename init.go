@@ -87,7 +87,7 @@ func (n *node) redialTime() time.Duration {
 	if n.opts.redial != 0 {
 		return n.opts.redial
 	}
-	return 400*time.Millisecond + 480*time.Millisecond + 500*time.Millisecond
+	return 400*time.Millisecond + 480*time.Millisecond + n.opts.connectTimeout()
 }
 
 // claim is what a node in no cluster has promised. It is never changed.
@@ -472,7 +472,7 @@ func (f *founder) begin(ctx context.Context) (*initTry, error) {
 
 // ask has a member do something with a claim.
 func (f *founder) ask(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
-	short, cancel := context.WithTimeout(ctx, probeTimeout)
+	short, cancel := context.WithTimeout(ctx, f.s.n.opts.probeTimeout())
 	defer cancel()
 	req.To = m
 	resp, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(short, req)

@@ -15,6 +15,9 @@
 //   - A peer (peer.run), one for each other member: it keeps a stream open and
 //     sends what the loop queued. Beside it a goroutine waits for the stream's
 //     end, and a timer for an answer to its hello.
+//   - A dial (target.dial), in a goroutine of gRPC's, has one for each of its tries
+//     to connect, which end with it, and one for a lookup of a name, which may go on
+//     for the next dial.
 //   - A hearer (network.serve), one for each stream from a peer and each
 //     snapshot received: it decodes and leaves messages in the inbox, or builds
 //     a new store that nobody else sees before the loop installs it.
@@ -322,6 +325,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	self := &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, net.JoinHostPort(host, port))}
 	n := newNode(o, self, log)
 	nw := newNetwork(n, log, o.dialer)
+	nw.connectTimeout = o.connectTimeout()
 	n.net = nw
 	s := newServer(n, nw)
 	if o.durable {

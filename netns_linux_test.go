@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -399,4 +400,102 @@ func TestNetwork(t *testing.T) {
 		t.Logf("%s: ok in %v", s.name, time.Since(began))
 	}
 	sameListings(t, ps)
+}
+
+// hostProcess is a node of a router's host, not started. Its time-outs are those of
+// a cluster whose nodes are far apart.
+func hostProcess(i int, args ...string) *process {
+	return &process{
+		id: uint64(i), address: fmt.Sprintf("10.77.%d.2:7000", i),
+		within: []string{"ip", "netns", "exec", fmt.Sprintf("host%d", i)},
+		args:   append([]string{"--insecure", "--heartbeat=500ms", "--election-timeout=3s"}, args...),
+	}
+}
+
+// TestFarNodes: nodes whose messages take 300 ms there and back become a cluster, and
+// whoever restarts is back in it.
+func TestFarNodes(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	r := newRouter(t, 3)
+	r.slow(150*time.Millisecond, time.Millisecond, 0)
+	ps := []*process{hostProcess(1), hostProcess(2), hostProcess(3)}
+	formCluster(t, ps)
+	write := func(via *process, key string) {
+		ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
+		defer cancel()
+		if _, err := via.kv.Set(ctx, &kvpb.SetRequest{Key: key}); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, p := range ps {
+		write(p, fmt.Sprint(p.id))
+	}
+	back := ps[2]
+	if back == leaderOf(t, ps) {
+		back = ps[1]
+	}
+	back.signal(syscall.SIGKILL)
+	back.start()
+	awaitHealthy(t, ps, 30*time.Second)
+	write(back, "back")
+	sameListings(t, ps)
+	if counts := r.heal(); counts["late"] == 0 {
+		t.Errorf("the network was not slow: %v", counts)
+	}
+}
+
+// TestDeadAddress: of the addresses that a name stands for, the first one is silent.
+// Peers, the leader that a request is forwarded to, and commands are found at the
+// second one.
+func TestDeadAddress(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	r := newRouter(t, 3)
+	const nobody = 9
+	r.lose([]int{1, 2, 3}, []int{nobody})
+	names := "127.0.0.1 localhost\n"
+	var ps []*process
+	for i := 1; i <= 3; i++ {
+		names += fmt.Sprintf("10.77.%d.2 node%d\n10.77.%d.2 node%d\n", nobody, i, i, i)
+		listen := fmt.Sprintf("--addr=10.77.%d.2:7000", i) // not its name, which is its address from then on
+		ps = append(ps, hostProcess(i, listen, fmt.Sprintf("--advertise=node%d:7000", i)))
+	}
+	file := filepath.Join(t.TempDir(), "hosts")
+	if err := os.WriteFile(file, []byte(names), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount(file, "/etc/hosts", "", syscall.MS_BIND, ""); err != nil {
+		t.Skipf("mount over /etc/hosts does not work here: %v", err)
+	}
+	formCluster(t, ps)
+	command := func(args ...string) (string, error) {
+		cmd := commandOf(nil, args...)
+		cmd.Args = append(slices.Clone(ps[0].within), cmd.Args...)
+		cmd.Path, cmd.Err = exec.LookPath(ps[0].within[0])
+		out, err := cmd.Output()
+		return string(out), err
+	}
+	endpoints := []string{"--endpoints", "node1:7000,node2:7000,node3:7000"}
+	if out, err := command(append([]string{"set", "k", "v"}, endpoints...)...); err != nil {
+		t.Errorf("set: %v: %s", err, out)
+	}
+	out, err := command(append([]string{"status"}, endpoints...)...)
+	if err != nil || strings.Contains(out, "unreachable") {
+		t.Errorf("status: %v: %s", err, out)
+	}
+	for i := range ps { // one of them to two that do not lead
+		to := fmt.Sprint(i + 1)
+		if out, err := command("transfer-leader", to, "--endpoints", "node1:7000", "--timeout", "20s"); err != nil {
+			t.Errorf("transfer-leader %s: %v: %s", to, err, out)
+		}
+	}
+	ps[2].signal(syscall.SIGKILL)
+	ps[2].start()
+	awaitHealthy(t, ps, 30*time.Second)
+	if counts := r.heal(); counts["lost"] == 0 {
+		t.Errorf("nobody has tried the dead address: %v", counts)
+	}
 }

@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -18,29 +17,34 @@ import (
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
 )
 
 const (
-	// maxPeerBytes and maxPeerMessages bound what waits to be sent to a peer.
+	// maxPeerBytes and maxPeerMessages bound what waits to be sent to a peer. If it
+	// takes less than that, raft sends it less. Entries are shared with the log; the
+	// rest of so many messages takes 512 KiB.
 	maxPeerBytes    = 32 << 20
 	maxPeerMessages = 8192
-	// maxStreamBytes is where a batch of messages is cut: one more may follow.
+	// maxStreamBytes is where a batch of messages is cut: one more, of an entry of
+	// maxEntryBytes or one larger write, may follow, and has to fit maxMessageBytes.
 	maxStreamBytes = 1 << 20
-	// maxMessageBytes is the largest gRPC message that a node accepts.
+	// maxMessageBytes is the largest gRPC message that a node accepts. It has room
+	// for the largest write, for a page of List, and for a batch to a peer.
 	maxMessageBytes = 4 << 20
-	// maxStrangers bounds the peers that no configuration names, yet.
+	// maxStrangers bounds the peers that no configuration names, yet: nodes that are
+	// being added, or came back without their memory. Each takes peerFiles.
 	maxStrangers = 16
 	// helloTimeout bounds how long a stream may stay silent at its start, and
-	// a snapshot between two chunks.
-	helloTimeout = 10 * time.Second
-	// windowBytes is HTTP/2's window. A fixed one saves gRPC's probing for one.
+	// a snapshot between two chunks: there is one round trip in it, or none, but a
+	// disk that stalls may be, too. It is maxConnectTimeout, for whoever may be so
+	// slow to be connected to may be so slow to answer.
+	helloTimeout = maxConnectTimeout
+	// windowBytes is HTTP/2's window: 4 MiB a round trip is 13 MiB a second over
+	// 300 ms. A fixed one saves gRPC's probing for one.
 	windowBytes = 4 << 20
 )
 
@@ -69,10 +73,14 @@ type network struct {
 	r       receiver
 	log     *slog.Logger
 	dialer  func(context.Context, string) (net.Conn, error) // nil: TCP
+	names   *dialer
 	ctx     context.Context
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 	dropped atomic.Uint64 // messages that a queue did not take
+	// connectTimeout bounds the wait for a connection to a peer. It is set before
+	// there are members.
+	connectTimeout time.Duration
 
 	mu      sync.Mutex
 	members map[uint64]*kvpb.Node
@@ -135,6 +143,9 @@ type rivals struct {
 func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, string) (net.Conn, error)) *network {
 	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
 	nw.ctx, nw.cancel = context.WithCancel(context.Background())
+	nw.names = newDialer(nw.ctx)
+	o := defaultOptions()
+	nw.connectTimeout = o.connectTimeout()
 	return nw
 }
 
@@ -151,34 +162,6 @@ func (nw *network) goroutine(f func()) {
 	if nw.ctx.Err() == nil {
 		nw.wg.Go(f)
 	}
-}
-
-// dial makes a connection to a node. An address can have what a URL must not:
-// the zone in [fe80::1%eth0]:21001.
-func dial(address string, opts ...grpc.DialOption) *grpc.ClientConn {
-	conn, err := grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())...)
-	if err != nil {
-		panic(err) // over a target that is no URL, or credentials: not for these
-	}
-	return conn
-}
-
-// dial makes a connection to a peer. It comes back at most a second after the
-// peer does.
-func (nw *network) dial(address string) *grpc.ClientConn {
-	return dial(address,
-		grpc.WithContextDialer(nw.dialer),
-		grpc.WithIdleTimeout(0),
-		grpc.WithInitialWindowSize(windowBytes),
-		grpc.WithInitialConnWindowSize(windowBytes),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: .2, MaxDelay: 400 * time.Millisecond},
-			MinConnectTimeout: 500 * time.Millisecond,
-		}),
-		// Finds a connection dead even while nothing is acknowledged: with it,
-		// gRPC sets TCP_USER_TIMEOUT.
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second, PermitWithoutStream: true}))
 }
 
 // setMembers implements transport.
@@ -380,6 +363,8 @@ func (p *peer) run() {
 		_ = p.stream(conn, to) // it has said why it ended
 		p.open(0, nil)
 		p.nw.down(p)
+		// A peer that answers but refuses is asked again at most 10 times a second,
+		// which hellosPerSecond allows; one that is back is back within a second.
 		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
 	}
 	if conn != nil {
@@ -387,18 +372,18 @@ func (p *peer) run() {
 	}
 }
 
-// target is whom to dial next.
-type target struct {
+// peerTarget is whom to dial next.
+type peerTarget struct {
 	node  *kvpb.Node
 	claim *moveClaim // that it is there; nil: that is known
 	turns bool       // there is another address to be tried
 }
 
 // next takes the address that is known and the one that is claimed in turn.
-func (p *peer) next() target {
+func (p *peer) next() peerTarget {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	to := target{node: p.node, turns: p.claim != nil}
+	to := peerTarget{node: p.node, turns: p.claim != nil}
 	if p.claimDue && p.claim != nil {
 		to.node, to.claim = p.claim.peer.Node, p.claim
 	}
@@ -407,7 +392,7 @@ func (p *peer) next() target {
 }
 
 // answers reports whether who answered is the one that was meant.
-func (to target) answers(raftID uint64, w *kvpb.Welcome) bool {
+func (to peerTarget) answers(raftID uint64, w *kvpb.Welcome) bool {
 	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != raftID {
 		return false
 	}
@@ -415,7 +400,7 @@ func (to target) answers(raftID uint64, w *kvpb.Welcome) bool {
 }
 
 // up begins to send to a life of a peer, unless the peer was replaced.
-func (nw *network) up(p *peer, life uint64, to target) bool {
+func (nw *network) up(p *peer, life uint64, to peerTarget) bool {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	if nw.peers[p.raftID] != p {
@@ -506,7 +491,7 @@ var errElsewhere = errors.New("it says that it is elsewhere")
 
 // connected waits for a connection to the peer.
 func (p *peer) connected(
-	ctx context.Context, cancel context.CancelCauseFunc, conn *grpc.ClientConn, to target,
+	ctx context.Context, cancel context.CancelCauseFunc, conn *grpc.ClientConn, to peerTarget,
 ) (kvpb.RaftService_StreamClient, error) {
 	defer alarm(cancel).Stop()
 	if to.claim == nil && !to.turns {
@@ -521,7 +506,7 @@ func (p *peer) connected(
 }
 
 // mayGiveUp lets news of another address end what is tried; nil: not any more.
-func (p *peer) mayGiveUp(to target, cancel context.CancelCauseFunc) {
+func (p *peer) mayGiveUp(to peerTarget, cancel context.CancelCauseFunc) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.tried, p.giveUp = to.node, nil
@@ -535,7 +520,7 @@ func (p *peer) mayGiveUp(to target, cancel context.CancelCauseFunc) {
 }
 
 // stream opens a stream to the peer and sends until it breaks.
-func (p *peer) stream(conn *grpc.ClientConn, to target) (err error) {
+func (p *peer) stream(conn *grpc.ClientConn, to peerTarget) (err error) {
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	defer cancel(nil)
 	state := peerUnreachable
@@ -547,7 +532,7 @@ func (p *peer) stream(conn *grpc.ClientConn, to target) (err error) {
 		}
 	}()
 	if to.claim != nil { // whoever makes one up shall not keep this node from the known address
-		defer time.AfterFunc(probeTimeout, func() { p.giveUpClaim(cancel) }).Stop()
+		defer time.AfterFunc(2*p.nw.connectTimeout, func() { p.giveUpClaim(cancel) }).Stop()
 		p.mayGiveUp(to, cancel)
 		defer p.mayGiveUp(to, nil)
 	}

@@ -947,7 +947,7 @@ func TestMoveClaims(t *testing.T) {
 	t.Run("just before it waits", func(t *testing.T) {
 		p := &peer{node: dead, claim: &moveClaim{7, &kvpb.Peer{Node: dead, RaftId: 2, Life: 5}}}
 		ctx, cancel := context.WithCancelCause(t.Context())
-		if p.mayGiveUp(target{node: dead}, cancel); context.Cause(ctx) != errElsewhere {
+		if p.mayGiveUp(peerTarget{node: dead}, cancel); context.Cause(ctx) != errElsewhere {
 			t.Error("it waits")
 		}
 	})
@@ -1024,7 +1024,7 @@ func TestEventsOfReplacedStreams(t *testing.T) {
 	if told := r.awaits(t, "up 2 5 true"); told[0] != "down 2" {
 		t.Errorf("it is told %q", told)
 	}
-	if nw.up(old, 4, target{node: here}) {
+	if nw.up(old, 4, peerTarget{node: here}) {
 		t.Error("the old stream is used")
 	}
 	nw.down(old)

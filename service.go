@@ -56,8 +56,6 @@ const (
 	maxHeaderBytes = 16 << 10
 	// adminTimeout bounds requests of ClusterService that have no deadline.
 	adminTimeout = time.Minute
-	// probeTimeout bounds the wait for a node to say who it is.
-	probeTimeout = 3 * time.Second
 	// maxMargin bounds how long before its caller's deadline a call ends.
 	maxMargin = 100 * time.Millisecond
 	// retryDelay is when to try again what found a queue full.

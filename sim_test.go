@@ -1074,8 +1074,8 @@ func (peer *simPeer) rival(from *kvpb.Peer) bool {
 	return peer.life != 0 && peer.life != from.Life && peer.at.Address != address && peer.node.Address != address
 }
 
-func (peer *simPeer) next() target {
-	to := target{node: peer.node}
+func (peer *simPeer) next() peerTarget {
+	to := peerTarget{node: peer.node}
 	if peer.claimDue && peer.claim != nil {
 		to.node, to.claim = peer.claim.peer.Node, peer.claim
 	}
@@ -1087,7 +1087,7 @@ func (peer *simPeer) next() target {
 type simStream struct {
 	from, to *proc
 	peer     *simPeer
-	target   target
+	target   peerTarget
 	hello    *kvpb.Hello
 	queued   int
 	last     int64 // when its last message arrives: order is kept
