@@ -6,20 +6,31 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"io"
+	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -343,27 +354,94 @@ func TestAbuse(t *testing.T) {
 	}
 }
 
+// wide are as many places as a node can have.
+var wide = places{clients: maxConnections, peers: maxPeers}
+
+// TestConnectionLimits: clients get their places; what is beyond them gets those
+// kept for peers, and yields to whoever comes later, unless a peer is heard there.
 func TestConnectionLimits(t *testing.T) {
-	l := newLimiter(&refusing{left: maxConnections})
-	var conns []*limitedConn
-	for range maxConnections {
+	p := places{clients: 3, peers: 2}
+	kept := p.peers * peerConnections
+	l := newLimiter(&refusing{left: 1 << 10}, p, quiet())
+	accept := func() *limitedConn {
+		t.Helper()
 		conn, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
-		conns = append(conns, conn.(*limitedConn))
+		return conn.(*limitedConn)
 	}
-	if conn, err := l.Accept(); err != io.EOF {
-		t.Errorf("one more connection than the limit: %v, %v", conn, err)
+	isOpen := func(c *limitedConn) bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.conns[c]
 	}
-	_ = conns[0].Close()
-	l.Listener = &refusing{left: 1}
-	if _, err := l.Accept(); err != nil {
-		t.Errorf("there is room for one: %v", err)
+	call := func(c *limitedConn, method string) error {
+		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
+		_, err := inPlace(ctx, &tap.Info{FullMethodName: method})
+		return err
+	}
+	var clients, more []*limitedConn
+	for range p.clients {
+		clients = append(clients, accept())
+	}
+	for range kept {
+		more = append(more, accept())
+	}
+	if err := call(clients[0], getMethod); err != nil {
+		t.Errorf("a client that has a place: %v", err)
+	}
+	wantError(t, call(more[0], getMethod), codes.ResourceExhausted, "OVERLOADED")
+	if err := call(more[0], kvpb.RaftService_Stream_FullMethodName); err != nil {
+		t.Errorf("a peer in a place for peers: %v", err)
 	}
 
-	for _, c := range conns {
+	done := more[0].heard()
+	last := accept()
+	if !isOpen(more[0]) || isOpen(more[1]) || !isOpen(more[2]) || !isOpen(last) {
+		t.Error("it is not the oldest one without a peer that has yielded")
+	}
+	for range 2 * kept {
+		accept()
+	}
+	if !isOpen(more[0]) || !isOpen(clients[0]) {
+		t.Error("a connection that a peer is heard on, or a client's, has yielded")
+	}
+	done()
+	for range kept {
+		last = accept()
+	}
+	if isOpen(more[0]) {
+		t.Error("a connection on which no peer is heard any more has not yielded")
+	}
+
+	peer := clients[1]
+	peer.heard()
+	if err := call(last, getMethod); err != nil || len(l.kept) != kept-1 {
+		t.Errorf("a peer has a place of its own now, and its former one is not a client's: %v, %d are kept", err, len(l.kept))
+	}
+	_ = clients[0].Close()
+	if c := accept(); call(c, getMethod) != nil {
+		t.Error("there is room for one")
+	}
+	for heard := 0; ; heard++ {
+		conn, err := l.Accept()
+		if err != nil { // all that the listener had left were closed
+			break
+		}
+		if heard > p.clients+kept {
+			t.Fatal("a connection on which a peer is heard yields")
+		}
+		conn.(*limitedConn).heard()
+	}
+	if len(l.conns) != p.clients+kept {
+		t.Errorf("%d connections are open", len(l.conns))
+	}
+	for c := range l.conns {
 		_ = c.Close()
+	}
+	if len(l.conns)+len(l.kept) > 0 {
+		t.Errorf("%d connections are open, %d in places for peers", len(l.conns), len(l.kept))
 	}
 
 	c := &limitedConn{l: l, hellos: maxHellos, greetedAt: time.Now()}
@@ -378,10 +456,274 @@ func TestConnectionLimits(t *testing.T) {
 	}
 }
 
+// TestPlaces: what a process may have open is enough for all that it may open.
+func TestPlaces(t *testing.T) {
+	if _, err := placesOf(leastFiles - 1); err == nil {
+		t.Error("a node starts with too few files")
+	}
+	for _, files := range []uint64{leastFiles, 256, 1024, 4096, 20_000, 1 << 20, math.MaxUint64} {
+		p, err := placesOf(files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if uint64(nodeFiles+p.clients+p.peers*peerFiles) > files || p.clients < 16 || p.peers < 4 {
+			t.Errorf("with %d files: %+v", files, p)
+		}
+		if files >= 1024 && p.peers != maxPeers || files >= 1<<20 && p.clients != maxConnections {
+			t.Errorf("with %d files, not for all: %+v", files, p)
+		}
+	}
+}
+
+// TestAcceptFails: a node outlives errors of accept, such as too many open files, and
+// says so once.
+func TestAcceptFails(t *testing.T) {
+	var log strings.Builder
+	failing := &refusing{left: -1, fail: 3}
+	l := newLimiter(failing, wide, slog.New(slog.NewTextHandler(&log, nil)))
+	server := grpc.NewServer()
+	if err := server.Serve(l); !errors.Is(err, net.ErrClosed) || failing.fail != 0 {
+		t.Errorf("%v, %d errors are left", err, failing.fail)
+	}
+	server.Stop()
+	if strings.Count(log.String(), "\n") != 1 {
+		t.Errorf("%s", &log)
+	}
+	wantPart(t, log.String(), syscall.ENOBUFS.Error())
+}
+
+// limited is how a process is started that may have so many files open.
+func limited(files int) []string {
+	return []string{"sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, files)}
+}
+
+// idleConnections holds open as many connections as it can of n, until stop. One that
+// the node closes is made anew, as clients do.
+func idleConnections(t *testing.T, address string, n int) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var tried, ended sync.WaitGroup
+	for range n {
+		tried.Add(1)
+		ended.Go(func() {
+			once := sync.OnceFunc(tried.Done)
+			for ctx.Err() == nil {
+				r, err := dialRude(address)
+				once()
+				if err == nil {
+					end := context.AfterFunc(ctx, func() { _ = r.Close() })
+					_, _ = io.Copy(io.Discard, r)
+					end()
+					_ = r.Close()
+				}
+				sleep(ctx, time.Second)
+			}
+		})
+	}
+	tried.Wait()
+	return func() { cancel(); ended.Wait() }
+}
+
+// TestConnectionsLeaveFiles: however many connections clients open, a durable node
+// can open the next file of its log.
+func TestConnectionsLeaveFiles(t *testing.T) {
+	t.Parallel()
+	p := &process{
+		id: 1, address: "127.0.0.1:0", within: limited(256),
+		args: []string{"--data-dir", filepath.Join(t.TempDir(), "d"), "--log-bytes", "1048576"},
+	}
+	formCluster(t, []*process{p})
+	defer idleConnections(t, p.address, 400)()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for i := range 100 {
+		if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: fmt.Sprint(i), Value: make([]byte, 100<<10)}); err != nil {
+			text, _ := os.ReadFile(p.log)
+			t.Fatalf("write %d: %v\n%s", i, err, text)
+		}
+	}
+	text, _ := os.ReadFile(p.log)
+	room, _ := placesOf(256)
+	wantPart(t, string(text), fmt.Sprintf("connections=%d peers=%d files=256", room.clients, room.peers))
+	wantPart(t, string(text), "clients have all connections")
+}
+
+// TestConnectionsLeavePeers: however many connections clients open to a node, its
+// peers get theirs, and clients beyond the limit are told.
+func TestConnectionsLeavePeers(t *testing.T) {
+	t.Parallel()
+	var ps []*process
+	for i := range 3 {
+		ps = append(ps, &process{id: uint64(i + 1), address: "127.0.0.1:0", within: limited(256)})
+	}
+	formCluster(t, ps)
+	leader := leaderOf(t, ps)
+	rest := slices.DeleteFunc(slices.Clone(ps), func(p *process) bool { return p == leader })
+	victim, back := rest[0], rest[1]
+	defer idleConnections(t, victim.address, 400)()
+	conn := dial(victim.address)
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	eventually(t, func() error {
+		_, err := kvpb.NewKVServiceClient(conn).Get(ctx, &kvpb.GetRequest{Key: "k"}, grpc.WaitForReady(true))
+		if reasonOf(err) != "OVERLOADED" {
+			return fmt.Errorf("a client beyond the limit: %v", err)
+		}
+		return nil
+	})
+	back.signal(syscall.SIGKILL)
+	back.start()
+	awaitHealthy(t, ps, 20*time.Second)
+	leader.signal(syscall.SIGKILL)
+	if _, err := back.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil { // these two are a majority
+		t.Error(err)
+	}
+}
+
+// TestTooFewFiles: a node that may have too few files open does not start, and says
+// how many it needs.
+func TestTooFewFiles(t *testing.T) {
+	o := defaultOptions()
+	o.id, o.addr, o.files = 1, "127.0.0.1:0", 64
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	err := run(ctx, o, quiet(), func(*server) {
+		t.Error("it is ready")
+		cancel()
+	})
+	for _, part := range []string{"64 files", "ulimit -n", fmt.Sprint(leastFiles)} {
+		wantPart(t, fmt.Sprint(err), part)
+	}
+}
+
+// TestFewFiles: with a low limit of files, fewer strangers are answered, and each thing
+// that takes a file or a connection has its bound.
+func TestFewFiles(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1, func(o *options) { o.files = leastFiles })
+	n := c.nodes[1]
+	nw := n.server.net
+	first := newImpostor(t, n)
+	h := proto.CloneOf(first.hello)
+	for range nw.maxPeers {
+		h.From.RaftId++
+		peer, hangUp := callAsPeer(n)
+		defer hangUp()
+		s, err := peer.Stream(t.Context())
+		if err == nil {
+			err = s.Send(&kvpb.StreamRequest{Hello: h})
+		}
+		if err == nil {
+			_, err = s.Recv()
+		}
+		isLast := h.From.RaftId == first.hello.From.RaftId+uint64(nw.maxPeers)
+		if isLast != (status.Code(err) == codes.ResourceExhausted) {
+			t.Errorf("peer %d, with files for %d: %v", h.From.RaftId, nw.maxPeers, err)
+		}
+	}
+
+	for range cap(nw.receiving) {
+		nw.receiving <- struct{}{}
+	}
+	if err := first.send(first.snapshot(t, 10, 1<<20), true); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("more snapshots than there are files for: %v", err)
+	}
+	<-nw.receiving
+	if err := first.send(first.snapshot(t, 10, 1<<20), true); err != nil {
+		t.Errorf("there is room for one: %v", err)
+	}
+	if len(nw.receiving) != cap(nw.receiving)-1 {
+		t.Error("a snapshot that was received keeps its place")
+	}
+
+	for range maxAsking {
+		nw.asking <- struct{}{}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err := nw.probe(ctx, n.address)
+	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
+	ctx = grpc.NewContextWithServerTransportStream(ctx, methodOf(kvpb.ClusterService_TransferLeader_FullMethodName))
+	err = n.server.forward(ctx, n.server.n.self, &kvpb.TransferLeaderRequest{}, &kvpb.TransferLeaderResponse{})
+	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
+	<-nw.asking
+	if _, err := nw.probe(t.Context(), n.address, nil); err != nil || len(nw.asking) != maxAsking-1 {
+		t.Errorf("there is room for one: %v, %d are taken", err, len(nw.asking))
+	}
+}
+
+// TestPeersAreKept: a connection on which a peer is heard, or a snapshot received, does
+// not yield to others.
+func TestPeersAreKept(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1, func(o *options) { o.files = leastFiles })
+	n := c.nodes[1]
+	room, err := placesOf(leastFiles)
+	if err != nil {
+		t.Fatal(err)
+	}
+	crowd := func(connections int) {
+		for range connections {
+			r, err := dialRude(n.address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = r.Close() })
+		}
+	}
+	crowd(room.clients)
+	i := newImpostor(t, n) // its snapshot is one of a peer that is heard
+	ctx, cancel := context.WithTimeout(t.Context(), rpcTimeout)
+	defer cancel()
+	peer, hangUp := callAsPeer(n)
+	defer hangUp()
+	s, err := peer.Stream(ctx)
+	h := proto.CloneOf(i.hello)
+	h.From.RaftId++
+	if err == nil {
+		err = s.Send(&kvpb.StreamRequest{Hello: h})
+	}
+	if err == nil {
+		_, err = s.Recv()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	another, hangUp := callAsPeer(n)
+	defer hangUp()
+	snapshot, err := another.InstallSnapshot(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reqs := i.snapshot(t, 10, 1<<20)
+	if err := snapshot.Send(reqs[0]); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if len(n.server.net.receiving) == 0 {
+			return errors.New("the snapshot has not begun")
+		}
+		return nil
+	})
+	crowd(3 * room.peers * peerConnections)
+	if err = s.CloseSend(); err == nil {
+		_, err = s.Recv()
+	}
+	if err != io.EOF {
+		t.Errorf("the stream: %v", err)
+	}
+	for _, req := range reqs[1:] {
+		_ = snapshot.Send(req) // the answer says why
+	}
+	if _, err := snapshot.CloseAndRecv(); err != nil {
+		t.Errorf("the snapshot: %v", err)
+	}
+}
+
 // TestUnread has a connection and others, none of which is read, ask for answers.
 func TestUnread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 100})
+		l := newLimiter(&refusing{left: 100}, wide, quiet())
 		made := map[*limitedConn]*atomic.Int32{}
 		accept := func() (*limitedConn, context.Context) {
 			c, err := l.Accept()
@@ -476,7 +818,7 @@ func TestUnread(t *testing.T) {
 // nor those that were taken at once count, and a buffer is as large as its answer.
 func TestUnreadIsGivenBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 1000})
+		l := newLimiter(&refusing{left: 1000}, wide, quiet())
 		conns, ctxs := make([]*limitedConn, 500), make([]context.Context, 500)
 		for i := range conns {
 			c, err := l.Accept()
@@ -527,15 +869,23 @@ func TestUnreadIsGivenBack(t *testing.T) {
 	})
 }
 
-// refusing is a listener that has so many connections left, and one to refuse.
+// refusing is a listener that has so many connections left, and one to refuse. First
+// it fails so many times.
 type refusing struct {
 	net.Listener
-	left int
+	left, fail int
 }
 
+func (r *refusing) Addr() net.Addr { return &net.TCPAddr{} }
+func (r *refusing) Close() error   { return nil }
+
 func (r *refusing) Accept() (net.Conn, error) {
+	if r.fail > 0 {
+		r.fail--
+		return nil, os.NewSyscallError("accept", syscall.ENOBUFS) // gRPC does not know it as temporary
+	}
 	if r.left--; r.left < -1 {
-		return nil, io.EOF
+		return nil, net.ErrClosed
 	}
 	conn, _ := net.Pipe()
 	return conn, nil
@@ -588,7 +938,7 @@ func BenchmarkAbuse(b *testing.B) {
 // or a thousand of them would have a thousand.
 func TestWaitingGetCopiesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 1})
+		l := newLimiter(&refusing{left: 1}, wide, quiet())
 		c, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)

@@ -80,10 +80,15 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 // forward has the leader do a request. An error that wraps errNotLeader means that
 // whoever leads next is to be asked again.
 func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto.Message) error {
+	done, err := s.net.ask(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	conn := s.net.dial(leader.Address)
 	defer func() { _ = conn.Close() }()
 	method, _ := grpc.Method(ctx)
-	err := conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)
+	err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)
 	st := status.Convert(err)
 	switch reason := errorReason(err); {
 	case err == nil:

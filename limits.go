@@ -1,36 +1,109 @@
-// What connections may cost: their number, and the answers that nobody reads.
+// What connections may cost: their number, by the files that the process may have
+// open, and the answers that nobody reads.
 
 package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"log/slog"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/tap"
+
+	"raft-key-value/kvpb"
 )
 
+// What files a node may have open at a time, besides the connections that others
+// make: so many are kept for it. A log that cannot open its next file ends the node.
 const (
-	// maxConnections bounds the connections to a node; one more is closed.
+	// processFiles are standard input, output and error; what the runtime waits by,
+	// and is woken by; the listener; a connection that is accepted to be closed; and
+	// one to spare.
+	processFiles = 8
+	// diskFiles are LOCK; the segment of the log that is written, and the one that is
+	// filled; a snapshot that is saved; and the directory, which writing the log,
+	// saving a snapshot and removing an old one each open.
+	diskFiles = 8
+	// lookupFiles are of each lookup: a question for IPv4 and one for IPv6, and a
+	// file of the system's.
+	lookupFiles = 3
+	nodeFiles   = processFiles + diskFiles + maxExtraTries + maxLookups*lookupFiles + maxAsking
+	// peerFiles are of each peer: a stream to it and one from it, a snapshot to it
+	// and one from it, and the file that the latter is written to.
+	peerFiles = 5
+	// peerConnections are those of them that a peer makes.
+	peerConnections = 2
+	// maxPeers are all that there may be.
+	maxPeers = maxMembers + maxStrangers
+	// leastFiles are for a node with a few peers and a few clients.
+	leastFiles = 128
+	// maxAsking bounds the connections that serve but one call: to forward it to the
+	// leader, or to ask a node who it is. Operators cause them, by hand.
+	maxAsking = 16
+)
+
+// places are how many connections others may make.
+type places struct {
+	files   uint64 // that the process may have open
+	clients int    // connections of anybody
+	peers   int    // peers, which have peerConnections besides
+}
+
+// placesOf divides the files that a process may have open. Peers get at most half of
+// what a node does not need itself: that is enough for all that there may be, or, of
+// a low limit, for a cluster that is smaller.
+func placesOf(files uint64) (places, error) {
+	if files < leastFiles {
+		return places{}, fmt.Errorf("this process may have %d files open (RLIMIT_NOFILE, ulimit -n), a node needs %d",
+			files, leastFiles)
+	}
+	rest := files - nodeFiles
+	peers := min(maxPeers, rest/2/peerFiles)
+	clients := min(maxConnections, rest-peers*peerFiles)
+	return places{files: files, clients: int(clients), peers: int(peers)}, nil
+}
+
+// openFiles is how many files this process may have open. Go has raised the soft
+// limit to the hard one.
+func openFiles() uint64 {
+	var limit syscall.Rlimit
+	_ = syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) // fails only over a bad address
+	return uint64(limit.Cur)
+}
+
+const (
+	// maxConnections bounds the connections of clients to a node, if it may have so
+	// many files open: idle, so many take 320 MiB of memory.
 	maxConnections = 16 << 10
 	// maxUnreadBytes and maxConnectionUnread bound, but for one answer more, the
 	// answers that wait to be written, of all connections and of one. gRPC keeps
 	// them however large, and a client may open its window late, or never.
+	// All of them fit into what abuse may cost; one connection's, so that it takes
+	// four pages of a List at a time, are a sixth of that.
 	maxUnreadBytes      = 24 << 20
 	maxConnectionUnread = 4 << 20
-	// maxWaiting bounds the answers that wait for room; one more is refused.
+	// maxWaiting bounds the answers that wait for room; one more is refused. Each has
+	// a call's goroutine and request, some 20 KiB but for a large one.
 	maxWaiting = 1000
 	// minTaken is what a connection has to take of its answers in stallTimeout to
-	// stay open while there is no room for those of others.
+	// stay open while there is no room for those of others: half a megabit a second.
 	minTaken     = 64 << 10
 	stallTimeout = time.Second
 	// maxHellos and hellosPerSecond bound the hellos on a connection, which is
-	// closed at one more. A peer that is refused makes 10 a second at most.
+	// closed at one more: each is work for the loop, and may be an answer to dial. A
+	// peer that is refused makes 10 a second at most.
 	maxHellos, hellosPerSecond = 4, 20
 )
 
@@ -44,8 +117,18 @@ func init() {
 // limiter is a listener that keeps these limits. mu guards what is below it.
 type limiter struct {
 	net.Listener
-	mu      sync.Mutex
-	conns   map[*limitedConn]bool
+	places places
+	log    *slog.Logger
+	failed bool // the last Accept has; it alone uses this, and fullAt
+	fullAt time.Time
+
+	mu    sync.Mutex
+	conns map[*limitedConn]bool
+	// kept are those of conns that are in the places which are kept for peers. When
+	// the places for clients are taken, a new connection gets one of these, for a peer
+	// is known only once it has said hello; if there is none left, the one yields that
+	// no peer has used for longest.
+	kept    map[*limitedConn]bool
 	unread  int           // of all conns
 	less    chan struct{} // closed when some was written; nil: nobody waits
 	swept   time.Time
@@ -64,30 +147,134 @@ type limitedConn struct {
 	// was counted at greetedAt; guarded by l.mu.
 	unreadAt, greetedAt time.Time
 	hellos              float64
+	// streams are those of a peer that is heard, unheardAt is since when there is
+	// none; guarded by l.mu.
+	streams   int
+	unheardAt time.Time
 }
 
-func newLimiter(l net.Listener) *limiter {
-	return &limiter{Listener: l, conns: map[*limitedConn]bool{}}
+func newLimiter(l net.Listener, p places, log *slog.Logger) *limiter {
+	return &limiter{Listener: l, places: p, log: log, conns: map[*limitedConn]bool{}, kept: map[*limitedConn]bool{}}
 }
 
+// Accept returns an error that gRPC waits and tries again after, unless l is closed.
 func (l *limiter) Accept() (net.Conn, error) {
 	for {
 		conn, err := l.Listener.Accept()
-		if err != nil {
+		if errors.Is(err, net.ErrClosed) {
 			return nil, err
 		}
-		c := &limitedConn{Conn: conn, l: l, greetedAt: time.Now(), hellos: maxHellos, turn: make(chan struct{}, 1), seen: -minTaken}
-		l.mu.Lock()
-		full := len(l.conns) >= maxConnections
-		if !full {
-			l.conns[c] = true
+		if err != nil {
+			if !l.failed {
+				l.log.Error("connections cannot be accepted", "err", err)
+			}
+			l.failed = true
+			return nil, temporary{err}
 		}
-		l.mu.Unlock()
-		if !full {
+		l.failed = false
+		now := time.Now()
+		c := &limitedConn{
+			Conn: conn, l: l, turn: make(chan struct{}, 1), seen: -minTaken,
+			greetedAt: now, hellos: maxHellos, unheardAt: now,
+		}
+		if l.take(c) {
 			return c, nil
 		}
 		_ = conn.Close()
 	}
+}
+
+// temporary is an error of Accept that may pass.
+type temporary struct{ error }
+
+func (temporary) Temporary() bool { return true }
+func (t temporary) Unwrap() error { return t.error }
+
+// fullEvery is between two lines of log that say that clients find no place.
+const fullEvery = time.Minute
+
+// take gives a new connection a place, if there is one.
+func (l *limiter) take(c *limitedConn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.isFull() {
+		l.conns[c] = true
+		return true
+	}
+	if now := time.Now(); now.Sub(l.fullAt) > fullEvery {
+		l.fullAt = now
+		l.log.Warn("clients have all connections that they may", "connections", l.places.clients)
+	}
+	if !l.keep(c) {
+		return false
+	}
+	l.conns[c] = true
+	return true
+}
+
+// isFull reports whether clients have all their places. l.mu is held.
+func (l *limiter) isFull() bool { return len(l.conns)-len(l.kept) >= l.places.clients }
+
+// keep gives a connection one of the places that are kept for peers. l.mu is held.
+func (l *limiter) keep(c *limitedConn) bool {
+	if len(l.kept) >= l.places.peers*peerConnections {
+		var oldest *limitedConn
+		for k := range l.kept {
+			if k.streams == 0 && (oldest == nil || k.unheardAt.Before(oldest.unheardAt)) {
+				oldest = k
+			}
+		}
+		if oldest == nil {
+			return false
+		}
+		l.drop(oldest)
+	}
+	l.kept[c] = true
+	return true
+}
+
+// drop closes a connection. l.mu is held.
+func (l *limiter) drop(c *limitedConn) {
+	delete(l.conns, c)
+	delete(l.kept, c)
+	c.add(-c.unread)
+	_ = c.Conn.Close()
+}
+
+// heard makes a connection a peer's, which is heard on it until done is called.
+func (c *limitedConn) heard() (done func()) {
+	c.l.mu.Lock()
+	defer c.l.mu.Unlock()
+	c.streams++
+	if c.l.conns[c] && !c.l.kept[c] {
+		c.l.keep(c) // or it stays where it is
+	}
+	return func() {
+		c.l.mu.Lock()
+		defer c.l.mu.Unlock()
+		c.streams--
+		c.unheardAt = time.Now()
+	}
+}
+
+// forClients reports whether a connection is in a place for clients, or can be now.
+func (c *limitedConn) forClients() bool {
+	c.l.mu.Lock()
+	defer c.l.mu.Unlock()
+	if c.l.kept[c] && !c.l.isFull() {
+		delete(c.l.kept, c)
+	}
+	return !c.l.kept[c]
+}
+
+// inPlace refuses calls of a client on a connection in a place that is kept for peers.
+func inPlace(ctx context.Context, call *tap.Info) (context.Context, error) {
+	isPeers := strings.HasPrefix(call.FullMethodName, "/"+kvpb.RaftService_ServiceDesc.ServiceName+"/")
+	if c := connOf(ctx); !isPeers && !c.forClients() {
+		return nil, apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
+			fmt.Sprintf("clients have all %d connections that they may have to this node", c.l.places.clients))
+	}
+	return ctx, nil
 }
 
 // connOf is the connection of a call.
@@ -187,9 +374,7 @@ func (l *limiter) sweep() {
 		written := c.written.Load()
 		stalls := c.unread > 0 && time.Since(c.unreadAt) >= stallTimeout && written-c.seen < minTaken
 		if stalls && age < 2*stallTimeout { // else, see what it takes until the next
-			delete(l.conns, c)
-			c.add(-c.unread)
-			_ = c.Conn.Close()
+			l.drop(c)
 		}
 		c.seen = written
 	}
@@ -273,6 +458,7 @@ func (c *limitedConn) greeted() bool {
 func (c *limitedConn) Close() error {
 	c.l.mu.Lock()
 	delete(c.l.conns, c)
+	delete(c.l.kept, c)
 	c.add(-c.unread)
 	c.l.mu.Unlock()
 	c.l.wake()

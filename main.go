@@ -61,7 +61,8 @@ import (
 //go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate
 
 // stopTimeout bounds the wait for calls to end, flushTimeout for their answers
-// to be written.
+// to be written: together less than the 10 s after which Docker kills, and systemd
+// and Kubernetes wait longer.
 const stopTimeout, flushTimeout = 8 * time.Second, time.Second
 
 // options are a node's settings.
@@ -78,6 +79,7 @@ type options struct {
 	logLevel  slog.Level
 	version   bool // it is to be printed, and nothing else
 
+	files    uint64                                          // in place of RLIMIT_NOFILE, for tests
 	listener net.Listener                                    // in place of addr, for tests
 	dialer   func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
 	redial   time.Duration                                   // in place of redialTime, for tests; 0: not
@@ -313,9 +315,12 @@ func isEverywhere(host string) bool {
 // run runs a node until ctx ends or the node cannot go on. It calls ready once
 // the node answers calls.
 func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) error {
+	room, err := placesOf(cmp.Or(o.files, openFiles()))
+	if err != nil {
+		return err
+	}
 	listener := o.listener
 	if listener == nil {
-		var err error
 		if listener, err = net.Listen("tcp", o.addr); err != nil {
 			return err
 		}
@@ -325,7 +330,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	self := &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, net.JoinHostPort(host, port))}
 	n := newNode(o, self, log)
 	nw := newNetwork(n, log, o.dialer)
-	nw.connectTimeout = o.connectTimeout()
+	nw.bound(&o, room.peers)
 	n.net = nw
 	s := newServer(n, nw)
 	if o.durable {
@@ -346,14 +351,14 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	defer endLoop()
 	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
 	go func() { loopErr <- n.run(loop) }()
-	go func() { serveErr <- s.grpc.Serve(newLimiter(listener)) }()
-	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.durable)
+	go func() { serveErr <- s.grpc.Serve(newLimiter(listener, room, log)) }()
+	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,
+		"connections", room.clients, "peers", room.peers, "files", room.files)
 	if n.pub.Load().clusterID == 0 {
 		log.Info(errNotInitialized.Error())
 	}
 	ready(s)
 
-	var err error
 	select {
 	case err = <-loopErr:
 		loopErr <- nil

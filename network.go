@@ -79,8 +79,12 @@ type network struct {
 	wg      sync.WaitGroup
 	dropped atomic.Uint64 // messages that a queue did not take
 	// connectTimeout bounds the wait for a connection to a peer. It is set before
-	// there are members.
+	// there are members, as are maxPeers, which bounds the peers, and receiving,
+	// which has a place for each snapshot that is received.
 	connectTimeout time.Duration
+	maxPeers       int
+	receiving      chan struct{}
+	asking         chan struct{} // has a place for each connection that serves but one call
 
 	mu      sync.Mutex
 	members map[uint64]*kvpb.Node
@@ -144,9 +148,17 @@ func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, strin
 	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
 	nw.ctx, nw.cancel = context.WithCancel(context.Background())
 	nw.names = newDialer(nw.ctx)
+	nw.asking = make(chan struct{}, maxAsking)
 	o := defaultOptions()
-	nw.connectTimeout = o.connectTimeout()
+	nw.bound(&o, maxPeers)
 	return nw
+}
+
+// bound sets what follows from the flags and from how many files may be open.
+func (nw *network) bound(o *options, peers int) {
+	nw.connectTimeout = o.connectTimeout()
+	nw.maxPeers = peers
+	nw.receiving = make(chan struct{}, peers)
 }
 
 // close ends all streams and waits for their goroutines.
@@ -605,8 +617,24 @@ func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.Cancel
 	return resp.Welcome, nil
 }
 
+// ask waits for a place for a connection that serves but one call, until done.
+func (nw *network) ask(ctx context.Context) (done func(), err error) {
+	select {
+	case nw.asking <- struct{}{}:
+		return func() { <-nw.asking }, nil
+	case <-ctx.Done():
+		return nil, apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
+			fmt.Sprintf("this node makes %d calls to other nodes, which is its limit", maxAsking))
+	}
+}
+
 // probe asks who is at an address.
 func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, error) {
+	done, err := nw.ask(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	conn := nw.dial(address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -644,6 +672,7 @@ func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
 		}
 		defer done()
 		w.Peers = nw.heard(h.From.RaftId)
+		defer connOf(s.Context()).heard()()
 		if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil {
 			return err
 		}
@@ -709,7 +738,7 @@ func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCause
 		return nil, status.Error(codes.Unavailable, "its removal is about to be known")
 	}
 	if nw.peers[id] == nil {
-		if len(nw.peers) >= maxMembers+maxStrangers {
+		if len(nw.peers) >= nw.maxPeers {
 			return nil, status.Error(codes.ResourceExhausted, "too many peers that no configuration names")
 		}
 		nw.addPeer(id, h.From.GetNode())

@@ -31,30 +31,38 @@ import (
 )
 
 const (
+	// A key and a value are bounded so that the largest write and its answer fit
+	// maxMessageBytes several times, and a heartbeat waits for few of them.
 	maxKeyBytes   = 64 << 10
 	maxValueBytes = 1 << 20
 	// maxWriteBytes bounds an encoded write.
 	maxWriteBytes = maxKeyBytes + maxValueBytes + 128
-	// maxListItems and maxListBytes bound a page of List.
+	// maxListItems and maxListBytes bound a page of List: what it takes of memory, and
+	// of time in which it holds one of maxLists.
 	maxListItems = 10_000
 	maxListBytes = 1 << 20
 	// maxBackups bounds the backups that a node sends at a time: each makes it
 	// keep what is overwritten meanwhile.
 	maxBackups = 4
-	// maxLists bounds the Lists that run at a time: each passes over all keys.
+	// maxLists bounds the Lists that run at a time: each passes over all keys, so
+	// more would take more cores from the loop.
 	maxLists = 4
-	// maxMembers bounds a cluster, and with it what a request may name.
+	// maxMembers bounds a cluster, and with it what a request may name, and the
+	// connections and files of peers: peerFiles for each.
 	maxMembers = 64
 	// maxAddressBytes bounds the address of a node.
 	maxAddressBytes = 256
-	// maxStreamsPerConnection bounds the calls that run on one connection.
+	// maxStreamsPerConnection bounds the calls that run on one connection: a fleet of
+	// callers behind one connection, and 20 MiB of goroutines if nobody else is.
 	maxStreamsPerConnection = 1024
-	// streamWorkers keep their stacks from call to call: a new goroutine grows its
-	// own first. Calls beyond them get new ones.
+	// streamWorkers keep their stacks from call to call, 8 MiB of them: a new
+	// goroutine grows its own first. Calls beyond them get new ones.
 	streamWorkers = 1024
-	// maxHeaderBytes bounds the metadata of a call.
+	// maxHeaderBytes bounds the metadata of a call, which is for traces and tokens;
+	// gRPC has it in memory before it looks at the call.
 	maxHeaderBytes = 16 << 10
-	// adminTimeout bounds requests of ClusterService that have no deadline.
+	// adminTimeout bounds requests of ClusterService that have no deadline: callers
+	// who left it out wait no longer for a node that does not catch up.
 	adminTimeout = time.Minute
 	// maxMargin bounds how long before its caller's deadline a call ends.
 	maxMargin = 100 * time.Millisecond
@@ -182,6 +190,7 @@ func newServer(n *node, nw *network) *server {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.NumStreamWorkers(streamWorkers),
+		grpc.InTapHandle(inPlace),
 	)
 	s.grpc.RegisterService(kvService(), s)
 	kvpb.RegisterClusterServiceServer(s.grpc, s)

@@ -276,6 +276,13 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 			return err
 		}
 		defer done()
+		defer connOf(s.Context()).heard()()
+		select {
+		case nw.receiving <- struct{}{}:
+			defer func() { <-nw.receiving }()
+		default:
+			return status.Error(codes.ResourceExhausted, "too many snapshots are being received")
+		}
 		st, err := nw.r.readSnapshot(&chunkReader{first.Data, func() ([]byte, error) {
 			req, err := s.Recv()
 			silent.Reset(helloTimeout)
