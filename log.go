@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
@@ -17,7 +18,8 @@ type raftLog struct {
 	prevIndex uint64            // the entry before the first: compacted
 	prevTerm  uint64
 	entries   []*raftpb.Entry
-	bytes     uint64 // of the entries' data
+	bytes     uint64 // that the entries take in memory
+	dropped   int    // entries that still take memory, though they are compacted
 	snapshot  func() *raftpb.Snapshot
 }
 
@@ -69,8 +71,23 @@ func (l *raftLog) Snapshot() (*raftpb.Snapshot, error) { return l.snapshot(), ni
 
 func (l *raftLog) last() uint64 { return l.prevIndex + uint64(len(l.entries)) }
 
-// entryBytes is what an entry counts for against limits in bytes.
+// entryOverhead is what an entry takes in memory besides its data, about.
+const entryOverhead = 144
+
+// memoryBytes is what an entry takes in memory.
+func memoryBytes(e *raftpb.Entry) uint64 { return uint64(len(e.GetData())) + entryOverhead }
+
+// entryBytes is what an entry counts for against limits of messages.
 func entryBytes(e *raftpb.Entry) uint64 { return uint64(len(e.GetData())) + 16 }
+
+// bytesTo is bytes, of the entries up to an index.
+func (l *raftLog) bytesTo(index uint64) uint64 {
+	bytes := l.bytes
+	for i := len(l.entries) - 1; i >= 0 && l.entries[i].GetIndex() > index; i-- {
+		bytes -= memoryBytes(l.entries[i])
+	}
+	return bytes
+}
 
 // append adds entries, in place of those that have the same index or a later one.
 func (l *raftLog) append(entries []*raftpb.Entry) error {
@@ -83,13 +100,13 @@ func (l *raftLog) append(entries []*raftpb.Entry) error {
 	}
 	keep := first - l.prevIndex - 1
 	for _, e := range l.entries[keep:] {
-		l.bytes -= entryBytes(e)
+		l.bytes -= memoryBytes(e)
 	}
 	if keep < uint64(len(l.entries)) {
 		l.entries = l.entries[:keep:keep] // what is replaced may be in use
 	}
 	for _, e := range entries {
-		l.bytes += entryBytes(e)
+		l.bytes += memoryBytes(e)
 	}
 	l.entries = append(l.entries, entries...)
 	return nil
@@ -100,7 +117,7 @@ func (l *raftLog) reset(snap *raftpb.Snapshot) {
 	m := snap.GetMetadata()
 	l.prevIndex, l.prevTerm = m.GetIndex(), m.GetTerm()
 	l.conf = m.GetConfState()
-	l.entries, l.bytes = nil, 0
+	l.entries, l.bytes, l.dropped = nil, 0, 0
 }
 
 // compact drops the oldest entries, none after index, until the log has at
@@ -108,11 +125,14 @@ func (l *raftLog) reset(snap *raftpb.Snapshot) {
 func (l *raftLog) compact(limit, index uint64) {
 	n := 0
 	for n < len(l.entries) && l.bytes > limit && l.prevIndex < index {
-		l.bytes -= entryBytes(l.entries[n])
+		l.bytes -= memoryBytes(l.entries[n])
 		l.prevIndex, l.prevTerm = l.entries[n].GetIndex(), l.entries[n].GetTerm()
 		n++
 	}
 	if n > 0 {
-		l.entries = append([]*raftpb.Entry(nil), l.entries[n:]...) // frees the dropped ones
+		l.entries, l.dropped = l.entries[n:], l.dropped+n
+	}
+	if l.dropped > len(l.entries)/8 { // not each time: the log may be long
+		l.entries, l.dropped = slices.Clone(l.entries), 0 // frees the dropped ones
 	}
 }

@@ -2,8 +2,10 @@ package main
 
 import (
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"testing"
+	"weak"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
@@ -127,13 +129,13 @@ func appendBoth(t *testing.T, l *raftLog, model *raft.MemoryStorage, es []*raftp
 func compactModel(l *raftLog, limit, index uint64) uint64 {
 	to, bytes := l.prevIndex, uint64(0)
 	for _, e := range l.entries {
-		bytes += entryBytes(e)
+		bytes += memoryBytes(e)
 	}
 	for _, e := range l.entries {
 		if bytes <= limit || e.GetIndex() > index {
 			break
 		}
-		bytes -= entryBytes(e)
+		bytes -= memoryBytes(e)
 		to = e.GetIndex()
 	}
 	return to
@@ -157,7 +159,7 @@ func compareLog(t *testing.T, r *rand.Rand, l *raftLog, model *raft.MemoryStorag
 	}
 	bytes := uint64(0)
 	for _, e := range l.entries {
-		bytes += uint64(len(e.GetData())) + 16
+		bytes += memoryBytes(e)
 	}
 	if l.bytes != bytes {
 		t.Fatalf("it counts %d bytes of %d", l.bytes, bytes)
@@ -190,21 +192,21 @@ func TestLogCompact(t *testing.T) {
 	fill := func() *raftLog {
 		l := &raftLog{prevIndex: 10, prevTerm: 1}
 		for i := range uint64(4) {
-			if err := l.append([]*raftpb.Entry{logEntry(11+i, 1+i, make([]byte, 84))}); err != nil {
+			if err := l.append([]*raftpb.Entry{logEntry(11+i, 1+i, make([]byte, 300-entryOverhead))}); err != nil {
 				t.Fatal(err)
 			}
 		}
 		return l
 	}
 	for _, c := range []struct{ limit, index, prev, term, bytes uint64 }{
-		{400, 14, 10, 1, 400}, // it fits
-		{399, 14, 11, 1, 300},
-		{300, 14, 11, 1, 300},
+		{1200, 14, 10, 1, 1200}, // it fits
+		{1199, 14, 11, 1, 900},
+		{900, 14, 11, 1, 900},
 		{0, 14, 14, 4, 0},
 		{0, 99, 14, 4, 0},
-		{0, 13, 13, 3, 100}, // never past index
-		{0, 10, 10, 1, 400},
-		{0, 3, 10, 1, 400},
+		{0, 13, 13, 3, 300}, // never past index
+		{0, 10, 10, 1, 1200},
+		{0, 3, 10, 1, 1200},
 	} {
 		l := fill()
 		l.compact(c.limit, c.index)
@@ -217,7 +219,7 @@ func TestLogCompact(t *testing.T) {
 	}
 	l := fill()
 	kept := l.entries
-	l.compact(200, 14)
+	l.compact(600, 14)
 	if &l.entries[0] == &kept[2] {
 		t.Error("compact keeps the old array, and with it what was dropped")
 	}
@@ -236,4 +238,34 @@ func TestLogCompact(t *testing.T) {
 	if _, cs, _ := (&raftLog{}).InitialState(); cs == nil {
 		t.Error("raft reads a nil ConfState")
 	}
+}
+
+// TestCompactedEntriesAreFreed: entries that are dropped one at a time, as those
+// that a member gets on by, take hardly any memory longer.
+func TestCompactedEntriesAreFreed(t *testing.T) {
+	const all, kept = 3000, 1000
+	l := &raftLog{}
+	l.reset(logSnapshot(0, 1))
+	var entries []weak.Pointer[raftpb.Entry]
+	for i := range uint64(all) {
+		e := logEntry(i+1, 1, make([]byte, 100))
+		entries = append(entries, weak.Make(e))
+		if err := l.append([]*raftpb.Entry{e}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range uint64(all - kept) {
+		l.compact(0, i+1)
+	}
+	runtime.GC()
+	alive := 0
+	for _, e := range entries {
+		if e.Value() != nil {
+			alive++
+		}
+	}
+	if alive < kept || alive > kept+kept/8+1 || len(l.entries) != kept || l.bytes != kept*(100+entryOverhead) {
+		t.Errorf("%d of %d entries take memory; it has %d, of %d bytes", alive, kept, len(l.entries), l.bytes)
+	}
+	runtime.KeepAlive(l)
 }
