@@ -647,7 +647,7 @@ func TestFewFiles(t *testing.T) {
 	err = n.server.forward(ctx, n.server.n.self, &kvpb.TransferLeaderRequest{}, &kvpb.TransferLeaderResponse{})
 	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
 	<-nw.asking
-	if _, err := nw.probe(t.Context(), n.address, nil); err != nil || len(nw.asking) != maxAsking-1 {
+	if _, err := nw.probe(t.Context(), n.address); err != nil || len(nw.asking) != maxAsking-1 {
 		t.Errorf("there is room for one: %v, %d are taken", err, len(nw.asking))
 	}
 }

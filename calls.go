@@ -145,16 +145,20 @@ func (n *node) failAll(err error) {
 
 // propose hands the writes that wait, or as many as fit into an entry, to raft.
 func (n *node) propose() {
-	if n.own == nil && n.lead != 0 && len(n.writes) > 0 {
+	if n.own == nil && n.lead != 0 && len(n.writes) > 0 && n.mayPropose() {
 		n.own = n.nextProposal()
 	}
 	p := n.own
-	if p == nil || n.lead == 0 || n.now < p.again {
+	if p == nil || n.lead == 0 || n.now < p.again || !n.mayPropose() {
 		return
 	}
 	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
 		p.again = n.now + 1
-	} else if n.lead == n.raftID {
+		return
+	}
+	n.proposed(len(p.data) + entryOverhead)
+	n.pace.ownNext = false
+	if n.lead == n.raftID {
 		p.again = never // it is lost only if leadership is: then syncSoftState says so
 	} else {
 		p.again = n.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word

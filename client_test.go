@@ -684,6 +684,7 @@ func TestClientStatus(t *testing.T) {
 		return &kvpb.MemberStatus{Node: &kvpb.Node{Id: id, Address: addr}, Voter: voter, Learner: !voter}
 	}
 	members := []*kvpb.MemberStatus{member(1, a.addr, true), member(2, b.addr, false), member(4, closedAddress, true), member(5, silent, true)}
+	members[1].Lagging = "too slow"
 	a.setMetrics(&kvpb.MetricsResponse{Node: members[0].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Leader: members[0].Node, Term: 3,
 		AppliedIndex: 99, Keys: 5, Version: 7, Healthy: true, Members: members})
 	b.setMetrics(&kvpb.MetricsResponse{Node: members[1].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEARNER, UnhealthyReason: "no leader", Members: members})
@@ -699,6 +700,7 @@ func TestClientStatus(t *testing.T) {
 		"3 " + c.addr + " unhealthy no uninitialized - - - - - no - new ",
 		"4 " + closedAddress + " unreachable yes - - - - - - - 0000000000000abc \"dial tcp ",
 		"5 " + silent + " unreachable yes - - - - - - - 0000000000000abc no answer in 500ms (DEADLINE_EXCEEDED) ",
+		"node 2 is too slow",
 	}
 	if len(rows) != len(want) {
 		t.Fatalf("%d rows, want %d:\n%s", len(rows), len(want), out)

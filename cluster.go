@@ -573,6 +573,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 		return m
 	}
 	m.Term, m.CommitIndex = n.term, n.rn.BasicStatus().GetCommit()
+	m.WriteLimit = n.rate(n.pace.limit, 1)
 	switch {
 	case n.role == raft.StateLeader:
 		m.Role = kvpb.Role_ROLE_LEADER
@@ -595,6 +596,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 			ms.Progress = &kvpb.Progress{
 				MatchIndex: pr.Match, NextIndex: pr.Next, State: pr.State.String(), RecentActive: pr.RecentActive, CaughtUp: n.isCaughtUp(pr),
 			}
+			ms.Lagging = n.lagging(id, pr)
 		}
 		m.Members = append(m.Members, ms)
 	}

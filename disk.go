@@ -9,10 +9,11 @@
 // *.snap are snapshots: the log names the one that counts. *.tmp was not finished.
 //
 // What it takes is bounded. A snapshot is begun once log-bytes are logged behind
-// the last one, and at 4 times that writing waits until it is there. Besides: what
-// was queued, which raft bounds to 64 MiB; a segment that is being written, one
-// that is being filled, one that is partly needed, each a quarter of log-bytes at
-// most; and the gaps at the ends of segments, at most as much again. Of snapshots
+// the last one; at twice that it is written without rests, and at 4 times that
+// writing of the log waits until it is there. Besides: what was queued, which raft
+// bounds to 64 MiB; a segment that is being written, one that is being filled, one
+// that is partly needed, each a quarter of log-bytes at most; and the gaps at the
+// ends of segments, at most as much again. Of snapshots
 // there are two, one on its way out, and one for each that is being received.
 
 package main
@@ -78,6 +79,7 @@ type disk struct {
 	mu    sync.Mutex
 	queue []diskJob
 	held  bool // nothing is to be written for now
+	quick bool // the snapshot that is being saved is waited for, or will be soon
 	wake  bell
 }
 
@@ -337,14 +339,22 @@ func (d *disk) enqueue(j diskJob) {
 	d.wake.ring()
 }
 
-// rest lets the log have the disk for a while, unless that waits for the snapshot.
+// rest lets the log have the disk for a while, unless that waits for the snapshot,
+// or will soon.
 func (d *disk) rest(worked time.Duration) {
 	d.mu.Lock()
-	held := d.held
+	quick := d.quick
 	d.mu.Unlock()
-	if !held {
+	if !quick {
 		rest(worked)
 	}
+}
+
+// hurry has the snapshot that is being saved take all that it can get of the disk.
+func (d *disk) hurry() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.quick = true
 }
 
 // hold stops writing, or lets it go on.
@@ -352,6 +362,7 @@ func (d *disk) hold(on bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.held = on; !on {
+		d.quick = false
 		d.wake.ring()
 	}
 }

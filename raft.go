@@ -11,8 +11,9 @@
 //     append, persist, respond.
 //   - Apply what is committed, in order and once; a change of membership is
 //     raft's to know, too: apply.
-//   - Keep the log short: compact. Send snapshots to whom it is too short for,
-//     say how that went, and install those that come: snapshots.go.
+//   - Keep the log short: compact; but not too short for who catches up:
+//     catchup.go. Send snapshots to whom it is too short for, say how that went,
+//     and install those that come: snapshots.go.
 //
 // What the network tells the loop, and what the loop tells all others, is in
 // peers.go; what membership shall be, in cluster.go.
@@ -138,6 +139,11 @@ type node struct {
 	// learned is what a peer knows to be committed, if this node does not know it yet.
 	learned learnedCommit
 
+	written  meter               // of the log's entries
+	pace     pace                // of writes, while this node leads
+	catching map[uint64]*catchUp // by raft ID, while this node leads
+	hurry    atomic.Bool         // set by the loop: the log runs away, so nobody is to rest
+
 	now        uint64 // ticks since the start, and firstTick
 	clock      uint64 // the same, with those that a busy loop has missed: what callers wait by
 	term, lead uint64
@@ -192,6 +198,7 @@ func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 	n := &node{opts: o, limits: defaultRaftLimits(), self: self, log: log, store: newStore(), onPublish: func(*published) {}, onApply: func(*raftpb.Entry) {}}
 	n.in.wake = newBell()
 	n.now, n.clock = firstTick, firstTick
+	n.written = newMeter(o.heartbeat)
 	n.newLife()
 	n.pub.Store(&published{})
 	n.publish()
@@ -212,6 +219,7 @@ func (n *node) newLife() {
 	n.sights = map[uint64]*sight{}
 	n.out, n.gone = nil, nil
 	n.bornAt, n.claim, n.founding = n.now, nil, nil
+	n.pace, n.catching = pace{}, map[uint64]*catchUp{}
 }
 
 // randomID returns a number that nobody has drawn before. Not 0, and below
@@ -402,6 +410,10 @@ func (n *node) tick() {
 	}
 	n.commitAt = [...]uint64{n.rn.BasicStatus().GetCommit(), n.commitAt[0], n.commitAt[1]}
 	n.countUp()
+	if n.role == raft.StateLeader {
+		n.followMembers()
+	}
+	n.compactLog()
 	if n.leads() && isJoint(n.store.conf) {
 		n.leaveJoint()
 	} else if n.mayChange() && !n.commitMove() {
@@ -442,6 +454,10 @@ func (n *node) receive(in inbound) {
 	}
 	if m.GetType() == raftpb.MsgReadIndex && !n.leads() && len(n.store.conf.GetVoters()) == 1 {
 		return // raft would answer before it knows what is committed; who asked will ask again
+	}
+	if m.GetType() == raftpb.MsgProp && n.pace.limit != 0 {
+		n.hold(m)
+		return
 	}
 	n.learnCommit(m)
 	n.step(m)
@@ -646,6 +662,7 @@ func (n *node) checkDrained(m *raftpb.Message) error {
 // drain proposes, asks, and handles Readys until there is nothing left to do.
 func (n *node) drain() {
 	for n.rn != nil && n.err == nil {
+		n.proposeHeld()
 		n.propose()
 		n.askRead()
 		if !n.rn.HasReady() {
@@ -699,7 +716,8 @@ func (n *node) syncSoftState() {
 		n.changeAt, n.readBeat = 0, 0
 		n.lag, n.sparedUntil = lag{mark: never, since: n.now}, 0
 		n.leadHeard, n.readWait = n.now, n.electionTicks()/2
-		n.askedAt = n.now // peers may wait for what they asked of the leader before
+		n.askedAt = n.now                                  // peers may wait for what they asked of the leader before
+		n.pace, n.catching = pace{}, map[uint64]*catchUp{} // what is held will be proposed again
 		n.askAgain()
 		if st.Lead != 0 {
 			n.count.LeaderChanges++
@@ -801,6 +819,9 @@ func (n *node) append(m *raftpb.Message) {
 		n.err = err
 		return
 	}
+	for _, e := range m.GetEntries() {
+		n.written.add(n.beat(), memoryBytes(e))
+	}
 	old := n.raft.hard
 	if m.Term != nil {
 		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
@@ -817,6 +838,9 @@ func (n *node) append(m *raftpb.Message) {
 		batch.Entries = append(batch.Entries, wireEntry(e))
 	}
 	n.logged += uint64(sectors(headerBytes + proto.Size(batch)))
+	if n.saving != 0 && n.logged > 2*n.opts.logBytes {
+		n.disk.hurry() // it rests no more
+	}
 	if n.saving != 0 && n.logged > 4*n.opts.logBytes {
 		n.disk.hold(true) // until the snapshot is there
 	}
@@ -956,23 +980,12 @@ func (n *node) configured() {
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
 }
 
-// compact keeps the log's size in bounds, on disk too. What a snapshot on its
-// way needs to be followed by the log is kept for a while.
+// compact keeps the log's size in bounds, on disk too.
 func (n *node) compact() {
-	limit := n.opts.logBytes
-	if n.disk != nil && n.saving == 0 && n.logged > limit {
+	if n.disk != nil && n.saving == 0 && n.logged > n.opts.logBytes {
 		n.save()
 	}
-	if n.raft.bytes <= limit {
-		return
-	}
-	index := n.store.index
-	if n.raft.bytes <= 4*limit {
-		for _, v := range n.views {
-			index = min(index, v.header.Index)
-		}
-	}
-	n.raft.compact(limit/2, index)
+	n.compactLog()
 }
 
 // raftPanic is what raft panics with when its state contradicts itself.

@@ -79,6 +79,7 @@ type simConfig struct {
 	late          float64 // probability that a message outlives its stream
 	queue         int     // messages that a stream holds
 	snapshotDies  float64
+	transfer      float64 // how much longer than a message a snapshot takes, on average
 	durable       float64 // probability that a site has a disk
 	disk          float64 // mean time of a write to it
 	clients, keys int
@@ -138,6 +139,10 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 	}
 	c.voters = min(c.nodes, int(pick(1, 2, 3, 3, 3, 5)))
 	c.durable, c.disk = pick(0, 0, .5, 1, 1, 1), pick(.01, .1, .5, 2)
+	if rng.IntN(4) == 0 { // soon too much is needed of the log
+		c.logBytes = 2 << 10
+	}
+	c.transfer = pick(10, 10, 100, 1000)
 	for _, f := range simFaults {
 		if rng.IntN(3) > 0 {
 			c.faults = append(c.faults, f)
@@ -715,6 +720,9 @@ func (p *proc) check() {
 			}
 		}
 		p.term, p.commit = term, commit
+		if kept := n.raft.bytesTo(n.store.index); n.leads() && n.store.index > p.applied && kept > max(n.opts.logBytes, n.keptBytes()) {
+			s.failf("%v keeps %d bytes of its log, more than %d", p, kept, n.keptBytes())
+		}
 	}
 	if n.store.index > p.applied {
 		s.observe(p, p.applied+1, n.store.index)
@@ -1525,7 +1533,7 @@ func (t *transfer) arrive() {
 		t.lose("half way")
 		return
 	}
-	s.after(s.latency()*10, nil, func() {
+	s.after(s.latency()*max(10, s.cfg.transfer), nil, func() {
 		if s.isCut(t.from.site, p.site) || !s.at(p, t.install) {
 			t.lose("in its middle")
 		}
@@ -1536,6 +1544,11 @@ func (t *transfer) arrive() {
 func (t *transfer) install() {
 	p, s := t.to, t.to.s
 	if t.replaced || t.ended || t.from.dead {
+		return
+	}
+	if t.v.givenUp.Load() && s.rng.IntN(2) == 0 { // or all of it was sent before that
+		s.count["snapshots given up"]++
+		t.end(errTooSlow)
 		return
 	}
 	if !bytes.Equal(t.data, bytesOf(t.v)) {
@@ -2641,6 +2654,7 @@ func (s *sim) settle() {
 	s.trace("all faults end")
 	s.calm = true
 	s.cfg.latency = min(s.cfg.latency, .3)
+	s.cfg.transfer = min(s.cfg.transfer, 100)
 	for _, st := range s.sites {
 		if st.fs != nil {
 			s.late = max(s.late, st.slow) // what a disk is at, it goes on with

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,17 +29,24 @@ func (n *node) snapshot() *raftpb.Snapshot {
 		}
 	}
 	v := n.store.open()
-	v.rest = rest
+	v.rest = n.rest
 	n.views = append(n.views, v)
 	return raftSnapshot(v.header.Index, v.header.Term, v.conf)
 }
 
-// sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot.
+// sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot; for a
+// member that was too slow, that comes once it may be tried again.
 func (n *node) sendSnapshot(m *raftpb.Message) {
 	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
+	c := n.catchUpOf(to)
+	if c.givenUp && !n.mayRetry(c) {
+		c.waits = true
+		return
+	}
 	for _, v := range n.views {
 		if v.header.Index == index && n.lives[to] != 0 {
 			v.readers++
+			c.givenUp, c.began = false, n.now
 			n.log.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.header.Keys)
 			n.net.sendSnapshot(to, n.lives[to], m.GetTerm(), v)
 			return
@@ -51,12 +59,18 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 func (n *node) snapshotSent(to uint64, v *view, err error) {
 	n.in.event(func() {
 		v.readers--
+		if v.givenUp.Load() && n.rn != nil && n.role == raft.StateLeader && n.store.members[to] != nil {
+			n.tooSlow(to, cmp.Or(err, errTooSlow).Error())
+			n.catchUpOf(to).waits = true
+			return
+		}
 		status := raft.SnapshotFinish
 		if err != nil {
 			status = raft.SnapshotFailure
 			n.log.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
 		} else {
 			n.count.SnapshotsSent++
+			n.nowSent(to, v.header.Index)
 			n.log.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
 		}
 		if n.rn != nil {
@@ -236,8 +250,14 @@ func (p *peer) snapshot(life, term uint64, v *view) error {
 	defer silent.Stop()
 	h := p.nw.r.hello()
 	h.To = &kvpb.Peer{Node: node, RaftId: p.raftID, Life: life}
+	began, sent := time.Now(), 0
 	if err = s.Send(&kvpb.InstallSnapshotRequest{Hello: h, Term: term}); err == nil {
 		err = v.writeTo(chunkWriter(func(b []byte) error {
+			if v.givenUp.Load() {
+				rate := float64(sent) / time.Since(began).Seconds()
+				return fmt.Errorf("%w: it took %.0f bytes of it a second", errTooSlow, rate)
+			}
+			sent += len(b)
 			err := s.Send(&kvpb.InstallSnapshotRequest{Data: b})
 			silent.Reset(helloTimeout)
 			return err
@@ -251,6 +271,9 @@ func (p *peer) snapshot(life, term uint64, v *view) error {
 	}
 	return err
 }
+
+// errTooSlow ends a transfer that the log could not be kept for.
+var errTooSlow = errors.New("the snapshot did not reach it in time")
 
 // chunkWriter sends what is written to it.
 type chunkWriter func([]byte) error

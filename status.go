@@ -164,6 +164,9 @@ func (c *client) status(ctx context.Context) error {
 		fmt.Fprintln(w, strings.Join(s.cells(r), "\t"))
 	}
 	_ = w.Flush() // A strings.Builder takes everything.
+	for _, m := range s.laggards() {
+		fmt.Fprintf(&table, "node %d is %s\n", m.Node.GetId(), m.Lagging)
+	}
 	err := c.print(map[string]any{"members": s.rows}, regexp.MustCompile(" +\n").ReplaceAllString(table.String(), "\n"))
 	if err != nil {
 		return err
@@ -181,6 +184,19 @@ func (c *client) status(ctx context.Context) error {
 		}
 	}
 	return oneCluster(members)
+}
+
+// laggards are the members that their cluster's leader says are too slow to catch up.
+func (s *survey) laggards() []*kvpb.MemberStatus {
+	var slow []*kvpb.MemberStatus
+	for _, id := range slices.Sorted(maps.Keys(s.best)) {
+		for _, m := range s.best[id].GetMembers() {
+			if m.Lagging != "" {
+				slow = append(slow, m)
+			}
+		}
+	}
+	return slow
 }
 
 // cells are a row of the table.

@@ -14,6 +14,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -43,6 +44,7 @@ type view struct {
 	store    *store
 	conf     *raftpb.ConfState // the store's then
 	readers  int               // snapshots that are being sent from it; the loop's
+	givenUp  atomic.Bool       // set by the loop: the log behind it is dropped, so it need not be sent
 	header   *kvpb.SnapshotHeader
 	sessions []session // as in unused, and then in recent
 	shards   []shard

@@ -2294,7 +2294,10 @@ type MemberStatus struct {
 	// Whether the called node has an open stream to it; true for itself.
 	Connected bool `protobuf:"varint,6,opt,name=connected,proto3" json:"connected,omitempty"`
 	// Only in the leader's answer.
-	Progress      *Progress `protobuf:"bytes,7,opt,name=progress,proto3,oneof" json:"progress,omitempty"`
+	Progress *Progress `protobuf:"bytes,7,opt,name=progress,proto3,oneof" json:"progress,omitempty"`
+	// Only in the leader's answer: why it is behind, in words, if writes are slowed
+	// for it, or if it was too slow to catch up and waits for another try; else empty.
+	Lagging       string `protobuf:"bytes,10,opt,name=lagging,proto3" json:"lagging,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2378,6 +2381,13 @@ func (x *MemberStatus) GetProgress() *Progress {
 	return nil
 }
 
+func (x *MemberStatus) GetLagging() string {
+	if x != nil {
+		return x.Lagging
+	}
+	return ""
+}
+
 type MetricsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// This node, and its raft ID in this life.
@@ -2401,7 +2411,7 @@ type MetricsResponse struct {
 	// The version of the last write applied, and the number of keys.
 	Version uint64 `protobuf:"varint,13,opt,name=version,proto3" json:"version,omitempty"`
 	Keys    uint64 `protobuf:"varint,14,opt,name=keys,proto3" json:"keys,omitempty"`
-	// Bytes of keys and values; bytes of the log's entries.
+	// Bytes of keys and values; bytes that the log's entries take in memory.
 	StoreBytes uint64 `protobuf:"varint,15,opt,name=store_bytes,json=storeBytes,proto3" json:"store_bytes,omitempty"`
 	LogBytes   uint64 `protobuf:"varint,16,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
 	// Since the process started: entries and writes applied (OpenSession is none),
@@ -2425,6 +2435,9 @@ type MetricsResponse struct {
 	Sessions uint64 `protobuf:"varint,28,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	// Whether the node has a data directory.
 	Durable bool `protobuf:"varint,29,opt,name=durable,proto3" json:"durable,omitempty"`
+	// Bytes of entries a second to which this leader slows writes until all members
+	// have caught up; 0: they are not slowed.
+	WriteLimit uint64 `protobuf:"varint,30,opt,name=write_limit,json=writeLimit,proto3" json:"write_limit,omitempty"`
 	// Why the health name restart is not SERVING here; empty: it is, unless the node is
 	// stopping.
 	RestartReason string `protobuf:"bytes,40,opt,name=restart_reason,json=restartReason,proto3" json:"restart_reason,omitempty"`
@@ -2663,6 +2676,13 @@ func (x *MetricsResponse) GetDurable() bool {
 		return x.Durable
 	}
 	return false
+}
+
+func (x *MetricsResponse) GetWriteLimit() uint64 {
+	if x != nil {
+		return x.WriteLimit
+	}
+	return 0
 }
 
 func (x *MetricsResponse) GetRestartReason() string {
@@ -4782,7 +4802,7 @@ const file_kv_proto_rawDesc = "" +
 	"next_index\x18\x02 \x01(\x04R\tnextIndex\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12#\n" +
 	"\rrecent_active\x18\x04 \x01(\bR\frecentActive\x12\x1b\n" +
-	"\tcaught_up\x18\x05 \x01(\bR\bcaughtUp\"\xfc\x01\n" +
+	"\tcaught_up\x18\x05 \x01(\bR\bcaughtUp\"\x96\x02\n" +
 	"\fMemberStatus\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x14\n" +
@@ -4790,8 +4810,10 @@ const file_kv_proto_rawDesc = "" +
 	"\x0evoter_outgoing\x18\x04 \x01(\bR\rvoterOutgoing\x12\x18\n" +
 	"\alearner\x18\x05 \x01(\bR\alearner\x12\x1c\n" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x120\n" +
-	"\bprogress\x18\a \x01(\v2\x0f.kv.v1.ProgressH\x00R\bprogress\x88\x01\x01B\v\n" +
-	"\t_progress\"\x96\b\n" +
+	"\bprogress\x18\a \x01(\v2\x0f.kv.v1.ProgressH\x00R\bprogress\x88\x01\x01\x12\x18\n" +
+	"\alagging\x18\n" +
+	" \x01(\tR\alaggingB\v\n" +
+	"\t_progress\"\xb7\b\n" +
 	"\x0fMetricsResponse\x12\x1f\n" +
 	"\x04node\x18\x01 \x01(\v2\v.kv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -4827,7 +4849,9 @@ const file_kv_proto_rawDesc = "" +
 	"\x10unhealthy_reason\x18\x1a \x01(\tR\x0funhealthyReason\x12#\n" +
 	"\rbuild_version\x18\x1b \x01(\tR\fbuildVersion\x12\x1a\n" +
 	"\bsessions\x18\x1c \x01(\x04R\bsessions\x12\x18\n" +
-	"\adurable\x18\x1d \x01(\bR\adurable\x12%\n" +
+	"\adurable\x18\x1d \x01(\bR\adurable\x12\x1f\n" +
+	"\vwrite_limit\x18\x1e \x01(\x04R\n" +
+	"writeLimit\x12%\n" +
 	"\x0erestart_reason\x18( \x01(\tR\rrestartReasonB\t\n" +
 	"\a_leader\"~\n" +
 	"\x05Hello\x12\x1d\n" +

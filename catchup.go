@@ -1,0 +1,388 @@
+// Catching up: what of the log the leader keeps for members that are behind, and
+// how it slows writes so that they come back.
+//
+// A member that is behind needs the log behind the snapshot that is on its way to
+// it, and then the log from what it has stored on. The leader keeps that as long as
+// the member gets on. Once the log is twice log-bytes long, writes are slowed to half
+// of the rate that they had, until everybody has caught up. Once it is as long as
+// keptBytes says, whoever it is kept for is too slow: the leader gives it up for a
+// while, drops the log, and says so in status.
+
+package main
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+)
+
+const (
+	// rateWindow is what a rate of writes is an average over, and rateWindows
+	// how many of them are looked back on for the highest one.
+	rateWindow  = time.Second
+	rateWindows = 10
+	// silentTooLong is how long a member may say nothing, and the log is still
+	// kept for it.
+	silentTooLong = 2 * time.Second
+	// minSnapshotWait and maxSnapshotWait bound how long a member that was too
+	// slow waits for another snapshot; but it waits for as long as it took at least.
+	minSnapshotWait = time.Second
+	maxSnapshotWait = time.Minute
+)
+
+// catchUp is what the leader knows of a member beyond raft's own progress.
+type catchUp struct {
+	since   uint64 // tick in which it became known; 0: it has had all there was since
+	stored  uint64 // the last entry that it was known to have
+	movedAt uint64 // tick in which it last got on, or had all there was
+	began   uint64 // tick since which it has been behind, or is sent a snapshot
+	from    uint64 // what it had stored when it was last sent the log
+	fromAt  uint64 // tick of that
+	givenUp bool   // the log is not kept for it until it has caught up, or is sent a snapshot
+	gaveUp  uint64 // tick of that
+	wait    uint64 // ticks from then until it is sent another
+	waits   bool   // raft is not told yet that it needs another
+	beat    uint64 // bytes written in a heartbeat then
+	lagging string // why; for status
+}
+
+// rate is the average of bytes in so many ticks, in bytes a second.
+func (n *node) rate(bytes, ticks uint64) uint64 {
+	return uint64(float64(bytes) / (float64(max(ticks, 1)) * n.tickDuration().Seconds()))
+}
+
+// stored is the last entry that a member has, as far as the leader knows.
+func stored(pr tracker.Progress) uint64 {
+	if pr.State == tracker.StateProbe {
+		return pr.Next - 1 // perhaps: it is asked
+	}
+	return pr.Match
+}
+
+// catchUpOf returns what is known of a member.
+func (n *node) catchUpOf(id uint64) *catchUp {
+	c := n.catching[id]
+	if c == nil {
+		c = &catchUp{since: n.now, movedAt: n.now, began: n.now, fromAt: n.now}
+		n.catching[id] = c
+	}
+	return c
+}
+
+// nowSent notes that a member has got a snapshot: from here on it is sent the log.
+func (n *node) nowSent(id, index uint64) {
+	c := n.catchUpOf(id)
+	c.stored, c.movedAt = max(c.stored, index), n.now
+	c.from, c.fromAt = index, n.now
+}
+
+// followMembers notes which members get on, and has those that were too slow tried
+// again. The leader calls it at each heartbeat.
+func (n *node) followMembers() {
+	for id := range n.catching {
+		if n.store.members[id] == nil {
+			delete(n.catching, id)
+		}
+	}
+	n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if id == n.raftID {
+			return
+		}
+		c, now := n.catchUpOf(id), stored(pr)
+		if n.isCaughtUp(pr) {
+			*c = catchUp{stored: now, movedAt: n.now, began: n.now, from: now, fromAt: n.now}
+			return
+		}
+		if now > c.stored || now >= n.store.index {
+			c.movedAt = n.now
+		}
+		c.stored = now
+	})
+	for _, m := range sortedMembers(n.store.members) {
+		if c := n.catching[m.RaftId]; c != nil && c.waits && n.mayRetry(c) {
+			c.waits = false
+			n.rn.ReportSnapshot(m.RaftId, raft.SnapshotFailure)
+		}
+	}
+}
+
+// mayRetry reports whether a member that was too slow may get another snapshot:
+// after a while, or when so little is written that it may be fast enough.
+func (n *node) mayRetry(c *catchUp) bool {
+	waited := n.now - c.gaveUp
+	if waited < n.ticksOf(minSnapshotWait) {
+		return false
+	}
+	return waited >= c.wait || n.written.recent(n.beat()) <= c.beat/2
+}
+
+// keepsFor reports whether the log is kept for a member. What is on its way as a
+// snapshot keeps the log by itself.
+func (n *node) keepsFor(id uint64, pr tracker.Progress) bool {
+	if id == n.raftID || pr.State == tracker.StateSnapshot || !n.connected[id] {
+		return false
+	}
+	c := n.catchUpOf(id)
+	isSilent := n.now-max(n.heard[id], c.since) > n.ticksOf(silentTooLong)
+	isStuck := n.now-c.movedAt > n.ticksOf(helloTimeout)
+	return !c.givenUp && !isSilent && !isStuck
+}
+
+// needed returns the index behind which the log is kept, and whether it is for
+// somebody who has yet to catch up.
+func (n *node) needed() (index uint64, behind bool) {
+	index = n.store.index
+	if n.role != raft.StateLeader {
+		return index, false
+	}
+	for _, v := range n.views {
+		if !v.givenUp.Load() {
+			index, behind = min(index, v.header.Index), true
+		}
+	}
+	n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if n.keepsFor(id, pr) {
+			index = min(index, stored(pr))
+			behind = behind || !n.isCaughtUp(pr)
+		}
+	})
+	return index, behind
+}
+
+// keptBytes bounds the entries that are kept for members that are behind. While a
+// snapshot is on its way to a member that takes it at half the rate of writes, as
+// much is written as the data are large, if writes are slowed; what was written
+// before, and what comes while the snapshot is installed, the rest is for.
+func (n *node) keptBytes() uint64 { return 4*n.opts.logBytes + n.store.bytes }
+
+// compactLog drops what nobody needs of a log that is longer than log-bytes, and
+// slows writes while too much is needed.
+func (n *node) compactLog() {
+	limit := n.opts.logBytes
+	if n.raft.bytes <= limit && n.pace.limit == 0 {
+		n.hurry.Store(false)
+		return
+	}
+	index, behind := n.needed()
+	n.raft.compact(limit/2, index)
+	for n.raft.bytesTo(n.store.index) > n.keptBytes() && n.giveUp(index) {
+		index, behind = n.needed()
+		n.raft.compact(limit/2, index)
+	}
+	if index < n.store.index && n.raft.bytes > 3*limit {
+		behind = true // so much is written in two heartbeats
+	}
+	n.hurry.Store(behind && n.raft.bytes > limit)
+	switch {
+	case n.pace.limit == 0 && behind && n.raft.bytes > 2*limit:
+		n.slowWrites()
+	case n.pace.limit != 0 && !behind:
+		n.pace.limit = 0
+		n.log.Info("all have caught up: writes are not slowed any more")
+	}
+}
+
+// giveUp gives up those whom the log behind an index is kept for; false: nobody.
+func (n *node) giveUp(index uint64) bool {
+	some := false
+	for _, v := range n.views {
+		if v.header.Index == index && !v.givenUp.Load() {
+			v.givenUp.Store(true) // snapshotSent says so, for each member
+			some = true
+		}
+	}
+	var slow []uint64
+	n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if n.keepsFor(id, pr) && stored(pr) == index && index < n.store.index {
+			slow = append(slow, id)
+		}
+	})
+	for _, id := range slow {
+		c := n.catchUpOf(id)
+		entry := n.raft.bytes / max(1, uint64(len(n.raft.entries)))
+		took := (index - min(index, c.from)) * entry
+		n.tooSlow(id, fmt.Sprintf("it stored %d bytes of the log a second", n.rate(took, n.now-c.fromAt)))
+	}
+	return some || len(slow) > 0
+}
+
+// tooSlow notes that a member was given up.
+func (n *node) tooSlow(id uint64, how string) {
+	c := n.catchUpOf(id)
+	c.wait = max(n.now-c.began, n.ticksOf(minSnapshotWait), min(2*c.wait, n.ticksOf(maxSnapshotWait)))
+	c.givenUp, c.gaveUp, c.beat = true, n.now, n.written.recent(n.beat())
+	wait := (time.Duration(c.wait) * n.tickDuration()).Round(time.Second / 10)
+	c.lagging = fmt.Sprintf("too slow to catch up: %s, while %d were written, and %d bytes of the log were kept for it; "+
+		"it gets another snapshot after %v, or once half as much is written",
+		how, n.rate(c.beat, ticksPerHeartbeat), n.keptBytes(), wait)
+	n.log.Warn("a member is too slow to catch up", "member", n.describe(id), "why", c.lagging)
+}
+
+// lagging says why a member is behind, if that costs something; empty: it does not.
+func (n *node) lagging(id uint64, pr tracker.Progress) string {
+	c := n.catching[id]
+	switch {
+	case c == nil || id == n.raftID:
+		return ""
+	case c.lagging != "":
+		return c.lagging
+	case n.pace.limit != 0 && !n.isCaughtUp(pr) && (pr.State == tracker.StateSnapshot || n.keepsFor(id, pr)):
+		return fmt.Sprintf("catching up: writes are slowed to %d bytes a second", n.rate(n.pace.limit, 1))
+	}
+	return ""
+}
+
+// rest has who writes a snapshot for a member stand aside, unless the log runs
+// away meanwhile. Any goroutine may call it.
+func (n *node) rest(worked time.Duration) {
+	if !n.hurry.Load() {
+		rest(worked)
+	}
+}
+
+// meter measures how fast the log grows.
+type meter struct {
+	beats  []uint64 // bytes in each of the last heartbeats, by heartbeat modulo the length
+	now    uint64   // the heartbeat that is being counted
+	window int      // heartbeats in a rateWindow
+}
+
+func newMeter(heartbeat time.Duration) meter {
+	window := max(1, int(rateWindow/heartbeat))
+	return meter{beats: make([]uint64, rateWindows*window+1), window: window}
+}
+
+func (m *meter) add(beat, bytes uint64) {
+	m.advance(beat)
+	m.beats[m.now%uint64(len(m.beats))] += bytes
+}
+
+func (m *meter) advance(beat uint64) {
+	if all := uint64(len(m.beats)); beat > m.now+all {
+		m.now = beat - all
+	}
+	for m.now < beat {
+		m.now++
+		m.beats[m.now%uint64(len(m.beats))] = 0
+	}
+}
+
+// sum is of so many heartbeats, the last of them some time ago.
+func (m *meter) sum(ago, beats int) (bytes uint64) {
+	for i := ago; i < ago+beats && uint64(i) <= m.now; i++ {
+		bytes += m.beats[(m.now-uint64(i))%uint64(len(m.beats))]
+	}
+	return bytes
+}
+
+// recent is how many bytes a heartbeat has brought of late.
+func (m *meter) recent(beat uint64) uint64 {
+	m.advance(beat)
+	return m.sum(1, m.window) / uint64(m.window)
+}
+
+// fastest is how many bytes a heartbeat brought in the fastest of the last
+// windows. If writing has begun more shortly ago than a window is long, it is the
+// average since then.
+func (m *meter) fastest(beat uint64) (best uint64) {
+	m.advance(beat)
+	oldest := len(m.beats) - 1
+	for oldest > 0 && m.sum(oldest, 1) == 0 {
+		oldest--
+	}
+	if oldest == 0 {
+		return m.sum(0, 1)
+	}
+	window := min(oldest, m.window)
+	for ago := 1; ago+window <= oldest+1; ago++ {
+		best = max(best, m.sum(ago, window)/uint64(window))
+	}
+	return best
+}
+
+// beat is the heartbeat that the clock is in.
+func (n *node) beat() uint64 { return n.clock / ticksPerHeartbeat }
+
+// pace is how a leader slows writes. Of its own it proposes none, and holds those
+// that other nodes propose, while they are ahead of it. Each node has one proposal
+// in flight at most, so whoever waits for one waits for the pace.
+type pace struct {
+	limit   uint64            // bytes in a tick; 0: writes are not slowed
+	room    int64             // bytes that may be proposed now, if it is more than 0
+	at      uint64            // when room was last added to, by the clock
+	held    []*raftpb.Message // one of each node, in the order in which they came
+	ownNext bool              // the last one proposed was another node's
+	taken   map[uint64]uint64 // by raft ID: the sequence of the last one of those that were held
+}
+
+// slowWrites halves the rate of writes.
+func (n *node) slowWrites() {
+	beat := n.written.fastest(n.beat())
+	n.pace.limit = max(1, beat/ticksPerHeartbeat/2)
+	n.pace.room, n.pace.at, n.pace.taken = 0, n.clock, map[uint64]uint64{}
+	n.log.Info("slowing writes until all have caught up", "log-bytes", n.raft.bytes,
+		"bytes/s", n.rate(beat, ticksPerHeartbeat), "to", n.rate(n.pace.limit, 1))
+}
+
+// most is what may be proposed in a second: writes are not further ahead of the
+// pace, nor behind it. So one is proposed in each second, however large.
+func (n *node) most() int64 { return int64(n.pace.limit * max(1, n.ticksOf(time.Second))) }
+
+// mayPropose reports whether the pace lets a write be proposed.
+func (n *node) mayPropose() bool {
+	p := &n.pace
+	if p.limit == 0 {
+		return true
+	}
+	p.room = min(p.room+int64(p.limit*(n.clock-p.at)), n.most())
+	p.at = n.clock
+	return p.room > 0
+}
+
+// proposed counts a write.
+func (n *node) proposed(bytes int) {
+	if n.pace.limit != 0 {
+		n.pace.room = max(n.pace.room-int64(bytes), -n.most())
+	}
+}
+
+// hold keeps another node's proposal for later, in place of one that it gave up. It
+// may have been sent again, as one that was lost would be.
+func (n *node) hold(m *raftpb.Message) {
+	p := &n.pace
+	if p.taken[m.GetFrom()] == sequenceOf(m) {
+		return
+	}
+	i := slices.IndexFunc(p.held, func(o *raftpb.Message) bool { return o.GetFrom() == m.GetFrom() })
+	if i >= 0 {
+		p.held[i] = m
+	} else {
+		p.held = append(p.held, m)
+	}
+}
+
+// proposeHeld proposes what other nodes want written, in turn with this node's own.
+func (n *node) proposeHeld() {
+	p := &n.pace
+	for len(p.held) > 0 && n.mayPropose() {
+		if ownWaits := n.own == nil && len(n.writes) > 0; ownWaits && p.ownNext {
+			return
+		}
+		m := p.held[0]
+		p.held, p.ownNext = p.held[1:], true
+		n.proposed(len(m.GetEntries()[0].GetData()) + entryOverhead)
+		if n.rn.Step(m) == nil { // else who has proposed it will do so again
+			p.taken[m.GetFrom()] = sequenceOf(m)
+		}
+	}
+}
+
+// sequenceOf is the sequence of a proposal that has been checked.
+func sequenceOf(m *raftpb.Message) uint64 {
+	b, _ := parseBatch(m.GetEntries()[0].GetData(), nil)
+	return b.sequence
+}
