@@ -315,5 +315,11 @@ func TestNodeThatIsStopped(t *testing.T) {
 	run("transfer-leader", fmt.Sprint(to.id))
 	run("remove", fmt.Sprint(stopped.id))
 	run("add-learner", fmt.Sprintf("9=%s", fresh.address))
-	wantPart(t, run("status"), fmt.Sprintf("\n9     %s  ok           no     learner", fresh.address))
+	eventually(t, func() error { // a learner learns that it has caught up with its leader's next heartbeat
+		row := fmt.Sprintf("\n9     %s  ok           no     learner", fresh.address)
+		if out := run("status"); !strings.Contains(out, row) {
+			return fmt.Errorf("%q lacks %q", out, row)
+		}
+		return nil
+	})
 }

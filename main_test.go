@@ -345,17 +345,38 @@ func TestWhatWasProposedIsUnknown(t *testing.T) {
 	}
 }
 
-// TestExpireNeedsNoLeader: a call waits leaderWait for a leader, counted from
-// when it came.
+// TestExpireNeedsNoLeader: a call waits for a leader until there has been none for
+// leaderWait, whenever it came.
 func TestExpireNeedsNoLeader(t *testing.T) {
-	n := turnNode()
-	wait := int(n.ticksOf(leaderWait))
-	first, second := &call{done: make(chan outcome, 1)}, &call{done: make(chan outcome, 1)}
-	n.turn(input{calls: []*call{first}})
-	n.turn(input{ticks: wait / 2, calls: []*call{second}})
-	n.turn(input{ticks: wait - wait/2})
-	if len(first.done) != 1 || len(second.done) != 0 {
-		t.Fatal(len(first.done), len(second.done))
+	l := newLone(t, following)
+	for l.n.leaderless == 0 {
+		l.turn(1)
+	}
+	wait := l.n.ticksOf(leaderWait)
+	var calls []*call
+	for l.n.leaderless < wait {
+		if l.n.leaderless == 1 || l.n.leaderless == wait/2 {
+			c := &call{done: make(chan outcome, 1)}
+			calls = append(calls, c)
+			if err := l.n.in.call(c); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.turn(1)
+		for i, c := range calls {
+			if len(c.done) != 0 {
+				t.Fatalf("call %d ends after %d ticks: %v", i, l.n.leaderless, (<-c.done).err)
+			}
+		}
+	}
+	l.turn(1)
+	for i, c := range calls {
+		if len(c.done) != 1 {
+			t.Fatalf("call %d does not end", i)
+		}
+	}
+	if len(calls) != 2 {
+		t.Fatalf("%d calls", len(calls))
 	}
 }
 

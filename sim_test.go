@@ -3093,7 +3093,7 @@ func TestSameRaftIDLosesWrite(t *testing.T) {
 	for _, reuse := range []bool{false, true} {
 		t.Run(fmt.Sprintf("reuse=%v", reuse), func(t *testing.T) {
 			cryptotest.SetGlobalRandom(t, 1)
-			cfg := simConfig{nodes: 3, voters: 3, election: 10, logBytes: 64 << 10, latency: .1, queue: 1000, keys: 1, adminEvery: 1e9, sessions: 4, answers: 4, reuseID: reuse}
+			cfg := simConfig{nodes: 3, voters: 3, election: 10, logBytes: 64 << 10, latency: .1, queue: 1000, keys: 1, adminEvery: 1e9, sessions: 4, answers: 4, limits: defaultRaftLimits(), reuseID: reuse}
 			s := newSim(1, cfg, rand.New(rand.NewPCG(1, 1)), nil)
 			err := s.try(s.loseMemory)
 			if !reuse && err != nil {
