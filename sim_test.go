@@ -90,6 +90,7 @@ type simConfig struct {
 	outage        float64 // mean, of a fault that lasts
 	faults        []string
 	adminEvery    float64
+	operators     int // requests at a time
 	sessions      int // that are kept
 	answers       int // that each keeps
 	limits        raftLimits
@@ -118,7 +119,7 @@ type simConfig struct {
 	cached    bool // an operator's request is answered on the word of an earlier one's entry
 }
 
-var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe", "freeze", "freeze", "forget", "move", "move"}
+var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe", "freeze", "freeze", "forget", "unplug", "move", "move"}
 
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
@@ -137,6 +138,7 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 			inflight: int(pick(1, 2, 10)), inflightBytes: 1 << 20,
 		}
 	}
+	c.operators = int(pick(2, 2, 8))
 	c.voters = min(c.nodes, int(pick(1, 2, 3, 3, 3, 5)))
 	c.durable, c.disk = pick(0, 0, .5, 1, 1, 1), pick(.01, .1, .5, 2)
 	if rng.IntN(4) == 0 { // soon too much is needed of the log
@@ -2124,7 +2126,8 @@ func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(erro
 			return s.oracle.held(a.begun, func(e era) bool { return e.lacks(req) })
 		case errorReason(err) == "MEMBERSHIP_CHANGED":
 			return s.oracle.held(a.begun, func(e era) bool {
-				return !isJoint(e.conf) && !e.fulfils(req) && !proto.Equal(e.membership(), req.Expected)
+				another := !isJoint(e.conf) && !proto.Equal(e.membership(), req.Expected)
+				return another && (!e.fulfils(req) || e.lacks(req)) // to remove who never was there is no success
 			})
 		}
 		return true
@@ -2245,7 +2248,7 @@ func (s *sim) wish() {
 		return
 	}
 	s.after(s.expo(s.cfg.adminEvery), nil, s.wish)
-	if len(s.admins) > 1 {
+	if len(s.admins) >= s.cfg.operators {
 		return
 	}
 	st := s.sites[s.rng.IntN(len(s.sites))]
@@ -2458,6 +2461,13 @@ func (s *sim) fault() {
 	case "rate":
 		p.rate = .3 + 2*s.rng.Float64()
 		s.trace("FAULT: a tick of %v takes %.2f", p, p.rate)
+	case "unplug":
+		for _, q := range s.alive() {
+			if q.n.role == raft.StateLeader {
+				p = q
+			}
+		}
+		s.partition(kind, p.site, length)
 	default:
 		s.partition(kind, p.site, length)
 	}
@@ -2509,7 +2519,12 @@ func (s *sim) partition(kind string, one *site, length float64) {
 	for _, p := range s.alive() {
 		for _, id := range slices.Sorted(maps.Keys(p.peers)) {
 			st := p.peers[id].stream
-			if st != nil && s.isCut(p.site, st.to.site) && s.rng.IntN(2) == 0 {
+			if st == nil || !s.isCut(p.site, st.to.site) {
+				continue
+			}
+			if kind == "unplug" {
+				s.after(0, nil, st.breakBoth) // who leads there learns last that he does not
+			} else if s.rng.IntN(2) == 0 {
 				s.after(s.expo(20), nil, st.breakBoth) // TCP may notice
 			}
 		}
@@ -3138,8 +3153,8 @@ func TestSimulatorFindsBugs(t *testing.T) {
 			c.adminEvery, c.faultEvery, c.latency = 20, 3, 2
 		}},
 		{"an operator answered on the word of an earlier entry", func(c *simConfig) {
-			c.cached, c.nodes, c.voters, c.faults = true, 4, 3, []string{"isolate", "drop"}
-			c.adminEvery, c.faultEvery, c.election, c.outage = 3, 10, 30, 150
+			c.cached, c.nodes, c.voters, c.faults = true, 4, 3, []string{"unplug"}
+			c.adminEvery, c.operators, c.faultEvery, c.election = 2, 8, 60, 30
 		}},
 	}
 	for _, tt := range bugs {
