@@ -50,7 +50,7 @@ var (
 	simSeeds = flag.Int("sim.seeds", 40, "how many seeds TestSimulate runs")
 	simSteps = flag.Int("sim.steps", 8000, "how many steps of each seed it runs before all faults end")
 	simSeed  = flag.Uint64("sim.seed", 1, "the first seed")
-	simBugs  = flag.Int("sim.bugs", 200, "how many seeds TestSimulatorFindsBugs runs for each")
+	simBugs  = flag.Int("sim.bugs", 600, "how many seeds TestSimulatorFindsBugs runs for each")
 	simTrace = flag.Bool("sim.trace", false, "print the whole trace")
 )
 
