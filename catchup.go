@@ -154,9 +154,10 @@ func (n *node) needed() (index uint64, behind bool) {
 }
 
 // keptBytes bounds the entries that are kept for members that are behind. While a
-// snapshot is on its way to a member that takes it at half the rate of writes, as
-// much is written as the data are large, if writes are slowed; what was written
-// before, and what comes while the snapshot is installed, the rest is for.
+// member takes a snapshot at half the rate of writes, and writes are slowed to half,
+// about as many bytes are written as the snapshot has: store.bytes. The four times
+// log-bytes are for what was written before writes were slowed, and while the snapshot
+// is installed.
 func (n *node) keptBytes() uint64 { return 4*n.opts.logBytes + n.store.bytes }
 
 // compactLog drops what nobody needs of a log that is longer than log-bytes, and
@@ -236,8 +237,8 @@ func (n *node) lagging(id uint64, pr tracker.Progress) string {
 	return ""
 }
 
-// rest has who writes a snapshot for a member stand aside, unless the log runs
-// away meanwhile. Any goroutine may call it.
+// rest lets others use processor and disk while a snapshot is written for a member. It
+// does not wait while the log is longer than log-bytes for members that are behind.
 func (n *node) rest(worked time.Duration) {
 	if !n.hurry.Load() {
 		rest(worked)

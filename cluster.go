@@ -221,10 +221,11 @@ type request struct {
 	step    func() (bool, error)
 	witness witness
 	begun   atomic.Bool // it has proposed a change, or a transfer of leadership
-	busy    atomic.Bool // it waits for somebody else's
+	busy    atomic.Bool // it waits until somebody else's change is done
 }
 
-// witness is an entry that a leader has proposed behind a configuration.
+// witness is an empty entry that the leader proposes after a configuration has come
+// into force.
 type witness struct {
 	conf        *raftpb.ConfState
 	term, index uint64
@@ -681,11 +682,11 @@ type sight struct {
 	said       bool // that both of them answer
 }
 
-// oneLife takes a step towards one life of a node that has a learner beside an
-// older one, if it is clear which of them lives; true: it has taken one. A learner that
-// nobody hears while the older life answers is of a process that has ended: the node was
-// started once without its directory, or did not get on where it had moved. It is given
-// the time to connect that a new one needs.
+// oneLife takes the next step towards a single life of a node that has a learner beside
+// an older life; true: it has taken one. If the learner answers alone and has caught
+// up, it replaces the older lives. If an older life answers, and nobody has heard the
+// learner for as long as a new process needs to connect, the learner's process has
+// ended, and the learner is removed. If both answer, an operator has to stop one.
 func (n *node) oneLife(m *kvpb.Member, ids []uint64, pr tracker.Progress) bool {
 	seen := n.sights[m.RaftId]
 	if seen == nil || seen.term != n.term {

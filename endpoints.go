@@ -190,7 +190,7 @@ func (r *round) unfit(e *endpoint) error {
 	return nil
 }
 
-// say records what an endpoint said.
+// say keeps the error of an endpoint, for the message at the end.
 func (r *round) say(e *endpoint, err error) {
 	a := reply{Endpoint: e.address, Error: readable(err).Error(), Reason: errorReason(err)}
 	if st, ok := status.FromError(err); ok {

@@ -101,9 +101,10 @@ func (n *node) isSpared() bool {
 	return n.lead != 0 && n.now < n.sparedUntil
 }
 
-// canSpare reports whether this leader and others would go on without a voter, also
-// if no other fails: a majority answers and has caught up. One or two voters cannot do
-// without any; there it means that all are up, for then a restart loses the least.
+// canSpare reports whether the cluster goes on without a voter, as long as no other
+// voter fails: the other voters that answer and have caught up are a majority, and no
+// change of membership runs. A cluster of one or two voters cannot go on without any:
+// there, it reports whether all others are up, because a restart loses least then.
 func (n *node) canSpare(id uint64) bool {
 	voters := n.store.conf.GetVoters()
 	others := 0

@@ -81,8 +81,8 @@ const (
 	withdrawTimeout = 500 * time.Millisecond
 )
 
-// redialTime bounds how long a peer takes to call a node that is back: its pause
-// (peer.run), the longest back-off, and the time-out of a dial (network.dial).
+// redialTime is the longest time that a running peer needs to reach a node that is
+// back: the pause in peer.run, the longest back-off with its jitter, and one dial.
 func (n *node) redialTime() time.Duration {
 	if n.opts.redial != 0 {
 		return n.opts.redial
@@ -98,7 +98,7 @@ type claim struct {
 	clusterID uint64 // that the founder has made; 0: none, as far as this node knows
 }
 
-// naming is a hello of a cluster that means this node.
+// naming is a hello of a cluster that took this node for its member.
 type naming struct {
 	clusterID uint64
 	by        *kvpb.Node
@@ -116,8 +116,9 @@ func (n *node) claimed() *claim {
 	return n.claim
 }
 
-// excludes reports whether a claim, or nil, keeps its node from listening to the
-// sender of a hello: that is neither the founder nor in its cluster.
+// excludes reports whether a claim forbids its node to listen to the sender of a hello:
+// one that is neither the founder nor a member of the cluster that the founder made. A
+// nil claim forbids nothing.
 func (c *claim) excludes(h *kvpb.Hello) bool {
 	if c == nil || h.GetFrom().GetRaftId() == c.founder.RaftId {
 		return false
@@ -132,7 +133,7 @@ func (n *node) means(h *kvpb.Hello) bool {
 	return h.ClusterId != 0 && (to.GetId() == n.self.Id || to.GetAddress() == n.self.Address)
 }
 
-// called remembers who calls this node.
+// called remembers a hello of a cluster that takes this node for its member.
 func (n *node) called(h *kvpb.Hello) {
 	if n.means(h) {
 		n.named = &naming{clusterID: h.ClusterId, by: h.GetFrom().GetNode(), tick: n.now}
@@ -280,7 +281,8 @@ func (n *node) keepClaim(clusterID uint64) {
 	}
 }
 
-// initTry is a founder's hold on all members, as far as the founder knows.
+// initTry is one try of a founder to claim all members. A survey has one, too, for its
+// founder field alone.
 type initTry struct {
 	id      uint64
 	begun   uint64 // on the loop's clock
@@ -459,7 +461,7 @@ func (f *founder) survey(ctx context.Context) ([]surveyAnswer, error) {
 	return answers, nil
 }
 
-// begin begins a try.
+// begin draws a try's id, and notes the time and this node's life.
 func (f *founder) begin(ctx context.Context) (*initTry, error) {
 	n, t := f.s.n, &initTry{id: randomID()}
 	err := n.do(ctx, func() error {

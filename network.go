@@ -219,8 +219,8 @@ func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
 	nw.goroutine(p.run)
 }
 
-// isAt reports whether the peer can be left alone under a configuration that has
-// it at an address: that is known, or where its stream goes.
+// isAt takes over the address that a new configuration has, if the stream goes there
+// already. It reports whether the peer can be kept: if not, it has to be replaced.
 func (p *peer) isAt(m *kvpb.Node) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -767,8 +767,8 @@ func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCause
 	}, nil
 }
 
-// heard names the members that this node hears, for one that may know none of them
-// at the address where it is now.
+// heard lists the members that this node hears and where. A caller that has moved with
+// others may find them by that.
 func (nw *network) heard(by uint64) (peers []*kvpb.Peer) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()

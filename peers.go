@@ -305,12 +305,12 @@ func (n *node) saysRemoved(raftID uint64, w *kvpb.Welcome) bool {
 		w.Peer.Node.Id == n.store.members[raftID].GetId()
 }
 
-// disowned learns from a member that it has applied this node's removal, as its
-// disk knows. The node drops its state by this rule alone: once most of the other
-// voters have said so, to hellos that it sent to the addresses that it knows. Less
-// is not enough, not even that it has applied its removal itself: those who do not
-// know of it can still need this node's vote. With one less than most of the
-// others, this node makes no majority of its configuration; so then they cannot.
+// disowned learns from a member that it has applied this node's removal, durably if it
+// has a disk. A node drops its state only by this rule: a majority of the other voters
+// have said so, in answer to hellos sent to the addresses that this node knows. Fewer
+// are not enough, and neither is having applied the removal itself: voters that do not
+// know of it may still need this node's vote. Once a majority of the others knows, the
+// rest and this node together are no majority, so nobody needs that vote.
 func (n *node) disowned(by uint64) {
 	n.disownedBy[by] = true
 	others, told := 0, []uint64{}

@@ -51,7 +51,8 @@ const (
 	maxQueuedBytes = 64 << 20
 	// maxInboundBytes bounds what peers sent and the loop has not seen.
 	maxInboundBytes = 16 << 20
-	// leaderWait is how long a call waits for a leader.
+	// leaderWait is how long there may be no leader before calls that need one end. A call
+	// that comes later ends at once.
 	leaderWait = 2 * time.Second
 )
 

@@ -995,7 +995,7 @@ func (s *sim) open(index, id uint64) {
 	}
 	if len(o.sessions) == s.cfg.sessions {
 		drop := unused // the one used the longest ago
-		if unused >= max(1, s.cfg.sessions/unusedShare) {
+		if unused >= max(1, s.cfg.sessions/unusedDivisor) {
 			drop = 0
 			unused--
 		}

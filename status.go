@@ -341,6 +341,6 @@ func (c *client) whyUnhealthy(m *kvpb.MetricsResponse) string {
 	if c.service == restartHealth {
 		why = m.GetRestartReason()
 	}
-	why = cmp.Or(why, "it was, a moment ago")
+	why = cmp.Or(why, "it was healthy when it was asked, a moment ago")
 	return fmt.Sprintf("node %d at %s: %s", m.GetNode().GetId(), m.GetNode().GetAddress(), why)
 }

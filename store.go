@@ -30,10 +30,10 @@ const (
 	// of each are told from new ones, and how far above the highest the next may
 	// be. All nodes of a cluster have to agree.
 	maxSessions, maxAnswers = 10_000, 1024
-	// unusedShare is the part of the sessions that those that were never used keep
-	// from the others: a client has time to use the one that it has opened, and
-	// whoever opens many costs others no more than this.
-	unusedShare = 10
+	// One in unusedDivisor sessions may be one that was never used, before a new session
+	// takes the place of such a one. So a client has time to use the session that it
+	// opened, and whoever opens many pushes out at most this part of the used ones.
+	unusedDivisor = 10
 	// versionsPerSecond is by how much the version that a restored cluster begins
 	// with grows in a second: no cluster writes so much.
 	versionsPerSecond = 1 << 20
@@ -64,7 +64,8 @@ var (
 	errSessionTaken   = errors.New("the number drawn for the session is another's: none was opened, the next call draws another")
 )
 
-// firstClock is no clock's time any more, unless it was never set.
+// firstClock is before this program was written: a clock that shows an earlier time was
+// never set.
 var firstClock = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
 
 // session is what is known of a client's writes. Views share the answers: what
@@ -256,7 +257,7 @@ func (s *store) openSession(id uint64) error {
 // dropSession makes room for a session.
 func (s *store) dropSession() {
 	from := s.recent
-	if s.unused.Len() >= max(1, s.sessionLimit/unusedShare) {
+	if s.unused.Len() >= max(1, s.sessionLimit/unusedDivisor) {
 		from = s.unused
 	}
 	ses := from.Remove(from.Front()).(*session)

@@ -1775,7 +1775,7 @@ type ChangeMembershipRequest struct {
 	// The ids of the voters to be; the other voters are removed, unless retain is
 	// set. Empty: the present ones, but for promote, demote and remove.
 	Members []uint64 `protobuf:"varint,1,rep,packed,name=members,proto3" json:"members,omitempty"`
-	// With members: keep voters that are not named as learners.
+	// With members: voters that are not named become learners, and are not removed.
 	Retain bool `protobuf:"varint,2,opt,name=retain,proto3" json:"retain,omitempty"`
 	// The ids of members to be removed in the same change, learners or voters.
 	// Other learners stay. One that was removed already is none: removing it again
