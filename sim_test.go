@@ -2669,7 +2669,7 @@ func (s *sim) settle() {
 	s.trace("all faults end")
 	s.calm = true
 	s.cfg.latency = min(s.cfg.latency, .3)
-	s.cfg.transfer = min(s.cfg.transfer, 100)
+	s.cfg.transfer = min(s.cfg.transfer, 20) // or a member is too slow for the writes that go on
 	for _, st := range s.sites {
 		if st.fs != nil {
 			s.late = max(s.late, st.slow) // what a disk is at, it goes on with
