@@ -548,6 +548,9 @@ func TestExpectedWhileHealing(t *testing.T) {
 	if now := s.roles(); !maps.Equal(now, moved) {
 		t.Errorf("while node 3 moves, the roles are %v", now)
 	}
+	if sent := expectedRoles(membershipOf(newTwoLives(t, 3).n.metrics())); !maps.Equal(sent, newTwoLives(t, 3).n.store.roles()) {
+		t.Errorf("the command line says of a node with two lives %v", sent)
+	}
 	rows := []*kvpb.ExpectedMember{{Node: plainNode(3), Voter: true}, {Node: life[0].Node}, {Node: plainNode(1), Voter: true}, {Node: plainNode(2), Voter: true}}
 	for range 2 {
 		if got := expectedRoles(&kvpb.Membership{Members: rows}); !maps.Equal(got, moved) {
@@ -822,7 +825,7 @@ func TestOneLifeStays(t *testing.T) {
 		if said := strings.Count(l.logs.String(), "two processes go by the id"); said != 1 || !strings.Contains(l.logs.String(), "n"+fmt.Sprint(node)+":1 and other:1") {
 			t.Errorf("that node %d answers twice is said %d times:\n%s", node, said, l.logs.String())
 		}
-		if why := l.n.whyUnhealthy(); strings.Contains(why, "another process goes by the id of this node, 1, at other:1") != (node == 1) {
+		if why := l.n.whyUnhealthy(); strings.Contains(why, "the members know node 1 at other:1, too") != (node == 1) {
 			t.Errorf("node %d answers twice: the leader is unhealthy: %q", node, why)
 		}
 		l.n.peerDown(9, true)
@@ -839,6 +842,8 @@ func TestOneLifeStays(t *testing.T) {
 	l = newTwoLives(t, 3)
 	l.n.peerDown(3, true)
 	l.live(2*l.n.electionTicks(), 2, 9)
+	l.wants("has been silent for a moment", 3, 9)
+	l.live(long(l.n), 2, 9)
 	l.wants("answers where it has moved", 9)
 	if !l.n.isVoter(9) {
 		t.Error("it has lost its vote")
@@ -849,6 +854,60 @@ func TestOneLifeStays(t *testing.T) {
 	l.n.sights[9].term-- // as if it had led before, too
 	l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
 	l.wants("has a leader that is new", 3, 9)
+}
+
+// TestNewLeaderReplacesNoLivingVoter: a leader that is new hears of the learner first.
+// That an older life answers, too, it may hear only later.
+func TestNewLeaderReplacesNoLivingVoter(t *testing.T) {
+	l := newTwoLives(t, 3)
+	l.live(2*l.n.electionTicks(), 2, 3, 9)
+	l.wants("answers twice", 3, 9)
+	term := l.n.term + 1
+	for range 100 { // 2 leads, and followers don't hear each other
+		l.turn(1)
+		l.hears(0, message(raftpb.MsgHeartbeat, 2, term, func(m *raftpb.Message) { *m.Commit = l.n.store.index }))
+	}
+	l.hears(0, message(raftpb.MsgTimeoutNow, 2, term))
+	l.hears(0, message(raftpb.MsgVoteResp, 2, l.n.term))
+	if l.n.role != raft.StateLeader {
+		t.Fatalf("it is %v", l.n.role)
+	}
+	l.live(2*l.n.electionTicks(), 2, 9)
+	l.wants("has yet to be heard", 3, 9)
+	l.live(2*l.n.electionTicks(), 2, 3, 9)
+	l.wants("is heard", 3, 9)
+}
+
+// TestNobodyWaitsForWhoIsGone: a change does not wait for a node that has come back
+// without its memory once, and is gone again.
+func TestNobodyWaitsForWhoIsGone(t *testing.T) {
+	l := newLoneWithLearner(t)
+	l.n.peerUp(4, 4, true)
+	l.turn(0)
+	l.hellos = append(l.hellos, &kvpb.Hello{
+		ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1},
+	})
+	l.n.peerDown(3, true)
+	answer := func(stream int, from uint64) {
+		l.hears(stream, message(raftpb.MsgAppResp, from, l.n.term, func(m *raftpb.Message) { *m.Index = l.n.raft.last() }))
+	}
+	live := func(ticks uint64) {
+		for range ticks {
+			l.turn(1)
+			answer(0, 2)
+			answer(2, 4)
+		}
+	}
+	live(2 * l.n.electionTicks())
+	req := &kvpb.ChangeMembershipRequest{Promote: []uint64{4}}
+	l.n.met[3] = &meeting{&kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}, l.n.now}
+	if done, err := l.n.stepMembership(req); done || err != nil || l.n.changeAt != 0 {
+		t.Errorf("3 is about to be taken back, and it is done %v, %v", done, err)
+	}
+	l.n.met[3].tick -= l.n.ticksOf(leaderWait)
+	if _, err := l.n.stepMembership(req); err != nil || l.n.changeAt == 0 {
+		t.Errorf("3 is gone, and the change is not begun: %v", err)
+	}
 }
 
 // TestStrayLearner: a learner that has joined another cluster is removed, and

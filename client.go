@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -234,21 +233,13 @@ func (c *client) changeMembership(ctx context.Context) error {
 }
 
 // membershipOf is who a cluster's members are once no change is running. A node
-// that comes back has two lives there for a moment: it counts once.
+// that comes back has two lives there for a moment: the leader counts them as one.
 func membershipOf(m *kvpb.MetricsResponse) *kvpb.Membership {
-	members := map[uint64]*kvpb.ExpectedMember{}
-	for _, s := range m.Members {
-		if !s.Voter && !s.Learner {
-			continue // it is on its way out
-		}
-		id := s.Node.GetId()
-		if members[id] == nil || s.Voter {
-			members[id] = &kvpb.ExpectedMember{Node: s.Node, Voter: s.Voter}
-		}
-	}
 	membership := &kvpb.Membership{}
-	for _, id := range slices.Sorted(maps.Keys(members)) {
-		membership.Members = append(membership.Members, members[id])
+	for _, s := range m.Members {
+		if s.Voter || s.Learner { // else it is on its way out
+			membership.Members = append(membership.Members, &kvpb.ExpectedMember{Node: s.Node, Voter: s.Voter})
+		}
 	}
 	return membership
 }

@@ -368,7 +368,7 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if err != nil {
 		return false, oneOf(n.isNewLeader(), nil, err) // perhaps it has yet to hear from them
 	}
-	if slices.ContainsFunc(want, func(id uint64) bool { return n.met[id] != nil }) {
+	if slices.ContainsFunc(want, n.isComingBack) {
 		return false, nil // a node that lost its memory is taken back first
 	}
 	if !slices.Contains(want, n.raftID) && n.handOver(want) {
@@ -656,6 +656,13 @@ func (n *node) meet(raftID uint64, p *kvpb.Peer) {
 	n.met[raftID] = &meeting{p, n.now}
 }
 
+// isComingBack reports whether a life without memory has just answered in place of a
+// member, and waits to be taken back.
+func (n *node) isComingBack(raftID uint64) bool {
+	met := n.met[raftID]
+	return met != nil && n.now-met.tick < n.ticksOf(leaderWait)
+}
+
 // heal takes back nodes that came back without their memory, one step at a
 // time: as a learner, under the raft ID of its new life; then, once that has
 // caught up, in the role that the node had, in place of its earlier lives.
@@ -664,7 +671,7 @@ func (n *node) heal() {
 	for _, m := range sortedMembers(n.store.members) {
 		ids, met := n.store.raftIDsOf(m.Node.Id), n.met[m.RaftId]
 		switch {
-		case met != nil && n.now-met.tick < n.ticksOf(leaderWait) &&
+		case n.isComingBack(m.RaftId) &&
 			n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId):
 			_ = n.addIncarnation(met.Peer)
 			return
@@ -693,24 +700,35 @@ func (n *node) oneLife(m *kvpb.Member, ids []uint64, pr tracker.Progress) bool {
 		seen = &sight{term: n.term, tick: n.now}
 		n.sights[m.RaftId] = seen
 	}
-	silent := n.now - max(seen.tick, n.heard[m.RaftId])
+	older := slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool { return id == m.RaftId })
 	answers := n.alive(m.RaftId)
-	olderAnswers := slices.ContainsFunc(ids, func(id uint64) bool { return id != m.RaftId && n.alive(id) })
+	olderAnswers := slices.ContainsFunc(older, n.alive)
+	isGone := func(id uint64) bool { // no process can be there any more
+		there := n.nodeOf(id).Address == n.nodeOf(m.RaftId).Address // where the learner answers
+		return !n.alive(id) && (there || n.hasGoneSilent(id, seen))
+	}
+	olderIsGone := !n.isNewLeader() && !slices.ContainsFunc(older, func(id uint64) bool { return !isGone(id) })
 	switch {
 	case answers && olderAnswers:
 		if !seen.said {
 			n.log.Warn("two processes go by the id of one node: stop one of them", "peer", m.Node.Id, "at", n.addresses(ids))
 		}
 		seen.said = true
-	case answers && n.isCaughtUp(pr):
+	case answers && olderIsGone && n.isCaughtUp(pr):
 		_ = n.proposeChange(nil, n.replaceBy(m.RaftId, ids)...)
 		return true
-	case olderAnswers && silent > n.ticksOf(leaderWait)+2*n.electionTicks():
+	case olderAnswers && n.hasGoneSilent(m.RaftId, seen):
 		n.log.Warn("a life of a node that answers in an older one is given up", "peer", m.Node.Id, "address", m.Node.Address)
 		_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
 		return true
 	}
 	return false
+}
+
+// hasGoneSilent reports whether a life of a node was not heard for as long as a process
+// needs to connect, since this leader has seen that the node has two.
+func (n *node) hasGoneSilent(id uint64, seen *sight) bool {
+	return n.now-max(seen.tick, n.heard[id]) > n.ticksOf(leaderWait)+2*n.electionTicks()
 }
 
 // replaceBy returns what gives a life of a node the role that its others have, and

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3"
+	"google.golang.org/protobuf/proto"
 )
 
 // lag is how far this node is behind its leader. A leader says with each heartbeat what
@@ -63,14 +64,17 @@ func (n *node) whyUnhealthy() string {
 	return ""
 }
 
-// whyTwoLives says of a node that is a member twice what keeps it from being one.
+// whyTwoLives says of a node that is a member twice where its other lives are. It does
+// not connect to them, so only the leader's log tells whether one of them answers.
 func (n *node) whyTwoLives() string {
+	var at []string
 	for _, id := range n.store.raftIDsOf(n.self.Id) {
-		if id != n.raftID && n.connected[id] {
-			return fmt.Sprintf("another process goes by the id of this node, %d, at %s: stop one of the two", n.self.Id, n.store.members[id].Address)
+		if id != n.raftID {
+			at = append(at, n.store.members[id].Address)
 		}
 	}
-	return "not yet back in its role"
+	return fmt.Sprintf("not yet back in its role: the members know node %d at %s, too; "+
+		"if another process runs there, stop one of the two", n.self.Id, strings.Join(at, " and "))
 }
 
 // whyNotRestart says why this node should not be stopped for a restart; empty: the
@@ -203,12 +207,11 @@ func (n *node) quorumLost() error {
 	return nil
 }
 
-// hasLostMemory reports whether another life answers in place of a member, this
-// node's own perhaps.
+// hasLostMemory reports whether another life answers in place of a member: one that
+// this node has met, or this node itself, at the address of an older life of its own.
 func (n *node) hasLostMemory(id uint64) bool {
 	if n.met[id] != nil {
 		return true
 	}
-	m := n.store.members[id]
-	return m != nil && m.Id == n.self.Id && id != n.raftID
+	return id != n.raftID && proto.Equal(n.store.members[id], n.self)
 }
