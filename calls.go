@@ -28,8 +28,9 @@ var (
 	errInCluster      = errors.New("this node is in a cluster already")
 	errRemoved        = fmt.Errorf("%w: most of the other voters that it knows say that it is no member of its cluster "+
 		"any more: it was removed, or has come back since without this data directory, in which nothing was changed. "+
-		"Ask the others with status: if they list this node, and no other process is it, start it again. "+
-		"Else move the directory away and start it without; add-learner adds it, if it is not listed then", errStopping)
+		"Start it again once: if those voters were wrong, it goes on. If it stops with this again, move the directory "+
+		"away, keep it until the cluster is known to be healthy, and start the node with an empty one; "+
+		"add-learner adds it, if status does not list it then", errStopping)
 )
 
 // proposal is this node's own entry in flight. There is one at most: what is

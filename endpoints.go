@@ -289,7 +289,7 @@ func callError(answers []reply, unknown, refused bool) *commandError {
 	var said []string
 	for _, a := range answers {
 		said = append(said, a.Endpoint+": "+a.Error)
-		if a.Reason != "" {
+		if a.Reason != "" && (e.Reason == "" || e.Reason == "NOT_INITIALIZED") { // who is in a cluster knows better
 			e.Reason = a.Reason
 		}
 	}

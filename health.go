@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -90,10 +91,16 @@ func (n *node) whyNotRestart() string {
 		return "" // a learner's vote is not missed
 	case n.isSpared():
 		return ""
+	case n.role == raft.StateLeader && !n.mayChange():
+		return "a change of membership, or of leadership, is running"
 	case n.role == raft.StateLeader:
-		return "a change of membership is running, or too few other voters answer and have caught up"
+		missing := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool {
+			return slices.Contains(n.upVoters, id)
+		})
+		return "the cluster could not go on without it: " + n.names(missing) + " does not answer, or has not caught up"
 	}
-	return fmt.Sprintf("its leader, node %s, does not say that the cluster can do without it", n.describe(n.lead))
+	return fmt.Sprintf("its leader, %s, does not say that the cluster can do without it; "+
+		"that node's own health tells why", n.locate(n.lead))
 }
 
 // isSpared reports whether the leader says that the cluster can do without this voter.
@@ -151,7 +158,7 @@ func (n *node) noLeader() error {
 	var silent []string
 	for _, id := range voters {
 		if id != n.raftID && !n.answers(id) {
-			silent = append(silent, n.silence(id))
+			silent = append(silent, cmp.Or(n.refusals[id], n.silence(id)))
 		}
 	}
 	if len(silent) == 0 {
@@ -201,7 +208,8 @@ func (n *node) quorumLost() error {
 		lost := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return !n.hasLostMemory(id) })
 		need := len(voters)/2 + 1
 		if len(voters) > 0 && len(voters)-len(lost) < need {
-			return fmt.Errorf("%w: %d of %d voters are needed, but %s restarted without memory", errNoLeader, need, len(voters), n.names(lost))
+			return fmt.Errorf("%w: %d of %d voters are needed, but %s restarted without memory, or with an empty data directory "+
+				"(the old directory, put back, brings such a node back)", errNoLeader, need, len(voters), n.names(lost))
 		}
 	}
 	return nil

@@ -92,7 +92,7 @@ func TestRestartIsSpared(t *testing.T) {
 	l := newLone(t, following)
 	n := l.n
 	l.beats(1, false)
-	if why := n.whyNotRestart(); !strings.Contains(why, "node 2, does not say") {
+	if why := n.whyNotRestart(); !strings.Contains(why, "node 2 at "+plainNode(2).Address+", does not say") {
 		t.Errorf("the leader has not said so: %q", why)
 	}
 	l.beats(1, true)
@@ -320,5 +320,32 @@ func TestHopelessRequestsEndAtOnce(t *testing.T) {
 	_, err := s.TransferLeader(t.Context(), &kvpb.TransferLeaderRequest{NodeId: 2})
 	if errorReason(toStatus(err, false)) != "NO_LEADER" || time.Since(began) > leaderWait {
 		t.Errorf("after %v: %v", time.Since(began), err)
+	}
+}
+
+// TestRefusalsAreNamed: a node that no voter talks to says what they say, not that they
+// do not answer.
+func TestRefusalsAreNamed(t *testing.T) {
+	l := newLone(t, following)
+	n := l.n
+	n.peerDown(2, true)
+	n.peerDown(3, true)
+	n.refused(1, 3, &kvpb.Welcome{
+		Verdict:   kvpb.Verdict_VERDICT_RIVAL,
+		ClusterId: 7,
+		Peer:      &kvpb.Peer{RaftId: 3, Life: 3, Node: plainNode(3)},
+	})
+	for n.leaderless < n.ticksOf(leaderWait) {
+		l.turn(1)
+	}
+	text := n.noLeader().Error()
+	rival := "node 3 at " + plainNode(3).Address + " is connected to another process"
+	if !strings.Contains(text, rival) || !strings.Contains(text, "node 2 at "+plainNode(2).Address+" has not answered") {
+		t.Errorf("it says %q", text)
+	}
+	n.peerUp(3, 3, true)
+	l.turn(0)
+	if strings.Contains(n.noLeader().Error(), "another process") {
+		t.Errorf("3 talks to it again, and it says %q", n.noLeader())
 	}
 }

@@ -452,6 +452,9 @@ func refusal(w *kvpb.Welcome) error {
 	n := w.Peer.Node
 	switch w.Verdict {
 	case kvpb.Verdict_VERDICT_OTHER_CLUSTER:
+		if w.ClusterId == 0 {
+			return fmt.Errorf("node %d at %s is in no cluster", n.Id, n.Address)
+		}
 		return fmt.Errorf("node %d at %s is in another cluster, %016x", n.Id, n.Address, w.ClusterId)
 	case kvpb.Verdict_VERDICT_REMOVED:
 		return fmt.Errorf("node %d at %s says that this node was removed", n.Id, n.Address)

@@ -182,6 +182,7 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 		if outbound {
 			n.connected[raftID] = true
 			delete(n.met, raftID)
+			delete(n.refusals, raftID)
 			delete(n.moved, raftID)
 			if raftID == n.lead {
 				n.askAgain() // what was on its way may be lost
@@ -284,6 +285,9 @@ func (n *node) askAgain() {
 // talk to this node. Any goroutine may call it.
 func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 	n.in.event(func() {
+		if n.rn != nil && myRaftID == n.raftID && w.ClusterId != 0 && n.store.members[raftID] != nil {
+			n.refusals[raftID] = refusal(w).Error()
+		}
 		switch {
 		case n.rn == nil || myRaftID != n.raftID:
 		case n.saysRemoved(raftID, w):

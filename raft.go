@@ -169,9 +169,11 @@ type node struct {
 	moved map[uint64]*kvpb.Node
 	// disownedBy are the members, by raft ID, that have applied this node's removal.
 	disownedBy map[uint64]bool
-	sights     map[uint64]*sight // by raft ID: learners whose node has an older life, too
-	out        []peerMessages
-	askedAt    uint64 // tick in which a peer last asked this leader for something
+	// refusals are why members, by raft ID, do not talk to this node, until they do.
+	refusals map[uint64]string
+	sights   map[uint64]*sight // by raft ID: learners whose node has an older life, too
+	out      []peerMessages
+	askedAt  uint64 // tick in which a peer last asked this leader for something
 
 	writes, reads        []*call // that wait
 	own                  *proposal
@@ -216,6 +218,7 @@ func (n *node) newLife() {
 	n.lag, n.sparedUntil = lag{mark: never}, 0
 	n.lives, n.connected, n.heard = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]uint64{}
 	n.met, n.disownedBy, n.moved = map[uint64]*meeting{}, map[uint64]bool{}, map[uint64]*kvpb.Node{}
+	n.refusals = map[uint64]string{}
 	n.logBehind, n.learned = false, learnedCommit{}
 	n.sights = map[uint64]*sight{}
 	n.out, n.gone = nil, nil
@@ -236,8 +239,12 @@ func randomID() uint64 {
 func (n *node) open(d *disk) error {
 	n.disk = d
 	r, err := d.recover(n.self.Id)
-	if r == nil || err != nil {
+	if err != nil {
 		return err
+	}
+	if r == nil {
+		n.log.Info("the data directory has nothing of a node in it: this node is new", "dir", d.dir)
+		return nil
 	}
 	n.raftID = r.identity.RaftId
 	n.sequence = r.batch.Boots << 40 // above all of earlier processes
@@ -976,6 +983,7 @@ func (n *node) configured() {
 		delete(n.heard, id)
 		delete(n.sights, id)
 		delete(n.moved, id)
+		delete(n.refusals, id)
 	}
 	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
