@@ -304,6 +304,7 @@ func (n *node) found(t *initTry, members []*kvpb.Node) (clusterID uint64, err er
 		return 0, err
 	}
 	n.claim, n.founding = nil, members
+	n.endFounding()
 	n.log.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
 	return clusterID, nil
 }
@@ -643,6 +644,12 @@ func (f *founder) atMember(ctx context.Context) (clusterID uint64, err error) {
 	if founding {
 		return f.complete(ctx, nil, clusterID)
 	}
+	return f.compare(ctx)
+}
+
+// compare returns this node's cluster if its voters are the members of this Init.
+func (f *founder) compare(ctx context.Context) (clusterID uint64, err error) {
+	n := f.s.n
 	if _, err := f.s.call(ctx, nil); err != nil { // what it knows of the voters may be old
 		return 0, err
 	}
@@ -675,8 +682,31 @@ func (f *founder) complete(ctx context.Context, t *initTry, clusterID uint64) (u
 	if err != nil {
 		return 0, f.halfWay(err, clusterID)
 	}
-	_ = n.do(context.WithoutCancel(ctx), func() error { n.founding = nil; return nil })
+	_, err = f.compare(ctx)
+	if errors.Is(err, errInCluster) {
+		return 0, err // an operator has made others voters meanwhile
+	}
+	if err != nil {
+		return 0, f.halfWay(err, clusterID)
+	}
 	return clusterID, nil
+}
+
+// endFounding forgets which members Init was told, once they all vote, or once an
+// operator has added another. From then on, the same Init compares: it changes nothing.
+func (n *node) endFounding() {
+	if n.founding == nil || isJoint(n.store.conf) {
+		return
+	}
+	for _, m := range n.store.members {
+		if !containsNode(n.founding, m) {
+			n.founding = nil
+			return
+		}
+	}
+	if sameNodes(n.voterNodes(), n.founding) {
+		n.founding = nil
+	}
 }
 
 // notMade says that this node has not become a cluster: its first entry was not
@@ -720,7 +750,8 @@ func (f *founder) addOthers(ctx context.Context, t *initTry, clusterID uint64) e
 		}
 	}
 	if err == nil {
-		_, err = self.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: ids})
+		// It removes nobody: meanwhile, an operator may have made others voters.
+		_, err = self.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids})
 	}
 	if cause := context.Cause(ctx); err != nil && cause != ctx.Err() {
 		return cause // of a member that has failed
@@ -757,8 +788,10 @@ func (f *founder) halfWay(err error, clusterID uint64) error {
 	n := f.s.n
 	todo := ""
 	_ = n.do(context.Background(), func() error { // unless the node has ended
-		todo = fmt.Sprintf("; what is left, with --endpoints %s: %s; or the same init, which carries on",
-			n.self.Address, n.toDo(f.members))
+		todo = fmt.Sprintf("; what is left, with --endpoints %s: %s", n.self.Address, n.toDo(f.members))
+		if n.founding != nil {
+			todo += "; or the same init, which carries on"
+		}
 		return nil
 	})
 	st := status.Convert(toStatus(err, false)).Proto()

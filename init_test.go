@@ -310,6 +310,91 @@ func TestInitCarriesOn(t *testing.T) {
 	}
 }
 
+// failedHalfWay has an Init of nodes 1, 2 and 3 fail when nodes 1 and 2 are in a cluster,
+// and starts node 3 again.
+func (c *testCluster) failedHalfWay() {
+	c.t.Helper()
+	address := c.nodes[3].address
+	held, fail := c.failWhen(3, func(n *node) bool { return n.claim != nil })
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+		ended <- err
+	}()
+	<-held
+	eventually(c.t, func() error {
+		if c.clusterOf(2) == 0 {
+			return fmt.Errorf("node 2 is in no cluster")
+		}
+		return nil
+	})
+	failed := c.nodes[3]
+	fail()
+	<-failed.ended
+	_ = failed.conn.Close()
+	delete(c.nodes, 3)
+	wantError(c.t, <-ended, codes.Unavailable, "UNREACHABLE")
+	c.start(3, address)
+}
+
+// TestInitRemovesNobody: an Init undoes nothing that an operator has done, neither if it
+// is repeated after that, nor if it was running. It says that there are other voters.
+func TestInitRemovesNobody(t *testing.T) {
+	t.Parallel()
+	refused := func(t *testing.T, c *testCluster, err error) {
+		t.Helper()
+		wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+		wantPart(t, fmt.Sprint(err), "4="+c.nodes[4].address)
+		c.settled(1, 2, 3, 4)
+		c.works(1, 2, 3, 4)
+	}
+	for name, promote := range map[string]bool{"who votes": true, "who is a learner": false} {
+		t.Run("repeated after the others were added by hand, and one more "+name, func(t *testing.T) {
+			c := newCluster(t, 4)
+			c.failedHalfWay()
+			c.addLearner(1, 4)
+			if !promote { // the list is not carried on with, either
+				_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+				wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+			}
+			c.addLearner(1, 3)
+			c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
+			c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{4}})
+			_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+			refused(t, c, err)
+		})
+	}
+	t.Run("repeated after a member was demoted", func(t *testing.T) {
+		c := newCluster(t, 3)
+		c.failedHalfWay()
+		c.addLearner(1, 3)
+		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{2, 3}})
+		c.change(1, &kvpb.ChangeMembershipRequest{Demote: []uint64{3}})
+		_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+		wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+	})
+	t.Run("running", func(t *testing.T) {
+		c := newCluster(t, 4)
+		held, release := c.holdWhen(3, func(n *node) bool { return n.claim != nil })
+		ended := make(chan error, 1)
+		go func() {
+			_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+			ended <- err
+		}()
+		<-held
+		eventually(t, func() error {
+			if c.clusterOf(2) == 0 {
+				return fmt.Errorf("node 2 is in no cluster")
+			}
+			return nil
+		})
+		c.addLearner(1, 4)
+		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{4}})
+		release()
+		refused(t, c, <-ended)
+	})
+}
+
 // TestInitGivesClaimsBack: a founder that cannot have all claims has none in the end.
 func TestInitGivesClaimsBack(t *testing.T) {
 	t.Parallel()

@@ -985,6 +985,7 @@ func (n *node) configured() {
 		delete(n.moved, id)
 		delete(n.refusals, id)
 	}
+	n.endFounding()
 	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
 	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
 }
