@@ -57,10 +57,11 @@ func (h *fakeHosts) connect(ctx context.Context, address string) (net.Conn, erro
 	h.mu.Lock()
 	h.dialled = append(h.dialled, address)
 	trip, answers := h.trips[address]
+	refused := h.refused[address]
 	h.mu.Unlock()
 	h.count(1)
 	defer h.count(-1)
-	if h.refused[address] {
+	if refused {
 		return nil, syscall.ECONNREFUSED
 	}
 	if !answers {
@@ -79,8 +80,11 @@ func (h *fakeHosts) connect(ctx context.Context, address string) (net.Conn, erro
 }
 
 func (h *fakeHosts) lookup(ctx context.Context, host string) ([]string, error) {
+	h.mu.Lock()
+	lookups := h.lookups
+	h.mu.Unlock()
 	select {
-	case <-time.After(h.lookups):
+	case <-time.After(lookups):
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

@@ -177,7 +177,10 @@ func (n *node) receiveClaim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.
 		}
 		return resp != nil, nil
 	})
-	return resp, err
+	if err != nil {
+		return nil, err // the loop may still call f
+	}
+	return resp, nil
 }
 
 func (n *node) checkClaim(req *kvpb.ClaimRequest) error {
@@ -630,10 +633,11 @@ func (f *founder) forward(ctx context.Context, m *kvpb.Node) (clusterID uint64, 
 
 // atMember is Init at a member of a cluster: it is done, or is carried on, or has
 // other members than the cluster.
-func (f *founder) atMember(ctx context.Context) (clusterID uint64, err error) {
+func (f *founder) atMember(ctx context.Context) (uint64, error) {
 	n := f.s.n
+	var clusterID uint64
 	founding := false
-	err = n.do(ctx, func() error {
+	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
 		founding = n.founding != nil && sameNodes(n.founding, f.members)
 		return nil
@@ -648,12 +652,13 @@ func (f *founder) atMember(ctx context.Context) (clusterID uint64, err error) {
 }
 
 // compare returns this node's cluster if its voters are the members of this Init.
-func (f *founder) compare(ctx context.Context) (clusterID uint64, err error) {
+func (f *founder) compare(ctx context.Context) (uint64, error) {
 	n := f.s.n
+	var clusterID uint64
 	if _, err := f.s.call(ctx, nil); err != nil { // what it knows of the voters may be old
 		return 0, err
 	}
-	err = n.do(ctx, func() error {
+	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
 		if clusterID == 0 {
 			return errNotInitialized
@@ -664,7 +669,10 @@ func (f *founder) compare(ctx context.Context) (clusterID uint64, err error) {
 		return fmt.Errorf("%w, %016x, of the voters %s; to have those that were named: %s",
 			errInCluster, clusterID, formatNodes(n.voterNodes()), n.toDo(f.members))
 	})
-	return clusterID, err
+	if err != nil {
+		return 0, err // the loop may still call f
+	}
+	return clusterID, nil
 }
 
 // complete adds the other members to the cluster that this node has made, as far as

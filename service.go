@@ -303,13 +303,14 @@ func (s *server) handOver(ctx context.Context) {
 }
 
 // openView opens a view for as long as ctx: a linearizable one, unless local.
-func (s *server) openView(ctx context.Context, local bool, open func(*store) *view) (v *view, err error) {
+func (s *server) openView(ctx context.Context, local bool, open func(*store) *view) (*view, error) {
 	if !local {
 		if _, err := s.call(ctx, nil); err != nil {
 			return nil, err
 		}
 	}
-	err = s.n.do(ctx, func() error {
+	var v *view
+	err := s.n.do(ctx, func() error {
 		if s.n.rn == nil {
 			return errNotInitialized
 		}
@@ -317,7 +318,10 @@ func (s *server) openView(ctx context.Context, local bool, open func(*store) *vi
 		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
 		return nil
 	})
-	return v, err
+	if err != nil {
+		return nil, err // the loop may still call f
+	}
+	return v, nil
 }
 
 // List implements KVService.

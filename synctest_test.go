@@ -510,6 +510,13 @@ type healthWatch struct {
 	changes int
 }
 
+// told is how often the watcher was told.
+func (w *healthWatch) told() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.changes
+}
+
 // wants fails the test unless the watcher was told so, so long after start.
 func (w *healthWatch) wants(t *testing.T, what string, serving bool, start time.Time, low, high time.Duration) {
 	t.Helper()
@@ -533,7 +540,7 @@ func TestClockHealth(t *testing.T) {
 			for _, w := range all {
 				w.wants(t, "at rest", true, time.Now(), -time.Hour, -59*time.Second)
 			}
-			undisturbed := other.changes
+			undisturbed := other.told()
 
 			start := time.Now()
 			b.do(rest[0], cut)
@@ -556,13 +563,13 @@ func TestClockHealth(t *testing.T) {
 			if restart := name == restartHealth; restart {
 				// With one of three away, the cluster can do without neither of the others.
 				lead.wants(t, "the leader meanwhile", true, start, 0, 1500*time.Millisecond)
-				if other.changes != undisturbed+4 {
-					t.Errorf("the other follower's health has changed %d times", other.changes-undisturbed)
+				if other.told() != undisturbed+4 {
+					t.Errorf("the other follower's health has changed %d times", other.told()-undisturbed)
 				}
 			} else {
 				lead.wants(t, "the leader meanwhile", true, time.Now(), -time.Hour, -4*time.Minute)
-				if other.changes != undisturbed {
-					t.Errorf("the other follower's health has changed %d times", other.changes-undisturbed)
+				if other.told() != undisturbed {
+					t.Errorf("the other follower's health has changed %d times", other.told()-undisturbed)
 				}
 			}
 
