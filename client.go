@@ -241,6 +241,9 @@ func membershipOf(m *kvpb.MetricsResponse) *kvpb.Membership {
 			membership.Members = append(membership.Members, &kvpb.ExpectedMember{Node: s.Node, Voter: s.Voter})
 		}
 	}
+	slices.SortStableFunc(membership.Members, func(a, b *kvpb.ExpectedMember) int {
+		return cmp.Compare(a.Node.GetId(), b.Node.GetId())
+	})
 	return membership
 }
 

@@ -135,10 +135,13 @@ func TestHelloDropsNothing(t *testing.T) {
 				}
 			}
 			for i, p := range ps {
-				resp, err := p.kv.Get(ctx, &kvpb.GetRequest{Key: "k", Local: true})
-				if err != nil || string(resp.Value) != "v" {
-					t.Errorf("node %d has %v, %v", p.id, resp, err)
-				}
+				eventually(t, func() error { // the stranger's streams took the place of those that bring it
+					resp, err := p.kv.Get(ctx, &kvpb.GetRequest{Key: "k", Local: true})
+					if err != nil || string(resp.Value) != "v" {
+						return fmt.Errorf("node %d has %v, %v", p.id, resp, err)
+					}
+					return nil
+				})
 				if m, err := p.metrics(); err != nil || m.RaftId != raftIDs[i] {
 					t.Errorf("node %d: %v, %v", p.id, m, err)
 				}
