@@ -79,6 +79,14 @@ const (
 	claimTime = 20 * time.Second
 	// withdrawTimeout bounds the wait for members to hear that a try has failed.
 	withdrawTimeout = 500 * time.Millisecond
+	// maxSurveying and maxWatching are how many of the maxAsking connections that serve
+	// but one call a founder has at a time: to members that it asks or claims, and to
+	// members that it adds. Besides, it has one to itself, or to another founder. The
+	// others are not for Inits: a node that is added has to be asked who it is.
+	maxSurveying, maxWatching = 4, 8
+	// watchTime is how long a founder waits for one of more members than maxWatching
+	// before it is the turn of another: all have theirs within half of claimTime.
+	watchTime = time.Second
 )
 
 // redialTime is the longest time that a running peer needs to reach a node that is
@@ -320,7 +328,6 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 		return nil, err
 	}
 	f := newFounder(s, req)
-	defer f.close()
 	clusterID, err := f.init(ctx)
 	if err != nil {
 		return nil, err
@@ -368,22 +375,44 @@ type founder struct {
 	s       *server
 	members []*kvpb.Node // by id
 	force   bool
-	conns   map[uint64]*grpc.ClientConn // by id
+
+	waitsFor error // what to say if it waits in vain
+	doubted  bool  // the survey before this one has found a cluster
 }
 
 func newFounder(s *server, req *kvpb.InitRequest) *founder {
-	f := &founder{s: s, force: req.Force, conns: map[uint64]*grpc.ClientConn{}}
+	f := &founder{s: s, force: req.Force}
 	for _, m := range req.Members {
 		f.members = append(f.members, &kvpb.Node{Id: m.Id, Address: m.Address}) // without unknown fields
-		f.conns[m.Id] = s.net.dial(m.Address)
 	}
 	slices.SortFunc(f.members, func(a, b *kvpb.Node) int { return cmp.Compare(a.Id, b.Id) })
 	return f
 }
 
-func (f *founder) close() {
-	for _, conn := range f.conns {
-		_ = conn.Close()
+// connected calls another node on a connection that is closed again.
+func (f *founder) connected(ctx context.Context, m *kvpb.Node, call func(*grpc.ClientConn) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	done, err := f.s.net.ask(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	conn := f.s.net.dial(m.Address)
+	defer func() { _ = conn.Close() }()
+	return call(conn)
+}
+
+// waitForTurn takes the only place of a kind of work, until done. An Init that waits for
+// its turn has none: what it waits for never waits for it.
+func (f *founder) waitForTurn(ctx context.Context, place chan struct{}) (done func(), err error) {
+	select {
+	case place <- struct{}{}:
+		return sync.OnceFunc(func() { <-place }), nil
+	case <-ctx.Done():
+		return nil, apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
+			fmt.Sprintf("other inits were running at node %d at %s until the deadline", f.s.n.self.Id, f.s.n.self.Address))
 	}
 }
 
@@ -391,8 +420,6 @@ func (f *founder) close() {
 func (f *founder) init(ctx context.Context) (clusterID uint64, err error) {
 	md, _ := metadata.FromIncomingContext(ctx)
 	forwarded := len(md.Get(forwardMetadata)) > 0
-	var waitsFor error // what to say if it waits in vain
-	doubted := false   // the survey before this one has found a cluster
 	for ctx.Err() == nil {
 		var otherVoters error
 		if forwarded || f.s.n.pub.Load().clusterID != 0 {
@@ -402,43 +429,74 @@ func (f *founder) init(ctx context.Context) (clusterID uint64, err error) {
 			}
 			otherVoters = err // unless another member is about to change them
 		}
-		answers, err := f.survey(ctx)
-		if err != nil {
-			return 0, cmp.Or(waitsFor, err)
-		}
-		found := outcomeOf(f.members, answers)
-		if ctx.Err() != nil {
-			return 0, cmp.Or(waitsFor, found.refusal, ctx.Err())
-		}
-		if found.byCluster && !doubted {
-			// The answers are not of one moment: another Init may have made the
-			// cluster between two of them. A second survey sees that.
-			doubted = true
-			continue
-		}
-		doubted = false
-		if found.refusal != nil {
-			return 0, cmp.Or(otherVoters, found.refusal)
-		}
-		waitsFor = found.waitsFor
-		if found.made != nil && found.made.Id != f.s.n.self.Id {
-			clusterID, err = f.forward(ctx, found.made)
-			if errorReason(err) != "NOT_INITIALIZED" {
-				return clusterID, err
-			}
-		} else if waitsFor == nil && found.made == nil {
-			var t *initTry
-			t, clusterID, waitsFor, err = f.claim(ctx)
-			if err != nil {
-				return 0, err
-			}
-			if clusterID != 0 {
-				return f.complete(ctx, t, clusterID)
-			}
+		clusterID, ended, err := f.round(ctx, otherVoters)
+		if ended || err != nil {
+			return clusterID, err
 		}
 		sleep(ctx, f.s.n.opts.heartbeat/2+rand.N(f.s.n.opts.heartbeat))
 	}
-	return 0, cmp.Or(waitsFor, ctx.Err())
+	return 0, cmp.Or(f.waitsFor, ctx.Err())
+}
+
+// round asks the members, when it is the turn of this Init, and goes on as they answer:
+// to the end; or not yet, if it has to wait.
+func (f *founder) round(ctx context.Context, otherVoters error) (clusterID uint64, ended bool, err error) {
+	done, err := f.waitForTurn(ctx, f.s.surveying)
+	if err != nil {
+		return 0, true, cmp.Or(f.waitsFor, otherVoters, err)
+	}
+	defer done()
+	answers, err := f.survey(ctx)
+	if err != nil {
+		return 0, true, cmp.Or(f.waitsFor, err)
+	}
+	found := outcomeOf(f.members, answers)
+	if ctx.Err() != nil {
+		return 0, true, cmp.Or(f.waitsFor, found.refusal, ctx.Err())
+	}
+	if found.byCluster && !f.doubted {
+		// The answers are not of one moment: another Init may have made the
+		// cluster between two of them. A second survey sees that.
+		f.doubted = true
+		return 0, false, nil
+	}
+	f.doubted = false
+	if found.refusal != nil {
+		return 0, true, cmp.Or(otherVoters, found.refusal)
+	}
+	f.waitsFor = found.waitsFor
+	if found.made != nil && found.made.Id != f.s.n.self.Id {
+		clusterID, err = f.forward(ctx, found.made)
+		if errorReason(err) == "NOT_INITIALIZED" {
+			return 0, false, nil
+		}
+		return clusterID, true, err
+	}
+	if f.waitsFor != nil || found.made != nil {
+		return 0, false, nil
+	}
+	var t *initTry
+	t, clusterID, f.waitsFor, err = f.claim(ctx)
+	if clusterID == 0 || err != nil {
+		return 0, err != nil, err
+	}
+	done() // whoever has other members need not wait to hear that
+	clusterID, err = f.complete(ctx, t, clusterID)
+	return clusterID, true, err
+}
+
+// each calls f for all members, some of them at a time.
+func each(members []*kvpb.Node, f func(i int, m *kvpb.Node)) {
+	room := make(chan struct{}, maxSurveying)
+	var asking sync.WaitGroup
+	for i, m := range members {
+		room <- struct{}{}
+		asking.Go(func() {
+			defer func() { <-room }()
+			f(i, m)
+		})
+	}
+	asking.Wait()
 }
 
 // surveyAnswer is what a member said to a survey.
@@ -447,21 +505,17 @@ type surveyAnswer struct {
 	err  error
 }
 
-// survey asks all members at once whether they can be claimed.
+// survey asks all members whether they can be claimed.
 func (f *founder) survey(ctx context.Context) ([]surveyAnswer, error) {
 	t, err := f.begin(ctx)
 	if err != nil {
 		return nil, err
 	}
 	answers := make([]surveyAnswer, len(f.members))
-	var asking sync.WaitGroup
-	for i, m := range f.members {
-		asking.Go(func() {
-			resp, err := f.ask(ctx, m, &kvpb.ClaimRequest{Founder: t.founder, Force: f.force})
-			answers[i] = surveyAnswer{resp, err}
-		})
-	}
-	asking.Wait()
+	each(f.members, func(i int, m *kvpb.Node) {
+		resp, err := f.ask(ctx, m, &kvpb.ClaimRequest{Founder: t.founder, Force: f.force})
+		answers[i] = surveyAnswer{resp, err}
+	})
 	return answers, nil
 }
 
@@ -478,16 +532,20 @@ func (f *founder) begin(ctx context.Context) (*initTry, error) {
 
 // ask has a member do something with a claim.
 func (f *founder) ask(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
-	short, cancel := context.WithTimeout(ctx, f.s.n.opts.probeTimeout())
-	defer cancel()
 	req.To = m
-	resp, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(short, req)
-	if err == nil || errorReason(err) == "WRONG_NODE" {
+	var resp *kvpb.ClaimResponse
+	err := f.connected(ctx, m, func(conn *grpc.ClientConn) (err error) {
+		short, cancel := context.WithTimeout(ctx, f.s.n.opts.probeTimeout())
+		defer cancel()
+		resp, err = kvpb.NewRaftServiceClient(conn).Claim(short, req)
+		end, _ := ctx.Deadline()
+		if shortEnd, _ := short.Deadline(); status.Code(err) == codes.DeadlineExceeded && end.Equal(shortEnd) {
+			<-ctx.Done() // the member may see the end of the whole Init a little earlier
+		}
+		return err
+	})
+	if err == nil || errorReason(err) == "WRONG_NODE" || errorReason(err) == "OVERLOADED" {
 		return resp, err
-	}
-	end, _ := ctx.Deadline()
-	if shortEnd, _ := short.Deadline(); status.Code(err) == codes.DeadlineExceeded && end.Equal(shortEnd) {
-		<-ctx.Done() // the member may see the end of the whole Init a little earlier
 	}
 	return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 		fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
@@ -607,20 +665,20 @@ func (f *founder) claim(ctx context.Context) (t *initTry, clusterID uint64, wait
 func (f *founder) withdraw(ctx context.Context, t *initTry, members []*kvpb.Node) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawTimeout)
 	defer cancel()
-	var asking sync.WaitGroup
-	for _, m := range members {
-		asking.Go(func() {
-			_, _ = f.ask(ctx, m, &kvpb.ClaimRequest{Id: t.id, Withdraw: true})
-		})
-	}
-	asking.Wait()
+	each(members, func(_ int, m *kvpb.Node) {
+		_, _ = f.ask(ctx, m, &kvpb.ClaimRequest{Id: t.id, Withdraw: true})
+	})
 }
 
 // forward has a member of the cluster say whether it has these voters, or make it so.
 func (f *founder) forward(ctx context.Context, m *kvpb.Node) (clusterID uint64, err error) {
 	ctx = metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1")
 	req := &kvpb.InitRequest{Members: f.members, Force: f.force}
-	resp, err := kvpb.NewClusterServiceClient(f.conns[m.Id]).Init(ctx, req)
+	var resp *kvpb.InitResponse
+	err = f.connected(ctx, m, func(conn *grpc.ClientConn) (err error) {
+		resp, err = kvpb.NewClusterServiceClient(conn).Init(ctx, req)
+		return err
+	})
 	if err == nil {
 		return resp.ClusterId, nil
 	}
@@ -682,7 +740,12 @@ func (f *founder) complete(ctx context.Context, t *initTry, clusterID uint64) (u
 	if err := n.await(ctx, func() (bool, error) { return n.store.index > 1, nil }); err != nil {
 		return 0, f.notMade(ctx, clusterID, err)
 	}
-	err := f.addOthers(ctx, t, clusterID)
+	done, err := f.waitForTurn(ctx, f.s.adding)
+	if err != nil {
+		return 0, f.halfWay(err, clusterID)
+	}
+	defer done()
+	err = f.addOthers(ctx, t, clusterID)
 	for errorReason(err) == "NOT_CAUGHT_UP" && ctx.Err() == nil { // any more
 		sleep(ctx, n.opts.heartbeat)
 		err = f.addOthers(ctx, t, clusterID)
@@ -737,58 +800,92 @@ func (f *founder) addOthers(ctx context.Context, t *initTry, clusterID uint64) e
 	defer watching.Wait()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	self := kvpb.NewClusterServiceClient(f.conns[f.s.n.self.Id])
+	room := make(chan struct{}, maxWatching)
 	for _, m := range f.members {
 		if m.Id == f.s.n.self.Id {
 			continue
 		}
 		watching.Go(func() {
-			if err := f.watch(ctx, t, clusterID, m); err != nil {
+			if err := f.watch(ctx, t, clusterID, m, room); err != nil {
 				cancel(err)
 			}
 		})
 	}
-	var ids []uint64
-	var err error
-	for i := 0; i < len(f.members) && err == nil; i++ {
-		m := f.members[i]
-		ids = append(ids, m.Id)
-		if m.Id != f.s.n.self.Id {
-			_, err = self.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m})
-		}
-	}
-	if err == nil {
-		// It removes nobody: meanwhile, an operator may have made others voters.
-		_, err = self.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids})
-	}
+	err := f.connected(ctx, f.s.n.self, func(conn *grpc.ClientConn) error {
+		return f.addAll(ctx, kvpb.NewClusterServiceClient(conn))
+	})
 	if cause := context.Cause(ctx); err != nil && cause != ctx.Err() {
 		return cause // of a member that has failed
 	}
 	return err
 }
 
+// addAll makes the members learners one after another, and then voters. It removes
+// nobody: meanwhile, an operator may have made others voters.
+func (f *founder) addAll(ctx context.Context, self kvpb.ClusterServiceClient) error {
+	var ids []uint64
+	for _, m := range f.members {
+		ids = append(ids, m.Id)
+		if m.Id == f.s.n.self.Id {
+			continue
+		}
+		if _, err := self.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m}); err != nil {
+			return err
+		}
+	}
+	_, err := self.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids})
+	return err
+}
+
 // watch returns once a member is in a cluster, durably, or ctx has ended; or, with an
 // error, once it has failed.
-func (f *founder) watch(ctx context.Context, t *initTry, clusterID uint64, m *kvpb.Node) error {
+func (f *founder) watch(ctx context.Context, t *initTry, clusterID uint64, m *kvpb.Node, room chan struct{}) error {
 	req := &kvpb.ClaimRequest{To: m, ClusterId: clusterID}
 	if t != nil {
 		req.Id, req.Founder, req.Members = t.id, t.founder, f.members
 	}
-	for {
-		_, err := kvpb.NewRaftServiceClient(f.conns[m.Id]).Claim(ctx, req)
-		if err == nil || ctx.Err() != nil || errorReason(err) == "DEADLINE" {
+	for ctx.Err() == nil {
+		select {
+		case room <- struct{}{}:
+		case <-ctx.Done():
 			return nil
 		}
-		if errorReason(err) == "" { // a connection that broke need not be more than that
-			_, err = f.ask(ctx, m, &kvpb.ClaimRequest{})
+		isMember, err := f.watchOnce(ctx, m, req)
+		<-room
+		if isMember || ctx.Err() != nil {
+			return nil
 		}
-		if err == nil {
-			sleep(ctx, f.s.n.opts.heartbeat)
-		} else if ctx.Err() == nil {
+		if err != nil {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 				fmt.Sprintf("node %d at %s has failed while it was added: %s", m.Id, m.Address, status.Convert(err).Message()))
 		}
+		sleep(ctx, f.s.n.opts.heartbeat)
 	}
+	return nil
+}
+
+// watchOnce waits for a member to be in a cluster, until it is the turn of another one.
+func (f *founder) watchOnce(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (isMember bool, err error) {
+	err = f.connected(ctx, m, func(conn *grpc.ClientConn) error {
+		short := ctx
+		if len(f.members)-1 > maxWatching {
+			var cancel context.CancelFunc
+			short, cancel = context.WithTimeout(ctx, watchTime)
+			defer cancel()
+		}
+		_, err := kvpb.NewRaftServiceClient(conn).Claim(short, req)
+		return err
+	})
+	switch errorReason(err) {
+	case "DEADLINE":
+		return false, nil
+	case "": // a connection that broke need not be more than that
+		if err != nil {
+			_, err = f.ask(ctx, m, &kvpb.ClaimRequest{})
+			return false, err
+		}
+	}
+	return err == nil, err
 }
 
 // halfWay says how far Init got, and what is left to type.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -395,6 +396,159 @@ func TestInitRemovesNobody(t *testing.T) {
 	})
 }
 
+// TestInitsShareConnections: however many Inits run at a node, of however many members
+// that do not answer, they leave connections to others. Who waits says for what.
+func TestInitsShareConnections(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.init(1)
+	var silent []*kvpb.Node
+	isSilent := map[string]bool{}
+	for id := uint64(4); id <= maxMembers; id++ {
+		m := &kvpb.Node{Id: id, Address: fmt.Sprintf("127.0.0.1:%d", id)}
+		silent = append(silent, m)
+		isSilent[m.Address] = true
+	}
+	var mu sync.Mutex
+	called := map[string]map[string]int{} // tries to connect, by caller and member
+	most := map[string]int{}              // members that a caller calls at a time
+	c.wires.mu.Lock()
+	c.wires.dials = func(ctx context.Context, from, to string) {
+		if !isSilent[to] {
+			return
+		}
+		mu.Lock()
+		if called[from] == nil {
+			called[from] = map[string]int{}
+		}
+		called[from][to]++
+		most[from] = max(most[from], len(called[from]))
+		mu.Unlock()
+		<-ctx.Done()
+		mu.Lock()
+		defer mu.Unlock()
+		if called[from][to]--; called[from][to] == 0 {
+			delete(called[from], to)
+		}
+	}
+	c.wires.mu.Unlock()
+
+	ctx, cancel := context.WithCancel(c.ctx)
+	var inits sync.WaitGroup
+	for _, via := range []uint64{1, 3} {
+		for range 2 * maxAsking {
+			inits.Go(func() {
+				_, _ = c.nodes[via].Init(ctx, &kvpb.InitRequest{Members: append(c.proto(via), silent...), Force: true})
+			})
+		}
+	}
+	eventually(t, func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if most[c.nodes[1].address] == 0 || most[c.nodes[3].address] == 0 {
+			return errors.New("no Init has called a member")
+		}
+		return nil
+	})
+	c.addLearner(1, 2)
+	eventually(t, func() error {
+		if len(c.nodes[3].server.net.asking) == 0 {
+			return errors.New("an Init calls a member without a place")
+		}
+		return nil
+	})
+	var err error
+	eventually(t, func() error { // on a busy machine even the answer may be late
+		short, stop := context.WithTimeout(c.ctx, time.Second)
+		defer stop()
+		_, err = c.nodes[3].Init(short, &kvpb.InitRequest{Members: c.proto(3), Force: true})
+		if reasonOf(err) == "" {
+			return fmt.Errorf("no node's answer, but %v", err)
+		}
+		return nil
+	})
+	wantError(t, err, codes.Aborted, "INIT_IN_PROGRESS")
+	wantPart(t, fmt.Sprint(err), "other inits were running at node 3")
+	mu.Lock()
+	for from, n := range most {
+		if n > 2*maxSurveying { // what is closed may end a little later
+			t.Errorf("%s made %d connections at a time, the limit is %d", from, n, maxSurveying)
+		}
+	}
+	mu.Unlock()
+	cancel()
+	inits.Wait()
+	eventually(t, func() error {
+		for id, n := range c.nodes {
+			if places := len(n.server.net.asking) + len(n.server.surveying); places > 0 {
+				return fmt.Errorf("node %d: %d places are not given back", id, places)
+			}
+		}
+		return nil
+	})
+}
+
+// TestInitOfMany: a founder that has more members to add than it may have connections
+// keeps to that, and adds them.
+func TestInitOfMany(t *testing.T) {
+	t.Parallel()
+	const size = maxWatching + 3
+	c := newCluster(t, size)
+	ids := make([]uint64, size)
+	for i := range ids {
+		ids[i] = uint64(i) + 1
+	}
+	members := c.proto(ids...)
+	held, release := c.holdWhen(2, func(n *node) bool { return n.claim != nil }) // the first to be added
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members})
+		ended <- err
+	}()
+	<-held
+	asking := c.nodes[1].server.net.asking
+	most := 0
+	for _, id := range ids[2:] {
+		n := c.nodes[id].server.n
+		eventually(t, func() error {
+			most = max(most, len(asking))
+			kept := false
+			err := n.do(c.ctx, func() error { kept = n.claim != nil && n.claim.clusterID != 0; return nil })
+			if !kept {
+				return cmp.Or(err, fmt.Errorf("the claim of node %d is not kept", id))
+			}
+			return nil
+		})
+	}
+	release()
+	eventually(t, func() error {
+		most = max(most, len(asking))
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Error(err)
+			}
+			return nil
+		default:
+			return errors.New("Init has not ended")
+		}
+	})
+	if limit := maxWatching + 2; most > limit { // one is to itself, and one asks who is to be added
+		t.Errorf("it had %d connections at a time, the limit is %d", most, limit)
+	}
+	c.settled(ids...)
+	if len(asking)+len(c.nodes[1].server.adding) > 0 {
+		t.Error("places are not given back")
+	}
+}
+
+// TestInitForceIsExplained: help says all that --force leaves out.
+func TestInitForceIsExplained(t *testing.T) {
+	help, _ := runCommand(t, 0, "", "help", "init")
+	wantPart(t, help, "a cluster has just called a member")
+	wantPart(t, help, "do not wait for members that have just started")
+}
+
 // TestInitGivesClaimsBack: a founder that cannot have all claims has none in the end.
 func TestInitGivesClaimsBack(t *testing.T) {
 	t.Parallel()
@@ -402,7 +556,6 @@ func TestInitGivesClaimsBack(t *testing.T) {
 	others := &kvpb.ClaimRequest{Id: 7, Founder: &kvpb.Peer{Node: plainNode(9), RaftId: 9, Life: 9}, Force: true}
 	c.inLoop(3, func(n *node) error { n.answerClaim(others); return nil })
 	f := newFounder(c.nodes[1].server, &kvpb.InitRequest{Members: c.proto(1, 2, 3), Force: true})
-	defer f.close()
 	_, clusterID, waitsFor, err := f.claim(c.ctx)
 	if clusterID != 0 || err != nil {
 		t.Errorf("cluster %x, %v", clusterID, err)

@@ -50,7 +50,8 @@ const (
 	// leastFiles are for a node with a few peers and a few clients.
 	leastFiles = 128
 	// maxAsking bounds the connections that serve but one call: to forward it to the
-	// leader, or to ask a node who it is. Operators cause them, by hand.
+	// leader, to ask a node who it is, or to make a cluster with it. Operators cause
+	// them, by hand.
 	maxAsking = 16
 )
 

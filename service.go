@@ -171,6 +171,9 @@ type server struct {
 	backups atomic.Int32  // that run
 	lists   chan struct{} // full while maxLists run
 
+	surveying chan struct{} // full while an Init asks members, or another founder
+	adding    chan struct{} // full while an Init adds members
+
 	draining bool          // the loop's: no more new calls are wanted
 	stopping chan struct{} // closed by stop
 	inFlight atomic.Int64  // unary calls
@@ -178,6 +181,7 @@ type server struct {
 
 func newServer(n *node, nw *network) *server {
 	s := &server{n: n, net: nw, health: health.NewServer(), stopping: make(chan struct{}), lists: make(chan struct{}, maxLists)}
+	s.surveying, s.adding = make(chan struct{}, 1), make(chan struct{}, 1)
 	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
