@@ -74,7 +74,8 @@ func commands() map[string]*command {
 			help: `make a cluster of these voters
 The first one is called, if neither --endpoints nor the environment names another.`,
 			flags: func(c *client, fs *flag.FlagSet) {
-				fs.BoolVar(&c.force, "force", false, "make it although a hello of another cluster named the called node just now")
+				fs.BoolVar(&c.force, "force", false, "make it although a cluster has just called a member, "+
+					"and do not wait for members that have just started, which one may call yet")
 			},
 		},
 		"add-learner": {
