@@ -435,6 +435,8 @@ func TestInitsShareConnections(t *testing.T) {
 
 	ctx, cancel := context.WithCancel(c.ctx)
 	var inits sync.WaitGroup
+	defer inits.Wait()
+	defer cancel()
 	for _, via := range []uint64{1, 3} {
 		for range 2 * maxAsking {
 			inits.Go(func() {
