@@ -19,8 +19,8 @@
 //
 // A claim ends when the founder withdraws it, or claims under another life (so the
 // one before is dead), when the node becomes a member, or claimTime after it was
-// made. Once the founder has its cluster, a call stays open at each node that is to
-// be added, and the claim lasts as long as that.
+// made. Once the founder has its cluster, it calls each node that is to be added
+// again and again until it is, and the claim lasts as long as that.
 //
 // # Why two Inits do not both make a cluster
 //
