@@ -1043,18 +1043,18 @@ func TestClockInit(t *testing.T) {
 		b.boot(4)
 		b.boot(5)
 		redial := b.nodes[4].server.n.redialTime()
-		initAlone := func(id uint64, force bool) (error, time.Duration) {
+		initAlone := func(id uint64, force bool) (time.Duration, error) {
 			start := time.Now()
 			members := []*kvpb.Node{{Id: id, Address: addressIn(id)}}
 			_, err := b.nodes[id].Init(b.ctx, &kvpb.InitRequest{Members: members, Force: force})
-			return err, time.Since(start)
+			return time.Since(start), err
 		}
-		err, took := initAlone(4, true)
+		took, err := initAlone(4, true)
 		if err != nil {
 			t.Error(err)
 		}
 		between(t, "an Init by force", took, 0, redial/2)
-		err, took = initAlone(5, false)
+		took, err = initAlone(5, false)
 		if err != nil {
 			t.Error(err)
 		}
@@ -1065,7 +1065,7 @@ func TestClockInit(t *testing.T) {
 			time.Sleep(time.Duration(rand.IntN(20_000)) * time.Millisecond)
 			b.boot(2)
 			b.do(2, whole)
-			err, _ := initAlone(2, false)
+			_, err := initAlone(2, false)
 			wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
 			wantPart(t, err.Error(), hex(want))
 			b.settled(1, 2, 3)

@@ -2792,6 +2792,20 @@ func (p *proc) astray() bool {
 	return n.lead == 0 && told <= others/2
 }
 
+// restartStray is what an operator does with a node that cannot know that its life was
+// removed, while another life of it is a member still: he starts it without what it has.
+func (s *sim) restartStray(p, leader *proc) {
+	isMember := len(leader.n.store.raftIDsOf(p.site.node.Id)) > 0
+	if !isMember || p.n.rn == nil || p.n.leaderless < 4*p.n.electionTicks() {
+		return
+	}
+	s.count["strays restarted"]++
+	if p.site.fs != nil {
+		p.site.fs = newSimFS()
+	}
+	p.die(5)
+}
+
 // unsettled says what is not as it shall be without faults; empty: all is.
 func (s *sim) unsettled() string {
 	var leader *proc
@@ -2809,7 +2823,11 @@ func (s *sim) unsettled() string {
 	members := leader.n.store.members
 	for _, p := range s.alive() {
 		stranger := !proto.Equal(members[p.n.raftID], p.site.node)
-		if p.n.rn == nil || stranger && p.astray() {
+		if stranger && p.astray() {
+			s.restartStray(p, leader)
+			continue
+		}
+		if p.n.rn == nil {
 			continue
 		}
 		if stranger {
