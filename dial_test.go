@@ -53,6 +53,14 @@ func (h *fakeHosts) count(change int) {
 	h.most = max(h.most, h.underWay)
 }
 
+// tally returns how many connections are open, how many tries are under way, and how
+// many were at most.
+func (h *fakeHosts) tally() (open, underWay, most int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.open, h.underWay, h.most
+}
+
 func (h *fakeHosts) connect(ctx context.Context, address string) (net.Conn, error) {
 	h.mu.Lock()
 	h.dialled = append(h.dialled, address)
@@ -166,8 +174,8 @@ func TestDial(t *testing.T) {
 				h.names = map[string][]string{"both": {"10.0.0.1", "10.0.0.2"}, "all": {"fd00::1", "10.0.0.1", "fd00::2", "10.0.0.2"}}
 				connects(t, h.target(t, tt.address), tt.want, tt.after, tt.after)
 				synctest.Wait()
-				if h.open != 0 || h.underWay != 0 {
-					t.Errorf("%d connections are left open, %d tries under way", h.open, h.underWay)
+				if open, underWay, _ := h.tally(); open != 0 || underWay != 0 {
+					t.Errorf("%d connections are left open, %d tries under way", open, underWay)
 				}
 			})
 		})
@@ -186,8 +194,8 @@ func TestDialLosers(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if h.open != 1 {
-			t.Errorf("%d connections are open", h.open)
+		if open, _, _ := h.tally(); open != 1 {
+			t.Errorf("%d connections are open", open)
 		}
 		_ = conn.Close()
 	})
@@ -237,8 +245,8 @@ func TestDialCancelled(t *testing.T) {
 			t.Errorf("%v, after %v", err, time.Since(start))
 		}
 		synctest.Wait()
-		if h.underWay != 0 {
-			t.Errorf("%d tries are under way", h.underWay)
+		if _, underWay, _ := h.tally(); underWay != 0 {
+			t.Errorf("%d tries are under way", underWay)
 		}
 	})
 }
@@ -251,8 +259,8 @@ func TestDialReturns(t *testing.T) {
 		back := 5*second + dialStagger/2
 		time.AfterFunc(back, func() { h.set(func() { h.trips["10.0.0.2:1"] = 0 }) })
 		connects(t, h.target(t, "both:1"), "10.0.0.2:1", back, back+2*dialStagger)
-		if h.most > 2*2+1 { // one more is just being given up
-			t.Errorf("%d tries at a time at two addresses", h.most)
+		if _, _, most := h.tally(); most > 2*2+1 { // one more is just being given up
+			t.Errorf("%d tries at a time at two addresses", most)
 		}
 	})
 }
@@ -300,8 +308,9 @@ func TestDialBounded(t *testing.T) {
 		defer cancel()
 		_, _ = (&target{d: d, address: "many:1"}).dial(ctx, "")
 		synctest.Wait()
-		if h.most > dials+maxExtraTries || h.most <= dials || len(d.extra)+len(d.lookups) > 0 {
-			t.Errorf("%d tries at a time in %d dials; %d places are not given back", h.most, dials, len(d.extra)+len(d.lookups))
+		_, _, most := h.tally()
+		if most > dials+maxExtraTries || most <= dials || len(d.extra)+len(d.lookups) > 0 {
+			t.Errorf("%d tries at a time in %d dials; %d places are not given back", most, dials, len(d.extra)+len(d.lookups))
 		}
 		if slices.Contains(h.dialled, fmt.Sprintf("10.0.0.%d:1", maxDialAddresses)) {
 			t.Error("a name has more addresses than are tried")

@@ -673,7 +673,7 @@ func TestWALCut(t *testing.T) {
 	newest, first := simPath(l.newest), l.before()
 	end := l.places[len(l.places)-1].to
 	opened, refused := 0, 0
-	for at := 0; at < simSegment; at += raceStep(7) {
+	for at := 0; at < simSegment; at += raceStep(8) { // which meets the sectors' edges
 		fs := l.fs.clone()
 		fs.setFile(newest, l.content[:at])
 		if at < l.places[first].to {
