@@ -278,6 +278,20 @@ func TestLostMemoryIsSaid(t *testing.T) {
 	}
 }
 
+// TestWhoSaysHelloIsNotLost: a life that says hello has not lost its memory, although
+// another one has answered in its place before.
+func TestWhoSaysHelloIsNotLost(t *testing.T) {
+	n := newLone(t, following).n
+	for _, outbound := range []bool{false, true} {
+		n.meet(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
+		n.peerUp(2, 2, outbound)
+		n.turn(n.in.take())
+		if n.hasLostMemory(2) {
+			t.Errorf("node 2 has said hello, and counts as lost (outbound %v)", outbound)
+		}
+	}
+}
+
 // TestHopelessCallsEndAtOnce: a call does not wait for a leader on a node that is in no
 // cluster, or has been without one for long.
 func TestHopelessCallsEndAtOnce(t *testing.T) {

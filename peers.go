@@ -176,12 +176,12 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 			maps.DeleteFunc(n.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
 		}
 		n.lives[raftID] = life
+		delete(n.met, raftID) // this life is there, whoever answered in its place before
 		if raftID == n.deafTo {
 			n.deafTo = 0 // it is alive, or again
 		}
 		if outbound {
 			n.connected[raftID] = true
-			delete(n.met, raftID)
 			delete(n.refusals, raftID)
 			delete(n.moved, raftID)
 			if raftID == n.lead {

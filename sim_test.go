@@ -2795,8 +2795,11 @@ func (p *proc) astray() bool {
 // restartStray is what an operator does with a node that cannot know that its life was
 // removed, while another life of it is a member still: he starts it without what it has.
 func (s *sim) restartStray(p, leader *proc) {
-	isMember := len(leader.n.store.raftIDsOf(p.site.node.Id)) > 0
-	if !isMember || p.n.rn == nil || p.n.leaderless < 4*p.n.electionTicks() {
+	members := leader.n.store
+	isFound := slices.ContainsFunc(members.raftIDsOf(p.site.node.Id), func(id uint64) bool {
+		return proto.Equal(members.members[id], p.site.node) // one that has moved is not, without what it has
+	})
+	if !isFound || p.n.rn == nil || p.n.leaderless < 4*p.n.electionTicks() {
 		return
 	}
 	s.count["strays restarted"]++
