@@ -287,12 +287,12 @@ func (d *dialer) race(ctx context.Context, addresses []string) (net.Conn, error)
 				r.begin()
 			}
 			if len(r.running) == 0 {
-				return nil, r.error(start)
+				return nil, r.error(ctx, start)
 			}
 		case <-tick.C:
 			r.begin()
 		case <-ctx.Done():
-			return nil, r.error(start)
+			return nil, r.error(ctx, start)
 		}
 	}
 }
@@ -340,9 +340,10 @@ func (t *dialTry) run(ctx context.Context, connect func(context.Context, string)
 	}
 }
 
-// error says of each address what came of it.
-func (r *race) error(start time.Time) error {
-	if r.ctx.Err() == context.Canceled {
+// error says of each address what came of it, unless the caller of the dial, whose
+// context it gets, gave up: r's own ends a moment later.
+func (r *race) error(ctx context.Context, start time.Time) error {
+	if ctx.Err() == context.Canceled {
 		return context.Canceled
 	}
 	silent := fmt.Errorf("no answer in %v", time.Since(start).Round(time.Millisecond))
