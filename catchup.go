@@ -216,7 +216,7 @@ func (n *node) tooSlow(id uint64, how string) {
 	c := n.catchUpOf(id)
 	c.wait = max(n.now-c.began, n.ticksOf(minSnapshotWait), min(2*c.wait, n.ticksOf(maxSnapshotWait)))
 	c.givenUp, c.gaveUp, c.beat = true, n.now, n.written.recent(n.beat())
-	wait := (time.Duration(c.wait) * n.tickDuration()).Round(time.Second / 10)
+	wait := n.durationOf(c.wait)
 	c.lagging = fmt.Sprintf("too slow to catch up: %s, while %d were written, and %d bytes of the log were kept for it; "+
 		"it gets another snapshot after %v, or once half as much is written",
 		how, n.rate(c.beat, ticksPerHeartbeat), n.keptBytes(), wait)

@@ -266,8 +266,12 @@ func (r *request) witnessed() bool {
 		if err := n.rn.Propose(nil); err != nil {
 			return false // leadership is being transferred: once more, later
 		}
-		n.drain() // has the log take it
-		w.index = n.raft.last()
+		n.logBehind = true
+		log := n.drainedLog()
+		if log == nil {
+			return false
+		}
+		w.index = log.last()
 		r.witness = w
 	}
 	w = r.witness

@@ -97,7 +97,7 @@ func (n *node) whyNotRestart() string {
 		missing := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool {
 			return slices.Contains(n.upVoters, id)
 		})
-		return "the cluster could not go on without it: " + n.names(missing) + " does not answer, or has not caught up"
+		return "the cluster could not go on without it: " + n.silent(missing) + ", or is too far behind"
 	}
 	return fmt.Sprintf("its leader, %s, does not say that the cluster can do without it; "+
 		"that node's own health tells why", n.locate(n.lead))

@@ -134,8 +134,8 @@ type node struct {
 
 	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 
-	// logBehind: raft has taken in entries, or a snapshot, since its last Ready. They
-	// may have replaced what the log holds.
+	// logBehind: raft has taken in entries, or a snapshot, since its last Ready, which
+	// the log lacks. They may have replaced what it holds.
 	logBehind bool
 	// learned is what a peer knows to be committed, if this node does not know it yet.
 	learned learnedCommit
