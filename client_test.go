@@ -97,6 +97,18 @@ func (f *fakeNode) intercept(ctx context.Context, req any, info *grpc.UnaryServe
 	return handler(ctx, req)
 }
 
+// do runs change with the lock that the calls take: a client in another
+// process does not order what the test does before what a call does.
+func (f *fakeNode) do(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+}
+
+func (f *fakeNode) put(key, value string) {
+	f.do(func() { f.data[key] = []byte(value) })
+}
+
 func (f *fakeNode) failWith(fail func(context.Context) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -389,7 +401,7 @@ func TestClientList(t *testing.T) {
 	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", f.addr)
 	var all string
 	for _, k := range []string{"a1", "a2", "a3", "a4", "b"} {
-		f.data[k] = []byte("v")
+		f.put(k, "v")
 		all += fmt.Sprintf("%q\t7\t\"v\"\n", k)
 	}
 	for args, want := range map[string]string{
@@ -408,7 +420,7 @@ func TestClientList(t *testing.T) {
 
 func TestClientCompare(t *testing.T) {
 	f := newFakeNode(t)
-	f.version = 7
+	f.do(func() { f.version = 7 })
 	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", f.addr)
 	runCommand(t, 0, "", "set", "k", "v", "--if-version", "7")
 	if req, _ := f.take(); req.(*kvpb.SetRequest).GetExpectedVersion() != 7 {
@@ -419,7 +431,7 @@ func TestClientCompare(t *testing.T) {
 	out, errs = runCommand(t, 1, "", "delete", "k", "--if-version", "6", "-o", "json")
 	wantText(t, "delete", out+errs, `{"deleted":false,"version":"7","compare_failed":true}`+"\n"+
 		`{"error":"compare failed: the key has version 7","status":1,"reason":"","endpoints":[]}`+"\n")
-	f.version = 0
+	f.do(func() { f.version = 0 })
 	out, errs = runCommand(t, 1, "", "set", "k", "v", "--if-version", "6", "-o", "json")
 	wantText(t, "set", out+errs, `{"version":"0","compare_failed":true}`+"\n"+
 		`{"error":"compare failed: the key is not there","status":1,"reason":"","endpoints":[]}`+"\n")
@@ -439,8 +451,10 @@ func TestClientExactlyOnce(t *testing.T) {
 		t.Run(command, func(t *testing.T) {
 			t.Parallel()
 			first, second := newFakeNode(t), newFakeNode(t)
-			first.refuse, second.refuse = 1, 1 // so that the session comes from the first in the second round
-			second.data["k"] = nil
+			// The session comes from the first in the second round.
+			first.do(func() { first.refuse = 1 })
+			second.do(func() { second.refuse = 1 })
+			second.put("k", "")
 			tries := 0
 			first.failWith(func(context.Context) error { return status.Error(codes.Unavailable, "broken") })
 			second.failWith(func(context.Context) error {
@@ -480,7 +494,7 @@ func TestClientNoSession(t *testing.T) {
 			t.Run(test.name+" "+command, func(t *testing.T) {
 				t.Parallel()
 				f := newFakeNode(t)
-				f.barred = test.barred
+				f.do(func() { f.barred = test.barred })
 				_, errs := runCommand(t, exitNotDone, "", append(strings.Fields(command), "--timeout", "1s", "--endpoints", f.addr)...)
 				wantPart(t, errs, ": nothing was written: no session could be opened: "+f.addr+": ")
 				wantPart(t, errs, test.want)
@@ -826,7 +840,7 @@ func TestClientResend(t *testing.T) {
 		t.Run(test.name+" "+test.command, func(t *testing.T) {
 			t.Parallel()
 			first, second := newFakeNode(t), newFakeNode(t)
-			second.data["k"] = []byte("v")
+			second.put("k", "v")
 			first.failWith(test.fail)
 			exit, calls := exitNotDone, 0
 			switch {
@@ -901,7 +915,7 @@ func TestClientFollowsLeader(t *testing.T) {
 func TestClientTriesUntilTheTimeout(t *testing.T) {
 	t.Parallel()
 	f := newFakeNode(t)
-	f.data["k"] = []byte("v")
+	f.put("k", "v")
 	var calls atomic.Int32
 	f.failWith(func(context.Context) error {
 		if calls.Add(1) > 2 {

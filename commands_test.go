@@ -201,7 +201,7 @@ func TestFlagsBeforeTheCommand(t *testing.T) {
 // and variables that nothing reads.
 func TestExitStatuses(t *testing.T) {
 	f := newFakeNode(t)
-	f.data["k"] = []byte("v")
+	f.put("k", "v")
 	for _, test := range []struct {
 		line, env      string
 		status         int
@@ -254,7 +254,7 @@ func TestChangesWhoseAnswerIsNotPrinted(t *testing.T) {
 	}
 	defer func() { _ = full.Close() }()
 	f := newFakeNode(t)
-	f.data["k"] = []byte("v")
+	f.put("k", "v")
 	for line, want := range map[string]int{"remove 2": exitUnknown, "set k v -o json": exitUnknown, "get k": exitNotDone, "status": exitNotDone} {
 		var errs bytes.Buffer
 		args := append(strings.Fields(line), "--endpoints", f.addr)

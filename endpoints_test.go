@@ -68,8 +68,10 @@ func TestEndpointsThatAreNoHelp(t *testing.T) {
 	together(t, callingCommands, func(t *testing.T, line string) {
 		fresh, live := newFakeNode(t), newFakeNode(t)
 		fresh.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 9, Address: fresh.addr}, Healthy: true})
-		fresh.data["k"], live.data["k"] = []byte("wrong"), []byte("v")
-		_, live.backup = backupOf(t, 1)
+		fresh.put("k", "wrong")
+		live.put("k", "v")
+		_, backup := backupOf(t, 1)
+		live.do(func() { live.backup = backup })
 		fresh.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_NOT_SERVING)
 		live.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
 		endpoints := []string{listenSilently(t), fresh.addr, listenSilently(t), closedAddress, listenSilently(t), live.addr}
@@ -96,8 +98,10 @@ func TestNoEndpointIsAHelp(t *testing.T) {
 		live.failWith(func(context.Context) error {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none leads")
 		})
-		live.barred = live.fail(t.Context())
-		live.backup = []byte("no backup")
+		live.do(func() {
+			live.barred = live.fail(t.Context())
+			live.backup = []byte("no backup")
+		})
 		silent := listenSilently(t)
 		args := commandLine(t, line, strings.Join([]string{silent, fresh.addr, live.addr}, ","))
 		timeout := oneOf(strings.Contains(line, "k") || line == "list", "1s", "10s") // what is read or written is tried until then
@@ -126,7 +130,8 @@ func TestBackupBeginsAnew(t *testing.T) {
 	t.Parallel()
 	broken, live := newFakeNode(t), newFakeNode(t)
 	_, whole := backupOf(t, 100)
-	broken.backup, live.backup = whole[:len(whole)/2], whole
+	broken.do(func() { broken.backup = whole[:len(whole)/2] })
+	live.do(func() { live.backup = whole })
 	file := filepath.Join(t.TempDir(), "backup")
 	runCommand(t, exitYes, "", "backup", file, "--endpoints", broken.addr+","+live.addr)
 	if got, err := os.ReadFile(file); err != nil || !bytes.Equal(got, whole) {
@@ -258,7 +263,7 @@ func TestCallsAreLeftWhenTheConnectionBreaks(t *testing.T) {
 	together(t, []string{"set k v", "get k", "transfer-leader 2"}, func(t *testing.T, line string) {
 		exit := oneOf(line == "transfer-leader 2", exitUnknown, exitYes)
 		hangs, live := newFakeNode(t), newFakeNode(t)
-		live.data["k"] = []byte("v")
+		live.put("k", "v")
 		freezer := newFreezer(t, hangs.addr)
 		hangs.failWith(func(ctx context.Context) error {
 			freezer.freeze()
