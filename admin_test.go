@@ -117,7 +117,7 @@ func TestNewLeaderJudgesLater(t *testing.T) {
 		return err
 	})
 	c.inLoop(2, func(n *node) error { // until it waits
-		if len(n.conds) == 0 && len(ended) == 0 {
+		if len(n.calls.conditions) == 0 && len(ended) == 0 {
 			return errors.New("node 2 has no request yet")
 		}
 		return nil
@@ -132,7 +132,7 @@ func TestNewLeaderJudgesLater(t *testing.T) {
 func (l *lone) ack(ids ...uint64) {
 	l.turn(0)
 	for _, id := range ids {
-		l.hears(int(id-2), message(raftpb.MsgAppResp, id, l.n.term, func(m *raftpb.Message) { *m.Index = l.n.raft.last() }))
+		l.hears(int(id-2), message(raftpb.MsgAppResp, id, l.n.raft.term, func(m *raftpb.Message) { *m.Index = l.n.log.last() }))
 	}
 }
 
@@ -164,34 +164,34 @@ func TestWhoMayVote(t *testing.T) {
 	}
 	l.n.peerUp(4, 4, true)
 	l.turn(0)
-	n.heard[2], n.heard[3], n.heard[4] = n.now, n.now, n.now
+	n.peers.heard[2], n.peers.heard[3], n.peers.heard[4] = n.clock.now, n.clock.now, n.clock.now
 	if r := reason(); r != "" {
 		t.Errorf("a new leader says %s", r)
 	}
-	n.now += n.electionTicks() + 1
+	n.clock.now += n.electionTicks() + 1
 	for _, test := range []struct {
 		heard []uint64
 		want  string
 	}{{nil, "UNREACHABLE"}, {[]uint64{2, 3}, "UNREACHABLE"}, {[]uint64{4}, "NOT_CAUGHT_UP"}, {[]uint64{2, 3, 4}, "NOT_CAUGHT_UP"}} {
-		clear(n.heard)
+		clear(n.peers.heard)
 		for _, id := range test.heard {
-			n.heard[id] = n.now
+			n.peers.heard[id] = n.clock.now
 		}
 		if r := reason(); r != test.want {
 			t.Errorf("heard of %v, it says %q, want %q", test.heard, r, test.want)
 		}
 	}
-	n.changeAt = n.now // this one, perhaps
+	n.change.at = n.clock.now // this one, perhaps
 	if r := reason(); r != "" {
 		t.Errorf("while a change is on its way, it says %q", r)
 	}
-	n.changeAt = 0
+	n.change.at = 0
 	req.Members = []uint64{1, 2}
-	clear(n.heard)
+	clear(n.peers.heard)
 	if r := reason(); r != "UNREACHABLE" {
 		t.Errorf("the other of two voters is silent, it says %q", r)
 	}
-	if n.heard[2] = n.now; reason() != "" {
+	if n.peers.heard[2] = n.clock.now; reason() != "" {
 		t.Errorf("it says %q", reason())
 	}
 }
@@ -207,8 +207,8 @@ func TestBegunIsUnknown(t *testing.T) {
 	}()
 	eventually(t, func() error {
 		l.turn(0)
-		l.n.heard[2], l.n.heard[3] = l.n.now, l.n.now
-		if l.n.changeAt == 0 {
+		l.n.peers.heard[2], l.n.peers.heard[3] = l.n.clock.now, l.n.clock.now
+		if l.n.change.at == 0 {
 			l.turn(1)
 			return errors.New("nothing is proposed")
 		}
@@ -246,7 +246,7 @@ func TestBegunIsUnknown(t *testing.T) {
 		go func() {
 			ended <- s.awaitChange(t.Context(), func() (bool, error) {
 				if steps++; steps == 1 {
-					l.n.changeAt++
+					l.n.change.at++
 					return false, nil
 				}
 				return false, apiError(code, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, "")
@@ -318,8 +318,8 @@ func TestNoAnswerWithoutMajority(t *testing.T) {
 	newLeader := func() *lone {
 		l := newLoneWithLearner(t)
 		l.n.store.former = []uint64{5}
-		l.n.leadHeard = 0
-		for l.n.now <= 2*l.n.electionTicks() { // it is no new leader, and has heard from 2 and 3, not 4
+		l.n.election.leadHeard = 0
+		for l.n.clock.now <= 2*l.n.electionTicks() { // it is no new leader, and has heard from 2 and 3, not 4
 			l.turn(1)
 			l.ack(2, 3)
 		}
@@ -352,7 +352,7 @@ func TestNoAnswerWithoutMajority(t *testing.T) {
 			}
 		}
 		third := l.ask(operatorsRequests(l.n)[what].step)
-		l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.term+1))
+		l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.raft.term+1))
 		if err := <-third; err != errNotLeader {
 			t.Errorf("%s: a follower answers with %v", what, err)
 		}
@@ -363,7 +363,7 @@ func TestNoAnswerWithoutMajority(t *testing.T) {
 func (l *lone) ask(step func() (bool, error)) <-chan error {
 	r := &request{n: l.n, step: step}
 	c := &condition{ctx: l.t.Context(), f: r.advance, done: make(chan error, 1)}
-	l.n.in.event(func() { l.n.conds = append(l.n.conds, c) })
+	l.n.in.event(func() { l.n.calls.conditions = append(l.n.calls.conditions, c) })
 	l.turn(0)
 	return c.done
 }
@@ -492,27 +492,27 @@ func TestLostChangeIsForOneMembership(t *testing.T) {
 	expected := expectedOf([]uint64{1, 2, 3}, nil)
 	beat := func() { // followed, but nothing is committed
 		l.turn(1)
-		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, n.term))
-		l.hears(1, message(raftpb.MsgHeartbeatResp, 3, n.term))
+		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, n.raft.term))
+		l.hears(1, message(raftpb.MsgHeartbeatResp, 3, n.raft.term))
 	}
 	beat()
 	first := l.ask(func() (bool, error) {
 		return n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Expected: expected})
 	})
-	proposed := n.raft.last()
-	if n.changeAt == 0 {
+	proposed := n.log.last()
+	if n.change.at == 0 {
 		t.Fatal("nothing is proposed")
 	}
 	second := l.ask(func() (bool, error) {
 		return n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, Expected: expected})
 	})
-	if n.raft.last() != proposed {
+	if n.log.last() != proposed {
 		t.Error("another one is proposed at once")
 	}
 	for range 2 * n.electionTicks() {
 		beat()
 	}
-	if n.raft.last() == proposed {
+	if n.log.last() == proposed {
 		t.Fatal("it does not count as lost")
 	}
 	for range 10 {
@@ -634,8 +634,8 @@ func TestStrangersAreForgotten(t *testing.T) {
 		n.in.deliver([]inbound{{message(raftpb.MsgPreVoteResp, id, 1), h}})
 		n.turn(n.in.take())
 	}
-	if len(n.heard) > maxMembers || len(n.lives) > maxMembers+maxStrangers {
-		t.Errorf("it was heard of %d, and talks to %d", len(n.heard), len(n.lives))
+	if len(n.peers.heard) > maxMembers || len(n.peers.lives) > maxMembers+maxStrangers {
+		t.Errorf("it was heard of %d, and talks to %d", len(n.peers.heard), len(n.peers.lives))
 	}
 }
 
@@ -658,12 +658,12 @@ func TestSnapshotOfChange(t *testing.T) {
 	n.peerUp(4, 4, true)
 	l.turn(0)
 	ack := func(from, index uint64) {
-		l.hears(int(from-2), message(raftpb.MsgAppResp, from, n.term, func(m *raftpb.Message) { *m.Index = index }))
+		l.hears(int(from-2), message(raftpb.MsgAppResp, from, n.raft.term, func(m *raftpb.Message) { *m.Index = index }))
 	}
-	ack(4, n.raft.last()) // the learner has what there is
-	matched := n.raft.last()
-	delete(n.connected, 3) // or the log would be kept for them
-	delete(n.connected, 4)
+	ack(4, n.log.last()) // the learner has what there is
+	matched := n.log.last()
+	delete(n.peers.connected, 3) // or the log would be kept for them
+	delete(n.peers.connected, 4)
 	for i := range 40 { // 4 MiB more, which 2 has at once and the learner not yet
 		record, err := encodeWrite(setWrite(fmt.Sprint("key", i), strings.Repeat("x", 100<<10)))
 		if err != nil {
@@ -671,18 +671,18 @@ func TestSnapshotOfChange(t *testing.T) {
 		}
 		l.call(record)
 		l.turn(0)
-		ack(2, n.raft.last())
+		ack(2, n.log.last())
 	}
-	if n.raft.prevIndex <= matched || len(box.views) > 0 {
+	if n.log.prevIndex <= matched || len(box.views) > 0 {
 		t.Fatal("the log still has what the learner needs, or it has got a snapshot")
 	}
 	var jobs []diskJob
-	n.disk = &disk{start: func(func()) {}, wake: newBell()} // its jobs are done below
+	n.durable.disk = &disk{start: func(func()) {}, wake: newBell()} // its jobs are done below
 	if err := n.proposeChange(plainMembers(5), confChange(raftpb.ConfChangeAddLearnerNode, 5)); err != nil {
 		t.Fatal(err)
 	}
 	l.turn(0)
-	change := n.raft.last()
+	change := n.log.last()
 	ack(2, change)
 	ack(3, change)
 	if n.rn.BasicStatus().GetCommit() != change || n.store.index == change {
@@ -690,9 +690,9 @@ func TestSnapshotOfChange(t *testing.T) {
 	}
 	n.peerDown(4, true)
 	l.turn(0)
-	n.disk.mu.Lock()
-	jobs, n.disk.queue = n.disk.queue, nil
-	n.disk.mu.Unlock()
+	n.durable.disk.mu.Lock()
+	jobs, n.durable.disk.queue = n.durable.disk.queue, nil
+	n.durable.disk.mu.Unlock()
 	for _, j := range jobs {
 		j.done(nil)
 	}
@@ -718,19 +718,25 @@ func TestNobodyIsReplacedWhoAnswers(t *testing.T) {
 		begins        bool
 	}{
 		{"a new leader", "other:1", func(*node) {}, "", false},
-		{"it was heard", "other:1", func(n *node) { n.heard[3] = n.now }, "MEMBER_EXISTS", false},
-		{"it is silent", "other:1", func(n *node) { n.leadHeard = 0; n.now += 2 * n.electionTicks() }, "", true},
-		{"it is not connected", "other:1", func(n *node) { delete(n.connected, 3) }, "", true},
-		{"the same address", plainNode(3).Address, func(n *node) { n.heard[3] = n.now }, "", true},
-		{"it answers where it has moved to", plainNode(3).Address, func(n *node) { n.heard[3] = n.now; n.moved[3] = &kvpb.Node{Id: 3, Address: "other:1"} }, "MEMBER_EXISTS", false},
-		{"it was where another life answers", "other:1", func(n *node) { n.heard[3] = n.now; n.moved[3] = &kvpb.Node{Id: 3, Address: "other:1"} }, "", true},
+		{"it was heard", "other:1", func(n *node) { n.peers.heard[3] = n.clock.now }, "MEMBER_EXISTS", false},
+		{"it is silent", "other:1", func(n *node) { n.election.leadHeard = 0; n.clock.now += 2 * n.electionTicks() }, "", true},
+		{"it is not connected", "other:1", func(n *node) { delete(n.peers.connected, 3) }, "", true},
+		{"the same address", plainNode(3).Address, func(n *node) { n.peers.heard[3] = n.clock.now }, "", true},
+		{"it answers where it has moved to", plainNode(3).Address, func(n *node) {
+			n.peers.heard[3] = n.clock.now
+			n.peers.moved[3] = &kvpb.Node{Id: 3, Address: "other:1"}
+		}, "MEMBER_EXISTS", false},
+		{"it was where another life answers", "other:1", func(n *node) {
+			n.peers.heard[3] = n.clock.now
+			n.peers.moved[3] = &kvpb.Node{Id: 3, Address: "other:1"}
+		}, "", true},
 	} {
 		l := newLone(t, leading)
-		clear(l.n.heard)
+		clear(l.n.peers.heard)
 		test.change(l.n)
 		_, err := l.n.stepLearner(9, &kvpb.Node{Id: 3, Address: test.address})
-		if errorReason(err) != test.reason || l.n.changeAt != 0 != test.begins {
-			t.Errorf("%s: %v, begun %v", test.name, err, l.n.changeAt != 0)
+		if errorReason(err) != test.reason || l.n.change.at != 0 != test.begins {
+			t.Errorf("%s: %v, begun %v", test.name, err, l.n.change.at != 0)
 		}
 	}
 	l := newLone(t, leading)
@@ -750,7 +756,7 @@ func newTwoLives(t *testing.T, node uint64) *twoLives {
 	t.Helper()
 	l := &twoLives{lone: newLone(t, leading), node: node}
 	n := l.n
-	n.log = slog.New(slog.NewTextHandler(&l.logs, nil))
+	n.logger = slog.New(slog.NewTextHandler(&l.logs, nil))
 	l.live(2*n.electionTicks(), 2, 3)
 	if err := n.addIncarnation(&kvpb.Peer{RaftId: 9, Node: &kvpb.Node{Id: node, Address: "other:1"}}); err != nil {
 		t.Fatal(err)
@@ -772,10 +778,10 @@ func (l *twoLives) live(ticks uint64, ids ...uint64) {
 		l.turn(1)
 		for _, id := range ids {
 			if l.n.store.members[id] != nil {
-				l.hears(map[uint64]int{2: 0, 3: 1, 9: 2}[id], message(raftpb.MsgAppResp, id, l.n.term, func(m *raftpb.Message) { *m.Index = l.n.raft.last() }))
+				l.hears(map[uint64]int{2: 0, 3: 1, 9: 2}[id], message(raftpb.MsgAppResp, id, l.n.raft.term, func(m *raftpb.Message) { *m.Index = l.n.log.last() }))
 			}
 		}
-		if l.n.role != raft.StateLeader {
+		if l.n.raft.role != raft.StateLeader {
 			l.t.Fatal("it does not lead any more")
 		}
 	}
@@ -802,7 +808,7 @@ func TestOneLifeStays(t *testing.T) {
 			t.Fatal(l.n.err)
 		}
 		l.wants("does not answer where it has moved", node)
-		if r := &(request{n: l.n, step: func() (bool, error) { return l.n.stepLearner(node, plainNode(node)) }}); node == l.n.raftID {
+		if r := &(request{n: l.n, step: func() (bool, error) { return l.n.stepLearner(node, plainNode(node)) }}); node == l.n.id.raftID {
 			if done, err := r.advance(); err != nil || done {
 				t.Errorf("added again, it is %v, %v", done, err)
 			}
@@ -851,7 +857,7 @@ func TestOneLifeStays(t *testing.T) {
 
 	l = newTwoLives(t, 3)
 	l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
-	l.n.sights[9].term-- // as if it had led before, too
+	l.n.change.sights[9].term-- // as if it had led before, too
 	l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
 	l.wants("has a leader that is new", 3, 9)
 }
@@ -862,15 +868,15 @@ func TestNewLeaderReplacesNoLivingVoter(t *testing.T) {
 	l := newTwoLives(t, 3)
 	l.live(2*l.n.electionTicks(), 2, 3, 9)
 	l.wants("answers twice", 3, 9)
-	term := l.n.term + 1
+	term := l.n.raft.term + 1
 	for range 100 { // 2 leads, and followers don't hear each other
 		l.turn(1)
 		l.hears(0, message(raftpb.MsgHeartbeat, 2, term, func(m *raftpb.Message) { *m.Commit = l.n.store.index }))
 	}
 	l.hears(0, message(raftpb.MsgTimeoutNow, 2, term))
-	l.hears(0, message(raftpb.MsgVoteResp, 2, l.n.term))
-	if l.n.role != raft.StateLeader {
-		t.Fatalf("it is %v", l.n.role)
+	l.hears(0, message(raftpb.MsgVoteResp, 2, l.n.raft.term))
+	if l.n.raft.role != raft.StateLeader {
+		t.Fatalf("it is %v", l.n.raft.role)
 	}
 	l.live(2*l.n.electionTicks(), 2, 9)
 	l.wants("has yet to be heard", 3, 9)
@@ -889,7 +895,7 @@ func TestNobodyWaitsForWhoIsGone(t *testing.T) {
 	})
 	l.n.peerDown(3, true)
 	answer := func(stream int, from uint64) {
-		l.hears(stream, message(raftpb.MsgAppResp, from, l.n.term, func(m *raftpb.Message) { *m.Index = l.n.raft.last() }))
+		l.hears(stream, message(raftpb.MsgAppResp, from, l.n.raft.term, func(m *raftpb.Message) { *m.Index = l.n.log.last() }))
 	}
 	live := func(ticks uint64) {
 		for range ticks {
@@ -900,12 +906,12 @@ func TestNobodyWaitsForWhoIsGone(t *testing.T) {
 	}
 	live(2 * l.n.electionTicks())
 	req := &kvpb.ChangeMembershipRequest{Promote: []uint64{4}}
-	l.n.met[3] = &meeting{&kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}, l.n.now}
-	if done, err := l.n.stepMembership(req); done || err != nil || l.n.changeAt != 0 {
+	l.n.peers.met[3] = &meeting{&kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}, l.n.clock.now}
+	if done, err := l.n.stepMembership(req); done || err != nil || l.n.change.at != 0 {
 		t.Errorf("3 is about to be taken back, and it is done %v, %v", done, err)
 	}
-	l.n.met[3].tick -= l.n.ticksOf(leaderWait)
-	if _, err := l.n.stepMembership(req); err != nil || l.n.changeAt == 0 {
+	l.n.peers.met[3].tick -= l.n.ticksOf(leaderWait)
+	if _, err := l.n.stepMembership(req); err != nil || l.n.change.at == 0 {
 		t.Errorf("3 is gone, and the change is not begun: %v", err)
 	}
 }
@@ -918,7 +924,7 @@ func TestStrayLearner(t *testing.T) {
 			l := newLoneWithLearner(t)
 			l.n.refused(1, raftID, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_OTHER_CLUSTER, ClusterId: cluster, Peer: &kvpb.Peer{RaftId: raftID, Life: 4, Node: plainNode(raftID)}})
 			l.turn(0)
-			if begun := l.n.changeAt != 0; begun != (stray && learner) {
+			if begun := l.n.change.at != 0; begun != (stray && learner) {
 				t.Errorf("raft ID %d says that it is in cluster %d: a change is begun %v", raftID, cluster, begun)
 			}
 		}
@@ -984,7 +990,7 @@ func TestTransferToSilent(t *testing.T) {
 		_, err := c.nodes[leader].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
 		wantError(t, err, codes.Unavailable, "UNREACHABLE")
 		c.inLoop(leader, func(n *node) error {
-			if n.changeAt != 0 || n.role != raft.StateLeader {
+			if n.change.at != 0 || n.raft.role != raft.StateLeader {
 				t.Errorf("raft was asked to make node %d the leader", to)
 			}
 			return nil
@@ -994,7 +1000,7 @@ func TestTransferToSilent(t *testing.T) {
 	to := 1 + leader%3
 	release := c.hold(to)
 	c.inLoop(leader, func(n *node) error {
-		if n.alive(n.store.raftIDsOf(to)[0]) || n.role != raft.StateLeader {
+		if n.alive(n.store.raftIDsOf(to)[0]) || n.raft.role != raft.StateLeader {
 			return errors.New("it was heard of")
 		}
 		return nil
@@ -1005,7 +1011,7 @@ func TestTransferToSilent(t *testing.T) {
 	leader, to = to, leader
 	c.stop(to)
 	c.inLoop(leader, func(n *node) error {
-		if n.connected[n.store.raftIDsOf(to)[0]] {
+		if n.peers.connected[n.store.raftIDsOf(to)[0]] {
 			return errors.New("it is connected")
 		}
 		return nil
@@ -1115,7 +1121,7 @@ func TestAnswersInTime(t *testing.T) {
 func TestNodeFails(t *testing.T) {
 	n := turnNode()
 	n.net = deafNetwork{}
-	s := newServer(n, newNetwork(n, n.log, nil))
+	s := newServer(n, newNetwork(n, n.logger, nil))
 	ended := make(chan error, 1)
 	go func() {
 		_, err := s.intercept(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: kvpb.KVService_Set_FullMethodName},

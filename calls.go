@@ -50,13 +50,30 @@ type readRound struct {
 	calls []*call
 }
 
+// callsInFlight are the calls on their way through raft.
+type callsInFlight struct {
+	writes    []*call     // that wait to be proposed
+	reads     []*call     // that wait for a round
+	own       *proposal   // this node's entry in flight; nil: none
+	round     readRound   // in flight, if it has a context
+	confirmed []readRound // that wait to be applied
+	readWait  uint64      // ticks after which a round is asked for again
+	sequence  uint64      // of the last proposal or round
+
+	conditions []*condition // steps of operators' requests
+
+	// What has ended in this turn, and the inbox is owed.
+	endedCalls int
+	endedBytes int
+}
+
 // enqueue takes a call in.
 func (n *node) enqueue(c *call) {
-	c.since = n.clock
+	c.since = n.clock.wall
 	if c.record == nil {
-		n.reads = append(n.reads, c)
+		n.calls.reads = append(n.calls.reads, c)
 	} else {
-		n.writes = append(n.writes, c)
+		n.calls.writes = append(n.calls.writes, c)
 	}
 }
 
@@ -65,11 +82,11 @@ func (n *node) expire() {
 	var noLeader error
 	if n.rn == nil {
 		noLeader = errNotInitialized
-	} else if n.lead == 0 {
+	} else if n.raft.lead == 0 {
 		noLeader = n.noLeader()
 	}
-	late := func(c *call) bool { return c.wait != 0 && n.clock-c.since >= c.wait }
-	gone := noLeader != nil && (n.rn == nil || n.leaderless >= n.ticksOf(leaderWait))
+	late := func(c *call) bool { return c.wait != 0 && n.clock.wall-c.since >= c.wait }
+	gone := noLeader != nil && (n.rn == nil || n.election.leaderless >= n.ticksOf(leaderWait))
 	overdue := func(c *call) bool { return gone || late(c) }
 	end := func(calls []*call) []*call {
 		return slices.DeleteFunc(calls, func(c *call) bool {
@@ -80,15 +97,15 @@ func (n *node) expire() {
 			return ends
 		})
 	}
-	n.writes, n.reads, n.round.calls = end(n.writes), end(n.reads), end(n.round.calls)
-	for i := range n.confirmed {
-		n.confirmed[i].calls = end(n.confirmed[i].calls)
+	n.calls.writes, n.calls.reads, n.calls.round.calls = end(n.calls.writes), end(n.calls.reads), end(n.calls.round.calls)
+	for i := range n.calls.confirmed {
+		n.calls.confirmed[i].calls = end(n.calls.confirmed[i].calls)
 	}
-	if n.own == nil {
+	if n.calls.own == nil {
 		return
 	}
 	wanted := false
-	for _, c := range n.own.calls {
+	for _, c := range n.calls.own.calls {
 		if late(c) {
 			n.finish(c, outcome{err: errUnknownInTime})
 		}
@@ -105,8 +122,8 @@ func (n *node) finish(c *call, o outcome) {
 		return
 	}
 	c.ended = true
-	n.doneCalls++
-	n.doneBytes += len(c.record)
+	n.calls.endedCalls++
+	n.calls.endedBytes += len(c.record)
 	if g := c.group; g == nil {
 		c.done <- o
 	} else if c.out, g.left = o, g.left-1; g.left == 0 {
@@ -122,9 +139,9 @@ func (n *node) fail(calls []*call, err error) {
 
 // failOwn gives up the proposal in flight.
 func (n *node) failOwn() {
-	if n.own != nil {
-		n.fail(n.own.calls, errOutcomeUnknown)
-		n.own = nil
+	if n.calls.own != nil {
+		n.fail(n.calls.own.calls, errOutcomeUnknown)
+		n.calls.own = nil
 	}
 }
 
@@ -132,47 +149,47 @@ func (n *node) failOwn() {
 func (n *node) failAll(err error) {
 	n.failOwn()
 	n.retryReads()
-	for _, r := range n.confirmed {
+	for _, r := range n.calls.confirmed {
 		n.fail(r.calls, err)
 	}
-	n.fail(n.reads, err)
-	n.fail(n.writes, err)
-	n.reads, n.writes, n.confirmed = nil, nil, nil
-	for _, c := range n.conds {
+	n.fail(n.calls.reads, err)
+	n.fail(n.calls.writes, err)
+	n.calls.reads, n.calls.writes, n.calls.confirmed = nil, nil, nil
+	for _, c := range n.calls.conditions {
 		c.done <- err
 	}
-	n.conds = nil
+	n.calls.conditions = nil
 }
 
 // propose hands the writes that wait, or as many as fit into an entry, to raft.
 func (n *node) propose() {
-	if n.own == nil && n.lead != 0 && len(n.writes) > 0 && n.mayPropose() {
-		n.own = n.nextProposal()
+	if n.calls.own == nil && n.raft.lead != 0 && len(n.calls.writes) > 0 && n.mayPropose() {
+		n.calls.own = n.nextProposal()
 	}
-	p := n.own
-	if p == nil || n.lead == 0 || n.now < p.again || !n.mayPropose() {
+	p := n.calls.own
+	if p == nil || n.raft.lead == 0 || n.clock.now < p.again || !n.mayPropose() {
 		return
 	}
 	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
-		p.again = n.now + 1
+		p.again = n.clock.now + 1
 		return
 	}
 	n.proposed(len(p.data) + entryOverhead)
-	n.pace.ownNext = false
-	if n.lead == n.raftID {
+	n.catchup.pace.ownNext = false
+	if n.raft.lead == n.id.raftID {
 		p.again = never // it is lost only if leadership is: then syncSoftState says so
 	} else {
-		p.again = n.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
+		p.again = n.clock.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
 	}
 }
 
 // nextProposal forms an entry of the writes at the head of the queue.
 func (n *node) nextProposal() *proposal {
-	n.sequence++
-	p := &proposal{sequence: n.sequence}
+	n.calls.sequence++
+	p := &proposal{sequence: n.calls.sequence}
 	size, i := 0, 0
-	for ; i < len(n.writes) && (len(p.calls) == 0 || size+len(n.writes[i].record) <= maxEntryBytes); i++ {
-		c := n.writes[i]
+	for ; i < len(n.calls.writes) && (len(p.calls) == 0 || size+len(n.calls.writes[i].record) <= maxEntryBytes); i++ {
+		c := n.calls.writes[i]
 		if c.state.CompareAndSwap(callQueued, callProposed) {
 			p.calls = append(p.calls, c)
 			size += len(c.record) + 4
@@ -180,11 +197,11 @@ func (n *node) nextProposal() *proposal {
 			n.finish(c, outcome{}) // given up: nobody waits
 		}
 	}
-	n.writes = n.writes[i:]
+	n.calls.writes = n.calls.writes[i:]
 	if len(p.calls) == 0 {
 		return nil
 	}
-	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, n.raftID), 2, p.sequence)
+	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, n.id.raftID), 2, p.sequence)
 	for _, c := range p.calls {
 		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
 		p.data = protowire.AppendBytes(p.data, c.record)
@@ -196,43 +213,43 @@ func (n *node) nextProposal() *proposal {
 // 6.4), if none is in flight. A leader asks only once it has applied an entry of its
 // term; raft itself is less careful with one voter.
 func (n *node) askRead() {
-	if n.round.ctx != nil || len(n.reads) == 0 || n.lead == 0 || n.lead == n.raftID && !n.leads() {
+	if n.calls.round.ctx != nil || len(n.calls.reads) == 0 || n.raft.lead == 0 || n.raft.lead == n.id.raftID && !n.leads() {
 		return
 	}
-	n.sequence++ // a context is used once
-	ctx := binary.BigEndian.AppendUint64(make([]byte, 0, readContextBytes), n.life)
-	ctx = binary.BigEndian.AppendUint64(ctx, n.sequence)
-	n.round, n.reads = readRound{ctx: ctx, tick: n.now, calls: n.reads}, nil
-	n.count.ReadRounds++
+	n.calls.sequence++ // a context is used once
+	ctx := binary.BigEndian.AppendUint64(make([]byte, 0, readContextBytes), n.id.life)
+	ctx = binary.BigEndian.AppendUint64(ctx, n.calls.sequence)
+	n.calls.round, n.calls.reads = readRound{ctx: ctx, tick: n.clock.now, calls: n.calls.reads}, nil
+	n.status.count.ReadRounds++
 	n.rn.ReadIndex(ctx)
 }
 
 // retryReads makes the reads of the round in flight wait for another.
 func (n *node) retryReads() {
-	n.reads, n.round = append(n.round.calls, n.reads...), readRound{}
+	n.calls.reads, n.calls.round = append(n.calls.round.calls, n.calls.reads...), readRound{}
 }
 
 // readConfirmed learns the index that the reads of a round must have applied.
 func (n *node) readConfirmed(rs raft.ReadState) {
-	if !bytes.Equal(rs.RequestCtx, n.round.ctx) {
+	if !bytes.Equal(rs.RequestCtx, n.calls.round.ctx) {
 		return // of an earlier round
 	}
-	n.round.index = rs.Index
-	n.readWait = max(n.electionTicks()/2, 2*(n.now-n.round.tick))
-	n.confirmed, n.round = append(n.confirmed, n.round), readRound{}
+	n.calls.round.index = rs.Index
+	n.calls.readWait = max(n.electionTicks()/2, 2*(n.clock.now-n.calls.round.tick))
+	n.calls.confirmed, n.calls.round = append(n.calls.confirmed, n.calls.round), readRound{}
 	n.releaseReads()
 }
 
 // releaseReads lets the reads go whose index is applied.
 func (n *node) releaseReads() {
-	n.confirmed = slices.DeleteFunc(n.confirmed, func(r readRound) bool {
+	n.calls.confirmed = slices.DeleteFunc(n.calls.confirmed, func(r readRound) bool {
 		if r.index > n.store.index {
 			return false
 		}
 		for _, c := range r.calls {
 			n.finish(c, outcome{})
 		}
-		n.count.ReadsReleased += uint64(len(r.calls))
+		n.status.count.ReadsReleased += uint64(len(r.calls))
 		return true
 	})
 }
@@ -241,8 +258,8 @@ func (n *node) checkConditions() {
 	if n.err != nil {
 		return // nobody asks a broken node for anything: run ends them
 	}
-	conds := n.conds
-	n.conds = nil
+	conds := n.calls.conditions
+	n.calls.conditions = nil
 	for _, c := range conds {
 		if c.ctx.Err() != nil {
 			continue
@@ -250,7 +267,7 @@ func (n *node) checkConditions() {
 		if ok, err := c.f(); ok || err != nil {
 			c.done <- err
 		} else {
-			n.conds = append(n.conds, c)
+			n.calls.conditions = append(n.calls.conditions, c)
 		}
 	}
 }

@@ -13,6 +13,7 @@ package main
 import (
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/raft/v3"
@@ -34,8 +35,23 @@ const (
 	maxSnapshotWait = time.Minute
 )
 
-// catchUp is what the leader knows of a member beyond raft's own progress.
-type catchUp struct {
+// catchup is what a leader keeps for members that are behind, and how it slows writes.
+type catchup struct {
+	followers map[uint64]*follower // by raft ID, while this node leads
+	commitAt  [3]uint64            // what was committed at the last heartbeats, the newest first
+	written   meter                // of the log's entries
+	pace      pace                 // of writes, while this node leads
+	noPause   atomic.Bool          // set by the loop: the log runs away, so no sender of a snapshot pauses
+}
+
+// forget drops what holds for one term of a leader.
+func (c *catchup) forget() {
+	c.pace = pace{}
+	c.followers = map[uint64]*follower{}
+}
+
+// follower is what the leader knows of a member beyond raft's own progress.
+type follower struct {
 	since   uint64 // tick in which it became known; 0: it has had all there was since
 	stored  uint64 // the last entry that it was known to have
 	movedAt uint64 // tick in which it last got on, or had all there was
@@ -64,46 +80,46 @@ func stored(pr tracker.Progress) uint64 {
 }
 
 // catchUpOf returns what is known of a member.
-func (n *node) catchUpOf(id uint64) *catchUp {
-	c := n.catching[id]
+func (n *node) followerOf(id uint64) *follower {
+	c := n.catchup.followers[id]
 	if c == nil {
-		c = &catchUp{since: n.now, movedAt: n.now, began: n.now, fromAt: n.now}
-		n.catching[id] = c
+		c = &follower{since: n.clock.now, movedAt: n.clock.now, began: n.clock.now, fromAt: n.clock.now}
+		n.catchup.followers[id] = c
 	}
 	return c
 }
 
 // nowSent notes that a member has got a snapshot: from here on it is sent the log.
 func (n *node) nowSent(id, index uint64) {
-	c := n.catchUpOf(id)
-	c.stored, c.movedAt = max(c.stored, index), n.now
-	c.from, c.fromAt = index, n.now
+	c := n.followerOf(id)
+	c.stored, c.movedAt = max(c.stored, index), n.clock.now
+	c.from, c.fromAt = index, n.clock.now
 }
 
 // followMembers notes which members get on, and has those that were too slow tried
 // again. The leader calls it at each heartbeat.
 func (n *node) followMembers() {
-	for id := range n.catching {
+	for id := range n.catchup.followers {
 		if n.store.members[id] == nil {
-			delete(n.catching, id)
+			delete(n.catchup.followers, id)
 		}
 	}
 	n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
-		if id == n.raftID {
+		if id == n.id.raftID {
 			return
 		}
-		c, now := n.catchUpOf(id), stored(pr)
+		c, now := n.followerOf(id), stored(pr)
 		if n.isCaughtUp(pr) {
-			*c = catchUp{stored: now, movedAt: n.now, began: n.now, from: now, fromAt: n.now}
+			*c = follower{stored: now, movedAt: n.clock.now, began: n.clock.now, from: now, fromAt: n.clock.now}
 			return
 		}
 		if now > c.stored || now >= n.store.index {
-			c.movedAt = n.now
+			c.movedAt = n.clock.now
 		}
 		c.stored = now
 	})
 	for _, m := range sortedMembers(n.store.members) {
-		if c := n.catching[m.RaftId]; c != nil && c.waits && n.mayRetry(c) {
+		if c := n.catchup.followers[m.RaftId]; c != nil && c.waits && n.mayRetry(c) {
 			c.waits = false
 			n.rn.ReportSnapshot(m.RaftId, raft.SnapshotFailure)
 		}
@@ -112,23 +128,23 @@ func (n *node) followMembers() {
 
 // mayRetry reports whether a member that was too slow may get another snapshot:
 // after a while, or when so little is written that it may be fast enough.
-func (n *node) mayRetry(c *catchUp) bool {
-	waited := n.now - c.gaveUp
+func (n *node) mayRetry(c *follower) bool {
+	waited := n.clock.now - c.gaveUp
 	if waited < n.ticksOf(minSnapshotWait) {
 		return false
 	}
-	return waited >= c.wait || n.written.recent(n.beat()) <= c.beat/2
+	return waited >= c.wait || n.catchup.written.recent(n.beat()) <= c.beat/2
 }
 
 // keepsFor reports whether the log is kept for a member. What is on its way as a
 // snapshot keeps the log by itself.
 func (n *node) keepsFor(id uint64, pr tracker.Progress) bool {
-	if id == n.raftID || pr.State == tracker.StateSnapshot || !n.connected[id] {
+	if id == n.id.raftID || pr.State == tracker.StateSnapshot || !n.peers.connected[id] {
 		return false
 	}
-	c := n.catchUpOf(id)
-	isSilent := n.now-max(n.heard[id], c.since) > n.ticksOf(silentTooLong)
-	isStuck := n.now-c.movedAt > n.ticksOf(helloTimeout)
+	c := n.followerOf(id)
+	isSilent := n.clock.now-max(n.peers.heard[id], c.since) > n.ticksOf(silentTooLong)
+	isStuck := n.clock.now-c.movedAt > n.ticksOf(helloTimeout)
 	return !c.givenUp && !isSilent && !isStuck
 }
 
@@ -136,10 +152,10 @@ func (n *node) keepsFor(id uint64, pr tracker.Progress) bool {
 // somebody who has yet to catch up.
 func (n *node) needed() (index uint64, behind bool) {
 	index = n.store.index
-	if n.role != raft.StateLeader {
+	if n.raft.role != raft.StateLeader {
 		return index, false
 	}
-	for _, v := range n.views {
+	for _, v := range n.snapshots.views {
 		if !v.givenUp.Load() {
 			index, behind = min(index, v.header.Index), true
 		}
@@ -164,33 +180,33 @@ func (n *node) keptBytes() uint64 { return 4*n.opts.logBytes + n.store.bytes }
 // slows writes while too much is needed.
 func (n *node) compactLog() {
 	limit := n.opts.logBytes
-	if n.raft.bytes <= limit && n.pace.limit == 0 {
-		n.hurry.Store(false)
+	if n.log.bytes <= limit && n.catchup.pace.limit == 0 {
+		n.catchup.noPause.Store(false)
 		return
 	}
 	index, behind := n.needed()
-	n.raft.compact(limit/2, index)
-	for n.raft.bytesTo(n.store.index) > n.keptBytes() && n.giveUp(index) {
+	n.log.compact(limit/2, index)
+	for n.log.bytesTo(n.store.index) > n.keptBytes() && n.giveUp(index) {
 		index, behind = n.needed()
-		n.raft.compact(limit/2, index)
+		n.log.compact(limit/2, index)
 	}
-	if index < n.store.index && n.raft.bytes > 3*limit {
+	if index < n.store.index && n.log.bytes > 3*limit {
 		behind = true // so much is written in two heartbeats
 	}
-	n.hurry.Store(behind && n.raft.bytes > limit)
+	n.catchup.noPause.Store(behind && n.log.bytes > limit)
 	switch {
-	case n.pace.limit == 0 && behind && n.raft.bytes > 2*limit:
+	case n.catchup.pace.limit == 0 && behind && n.log.bytes > 2*limit:
 		n.slowWrites()
-	case n.pace.limit != 0 && !behind:
-		n.pace.limit = 0
-		n.log.Info("all have caught up: writes are not slowed any more")
+	case n.catchup.pace.limit != 0 && !behind:
+		n.catchup.pace.limit = 0
+		n.logger.Info("all have caught up: writes are not slowed any more")
 	}
 }
 
 // giveUp gives up those whom the log behind an index is kept for; false: nobody.
 func (n *node) giveUp(index uint64) bool {
 	some := false
-	for _, v := range n.views {
+	for _, v := range n.snapshots.views {
 		if v.header.Index == index && !v.givenUp.Load() {
 			v.givenUp.Store(true) // snapshotSent says so, for each member
 			some = true
@@ -203,36 +219,36 @@ func (n *node) giveUp(index uint64) bool {
 		}
 	})
 	for _, id := range slow {
-		c := n.catchUpOf(id)
-		entry := n.raft.bytes / max(1, uint64(len(n.raft.entries)))
+		c := n.followerOf(id)
+		entry := n.log.bytes / max(1, uint64(len(n.log.entries)))
 		took := (index - min(index, c.from)) * entry
-		n.tooSlow(id, fmt.Sprintf("it stored %d bytes of the log a second", n.rate(took, n.now-c.fromAt)))
+		n.tooSlow(id, fmt.Sprintf("it stored %d bytes of the log a second", n.rate(took, n.clock.now-c.fromAt)))
 	}
 	return some || len(slow) > 0
 }
 
 // tooSlow notes that a member was given up.
 func (n *node) tooSlow(id uint64, how string) {
-	c := n.catchUpOf(id)
-	c.wait = max(n.now-c.began, n.ticksOf(minSnapshotWait), min(2*c.wait, n.ticksOf(maxSnapshotWait)))
-	c.givenUp, c.gaveUp, c.beat = true, n.now, n.written.recent(n.beat())
+	c := n.followerOf(id)
+	c.wait = max(n.clock.now-c.began, n.ticksOf(minSnapshotWait), min(2*c.wait, n.ticksOf(maxSnapshotWait)))
+	c.givenUp, c.gaveUp, c.beat = true, n.clock.now, n.catchup.written.recent(n.beat())
 	wait := n.durationOf(c.wait)
 	c.lagging = fmt.Sprintf("too slow to catch up: %s, while %d were written, and %d bytes of the log were kept for it; "+
 		"it gets another snapshot after %v, or once half as much is written",
 		how, n.rate(c.beat, ticksPerHeartbeat), n.keptBytes(), wait)
-	n.log.Warn("a member is too slow to catch up", "member", n.describe(id), "why", c.lagging)
+	n.logger.Warn("a member is too slow to catch up", "member", n.describe(id), "why", c.lagging)
 }
 
 // lagging says why a member is behind, if that costs something; empty: it does not.
 func (n *node) lagging(id uint64, pr tracker.Progress) string {
-	c := n.catching[id]
+	c := n.catchup.followers[id]
 	switch {
-	case c == nil || id == n.raftID:
+	case c == nil || id == n.id.raftID:
 		return ""
 	case c.lagging != "":
 		return c.lagging
-	case n.pace.limit != 0 && !n.isCaughtUp(pr) && (pr.State == tracker.StateSnapshot || n.keepsFor(id, pr)):
-		return fmt.Sprintf("catching up: writes are slowed to %d bytes a second", n.rate(n.pace.limit, 1))
+	case n.catchup.pace.limit != 0 && !n.isCaughtUp(pr) && (pr.State == tracker.StateSnapshot || n.keepsFor(id, pr)):
+		return fmt.Sprintf("catching up: writes are slowed to %d bytes a second", n.rate(n.catchup.pace.limit, 1))
 	}
 	return ""
 }
@@ -240,7 +256,7 @@ func (n *node) lagging(id uint64, pr tracker.Progress) string {
 // rest lets others use processor and disk while a snapshot is written for a member. It
 // does not wait while the log is longer than log-bytes for members that are behind.
 func (n *node) rest(worked time.Duration) {
-	if !n.hurry.Load() {
+	if !n.catchup.noPause.Load() {
 		rest(worked)
 	}
 }
@@ -306,7 +322,7 @@ func (m *meter) fastest(beat uint64) (best uint64) {
 }
 
 // beat is the heartbeat that the clock is in.
-func (n *node) beat() uint64 { return n.clock / ticksPerHeartbeat }
+func (n *node) beat() uint64 { return n.clock.wall / ticksPerHeartbeat }
 
 // pace is how a leader slows writes. Of its own it proposes none, and holds those
 // that other nodes propose, while they are ahead of it. Each node has one proposal
@@ -322,39 +338,39 @@ type pace struct {
 
 // slowWrites halves the rate of writes.
 func (n *node) slowWrites() {
-	beat := n.written.fastest(n.beat())
-	n.pace.limit = max(1, beat/ticksPerHeartbeat/2)
-	n.pace.room, n.pace.at, n.pace.taken = 0, n.clock, map[uint64]uint64{}
-	n.log.Info("slowing writes until all have caught up", "log-bytes", n.raft.bytes,
-		"bytes/s", n.rate(beat, ticksPerHeartbeat), "to", n.rate(n.pace.limit, 1))
+	beat := n.catchup.written.fastest(n.beat())
+	n.catchup.pace.limit = max(1, beat/ticksPerHeartbeat/2)
+	n.catchup.pace.room, n.catchup.pace.at, n.catchup.pace.taken = 0, n.clock.wall, map[uint64]uint64{}
+	n.logger.Info("slowing writes until all have caught up", "log-bytes", n.log.bytes,
+		"bytes/s", n.rate(beat, ticksPerHeartbeat), "to", n.rate(n.catchup.pace.limit, 1))
 }
 
 // most is what may be proposed in a second: writes are not further ahead of the
 // pace, nor behind it. So one is proposed in each second, however large.
-func (n *node) most() int64 { return int64(n.pace.limit * max(1, n.ticksOf(time.Second))) }
+func (n *node) most() int64 { return int64(n.catchup.pace.limit * max(1, n.ticksOf(time.Second))) }
 
 // mayPropose reports whether the pace lets a write be proposed.
 func (n *node) mayPropose() bool {
-	p := &n.pace
+	p := &n.catchup.pace
 	if p.limit == 0 {
 		return true
 	}
-	p.room = min(p.room+int64(p.limit*(n.clock-p.at)), n.most())
-	p.at = n.clock
+	p.room = min(p.room+int64(p.limit*(n.clock.wall-p.at)), n.most())
+	p.at = n.clock.wall
 	return p.room > 0
 }
 
 // proposed counts a write.
 func (n *node) proposed(bytes int) {
-	if n.pace.limit != 0 {
-		n.pace.room = max(n.pace.room-int64(bytes), -n.most())
+	if n.catchup.pace.limit != 0 {
+		n.catchup.pace.room = max(n.catchup.pace.room-int64(bytes), -n.most())
 	}
 }
 
 // hold keeps another node's proposal for later, in place of one that it gave up. It
 // may have been sent again, as one that was lost would be.
 func (n *node) hold(m *raftpb.Message) {
-	p := &n.pace
+	p := &n.catchup.pace
 	if p.taken[m.GetFrom()] == sequenceOf(m) {
 		return
 	}
@@ -368,9 +384,9 @@ func (n *node) hold(m *raftpb.Message) {
 
 // proposeHeld proposes what other nodes want written, in turn with this node's own.
 func (n *node) proposeHeld() {
-	p := &n.pace
+	p := &n.catchup.pace
 	for len(p.held) > 0 && n.mayPropose() {
-		if ownWaits := n.own == nil && len(n.writes) > 0; ownWaits && p.ownNext {
+		if ownWaits := n.calls.own == nil && len(n.calls.writes) > 0; ownWaits && p.ownNext {
 			return
 		}
 		m := p.held[0]

@@ -40,29 +40,29 @@ const busyValue = 16 << 10
 
 func newBusyLeader(t *testing.T, offered int) *busyLeader {
 	l := newLone(t, leading)
-	b := &busyLeader{snapBox: &snapBox{lone: l}, n: l.n, offered: offered, keys: 8, last: l.n.raft.last()}
+	b := &busyLeader{snapBox: &snapBox{lone: l}, n: l.n, offered: offered, keys: 8, last: l.n.log.last()}
 	b.value = strings.Repeat("x", busyValue)
 	l.n.net = b.snapBox
-	b.ack(2, l.n.raft.last())
-	b.ack(3, l.n.raft.last())
+	b.ack(2, l.n.log.last())
+	b.ack(3, l.n.log.last())
 	return b
 }
 
 // ack has a follower say that it has an entry, and all before it.
 func (b *busyLeader) ack(from, index uint64) {
-	b.hears(int(from-2), message(raftpb.MsgAppResp, from, b.n.term, func(m *raftpb.Message) { *m.Index = index }))
+	b.hears(int(from-2), message(raftpb.MsgAppResp, from, b.n.raft.term, func(m *raftpb.Message) { *m.Index = index }))
 	b.measure()
 }
 
 // measure looks at the log.
 func (b *busyLeader) measure() {
-	for _, e := range b.n.raft.entries {
+	for _, e := range b.n.log.entries {
 		if e.GetIndex() > b.last {
 			b.last = e.GetIndex()
 			b.logged += memoryBytes(e)
 		}
 	}
-	if kept := b.n.raft.bytesTo(b.n.store.index); kept > b.n.keptBytes() {
+	if kept := b.n.log.bytesTo(b.n.store.index); kept > b.n.keptBytes() {
 		b.most = max(b.most, kept-b.n.keptBytes())
 	}
 }
@@ -83,19 +83,19 @@ func (b *busyLeader) tick() {
 	clear(b.terms) // or looking at all of them takes long
 	b.turn(1)
 	for from := range 2 {
-		if id := uint64(from + 2); b.n.connected[id] {
-			b.hears(from, message(raftpb.MsgHeartbeatResp, id, b.n.term))
+		if id := uint64(from + 2); b.n.peers.connected[id] {
+			b.hears(from, message(raftpb.MsgHeartbeatResp, id, b.n.raft.term))
 		}
 	}
 	for range b.offered / busyValue {
-		if len(b.n.writes) > 0 || b.n.own != nil {
+		if len(b.n.calls.writes) > 0 || b.n.calls.own != nil {
 			break
 		}
 		b.call(b.record())
 		b.turn(0)
-		b.ack(2, b.n.raft.last())
+		b.ack(2, b.n.log.last())
 	}
-	b.ack(2, b.n.raft.last())
+	b.ack(2, b.n.log.last())
 }
 
 // follow is a tick in which node 3 takes so many bytes of the log, if there are.
@@ -108,16 +108,16 @@ func (b *busyLeader) store(bytes int) {
 	pr := b.n.progressOf()[3]
 	has := pr.Match
 	for ; bytes > 0 && has < b.n.store.index; has++ {
-		if has >= b.n.raft.prevIndex {
-			bytes -= int(memoryBytes(b.n.raft.entries[has-b.n.raft.prevIndex]))
+		if has >= b.n.log.prevIndex {
+			bytes -= int(memoryBytes(b.n.log.entries[has-b.n.log.prevIndex]))
 		}
 	}
-	if pr.State != tracker.StateSnapshot && has > b.n.raft.prevIndex {
+	if pr.State != tracker.StateSnapshot && has > b.n.log.prevIndex {
 		b.ack(3, has)
 	}
 }
 
-func (b *busyLeader) isSlow() bool { return b.n.pace.limit != 0 }
+func (b *busyLeader) isSlow() bool { return b.n.catchup.pace.limit != 0 }
 
 // lagging is what status says of node 3.
 func (b *busyLeader) lagging() string {
@@ -138,8 +138,8 @@ func TestWritesAreHalved(t *testing.T) {
 	for range 100 {
 		b.follow(offered)
 	}
-	if b.isSlow() || b.n.raft.bytes > b.n.opts.logBytes {
-		t.Fatalf("nobody is behind, and writes are slowed to %d, or the log has %d bytes", b.n.pace.limit, b.n.raft.bytes)
+	if b.isSlow() || b.n.log.bytes > b.n.opts.logBytes {
+		t.Fatalf("nobody is behind, and writes are slowed to %d, or the log has %d bytes", b.n.catchup.pace.limit, b.n.log.bytes)
 	}
 	for i := 0; !b.isSlow(); i++ {
 		if i > 1000 {
@@ -147,8 +147,8 @@ func TestWritesAreHalved(t *testing.T) {
 		}
 		b.follow(offered / 2)
 	}
-	if b.n.raft.bytes > 2*b.n.opts.logBytes+2*offered || !strings.Contains(b.lagging(), "slowed to") {
-		t.Errorf("they are, with %d bytes of log; %q", b.n.raft.bytes, b.lagging())
+	if b.n.log.bytes > 2*b.n.opts.logBytes+2*offered || !strings.Contains(b.lagging(), "slowed to") {
+		t.Errorf("they are, with %d bytes of log; %q", b.n.log.bytes, b.lagging())
 	}
 	before, entries := b.logged, map[uint64]int{}
 	const ticks = 150
@@ -161,18 +161,18 @@ func TestWritesAreHalved(t *testing.T) {
 		t.Errorf("%.2f of what was written before is now", share)
 	}
 	// Node 2 wants as much as the leader.
-	b.n.onApply = func(e *raftpb.Entry) {
+	b.n.opts.onApply = func(e *raftpb.Entry) {
 		if batch, err := parseBatch(e.GetData(), nil); err == nil {
 			entries[batch.proposer]++
 		}
 	}
 	two := setWrite("two", b.value)
 	for range ticks {
-		for len(b.n.writes) < 4 {
+		for len(b.n.calls.writes) < 4 {
 			b.call(b.record())
 			b.turn(0)
 		}
-		if len(b.n.pace.held) == 0 {
+		if len(b.n.catchup.pace.held) == 0 {
 			b.sequence++
 			b.hears(0, proposal0(2, &kvpb.Batch{Proposer: 2, Sequence: b.sequence, Writes: []*kvpb.Write{two, two, two, two}}))
 		}
@@ -191,8 +191,8 @@ func TestWritesAreHalved(t *testing.T) {
 	for range 50 { // what had been held is proposed meanwhile
 		b.follow(2 * offered)
 	}
-	if b.lagging() != "" || b.n.raft.bytes > b.n.opts.logBytes || len(b.n.pace.held) > 0 {
-		t.Errorf("%q; %d bytes of log, %d proposals held", b.lagging(), b.n.raft.bytes, len(b.n.pace.held))
+	if b.lagging() != "" || b.n.log.bytes > b.n.opts.logBytes || len(b.n.catchup.pace.held) > 0 {
+		t.Errorf("%q; %d bytes of log, %d proposals held", b.lagging(), b.n.log.bytes, len(b.n.catchup.pace.held))
 	}
 	before = b.logged
 	for range 20 {
@@ -214,14 +214,14 @@ func TestBurstIsSlowed(t *testing.T) {
 	for range 30 {
 		b.follow(2 * offered)
 	}
-	for b.n.raft.bytes < 3*b.n.opts.logBytes {
-		if b.isSlow() || b.n.now > firstTick+1000 {
+	for b.n.log.bytes < 3*b.n.opts.logBytes {
+		if b.isSlow() || b.n.clock.now > firstTick+1000 {
 			t.Fatal("it is too late for this test")
 		}
 		b.tick()
 	}
 	if b.tick(); !b.isSlow() || !b.n.isCaughtUp(b.n.progressOf()[3]) {
-		t.Errorf("slowed: %v, with %d bytes of log", b.isSlow(), b.n.raft.bytes)
+		t.Errorf("slowed: %v, with %d bytes of log", b.isSlow(), b.n.log.bytes)
 	}
 }
 
@@ -250,8 +250,8 @@ func TestTransferIsKept(t *testing.T) {
 	for range b.n.ticksOf(helloTimeout) * 3 / 2 {
 		b.tick()
 	}
-	if !b.isSlow() || b.n.raft.prevIndex > index {
-		t.Fatalf("slowed: %v; the log begins behind %d, the snapshot is of %d", b.isSlow(), b.n.raft.prevIndex, index)
+	if !b.isSlow() || b.n.log.prevIndex > index {
+		t.Fatalf("slowed: %v; the log begins behind %d, the snapshot is of %d", b.isSlow(), b.n.log.prevIndex, index)
 	}
 	b.n.snapshotSent(3, b.views[0], nil)
 	b.turn(0)
@@ -278,7 +278,7 @@ func TestTooSlowIsNamed(t *testing.T) {
 	for range 100 {
 		b.follow(offered)
 	}
-	givenUp := func() bool { return b.n.catching[3] != nil && b.n.catching[3].givenUp }
+	givenUp := func() bool { return b.n.catchup.followers[3] != nil && b.n.catchup.followers[3].givenUp }
 	for i := 0; !givenUp(); i++ {
 		if i > 2000 {
 			t.Fatal("it is not given up")
@@ -289,48 +289,48 @@ func TestTooSlowIsNamed(t *testing.T) {
 		t.Errorf("status says %q", b.lagging())
 	}
 	b.tick()
-	if b.isSlow() || b.n.raft.bytes > b.n.opts.logBytes {
-		t.Errorf("writes are slowed: %v; the log has %d bytes", b.isSlow(), b.n.raft.bytes)
+	if b.isSlow() || b.n.log.bytes > b.n.opts.logBytes {
+		t.Errorf("writes are slowed: %v; the log has %d bytes", b.isSlow(), b.n.log.bytes)
 	}
 	// It asks for a snapshot now, and is never fast enough for one.
 	b.n.peerDown(3, false)
-	gaveUp, spent := b.n.now, b.n.ticksOf(minSnapshotWait)
+	gaveUp, spent := b.n.clock.now, b.n.ticksOf(minSnapshotWait)
 	for sent := range 3 {
 		for len(b.views) == sent {
 			b.tick()
 			if b.lagging() == "" {
 				t.Fatal("status does not name it")
 			}
-			if b.n.now-gaveUp > 5000 {
+			if b.n.clock.now-gaveUp > 5000 {
 				t.Fatal("it is not tried again")
 			}
 		}
-		began := b.n.now
+		began := b.n.clock.now
 		if waited := began - gaveUp; waited < spent {
 			t.Errorf("another snapshot is sent after %d ticks, when the one before took %d", waited, spent)
 		}
 		for v := b.views[sent]; !v.givenUp.Load(); {
 			b.tick()
-			if b.n.now-began > 5000 {
+			if b.n.clock.now-began > 5000 {
 				t.Fatal("it is not given up")
 			}
 		}
 		b.n.snapshotSent(3, b.views[sent], fmt.Errorf("%w: it took 5 bytes of it a second", errTooSlow))
 		b.turn(0)
-		gaveUp, spent = b.n.now, b.n.now-began
+		gaveUp, spent = b.n.clock.now, b.n.clock.now-began
 		if !strings.Contains(b.lagging(), "it took 5 bytes of it a second") {
 			t.Errorf("status says %q", b.lagging())
 		}
 	}
-	b.n.catching[3].wait = never // but for what is written
+	b.n.catchup.followers[3].wait = never // but for what is written
 	b.offered = 0
 	for len(b.views) < 4 {
 		b.tick()
-		if b.n.now-gaveUp > 500 {
+		if b.n.clock.now-gaveUp > 500 {
 			t.Fatal("it is not tried again when nothing is written")
 		}
 	}
-	if waited := b.n.now - gaveUp; waited < b.n.ticksOf(minSnapshotWait) {
+	if waited := b.n.clock.now - gaveUp; waited < b.n.ticksOf(minSnapshotWait) {
 		t.Errorf("another snapshot is sent after %d ticks", waited)
 	}
 	b.n.snapshotSent(3, b.views[3], nil)
@@ -373,7 +373,7 @@ func TestLogIsNotKept(t *testing.T) {
 			for range b.n.ticksOf(lame.after) {
 				b.tick()
 			}
-			if log := b.n.raft; b.isSlow() || log.bytes > b.n.opts.logBytes || log.prevIndex <= matched {
+			if log := b.n.log; b.isSlow() || log.bytes > b.n.opts.logBytes || log.prevIndex <= matched {
 				t.Errorf("slowed: %v; the log has %d bytes behind %d, it has %d", b.isSlow(), log.bytes, log.prevIndex, matched)
 			}
 			if lag := b.lagging(); lag != "" {
@@ -390,7 +390,7 @@ func TestNobodyRests(t *testing.T) {
 	for range 100 {
 		b.follow(b.offered)
 	}
-	rests := func() bool { return !b.n.hurry.Load() }
+	rests := func() bool { return !b.n.catchup.noPause.Load() }
 	if !rests() {
 		t.Error("nobody rests")
 	}
@@ -412,9 +412,9 @@ func TestNobodyRests(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.slowDown()
-	for i := 0; p.n.logged <= 2*diskLogBytes; i++ {
+	for i := 0; p.n.durable.logged <= 2*diskLogBytes; i++ {
 		if p.d.quick {
-			t.Fatalf("who saves a snapshot does not rest with %d bytes logged", p.n.logged)
+			t.Fatalf("who saves a snapshot does not rest with %d bytes logged", p.n.durable.logged)
 		}
 		if _, err := p.call(diskOp{fmt.Sprint("key", i), make([]byte, 1000)}); err != nil {
 			t.Fatal(err)
@@ -447,26 +447,26 @@ func TestHeldProposals(t *testing.T) {
 	propose := func(sequence uint64) {
 		b.hears(0, proposal0(2, &kvpb.Batch{Proposer: 2, Sequence: sequence, Writes: two}))
 	}
-	b.n.pace.room = -b.n.most()
+	b.n.catchup.pace.room = -b.n.most()
 	propose(1)
 	propose(2)
 	propose(2)
-	if len(b.n.pace.held) != 1 {
-		t.Errorf("%d proposals of one node are held", len(b.n.pace.held))
+	if len(b.n.catchup.pace.held) != 1 {
+		t.Errorf("%d proposals of one node are held", len(b.n.catchup.pace.held))
 	}
-	began := b.n.raft.last()
-	for i := 0; len(b.n.pace.held) > 0; i++ {
+	began := b.n.log.last()
+	for i := 0; len(b.n.catchup.pace.held) > 0; i++ {
 		if i > 200 {
 			t.Fatal("it is not proposed")
 		}
 		b.turn(1)
-		b.ack(2, b.n.raft.last())
+		b.ack(2, b.n.log.last())
 	}
-	b.n.pace.room = b.n.most()
+	b.n.catchup.pace.room = b.n.most()
 	propose(2)
-	b.ack(2, b.n.raft.last())
+	b.ack(2, b.n.log.last())
 	var sequences []uint64
-	for _, e := range b.n.raft.entries {
+	for _, e := range b.n.log.entries {
 		if batch, err := parseBatch(e.GetData(), nil); err == nil && e.GetIndex() > began && batch.proposer == 2 {
 			sequences = append(sequences, batch.sequence)
 		}
@@ -475,19 +475,19 @@ func TestHeldProposals(t *testing.T) {
 		t.Errorf("the proposals %d were proposed", sequences)
 	}
 	// Large ones wait for a second at most, each.
-	b.n.pace.limit, b.n.pace.room = 1, 1
+	b.n.catchup.pace.limit, b.n.catchup.pace.room = 1, 1
 	b.offered = busyValue
-	from := b.n.now
+	from := b.n.clock.now
 	for writes := b.writes; b.writes < writes+3; {
 		b.tick()
 	}
-	if waited := b.n.now - from; waited > 3*b.n.ticksOf(time.Second) {
+	if waited := b.n.clock.now - from; waited > 3*b.n.ticksOf(time.Second) {
 		t.Errorf("3 writes are proposed in %d ticks", waited)
 	}
-	b.n.pace.room = -b.n.most()
+	b.n.catchup.pace.room = -b.n.most()
 	propose(3)
-	b.hears(0, message(raftpb.MsgHeartbeat, 2, b.n.term+1))
-	if b.isSlow() || len(b.n.pace.held) > 0 {
+	b.hears(0, message(raftpb.MsgHeartbeat, 2, b.n.raft.term+1))
+	if b.isSlow() || len(b.n.catchup.pace.held) > 0 {
 		t.Error("it leads no more, and slows writes")
 	}
 }
@@ -503,8 +503,8 @@ func TestGivenUpTransferEnds(t *testing.T) {
 	var id, life uint64
 	err := s.n.do(c.ctx, func() error {
 		v = s.n.store.open()
-		for raftID := range s.n.connected {
-			id, life = raftID, s.n.lives[raftID]
+		for raftID := range s.n.peers.connected {
+			id, life = raftID, s.n.peers.lives[raftID]
 		}
 		return nil
 	})

@@ -50,7 +50,7 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 	forwarded := len(md.Get(forwardMetadata)) > 0
 	begun := false
 	for leaderless := time.Duration(0); ; sleep(ctx, s.n.opts.heartbeat) {
-		p := s.n.pub.Load()
+		p := s.n.status.latest.Load()
 		err := errNotLeader
 		switch {
 		case p.clusterID == 0:
@@ -106,7 +106,7 @@ func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto
 // probe asks a node for its raft ID in this life. It has to be the one that is
 // meant, and in no other cluster than this node.
 func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
-	p := s.n.pub.Load()
+	p := s.n.status.latest.Load()
 	ctx, cancel := context.WithTimeout(ctx, s.n.opts.probeTimeout())
 	defer cancel()
 	w, err := s.net.probe(ctx, m.Address)
@@ -182,7 +182,7 @@ func hasPast(m *kvpb.Node) error {
 func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	present := n.store.members[raftID]
 	elsewhere := slices.DeleteFunc(n.store.raftIDsOf(m.Id), func(id uint64) bool { // where it was, another life may answer by now
-		return id != n.raftID && (!n.connected[id] || n.nodeOf(id).Address == m.Address)
+		return id != n.id.raftID && (!n.peers.connected[id] || n.nodeOf(id).Address == m.Address)
 	})
 	for id, other := range n.store.members {
 		if other.Id != m.Id && (id == raftID || other.Address == m.Address) {
@@ -194,7 +194,7 @@ func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
 	case slices.Contains(n.store.removed, raftID):
 		return false, errPastLife
 	case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
-		return raftID == n.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
+		return raftID == n.id.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
 	case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
 		return false, nil
 	case present != nil:
@@ -238,9 +238,9 @@ func (r *request) advance() (bool, error) {
 	if !n.leads() {
 		return false, errNotLeader
 	}
-	was := n.changeAt
+	was := n.change.at
 	done, err := r.step()
-	if n.changeAt > was {
+	if n.change.at > was {
 		r.begun.Store(true)
 	}
 	r.busy.Store(!r.begun.Load() && !n.mayChange())
@@ -261,12 +261,12 @@ func (r *request) advance() (bool, error) {
 // leader is lost. Raft itself asks for no more than that a change is committed.
 func (r *request) witnessed() bool {
 	n := r.n
-	w := witness{conf: n.store.conf, term: n.term}
+	w := witness{conf: n.store.conf, term: n.raft.term}
 	if r.witness.conf != w.conf || r.witness.term != w.term {
 		if err := n.rn.Propose(nil); err != nil {
 			return false // leadership is being transferred: once more, later
 		}
-		n.logBehind = true
+		n.log.behind = true
 		log := n.drainedLog()
 		if log == nil {
 			return false
@@ -275,7 +275,7 @@ func (r *request) witnessed() bool {
 		r.witness = w
 	}
 	w = r.witness
-	return w.conf == n.store.conf && w.term == n.term && w.index <= n.store.index
+	return w.conf == n.store.conf && w.term == n.raft.term && w.index <= n.store.index
 }
 
 // awaitChange waits on the leader until step, which changes the membership, is done.
@@ -375,7 +375,7 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if slices.ContainsFunc(want, n.isComingBack) {
 		return false, nil // a node that lost its memory is taken back first
 	}
-	if !slices.Contains(want, n.raftID) && n.handOver(want) {
+	if !slices.Contains(want, n.id.raftID) && n.handOver(want) {
 		return false, nil // this node leaves: who stays, and votes already, makes the change
 	}
 	return false, n.proposeChange(nil, changes...)
@@ -515,12 +515,12 @@ func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
 	if !n.isVoter(ids[0]) {
 		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
 	}
-	if !n.connected[ids[0]] || *start != 0 && n.now-*start > 2*n.electionTicks() {
+	if !n.peers.connected[ids[0]] || *start != 0 && n.clock.now-*start > 2*n.electionTicks() {
 		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 			fmt.Sprintf("node %d does not answer, or did not take over", nodeID))
 	}
 	if n.mayChange() {
-		*start = cmp.Or(*start, n.now)
+		*start = cmp.Or(*start, n.clock.now)
 		if n.alive(ids[0]) { // else raft would take no writes for nothing
 			n.handOver(ids)
 		}
@@ -566,25 +566,25 @@ func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.Met
 // metrics is the node's own view; only the loop may call it.
 func (n *node) metrics() *kvpb.MetricsResponse {
 	s := n.store
-	m := proto.CloneOf(&n.count)
-	m.Node, m.RaftId, m.ClusterId, m.Role = n.self, n.raftID, s.clusterID, kvpb.Role_ROLE_UNINITIALIZED
-	m.Leader = n.nodeOf(n.lead)
-	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.raft.prevIndex+1, n.raft.last(), s.index, n.raft.bytes
+	m := proto.CloneOf(&n.status.count)
+	m.Node, m.RaftId, m.ClusterId, m.Role = n.self, n.id.raftID, s.clusterID, kvpb.Role_ROLE_UNINITIALIZED
+	m.Leader = n.nodeOf(n.raft.lead)
+	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.log.prevIndex+1, n.log.last(), s.index, n.log.bytes
 	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
-	m.Healthy, m.Durable = m.UnhealthyReason == "", n.disk != nil
+	m.Healthy, m.Durable = m.UnhealthyReason == "", n.durable.disk != nil
 	m.RestartReason = n.whyNotRestart()
 	m.Keys, m.StoreBytes, m.Sessions = s.keys, s.bytes, uint64(len(s.sessions))
 	if n.rn == nil {
 		return m
 	}
-	m.Term, m.CommitIndex = n.term, n.rn.BasicStatus().GetCommit()
-	m.WriteLimit = n.rate(n.pace.limit, 1)
+	m.Term, m.CommitIndex = n.raft.term, n.rn.BasicStatus().GetCommit()
+	m.WriteLimit = n.rate(n.catchup.pace.limit, 1)
 	switch {
-	case n.role == raft.StateLeader:
+	case n.raft.role == raft.StateLeader:
 		m.Role = kvpb.Role_ROLE_LEADER
-	case n.role != raft.StateFollower:
+	case n.raft.role != raft.StateFollower:
 		m.Role = kvpb.Role_ROLE_CANDIDATE
-	case slices.Contains(s.conf.GetLearners(), n.raftID):
+	case slices.Contains(s.conf.GetLearners(), n.id.raftID):
 		m.Role = kvpb.Role_ROLE_LEARNER
 	default:
 		m.Role = kvpb.Role_ROLE_FOLLOWER
@@ -593,7 +593,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	for _, member := range sortedMembers(s.members) {
 		id := member.RaftId
 		ms := &kvpb.MemberStatus{
-			Node: member.Node, RaftId: id, Connected: n.connected[id] || id == n.raftID,
+			Node: member.Node, RaftId: id, Connected: n.peers.connected[id] || id == n.id.raftID,
 			Voter: slices.Contains(s.conf.GetVoters(), id), VoterOutgoing: slices.Contains(s.conf.GetVotersOutgoing(), id),
 			Learner: slices.Contains(s.conf.GetLearners(), id) || slices.Contains(s.conf.GetLearnersNext(), id),
 		}
@@ -611,7 +611,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 // mayChange reports whether a change of membership or leadership may start.
 // One that was lost without a word blocks others for an election timeout only.
 func (n *node) mayChange() bool {
-	return n.leads() && !isJoint(n.store.conf) && (n.changeAt == 0 || n.now-n.changeAt > n.electionTicks())
+	return n.leads() && !isJoint(n.store.conf) && (n.change.at == 0 || n.clock.now-n.change.at > n.electionTicks())
 }
 
 // proposeChange proposes a change of the configuration. Whether it was applied
@@ -631,7 +631,7 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 		return err
 	}
 	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
-		n.changeAt = n.now
+		n.change.at = n.clock.now
 	}
 	return nil
 }
@@ -639,10 +639,28 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 // leaveJoint ends a change of membership. A leader that is to leave hands over
 // first: it would step down before the others know that they may do without it.
 func (n *node) leaveJoint() {
-	if n.isVoter(n.raftID) {
+	if n.isVoter(n.id.raftID) {
 		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
 	} else {
 		n.handOver(n.store.conf.GetVoters())
+	}
+}
+
+// membershipChange is the change of membership, or of leadership, in flight, and what a
+// leader has seen of members that have two lives.
+type membershipChange struct {
+	at     uint64            // tick of the change in flight; 0: none
+	sights map[uint64]*sight // by raft ID: learners whose node has an older life, too
+}
+
+func (c *membershipChange) forget() {
+	c.sights = map[uint64]*sight{}
+}
+
+// forgetMembers drops what was seen of members that were removed.
+func (c *membershipChange) forgetMembers(removed []uint64) {
+	for _, id := range removed {
+		delete(c.sights, id)
 	}
 }
 
@@ -654,17 +672,17 @@ type meeting struct {
 
 // meet remembers that a member has lost its memory and waits to be taken back.
 func (n *node) meet(raftID uint64, p *kvpb.Peer) {
-	if old := n.met[raftID]; old == nil || old.RaftId != p.RaftId {
-		n.log.Warn("a node has lost its memory", "peer", p.Node.Id, "address", p.Node.Address)
+	if old := n.peers.met[raftID]; old == nil || old.RaftId != p.RaftId {
+		n.logger.Warn("a node has lost its memory", "peer", p.Node.Id, "address", p.Node.Address)
 	}
-	n.met[raftID] = &meeting{p, n.now}
+	n.peers.met[raftID] = &meeting{p, n.clock.now}
 }
 
 // isComingBack reports whether a life without memory has just answered in place of a
 // member, and waits to be taken back.
 func (n *node) isComingBack(raftID uint64) bool {
-	met := n.met[raftID]
-	return met != nil && n.now-met.tick < n.ticksOf(leaderWait)
+	met := n.peers.met[raftID]
+	return met != nil && n.clock.now-met.tick < n.ticksOf(leaderWait)
 }
 
 // heal takes back nodes that came back without their memory, one step at a
@@ -673,7 +691,7 @@ func (n *node) isComingBack(raftID uint64) bool {
 func (n *node) heal() {
 	progress := n.progressOf()
 	for _, m := range sortedMembers(n.store.members) {
-		ids, met := n.store.raftIDsOf(m.Node.Id), n.met[m.RaftId]
+		ids, met := n.store.raftIDsOf(m.Node.Id), n.peers.met[m.RaftId]
 		switch {
 		case n.isComingBack(m.RaftId) &&
 			n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId):
@@ -699,10 +717,10 @@ type sight struct {
 // learner for as long as a new process needs to connect, the learner's process has
 // ended, and the learner is removed. If both answer, an operator has to stop one.
 func (n *node) oneLife(m *kvpb.Member, ids []uint64, pr tracker.Progress) bool {
-	seen := n.sights[m.RaftId]
-	if seen == nil || seen.term != n.term {
-		seen = &sight{term: n.term, tick: n.now}
-		n.sights[m.RaftId] = seen
+	seen := n.change.sights[m.RaftId]
+	if seen == nil || seen.term != n.raft.term {
+		seen = &sight{term: n.raft.term, tick: n.clock.now}
+		n.change.sights[m.RaftId] = seen
 	}
 	older := slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool { return id == m.RaftId })
 	answers := n.alive(m.RaftId)
@@ -715,14 +733,14 @@ func (n *node) oneLife(m *kvpb.Member, ids []uint64, pr tracker.Progress) bool {
 	switch {
 	case answers && olderAnswers:
 		if !seen.said {
-			n.log.Warn("two processes go by the id of one node: stop one of them", "peer", m.Node.Id, "at", n.addresses(ids))
+			n.logger.Warn("two processes go by the id of one node: stop one of them", "peer", m.Node.Id, "at", n.addresses(ids))
 		}
 		seen.said = true
 	case answers && olderIsGone && n.isCaughtUp(pr):
 		_ = n.proposeChange(nil, n.replaceBy(m.RaftId, ids)...)
 		return true
 	case olderAnswers && n.hasGoneSilent(m.RaftId, seen):
-		n.log.Warn("a life of a node that answers in an older one is given up", "peer", m.Node.Id, "address", m.Node.Address)
+		n.logger.Warn("a life of a node that answers in an older one is given up", "peer", m.Node.Id, "address", m.Node.Address)
 		_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
 		return true
 	}
@@ -732,7 +750,7 @@ func (n *node) oneLife(m *kvpb.Member, ids []uint64, pr tracker.Progress) bool {
 // hasGoneSilent reports whether a life of a node was not heard for as long as a process
 // needs to connect, since this leader has seen that the node has two.
 func (n *node) hasGoneSilent(id uint64, seen *sight) bool {
-	return n.now-max(seen.tick, n.heard[id]) > n.ticksOf(leaderWait)+2*n.electionTicks()
+	return n.clock.now-max(seen.tick, n.peers.heard[id]) > n.ticksOf(leaderWait)+2*n.electionTicks()
 }
 
 // replaceBy returns what gives a life of a node the role that its others have, and
@@ -773,7 +791,7 @@ func (n *node) addIncarnation(p *kvpb.Peer) error {
 // alive reports whether a member is connected, and was heard within an election
 // timeout: a stream can outlive whoever is at its other end for a while.
 func (n *node) alive(id uint64) bool {
-	return id == n.raftID || n.connected[id] && n.now-n.heard[id] <= n.electionTicks()
+	return id == n.id.raftID || n.peers.connected[id] && n.clock.now-n.peers.heard[id] <= n.electionTicks()
 }
 
 // names lists members.
@@ -787,7 +805,7 @@ func (n *node) names(ids []uint64) string {
 }
 
 // isNewLeader reports whether a leader has perhaps not heard from everybody yet.
-func (n *node) isNewLeader() bool { return n.now-n.leadHeard <= n.electionTicks() }
+func (n *node) isNewLeader() bool { return n.clock.now-n.election.leadHeard <= n.electionTicks() }
 
 // silent says which members do not answer.
 func (n *node) silent(ids []uint64) string {
@@ -799,13 +817,13 @@ func (n *node) isVoter(id uint64) bool { return slices.Contains(n.store.conf.Get
 
 // isCaughtUp reports whether a member has what was committed two heartbeats ago.
 func (n *node) isCaughtUp(pr tracker.Progress) bool {
-	return pr.State == tracker.StateReplicate && pr.Match >= n.commitAt[len(n.commitAt)-1] && pr.Match > 0
+	return pr.State == tracker.StateReplicate && pr.Match >= n.catchup.commitAt[len(n.catchup.commitAt)-1] && pr.Match > 0
 }
 
 // progressOf returns the leader's knowledge of all members, by raft ID.
 func (n *node) progressOf() map[uint64]tracker.Progress {
 	m := map[uint64]tracker.Progress{}
-	if n.rn != nil && n.role == raft.StateLeader {
+	if n.rn != nil && n.raft.role == raft.StateLeader {
 		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) { m[id] = pr })
 	}
 	return m
@@ -817,7 +835,7 @@ func (n *node) heirs(ids []uint64) []uint64 {
 	progress := n.progressOf()
 	ids = slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
 		pr, ok := progress[id]
-		return !ok || id == n.raftID || pr.IsLearner || !n.alive(id)
+		return !ok || id == n.id.raftID || pr.IsLearner || !n.alive(id)
 	})
 	slices.SortStableFunc(ids, func(a, b uint64) int { return cmp.Compare(progress[b].Match, progress[a].Match) })
 	return ids
@@ -829,7 +847,7 @@ func (n *node) handOver(ids []uint64) bool {
 	if ids = n.heirs(ids); len(ids) == 0 {
 		return false
 	}
-	n.changeAt = n.now
+	n.change.at = n.clock.now
 	n.rn.TransferLeader(ids[0])
 	return true
 }

@@ -49,7 +49,7 @@ func newBus(t *testing.T, ids ...uint64) *bus {
 		o := defaultOptions()
 		o.id = id
 		n := newNode(o, plainNode(id), slog.New(slog.DiscardHandler))
-		n.net, n.raftID, n.life = busEnd{b, id}, id, id
+		n.net, n.id.raftID, n.id.life = busEnd{b, id}, id, id
 		n.publish()
 		b.nodes[id] = n
 		for _, other := range ids {
@@ -197,8 +197,8 @@ func (b *bus) state(id uint64) string {
 	n := b.nodes[id]
 	st := n.rn.BasicStatus()
 	var terms []string
-	for i := n.raft.prevIndex + 1; i <= n.raft.last(); i++ {
-		term, _ := n.raft.Term(i)
+	for i := n.log.prevIndex + 1; i <= n.log.last(); i++ {
+		term, _ := n.log.Term(i)
 		terms = append(terms, fmt.Sprintf("%d/%d", i, term))
 	}
 	return fmt.Sprintf("%v in term %d, follows %d, commit %d, applied %d, entries %s, err %v",
@@ -239,7 +239,7 @@ func TestReplacedEntryIsNotCommitted(t *testing.T) {
 		}
 		b.lose(B, A)
 		b.lose(B, N)
-		return b.nodes[B].role == raft.StateLeader
+		return b.nodes[B].raft.role == raft.StateLeader
 	})
 	b.loseAll()
 	b.disconnect(B, N)
@@ -247,7 +247,7 @@ func TestReplacedEntryIsNotCommitted(t *testing.T) {
 	b.ticksUntil(B, "heard", func() bool { return len(b.wire[busLink{B, N}]) > 0 })
 	b.pass(B, N, -1)
 	b.loseAll()
-	if b.nodes[N].lead != B {
+	if b.nodes[N].raft.lead != B {
 		t.Fatalf("N does not follow B: %s", b.state(N))
 	}
 
@@ -363,7 +363,7 @@ func TestLearnedCommitCostsNoElection(t *testing.T) {
 					b.turn(1, 1)
 				}
 			}
-			if b.nodes[1].role != raft.StateLeader {
+			if b.nodes[1].raft.role != raft.StateLeader {
 				t.Errorf("%d voters, seed %d: all have voted, and 1 is %s", len(voters), seed, b.state(1))
 			}
 		}
@@ -393,16 +393,16 @@ func TestLearnedCommitIsUsed(t *testing.T) {
 	// The entry that ends the change gets to all, the one behind it to 1 alone. Only 3
 	// hears that the first is committed.
 	b.write(2, "x", "1")
-	last := b.nodes[2].raft.last()
+	last := b.nodes[2].log.last()
 	b.ticksUntil(2, "replicated", func() bool {
 		b.pass(2, 1, -1)
 		for _, id := range []uint64{3, 4} {
-			for b.nodes[id].raft.last() < last-1 && len(b.wire[busLink{2, id}]) > 0 {
+			for b.nodes[id].log.last() < last-1 && len(b.wire[busLink{2, id}]) > 0 {
 				b.pass(2, id, 1)
 			}
 			b.lose(2, id)
 		}
-		return b.nodes[1].raft.last() == last
+		return b.nodes[1].log.last() == last
 	})
 	for _, id := range []uint64{3, 4} {
 		b.pass(id, 2, -1)
@@ -414,7 +414,7 @@ func TestLearnedCommitIsUsed(t *testing.T) {
 		return !isJoint(b.nodes[3].store.conf)
 	})
 	b.loseAll()
-	if !isJoint(b.nodes[1].store.conf) || b.nodes[3].raft.last() >= last {
+	if !isJoint(b.nodes[1].store.conf) || b.nodes[3].log.last() >= last {
 		t.Fatalf("1: %s, 3: %s", b.state(1), b.state(3))
 	}
 	// 2 and 4 are gone for good. 1 and 3 are two of the three voters that there are;
@@ -449,7 +449,7 @@ func TestDeafForAMoment(t *testing.T) {
 	b.loseAll()
 	b.ticksUntil(1, "heard", func() bool { return len(b.wire[busLink{1, 9}]) > 0 })
 	b.pass(1, 9, -1)
-	if last.lead != 1 {
+	if last.raft.lead != 1 {
 		t.Errorf("node 9 does not hear the leader: %s", b.state(9))
 	}
 }

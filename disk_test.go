@@ -46,7 +46,7 @@ type diskNode struct {
 func (d *diskNode) send(_, _ uint64, ms []*raftpb.Message)     { d.sent = append(d.sent, ms...) }
 func (d *diskNode) sendSnapshot(uint64, uint64, uint64, *view) {}
 func (d *diskNode) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {
-	d.masked = d.masked || d.n.hello().From.RaftId != d.n.raftID
+	d.masked = d.masked || d.n.hello().From.RaftId != d.n.id.raftID
 }
 
 // newDiskNode is a process that has not opened its directory yet.
@@ -361,7 +361,7 @@ func TestDiskFaults(t *testing.T) {
 				return r, cmp.Or(checkFailed(p, fs.failAt), err)
 			}
 		}
-		if p.n.mark < 14 {
+		if p.n.durable.mark < 14 {
 			return r, fmt.Errorf("%w: hardly a snapshot", errModel)
 		}
 		return r, nil
@@ -457,15 +457,15 @@ func openFollower(fs *simFS) (*diskFollower, error) {
 	me, leader := p.n.self, &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}
 	s := f.leader
 	s.clusterID, s.index, s.term = 9, f.last, f.term
-	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID, p.n.raftID, 1 << 40}, AutoLeave: new(false)}, []*kvpb.Member{
-		{RaftId: leaderID, Node: leader}, {RaftId: p.n.raftID, Node: me}, {RaftId: 1 << 40, Node: &kvpb.Node{Id: 3, Address: "127.0.0.1:3"}}})
+	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID, p.n.id.raftID, 1 << 40}, AutoLeave: new(false)}, []*kvpb.Member{
+		{RaftId: leaderID, Node: leader}, {RaftId: p.n.id.raftID, Node: me}, {RaftId: 1 << 40, Node: &kvpb.Node{Id: 3, Address: "127.0.0.1:3"}}})
 	f.connect()
 	return f, p.settle()
 }
 
 // connect opens a stream from the leader, and one from node 3.
 func (f *diskFollower) connect() {
-	f.hello = &kvpb.Hello{ClusterId: 9, From: &kvpb.Peer{RaftId: leaderID, Life: 1}, To: &kvpb.Peer{RaftId: f.n.raftID, Life: f.n.life}}
+	f.hello = &kvpb.Hello{ClusterId: 9, From: &kvpb.Peer{RaftId: leaderID, Life: 1}, To: &kvpb.Peer{RaftId: f.n.id.raftID, Life: f.n.id.life}}
 	f.n.peerUp(leaderID, 1, false)
 	f.n.peerUp(1<<40, 1, false)
 }
@@ -486,7 +486,7 @@ func (f *diskFollower) hears(ms ...*raftpb.Message) error {
 }
 
 func (f *diskFollower) to(m *raftpb.Message) *raftpb.Message {
-	m.To = new(f.n.raftID)
+	m.To = new(f.n.id.raftID)
 	return m
 }
 
@@ -497,7 +497,7 @@ func (f *diskFollower) note() {
 		default:
 			continue
 		}
-		f.acked.raftID = f.n.raftID
+		f.acked.raftID = f.n.id.raftID
 		if m.GetTerm() > f.acked.term {
 			f.acked.term, f.acked.vote = m.GetTerm(), 0
 		}
@@ -584,10 +584,10 @@ func TestDiskFollowerFaults(t *testing.T) {
 			}
 		}
 		received := uint64(0)
-		steps := []func() error{f.snapshot, follow(func() bool { return f.n.mark > 10 }), func() error { f.slowDown(); return nil },
+		steps := []func() error{f.snapshot, follow(func() bool { return f.n.durable.mark > 10 }), func() error { f.slowDown(); return nil },
 			follow(func() bool { // and there are entries before, and room after, the mark in its segment
 				g := f.d.wal.segments
-				return f.n.saving != 0 && g[len(g)-1].last > 0 && f.d.wal.offset <= f.d.wal.at.size/2
+				return f.n.durable.saving != 0 && g[len(g)-1].last > 0 && f.d.wal.offset <= f.d.wal.at.size/2
 			})}
 		steps = append(steps, func() error { // it votes for another, who does not win
 			f.hears()
@@ -619,8 +619,8 @@ func TestDiskFollowerFaults(t *testing.T) {
 				return f.acked, cmp.Or(failed, err)
 			}
 		}
-		if f.acked.index != f.last || f.n.mark <= received {
-			return f.acked, fmt.Errorf("%w: acknowledged %d of %d, last snapshot %d", errModel, f.acked.index, f.last, f.n.mark)
+		if f.acked.index != f.last || f.n.durable.mark <= received {
+			return f.acked, fmt.Errorf("%w: acknowledged %d of %d, last snapshot %d", errModel, f.acked.index, f.last, f.n.durable.mark)
 		}
 		return f.acked, nil
 	}
@@ -636,17 +636,17 @@ func TestDiskFollowerFaults(t *testing.T) {
 			}
 			return cmp.Or(f.snapshot(), tidy(fs, f.diskNode))
 		}
-		if p.raftID != 0 && n.raftID != p.raftID {
+		if p.raftID != 0 && n.id.raftID != p.raftID {
 			return errors.New("it is somebody else")
 		}
-		if h := n.raft.hard; h.GetTerm() < p.term || h.GetTerm() == p.term && p.vote != 0 && h.GetVote() != p.vote {
+		if h := n.log.hard; h.GetTerm() < p.term || h.GetTerm() == p.term && p.vote != 0 && h.GetVote() != p.vote {
 			return fmt.Errorf("term %d and vote %x, and had promised %+v", h.GetTerm(), h.GetVote(), p)
 		}
-		if n.raft.last() < p.index {
-			return fmt.Errorf("its log ends at %d, and had promised %+v", n.raft.last(), p)
+		if n.log.last() < p.index {
+			return fmt.Errorf("its log ends at %d, and had promised %+v", n.log.last(), p)
 		}
-		f.term, f.last = n.raft.hard.GetTerm()+1, n.raft.last()
-		f.leader.term, _ = n.raft.Term(f.last)
+		f.term, f.last = n.log.hard.GetTerm()+1, n.log.last()
+		f.leader.term, _ = n.log.Term(f.last)
 		if err := f.hears(f.entries()); err != nil { // commits all of it
 			return err
 		}
@@ -764,7 +764,7 @@ func TestDiskBounded(t *testing.T) {
 					snaps++
 				}
 			}
-			if most, memory = max(most, log), max(memory, p.n.raft.bytes); snaps > 3 { // one is on its way out
+			if most, memory = max(most, log), max(memory, p.n.log.bytes); snaps > 3 { // one is on its way out
 				t.Fatalf("%d snapshots", snaps)
 			}
 		}
@@ -1086,7 +1086,7 @@ func TestDiskChangeAnswered(t *testing.T) {
 			"the voters": step(func() (bool, error) {
 				return p.n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1}})
 			}),
-			"the leader as a member":   step(func() (bool, error) { return p.n.stepLearner(p.n.raftID, p.n.self) }),
+			"the leader as a member":   step(func() (bool, error) { return p.n.stepLearner(p.n.id.raftID, p.n.self) }),
 			"the leader as the leader": step(func() (bool, error) { return p.n.stepTransfer(1, new(uint64)) }),
 		}
 		if kind == raftpb.ConfChangeRemoveNode {
@@ -1222,9 +1222,9 @@ func TestDiskSyncs(t *testing.T) {
 		if err := f.d.write(); err != nil { // the loop does not know yet
 			return err
 		}
-		before := f.n.queued
+		before := f.n.durable.queued
 		f.n.turn(input{messages: []inbound{{f.to(f.entries()), f.hello}}})
-		if f.n.queued != before+1 {
+		if f.n.durable.queued != before+1 {
 			t.Error("it did not have to wait")
 		}
 		return f.settle()

@@ -67,7 +67,7 @@ func (c *testCluster) when(cond func(*node) bool) func(then func()) {
 			once.Do(func() { close(reached); <-goOn })
 			return true, nil
 		}}
-		n.in.event(func() { n.conds = append(n.conds, wait) })
+		n.in.event(func() { n.calls.conditions = append(n.calls.conditions, wait) })
 	}
 	return func(then func()) {
 		c.t.Helper()
@@ -639,8 +639,8 @@ func (c *testCluster) noTransfers(ids ...uint64) {
 						receives++
 					}
 				}
-				if len(s.n.views)+len(s.n.store.views)+receives > 0 {
-					return fmt.Errorf("node %d sends from %d views, has %d open, receives %d", id, len(s.n.views), len(s.n.store.views), receives)
+				if len(s.n.snapshots.views)+len(s.n.store.views)+receives > 0 {
+					return fmt.Errorf("node %d sends from %d views, has %d open, receives %d", id, len(s.n.snapshots.views), len(s.n.store.views), receives)
 				}
 				return nil
 			})
@@ -868,8 +868,8 @@ func TestSnapshotTransfer(t *testing.T) {
 		<-hits
 		n := c.nodes[1].server.n
 		if err := n.do(c.ctx, func() error {
-			if len(n.views) != 1 || n.views[0].readers != 2 || len(n.store.views) != 1 {
-				return fmt.Errorf("%d views, %d of the store", len(n.views), len(n.store.views))
+			if len(n.snapshots.views) != 1 || n.snapshots.views[0].readers != 2 || len(n.store.views) != 1 {
+				return fmt.Errorf("%d views, %d of the store", len(n.snapshots.views), len(n.store.views))
 			}
 			return nil
 		}); err != nil {

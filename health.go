@@ -39,13 +39,29 @@ func (l *lag) caughtUp(applied, now, limit uint64) bool {
 	return l.inTime || applied >= l.mark
 }
 
+// nodeHealth is what the loop's judgement of this node's health rests on.
+type nodeHealth struct {
+	lag         lag
+	readyVoters []uint64 // that answered this leader at the last heartbeat, and had caught up
+	// dispensableUntil is the tick up to which the cluster can do without this
+	// node, says the leader.
+	dispensableUntil uint64
+}
+
+// forgetLeader drops what the last leader said. now is the tick in which it stopped to
+// be the leader.
+func (h *nodeHealth) forgetLeader(now uint64) {
+	h.lag = lag{mark: never, since: now}
+	h.dispensableUntil = 0
+}
+
 // caughtUp reports whether this node's state is that of its leader, but for what was
 // committed in the last election timeout.
 func (n *node) caughtUp() bool {
-	if n.role == raft.StateLeader {
+	if n.raft.role == raft.StateLeader {
 		return n.leads()
 	}
-	return n.lag.caughtUp(n.store.index, n.now, n.electionTicks())
+	return n.health.lag.caughtUp(n.store.index, n.clock.now, n.electionTicks())
 }
 
 // whyUnhealthy says why this node should get no calls; empty: it should.
@@ -53,11 +69,11 @@ func (n *node) whyUnhealthy() string {
 	switch {
 	case n.rn == nil:
 		return "in no cluster"
-	case n.store.members[n.raftID] == nil:
+	case n.store.members[n.id.raftID] == nil:
 		return "not a member, as far as it knows"
 	case len(n.store.raftIDsOf(n.self.Id)) > 1:
 		return n.whyTwoLives()
-	case n.lead == 0:
+	case n.raft.lead == 0:
 		return n.noLeader().Error()
 	case !n.caughtUp():
 		return "not yet caught up"
@@ -70,7 +86,7 @@ func (n *node) whyUnhealthy() string {
 func (n *node) whyTwoLives() string {
 	var at []string
 	for _, id := range n.store.raftIDsOf(n.self.Id) {
-		if id != n.raftID {
+		if id != n.id.raftID {
 			at = append(at, n.store.members[id].Address)
 		}
 	}
@@ -87,39 +103,39 @@ func (n *node) whyNotRestart() string {
 	switch {
 	case isJoint(n.store.conf):
 		return "a change of membership is half way"
-	case !n.isVoter(n.raftID):
+	case !n.isVoter(n.id.raftID):
 		return "" // a learner's vote is not missed
-	case n.isSpared():
+	case n.isDispensable():
 		return ""
-	case n.role == raft.StateLeader && !n.mayChange():
+	case n.raft.role == raft.StateLeader && !n.mayChange():
 		return "a change of membership, or of leadership, is running"
-	case n.role == raft.StateLeader:
+	case n.raft.role == raft.StateLeader:
 		missing := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool {
-			return slices.Contains(n.upVoters, id)
+			return slices.Contains(n.health.readyVoters, id)
 		})
 		return "the cluster could not go on without it: " + n.silent(missing) + ", or is too far behind"
 	}
 	return fmt.Sprintf("its leader, %s, does not say that the cluster can do without it; "+
-		"that node's own health tells why", n.locate(n.lead))
+		"that node's own health tells why", n.locate(n.raft.lead))
 }
 
 // isSpared reports whether the leader says that the cluster can do without this voter.
 // It said so at most an election timeout ago.
-func (n *node) isSpared() bool {
-	if n.role == raft.StateLeader {
-		return n.canSpare(n.raftID)
+func (n *node) isDispensable() bool {
+	if n.raft.role == raft.StateLeader {
+		return n.canDoWithout(n.id.raftID)
 	}
-	return n.lead != 0 && n.now < n.sparedUntil
+	return n.raft.lead != 0 && n.clock.now < n.health.dispensableUntil
 }
 
 // canSpare reports whether the cluster goes on without a voter, as long as no other
 // voter fails: the other voters that answer and have caught up are a majority, and no
 // change of membership runs. A cluster of one or two voters cannot go on without any:
 // there, it reports whether all others are up, because a restart loses least then.
-func (n *node) canSpare(id uint64) bool {
+func (n *node) canDoWithout(id uint64) bool {
 	voters := n.store.conf.GetVoters()
 	others := 0
-	for _, up := range n.upVoters {
+	for _, up := range n.health.readyVoters {
 		if up != id && slices.Contains(voters, up) {
 			others++
 		}
@@ -135,14 +151,14 @@ func (n *node) canSpare(id uint64) bool {
 
 // countUp notes the voters that answer this leader and have caught up.
 func (n *node) countUp() {
-	n.upVoters = n.upVoters[:0]
+	n.health.readyVoters = n.health.readyVoters[:0]
 	if !n.leads() {
 		return
 	}
 	progress := n.progressOf()
 	for _, id := range n.store.conf.GetVoters() {
-		if id == n.raftID || n.alive(id) && n.isCaughtUp(progress[id]) {
-			n.upVoters = append(n.upVoters, id)
+		if id == n.id.raftID || n.alive(id) && n.isCaughtUp(progress[id]) {
+			n.health.readyVoters = append(n.health.readyVoters, id)
 		}
 	}
 }
@@ -157,8 +173,8 @@ func (n *node) noLeader() error {
 	voters := n.store.conf.GetVoters()
 	var silent []string
 	for _, id := range voters {
-		if id != n.raftID && !n.answers(id) {
-			silent = append(silent, cmp.Or(n.refusals[id], n.silence(id)))
+		if id != n.id.raftID && !n.answers(id) {
+			silent = append(silent, cmp.Or(n.peers.refusals[id], n.silence(id)))
 		}
 	}
 	if len(silent) == 0 {
@@ -176,21 +192,21 @@ func (n *node) noLeader() error {
 // answers. While there is no leader a voter calls for votes once in two election
 // timeouts, and hears from whoever is there.
 func (n *node) answers(id uint64) bool {
-	if !n.connected[id] {
+	if !n.peers.connected[id] {
 		return false
 	}
-	asks := n.isVoter(n.raftID) && n.leaderless > 2*n.electionTicks()
-	return !asks || n.now-n.heard[id] <= 2*n.electionTicks()
+	asks := n.isVoter(n.id.raftID) && n.election.leaderless > 2*n.electionTicks()
+	return !asks || n.clock.now-n.peers.heard[id] <= 2*n.electionTicks()
 }
 
 // silence says that a member does not answer, since when and where.
 func (n *node) silence(id uint64) string {
-	ticks := n.leaderless // followers need not hear each other while there is a leader
-	if heard, ok := n.heard[id]; ok {
-		ticks = min(ticks, n.now-heard)
+	ticks := n.election.leaderless // followers need not hear each other while there is a leader
+	if heard, ok := n.peers.heard[id]; ok {
+		ticks = min(ticks, n.clock.now-heard)
 	}
 	text := fmt.Sprintf("%s has not answered for %v", n.locate(id), n.durationOf(ticks))
-	if !n.connected[id] {
+	if !n.peers.connected[id] {
 		text += " and is not connected"
 	}
 	return text
@@ -218,8 +234,8 @@ func (n *node) quorumLost() error {
 // hasLostMemory reports whether another life answers in place of a member: one that
 // this node has met, or this node itself, at the address of an older life of its own.
 func (n *node) hasLostMemory(id uint64) bool {
-	if n.met[id] != nil {
+	if n.peers.met[id] != nil {
 		return true
 	}
-	return id != n.raftID && proto.Equal(n.store.members[id], n.self)
+	return id != n.id.raftID && proto.Equal(n.store.members[id], n.self)
 }

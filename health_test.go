@@ -14,7 +14,7 @@ import (
 
 // beats gives a follower a heartbeat of its leader, which has applied an entry.
 func (l *lone) beats(applied uint64, spared bool) {
-	l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.term, func(m *raftpb.Message) {
+	l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.raft.term, func(m *raftpb.Message) {
 		*m.Index = applied
 		if spared {
 			m.RejectHint = new(uint64(1))
@@ -80,9 +80,9 @@ func TestHealthFollowsLag(t *testing.T) {
 		l.beats(9000, false)
 	}
 	want("one that is far behind", false)
-	l.hears(1, message(raftpb.MsgHeartbeat, 3, n.term+1, func(m *raftpb.Message) { *m.Index = 1 }))
+	l.hears(1, message(raftpb.MsgHeartbeat, 3, n.raft.term+1, func(m *raftpb.Message) { *m.Index = 1 }))
 	want("one that has all of a new leader's", true)
-	l.hears(0, message(raftpb.MsgHeartbeat, 2, n.term+1))
+	l.hears(0, message(raftpb.MsgHeartbeat, 2, n.raft.term+1))
 	want("one that does not know how far its leader is", false)
 }
 
@@ -106,17 +106,17 @@ func TestRestartIsSpared(t *testing.T) {
 	l.beats(1, true)
 	for range n.electionTicks() - 1 {
 		l.turn(1)
-		l.n.leadHeard = l.n.now
+		l.n.election.leadHeard = l.n.clock.now
 	}
-	if !n.isSpared() {
+	if !n.isDispensable() {
 		t.Error("it does not last an election timeout")
 	}
-	if l.turn(1); n.isSpared() {
+	if l.turn(1); n.isDispensable() {
 		t.Error("it lasts for ever")
 	}
 	l.beats(1, true)
-	l.hears(1, message(raftpb.MsgHeartbeat, 3, n.term+1))
-	if n.isSpared() {
+	l.hears(1, message(raftpb.MsgHeartbeat, 3, n.raft.term+1))
+	if n.isDispensable() {
 		t.Error("another leader has not said so")
 	}
 }
@@ -139,24 +139,24 @@ func TestRestartCounts(t *testing.T) {
 		{"there is one", []uint64{1}, []uint64{1}, []uint64{1}, nil},
 	} {
 		n.store.conf = &raftpb.ConfState{Voters: test.voters}
-		n.upVoters = test.up
+		n.health.readyVoters = test.up
 		for _, id := range test.spared {
-			if !n.canSpare(id) {
+			if !n.canDoWithout(id) {
 				t.Errorf("%s: %d is needed", test.what, id)
 			}
 		}
 		for _, id := range test.needed {
-			if n.canSpare(id) {
+			if n.canDoWithout(id) {
 				t.Errorf("%s: %d is spared", test.what, id)
 			}
 		}
-		n.changeAt = n.now
+		n.change.at = n.clock.now
 		for _, id := range test.spared {
-			if n.canSpare(id) {
+			if n.canDoWithout(id) {
 				t.Errorf("%s, and a change runs: %d is spared", test.what, id)
 			}
 		}
-		n.changeAt = 0
+		n.change.at = 0
 	}
 }
 
@@ -195,7 +195,7 @@ func TestRestartNeedsTheOthers(t *testing.T) {
 func TestSilentVotersAreNamed(t *testing.T) {
 	l := newLone(t, following)
 	n := l.n
-	for n.leaderless < n.ticksOf(leaderWait) {
+	for n.election.leaderless < n.ticksOf(leaderWait) {
 		l.turn(1)
 	}
 	says := func(parts ...string) {
@@ -211,7 +211,7 @@ func TestSilentVotersAreNamed(t *testing.T) {
 	says("2 of 3 voters are needed, but node 2 "+silent(2), "node 3 "+silent(3))
 
 	// 3 answers, and so would be enough: it may hear a leader that this node does not.
-	l.hears(1, message(raftpb.MsgHeartbeatResp, 3, n.term))
+	l.hears(1, message(raftpb.MsgHeartbeatResp, 3, n.raft.term))
 	says("there is no leader that this node hears: node 2 " + silent(2))
 	if strings.Contains(n.noLeader().Error(), "node 3") {
 		t.Errorf("3 answers, and it says %q", n.noLeader())
@@ -239,7 +239,7 @@ func TestVoterBehindALeaderAnswers(t *testing.T) {
 		b.flow(1, 3)
 		b.flow(2, 3)
 	}
-	if !b.nodes[1].leads() || b.nodes[1].term != 2 {
+	if !b.nodes[1].leads() || b.nodes[1].raft.term != 2 {
 		t.Fatalf("1 was disturbed: %s", b.state(1))
 	}
 	text := b.nodes[2].noLeader().Error()
@@ -262,7 +262,7 @@ func TestLostMemoryIsSaid(t *testing.T) {
 	l := newLone(t, following)
 	l.n.refused(1, 2, newLife(2, 9, 7)) // a learner
 	l.n.refused(1, 3, newLife(3, 8, 0))
-	for l.n.leaderless < l.n.ticksOf(leaderWait) {
+	for l.n.election.leaderless < l.n.ticksOf(leaderWait) {
 		l.turn(1)
 	}
 	if err := l.n.noLeader(); !strings.Contains(err.Error(), want) {
@@ -271,8 +271,8 @@ func TestLostMemoryIsSaid(t *testing.T) {
 	// The learner knows of itself.
 	n := l.n
 	n.store.members[9] = n.store.members[2]
-	n.self, n.raftID = plainNode(2), 9
-	delete(n.met, 2)
+	n.self, n.id.raftID = plainNode(2), 9
+	delete(n.peers.met, 2)
 	if err := n.noLeader(); !strings.Contains(err.Error(), want) {
 		t.Errorf("the learner says %q", err)
 	}
@@ -349,7 +349,7 @@ func TestRefusalsAreNamed(t *testing.T) {
 		ClusterId: 7,
 		Peer:      &kvpb.Peer{RaftId: 3, Life: 3, Node: plainNode(3)},
 	})
-	for n.leaderless < n.ticksOf(leaderWait) {
+	for n.election.leaderless < n.ticksOf(leaderWait) {
 		l.turn(1)
 	}
 	text := n.noLeader().Error()

@@ -94,7 +94,7 @@ func newLone(t *testing.T, state int) *lone {
 	o := defaultOptions()
 	o.id, o.logBytes = 1, 1<<20
 	l := &lone{t: t, n: newNode(o, plainNode(1), slog.New(slog.DiscardHandler)), terms: map[uint64]uint64{}}
-	l.n.net, l.n.raftID, l.n.life = l, 1, 1
+	l.n.net, l.n.id.raftID, l.n.id.life = l, 1, 1
 	l.n.publish()
 	for id := uint64(2); id <= 3; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(id), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
@@ -115,9 +115,9 @@ func newLone(t *testing.T, state int) *lone {
 		l.turn(0)
 	}
 	if state == leading {
-		for l.n.term < 2 {
+		for l.n.raft.term < 2 {
 			l.turn(1)
-			l.hears(0, message(raftpb.MsgPreVoteResp, 2, l.n.term+1))
+			l.hears(0, message(raftpb.MsgPreVoteResp, 2, l.n.raft.term+1))
 		}
 		l.hears(0, message(raftpb.MsgVoteResp, 2, 2))
 		l.hears(0, message(raftpb.MsgAppResp, 2, 2, func(m *raftpb.Message) { *m.Index = 2 }))
@@ -142,8 +142,8 @@ func TestTimeoutNowBehindChange(t *testing.T) {
 	change := confEntry(contextOf(plainMembers(4)...))
 	change.Index, change.Term = new(uint64(2)), new(uint64(1))
 	l.hears(0, appendMessage(1, 1, 1, 2, change), message(raftpb.MsgTimeoutNow, 2, 1))
-	if l.n.role != raft.StateCandidate || l.n.store.index != 2 || l.n.term != 2 {
-		t.Errorf("it is %v in term %d, and has applied %d", l.n.role, l.n.term, l.n.store.index)
+	if l.n.raft.role != raft.StateCandidate || l.n.store.index != 2 || l.n.raft.term != 2 {
+		t.Errorf("it is %v in term %d, and has applied %d", l.n.raft.role, l.n.raft.term, l.n.store.index)
 	}
 }
 
@@ -152,31 +152,31 @@ func TestTimeoutNowBehindChange(t *testing.T) {
 func TestLeaderLost(t *testing.T) {
 	l := newLone(t, following)
 	heartbeat := message(raftpb.MsgHeartbeat, 2, 1)
-	if l.hears(0, heartbeat); l.n.lead != 2 {
-		t.Fatalf("it follows %d", l.n.lead)
+	if l.hears(0, heartbeat); l.n.raft.lead != 2 {
+		t.Fatalf("it follows %d", l.n.raft.lead)
 	}
 	l.n.peerDown(2, true)
 	l.hears(0, heartbeat)
-	if l.turn(1); l.n.lead != 0 || l.n.rn.BasicStatus().RaftState != raft.StatePreCandidate {
-		t.Errorf("it follows %d, and is %v", l.n.lead, l.n.rn.BasicStatus().RaftState)
+	if l.turn(1); l.n.raft.lead != 0 || l.n.rn.BasicStatus().RaftState != raft.StatePreCandidate {
+		t.Errorf("it follows %d, and is %v", l.n.raft.lead, l.n.rn.BasicStatus().RaftState)
 	}
-	if l.hears(0, heartbeat); l.n.lead != 0 {
+	if l.hears(0, heartbeat); l.n.raft.lead != 0 {
 		t.Error("it follows the dead leader again")
 	}
 	l.n.peerUp(2, 2, false)
-	if l.hears(0, heartbeat); l.n.lead != 2 {
+	if l.hears(0, heartbeat); l.n.raft.lead != 2 {
 		t.Error("it does not follow a leader that is back")
 	}
 	if err := l.n.in.call(&call{done: make(chan outcome, 1)}); err != nil {
 		t.Fatal(err)
 	}
 	l.turn(0)
-	asked := l.n.round.ctx
+	asked := l.n.calls.round.ctx
 	if asked == nil {
 		t.Fatal("it does not ask the leader")
 	}
 	l.n.peerUp(2, 2, true)
-	if l.turn(0); bytes.Equal(l.n.round.ctx, asked) {
+	if l.turn(0); bytes.Equal(l.n.calls.round.ctx, asked) {
 		t.Error("it does not ask again what it could not send")
 	}
 }
@@ -259,10 +259,10 @@ func TestCaughtUp(t *testing.T) {
 	const behind = "not yet caught up"
 	l.hears(0, message(raftpb.MsgHeartbeat, 2, 1))
 	expect("before the leader says how far it is", behind)
-	last := l.n.raft.last()
+	last := l.n.log.last()
 	l.beats(last+1, false)
 	expect("with an entry to apply", behind)
-	term, _ := l.n.raft.Term(last)
+	term, _ := l.n.log.Term(last)
 	l.hears(0, message(raftpb.MsgApp, 2, 1, func(m *raftpb.Message) {
 		m.Index, m.LogTerm, m.Commit = &last, &term, new(last+1)
 		m.Entries = []*raftpb.Entry{{Term: new(uint64(1)), Index: new(last + 1)}}
@@ -276,7 +276,7 @@ func TestCommitsWait(t *testing.T) {
 	l := newLone(t, leading)
 	p := &postbox{lone: l}
 	l.n.net = p
-	acked := l.n.raft.last()
+	acked := l.n.log.last()
 	write := func() {
 		if err := l.n.in.call(&call{record: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}); err != nil {
 			t.Fatal(err)
@@ -285,7 +285,7 @@ func TestCommitsWait(t *testing.T) {
 	}
 	commit := func() { // by node 2
 		acked++
-		l.hears(0, message(raftpb.MsgAppResp, 2, l.n.term, func(m *raftpb.Message) { *m.Index = acked }))
+		l.hears(0, message(raftpb.MsgAppResp, 2, l.n.raft.term, func(m *raftpb.Message) { *m.Index = acked }))
 		if l.n.store.index != acked {
 			t.Fatalf("applied %d, not %d", l.n.store.index, acked)
 		}
@@ -308,7 +308,7 @@ func TestCommitsWait(t *testing.T) {
 	}
 	for range 2 * l.n.electionTicks() { // nobody has asked for long
 		l.turn(1)
-		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, l.n.term))
+		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, l.n.raft.term))
 	}
 	told()
 	write()
@@ -349,21 +349,21 @@ func (l *lone) turn(ticks int) bool {
 		}
 		return false
 	}
-	if n.raftID != l.raftID {
-		l.raftID, l.term, l.commit, l.applied, l.terms = n.raftID, 0, 0, 0, map[uint64]uint64{}
+	if n.id.raftID != l.raftID {
+		l.raftID, l.term, l.commit, l.applied, l.terms = n.id.raftID, 0, 0, 0, map[uint64]uint64{}
 	}
 	if n.rn == nil {
 		return true
 	}
 	st := n.rn.BasicStatus()
-	if term, commit, applied := st.GetTerm(), st.GetCommit(), n.store.index; term < l.term || commit < l.commit || applied < l.applied || applied > commit || n.raft.prevIndex > applied || commit > n.raft.last() {
-		l.t.Fatalf("from term %d, commit %d, applied %d to %d, %d, %d; the log is (%d, %d]", l.term, l.commit, l.applied, term, commit, applied, n.raft.prevIndex, n.raft.last())
+	if term, commit, applied := st.GetTerm(), st.GetCommit(), n.store.index; term < l.term || commit < l.commit || applied < l.applied || applied > commit || n.log.prevIndex > applied || commit > n.log.last() {
+		l.t.Fatalf("from term %d, commit %d, applied %d to %d, %d, %d; the log is (%d, %d]", l.term, l.commit, l.applied, term, commit, applied, n.log.prevIndex, n.log.last())
 	}
-	for i := max(l.applied, n.raft.prevIndex) + 1; i <= n.store.index; i++ {
-		l.terms[i], _ = n.raft.Term(i)
+	for i := max(l.applied, n.log.prevIndex) + 1; i <= n.store.index; i++ {
+		l.terms[i], _ = n.log.Term(i)
 	}
 	for i, term := range l.terms {
-		if now, err := n.raft.Term(i); err == nil && now != term {
+		if now, err := n.log.Term(i); err == nil && now != term {
 			l.t.Fatalf("entry %d was applied with term %d and has term %d now", i, term, now)
 		}
 	}
@@ -396,7 +396,7 @@ func (l *lone) do(what byte, data []byte) {
 	case 3:
 		var w kvpb.Welcome
 		if proto.Unmarshal(data, &w) == nil && w.GetPeer().GetNode() != nil {
-			l.n.refused(l.n.raftID, h.From.RaftId, &w)
+			l.n.refused(l.n.id.raftID, h.From.RaftId, &w)
 		}
 	case 4:
 		var req kvpb.InstallSnapshotRequest
@@ -448,8 +448,8 @@ func (l *lone) call(record []byte) {
 func (l *lone) admin(f func() (bool, error)) {
 	r := &request{n: l.n, step: f}
 	l.n.in.event(func() {
-		if len(l.n.conds) < 8 {
-			l.n.conds = append(l.n.conds, &condition{ctx: context.Background(), f: r.advance, done: make(chan error, 1)})
+		if len(l.n.calls.conditions) < 8 {
+			l.n.calls.conditions = append(l.n.calls.conditions, &condition{ctx: context.Background(), f: r.advance, done: make(chan error, 1)})
 		}
 	})
 }

@@ -151,7 +151,7 @@ func (b *inbox) close() {
 // error. Any goroutine may call it.
 func (n *node) await(ctx context.Context, f func() (bool, error)) error {
 	c := &condition{ctx: ctx, f: f, done: make(chan error, 1)}
-	if !n.in.event(func() { n.conds = append(n.conds, c) }) {
+	if !n.in.event(func() { n.calls.conditions = append(n.calls.conditions, c) }) {
 		return errStopping
 	}
 	select {

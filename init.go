@@ -106,22 +106,37 @@ type claim struct {
 	clusterID uint64 // that the founder has made; 0: none, as far as this node knows
 }
 
-// naming is a hello of a cluster that took this node for its member.
-type naming struct {
+// claims is what a node in no cluster knows of those who want it as a member.
+type claims struct {
+	bornAt    uint64        // tick in which this life began
+	current   *claim        // the last that was made; currentClaim says whether it holds
+	currentAt uint64        // tick in which current was made, or was last wanted
+	foreign   *foreignHello // the last hello of a cluster that meant this node; nil: none
+	founding  []*kvpb.Node  // of the Init that this node has made its cluster for, while it is not done
+}
+
+func (c *claims) forget(now uint64) {
+	c.bornAt = now
+	c.current = nil
+	c.founding = nil
+}
+
+// foreignHello is a hello of a cluster that took this node for its member.
+type foreignHello struct {
 	clusterID uint64
 	by        *kvpb.Node
 	tick      uint64 // of the hello, or of the last message behind it
 }
 
 // claimed returns the claim that holds, or nil.
-func (n *node) claimed() *claim {
-	if n.claim == nil || n.store.clusterID != 0 {
+func (n *node) currentClaim() *claim {
+	if n.claims.current == nil || n.store.clusterID != 0 {
 		return nil
 	}
-	if n.now-n.claimedAt > n.ticksOf(claimTime) {
+	if n.clock.now-n.claims.currentAt > n.ticksOf(claimTime) {
 		return nil
 	}
-	return n.claim
+	return n.claims.current
 }
 
 // excludes reports whether a claim forbids its node to listen to the sender of a hello:
@@ -136,29 +151,29 @@ func (c *claim) excludes(h *kvpb.Hello) bool {
 
 // means reports whether a hello is a cluster's that means this node, in whatever
 // life.
-func (n *node) means(h *kvpb.Hello) bool {
+func (n *node) isForeignHello(h *kvpb.Hello) bool {
 	to := h.GetTo().GetNode()
 	return h.ClusterId != 0 && (to.GetId() == n.self.Id || to.GetAddress() == n.self.Address)
 }
 
 // called remembers a hello of a cluster that takes this node for its member.
-func (n *node) called(h *kvpb.Hello) {
-	if n.means(h) {
-		n.named = &naming{clusterID: h.ClusterId, by: h.GetFrom().GetNode(), tick: n.now}
+func (n *node) noteForeign(h *kvpb.Hello) {
+	if n.isForeignHello(h) {
+		n.claims.foreign = &foreignHello{clusterID: h.ClusterId, by: h.GetFrom().GetNode(), tick: n.clock.now}
 	}
 }
 
 // namedBy returns who named this node lately, or nil.
-func (n *node) namedBy() *naming {
-	if n.named == nil || n.now-n.named.tick > n.ticksOf(n.redialTime()) {
+func (n *node) lastForeign() *foreignHello {
+	if n.claims.foreign == nil || n.clock.now-n.claims.foreign.tick > n.ticksOf(n.redialTime()) {
 		return nil
 	}
-	return n.named
+	return n.claims.foreign
 }
 
 // isFresh reports whether a cluster might have this node as a member and have had no
 // time to call it.
-func (n *node) isFresh() bool { return n.now-n.bornAt <= n.ticksOf(n.redialTime()) }
+func (n *node) isFresh() bool { return n.clock.now-n.claims.bornAt <= n.ticksOf(n.redialTime()) }
 
 // Claim implements RaftService.
 func (nw *network) Claim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
@@ -224,21 +239,21 @@ func (n *node) answerClaim(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 			Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER,
 			ClusterId: n.store.clusterID,
 			Voters:    n.voterNodes(),
-			Members:   n.founding,
+			Members:   n.claims.founding,
 		}
 	}
-	if c := n.claimed(); c != nil && c.id != req.Id && !isPastLife(c.founder, req.Founder) {
+	if c := n.currentClaim(); c != nil && c.id != req.Id && !isPastLife(c.founder, req.Founder) {
 		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED, Members: c.members, By: c.founder.Node}
 	}
-	if named := n.namedBy(); named != nil && !req.Force {
+	if named := n.lastForeign(); named != nil && !req.Force {
 		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED, ClusterId: named.clusterID, By: named.by}
 	}
 	if n.isFresh() && !req.Force {
 		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH}
 	}
 	if req.Id != 0 {
-		n.claim = &claim{id: req.Id, founder: req.Founder, members: req.Members}
-		n.claimedAt = n.now
+		n.claims.current = &claim{id: req.Id, founder: req.Founder, members: req.Members}
+		n.claims.currentAt = n.clock.now
 	}
 	return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED}
 }
@@ -262,8 +277,8 @@ func (n *node) voterNodes() []*kvpb.Node {
 
 // withdraw ends a claim.
 func (n *node) withdraw(id uint64) {
-	if n.claim != nil && n.claim.id == id {
-		n.claim = nil
+	if n.claims.current != nil && n.claims.current.id == id {
+		n.claims.current = nil
 	}
 }
 
@@ -271,12 +286,12 @@ func (n *node) withdraw(id uint64) {
 // member. It answers once it is one, durably.
 func (n *node) awaitMember(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 	if n.store.clusterID == 0 {
-		if n.claim != nil && n.claim.id == req.Id {
+		if n.claims.current != nil && n.claims.current.id == req.Id {
 			n.keepClaim(req.ClusterId)
 		}
 		return nil
 	}
-	if n.queued > 0 {
+	if n.durable.queued > 0 {
 		return nil
 	}
 	return n.answerClaim(req)
@@ -284,11 +299,11 @@ func (n *node) awaitMember(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 
 // keepClaim makes the claim last, now that its founder has a cluster.
 func (n *node) keepClaim(clusterID uint64) {
-	n.claimedAt = n.now
-	if n.claim.clusterID != clusterID {
-		c := *n.claim
+	n.claims.currentAt = n.clock.now
+	if n.claims.current.clusterID != clusterID {
+		c := *n.claims.current
 		c.clusterID = clusterID
-		n.claim = &c
+		n.claims.current = &c
 	}
 }
 
@@ -303,20 +318,20 @@ type initTry struct {
 // found makes this node the first member of a cluster, if its try still has all
 // claims; 0: it has not, and may try again.
 func (n *node) found(t *initTry, members []*kvpb.Node) (clusterID uint64, err error) {
-	own := n.claimed()
+	own := n.currentClaim()
 	if own == nil || own.id != t.id {
 		return 0, nil
 	}
-	if n.clock-t.begun > n.ticksOf(claimTime)/2 {
+	if n.clock.wall-t.begun > n.ticksOf(claimTime)/2 {
 		return 0, nil
 	}
 	clusterID, err = n.bootstrap()
 	if err != nil {
 		return 0, err
 	}
-	n.claim, n.founding = nil, members
+	n.claims.current, n.claims.founding = nil, members
 	n.endFounding()
-	n.log.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
+	n.logger.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
 	return clusterID, nil
 }
 
@@ -422,7 +437,7 @@ func (f *founder) init(ctx context.Context) (clusterID uint64, err error) {
 	forwarded := len(md.Get(forwardMetadata)) > 0
 	for ctx.Err() == nil {
 		var otherVoters error
-		if forwarded || f.s.n.pub.Load().clusterID != 0 {
+		if forwarded || f.s.n.status.latest.Load().clusterID != 0 {
 			clusterID, err = f.atMember(ctx)
 			if forwarded || !errors.Is(err, errInCluster) {
 				return clusterID, err
@@ -523,8 +538,8 @@ func (f *founder) survey(ctx context.Context) ([]surveyAnswer, error) {
 func (f *founder) begin(ctx context.Context) (*initTry, error) {
 	n, t := f.s.n, &initTry{id: randomID()}
 	err := n.do(ctx, func() error {
-		t.begun = n.clock
-		t.founder = &kvpb.Peer{Node: n.self, RaftId: n.raftID, Life: n.life}
+		t.begun = n.clock.wall
+		t.founder = &kvpb.Peer{Node: n.self, RaftId: n.id.raftID, Life: n.id.life}
 		return nil
 	})
 	return t, err
@@ -697,7 +712,7 @@ func (f *founder) atMember(ctx context.Context) (uint64, error) {
 	founding := false
 	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
-		founding = n.founding != nil && sameNodes(n.founding, f.members)
+		founding = n.claims.founding != nil && sameNodes(n.claims.founding, f.members)
 		return nil
 	})
 	if err != nil {
@@ -766,17 +781,17 @@ func (f *founder) complete(ctx context.Context, t *initTry, clusterID uint64) (u
 // endFounding forgets which members Init was told, once they all vote, or once an
 // operator has added another. From then on, the same Init compares: it changes nothing.
 func (n *node) endFounding() {
-	if n.founding == nil || isJoint(n.store.conf) {
+	if n.claims.founding == nil || isJoint(n.store.conf) {
 		return
 	}
 	for _, m := range n.store.members {
-		if !containsNode(n.founding, m) {
-			n.founding = nil
+		if !containsNode(n.claims.founding, m) {
+			n.claims.founding = nil
 			return
 		}
 	}
-	if sameNodes(n.voterNodes(), n.founding) {
-		n.founding = nil
+	if sameNodes(n.voterNodes(), n.claims.founding) {
+		n.claims.founding = nil
 	}
 }
 
@@ -894,7 +909,7 @@ func (f *founder) halfWay(err error, clusterID uint64) error {
 	todo := ""
 	_ = n.do(context.Background(), func() error { // unless the node has ended
 		todo = fmt.Sprintf("; what is left, with --endpoints %s: %s", n.self.Address, n.toDo(f.members))
-		if n.founding != nil {
+		if n.claims.founding != nil {
 			todo += "; or the same init, which carries on"
 		}
 		return nil

@@ -50,7 +50,7 @@ func (c *testCluster) holdWhen(id uint64, cond func(*node) bool) (held chan stru
 		<-goOn
 		return true, nil
 	}}
-	n.in.event(func() { n.conds = append(n.conds, wait) })
+	n.in.event(func() { n.calls.conditions = append(n.calls.conditions, wait) })
 	release = sync.OnceFunc(func() { close(goOn) })
 	c.t.Cleanup(release) // before the nodes are stopped
 	return held, release
@@ -70,7 +70,7 @@ func (c *testCluster) failWhen(id uint64, cond func(*node) bool) (held chan stru
 // holdOnceClaimed keeps a node busy once it has answered a claim.
 func (c *testCluster) holdOnceClaimed(id uint64) (release func()) {
 	c.t.Helper()
-	_, release = c.holdWhen(id, func(n *node) bool { return n.claim != nil })
+	_, release = c.holdWhen(id, func(n *node) bool { return n.claims.current != nil })
 	return release
 }
 
@@ -197,7 +197,7 @@ func TestInitSurveyTakesTime(t *testing.T) {
 					return
 				}
 				ask()
-				for ctx.Err() == nil && node2.pub.Load().clusterID == 0 {
+				for ctx.Err() == nil && node2.status.latest.Load().clusterID == 0 {
 					sleep(ctx, time.Millisecond)
 				}
 			}
@@ -262,7 +262,7 @@ func TestInitCarriesOn(t *testing.T) {
 			c := newCluster(t, 3)
 			members := c.proto(1, 2, 3)
 			address := c.nodes[3].address
-			held, fail := c.failWhen(3, func(n *node) bool { return n.claim != nil })
+			held, fail := c.failWhen(3, func(n *node) bool { return n.claims.current != nil })
 			ended := make(chan error, 1)
 			go func() {
 				_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members})
@@ -302,7 +302,7 @@ func TestInitCarriesOn(t *testing.T) {
 			c.settled(1, 2, 3)
 			c.works(1, 2, 3)
 			c.inLoop(1, func(n *node) error {
-				if n.founding != nil {
+				if n.claims.founding != nil {
 					t.Error("the founder still carries on")
 				}
 				return nil
@@ -316,7 +316,7 @@ func TestInitCarriesOn(t *testing.T) {
 func (c *testCluster) failedHalfWay() {
 	c.t.Helper()
 	address := c.nodes[3].address
-	held, fail := c.failWhen(3, func(n *node) bool { return n.claim != nil })
+	held, fail := c.failWhen(3, func(n *node) bool { return n.claims.current != nil })
 	ended := make(chan error, 1)
 	go func() {
 		_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
@@ -376,7 +376,7 @@ func TestInitRemovesNobody(t *testing.T) {
 	})
 	t.Run("running", func(t *testing.T) {
 		c := newCluster(t, 4)
-		held, release := c.holdWhen(3, func(n *node) bool { return n.claim != nil })
+		held, release := c.holdWhen(3, func(n *node) bool { return n.claims.current != nil })
 		ended := make(chan error, 1)
 		go func() {
 			_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
@@ -501,7 +501,7 @@ func TestInitOfMany(t *testing.T) {
 		ids[i] = uint64(i) + 1
 	}
 	members := c.proto(ids...)
-	held, release := c.holdWhen(2, func(n *node) bool { return n.claim != nil }) // the first to be added
+	held, release := c.holdWhen(2, func(n *node) bool { return n.claims.current != nil }) // the first to be added
 	ended := make(chan error, 1)
 	go func() {
 		_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members})
@@ -515,7 +515,7 @@ func TestInitOfMany(t *testing.T) {
 		eventually(t, func() error {
 			most = max(most, len(asking))
 			kept := false
-			err := n.do(c.ctx, func() error { kept = n.claim != nil && n.claim.clusterID != 0; return nil })
+			err := n.do(c.ctx, func() error { kept = n.claims.current != nil && n.claims.current.clusterID != 0; return nil })
 			if !kept {
 				return cmp.Or(err, fmt.Errorf("the claim of node %d is not kept", id))
 			}
@@ -571,7 +571,7 @@ func TestInitGivesClaimsBack(t *testing.T) {
 		}
 		if err := n.do(c.ctx, func() error { // withdraw has been answered
 			got := uint64(0)
-			if c := n.claimed(); c != nil {
+			if c := n.currentClaim(); c != nil {
 				got = c.founder.RaftId
 			}
 			if got != want {
@@ -725,7 +725,7 @@ func TestClaim(t *testing.T) {
 		l, ask := ready(t)
 		ask(by(7, 2, 2), granted)
 		l.n.newLife()
-		if l.n.claimed() != nil {
+		if l.n.currentClaim() != nil {
 			t.Error("the claim has outlived its life")
 		}
 		ask(by(8, 2, 2), fresh)
@@ -733,7 +733,7 @@ func TestClaim(t *testing.T) {
 	t.Run("one at a time", func(t *testing.T) {
 		l, ask := ready(t)
 		ask(by(0, 2, 2), granted)
-		if l.n.claimed() != nil {
+		if l.n.currentClaim() != nil {
 			t.Error("who only asks has got a claim")
 		}
 		ask(by(7, 2, 2), granted)
@@ -752,11 +752,11 @@ func TestClaim(t *testing.T) {
 		ask(by(7, 2, 2), granted)
 		l.ticks(l.n.ticksOf(claimTime))
 		ask(by(8, 3, 3), claimed)
-		if l.n.claimed() == nil {
+		if l.n.currentClaim() == nil {
 			t.Error("the claim does not hold")
 		}
 		l.ticks(1)
-		if l.n.claimed() != nil {
+		if l.n.currentClaim() != nil {
 			t.Error("the claim has not expired")
 		}
 		ask(by(8, 3, 3), granted)
@@ -840,7 +840,7 @@ func TestClaim(t *testing.T) {
 		if err := l.n.stepSnapshot(others, 1, newTestStore()); err == nil {
 			t.Error("a snapshot of another cluster than the founder's")
 		}
-		if err := l.n.stepSnapshot(founders, 1, newTestStore()); err != nil || l.n.claimed() != nil {
+		if err := l.n.stepSnapshot(founders, 1, newTestStore()); err != nil || l.n.currentClaim() != nil {
 			t.Errorf("the founder's snapshot: %v", err)
 		}
 		if resp := ask(by(8, 3, 3), kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER); resp.ClusterId != 7 || len(resp.Voters) != 3 {
@@ -860,7 +860,7 @@ func TestFound(t *testing.T) {
 		"at once":               {func(*lone) {}, true},
 		"just in time":          {func(l *lone) { l.ticks(l.n.ticksOf(claimTime) / 2) }, true},
 		"too late":              {func(l *lone) { l.ticks(l.n.ticksOf(claimTime)/2 + 1) }, false},
-		"after a pause":         {func(l *lone) { l.n.clock += l.n.ticksOf(claimTime) }, false},
+		"after a pause":         {func(l *lone) { l.n.clock.wall += l.n.ticksOf(claimTime) }, false},
 		"its own claim is lost": {func(l *lone) { l.n.withdraw(7) }, false},
 		"it is another's": {func(l *lone) {
 			l.n.withdraw(7)
@@ -869,7 +869,7 @@ func TestFound(t *testing.T) {
 	} {
 		l := newLone(t, inNoCluster)
 		l.ticks(l.n.ticksOf(l.n.redialTime()) + 1)
-		try := &initTry{id: 7, begun: l.n.clock, founder: me}
+		try := &initTry{id: 7, begun: l.n.clock.wall, founder: me}
 		l.n.answerClaim(&kvpb.ClaimRequest{Id: 7, Founder: me, Members: members})
 		tt.between(l)
 		id, err := l.n.found(try, members)
@@ -931,10 +931,10 @@ func (s *claimSim) start(id uint64, list []*kvpb.Node) {
 // look lets time pass at a node until now; false: it has restarted since.
 func (s *claimSim) look(p *claimNode) bool {
 	clock := firstTick + uint64((s.now-p.born)*p.rate/p.tickDuration().Seconds())
-	if missed := clock - p.clock; missed > 0 && s.r.IntN(5) == 0 {
+	if missed := clock - p.clock.wall; missed > 0 && s.r.IntN(5) == 0 {
 		p.lost += s.r.Uint64N(missed)
 	}
-	p.clock, p.now = clock, max(p.now, clock-p.lost)
+	p.clock.wall, p.clock.now = clock, max(p.clock.now, clock-p.lost)
 	return s.nodes[p.self.Id] == p
 }
 
@@ -943,7 +943,7 @@ func (s *claimSim) try(p *claimNode) {
 	if !s.look(p) || p.store.clusterID != 0 {
 		return
 	}
-	t := &initTry{id: randomID(), begun: p.clock, founder: &kvpb.Peer{Node: p.self, RaftId: p.raftID, Life: p.life}}
+	t := &initTry{id: randomID(), begun: p.clock.wall, founder: &kvpb.Peer{Node: p.self, RaftId: p.id.raftID, Life: p.id.life}}
 	var step func(i int)
 	fail := func(claimed int) {
 		for _, m := range p.list[:claimed] {
@@ -991,9 +991,9 @@ func (s *claimSim) try(p *claimNode) {
 func (s *claimSim) check(p *claimNode) {
 	s.founded++
 	for id, q := range s.nodes {
-		if q != p && q.founding != nil && containsNode(p.founding, q.self) && containsNode(q.founding, p.self) {
+		if q != p && q.claims.founding != nil && containsNode(p.claims.founding, q.self) && containsNode(q.claims.founding, p.self) {
 			s.t.Fatalf("nodes %d and %d have both made a cluster, of %s and of %s",
-				p.self.Id, id, formatNodes(p.founding), formatNodes(q.founding))
+				p.self.Id, id, formatNodes(p.claims.founding), formatNodes(q.claims.founding))
 		}
 	}
 }
@@ -1020,7 +1020,7 @@ func TestClaimsExclude(t *testing.T) {
 			s.pending = slices.DeleteFunc(s.pending, func(e *claimEvent) bool { return e == next })
 			s.now = next.at
 			next.f()
-			if id := 1 + s.r.Uint64N(size); s.r.IntN(40) == 0 && s.nodes[id].founding == nil {
+			if id := 1 + s.r.Uint64N(size); s.r.IntN(40) == 0 && s.nodes[id].claims.founding == nil {
 				s.start(id, s.nodes[id].list)
 			}
 			if t.Failed() {

@@ -21,6 +21,9 @@ type raftLog struct {
 	bytes     uint64 // that the entries take in memory
 	dropped   int    // entries that still take memory, though they are compacted
 	snapshot  func() *raftpb.Snapshot
+	// behind: raft has taken in entries, or a snapshot, since its last Ready, which
+	// the log lacks. They may have replaced what it holds.
+	behind bool
 }
 
 // InitialState implements raft.Storage.

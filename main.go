@@ -55,6 +55,8 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"go.etcd.io/raft/v3/raftpb"
+
 	"raft-key-value/kvpb"
 )
 
@@ -83,6 +85,8 @@ type options struct {
 	listener net.Listener                                    // in place of addr, for tests
 	dialer   func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
 	redial   time.Duration                                   // in place of redialTime, for tests; 0: not
+	onApply  func(*raftpb.Entry)                             // called by the loop, for tests
+	limits   raftLimits                                      // of a node that has been made
 }
 
 func defaultOptions() options {
@@ -354,7 +358,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	go func() { serveErr <- s.grpc.Serve(newLimiter(listener, room, log)) }()
 	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,
 		"connections", room.clients, "peers", room.peers, "files", room.files)
-	if n.pub.Load().clusterID == 0 {
+	if n.status.latest.Load().clusterID == 0 {
 		log.Info(errNotInitialized.Error())
 	}
 	ready(s)

@@ -199,18 +199,18 @@ func TestNoLeaderIsLogged(t *testing.T) {
 	}
 	logged(1)
 	n.turn(input{})
-	if n.lead == 0 {
+	if n.raft.lead == 0 {
 		t.Fatal("it does not lead")
 	}
 	logged(1)
-	n.lead = 0
+	n.raft.lead = 0
 	logged(2)
 }
 
 // TestAcceptNeedsToKnowWhoItIs: a hello that does not say who calls is refused.
 func TestAcceptNeedsToKnowWhoItIs(t *testing.T) {
 	n := turnNode()
-	p := n.pub.Load()
+	p := n.status.latest.Load()
 	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{RaftId: 5, Life: 5, Node: &kvpb.Node{Id: 2, Address: "127.0.0.1:2"}}, To: &kvpb.Peer{Node: n.self, RaftId: p.raftID}}
 	if w := n.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
 		t.Fatal(w)
@@ -335,7 +335,7 @@ func TestAGivenUpCallIsNotProposed(t *testing.T) {
 func TestWhatWasProposedIsUnknown(t *testing.T) {
 	n := turnNode()
 	proposed, queued := &call{record: []byte{1}, done: make(chan outcome, 1)}, &call{record: []byte{1}, done: make(chan outcome, 1)}
-	n.own, n.writes = &proposal{calls: []*call{proposed}}, []*call{queued}
+	n.calls.own, n.calls.writes = &proposal{calls: []*call{proposed}}, []*call{queued}
 	n.failAll(errStopping)
 	if o := <-proposed.done; o.err != errOutcomeUnknown {
 		t.Error(o.err)
@@ -349,13 +349,13 @@ func TestWhatWasProposedIsUnknown(t *testing.T) {
 // leaderWait, whenever it came.
 func TestExpireNeedsNoLeader(t *testing.T) {
 	l := newLone(t, following)
-	for l.n.leaderless == 0 {
+	for l.n.election.leaderless == 0 {
 		l.turn(1)
 	}
 	wait := l.n.ticksOf(leaderWait)
 	var calls []*call
-	for l.n.leaderless < wait {
-		if l.n.leaderless == 1 || l.n.leaderless == wait/2 {
+	for l.n.election.leaderless < wait {
+		if l.n.election.leaderless == 1 || l.n.election.leaderless == wait/2 {
 			c := &call{done: make(chan outcome, 1)}
 			calls = append(calls, c)
 			if err := l.n.in.call(c); err != nil {
@@ -365,7 +365,7 @@ func TestExpireNeedsNoLeader(t *testing.T) {
 		l.turn(1)
 		for i, c := range calls {
 			if len(c.done) != 0 {
-				t.Fatalf("call %d ends after %d ticks: %v", i, l.n.leaderless, (<-c.done).err)
+				t.Fatalf("call %d ends after %d ticks: %v", i, l.n.election.leaderless, (<-c.done).err)
 			}
 		}
 	}

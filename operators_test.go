@@ -46,7 +46,7 @@ func TestOperatorsPromoteAndDemote(t *testing.T) {
 		{"demote 4 5", []uint64{1, 2, 3}, []uint64{4, 5}},
 	} {
 		runCommand(t, exitYes, "", append(strings.Fields(test.line), "--endpoints", c.nodes[2].address)...)
-		leader := c.nodes[2].server.n.pub.Load().leader
+		leader := c.nodes[2].server.n.status.latest.Load().leader
 		voters, learners := votersOf(t, c, leader.Id)
 		if fmt.Sprint(voters) != fmt.Sprint(test.voters) || fmt.Sprint(learners) != fmt.Sprint(test.learners) {
 			t.Errorf("%s: voters %v, learners %v, want %v and %v", test.line, voters, learners, test.voters, test.learners)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -15,6 +16,52 @@ import (
 
 	"raft-key-value/kvpb"
 )
+
+// peerStates is what the network told the loop of peers. All maps go by raft ID.
+type peerStates struct {
+	lives     map[uint64]uint64   // the life that we talk to; replaced, never changed
+	connected map[uint64]bool     // our stream to it is open
+	heard     map[uint64]uint64   // tick of its last message
+	met       map[uint64]*meeting // a life without memory that answered in place of this member
+	// moved is where our stream to a member goes, if that is not where the
+	// configuration had it.
+	moved map[uint64]*kvpb.Node
+	// disownedBy are the members that have applied this node's removal.
+	disownedBy map[uint64]bool
+	// refusals are why members do not talk to this node, until they do.
+	refusals map[uint64]string
+}
+
+func newPeerStates() peerStates {
+	return peerStates{
+		lives:      map[uint64]uint64{},
+		connected:  map[uint64]bool{},
+		heard:      map[uint64]uint64{},
+		met:        map[uint64]*meeting{},
+		moved:      map[uint64]*kvpb.Node{},
+		disownedBy: map[uint64]bool{},
+		refusals:   map[uint64]string{},
+	}
+}
+
+// forget drops what is known of members that were removed.
+func (p *peerStates) forget(removed []uint64) {
+	p.lives = maps.Clone(p.lives)
+	for _, id := range removed {
+		delete(p.lives, id) // never to be heard again
+		delete(p.met, id)
+		delete(p.heard, id)
+		delete(p.moved, id)
+		delete(p.refusals, id)
+	}
+}
+
+// nodeStatus is what others see of this node.
+type nodeStatus struct {
+	latest   atomic.Pointer[published] // any goroutine
+	onChange func(*published)          // called by the loop whenever latest has changed
+	count    kvpb.MetricsResponse      // its counters
+}
 
 // published is what other goroutines may know of the loop's state. It is never
 // changed.
@@ -32,7 +79,7 @@ type glance struct {
 	term, lead              uint64
 	leading, caughtUp       bool
 	leaderAt                string
-	spared                  bool   // this node may be restarted
+	dispensable             bool   // this node may be restarted
 	lost, connected         int    // members known to have lost their memory; peers
 	leaderless              uint64 // seconds without a leader
 	claim                   *claim // nil: it has not promised itself
@@ -45,37 +92,37 @@ func (g *glance) longLeaderless() bool { return g.leaderless >= uint64(leaderWai
 
 // publish lets others see what they may, if it has changed.
 func (n *node) publish() {
-	if n.disk == nil {
-		n.gone = n.store.removed
+	if n.durable.disk == nil {
+		n.durable.removed = n.store.removed
 	}
-	old, s := n.pub.Load(), n.store
-	leader := n.nodeOf(n.lead)
+	old, s := n.status.latest.Load(), n.store
+	leader := n.nodeOf(n.raft.lead)
 	now := glance{
-		clusterID: s.clusterID, raftID: n.raftID, life: n.life, term: n.term, lead: n.lead,
-		leading: n.leads(), caughtUp: n.caughtUp(), spared: n.rn != nil && n.isSpared(),
-		lost: len(n.met), connected: len(n.connected), leaderless: n.leaderless / n.ticksOf(time.Second),
-		leaderAt: leader.GetAddress(), claim: n.claimed(), conf: s.conf,
+		clusterID: s.clusterID, raftID: n.id.raftID, life: n.id.life, term: n.raft.term, lead: n.raft.lead,
+		leading: n.leads(), caughtUp: n.caughtUp(), dispensable: n.rn != nil && n.isDispensable(),
+		lost: len(n.peers.met), connected: len(n.peers.connected), leaderless: n.election.leaderless / n.ticksOf(time.Second),
+		leaderAt: leader.GetAddress(), claim: n.currentClaim(), conf: s.conf,
 	}
-	if old.glance == now && slices.Equal(old.removed, n.gone) {
+	if old.glance == now && slices.Equal(old.removed, n.durable.removed) {
 		return
 	}
-	p := &published{glance: now, leader: leader, members: s.members, removed: n.gone, noLeader: n.noLeader()}
+	p := &published{glance: now, leader: leader, members: s.members, removed: n.durable.removed, noLeader: n.noLeader()}
 	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
-		n.log.Info("leader", "is", n.describe(p.lead), "term", p.term)
+		n.logger.Info("leader", "is", n.describe(p.lead), "term", p.term)
 	}
 	if err := n.quorumLost(); p.lead == 0 && err != nil && (old.lost != p.lost || old.lead != 0) {
-		n.log.Error("the cluster cannot go on", "err", err)
+		n.logger.Error("the cluster cannot go on", "err", err)
 	}
-	n.pub.Store(p)
-	n.onPublish(p)
+	n.status.latest.Store(p)
+	n.status.onChange(p)
 }
 
 // missLeader is called in every tick; it says once that there is no leader.
 func (n *node) missLeader() {
-	if n.leaderless++; n.lead != 0 {
-		n.leaderless = 0
-	} else if n.leaderless == 2*n.electionTicks() {
-		n.log.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.connected), "members", describeMembers(n.store.conf, n.store.members))
+	if n.election.leaderless++; n.raft.lead != 0 {
+		n.election.leaderless = 0
+	} else if n.election.leaderless == 2*n.electionTicks() {
+		n.logger.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.peers.connected), "members", describeMembers(n.store.conf, n.store.members))
 	}
 }
 
@@ -97,20 +144,20 @@ func (n *node) locate(raftID uint64) string {
 
 // hello is how this life of the node introduces itself.
 func (n *node) hello() *kvpb.Hello {
-	p := n.pub.Load()
+	p := n.status.latest.Load()
 	return &kvpb.Hello{ClusterId: p.clusterID, From: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, Removed: p.removed}
 }
 
 // accept answers a Hello. Any goroutine may call it.
 func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
-	p := n.pub.Load()
+	p := n.status.latest.Load()
 	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, ClusterId: p.clusterID}
 	to := h.GetTo()
 	if p.clusterID == 0 && slices.Contains(h.Removed, p.raftID) {
 		n.in.event(func() { n.takeNewID(p.raftID) })
 	}
-	if p.clusterID == 0 && n.means(h) {
-		n.in.event(func() { n.called(h) })
+	if p.clusterID == 0 && n.isForeignHello(h) {
+		n.in.event(func() { n.noteForeign(h) })
 	}
 	switch {
 	case p.clusterID != 0 && slices.Contains(p.removed, h.GetFrom().GetRaftId()) && h.ClusterId == p.clusterID:
@@ -131,9 +178,9 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 // before it got any state: it could never be added. Whoever makes that up can
 // delay the adding of the node, but costs it nothing.
 func (n *node) takeNewID(removed uint64) {
-	if n.store.clusterID == 0 && n.raftID == removed {
+	if n.store.clusterID == 0 && n.id.raftID == removed {
 		n.newLife()
-		n.net.setMembers(0, n.raftID, nil, nil)
+		n.net.setMembers(0, n.id.raftID, nil, nil)
 	}
 }
 
@@ -150,7 +197,7 @@ func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello)
 // of or to another life, of another cluster, or of somebody who has left.
 func (n *node) hears(h *kvpb.Hello) bool {
 	from := h.From.RaftId
-	return n.lives[from] == h.From.Life && h.To.RaftId == n.raftID && sameCluster(n.store.clusterID, n.store.members, h)
+	return n.peers.lives[from] == h.From.Life && h.To.RaftId == n.id.raftID && sameCluster(n.store.clusterID, n.store.members, h)
 }
 
 // receiveMessages queues a peer's messages; it waits while the queue is full.
@@ -171,20 +218,20 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 		if slices.Contains(n.store.removed, raftID) {
 			return
 		}
-		n.lives = maps.Clone(n.lives)
-		if n.store.members[raftID] == nil && len(n.lives) >= maxMembers+maxStrangers { // forget those that came and went
-			maps.DeleteFunc(n.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
+		n.peers.lives = maps.Clone(n.peers.lives)
+		if n.store.members[raftID] == nil && len(n.peers.lives) >= maxMembers+maxStrangers { // forget those that came and went
+			maps.DeleteFunc(n.peers.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
 		}
-		n.lives[raftID] = life
-		delete(n.met, raftID) // this life is there, whoever answered in its place before
-		if raftID == n.deafTo {
-			n.deafTo = 0 // it is alive, or again
+		n.peers.lives[raftID] = life
+		delete(n.peers.met, raftID) // this life is there, whoever answered in its place before
+		if raftID == n.election.deafTo {
+			n.election.deafTo = 0 // it is alive, or again
 		}
 		if outbound {
-			n.connected[raftID] = true
-			delete(n.refusals, raftID)
-			delete(n.moved, raftID)
-			if raftID == n.lead {
+			n.peers.connected[raftID] = true
+			delete(n.peers.refusals, raftID)
+			delete(n.peers.moved, raftID)
+			if raftID == n.raft.lead {
 				n.askAgain() // what was on its way may be lost
 			}
 		}
@@ -195,8 +242,8 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 // address than the one that is known. Any goroutine may call it.
 func (n *node) peerMoved(raftID uint64, to *kvpb.Node) {
 	n.in.event(func() {
-		if n.connected[raftID] {
-			n.moved[raftID] = to
+		if n.peers.connected[raftID] {
+			n.peers.moved[raftID] = to
 		}
 	})
 }
@@ -208,10 +255,10 @@ func (n *node) nodeOf(raftID uint64) *kvpb.Node {
 	switch {
 	case m == nil:
 		return nil
-	case raftID == n.raftID:
+	case raftID == n.id.raftID:
 		return n.self
 	}
-	return cmp.Or(n.moved[raftID], m)
+	return cmp.Or(n.peers.moved[raftID], m)
 }
 
 // commitMove has the leader put into the configuration where one of its members,
@@ -242,11 +289,11 @@ func (n *node) isTaken(address string, nodeID uint64) bool {
 func (n *node) peerDown(raftID uint64, lost bool) {
 	n.in.event(func() {
 		if !lost {
-			n.log.Debug("peer's queue is full", "peer", n.describe(raftID))
-		} else if n.connected[raftID] {
-			delete(n.connected, raftID)
-			delete(n.moved, raftID)
-			if n.rn != nil && raftID == n.lead {
+			n.logger.Debug("peer's queue is full", "peer", n.describe(raftID))
+		} else if n.peers.connected[raftID] {
+			delete(n.peers.connected, raftID)
+			delete(n.peers.moved, raftID)
+			if n.rn != nil && raftID == n.raft.lead {
 				n.leaderLost()
 			}
 		}
@@ -264,20 +311,20 @@ func (n *node) peerDown(raftID uint64, lost bool) {
 func (n *node) leaderLost() {
 	rank := uint64(0)
 	for _, id := range n.store.conf.GetVoters() {
-		if id < n.raftID && id != n.lead {
+		if id < n.id.raftID && id != n.raft.lead {
 			rank++
 		}
 	}
-	n.campaignAt = n.now + 1 + rank*n.electionTicks()/10
-	n.deafTo, n.deafUntil = n.lead, n.now+n.electionTicks()/5
+	n.election.campaignAt = n.clock.now + 1 + rank*n.electionTicks()/10
+	n.election.deafTo, n.election.deafUntil = n.raft.lead, n.clock.now+n.electionTicks()/5
 	_ = n.rn.ForgetLeader()
 }
 
 // askAgain gives what waits for the leader to it again: writes are applied once.
 func (n *node) askAgain() {
 	n.retryReads()
-	if n.own != nil {
-		n.own.again = n.now
+	if n.calls.own != nil {
+		n.calls.own.again = n.clock.now
 	}
 }
 
@@ -285,11 +332,11 @@ func (n *node) askAgain() {
 // talk to this node. Any goroutine may call it.
 func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 	n.in.event(func() {
-		if n.rn != nil && myRaftID == n.raftID && w.ClusterId != 0 && n.store.members[raftID] != nil {
-			n.refusals[raftID] = refusal(w).Error()
+		if n.rn != nil && myRaftID == n.id.raftID && w.ClusterId != 0 && n.store.members[raftID] != nil {
+			n.peers.refusals[raftID] = refusal(w).Error()
 		}
 		switch {
-		case n.rn == nil || myRaftID != n.raftID:
+		case n.rn == nil || myRaftID != n.id.raftID:
 		case n.saysRemoved(raftID, w):
 			n.disowned(raftID)
 		case w.Verdict == kvpb.Verdict_VERDICT_OTHER_CLUSTER && w.ClusterId != 0 && w.ClusterId != n.store.clusterID && w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID) && n.mayChange():
@@ -316,14 +363,14 @@ func (n *node) saysRemoved(raftID uint64, w *kvpb.Welcome) bool {
 // know of it may still need this node's vote. Once a majority of the others knows, the
 // rest and this node together are no majority, so nobody needs that vote.
 func (n *node) disowned(by uint64) {
-	n.disownedBy[by] = true
+	n.peers.disownedBy[by] = true
 	others, told := 0, []uint64{}
 	for _, id := range n.store.conf.GetVoters() {
-		if id == n.raftID {
+		if id == n.id.raftID {
 			continue
 		}
 		others++
-		if n.disownedBy[id] {
+		if n.peers.disownedBy[id] {
 			told = append(told, id)
 		}
 	}
@@ -335,15 +382,15 @@ func (n *node) disowned(by uint64) {
 // removed ends a node that is no member any more, as most of the others say. One
 // without a data directory drops its state and may be added again, as somebody new.
 func (n *node) removed(by []uint64) {
-	if n.mark != 0 {
-		n.log.Error("this node was removed from its cluster", "say", n.names(by))
+	if n.durable.mark != 0 {
+		n.logger.Error("this node was removed from its cluster", "say", n.names(by))
 		n.err = errRemoved
 		return
 	}
-	n.log.Warn("this node was removed from its cluster: it drops its state and waits to be added again",
+	n.logger.Warn("this node was removed from its cluster: it drops its state and waits to be added again",
 		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "say", n.names(by))
 	n.flush(true)
 	n.failAll(errNotInitialized)
 	n.newLife()
-	n.net.setMembers(0, n.raftID, nil, nil)
+	n.net.setMembers(0, n.id.raftID, nil, nil)
 }

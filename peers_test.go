@@ -324,12 +324,12 @@ func TestRemovedByMost(t *testing.T) {
 					l.n.refused(change(w), id, w)
 				}
 				l.turn(0)
-				if l.n.raftID != 1 {
+				if l.n.id.raftID != 1 {
 					t.Fatalf("before %d says so, it has dropped its state", id)
 				}
 				l.n.refused(1, id, saysRemoved(id))
 				l.turn(0)
-				if dropped := l.n.raftID != 1; dropped != (i == len(test.by)-1) {
+				if dropped := l.n.id.raftID != 1; dropped != (i == len(test.by)-1) {
 					t.Fatalf("once %v say so, it has dropped its state: %v", test.by[:i+1], dropped)
 				}
 			}
@@ -343,14 +343,14 @@ func TestRemovedByMost(t *testing.T) {
 		l := voted(t, []uint64{1, 2, 3})
 		l.n.refused(1, 2, saysRemoved(2))
 		l.n.refused(1, 3, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_NOT_ME, Peer: &kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}})
-		if l.turn(0); l.n.raftID != 1 || l.n.met[3] == nil {
+		if l.turn(0); l.n.id.raftID != 1 || l.n.peers.met[3] == nil {
 			t.Error("it has dropped its state, or has not met the blank one")
 		}
 	})
 
 	t.Run("with a directory", func(t *testing.T) {
 		l := voted(t, []uint64{1, 2, 3})
-		l.n.mark = 1
+		l.n.durable.mark = 1
 		l.n.refused(1, 2, saysRemoved(2))
 		if l.turn(0); l.n.err != nil {
 			t.Fatal(l.n.err)
@@ -375,7 +375,7 @@ func TestHelloToBlank(t *testing.T) {
 				l := newLone(t, state)
 				l.n.accept(&kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2}, To: to, Removed: removed})
 				l.turn(0)
-				renamed := l.n.raftID != 1
+				renamed := l.n.id.raftID != 1
 				if want := cluster == 0 && slices.Contains(removed, 1); renamed != want || l.n.store.clusterID != cluster {
 					t.Errorf("in cluster %d, told that %v are removed: it has another raft ID: %v", cluster, removed, renamed)
 				}
@@ -390,12 +390,12 @@ func TestHelloToBlank(t *testing.T) {
 		}
 	})
 	l.n.accept(&kvpb.Hello{Removed: []uint64{1}})
-	if l.turn(0); l.n.raftID != 1 || l.n.store.clusterID != 7 {
+	if l.turn(0); l.n.id.raftID != 1 || l.n.store.clusterID != 7 {
 		t.Error("it has dropped what it had just got")
 	}
 	l.n.accept(&kvpb.Hello{Removed: []uint64{1}})
 	l.n.rn = nil // as run does with a node that ends
-	if l.turn(0); l.n.raftID != 1 || l.n.store.clusterID != 7 {
+	if l.turn(0); l.n.id.raftID != 1 || l.n.store.clusterID != 7 {
 		t.Error("it has dropped its state at its end")
 	}
 }
@@ -643,34 +643,34 @@ func TestMoveIsCommitted(t *testing.T) {
 	}{
 		{"nobody has moved", func(*node) {}, nil},
 		{"it was found", func(n *node) { n.peerMoved(3, other) }, other},
-		{"it is not heard", func(n *node) { n.peerMoved(3, other); delete(n.heard, 3) }, nil},
+		{"it is not heard", func(n *node) { n.peerMoved(3, other); delete(n.peers.heard, 3) }, nil},
 		{"it is not connected any more", func(n *node) { n.peerMoved(3, other); n.peerDown(3, true) }, nil},
 		{"it is where it was", func(n *node) { n.peerMoved(3, other); n.peerUp(3, 3, true) }, nil},
 		{"another member is there", func(n *node) { n.peerMoved(3, &kvpb.Node{Id: 3, Address: plainNode(2).Address}) }, nil},
 		{"another member was there", func(n *node) {
 			n.peerMoved(2, &kvpb.Node{Id: 2, Address: "elsewhere:1"})
 			n.peerMoved(3, &kvpb.Node{Id: 3, Address: plainNode(2).Address})
-			delete(n.heard, 2)
+			delete(n.peers.heard, 2)
 		}, &kvpb.Node{Id: 3, Address: plainNode(2).Address}},
 		{"the leader itself", func(n *node) { n.self = &kvpb.Node{Id: 1, Address: "self:1"} }, &kvpb.Node{Id: 1, Address: "self:1"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l := newLone(t, leading)
 			n := l.n
-			n.now = 10 * n.electionTicks()
-			n.heard[2], n.heard[3] = n.now, n.now
+			n.clock.now = 10 * n.electionTicks()
+			n.peers.heard[2], n.peers.heard[3] = n.clock.now, n.clock.now
 			test.change(n)
 			l.turn(0)
-			last := n.raft.last()
+			last := n.log.last()
 			begun := n.commitMove()
 			l.turn(0)
-			if begun != (test.want != nil) || (n.raft.last() > last) != begun {
+			if begun != (test.want != nil) || (n.log.last() > last) != begun {
 				t.Fatalf("a change is begun: %v", begun)
 			}
 			if !begun {
 				return
 			}
-			l.hears(0, message(raftpb.MsgAppResp, 2, n.term, func(m *raftpb.Message) { *m.Index = n.raft.last() }))
+			l.hears(0, message(raftpb.MsgAppResp, 2, n.raft.term, func(m *raftpb.Message) { *m.Index = n.log.last() }))
 			if got := n.store.members[test.want.Id]; got.GetAddress() != test.want.Address {
 				t.Errorf("it is at %v", got)
 			}
@@ -725,19 +725,19 @@ func TestLeaderIsNamedWhereItIs(t *testing.T) {
 	l := newLone(t, leading)
 	l.n.self = &kvpb.Node{Id: 1, Address: "self:1"}
 	l.n.peerUp(2, 2, true) // so that something is new
-	l.n.connected = map[uint64]bool{}
-	if l.turn(0); l.n.pub.Load().leader.GetAddress() != "self:1" || l.n.metrics().Leader.GetAddress() != "self:1" {
-		t.Errorf("a leader names itself as %v", l.n.pub.Load().leader)
+	l.n.peers.connected = map[uint64]bool{}
+	if l.turn(0); l.n.status.latest.Load().leader.GetAddress() != "self:1" || l.n.metrics().Leader.GetAddress() != "self:1" {
+		t.Errorf("a leader names itself as %v", l.n.status.latest.Load().leader)
 	}
 	l = newLone(t, following)
 	l.hears(0, message(raftpb.MsgHeartbeat, 2, 1))
-	if at := l.n.pub.Load().leader.GetAddress(); at != plainNode(2).Address {
+	if at := l.n.status.latest.Load().leader.GetAddress(); at != plainNode(2).Address {
 		t.Fatalf("the leader is at %q", at)
 	}
 	l.n.peerMoved(2, &kvpb.Node{Id: 2, Address: "other:1"})
 	l.n.peerMoved(9, &kvpb.Node{Id: 9, Address: "nobody:1"})
-	if l.turn(0); l.n.pub.Load().leader.GetAddress() != "other:1" || len(l.n.moved) != 1 {
-		t.Errorf("a follower names it as %v", l.n.pub.Load().leader)
+	if l.turn(0); l.n.status.latest.Load().leader.GetAddress() != "other:1" || len(l.n.peers.moved) != 1 {
+		t.Errorf("a follower names it as %v", l.n.status.latest.Load().leader)
 	}
 	l.n.peerDown(2, true)
 	if l.turn(0); l.n.nodeOf(2).Address != plainNode(2).Address {

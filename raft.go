@@ -27,11 +27,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"runtime"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"go.etcd.io/raft/v3"
@@ -103,107 +101,85 @@ type inbound struct {
 	hello *kvpb.Hello
 }
 
-// node is one member. All fields below are the loop's, but for those that say
-// otherwise; turn is the loop's body, and needs no goroutine, clock or socket.
+// node is one member: the RawNode, the order of a turn, and the parts that a turn asks.
+// All of it is the loop's, but for what says otherwise: turn, the loop's body, needs no
+// goroutine, clock or socket.
 type node struct {
-	opts   options      // constant
-	limits raftLimits   // constant, once raft has started
+	opts   options      // constant, once raft has started
 	self   *kvpb.Node   // constant
-	log    *slog.Logger // constant
+	logger *slog.Logger // constant
 	net    transport    // constant
-	disk   *disk        // constant; nil: in memory only
 	in     inbox        // any goroutine
-	pub    atomic.Pointer[published]
-	// onPublish is called by the loop whenever pub has changed.
-	onPublish func(*published)
-	onApply   func(*raftpb.Entry) // called by the loop
 
-	raftID uint64 // new whenever the node has lost its memory
-	life   uint64 // new whenever raftID is, and in every process
-	rn     *raft.RawNode
-	raft   *raftLog // by drainedLog, between two Readys
-	store  *store   // the loop writes, others get
-	err    error    // why the loop must end
+	id    identity
+	rn    *raft.RawNode // nil: in no cluster
+	raft  raftState
+	log   *raftLog // raft's Storage; between two Readys it is read by drainedLog
+	store *store   // the loop writes, others get
+	clock clock
+	err   error // why the loop must end
 
-	mark   uint64 // index of the last snapshot on disk
-	queued int    // jobs that the disk has not done
-	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
-	// gone is whom this node tells that they were removed: it must know so after
-	// a restart, too, or it might need the vote of one that has left for good.
-	gone []uint64
-
-	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
-
-	// logBehind: raft has taken in entries, or a snapshot, since its last Ready, which
-	// the log lacks. They may have replaced what it holds.
-	logBehind bool
-	// learned is what a peer knows to be committed, if this node does not know it yet.
-	learned learnedCommit
-
-	written  meter               // of the log's entries
-	pace     pace                // of writes, while this node leads
-	catching map[uint64]*catchUp // by raft ID, while this node leads
-	hurry    atomic.Bool         // set by the loop: the log runs away, so nobody is to rest
-
-	now        uint64 // ticks since the start, and firstTick
-	clock      uint64 // the same, with those that a busy loop has missed: what callers wait by
-	term, lead uint64
-	role       raft.StateType
-	leadHeard  uint64    // tick of the leader's last message
-	leaderless uint64    // ticks without a leader
-	campaignAt uint64    // tick in which to call an election, if there is no leader then; 0: none
-	deafTo     uint64    // a leader whose stream broke, by raft ID, not heard until deafUntil; 0: none
-	deafUntil  uint64    // tick
-	lag        lag       // behind the leader
-	commitAt   [3]uint64 // what was committed at the last heartbeats, the newest first
-	upVoters   []uint64  // as this leader counted them at the last heartbeat
-	// sparedUntil is up to which tick the cluster can do without this node, says the leader.
-	sparedUntil uint64
-
-	lives     map[uint64]uint64   // by raft ID: the life that we talk to; replaced, never changed
-	connected map[uint64]bool     // by raft ID: our stream to it is open
-	heard     map[uint64]uint64   // by raft ID: tick of its last message
-	met       map[uint64]*meeting // by raft ID: a life without memory that answered in place of this member
-	// moved is where our stream to a member goes, by raft ID, if that is not where
-	// the configuration had it.
-	moved map[uint64]*kvpb.Node
-	// disownedBy are the members, by raft ID, that have applied this node's removal.
-	disownedBy map[uint64]bool
-	// refusals are why members, by raft ID, do not talk to this node, until they do.
-	refusals map[uint64]string
-	sights   map[uint64]*sight // by raft ID: learners whose node has an older life, too
-	out      []peerMessages
-	askedAt  uint64 // tick in which a peer last asked this leader for something
-
-	writes, reads        []*call // that wait
-	own                  *proposal
-	round                readRound // in flight, if it has a context
-	confirmed            []readRound
-	readWait             uint64 // ticks after which a round is asked for again
-	sequence             uint64 // of the last proposal or round
-	readBeat             uint64 // highest read context sent with a heartbeat in this term
-	conds                []*condition
-	doneCalls, doneBytes int     // of the calls that ended in this turn
-	changeAt             uint64  // tick of a change of membership or of leadership in flight; 0: none
-	pending              *store  // a snapshot's content between Step and Ready
-	views                []*view // that snapshots are being sent from
-
-	bornAt    uint64       // tick in which this life began
-	claim     *claim       // the last that was made; claimed says whether it holds
-	claimedAt uint64       // tick in which it was made, or was last wanted
-	named     *naming      // the last hello of a cluster that meant this node; nil: none
-	founding  []*kvpb.Node // of the Init that this node has made its cluster for, while it is not done
-
-	count kvpb.MetricsResponse // the counters in it
+	calls     callsInFlight
+	peers     peerStates
+	election  election
+	change    membershipChange
+	claims    claims
+	durable   durable
+	snapshots snapshotsInFlight
+	catchup   catchup
+	health    nodeHealth
+	outbox    outbox
+	status    nodeStatus
 }
 
-func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
-	n := &node{opts: o, limits: defaultRaftLimits(), self: self, log: log, store: newStore(), onPublish: func(*published) {}, onApply: func(*raftpb.Entry) {}}
+// identity is what tells one memory of a node from another.
+type identity struct {
+	raftID uint64 // new whenever the node has lost its memory
+	life   uint64 // new whenever raftID is, and in every process
+}
+
+// raftState is what raft said last of its term, its leader and its role.
+type raftState struct {
+	term uint64
+	lead uint64 // raft ID; 0: unknown
+	role raft.StateType
+}
+
+// clock counts ticks since the start, and firstTick.
+type clock struct {
+	now  uint64 // the ticks that the loop has made
+	wall uint64 // now, and the ticks that a busy loop has missed: what callers wait by
+}
+
+// election is when and how this node looks for another leader.
+type election struct {
+	leadHeard  uint64        // tick of the leader's last message
+	leaderless uint64        // ticks without a leader
+	campaignAt uint64        // tick in which to call an election, if there is no leader then; 0: none
+	deafTo     uint64        // raft ID of a leader whose stream broke, not heard until deafUntil; 0: none
+	deafUntil  uint64        // tick
+	learned    learnedCommit // what a peer knows to be committed, and this node does not know yet
+}
+
+// outbox is what a turn sends to peers at its end.
+type outbox struct {
+	messages    []peerMessages
+	readContext uint64 // highest read context sent with a heartbeat in this term
+	askedAt     uint64 // tick in which a peer last asked this leader for something
+}
+
+func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
+	n := &node{opts: o, self: self, logger: logger, store: newStore()}
+	n.opts.limits = defaultRaftLimits()
+	if n.opts.onApply == nil {
+		n.opts.onApply = func(*raftpb.Entry) {}
+	}
+	n.status.onChange = func(*published) {}
 	n.in.wake = newBell()
-	n.now, n.clock = firstTick, firstTick
-	n.written = newMeter(o.heartbeat)
+	n.clock = clock{now: firstTick, wall: firstTick}
+	n.catchup.written = newMeter(o.heartbeat)
 	n.newLife()
-	n.pub.Store(&published{})
+	n.status.latest.Store(&published{})
 	n.publish()
 	return n
 }
@@ -211,19 +187,19 @@ func newNode(o options, self *kvpb.Node, log *slog.Logger) *node {
 // newLife forgets everything. The raft ID was never used before: under its old
 // one, a node without memory could vote twice.
 func (n *node) newLife() {
-	n.raftID, n.life = randomID(), randomID()
-	n.rn, n.raft = nil, &raftLog{snapshot: n.snapshot}
+	n.id = identity{raftID: randomID(), life: randomID()}
+	n.rn = nil
+	n.raft = raftState{}
+	n.log = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
-	n.term, n.lead, n.role, n.campaignAt, n.deafTo, n.leaderless = 0, 0, raft.StateFollower, 0, 0, 0
-	n.lag, n.sparedUntil = lag{mark: never}, 0
-	n.lives, n.connected, n.heard = map[uint64]uint64{}, map[uint64]bool{}, map[uint64]uint64{}
-	n.met, n.disownedBy, n.moved = map[uint64]*meeting{}, map[uint64]bool{}, map[uint64]*kvpb.Node{}
-	n.refusals = map[uint64]string{}
-	n.logBehind, n.learned = false, learnedCommit{}
-	n.sights = map[uint64]*sight{}
-	n.out, n.gone = nil, nil
-	n.bornAt, n.claim, n.founding = n.now, nil, nil
-	n.pace, n.catching = pace{}, map[uint64]*catchUp{}
+	n.peers = newPeerStates()
+	n.election = election{}
+	n.change.forget()
+	n.claims.forget(n.clock.now)
+	n.durable.removed = nil
+	n.catchup.forget()
+	n.health.forgetLeader(0)
+	n.outbox.messages = nil
 }
 
 // randomID returns a number that nobody has drawn before. Not 0, and below
@@ -237,41 +213,41 @@ func randomID() uint64 {
 // open makes the node the member that its data directory holds, if that holds
 // one. What it knows to be committed is applied when it returns.
 func (n *node) open(d *disk) error {
-	n.disk = d
+	n.durable.disk = d
 	r, err := d.recover(n.self.Id)
 	if err != nil {
 		return err
 	}
 	if r == nil {
-		n.log.Info("the data directory has nothing of a node in it: this node is new", "dir", d.dir)
+		n.logger.Info("the data directory has nothing of a node in it: this node is new", "dir", d.dir)
 		return nil
 	}
-	n.raftID = r.identity.RaftId
-	n.sequence = r.batch.Boots << 40 // above all of earlier processes
+	n.id.raftID = r.identity.RaftId
+	n.calls.sequence = r.batch.Boots << 40 // above all of earlier processes
 	n.store.install(r.store)
-	n.raft.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
+	n.log.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
 	var entries []*raftpb.Entry
 	for _, e := range r.batch.Entries {
 		entries = append(entries, raftEntry(e))
 	}
-	if err := n.raft.append(entries); err != nil {
+	if err := n.log.append(entries); err != nil {
 		return err
 	}
-	n.mark, n.gone = r.store.index, r.store.removed
-	n.logged = n.raft.bytes + sectorBytes*uint64(len(entries))
+	n.durable.mark, n.durable.removed = r.store.index, r.store.removed
+	n.durable.logged = n.log.bytes + sectorBytes*uint64(len(entries))
 	h := r.batch.GetHardState()
-	n.raft.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
+	n.log.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
 	if err := n.start(); err != nil {
 		return err
 	}
-	if slices.Equal(confIDs(n.store.conf), []uint64{n.raftID}) {
-		n.campaignAt = n.now + 1 // there is nobody to wait for
+	if slices.Equal(confIDs(n.store.conf), []uint64{n.id.raftID}) {
+		n.election.campaignAt = n.clock.now + 1 // there is nobody to wait for
 	}
 	n.publish() // who it is, before it says hello
 	n.configured()
 	n.turn(input{})
-	if m := n.store.members[n.raftID]; m != nil && m.Address != n.self.Address {
-		n.log.Info("the members know this node by another address: it says hello to them from this one",
+	if m := n.store.members[n.id.raftID]; m != nil && m.Address != n.self.Address {
+		n.logger.Info("the members know this node by another address: it says hello to them from this one",
 			"known", m.Address, "advertise", n.self.Address)
 	}
 	return n.err
@@ -285,12 +261,12 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	}
 	s := newStore()
 	s.clusterID, s.index, s.term = randomID(), 1, 1
-	s.configure(&raftpb.ConfState{Voters: []uint64{n.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.raftID, Node: n.self}})
+	s.configure(&raftpb.ConfState{Voters: []uint64{n.id.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.id.raftID, Node: n.self}})
 	n.store.install(s)
-	n.raft.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
-	n.raft.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
+	n.log.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
+	n.log.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
 	v := n.store.open()
-	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, v.close)
+	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.log.hard)}}, v.close)
 	if err := n.start(); err != nil {
 		return 0, err
 	}
@@ -301,22 +277,22 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 // start makes the RawNode over what the log and the store hold.
 func (n *node) start() (err error) {
 	n.rn, err = raft.NewRawNode(&raft.Config{
-		ID:                        n.raftID,
+		ID:                        n.id.raftID,
 		ElectionTick:              int(n.electionTicks()),
 		HeartbeatTick:             ticksPerHeartbeat,
-		Storage:                   n.raft,
+		Storage:                   n.log,
 		Applied:                   n.store.index,
 		AsyncStorageWrites:        true,
-		MaxSizePerMsg:             n.limits.message,
-		MaxCommittedSizePerReady:  n.limits.ready,
-		MaxUncommittedEntriesSize: n.limits.uncommitted,
-		MaxInflightMsgs:           n.limits.inflight,
-		MaxInflightBytes:          n.limits.inflightBytes,
+		MaxSizePerMsg:             n.opts.limits.message,
+		MaxCommittedSizePerReady:  n.opts.limits.ready,
+		MaxUncommittedEntriesSize: n.opts.limits.uncommitted,
+		MaxInflightMsgs:           n.opts.limits.inflight,
+		MaxInflightBytes:          n.opts.limits.inflightBytes,
 		CheckQuorum:               true, // a leader that is cut off steps down
 		PreVote:                   true, // a node that was cut off does not disturb
 		StepDownOnRemoval:         true,
 		ReadOnlyOption:            raft.ReadOnlySafe, // no promise hangs on a clock
-		Logger:                    &raftLogger{n.log},
+		Logger:                    &raftLogger{n.logger},
 	})
 	return err
 }
@@ -374,7 +350,7 @@ func (n *node) turn(in input) {
 	for _, msg := range in.messages {
 		n.receive(msg)
 	}
-	n.clock = max(n.clock, firstTick+in.clock)
+	n.clock.wall = max(n.clock.wall, firstTick+in.clock)
 	for range in.ticks {
 		n.tick()
 	}
@@ -390,8 +366,8 @@ func (n *node) turn(in input) {
 
 // tick lets time pass, for raft and for whatever waits.
 func (n *node) tick() {
-	n.now++
-	n.clock++
+	n.clock.now++
+	n.clock.wall++
 	n.expire()
 	if n.rn == nil {
 		return
@@ -403,22 +379,22 @@ func (n *node) tick() {
 		return
 	}
 	// A learner never campaigns, so raft lets it keep a dead leader for ever.
-	if n.lead != 0 && n.lead != n.raftID && n.now-n.leadHeard > 2*n.electionTicks() {
+	if n.raft.lead != 0 && n.raft.lead != n.id.raftID && n.clock.now-n.election.leadHeard > 2*n.electionTicks() {
 		_ = n.rn.ForgetLeader()
 	}
-	if n.now == n.campaignAt && n.lead == 0 && n.role == raft.StateFollower && n.isVoter(n.raftID) {
+	if n.clock.now == n.election.campaignAt && n.raft.lead == 0 && n.raft.role == raft.StateFollower && n.isVoter(n.id.raftID) {
 		_ = n.rn.Campaign()
 	}
-	if n.round.ctx != nil && n.now-n.round.tick > n.readWait {
-		n.readWait = min(2*n.readWait, 8*n.electionTicks()) // or it is on its way still
-		n.retryReads()                                      // the request or its answer was lost
+	if n.calls.round.ctx != nil && n.clock.now-n.calls.round.tick > n.calls.readWait {
+		n.calls.readWait = min(2*n.calls.readWait, 8*n.electionTicks()) // or it is on its way still
+		n.retryReads()                                                  // the request or its answer was lost
 	}
-	if n.now%ticksPerHeartbeat != 0 {
+	if n.clock.now%ticksPerHeartbeat != 0 {
 		return
 	}
-	n.commitAt = [...]uint64{n.rn.BasicStatus().GetCommit(), n.commitAt[0], n.commitAt[1]}
+	n.catchup.commitAt = [...]uint64{n.rn.BasicStatus().GetCommit(), n.catchup.commitAt[0], n.catchup.commitAt[1]}
 	n.countUp()
-	if n.role == raft.StateLeader {
+	if n.raft.role == raft.StateLeader {
 		n.followMembers()
 	}
 	n.compactLog()
@@ -432,19 +408,19 @@ func (n *node) tick() {
 // leads reports whether this node leads and has applied an entry of its term,
 // so that its state is no older than any that was acknowledged.
 func (n *node) leads() bool {
-	return n.rn != nil && n.role == raft.StateLeader && n.store.term == n.term
+	return n.rn != nil && n.raft.role == raft.StateLeader && n.store.term == n.raft.term
 }
 
 // receive hands a peer's message to raft.
 func (n *node) receive(in inbound) {
 	m := in.m
 	from := m.GetFrom()
-	if !n.hears(in.hello) || from == n.deafTo && n.now < n.deafUntil {
-		n.count.MessagesDropped++
+	if !n.hears(in.hello) || from == n.election.deafTo && n.clock.now < n.election.deafUntil {
+		n.status.count.MessagesDropped++
 		return
 	}
 	if n.rn == nil {
-		n.called(in.hello)
+		n.noteForeign(in.hello)
 		n.receiveUninitialized(m)
 		return
 	}
@@ -452,18 +428,18 @@ func (n *node) receive(in inbound) {
 		return
 	}
 	if n.store.members[from] != nil {
-		n.heard[from] = n.now
+		n.peers.heard[from] = n.clock.now
 	}
-	if from == n.lead {
-		n.leadHeard = n.now
+	if from == n.raft.lead {
+		n.election.leadHeard = n.clock.now
 	}
 	if t := m.GetType(); t == raftpb.MsgProp || t == raftpb.MsgReadIndex {
-		n.askedAt = n.now
+		n.outbox.askedAt = n.clock.now
 	}
 	if m.GetType() == raftpb.MsgReadIndex && !n.leads() && len(n.store.conf.GetVoters()) == 1 {
 		return // raft would answer before it knows what is committed; who asked will ask again
 	}
-	if m.GetType() == raftpb.MsgProp && n.pace.limit != 0 {
+	if m.GetType() == raftpb.MsgProp && n.catchup.pace.limit != 0 {
 		n.hold(m)
 		return
 	}
@@ -479,15 +455,15 @@ func (n *node) receive(in inbound) {
 
 // followHeartbeat takes from a heartbeat of the leader what the leader adds to it.
 func (n *node) followHeartbeat(m *raftpb.Message) {
-	if m.GetFrom() != n.lead || m.GetTerm() != n.term {
+	if m.GetFrom() != n.raft.lead || m.GetTerm() != n.raft.term {
 		return
 	}
 	if m.GetIndex() != 0 {
-		n.lag.follow(m.GetIndex(), n.store.index, n.now, n.electionTicks())
+		n.health.lag.follow(m.GetIndex(), n.store.index, n.clock.now, n.electionTicks())
 	}
-	n.sparedUntil = 0
+	n.health.dispensableUntil = 0
 	if m.GetRejectHint() != 0 {
-		n.sparedUntil = n.now + n.electionTicks()
+		n.health.dispensableUntil = n.clock.now + n.electionTicks()
 	}
 }
 
@@ -499,7 +475,7 @@ func (n *node) addToHeartbeat(m *raftpb.Message) {
 		return
 	}
 	m.Index = new(n.store.index)
-	if n.canSpare(m.GetTo()) {
+	if n.canDoWithout(m.GetTo()) {
 		m.RejectHint = new(uint64(1))
 	}
 }
@@ -509,17 +485,17 @@ func (n *node) addToHeartbeat(m *raftpb.Message) {
 // that one alone, would take this node for dead. To raft the answer means nothing: the
 // caller does not lead in its present term.
 func (n *node) answerAlive(m *raftpb.Message) {
-	if n.lead == 0 || m.GetTerm() <= 1 {
+	if n.raft.lead == 0 || m.GetTerm() <= 1 {
 		return
 	}
-	n.send(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: &n.raftID, To: m.From, Term: new(m.GetTerm() - 1)})
+	n.send(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: &n.id.raftID, To: m.From, Term: new(m.GetTerm() - 1)})
 }
 
 // step gives a peer's message to raft.
 func (n *node) step(m *raftpb.Message) {
-	n.logBehind = n.logBehind || m.GetType() == raftpb.MsgApp
+	n.log.behind = n.log.behind || m.GetType() == raftpb.MsgApp
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
-		n.log.Debug("raft refused a message", "type", m.GetType(), "from", m.GetFrom(), "err", err)
+		n.logger.Debug("raft refused a message", "type", m.GetType(), "from", m.GetFrom(), "err", err)
 	}
 	n.syncSoftState()
 }
@@ -528,19 +504,19 @@ func (n *node) step(m *raftpb.Message) {
 // Whoever looks at the log between two Readys has to look here: n.raft can still
 // hold entries that raft has replaced.
 func (n *node) drainedLog() *raftLog {
-	if n.logBehind {
+	if n.log.behind {
 		n.drain()
 	}
 	if n.rn == nil || n.err != nil {
 		return nil
 	}
-	return n.raft
+	return n.log
 }
 
 // receiveUninitialized answers a leader as raft with an empty log would: it
 // matches nothing. The leader then sends a snapshot.
 func (n *node) receiveUninitialized(m *raftpb.Message) {
-	resp := &raftpb.Message{To: m.From, From: new(n.raftID), Term: m.Term}
+	resp := &raftpb.Message{To: m.From, From: new(n.id.raftID), Term: m.Term}
 	switch m.GetType() {
 	case raftpb.MsgApp:
 		resp.Type, resp.Index, resp.Reject = raftpb.MsgAppResp.Enum(), m.Index, new(true)
@@ -568,8 +544,8 @@ func (n *node) learnCommit(m *raftpb.Message) {
 	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp {
 		return
 	}
-	if m.GetCommit() > max(n.learned.index, n.rn.BasicStatus().GetCommit()) {
-		n.learned = learnedCommit{index: m.GetCommit(), term: m.GetLogTerm(), from: m.GetFrom(), tick: n.now}
+	if m.GetCommit() > max(n.election.learned.index, n.rn.BasicStatus().GetCommit()) {
+		n.election.learned = learnedCommit{index: m.GetCommit(), term: m.GetLogTerm(), from: m.GetFrom(), tick: n.clock.now}
 	}
 }
 
@@ -579,21 +555,21 @@ func (n *node) learnCommit(m *raftpb.Message) {
 // knows now. Raft takes commits from a leader only; so here is one, for no longer
 // than the call.
 func (n *node) commitLearned() {
-	l := n.learned
+	l := n.election.learned
 	if l.from == 0 {
 		return
 	}
-	if n.lead != 0 || n.role == raft.StateLeader {
-		n.learned = learnedCommit{} // a leader commits it
+	if n.raft.lead != 0 || n.raft.role == raft.StateLeader {
+		n.election.learned = learnedCommit{} // a leader commits it
 		return
 	}
-	campaigns := n.role != raft.StateFollower
-	if campaigns && n.now-l.tick < n.electionTicks()/2 {
+	campaigns := n.raft.role != raft.StateFollower
+	if campaigns && n.clock.now-l.tick < n.electionTicks()/2 {
 		return
 	}
-	n.learned = learnedCommit{}
+	n.election.learned = learnedCommit{}
 	log := n.drainedLog()
-	if log == nil || n.lead != 0 {
+	if log == nil || n.raft.lead != 0 {
 		return
 	}
 	st := n.rn.BasicStatus()
@@ -602,12 +578,12 @@ func (n *node) commitLearned() {
 		return // equal entries have equal ones before them (Raft paper, section 5.3)
 	}
 	_ = n.rn.Step(&raftpb.Message{
-		Type: raftpb.MsgHeartbeat.Enum(), From: &l.from, To: &n.raftID,
+		Type: raftpb.MsgHeartbeat.Enum(), From: &l.from, To: &n.id.raftID,
 		Term: new(st.GetTerm()), Commit: &l.index,
 	})
 	_ = n.rn.ForgetLeader()
 	n.drain() // the configuration may be another one now
-	if campaigns && n.rn != nil && n.err == nil && n.isVoter(n.raftID) {
+	if campaigns && n.rn != nil && n.err == nil && n.isVoter(n.id.raftID) {
 		_ = n.rn.Campaign()
 	}
 }
@@ -631,10 +607,10 @@ func (n *node) check(m *raftpb.Message) bool {
 	if errors.Is(err, errContradiction) {
 		n.err = fmt.Errorf("stopped by a message of %s: %w. "+
 			"Here the term is %d, the log ends at entry %d, and what is committed at %d. %s",
-			n.locate(m.GetFrom()), err, n.term, n.raft.last(), n.rn.BasicStatus().GetCommit(), whichIsWrong)
+			n.locate(m.GetFrom()), err, n.raft.term, n.log.last(), n.rn.BasicStatus().GetCommit(), whichIsWrong)
 	} else if err != nil {
-		n.count.MessagesDropped++
-		n.log.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
+		n.status.count.MessagesDropped++
+		n.logger.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
 	}
 	return err == nil
 }
@@ -649,11 +625,11 @@ func (n *node) mustDrainFor(m *raftpb.Message) bool {
 		return true // raft ignores it while it has a change of membership to apply
 	case raftpb.MsgApp:
 		// Entries after the last committed one cannot contradict it.
-		return n.logBehind && m.GetIndex() <= n.rn.BasicStatus().GetCommit()
+		return n.log.behind && m.GetIndex() <= n.rn.BasicStatus().GetCommit()
 	case raftpb.MsgHeartbeat:
-		return n.logBehind || m.GetCommit() > n.store.index
+		return n.log.behind || m.GetCommit() > n.store.index
 	case raftpb.MsgAppResp:
-		return n.logBehind
+		return n.log.behind
 	}
 	return false
 }
@@ -661,8 +637,8 @@ func (n *node) mustDrainFor(m *raftpb.Message) bool {
 func (n *node) checkDrained(m *raftpb.Message) error {
 	st := n.rn.BasicStatus()
 	c := &peerCheck{
-		term: st.GetTerm(), commit: st.GetCommit(), log: n.raft,
-		leading: n.role == raft.StateLeader, lead: n.lead, readBeat: n.readBeat,
+		term: st.GetTerm(), commit: st.GetCommit(), log: n.log,
+		leading: n.raft.role == raft.StateLeader, lead: n.raft.lead, readBeat: n.outbox.readContext,
 	}
 	return c.check(m)
 }
@@ -674,11 +650,11 @@ func (n *node) drain() {
 		n.propose()
 		n.askRead()
 		if !n.rn.HasReady() {
-			n.logBehind = false
+			n.log.behind = false
 			return
 		}
 		rd := n.rn.Ready()
-		n.logBehind = false // ready appends before it asks the log for anything
+		n.log.behind = false // ready appends before it asks the log for anything
 		n.ready(rd)
 	}
 }
@@ -720,18 +696,20 @@ func (n *node) ready(rd raft.Ready) {
 // ones is asked for again.
 func (n *node) syncSoftState() {
 	st := n.rn.BasicStatus()
-	if st.GetTerm() != n.term || st.Lead != n.lead {
-		n.changeAt, n.readBeat = 0, 0
-		n.lag, n.sparedUntil = lag{mark: never, since: n.now}, 0
-		n.leadHeard, n.readWait = n.now, n.electionTicks()/2
-		n.askedAt = n.now                                  // peers may wait for what they asked of the leader before
-		n.pace, n.catching = pace{}, map[uint64]*catchUp{} // what is held will be proposed again
+	if st.GetTerm() != n.raft.term || st.Lead != n.raft.lead {
+		n.change.at = 0
+		n.outbox.readContext = 0
+		n.outbox.askedAt = n.clock.now // peers may wait for what they asked of the leader before
+		n.health.forgetLeader(n.clock.now)
+		n.election.leadHeard = n.clock.now
+		n.catchup.forget() // what is held will be proposed again
+		n.calls.readWait = n.electionTicks() / 2
 		n.askAgain()
 		if st.Lead != 0 {
-			n.count.LeaderChanges++
+			n.status.count.LeaderChanges++
 		}
 	}
-	n.term, n.lead, n.role = st.GetTerm(), st.Lead, st.RaftState
+	n.raft = raftState{term: st.GetTerm(), lead: st.Lead, role: st.RaftState}
 }
 
 // send queues a message of raft for the end of the turn.
@@ -742,15 +720,15 @@ func (n *node) send(m *raftpb.Message) {
 		return
 	case raftpb.MsgHeartbeat:
 		if len(m.GetContext()) == 8 {
-			n.readBeat = max(n.readBeat, binary.LittleEndian.Uint64(m.GetContext()))
+			n.outbox.readContext = max(n.outbox.readContext, binary.LittleEndian.Uint64(m.GetContext()))
 		}
 		n.addToHeartbeat(m)
 	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
 		n.tellCommit(m)
 	}
-	to, life := m.GetTo(), n.lives[m.GetTo()]
-	for i := range n.out {
-		if o := &n.out[i]; o.to == to && o.life == life {
+	to, life := m.GetTo(), n.peers.lives[m.GetTo()]
+	for i := range n.outbox.messages {
+		if o := &n.outbox.messages[i]; o.to == to && o.life == life {
 			if last := len(o.ms) - 1; covers(m, o.ms[last]) {
 				o.ms = o.ms[:last]
 			}
@@ -758,7 +736,7 @@ func (n *node) send(m *raftpb.Message) {
 			return
 		}
 	}
-	n.out = append(n.out, peerMessages{to, life, []*raftpb.Message{m}})
+	n.outbox.messages = append(n.outbox.messages, peerMessages{to, life, []*raftpb.Message{m}})
 }
 
 // tellCommit adds to a message the last entry that this node knows to be committed.
@@ -792,23 +770,23 @@ func covers(m, before *raftpb.Message) bool {
 // says so, too, or else they go with the next tick. That halves the messages of
 // a single client. But a peer that has asked for something waits for them.
 func (n *node) mayWait(ms []*raftpb.Message) bool {
-	return len(ms) == 1 && ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0 && n.now-n.askedAt > n.electionTicks()
+	return len(ms) == 1 && ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0 && n.clock.now-n.outbox.askedAt > n.electionTicks()
 }
 
 // flush gives each peer its messages, all of them or all that cannot wait.
 func (n *node) flush(all bool) {
-	out := n.out
-	n.out = nil
+	out := n.outbox.messages
+	n.outbox.messages = nil
 	for _, o := range out {
 		if !all && n.mayWait(o.ms) {
-			n.out = append(n.out, o)
+			n.outbox.messages = append(n.outbox.messages, o)
 		} else {
 			n.net.send(o.to, o.life, o.ms)
 		}
 	}
 	n.closeViews()
-	n.in.release(n.doneCalls, n.doneBytes)
-	n.doneCalls, n.doneBytes = 0, 0
+	n.in.release(n.calls.endedCalls, n.calls.endedBytes)
+	n.calls.endedCalls, n.calls.endedBytes = 0, 0
 }
 
 // append stores entries, a snapshot and the hard state, and releases the
@@ -823,36 +801,36 @@ func (n *node) append(m *raftpb.Message) {
 		batch.Snapshot = &kvpb.SnapshotMark{Index: n.store.index, Term: n.store.term, File: n.store.file}
 		batch.Discards = true
 	}
-	if err := n.raft.append(m.GetEntries()); err != nil {
+	if err := n.log.append(m.GetEntries()); err != nil {
 		n.err = err
 		return
 	}
 	for _, e := range m.GetEntries() {
-		n.written.add(n.beat(), memoryBytes(e))
+		n.catchup.written.add(n.beat(), memoryBytes(e))
 	}
-	old := n.raft.hard
+	old := n.log.hard
 	if m.Term != nil {
-		n.raft.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
+		n.log.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
-	promises := batch.Discards || raft.MustSync(n.raft.hard, old, len(m.GetEntries()))
-	if n.disk == nil || !promises && n.queued == 0 {
+	promises := batch.Discards || raft.MustSync(n.log.hard, old, len(m.GetEntries()))
+	if n.durable.disk == nil || !promises && n.durable.queued == 0 {
 		n.respond(m.GetResponses(), nil) // what is committed, others know too
 		return
 	}
 	if promises {
-		batch.HardState = wireHardState(n.raft.hard)
+		batch.HardState = wireHardState(n.log.hard)
 	}
 	for _, e := range m.GetEntries() {
 		batch.Entries = append(batch.Entries, wireEntry(e))
 	}
-	n.logged += uint64(sectors(headerBytes + proto.Size(batch)))
-	if n.saving != 0 && n.logged > 2*n.opts.logBytes {
-		n.disk.hurry() // it rests no more
+	n.durable.logged += uint64(sectors(headerBytes + proto.Size(batch)))
+	if n.durable.saving != 0 && n.durable.logged > 2*n.opts.logBytes {
+		n.durable.disk.hurry() // it rests no more
 	}
-	if n.saving != 0 && n.logged > 4*n.opts.logBytes {
-		n.disk.hold(true) // until the snapshot is there
+	if n.durable.saving != 0 && n.durable.logged > 4*n.opts.logBytes {
+		n.durable.disk.hold(true) // until the snapshot is there
 	}
-	responses, lives := m.GetResponses(), n.lives
+	responses, lives := m.GetResponses(), n.peers.lives
 	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
@@ -862,35 +840,35 @@ func (n *node) append(m *raftpb.Message) {
 // named takes the place of those before it.
 func (n *node) persist(j diskJob, done func()) {
 	removed, mark := n.store.removed, j.batch.Snapshot
-	if n.disk == nil {
+	if n.durable.disk == nil {
 		done()
 		return
 	}
-	if n.mark == 0 {
-		n.mark = n.store.index
-		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.raftID, LogId: randomID()}
+	if n.durable.mark == 0 {
+		n.durable.mark = n.store.index
+		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.id.raftID, LogId: randomID()}
 	}
 	j.done = func(err error) {
 		n.in.event(func() {
-			n.queued--
+			n.durable.queued--
 			if err != nil {
 				n.diskFailed(err)
 				return
 			}
-			n.gone = removed
+			n.durable.removed = removed
 			done()
 			if mark != nil {
 				n.removeBefore(mark)
 			}
 		})
 	}
-	n.queued++
-	n.disk.enqueue(j)
+	n.durable.queued++
+	n.durable.disk.enqueue(j)
 }
 
 // diskFailed ends the node: what is on the disk nobody knows.
 func (n *node) diskFailed(err error) {
-	n.disk.failed.Store(true)
+	n.durable.disk.failed.Store(true)
 	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
 }
 
@@ -902,8 +880,8 @@ func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
 		if n.rn == nil {
 			return
 		}
-		if r.GetTo() != n.raftID {
-			if lives == nil || lives[r.GetTo()] == n.lives[r.GetTo()] {
+		if r.GetTo() != n.id.raftID {
+			if lives == nil || lives[r.GetTo()] == n.peers.lives[r.GetTo()] {
 				n.send(r)
 			}
 		} else if err := n.rn.Step(r); err != nil && !errors.Is(err, raft.ErrStepPeerNotFound) { // removed meanwhile
@@ -921,7 +899,7 @@ func (n *node) apply(m *raftpb.Message) {
 			return
 		}
 	}
-	n.count.EntriesApplied += uint64(len(m.GetEntries()))
+	n.status.count.EntriesApplied += uint64(len(m.GetEntries()))
 	n.respond(m.GetResponses(), nil)
 	n.releaseReads()
 	n.compact()
@@ -936,7 +914,7 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 		return fmt.Errorf("the last one applied was %d", s.index)
 	}
 	s.index, s.term = e.GetIndex(), e.GetTerm()
-	n.onApply(e)
+	n.opts.onApply(e)
 	if e.GetType() != raftpb.EntryNormal {
 		return n.applyConfChange(e)
 	}
@@ -945,8 +923,8 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 	if err != nil {
 		return err
 	}
-	n.count.WritesApplied += s.version - before
-	if p := n.own; p != nil && proposer == n.raftID && sequence == p.sequence {
+	n.status.count.WritesApplied += s.version - before
+	if p := n.calls.own; p != nil && proposer == n.id.raftID && sequence == p.sequence {
 		for i := range min(len(results), len(p.calls)) {
 			n.finish(p.calls[i], results[i])
 		}
@@ -963,36 +941,29 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 		return err
 	}
 	if conf, err := n.store.checkConfChange(cc, ctx); err != nil {
-		n.log.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
+		n.logger.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
 	} else {
 		n.store.configure(conf, ctx.Members) // first: raft may want a snapshot at once
 		n.rn.ApplyConfChange(cc)
 		n.configured()
-		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.raft.hard)}}, func() {}) // it is committed: now the removed may be told
+		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.log.hard)}}, func() {}) // it is committed: now the removed may be told
 	}
-	n.changeAt = 0
+	n.change.at = 0
 	return nil
 }
 
 // configured tells the network and the log of a new configuration.
 func (n *node) configured() {
-	n.lives = maps.Clone(n.lives)
-	for _, id := range n.store.removed {
-		delete(n.lives, id) // never to be heard again
-		delete(n.met, id)
-		delete(n.heard, id)
-		delete(n.sights, id)
-		delete(n.moved, id)
-		delete(n.refusals, id)
-	}
+	n.peers.forget(n.store.removed)
+	n.change.forgetMembers(n.store.removed)
 	n.endFounding()
-	n.net.setMembers(n.store.clusterID, n.raftID, n.store.members, n.store.removed)
-	n.log.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
+	n.net.setMembers(n.store.clusterID, n.id.raftID, n.store.members, n.store.removed)
+	n.logger.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
 }
 
 // compact keeps the log's size in bounds, on disk too.
 func (n *node) compact() {
-	if n.disk != nil && n.saving == 0 && n.logged > n.opts.logBytes {
+	if n.durable.disk != nil && n.durable.saving == 0 && n.durable.logged > n.opts.logBytes {
 		n.save()
 	}
 	n.compactLog()

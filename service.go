@@ -202,8 +202,8 @@ func newServer(n *node, nw *network) *server {
 	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
 	s.health.SetServingStatus(kvpb.ClusterService_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
-	s.published(n.pub.Load())
-	n.onPublish = s.published
+	s.published(n.status.latest.Load())
+	n.status.onChange = s.published
 	return s
 }
 
@@ -284,7 +284,7 @@ func (s *server) waitOf(ctx context.Context) uint64 {
 // stop hands leadership over, refuses new calls, and waits for those that run
 // until ctx ends.
 func (s *server) stop(ctx context.Context) {
-	_ = s.n.do(ctx, func() error { s.draining = true; s.published(s.n.pub.Load()); return nil })
+	_ = s.n.do(ctx, func() error { s.draining = true; s.published(s.n.status.latest.Load()); return nil })
 	s.handOver(ctx)
 	close(s.stopping)
 	for s.inFlight.Load() > 0 && ctx.Err() == nil {
@@ -302,7 +302,7 @@ func (s *server) handOver(ctx context.Context) {
 		if n.mayChange() {
 			n.handOver(voters)
 		}
-		return n.role != raft.StateLeader || len(n.heirs(voters)) == 0, nil
+		return n.raft.role != raft.StateLeader || len(n.heirs(voters)) == 0, nil
 	})
 }
 

@@ -446,12 +446,12 @@ func TestDeadlines(t *testing.T) {
 	}
 	n := leaderless()
 	newCall := func(record []byte) *call {
-		return &call{record: record, since: n.clock, wait: 3, done: make(chan outcome, 1)}
+		return &call{record: record, since: n.clock.wall, wait: 3, done: make(chan outcome, 1)}
 	}
 	write, read := newCall([]byte{1}), newCall(nil)
 	n.turn(input{calls: []*call{write, read}})
 	asked, confirmed, proposed, patient := newCall(nil), newCall(nil), newCall([]byte{1}), &call{record: []byte{1}, done: make(chan outcome, 1)}
-	n.round, n.confirmed, n.own = readRound{calls: []*call{asked}}, []readRound{{calls: []*call{confirmed}}}, &proposal{calls: []*call{proposed, patient}}
+	n.calls.round, n.calls.confirmed, n.calls.own = readRound{calls: []*call{asked}}, []readRound{{calls: []*call{confirmed}}}, &proposal{calls: []*call{proposed, patient}}
 	n.turn(input{ticks: 2})
 	for i, c := range []*call{write, read, asked, confirmed, proposed, patient} {
 		if len(c.done) != 0 {
@@ -470,7 +470,7 @@ func TestDeadlines(t *testing.T) {
 			t.Errorf("call %d: %v, want %v", i, o.err, want)
 		}
 	}
-	if n.own == nil || len(n.writes)+len(n.reads)+len(n.round.calls)+len(n.confirmed[0].calls) != 0 {
+	if n.calls.own == nil || len(n.calls.writes)+len(n.calls.reads)+len(n.calls.round.calls)+len(n.calls.confirmed[0].calls) != 0 {
 		t.Error("what has ended still waits, or the proposal does not")
 	}
 	n.failAll(errStopping)
@@ -566,7 +566,7 @@ func TestUnknownOutcomes(t *testing.T) {
 			})
 			in.calls[0].wait = 20
 			in.calls[0].state.Store(callProposed)
-			n.own = &proposal{calls: in.calls}
+			n.calls.own = &proposal{calls: in.calls}
 			late.Store(false)
 			tt.end(n, cancel)
 			err := toStatus(<-ended, true)

@@ -417,7 +417,7 @@ func (s *sim) start(st *site) {
 	}
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
-	p.n.onApply = func(e *raftpb.Entry) {
+	p.n.opts.onApply = func(e *raftpb.Entry) {
 		p.fresh[e.GetIndex()] = e
 		if e.GetType() != raftpb.EntryNormal {
 			p.confAt = e.GetIndex()
@@ -429,12 +429,12 @@ func (s *sim) start(st *site) {
 	p.n.store.sessionLimit, p.n.store.answerLimit, p.n.store.sameVersion = s.cfg.sessions, s.cfg.answers, s.cfg.sameCount
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
-		p.n.raftID = old
+		p.n.id.raftID = old
 		if err := p.n.start(); err != nil {
 			s.failf("starting under the old raft ID: %v", err)
 		}
 	}
-	p.n.limits = s.cfg.limits
+	p.n.opts.limits = s.cfg.limits
 	if st.fs != nil && !st.forgets {
 		p.openDisk()
 	}
@@ -445,31 +445,31 @@ func (s *sim) start(st *site) {
 
 // identify sees whether the node has become somebody new.
 func (p *proc) identify() {
-	if p.raftID == p.n.raftID {
+	if p.raftID == p.n.id.raftID {
 		return
 	}
 	s, n := p.s, p.n
-	p.raftID, p.term, p.commit, p.applied, p.version = n.raftID, 0, 0, 0, map[string]uint64{}
+	p.raftID, p.term, p.commit, p.applied, p.version = n.id.raftID, 0, 0, 0, map[string]uint64{}
 	s.count["lives"]++
-	p.site.old = n.raftID
+	p.site.old = n.id.raftID
 	if p.disk != nil {
-		p.site.onDisk = n.raftID
+		p.site.onDisk = n.id.raftID
 	}
 	if s.cfg.reuseID {
-		delete(s.lives, n.raftID)
+		delete(s.lives, n.id.raftID)
 	}
 	p.site.lives++
 	name := fmt.Sprintf("%d.%d", n.self.Id, p.site.lives)
-	if was, ok := s.names[n.raftID]; ok && n.mark != 0 && was[0] == name[0] { // it has kept its memory
-		delete(s.lives, n.raftID)
+	if was, ok := s.names[n.id.raftID]; ok && n.durable.mark != 0 && was[0] == name[0] { // it has kept its memory
+		delete(s.lives, n.id.raftID)
 	}
-	for _, id := range []uint64{n.raftID, n.life} {
+	for _, id := range []uint64{n.id.raftID, n.id.life} {
 		if other, ok := s.lives[id]; ok {
 			s.failf("the ID %x of %s was that of %s", id, name, other)
 		}
 		s.lives[id] = name
 	}
-	s.names[n.raftID] = name
+	s.names[n.id.raftID] = name
 }
 
 // simLog puts the node's own log into the trace.
@@ -545,16 +545,16 @@ func (p *proc) turn(ticks int) {
 func (p *proc) readBadly() {
 	n := p.n
 	if p.s.cfg.hasty {
-		for _, r := range n.confirmed {
+		for _, r := range n.calls.confirmed {
 			for _, c := range r.calls {
 				n.finish(c, outcome{})
 			}
 		}
-		n.confirmed = nil
+		n.calls.confirmed = nil
 	}
-	if p.s.cfg.early && n.rn != nil && n.role == raft.StateLeader && !n.leads() && n.round.ctx == nil && len(n.reads) > 0 {
+	if p.s.cfg.early && n.rn != nil && n.raft.role == raft.StateLeader && !n.leads() && n.calls.round.ctx == nil && len(n.calls.reads) > 0 {
 		term := n.store.term
-		n.store.term = n.term // as if
+		n.store.term = n.raft.term // as if
 		n.askRead()
 		n.store.term = term
 		p.s.after(0, p, p.wake)
@@ -565,19 +565,19 @@ func (p *proc) readBadly() {
 func (p *proc) acknowledge(e *raftpb.Entry) {
 	n := p.n
 	var b kvpb.Batch
-	if n.own == nil || n.now >= n.own.again || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.raftID {
+	if n.calls.own == nil || n.clock.now >= n.calls.own.again || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.id.raftID {
 		return
 	}
-	for i, c := range n.own.calls {
+	for i, c := range n.calls.own.calls {
 		n.finish(c, outcome{result: result{version: n.store.version + 1 + uint64(i)}})
 	}
-	n.own = nil
+	n.calls.own = nil
 }
 
 // openDisk opens the process's data directory.
 func (p *proc) openDisk() {
 	s, st := p.s, p.site
-	d, err := openDisk(st.fs, simDir, s.cfg.logBytes, p.n.log)
+	d, err := openDisk(st.fs, simDir, s.cfg.logBytes, p.n.logger)
 	if err != nil {
 		s.failf("%v cannot lock its data directory: %v", st.node, err)
 	}
@@ -589,8 +589,8 @@ func (p *proc) openDisk() {
 	}
 	if n := p.n; n.rn != nil {
 		s.count["starts from a disk"]++
-		p.written.HardState = wireHardState(n.raft.hard)
-		p.written.FirstSegment = n.raft.last()
+		p.written.HardState = wireHardState(n.log.hard)
+		p.written.FirstSegment = n.log.last()
 	}
 }
 
@@ -656,7 +656,7 @@ func (p *proc) write() {
 
 // promises checks that what a message promises is on the disk (I7).
 func (p *proc) promises(m *raftpb.Message) {
-	if p.disk == nil || p.n.mark == 0 || m.GetReject() {
+	if p.disk == nil || p.n.durable.mark == 0 || m.GetReject() {
 		return
 	}
 	h := p.written.HardState
@@ -709,20 +709,20 @@ func (p *proc) check() {
 		if term < p.term || commit < p.commit || n.store.index < p.applied {
 			s.failf("I6: %v goes back from term %d, commit %d, applied %d to %d, %d, %d", p, p.term, p.commit, p.applied, term, commit, n.store.index)
 		}
-		if n.store.index > commit || n.raft.prevIndex > n.store.index {
-			s.failf("I6: %v has compacted %d, applied %d, committed %d", p, n.raft.prevIndex, n.store.index, commit)
+		if n.store.index > commit || n.log.prevIndex > n.store.index {
+			s.failf("I6: %v has compacted %d, applied %d, committed %d", p, n.log.prevIndex, n.store.index, commit)
 		}
 		if term > p.term || st.RaftState == raft.StateLeader {
 			if leader, ok := s.leaders[term]; st.RaftState == raft.StateLeader && !ok {
-				s.leaders[term] = n.life
+				s.leaders[term] = n.id.life
 				s.count["elections"]++
 				s.trace("%v leads term %d", p, term)
-			} else if st.RaftState == raft.StateLeader && leader != n.life {
+			} else if st.RaftState == raft.StateLeader && leader != n.id.life {
 				s.failf("I3: %v leads term %d, as another has, or it before it was started again", p, term)
 			}
 		}
 		p.term, p.commit = term, commit
-		if kept := n.raft.bytesTo(n.store.index); n.leads() && n.store.index > p.applied && kept > max(n.opts.logBytes, n.keptBytes()) {
+		if kept := n.log.bytesTo(n.store.index); n.leads() && n.store.index > p.applied && kept > max(n.opts.logBytes, n.keptBytes()) {
 			s.failf("%v keeps %d bytes of its log, more than %d", p, kept, n.keptBytes())
 		}
 	}
@@ -738,7 +738,7 @@ func (p *proc) check() {
 
 // entry returns an entry of the node's log.
 func (p *proc) entry(i uint64) *raftpb.Entry {
-	if es, err := p.n.raft.Entries(i, i+1, math.MaxUint64); err == nil {
+	if es, err := p.n.log.Entries(i, i+1, math.MaxUint64); err == nil {
 		return es[0]
 	}
 	return nil
@@ -2013,7 +2013,7 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 	}
 	var leaders []*proc
 	for _, p := range s.alive() {
-		if p.n.pub.Load().leading && !p.paused {
+		if p.n.status.latest.Load().leading && !p.paused {
 			leaders = append(leaders, p)
 		}
 	}
@@ -2026,7 +2026,7 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 	a.cancel = cancel
 	r := &request{n: n, step: a.steps(n)}
 	a.c = &condition{ctx: ctx, done: make(chan error, 1), f: func() (bool, error) { return a.advance(r) }}
-	n.in.event(func() { n.conds = append(n.conds, a.c) })
+	n.in.event(func() { n.calls.conditions = append(n.calls.conditions, a.c) })
 	a.p.wake()
 	return false, nil
 }
@@ -2043,7 +2043,7 @@ func (a *admin) advance(r *request) (done bool, err error) {
 		done, err = r.advance()
 	}
 	p.witness = r.witness
-	a.term = r.n.term
+	a.term = r.n.raft.term
 	if done && err == nil && a.done != nil {
 		a.done(p)
 	}
@@ -2158,7 +2158,7 @@ func (s *sim) dismiss() {
 	for _, st := range s.sites {
 		was := st.keeps()
 		if st.cur != nil {
-			was = st.cur.n.raftID
+			was = st.cur.n.id.raftID
 		}
 		if !slices.Contains(s.told.removed, was) {
 			continue
@@ -2305,7 +2305,7 @@ func (s *sim) remain(voters []uint64, without *proc) bool {
 	n := 0
 	for _, st := range s.sites {
 		p := st.cur
-		if p != nil && p != without && p.n.rn != nil && slices.Contains(voters, p.n.raftID) || p == nil && slices.Contains(voters, st.keeps()) {
+		if p != nil && p != without && p.n.rn != nil && slices.Contains(voters, p.n.id.raftID) || p == nil && slices.Contains(voters, st.keeps()) {
 			n++
 		}
 	}
@@ -2332,14 +2332,14 @@ func (s *sim) mayLose(p *proc) bool {
 		}
 	}
 	for _, q := range s.alive() {
-		if q.n.rn == nil || newest.members[q.n.raftID] == nil {
+		if q.n.rn == nil || newest.members[q.n.id.raftID] == nil {
 			continue
 		}
 		from, cs := q.n.store.index, q.n.store.conf
 		if s.told.index > from {
 			from, cs = s.told.index, s.told.conf
 		}
-		for i := from; i <= max(from, q.n.raft.last()); i++ {
+		for i := from; i <= max(from, q.n.log.last()); i++ {
 			if i > from {
 				e := q.entry(i)
 				if e.GetType() == raftpb.EntryNormal {
@@ -2463,7 +2463,7 @@ func (s *sim) fault() {
 		s.trace("FAULT: a tick of %v takes %.2f", p, p.rate)
 	case "unplug":
 		for _, q := range s.alive() {
-			if q.n.role == raft.StateLeader {
+			if q.n.raft.role == raft.StateLeader {
 				p = q
 			}
 		}
@@ -2789,7 +2789,7 @@ func (p *proc) astray() bool {
 			told++
 		}
 	}
-	return n.lead == 0 && told <= others/2
+	return n.raft.lead == 0 && told <= others/2
 }
 
 // restartStray is what an operator does with a node that cannot know that its life was
@@ -2799,7 +2799,7 @@ func (s *sim) restartStray(p, leader *proc) {
 	isFound := slices.ContainsFunc(members.raftIDsOf(p.site.node.Id), func(id uint64) bool {
 		return proto.Equal(members.members[id], p.site.node) // one that has moved is not, without what it has
 	})
-	if !isFound || p.n.rn == nil || p.n.leaderless < 4*p.n.electionTicks() {
+	if !isFound || p.n.rn == nil || p.n.election.leaderless < 4*p.n.electionTicks() {
 		return
 	}
 	s.count["strays restarted"]++
@@ -2813,7 +2813,7 @@ func (s *sim) restartStray(p, leader *proc) {
 func (s *sim) unsettled() string {
 	var leader *proc
 	for _, p := range s.alive() {
-		if p.n.rn != nil && p.n.role == raft.StateLeader {
+		if p.n.rn != nil && p.n.raft.role == raft.StateLeader {
 			if leader != nil {
 				return fmt.Sprintf("%v and %v lead", leader, p)
 			}
@@ -2825,7 +2825,7 @@ func (s *sim) unsettled() string {
 	}
 	members := leader.n.store.members
 	for _, p := range s.alive() {
-		stranger := !proto.Equal(members[p.n.raftID], p.site.node)
+		stranger := !proto.Equal(members[p.n.id.raftID], p.site.node)
 		if stranger && p.astray() {
 			s.restartStray(p, leader)
 			continue
@@ -2864,8 +2864,8 @@ func (s *sim) overview() string {
 		}
 		cs := n.store.conf
 		fmt.Fprintf(&b, "\n  %v %v term %d lead %s applied %d commit %d log %d-%d; voters %v outgoing %v learners %v next %v; connected", p, st.RaftState, st.GetTerm(), s.name(st.Lead),
-			n.store.index, st.GetCommit(), n.raft.prevIndex+1, n.raft.last(), names(cs.GetVoters()), names(cs.GetVotersOutgoing()), names(cs.GetLearners()), names(cs.GetLearnersNext()))
-		fmt.Fprintf(&b, " %v", names(slices.Sorted(maps.Keys(n.connected))))
+			n.store.index, st.GetCommit(), n.log.prevIndex+1, n.log.last(), names(cs.GetVoters()), names(cs.GetVotersOutgoing()), names(cs.GetLearners()), names(cs.GetLearnersNext()))
+		fmt.Fprintf(&b, " %v", names(slices.Sorted(maps.Keys(n.peers.connected))))
 	}
 	return b.String()
 }

@@ -20,17 +20,23 @@ import (
 	"raft-key-value/kvpb"
 )
 
+// snapshotsInFlight are the snapshots on their way to peers, or from one.
+type snapshotsInFlight struct {
+	views   []*view // that snapshots are being sent from
+	pending *store  // a received snapshot's content between Step and Ready
+}
+
 // snapshot is what raft is told when a follower needs one: the view that is
 // being sent already, if the log goes on from there, or a new one.
 func (n *node) snapshot() *raftpb.Snapshot {
-	for _, v := range n.views {
-		if v.conf == n.store.conf && v.header.Index >= n.raft.prevIndex {
+	for _, v := range n.snapshots.views {
+		if v.conf == n.store.conf && v.header.Index >= n.log.prevIndex {
 			return raftSnapshot(v.header.Index, v.header.Term, v.conf)
 		}
 	}
 	v := n.store.open()
 	v.rest = n.rest
-	n.views = append(n.views, v)
+	n.snapshots.views = append(n.snapshots.views, v)
 	return raftSnapshot(v.header.Index, v.header.Term, v.conf)
 }
 
@@ -38,17 +44,17 @@ func (n *node) snapshot() *raftpb.Snapshot {
 // member that was too slow, that comes once it may be tried again.
 func (n *node) sendSnapshot(m *raftpb.Message) {
 	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
-	c := n.catchUpOf(to)
+	c := n.followerOf(to)
 	if c.givenUp && !n.mayRetry(c) {
 		c.waits = true
 		return
 	}
-	for _, v := range n.views {
-		if v.header.Index == index && n.lives[to] != 0 {
+	for _, v := range n.snapshots.views {
+		if v.header.Index == index && n.peers.lives[to] != 0 {
 			v.readers++
-			c.givenUp, c.began = false, n.now
-			n.log.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.header.Keys)
-			n.net.sendSnapshot(to, n.lives[to], m.GetTerm(), v)
+			c.givenUp, c.began = false, n.clock.now
+			n.logger.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.header.Keys)
+			n.net.sendSnapshot(to, n.peers.lives[to], m.GetTerm(), v)
 			return
 		}
 	}
@@ -59,19 +65,19 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 func (n *node) snapshotSent(to uint64, v *view, err error) {
 	n.in.event(func() {
 		v.readers--
-		if v.givenUp.Load() && n.rn != nil && n.role == raft.StateLeader && n.store.members[to] != nil {
+		if v.givenUp.Load() && n.rn != nil && n.raft.role == raft.StateLeader && n.store.members[to] != nil {
 			n.tooSlow(to, cmp.Or(err, errTooSlow).Error())
-			n.catchUpOf(to).waits = true
+			n.followerOf(to).waits = true
 			return
 		}
 		status := raft.SnapshotFinish
 		if err != nil {
 			status = raft.SnapshotFailure
-			n.log.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
+			n.logger.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
 		} else {
-			n.count.SnapshotsSent++
+			n.status.count.SnapshotsSent++
 			n.nowSent(to, v.header.Index)
-			n.log.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
+			n.logger.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
 		}
 		if n.rn != nil {
 			n.rn.ReportSnapshot(to, status)
@@ -81,7 +87,7 @@ func (n *node) snapshotSent(to uint64, v *view, err error) {
 
 // closeViews closes the views that nobody sends from.
 func (n *node) closeViews() {
-	n.views = slices.DeleteFunc(n.views, func(v *view) bool {
+	n.snapshots.views = slices.DeleteFunc(n.snapshots.views, func(v *view) bool {
 		if v.readers <= 0 {
 			v.close()
 		}
@@ -92,10 +98,10 @@ func (n *node) closeViews() {
 // readSnapshot reads a snapshot from a peer and, if this node has a disk, makes
 // it durable there. Any goroutine may call it.
 func (n *node) readSnapshot(r io.Reader) (*store, error) {
-	if n.disk == nil {
+	if n.durable.disk == nil {
 		return readSnapshot(r)
 	}
-	w := n.disk.newSnapshot()
+	w := n.durable.disk.newSnapshot()
 	s, err := readSnapshot(io.TeeReader(r, w))
 	index := uint64(0)
 	if err == nil {
@@ -125,11 +131,11 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 	if !n.hears(h) || h.ClusterId != s.clusterID {
 		return errors.New("the snapshot is of or to another life, or another cluster")
 	}
-	if s.members[n.raftID].GetId() != n.self.Id { // it may have moved since
+	if s.members[n.id.raftID].GetId() != n.self.Id { // it may have moved since
 		return errors.New("the snapshot does not name this node")
 	}
 	fresh := n.rn == nil
-	if fresh && n.claimed().excludes(h) {
+	if fresh && n.currentClaim().excludes(h) {
 		return errors.New("the node is claimed for another cluster")
 	}
 	if fresh {
@@ -137,16 +143,16 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 			return err
 		}
 	}
-	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.raftID), Term: new(term), Snapshot: raftSnapshot(s.index, s.term, s.conf)}
+	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.id.raftID), Term: new(term), Snapshot: raftSnapshot(s.index, s.term, s.conf)}
 	err := errors.New("raft refused the snapshot")
 	if n.check(m) {
-		n.pending = s
+		n.snapshots.pending = s
 		err = n.rn.Step(m)
 		n.drain()
 	}
-	n.pending = nil
+	n.snapshots.pending = nil
 	if fresh && n.store.clusterID == 0 {
-		n.rn, n.raft, n.term, n.lead, n.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
+		n.rn, n.log, n.raft.term, n.raft.lead, n.raft.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
 	}
 	return err
 }
@@ -154,21 +160,21 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 // installPending makes the pending snapshot the state, and the log start
 // behind it.
 func (n *node) installPending(snap *raftpb.Snapshot) {
-	if n.pending == nil || n.pending.index != snap.GetMetadata().GetIndex() {
+	if n.snapshots.pending == nil || n.snapshots.pending.index != snap.GetMetadata().GetIndex() {
 		n.err = errors.New("raft wants a snapshot that it was not given")
 		return
 	}
-	n.store.install(n.pending)
-	n.pending.file = "" // it is the store's
-	n.pending = nil
-	n.raft.reset(snap)
-	if n.mark != 0 { // else there is no disk, or persist makes the directory, and the mark
-		n.mark = n.store.index
+	n.store.install(n.snapshots.pending)
+	n.snapshots.pending.file = "" // it is the store's
+	n.snapshots.pending = nil
+	n.log.reset(snap)
+	if n.durable.mark != 0 { // else there is no disk, or persist makes the directory, and the mark
+		n.durable.mark = n.store.index
 	}
-	n.logged = 0
-	n.count.SnapshotsInstalled++
-	n.log.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
-	if p := n.own; p != nil && n.store.proposers[n.raftID] >= p.sequence {
+	n.durable.logged = 0
+	n.status.count.SnapshotsInstalled++
+	n.logger.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
+	if p := n.calls.own; p != nil && n.store.proposers[n.id.raftID] >= p.sequence {
 		n.failOwn() // it is in the snapshot, its results are not
 	}
 	n.configured()
@@ -179,17 +185,17 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 func (n *node) discard(s *store) {
 	if file := s.file; file != "" {
 		s.file = ""
-		n.disk.start(func() { _ = n.disk.remove(file) })
+		n.durable.disk.start(func() { _ = n.durable.disk.remove(file) })
 	}
 }
 
 // save writes a snapshot of the state to the disk, beside the loop.
 func (n *node) save() {
 	v := n.store.open()
-	v.rest = n.disk.rest
-	n.saving = n.logged
-	n.disk.start(func() {
-		mark, err := n.disk.save(v)
+	v.rest = n.durable.disk.rest
+	n.durable.saving = n.durable.logged
+	n.durable.disk.start(func() {
+		mark, err := n.durable.disk.save(v)
 		n.in.event(func() { n.saved(v, mark, err) })
 	})
 }
@@ -197,24 +203,24 @@ func (n *node) save() {
 // saved makes a snapshot that has been written the one that counts.
 func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 	v.close()
-	n.disk.hold(false)
+	n.durable.disk.hold(false)
 	switch {
 	case err != nil:
 		n.diskFailed(err)
-	case mark.Index <= n.mark: // a leader's has overtaken it
-		n.disk.start(func() { _ = n.disk.remove(mark.File) })
+	case mark.Index <= n.durable.mark: // a leader's has overtaken it
+		n.durable.disk.start(func() { _ = n.durable.disk.remove(mark.File) })
 	default:
-		n.log.Info("saved a snapshot", "index", mark.Index)
-		n.mark, n.logged = mark.Index, n.logged-n.saving
+		n.logger.Info("saved a snapshot", "index", mark.Index)
+		n.durable.mark, n.durable.logged = mark.Index, n.durable.logged-n.durable.saving
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
-	n.saving = 0
+	n.durable.saving = 0
 }
 
 // removeBefore removes the snapshots before the one that counts, beside the loop.
 func (n *node) removeBefore(mark *kvpb.SnapshotMark) {
-	n.disk.start(func() {
-		if err := n.disk.removeBefore(mark); err != nil {
+	n.durable.disk.start(func() {
+		if err := n.durable.disk.removeBefore(mark); err != nil {
 			n.in.event(func() { n.diskFailed(err) })
 		}
 	})

@@ -638,7 +638,7 @@ func TestClockNoLeader(t *testing.T) {
 			b.do(id, cut)
 		}
 		eventually(t, func() error {
-			if b.nodes[leader].server.n.pub.Load().lead != 0 {
+			if b.nodes[leader].server.n.status.latest.Load().lead != 0 {
 				return errors.New("it leads")
 			}
 			return nil
