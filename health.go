@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -212,10 +212,6 @@ func (n *node) silence(id uint64) string {
 	return text
 }
 
-func (n *node) durationOf(ticks uint64) time.Duration {
-	return (time.Duration(ticks) * n.tickDuration()).Round(100 * time.Millisecond)
-}
-
 // quorumLost says so if too many voters have lost their memory for the cluster
 // ever to go on: what they knew cannot be made up. Only a newer configuration
 // than this node has applied could make it untrue.
@@ -238,4 +234,31 @@ func (n *node) hasLostMemory(id uint64) bool {
 		return true
 	}
 	return id != n.id.raftID && proto.Equal(n.store.members[id], n.self)
+}
+
+// followHeartbeat takes from a heartbeat of the leader what the leader adds to it.
+func (n *node) followHeartbeat(m *raftpb.Message) {
+	if m.GetFrom() != n.raft.lead || m.GetTerm() != n.raft.term {
+		return
+	}
+	if m.GetIndex() != 0 {
+		n.health.lag.follow(m.GetIndex(), n.store.index, n.clock.now, n.electionTicks())
+	}
+	n.health.dispensableUntil = 0
+	if m.GetRejectHint() != 0 {
+		n.health.dispensableUntil = n.clock.now + n.electionTicks()
+	}
+}
+
+// addToHeartbeat adds to a leader's heartbeat what the follower wants to know besides:
+// what is applied, if that is no less than was ever acknowledged, and whether the
+// cluster can do without the follower. Raft does not look at these fields of a heartbeat.
+func (n *node) addToHeartbeat(m *raftpb.Message) {
+	if !n.leads() {
+		return
+	}
+	m.Index = new(n.store.index)
+	if n.canDoWithout(m.GetTo()) {
+		m.RejectHint = new(uint64(1))
+	}
 }

@@ -1,4 +1,4 @@
-// What the loop tells all others, and what the network tells the loop of peers.
+// What the network tells the loop of peers.
 
 package main
 
@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"sync/atomic"
-	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -54,92 +52,6 @@ func (p *peerStates) forget(removed []uint64) {
 		delete(p.moved, id)
 		delete(p.refusals, id)
 	}
-}
-
-// nodeStatus is what others see of this node.
-type nodeStatus struct {
-	latest   atomic.Pointer[published] // any goroutine
-	onChange func(*published)          // called by the loop whenever latest has changed
-	count    kvpb.MetricsResponse      // its counters
-}
-
-// published is what other goroutines may know of the loop's state. It is never
-// changed.
-type published struct {
-	glance
-	leader   *kvpb.Node // nil: unknown
-	members  map[uint64]*kvpb.Node
-	removed  []uint64
-	noLeader error // what to say if there is none
-}
-
-// glance is what shows whether anything of it is new.
-type glance struct {
-	clusterID, raftID, life uint64
-	term, lead              uint64
-	leading, caughtUp       bool
-	leaderAt                string
-	dispensable             bool   // this node may be restarted
-	lost, connected         int    // members known to have lost their memory; peers
-	leaderless              uint64 // seconds without a leader
-	claim                   *claim // nil: it has not promised itself
-	conf                    *raftpb.ConfState
-}
-
-// longLeaderless reports whether there has been no leader for so long that calls do not
-// wait for one any more.
-func (g *glance) longLeaderless() bool { return g.leaderless >= uint64(leaderWait/time.Second) }
-
-// publish lets others see what they may, if it has changed.
-func (n *node) publish() {
-	if n.durable.disk == nil {
-		n.durable.removed = n.store.removed
-	}
-	old, s := n.status.latest.Load(), n.store
-	leader := n.nodeOf(n.raft.lead)
-	now := glance{
-		clusterID: s.clusterID, raftID: n.id.raftID, life: n.id.life, term: n.raft.term, lead: n.raft.lead,
-		leading: n.leads(), caughtUp: n.caughtUp(), dispensable: n.rn != nil && n.isDispensable(),
-		lost: len(n.peers.met), connected: len(n.peers.connected), leaderless: n.election.leaderless / n.ticksOf(time.Second),
-		leaderAt: leader.GetAddress(), claim: n.currentClaim(), conf: s.conf,
-	}
-	if old.glance == now && slices.Equal(old.removed, n.durable.removed) {
-		return
-	}
-	p := &published{glance: now, leader: leader, members: s.members, removed: n.durable.removed, noLeader: n.noLeader()}
-	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
-		n.logger.Info("leader", "is", n.describe(p.lead), "term", p.term)
-	}
-	if err := n.quorumLost(); p.lead == 0 && err != nil && (old.lost != p.lost || old.lead != 0) {
-		n.logger.Error("the cluster cannot go on", "err", err)
-	}
-	n.status.latest.Store(p)
-	n.status.onChange(p)
-}
-
-// missLeader is called in every tick; it says once that there is no leader.
-func (n *node) missLeader() {
-	if n.election.leaderless++; n.raft.lead != 0 {
-		n.election.leaderless = 0
-	} else if n.election.leaderless == 2*n.electionTicks() {
-		n.logger.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.peers.connected), "members", describeMembers(n.store.conf, n.store.members))
-	}
-}
-
-// describe names a raft ID in a log.
-func (n *node) describe(raftID uint64) string {
-	if m := n.store.members[raftID]; m != nil {
-		return fmt.Sprintf("%d", m.Id)
-	}
-	return fmt.Sprintf("with raft ID %x", raftID)
-}
-
-// locate names a raft ID, and says where it is.
-func (n *node) locate(raftID uint64) string {
-	if at := n.nodeOf(raftID); at != nil {
-		return fmt.Sprintf("node %d at %s", at.Id, at.Address)
-	}
-	return "a node " + n.describe(raftID)
 }
 
 // hello is how this life of the node introduces itself.
@@ -301,23 +213,6 @@ func (n *node) peerDown(raftID uint64, lost bool) {
 			n.rn.ReportUnreachable(raftID)
 		}
 	})
-}
-
-// leaderLost brings an election forward: the stream to the leader broke, which
-// it does at once if the process has died. If the leader lives, PreVote and the
-// others, who hear of it, keep an election from succeeding. Voters take turns,
-// so as not to split the vote. For a moment, whatever this voter's turn, what the
-// leader sent last is not heard, or it would be the leader again.
-func (n *node) leaderLost() {
-	rank := uint64(0)
-	for _, id := range n.store.conf.GetVoters() {
-		if id < n.id.raftID && id != n.raft.lead {
-			rank++
-		}
-	}
-	n.election.campaignAt = n.clock.now + 1 + rank*n.electionTicks()/10
-	n.election.deafTo, n.election.deafUntil = n.raft.lead, n.clock.now+n.electionTicks()/5
-	_ = n.rn.ForgetLeader()
 }
 
 // askAgain gives what waits for the leader to it again: writes are applied once.

@@ -89,18 +89,6 @@ func defaultRaftLimits() raftLimits {
 	return raftLimits{message: 1 << 20, ready: 4 << 20, uncommitted: 64 << 20, inflight: 256, inflightBytes: 16 << 20}
 }
 
-// peerMessages is what one turn sends to one life of a peer.
-type peerMessages struct {
-	to, life uint64
-	ms       []*raftpb.Message
-}
-
-// inbound is a message from a peer, and the hello of the stream that it came by.
-type inbound struct {
-	m     *raftpb.Message
-	hello *kvpb.Hello
-}
-
 // node is one member: the RawNode, the order of a turn, and the parts that a turn asks.
 // All of it is the loop's, but for what says otherwise: turn, the loop's body, needs no
 // goroutine, clock or socket.
@@ -149,23 +137,6 @@ type raftState struct {
 type clock struct {
 	now  uint64 // the ticks that the loop has made
 	wall uint64 // now, and the ticks that a busy loop has missed: what callers wait by
-}
-
-// election is when and how this node looks for another leader.
-type election struct {
-	leadHeard  uint64        // tick of the leader's last message
-	leaderless uint64        // ticks without a leader
-	campaignAt uint64        // tick in which to call an election, if there is no leader then; 0: none
-	deafTo     uint64        // raft ID of a leader whose stream broke, not heard until deafUntil; 0: none
-	deafUntil  uint64        // tick
-	learned    learnedCommit // what a peer knows to be committed, and this node does not know yet
-}
-
-// outbox is what a turn sends to peers at its end.
-type outbox struct {
-	messages    []peerMessages
-	readContext uint64 // highest read context sent with a heartbeat in this term
-	askedAt     uint64 // tick in which a peer last asked this leader for something
 }
 
 func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
@@ -453,44 +424,6 @@ func (n *node) receive(in inbound) {
 	}
 }
 
-// followHeartbeat takes from a heartbeat of the leader what the leader adds to it.
-func (n *node) followHeartbeat(m *raftpb.Message) {
-	if m.GetFrom() != n.raft.lead || m.GetTerm() != n.raft.term {
-		return
-	}
-	if m.GetIndex() != 0 {
-		n.health.lag.follow(m.GetIndex(), n.store.index, n.clock.now, n.electionTicks())
-	}
-	n.health.dispensableUntil = 0
-	if m.GetRejectHint() != 0 {
-		n.health.dispensableUntil = n.clock.now + n.electionTicks()
-	}
-}
-
-// addToHeartbeat adds to a leader's heartbeat what the follower wants to know besides:
-// what is applied, if that is no less than was ever acknowledged, and whether the
-// cluster can do without the follower. Raft does not look at these fields of a heartbeat.
-func (n *node) addToHeartbeat(m *raftpb.Message) {
-	if !n.leads() {
-		return
-	}
-	m.Index = new(n.store.index)
-	if n.canDoWithout(m.GetTo()) {
-		m.RejectHint = new(uint64(1))
-	}
-}
-
-// answerAlive tells a node that calls for votes that this one is there. Raft says
-// nothing to such a call while it hears a leader; the caller, which may be cut off from
-// that one alone, would take this node for dead. To raft the answer means nothing: the
-// caller does not lead in its present term.
-func (n *node) answerAlive(m *raftpb.Message) {
-	if n.raft.lead == 0 || m.GetTerm() <= 1 {
-		return
-	}
-	n.send(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: &n.id.raftID, To: m.From, Term: new(m.GetTerm() - 1)})
-}
-
 // step gives a peer's message to raft.
 func (n *node) step(m *raftpb.Message) {
 	n.log.behind = n.log.behind || m.GetType() == raftpb.MsgApp
@@ -526,66 +459,6 @@ func (n *node) receiveUninitialized(m *raftpb.Message) {
 		return
 	}
 	n.send(resp)
-}
-
-// learnedCommit is an entry that a peer knows to be committed.
-type learnedCommit struct {
-	index, term uint64
-	from        uint64 // raft ID of the peer; 0: nothing was learned
-	tick        uint64 // in which it was learned
-}
-
-// learnCommit remembers what the sender of an answer to a call for votes knows to
-// be committed. A node without a leader can need that: if it has forgotten, or never
-// heard, that a change of membership is committed, it asks for votes by the old
-// configuration, perhaps of nodes that have left for good, or of learners whose log
-// is longer.
-func (n *node) learnCommit(m *raftpb.Message) {
-	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp {
-		return
-	}
-	if m.GetCommit() > max(n.election.learned.index, n.rn.BasicStatus().GetCommit()) {
-		n.election.learned = learnedCommit{index: m.GetCommit(), term: m.GetLogTerm(), from: m.GetFrom(), tick: n.clock.now}
-	}
-}
-
-// commitLearned has raft commit what was learned, once that cannot cost this node an
-// election that it would win: it has lost its campaign, or has waited for half an
-// election timeout. Then it calls for votes again, by the configuration that it
-// knows now. Raft takes commits from a leader only; so here is one, for no longer
-// than the call.
-func (n *node) commitLearned() {
-	l := n.election.learned
-	if l.from == 0 {
-		return
-	}
-	if n.raft.lead != 0 || n.raft.role == raft.StateLeader {
-		n.election.learned = learnedCommit{} // a leader commits it
-		return
-	}
-	campaigns := n.raft.role != raft.StateFollower
-	if campaigns && n.clock.now-l.tick < n.electionTicks()/2 {
-		return
-	}
-	n.election.learned = learnedCommit{}
-	log := n.drainedLog()
-	if log == nil || n.raft.lead != 0 {
-		return
-	}
-	st := n.rn.BasicStatus()
-	term, err := log.Term(l.index)
-	if err != nil || term != l.term || l.index <= st.GetCommit() {
-		return // equal entries have equal ones before them (Raft paper, section 5.3)
-	}
-	_ = n.rn.Step(&raftpb.Message{
-		Type: raftpb.MsgHeartbeat.Enum(), From: &l.from, To: &n.id.raftID,
-		Term: new(st.GetTerm()), Commit: &l.index,
-	})
-	_ = n.rn.ForgetLeader()
-	n.drain() // the configuration may be another one now
-	if campaigns && n.rn != nil && n.err == nil && n.isVoter(n.id.raftID) {
-		_ = n.rn.Campaign()
-	}
 }
 
 // check guards raft against a peer's message.
@@ -712,83 +585,6 @@ func (n *node) syncSoftState() {
 	n.raft = raftState{term: st.GetTerm(), lead: st.Lead, role: st.RaftState}
 }
 
-// send queues a message of raft for the end of the turn.
-func (n *node) send(m *raftpb.Message) {
-	switch m.GetType() {
-	case raftpb.MsgSnap:
-		n.sendSnapshot(m)
-		return
-	case raftpb.MsgHeartbeat:
-		if len(m.GetContext()) == 8 {
-			n.outbox.readContext = max(n.outbox.readContext, binary.LittleEndian.Uint64(m.GetContext()))
-		}
-		n.addToHeartbeat(m)
-	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
-		n.tellCommit(m)
-	}
-	to, life := m.GetTo(), n.peers.lives[m.GetTo()]
-	for i := range n.outbox.messages {
-		if o := &n.outbox.messages[i]; o.to == to && o.life == life {
-			if last := len(o.ms) - 1; covers(m, o.ms[last]) {
-				o.ms = o.ms[:last]
-			}
-			o.ms = append(o.ms, m)
-			return
-		}
-	}
-	n.outbox.messages = append(n.outbox.messages, peerMessages{to, life, []*raftpb.Message{m}})
-}
-
-// tellCommit adds to a message the last entry that this node knows to be committed.
-func (n *node) tellCommit(m *raftpb.Message) {
-	log := n.drainedLog()
-	if log == nil {
-		return
-	}
-	commit := n.rn.BasicStatus().GetCommit()
-	if term, err := log.Term(commit); err == nil {
-		m.Commit, m.LogTerm = &commit, &term
-	}
-}
-
-// covers reports whether a message says all that the one before it says: a
-// later answer to an append, or an append from the same place in the log.
-func covers(m, before *raftpb.Message) bool {
-	if m.GetType() != before.GetType() || m.GetTerm() != before.GetTerm() || m.GetReject() || before.GetReject() {
-		return false
-	}
-	switch m.GetType() {
-	case raftpb.MsgAppResp:
-		return m.GetIndex() >= before.GetIndex()
-	case raftpb.MsgApp:
-		return len(before.GetEntries()) == 0 && m.GetIndex() == before.GetIndex() && m.GetCommit() >= before.GetCommit()
-	}
-	return false
-}
-
-// mayWait reports whether messages say only what is committed: the next append
-// says so, too, or else they go with the next tick. That halves the messages of
-// a single client. But a peer that has asked for something waits for them.
-func (n *node) mayWait(ms []*raftpb.Message) bool {
-	return len(ms) == 1 && ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0 && n.clock.now-n.outbox.askedAt > n.electionTicks()
-}
-
-// flush gives each peer its messages, all of them or all that cannot wait.
-func (n *node) flush(all bool) {
-	out := n.outbox.messages
-	n.outbox.messages = nil
-	for _, o := range out {
-		if !all && n.mayWait(o.ms) {
-			n.outbox.messages = append(n.outbox.messages, o)
-		} else {
-			n.net.send(o.to, o.life, o.ms)
-		}
-	}
-	n.closeViews()
-	n.in.release(n.calls.endedCalls, n.calls.endedBytes)
-	n.calls.endedCalls, n.calls.endedBytes = 0, 0
-}
-
 // append stores entries, a snapshot and the hard state, and releases the
 // answers that depend on them only once all of that is durable.
 func (n *node) append(m *raftpb.Message) {
@@ -832,44 +628,6 @@ func (n *node) append(m *raftpb.Message) {
 	}
 	responses, lives := m.GetResponses(), n.peers.lives
 	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
-}
-
-// persist has the disk do a job and then calls done, in the loop. The first one
-// makes the directory this node's. Who has been removed by now is durable by
-// then, for each removal is followed by a job that makes it so. A snapshot that is
-// named takes the place of those before it.
-func (n *node) persist(j diskJob, done func()) {
-	removed, mark := n.store.removed, j.batch.Snapshot
-	if n.durable.disk == nil {
-		done()
-		return
-	}
-	if n.durable.mark == 0 {
-		n.durable.mark = n.store.index
-		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.id.raftID, LogId: randomID()}
-	}
-	j.done = func(err error) {
-		n.in.event(func() {
-			n.durable.queued--
-			if err != nil {
-				n.diskFailed(err)
-				return
-			}
-			n.durable.removed = removed
-			done()
-			if mark != nil {
-				n.removeBefore(mark)
-			}
-		})
-	}
-	n.durable.queued++
-	n.durable.disk.enqueue(j)
-}
-
-// diskFailed ends the node: what is on the disk nobody knows.
-func (n *node) diskFailed(err error) {
-	n.durable.disk.failed.Store(true)
-	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
 }
 
 // respond lets answers go, but not to another life than they are for, which lives
@@ -968,29 +726,3 @@ func (n *node) compact() {
 	}
 	n.compactLog()
 }
-
-// raftPanic is what raft panics with when its state contradicts itself.
-type raftPanic string
-
-// raftLogger writes raft's log to ours. What raft says of each election and
-// message is for debugging.
-type raftLogger struct{ log *slog.Logger }
-
-func (l *raftLogger) printf(level slog.Level, format string, v []any) {
-	if l.log.Enabled(context.Background(), level) {
-		l.log.Log(context.Background(), level, "raft: "+fmt.Sprintf(format, v...))
-	}
-}
-
-func (l *raftLogger) Debug(v ...any)              { l.Debugf("%s", fmt.Sprint(v...)) }
-func (l *raftLogger) Debugf(f string, v ...any)   { l.printf(slog.LevelDebug, f, v) }
-func (l *raftLogger) Info(v ...any)               { l.Infof("%s", fmt.Sprint(v...)) }
-func (l *raftLogger) Infof(f string, v ...any)    { l.printf(slog.LevelDebug, f, v) }
-func (l *raftLogger) Warning(v ...any)            { l.Warningf("%s", fmt.Sprint(v...)) }
-func (l *raftLogger) Warningf(f string, v ...any) { l.printf(slog.LevelWarn, f, v) }
-func (l *raftLogger) Error(v ...any)              { l.Errorf("%s", fmt.Sprint(v...)) }
-func (l *raftLogger) Errorf(f string, v ...any)   { l.printf(slog.LevelError, f, v) }
-func (l *raftLogger) Fatal(v ...any)              { l.Panic(v...) }
-func (l *raftLogger) Fatalf(f string, v ...any)   { l.Panicf(f, v...) }
-func (l *raftLogger) Panic(v ...any)              { panic(raftPanic(fmt.Sprint(v...))) }
-func (l *raftLogger) Panicf(f string, v ...any)   { panic(raftPanic(fmt.Sprintf(f, v...))) }

@@ -189,43 +189,6 @@ func (n *node) discard(s *store) {
 	}
 }
 
-// save writes a snapshot of the state to the disk, beside the loop.
-func (n *node) save() {
-	v := n.store.open()
-	v.rest = n.durable.disk.rest
-	n.durable.saving = n.durable.logged
-	n.durable.disk.start(func() {
-		mark, err := n.durable.disk.save(v)
-		n.in.event(func() { n.saved(v, mark, err) })
-	})
-}
-
-// saved makes a snapshot that has been written the one that counts.
-func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
-	v.close()
-	n.durable.disk.hold(false)
-	switch {
-	case err != nil:
-		n.diskFailed(err)
-	case mark.Index <= n.durable.mark: // a leader's has overtaken it
-		n.durable.disk.start(func() { _ = n.durable.disk.remove(mark.File) })
-	default:
-		n.logger.Info("saved a snapshot", "index", mark.Index)
-		n.durable.mark, n.durable.logged = mark.Index, n.durable.logged-n.durable.saving
-		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
-	}
-	n.durable.saving = 0
-}
-
-// removeBefore removes the snapshots before the one that counts, beside the loop.
-func (n *node) removeBefore(mark *kvpb.SnapshotMark) {
-	n.durable.disk.start(func() {
-		if err := n.durable.disk.removeBefore(mark); err != nil {
-			n.in.event(func() { n.diskFailed(err) })
-		}
-	})
-}
-
 // sendSnapshot implements transport.
 func (nw *network) sendSnapshot(to, life, term uint64, v *view) {
 	nw.mu.Lock()

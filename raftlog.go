@@ -1,13 +1,17 @@
-// The log in memory: the part of the log that raft reads.
+// The log that raft reads, its entries as kv.proto has them, and what raft logs.
 
 package main
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"slices"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raft-key-value/kvpb"
 )
 
 // raftLog is raft's Storage. Only the loop uses it. Entries are never changed
@@ -139,3 +143,85 @@ func (l *raftLog) compact(limit, index uint64) {
 		l.entries, l.dropped = slices.Clone(l.entries), 0 // frees the dropped ones
 	}
 }
+
+// toWire makes raft's messages those of kv.proto.
+func toWire(ms []*raftpb.Message) []*kvpb.RaftMessage {
+	out := make([]*kvpb.RaftMessage, len(ms))
+	for i, m := range ms {
+		out[i] = &kvpb.RaftMessage{
+			Type: kvpb.RaftMessageType(m.GetType() + 1), Term: m.GetTerm(), LogTerm: m.GetLogTerm(), Index: m.GetIndex(),
+			Commit: m.GetCommit(), Reject: m.GetReject(), RejectHint: m.GetRejectHint(), Context: m.GetContext(),
+		}
+		for _, e := range m.GetEntries() {
+			out[i].Entries = append(out[i].Entries, wireEntry(e))
+		}
+	}
+	return out
+}
+
+// fromWire makes messages of kv.proto raft's, between the two ends of the
+// stream whatever they say themselves. They share their fields.
+func fromWire(ms []*kvpb.RaftMessage, h *kvpb.Hello) []inbound {
+	out := make([]inbound, len(ms))
+	for i, w := range ms {
+		m := &raftpb.Message{
+			Type: raftpb.MessageType(w.Type - 1).Enum(), From: &h.From.RaftId, To: &h.To.RaftId, Term: &w.Term, LogTerm: &w.LogTerm,
+			Index: &w.Index, Commit: &w.Commit, Reject: &w.Reject, RejectHint: &w.RejectHint, Context: w.Context,
+		}
+		for _, e := range w.Entries {
+			m.Entries = append(m.Entries, raftEntry(e))
+		}
+		out[i] = inbound{m: m, hello: h}
+	}
+	return out
+}
+
+// wireEntry and raftEntry turn raft's entries into kv.proto's and back.
+func wireEntry(e *raftpb.Entry) *kvpb.Entry {
+	return &kvpb.Entry{Term: e.GetTerm(), Index: e.GetIndex(), Type: kvpb.EntryType(e.GetType()), Data: e.GetData()}
+}
+
+func raftEntry(e *kvpb.Entry) *raftpb.Entry {
+	return &raftpb.Entry{Term: &e.Term, Index: &e.Index, Type: raftpb.EntryType(e.Type).Enum(), Data: e.Data}
+}
+
+func wireHardState(h *raftpb.HardState) *kvpb.HardState {
+	return &kvpb.HardState{Term: h.GetTerm(), Vote: h.GetVote(), Commit: h.GetCommit()}
+}
+
+// raftPanic is what raft panics with when its state contradicts itself.
+type raftPanic string
+
+// raftLogger writes raft's log to ours. What raft says of each election and
+// message is for debugging.
+type raftLogger struct{ log *slog.Logger }
+
+func (l *raftLogger) printf(level slog.Level, format string, v []any) {
+	if l.log.Enabled(context.Background(), level) {
+		l.log.Log(context.Background(), level, "raft: "+fmt.Sprintf(format, v...))
+	}
+}
+
+func (l *raftLogger) Debug(v ...any) { l.Debugf("%s", fmt.Sprint(v...)) }
+
+func (l *raftLogger) Debugf(f string, v ...any) { l.printf(slog.LevelDebug, f, v) }
+
+func (l *raftLogger) Info(v ...any) { l.Infof("%s", fmt.Sprint(v...)) }
+
+func (l *raftLogger) Infof(f string, v ...any) { l.printf(slog.LevelDebug, f, v) }
+
+func (l *raftLogger) Warning(v ...any) { l.Warningf("%s", fmt.Sprint(v...)) }
+
+func (l *raftLogger) Warningf(f string, v ...any) { l.printf(slog.LevelWarn, f, v) }
+
+func (l *raftLogger) Error(v ...any) { l.Errorf("%s", fmt.Sprint(v...)) }
+
+func (l *raftLogger) Errorf(f string, v ...any) { l.printf(slog.LevelError, f, v) }
+
+func (l *raftLogger) Fatal(v ...any) { l.Panic(v...) }
+
+func (l *raftLogger) Fatalf(f string, v ...any) { l.Panicf(f, v...) }
+
+func (l *raftLogger) Panic(v ...any) { panic(raftPanic(fmt.Sprint(v...))) }
+
+func (l *raftLogger) Panicf(f string, v ...any) { panic(raftPanic(fmt.Sprintf(f, v...))) }

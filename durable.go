@@ -1,0 +1,97 @@
+// What of the node is durable: the loop's side of the data directory.
+
+package main
+
+import (
+	"fmt"
+
+	"raft-key-value/kvpb"
+)
+
+// durable is how much of the loop's state the data directory has. The loop alone
+// uses it.
+type durable struct {
+	disk   *disk  // nil: in memory only
+	mark   uint64 // index of the last snapshot on disk; 0: the directory is nobody's
+	queued int    // jobs that the disk has not done
+	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
+	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
+	// removed are the raft IDs whom this node tells that they were removed: it must know
+	// so after a restart, too, or it might need the vote of one that has left for good.
+	removed []uint64
+}
+
+// persist has the disk do a job and then calls done, in the loop. The first one
+// makes the directory this node's. Who has been removed by now is durable by
+// then, for each removal is followed by a job that makes it so. A snapshot that is
+// named takes the place of those before it.
+func (n *node) persist(j diskJob, done func()) {
+	removed, mark := n.store.removed, j.batch.Snapshot
+	if n.durable.disk == nil {
+		done()
+		return
+	}
+	if n.durable.mark == 0 {
+		n.durable.mark = n.store.index
+		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.id.raftID, LogId: randomID()}
+	}
+	j.done = func(err error) {
+		n.in.event(func() {
+			n.durable.queued--
+			if err != nil {
+				n.diskFailed(err)
+				return
+			}
+			n.durable.removed = removed
+			done()
+			if mark != nil {
+				n.removeBefore(mark)
+			}
+		})
+	}
+	n.durable.queued++
+	n.durable.disk.enqueue(j)
+}
+
+// diskFailed ends the node: what is on the disk nobody knows.
+func (n *node) diskFailed(err error) {
+	n.durable.disk.failed.Store(true)
+	n.err = fmt.Errorf("%w: writing to the data directory: %w", errStopping, err)
+}
+
+// save writes a snapshot of the state to the disk, beside the loop.
+func (n *node) save() {
+	v := n.store.open()
+	v.rest = n.durable.disk.rest
+	n.durable.saving = n.durable.logged
+	n.durable.disk.start(func() {
+		mark, err := n.durable.disk.save(v)
+		n.in.event(func() { n.saved(v, mark, err) })
+	})
+}
+
+// saved makes a snapshot that has been written the one that counts.
+func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
+	v.close()
+	n.durable.disk.hold(false)
+	switch {
+	case err != nil:
+		n.diskFailed(err)
+	case mark.Index <= n.durable.mark: // a leader's has overtaken it
+		n.durable.disk.start(func() { _ = n.durable.disk.remove(mark.File) })
+	default:
+		n.logger.Info("saved a snapshot", "index", mark.Index)
+		n.durable.mark, n.durable.logged = mark.Index, n.durable.logged-n.durable.saving
+		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
+	}
+	n.durable.saving = 0
+}
+
+// removeBefore removes the snapshots before the one that counts, beside the loop.
+func (n *node) removeBefore(mark *kvpb.SnapshotMark) {
+	n.durable.disk.start(func() {
+		if err := n.durable.disk.removeBefore(mark); err != nil {
+			n.in.event(func() { n.diskFailed(err) })
+		}
+	})
+}

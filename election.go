@@ -1,0 +1,127 @@
+// How a node without a leader gets one, beyond what raft does by itself.
+
+package main
+
+import (
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// election is when and how this node looks for another leader.
+type election struct {
+	leadHeard  uint64        // tick of the leader's last message
+	leaderless uint64        // ticks without a leader
+	campaignAt uint64        // tick in which to call an election, if there is no leader then; 0: none
+	deafTo     uint64        // raft ID of a leader whose stream broke, not heard until deafUntil; 0: none
+	deafUntil  uint64        // tick
+	learned    learnedCommit // what a peer knows to be committed, and this node does not know yet
+}
+
+// missLeader is called in every tick; it says once that there is no leader.
+func (n *node) missLeader() {
+	if n.election.leaderless++; n.raft.lead != 0 {
+		n.election.leaderless = 0
+	} else if n.election.leaderless == 2*n.electionTicks() {
+		n.logger.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.peers.connected), "members", describeMembers(n.store.conf, n.store.members))
+	}
+}
+
+// leaderLost brings an election forward: the stream to the leader broke, which
+// it does at once if the process has died. If the leader lives, PreVote and the
+// others, who hear of it, keep an election from succeeding. Voters take turns,
+// so as not to split the vote. For a moment, whatever this voter's turn, what the
+// leader sent last is not heard, or it would be the leader again.
+func (n *node) leaderLost() {
+	rank := uint64(0)
+	for _, id := range n.store.conf.GetVoters() {
+		if id < n.id.raftID && id != n.raft.lead {
+			rank++
+		}
+	}
+	n.election.campaignAt = n.clock.now + 1 + rank*n.electionTicks()/10
+	n.election.deafTo, n.election.deafUntil = n.raft.lead, n.clock.now+n.electionTicks()/5
+	_ = n.rn.ForgetLeader()
+}
+
+// answerAlive tells a node that calls for votes that this one is there. Raft says
+// nothing to such a call while it hears a leader; the caller, which may be cut off from
+// that one alone, would take this node for dead. To raft the answer means nothing: the
+// caller does not lead in its present term.
+func (n *node) answerAlive(m *raftpb.Message) {
+	if n.raft.lead == 0 || m.GetTerm() <= 1 {
+		return
+	}
+	n.send(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: &n.id.raftID, To: m.From, Term: new(m.GetTerm() - 1)})
+}
+
+// learnedCommit is an entry that a peer knows to be committed.
+type learnedCommit struct {
+	index, term uint64
+	from        uint64 // raft ID of the peer; 0: nothing was learned
+	tick        uint64 // in which it was learned
+}
+
+// learnCommit remembers what the sender of an answer to a call for votes knows to
+// be committed. A node without a leader can need that: if it has forgotten, or never
+// heard, that a change of membership is committed, it asks for votes by the old
+// configuration, perhaps of nodes that have left for good, or of learners whose log
+// is longer.
+func (n *node) learnCommit(m *raftpb.Message) {
+	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp {
+		return
+	}
+	if m.GetCommit() > max(n.election.learned.index, n.rn.BasicStatus().GetCommit()) {
+		n.election.learned = learnedCommit{index: m.GetCommit(), term: m.GetLogTerm(), from: m.GetFrom(), tick: n.clock.now}
+	}
+}
+
+// commitLearned has raft commit what was learned, once that cannot cost this node an
+// election that it would win: it has lost its campaign, or has waited for half an
+// election timeout. Then it calls for votes again, by the configuration that it
+// knows now. Raft takes commits from a leader only; so here is one, for no longer
+// than the call.
+func (n *node) commitLearned() {
+	l := n.election.learned
+	if l.from == 0 {
+		return
+	}
+	if n.raft.lead != 0 || n.raft.role == raft.StateLeader {
+		n.election.learned = learnedCommit{} // a leader commits it
+		return
+	}
+	campaigns := n.raft.role != raft.StateFollower
+	if campaigns && n.clock.now-l.tick < n.electionTicks()/2 {
+		return
+	}
+	n.election.learned = learnedCommit{}
+	log := n.drainedLog()
+	if log == nil || n.raft.lead != 0 {
+		return
+	}
+	st := n.rn.BasicStatus()
+	term, err := log.Term(l.index)
+	if err != nil || term != l.term || l.index <= st.GetCommit() {
+		return // equal entries have equal ones before them (Raft paper, section 5.3)
+	}
+	_ = n.rn.Step(&raftpb.Message{
+		Type: raftpb.MsgHeartbeat.Enum(), From: &l.from, To: &n.id.raftID,
+		Term: new(st.GetTerm()), Commit: &l.index,
+	})
+	_ = n.rn.ForgetLeader()
+	n.drain() // the configuration may be another one now
+	if campaigns && n.rn != nil && n.err == nil && n.isVoter(n.id.raftID) {
+		_ = n.rn.Campaign()
+	}
+}
+
+// tellCommit adds to a message the last entry that this node knows to be committed.
+func (n *node) tellCommit(m *raftpb.Message) {
+	log := n.drainedLog()
+	if log == nil {
+		return
+	}
+	commit := n.rn.BasicStatus().GetCommit()
+	if term, err := log.Term(commit); err == nil {
+		m.Commit, m.LogTerm = &commit, &term
+	}
+}
