@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"testing/cryptotest"
@@ -451,5 +452,60 @@ func TestDeafForAMoment(t *testing.T) {
 	b.pass(1, 9, -1)
 	if last.raft.lead != 1 {
 		t.Errorf("node 9 does not hear the leader: %s", b.state(9))
+	}
+}
+
+// TestLeaversKnow: two voters leave at once. The leader does not cut one of them off that
+// has yet to hear of it: the other one forgets all it knew, so that there would be no
+// majority to tell the first that it was removed.
+func TestLeaversKnow(t *testing.T) {
+	cryptotest.SetGlobalRandom(t, 1)
+	begin := func(t *testing.T) *bus {
+		b := newBus(t, 1, 2, 3)
+		b.elect(3, 1, 2)
+		b.beat(3, 1, 2)
+		leader := b.nodes[3]
+		leader.in.event(func() {
+			err := leader.proposeChange(nil,
+				confChange(raftpb.ConfChangeRemoveNode, 1), confChange(raftpb.ConfChangeRemoveNode, 2))
+			if err != nil {
+				t.Error(err)
+			}
+		})
+		b.turn(3, 0)
+		return b
+	}
+	isHalfWay := func(b *bus, id uint64) bool { return isJoint(b.nodes[id].store.conf) }
+
+	b := begin(t)
+	b.flow(1, 3)
+	if !isHalfWay(b, 1) || !isHalfWay(b, 3) || isHalfWay(b, 2) {
+		t.Fatalf("want a change that only node 2 has not heard of: %s, %s, %s", b.state(1), b.state(2), b.state(3))
+	}
+	b.flow(2, 3)
+	if isHalfWay(b, 3) || len(b.nodes[3].store.members) != 1 {
+		t.Fatalf("both know of the change, and it has not ended: %s", b.state(3))
+	}
+	b.nodes[2].refused(2, 3, &kvpb.Welcome{
+		Verdict:   kvpb.Verdict_VERDICT_REMOVED,
+		Peer:      &kvpb.Peer{Node: plainNode(3), RaftId: 3, Life: 3},
+		ClusterId: 7,
+	})
+	b.turn(2, 0)
+	if b.nodes[2].rn != nil {
+		t.Errorf("the voter that stays says that node 2 was removed, and node 2 does not believe it: %s", b.state(2))
+	}
+
+	b = begin(t)
+	for ticks := uint64(0); isHalfWay(b, 3) || len(b.nodes[3].store.members) != 1; ticks++ {
+		if ticks > 3*b.nodes[3].electionTicks() {
+			t.Fatalf("the leader waits for ever for a voter that leaves and gets nothing: %s", b.state(3))
+		}
+		b.turn(3, 1)
+		b.flow(1, 3)
+		to2 := busLink{3, 2}
+		b.wire[to2] = slices.DeleteFunc(b.wire[to2], func(m *raftpb.Message) bool { return m.GetType() == raftpb.MsgApp })
+		b.pass(3, 2, -1)
+		b.pass(2, 3, -1)
 	}
 }

@@ -109,15 +109,10 @@ func (r *request) witnessed() bool {
 	n := r.n
 	w := witness{conf: n.store.conf, term: n.raft.term}
 	if r.witness.conf != w.conf || r.witness.term != w.term {
-		if err := n.rn.Propose(nil); err != nil {
-			return false // leadership is being transferred: once more, later
-		}
-		n.log.behind = true
-		log := n.drainedLog()
-		if log == nil {
+		w.index = n.proposeEmpty()
+		if w.index == 0 {
 			return false
 		}
-		w.index = log.last()
 		r.witness = w
 	}
 	w = r.witness
@@ -325,14 +320,82 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	return nil
 }
 
-// leaveJoint ends a change of membership. A leader that is to leave hands over
-// first: it would step down before the others know that they may do without it.
+// jointStay is a leader's stay in a joint configuration.
+type jointStay struct {
+	conf  *raftpb.ConfState // nil: there was none
+	term  uint64            // in which this node leads
+	began uint64            // tick
+	tried uint64            // tick in which the leader last tried to leave; 0: not yet
+	// notice is an entry behind conf: whoever has stored it knows that conf is committed.
+	// 0: it is not proposed yet.
+	notice uint64
+}
+
+// leaveJoint takes the next step to end a change of membership that is half way. It is
+// called in every turn. What can get lost is tried again after a heartbeat.
 func (n *node) leaveJoint() {
-	if n.isVoter(n.id.raftID) {
-		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
-	} else {
-		n.handOver(n.store.conf.GetVoters())
+	if n.err != nil || !n.leads() || !isJoint(n.store.conf) {
+		return
 	}
+	stay := &n.change.stay
+	if stay.conf != n.store.conf || stay.term != n.raft.term {
+		*stay = jointStay{conf: n.store.conf, term: n.raft.term, began: n.clock.now}
+	}
+	if stay.tried != 0 && n.clock.now-stay.tried < ticksPerHeartbeat {
+		return
+	}
+	if !n.isVoter(n.id.raftID) {
+		// A leader that is to leave hands over first: it would step down before
+		// the others know that they may do without it.
+		stay.tried = n.clock.now
+		n.handOver(n.store.conf.GetVoters())
+		return
+	}
+	if !n.leaversKnow(stay) {
+		return
+	}
+	stay.tried = n.clock.now
+	_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
+}
+
+// leaversKnow reports whether the voters that are to leave, and answer, know that they
+// are. If several leave at once, one that does not know would wait for ever for a
+// majority of its old voters to tell it: the others that leave forget all they knew.
+// Nobody is waited for longer than two election timeouts.
+func (n *node) leaversKnow(stay *jointStay) bool {
+	leavers := n.leavers()
+	if len(leavers) == 0 || n.clock.now-stay.began > 2*n.electionTicks() {
+		return true
+	}
+	if stay.notice == 0 {
+		stay.notice = n.proposeEmpty()
+		return false
+	}
+	progress := n.progressOf()
+	return !slices.ContainsFunc(leavers, func(id uint64) bool { return progress[id].Match < stay.notice })
+}
+
+// leavers are the other voters that the change in flight removes, and that answer.
+func (n *node) leavers() []uint64 {
+	conf := n.store.conf
+	stayers := slices.Concat(conf.GetVoters(), conf.GetLearners(), conf.GetLearnersNext())
+	return slices.DeleteFunc(slices.Clone(conf.GetVotersOutgoing()), func(id uint64) bool {
+		return id == n.id.raftID || slices.Contains(stayers, id) || !n.alive(id)
+	})
+}
+
+// proposeEmpty has this leader append an empty entry, and returns its index; 0: it
+// could not, because leadership is being transferred, or the node has broken.
+func (n *node) proposeEmpty() uint64 {
+	if err := n.rn.Propose(nil); err != nil {
+		return 0
+	}
+	n.log.behind = true
+	log := n.drainedLog()
+	if log == nil {
+		return 0
+	}
+	return log.last()
 }
 
 // membershipChange is the change of membership, or of leadership, in flight, and what a
@@ -340,6 +403,7 @@ func (n *node) leaveJoint() {
 type membershipChange struct {
 	at     uint64            // tick of the change in flight; 0: none
 	sights map[uint64]*sight // by raft ID: learners whose node has an older life, too
+	stay   jointStay         // in a joint configuration, the last one
 }
 
 func (c *membershipChange) forget() {

@@ -330,6 +330,7 @@ func (n *node) turn(in input) {
 	}
 	n.drain()
 	n.checkConditions()
+	n.leaveJoint()
 	n.drain()
 	n.flush(in.ticks > 0)
 	n.publish()
@@ -369,9 +370,7 @@ func (n *node) tick() {
 		n.followMembers()
 	}
 	n.compactLog()
-	if n.leads() && isJoint(n.store.conf) {
-		n.leaveJoint()
-	} else if n.mayChange() && !n.commitMove() {
+	if n.mayChange() && !n.commitMove() {
 		n.heal()
 	}
 }
@@ -650,7 +649,6 @@ func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
 
 // apply applies committed entries and completes what waited for them.
 func (n *node) apply(m *raftpb.Message) {
-	conf := n.store.conf
 	for _, e := range m.GetEntries() {
 		if err := n.applyEntry(e); err != nil {
 			n.err = fmt.Errorf("applying entry %d: %w", e.GetIndex(), err)
@@ -661,9 +659,6 @@ func (n *node) apply(m *raftpb.Message) {
 	n.respond(m.GetResponses(), nil)
 	n.releaseReads()
 	n.compact()
-	if conf != n.store.conf && n.leads() && isJoint(n.store.conf) {
-		n.leaveJoint()
-	}
 }
 
 func (n *node) applyEntry(e *raftpb.Entry) error {
