@@ -127,13 +127,14 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 	if isJoint(n.store.conf) {
 		return false, nil
 	}
+	want, refusal := n.votersToBe(req)
 	var changes []*raftpb.ConfChangeSingle
-	want, err := n.votersToBe(req)
-	if err == nil {
-		changes, err = n.changesTo(want, req)
-	}
-	if err == nil && len(changes) == 0 {
-		return true, nil
+	var notReady error // which a new leader may say too early: it has yet to hear from the members
+	if refusal == nil {
+		changes, notReady = n.changesTo(want, req)
+		if notReady == nil && len(changes) == 0 {
+			return true, nil
+		}
 	}
 	if !n.mayChange() {
 		return false, nil // perhaps it is made just now
@@ -142,12 +143,17 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		return false, apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED,
 			"the membership is another than the change was made for: "+describeMembers(n.store.conf, n.store.members))
 	}
-	if dead := slices.DeleteFunc(slices.Clone(want), n.alive); err == nil && len(dead) > (len(want)-1)/2 {
-		err = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
-			fmt.Sprintf("of these %d voters %s: they could not go on", len(want), n.silent(dead)))
+	if refusal != nil {
+		return false, refusal
 	}
-	if err != nil {
-		return false, oneOf(n.isNewLeader(), nil, err) // perhaps it has yet to hear from them
+	if notReady == nil {
+		notReady = n.checkMajority(want)
+	}
+	if notReady != nil && n.isNewLeader() {
+		return false, nil
+	}
+	if notReady != nil {
+		return false, notReady
 	}
 	if slices.ContainsFunc(want, n.isComingBack) {
 		return false, nil // a node that lost its memory is taken back first
@@ -156,6 +162,16 @@ func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
 		return false, nil // this node leaves: who stays, and votes already, makes the change
 	}
 	return false, n.proposeChange(nil, changes...)
+}
+
+// checkMajority refuses voters of which no majority answers.
+func (n *node) checkMajority(voters []uint64) error {
+	silent := slices.DeleteFunc(slices.Clone(voters), n.alive)
+	if len(silent) <= (len(voters)-1)/2 {
+		return nil
+	}
+	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+		fmt.Sprintf("of these %d voters %s: they could not go on", len(voters), n.silent(silent)))
 }
 
 // role is what operators know of a member.
