@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -50,13 +49,14 @@ type proposal struct {
 
 // readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
 type readRound struct {
-	ctx   []byte
+	ctx   []byte // of the ReadIndex; nil: there is no round
 	tick  uint64 // of the question
 	index uint64 // the answer
 	calls []*call
 }
 
-// callsInFlight are the calls on their way through raft.
+// callsInFlight are the calls on their way through raft. The loop owns them; it hands
+// in the time and what raft says.
 type callsInFlight struct {
 	writes    []*call     // that wait to be proposed
 	reads     []*call     // that wait for a round
@@ -73,107 +73,293 @@ type callsInFlight struct {
 	endedBytes int
 }
 
-// enqueue takes a call in.
-func (n *node) enqueue(c *call) {
-	c.since = n.clock.wall
-	if c.record == nil {
-		n.calls.reads = append(n.calls.reads, c)
+// add takes a call in. wall is the time from which its wait counts.
+func (c *callsInFlight) add(call *call, wall uint64) {
+	call.since = wall
+	if call.record == nil {
+		c.reads = append(c.reads, call)
 	} else {
-		n.calls.writes = append(n.calls.writes, c)
+		c.writes = append(c.writes, call)
 	}
 }
 
-// expire ends calls that found no leader for too long, or whose deadline is near.
-func (n *node) expire() {
-	var noLeader error
-	if n.rn == nil {
-		noLeader = errNotInitialized
-	} else if n.raft.lead == 0 {
-		noLeader = n.noLeader()
+// leaderlessness is what calls need to know of the lack of a leader.
+type leaderlessness struct {
+	why  error // nil: there is a leader
+	long bool  // calls do not wait for one any more
+}
+
+// expire ends calls whose deadline is near, and those that found no leader for too long.
+// A write that was proposed may still be applied: it goes on until its deadline.
+func (c *callsInFlight) expire(wall uint64, leaderless leaderlessness) {
+	why := leaderless.why
+	if why == nil {
+		why = context.DeadlineExceeded
 	}
-	late := func(c *call) bool { return c.wait != 0 && n.clock.wall-c.since >= c.wait }
-	gone := noLeader != nil && (n.rn == nil || n.election.leaderless >= n.ticksOf(leaderWait))
-	overdue := func(c *call) bool { return gone || late(c) }
-	end := func(calls []*call) []*call {
-		return slices.DeleteFunc(calls, func(c *call) bool {
-			ends := overdue(c)
-			if ends {
-				n.finish(c, outcome{err: cmp.Or(noLeader, context.DeadlineExceeded)}) // tells more than that the time is up
+	isOver := func(call *call) bool { return leaderless.long || call.isLate(wall) }
+	endSome := func(calls []*call) []*call {
+		return slices.DeleteFunc(calls, func(call *call) bool {
+			if !isOver(call) {
+				return false
 			}
-			return ends
+			c.finish(call, outcome{err: why})
+			return true
 		})
 	}
-	n.calls.writes, n.calls.reads, n.calls.round.calls = end(n.calls.writes), end(n.calls.reads), end(n.calls.round.calls)
-	for i := range n.calls.confirmed {
-		n.calls.confirmed[i].calls = end(n.calls.confirmed[i].calls)
+	c.writes = endSome(c.writes)
+	c.reads = endSome(c.reads)
+	c.round.calls = endSome(c.round.calls)
+	for i := range c.confirmed {
+		c.confirmed[i].calls = endSome(c.confirmed[i].calls)
 	}
-	if n.calls.own == nil {
+	if c.own == nil {
 		return
 	}
-	wanted := false
-	for _, c := range n.calls.own.calls {
-		if late(c) {
-			n.finish(c, outcome{err: errUnknownInTime})
+	isWanted := false
+	for _, call := range c.own.calls {
+		if call.isLate(wall) {
+			c.finish(call, outcome{err: errUnknownInTime})
 		}
-		wanted = wanted || !overdue(c)
+		if !isOver(call) {
+			isWanted = true
+		}
 	}
-	if noLeader != nil && !wanted {
-		n.failOwn()
+	if leaderless.why != nil && !isWanted {
+		c.failOwn()
 	}
 }
 
+// isLate reports whether the call's deadline is near.
+func (c *call) isLate(wall uint64) bool { return c.wait != 0 && wall-c.since >= c.wait }
+
 // finish ends a call, if it has not ended.
-func (n *node) finish(c *call, o outcome) {
-	if c.ended {
+func (c *callsInFlight) finish(call *call, o outcome) {
+	if call.ended {
 		return
 	}
-	c.ended = true
-	n.calls.endedCalls++
-	n.calls.endedBytes += len(c.record)
-	if g := c.group; g == nil {
-		c.done <- o
-	} else if c.out, g.left = o, g.left-1; g.left == 0 {
+	call.ended = true
+	c.endedCalls++
+	c.endedBytes += len(call.record)
+	g := call.group
+	if g == nil {
+		call.done <- o
+		return
+	}
+	call.out = o
+	g.left--
+	if g.left == 0 {
 		close(g.done)
 	}
 }
 
-func (n *node) fail(calls []*call, err error) {
-	for _, c := range calls {
-		n.finish(c, outcome{err: err})
+func (c *callsInFlight) fail(calls []*call, err error) {
+	for _, call := range calls {
+		c.finish(call, outcome{err: err})
 	}
 }
 
 // failOwn gives up the proposal in flight.
-func (n *node) failOwn() {
-	if n.calls.own != nil {
-		n.fail(n.calls.own.calls, errOutcomeUnknown)
-		n.calls.own = nil
+func (c *callsInFlight) failOwn() {
+	if c.own != nil {
+		c.fail(c.own.calls, errOutcomeUnknown)
+		c.own = nil
 	}
 }
 
 // failAll ends all that waits; err is for what was not proposed.
-func (n *node) failAll(err error) {
-	n.failOwn()
-	n.retryReads()
-	for _, r := range n.calls.confirmed {
-		n.fail(r.calls, err)
+func (c *callsInFlight) failAll(err error) {
+	c.failOwn()
+	c.retryReads()
+	for _, r := range c.confirmed {
+		c.fail(r.calls, err)
 	}
-	n.fail(n.calls.reads, err)
-	n.fail(n.calls.writes, err)
-	n.calls.reads, n.calls.writes, n.calls.confirmed = nil, nil, nil
-	for _, c := range n.calls.conditions {
-		c.done <- err
+	c.fail(c.reads, err)
+	c.fail(c.writes, err)
+	c.reads = nil
+	c.writes = nil
+	c.confirmed = nil
+	for _, waiting := range c.conditions {
+		waiting.done <- err
 	}
-	n.calls.conditions = nil
+	c.conditions = nil
 }
 
-// propose hands the writes that wait, or as many as fit into an entry, to raft.
-func (n *node) propose() {
-	if n.calls.own == nil && n.raft.lead != 0 && len(n.calls.writes) > 0 && n.mayPropose() {
-		n.calls.own = n.nextProposal()
+// takeEnded returns how many calls have ended since it was last called, and the bytes of
+// their records.
+func (c *callsInFlight) takeEnded() (calls, bytes int) {
+	calls, bytes = c.endedCalls, c.endedBytes
+	c.endedCalls, c.endedBytes = 0, 0
+	return calls, bytes
+}
+
+// hasNext reports whether writes wait that no proposal has yet.
+func (c *callsInFlight) hasNext() bool { return c.own == nil && len(c.writes) > 0 }
+
+// nextProposal returns what is to be proposed now, in the name of a raft ID: the
+// proposal in flight if it may have got lost, or a new one of the writes at the head of
+// the queue, as many as fit into an entry. nil: nothing.
+func (c *callsInFlight) nextProposal(raftID, now uint64) *proposal {
+	if c.hasNext() {
+		c.own = c.newProposal(raftID)
 	}
-	p := n.calls.own
-	if p == nil || n.raft.lead == 0 || n.clock.now < p.again || !n.mayPropose() {
+	if c.own == nil || now < c.own.again {
+		return nil
+	}
+	return c.own
+}
+
+func (c *callsInFlight) newProposal(raftID uint64) *proposal {
+	c.sequence++
+	p := &proposal{sequence: c.sequence}
+	size := 0
+	taken := 0
+	for _, call := range c.writes {
+		if len(p.calls) > 0 && size+len(call.record) > maxEntryBytes {
+			break
+		}
+		taken++
+		if !call.state.CompareAndSwap(callQueued, callProposed) {
+			c.finish(call, outcome{}) // given up: nobody waits
+			continue
+		}
+		p.calls = append(p.calls, call)
+		size += len(call.record) + 4
+	}
+	c.writes = c.writes[taken:]
+	if len(p.calls) == 0 {
+		return nil
+	}
+	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, raftID), 2, p.sequence)
+	for _, call := range p.calls {
+		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
+		p.data = protowire.AppendBytes(p.data, call.record)
+	}
+	return p
+}
+
+// finishOwn ends the calls of the proposal in flight, if that is what was applied. There
+// are no results if an earlier copy of the proposal was applied: they are gone.
+func (c *callsInFlight) finishOwn(sequence uint64, results []outcome) {
+	if c.own == nil || c.own.sequence != sequence {
+		return
+	}
+	for i := range min(len(results), len(c.own.calls)) {
+		c.finish(c.own.calls[i], results[i])
+	}
+	c.failOwn()
+}
+
+// failApplied gives up the proposal in flight if a snapshot has it, which does not have
+// its results. sequence is that of this node's last proposal in the snapshot.
+func (c *callsInFlight) failApplied(sequence uint64) {
+	if c.own != nil && sequence >= c.own.sequence {
+		c.failOwn()
+	}
+}
+
+// beginRound starts a ReadIndex for all reads that wait (Raft thesis, section 6.4), and
+// returns its context; nil: none waits, or a round is in flight.
+func (c *callsInFlight) beginRound(life, now uint64) []byte {
+	if c.round.ctx != nil || len(c.reads) == 0 {
+		return nil
+	}
+	c.sequence++ // a context is used once
+	ctx := binary.BigEndian.AppendUint64(make([]byte, 0, readContextBytes), life)
+	ctx = binary.BigEndian.AppendUint64(ctx, c.sequence)
+	c.round = readRound{ctx: ctx, tick: now, calls: c.reads}
+	c.reads = nil
+	return ctx
+}
+
+// retryReads makes the reads of the round in flight wait for another.
+func (c *callsInFlight) retryReads() {
+	c.reads = append(c.round.calls, c.reads...)
+	c.round = readRound{}
+}
+
+// retryLateReads has the reads wait for another round if the one in flight has taken too
+// long: the question or its answer was lost, or is on its way still. longest bounds the
+// wait for the next one, in ticks.
+func (c *callsInFlight) retryLateReads(now, longest uint64) {
+	if c.round.ctx == nil || now-c.round.tick <= c.readWait {
+		return
+	}
+	c.readWait = min(2*c.readWait, longest)
+	c.retryReads()
+}
+
+// confirm learns the index that the reads of the round in flight must have applied.
+// shortest is the least wait for the next round, in ticks.
+func (c *callsInFlight) confirm(rs raft.ReadState, now, shortest uint64) {
+	if !bytes.Equal(rs.RequestCtx, c.round.ctx) {
+		return // of an earlier round
+	}
+	c.round.index = rs.Index
+	c.readWait = max(shortest, 2*(now-c.round.tick))
+	c.confirmed = append(c.confirmed, c.round)
+	c.round = readRound{}
+}
+
+// releaseReads lets the reads go whose index is applied, and returns how many.
+func (c *callsInFlight) releaseReads(applied uint64) uint64 {
+	released := 0
+	c.confirmed = slices.DeleteFunc(c.confirmed, func(r readRound) bool {
+		if r.index > applied {
+			return false
+		}
+		for _, call := range r.calls {
+			c.finish(call, outcome{})
+		}
+		released += len(r.calls)
+		return true
+	})
+	return uint64(released)
+}
+
+// askAgain gives what waits for the leader to it again: a write is applied once.
+func (c *callsInFlight) askAgain(now uint64) {
+	c.retryReads()
+	if c.own != nil {
+		c.own.again = now
+	}
+}
+
+// checkConditions takes the steps of operators' requests. A step may add conditions.
+func (c *callsInFlight) checkConditions() {
+	waiting := c.conditions
+	c.conditions = nil
+	for _, w := range waiting {
+		if w.ctx.Err() != nil {
+			continue
+		}
+		done, err := w.f()
+		if done || err != nil {
+			w.done <- err
+			continue
+		}
+		c.conditions = append(c.conditions, w)
+	}
+}
+
+// expireCalls ends calls that have waited long enough.
+func (n *node) expireCalls() {
+	var leaderless leaderlessness
+	switch {
+	case n.rn == nil:
+		leaderless = leaderlessness{why: errNotInitialized, long: true}
+	case n.raft.lead == 0:
+		leaderless = leaderlessness{why: n.noLeader(), long: n.election.leaderless >= n.ticksOf(leaderWait)}
+	}
+	n.calls.expire(n.clock.wall, leaderless)
+}
+
+// propose hands this node's proposal to raft, if there is one and it may.
+func (n *node) propose() {
+	if n.raft.lead == 0 || !n.mayPropose() {
+		return
+	}
+	p := n.calls.nextProposal(n.id.raftID, n.clock.now)
+	if p == nil {
 		return
 	}
 	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
@@ -189,93 +375,25 @@ func (n *node) propose() {
 	}
 }
 
-// nextProposal forms an entry of the writes at the head of the queue.
-func (n *node) nextProposal() *proposal {
-	n.calls.sequence++
-	p := &proposal{sequence: n.calls.sequence}
-	size, i := 0, 0
-	for ; i < len(n.calls.writes) && (len(p.calls) == 0 || size+len(n.calls.writes[i].record) <= maxEntryBytes); i++ {
-		c := n.calls.writes[i]
-		if c.state.CompareAndSwap(callQueued, callProposed) {
-			p.calls = append(p.calls, c)
-			size += len(c.record) + 4
-		} else {
-			n.finish(c, outcome{}) // given up: nobody waits
-		}
-	}
-	n.calls.writes = n.calls.writes[i:]
-	if len(p.calls) == 0 {
-		return nil
-	}
-	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, n.id.raftID), 2, p.sequence)
-	for _, c := range p.calls {
-		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
-		p.data = protowire.AppendBytes(p.data, c.record)
-	}
-	return p
-}
-
-// askRead starts a ReadIndex for all reads that wait (Raft thesis, section
-// 6.4), if none is in flight. A leader asks only once it has applied an entry of its
-// term; raft itself is less careful with one voter.
+// askRead asks raft for the index that the reads which wait must have applied. A leader
+// asks only once it has applied an entry of its term; raft itself is less careful with
+// one voter.
 func (n *node) askRead() {
-	if n.calls.round.ctx != nil || len(n.calls.reads) == 0 || n.raft.lead == 0 || n.raft.lead == n.id.raftID && !n.leads() {
+	isNewLeader := n.raft.lead == n.id.raftID && !n.leads()
+	if n.raft.lead == 0 || isNewLeader {
 		return
 	}
-	n.calls.sequence++ // a context is used once
-	ctx := binary.BigEndian.AppendUint64(make([]byte, 0, readContextBytes), n.id.life)
-	ctx = binary.BigEndian.AppendUint64(ctx, n.calls.sequence)
-	n.calls.round, n.calls.reads = readRound{ctx: ctx, tick: n.clock.now, calls: n.calls.reads}, nil
+	ctx := n.calls.beginRound(n.id.life, n.clock.now)
+	if ctx == nil {
+		return
+	}
 	n.status.count.ReadRounds++
 	n.rn.ReadIndex(ctx)
 }
 
-// retryReads makes the reads of the round in flight wait for another.
-func (n *node) retryReads() {
-	n.calls.reads, n.calls.round = append(n.calls.round.calls, n.calls.reads...), readRound{}
-}
-
-// readConfirmed learns the index that the reads of a round must have applied.
-func (n *node) readConfirmed(rs raft.ReadState) {
-	if !bytes.Equal(rs.RequestCtx, n.calls.round.ctx) {
-		return // of an earlier round
-	}
-	n.calls.round.index = rs.Index
-	n.calls.readWait = max(n.electionTicks()/2, 2*(n.clock.now-n.calls.round.tick))
-	n.calls.confirmed, n.calls.round = append(n.calls.confirmed, n.calls.round), readRound{}
-	n.releaseReads()
-}
-
-// releaseReads lets the reads go whose index is applied.
+// releaseReads lets the reads go whose index this node has applied.
 func (n *node) releaseReads() {
-	n.calls.confirmed = slices.DeleteFunc(n.calls.confirmed, func(r readRound) bool {
-		if r.index > n.store.index {
-			return false
-		}
-		for _, c := range r.calls {
-			n.finish(c, outcome{})
-		}
-		n.status.count.ReadsReleased += uint64(len(r.calls))
-		return true
-	})
-}
-
-func (n *node) checkConditions() {
-	if n.err != nil {
-		return // nobody asks a broken node for anything: run ends them
-	}
-	conds := n.calls.conditions
-	n.calls.conditions = nil
-	for _, c := range conds {
-		if c.ctx.Err() != nil {
-			continue
-		}
-		if ok, err := c.f(); ok || err != nil {
-			c.done <- err
-		} else {
-			n.calls.conditions = append(n.calls.conditions, c)
-		}
-	}
+	n.status.count.ReadsReleased += n.calls.releaseReads(n.store.index)
 }
 
 // input is what one turn of the loop works on.

@@ -386,7 +386,7 @@ func (n *node) hold(m *raftpb.Message) {
 func (n *node) proposeHeld() {
 	p := &n.catchup.pace
 	for len(p.held) > 0 && n.mayPropose() {
-		if ownWaits := n.calls.own == nil && len(n.calls.writes) > 0; ownWaits && p.ownNext {
+		if p.ownNext && n.calls.hasNext() {
 			return
 		}
 		m := p.held[0]

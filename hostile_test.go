@@ -459,7 +459,7 @@ func (l *lone) ended() {
 	l.n.rn = nil
 	in := l.n.in.take()
 	l.n.turn(input{calls: in.calls, events: in.events})
-	l.n.failAll(errStopping)
+	l.n.calls.failAll(errStopping)
 	for _, c := range l.calls {
 		if len(c.done) != 1 {
 			l.t.Fatal("a call has no outcome")

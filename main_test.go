@@ -336,7 +336,7 @@ func TestWhatWasProposedIsUnknown(t *testing.T) {
 	n := turnNode()
 	proposed, queued := &call{record: []byte{1}, done: make(chan outcome, 1)}, &call{record: []byte{1}, done: make(chan outcome, 1)}
 	n.calls.own, n.calls.writes = &proposal{calls: []*call{proposed}}, []*call{queued}
-	n.failAll(errStopping)
+	n.calls.failAll(errStopping)
 	if o := <-proposed.done; o.err != errOutcomeUnknown {
 		t.Error(o.err)
 	}

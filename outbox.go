@@ -82,6 +82,5 @@ func (n *node) flush(all bool) {
 		}
 	}
 	n.closeViews()
-	n.in.release(n.calls.endedCalls, n.calls.endedBytes)
-	n.calls.endedCalls, n.calls.endedBytes = 0, 0
+	n.in.release(n.calls.takeEnded())
 }

@@ -144,7 +144,7 @@ func (n *node) peerUp(raftID, life uint64, outbound bool) {
 			delete(n.peers.refusals, raftID)
 			delete(n.peers.moved, raftID)
 			if raftID == n.raft.lead {
-				n.askAgain() // what was on its way may be lost
+				n.calls.askAgain(n.clock.now) // what was on its way may be lost
 			}
 		}
 	})
@@ -215,14 +215,6 @@ func (n *node) peerDown(raftID uint64, lost bool) {
 	})
 }
 
-// askAgain gives what waits for the leader to it again: writes are applied once.
-func (n *node) askAgain() {
-	n.retryReads()
-	if n.calls.own != nil {
-		n.calls.own.again = n.clock.now
-	}
-}
-
 // refused learns that whoever answered at the known address of a member would not
 // talk to this node. Any goroutine may call it.
 func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
@@ -285,7 +277,7 @@ func (n *node) removed(by []uint64) {
 	n.logger.Warn("this node was removed from its cluster: it drops its state and waits to be added again",
 		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "say", n.names(by))
 	n.flush(true)
-	n.failAll(errNotInitialized)
+	n.calls.failAll(errNotInitialized)
 	n.newLife()
 	n.net.setMembers(0, n.id.raftID, nil, nil)
 }

@@ -297,7 +297,7 @@ func (n *node) run(ctx context.Context) error {
 	n.rn = nil // raft may be broken: only what waits is left to be ended
 	in := n.in.take()
 	n.turn(input{calls: in.calls, events: in.events})
-	n.failAll(n.err)
+	n.calls.failAll(n.err)
 	if n.err == errStopping {
 		return nil
 	}
@@ -326,10 +326,12 @@ func (n *node) turn(in input) {
 		n.tick()
 	}
 	for _, c := range in.calls {
-		n.enqueue(c)
+		n.calls.add(c, n.clock.wall)
 	}
 	n.drain()
-	n.checkConditions()
+	if n.err == nil { // a broken node has nothing to say: run ends what waits
+		n.calls.checkConditions()
+	}
 	n.leaveJoint()
 	n.drain()
 	n.flush(in.ticks > 0)
@@ -340,7 +342,7 @@ func (n *node) turn(in input) {
 func (n *node) tick() {
 	n.clock.now++
 	n.clock.wall++
-	n.expire()
+	n.expireCalls()
 	if n.rn == nil {
 		return
 	}
@@ -357,10 +359,7 @@ func (n *node) tick() {
 	if n.clock.now == n.election.campaignAt && n.raft.lead == 0 && n.raft.role == raft.StateFollower && n.isVoter(n.id.raftID) {
 		_ = n.rn.Campaign()
 	}
-	if n.calls.round.ctx != nil && n.clock.now-n.calls.round.tick > n.calls.readWait {
-		n.calls.readWait = min(2*n.calls.readWait, 8*n.electionTicks()) // or it is on its way still
-		n.retryReads()                                                  // the request or its answer was lost
-	}
+	n.calls.retryLateReads(n.clock.now, 8*n.electionTicks())
 	if n.clock.now%ticksPerHeartbeat != 0 {
 		return
 	}
@@ -542,7 +541,8 @@ func (n *node) drain() {
 func (n *node) ready(rd raft.Ready) {
 	n.syncSoftState()
 	for _, rs := range rd.ReadStates {
-		n.readConfirmed(rs)
+		n.calls.confirm(rs, n.clock.now, n.electionTicks()/2)
+		n.releaseReads()
 	}
 	var votes []*raftpb.Message // called for; the term and this node's own vote are in the append that follows
 	for _, m := range rd.Messages {
@@ -576,7 +576,7 @@ func (n *node) syncSoftState() {
 		n.election.leadHeard = n.clock.now
 		n.catchup.forget() // what is held will be proposed again
 		n.calls.readWait = n.electionTicks() / 2
-		n.askAgain()
+		n.calls.askAgain(n.clock.now)
 		if st.Lead != 0 {
 			n.status.count.LeaderChanges++
 		}
@@ -677,11 +677,8 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 		return err
 	}
 	n.status.count.WritesApplied += s.version - before
-	if p := n.calls.own; p != nil && proposer == n.id.raftID && sequence == p.sequence {
-		for i := range min(len(results), len(p.calls)) {
-			n.finish(p.calls[i], results[i])
-		}
-		n.failOwn() // whatever has no result: it was applied before, and its results are gone
+	if proposer == n.id.raftID {
+		n.calls.finishOwn(sequence, results)
 	}
 	return nil
 }

@@ -473,7 +473,7 @@ func TestDeadlines(t *testing.T) {
 	if n.calls.own == nil || len(n.calls.writes)+len(n.calls.reads)+len(n.calls.round.calls)+len(n.calls.confirmed[0].calls) != 0 {
 		t.Error("what has ended still waits, or the proposal does not")
 	}
-	n.failAll(errStopping)
+	n.calls.failAll(errStopping)
 	if len(proposed.done) != 0 || len(patient.done) != 1 {
 		t.Error("it ends twice, or its neighbour does not")
 	}
@@ -541,9 +541,9 @@ func TestUnknownOutcomes(t *testing.T) {
 		code   codes.Code
 		reason string
 	}{
-		{"no leader for long", plain, func(n *node, _ func()) { n.failOwn() }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
-		{"no leader for long", withIDs, func(n *node, _ func()) { n.failOwn() }, codes.Unavailable, "OUTCOME_UNKNOWN"},
-		{"the node stops", withIDs, func(n *node, _ func()) { n.failAll(errStopping) }, codes.Unavailable, "OUTCOME_UNKNOWN"},
+		{"no leader for long", plain, func(n *node, _ func()) { n.calls.failOwn() }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
+		{"no leader for long", withIDs, func(n *node, _ func()) { n.calls.failOwn() }, codes.Unavailable, "OUTCOME_UNKNOWN"},
+		{"the node stops", withIDs, func(n *node, _ func()) { n.calls.failAll(errStopping) }, codes.Unavailable, "OUTCOME_UNKNOWN"},
 		{"its deadline", plain, func(n *node, _ func()) { n.turn(input{ticks: 20}) }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
 		{"its deadline", withIDs, func(n *node, _ func()) { n.turn(input{ticks: 20}) }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
 		{"its deadline, as seen by its goroutine", withIDs, func(_ *node, cancel func()) { late.Store(true); cancel() }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},

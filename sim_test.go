@@ -547,7 +547,7 @@ func (p *proc) readBadly() {
 	if p.s.cfg.hasty {
 		for _, r := range n.calls.confirmed {
 			for _, c := range r.calls {
-				n.finish(c, outcome{})
+				n.calls.finish(c, outcome{})
 			}
 		}
 		n.calls.confirmed = nil
@@ -569,7 +569,7 @@ func (p *proc) acknowledge(e *raftpb.Entry) {
 		return
 	}
 	for i, c := range n.calls.own.calls {
-		n.finish(c, outcome{result: result{version: n.store.version + 1 + uint64(i)}})
+		n.calls.finish(c, outcome{result: result{version: n.store.version + 1 + uint64(i)}})
 	}
 	n.calls.own = nil
 }
@@ -681,7 +681,7 @@ func (p *proc) promises(m *raftpb.Message) {
 func (p *proc) giveUp() {
 	p.s.trace("%v stops: %v", p, p.n.err)
 	p.s.count["stops: "+errorClass(p.n.err)]++
-	p.n.failAll(p.n.err)
+	p.n.calls.failAll(p.n.err)
 	p.poll()
 	if p.n.err == errRemoved {
 		p.site.fs = newSimFS()
@@ -2615,7 +2615,7 @@ func (p *proc) stop(length float64) {
 		n.err = errStopping
 		n.in.close()
 		p.turn(0)
-		n.failAll(errStopping)
+		n.calls.failAll(errStopping)
 		p.poll()
 		if p.disk != nil {
 			p.disk.close()

@@ -174,9 +174,7 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 	n.durable.logged = 0
 	n.status.count.SnapshotsInstalled++
 	n.logger.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
-	if p := n.calls.own; p != nil && n.store.proposers[n.id.raftID] >= p.sequence {
-		n.failOwn() // it is in the snapshot, its results are not
-	}
+	n.calls.failApplied(n.store.proposers[n.id.raftID])
 	n.configured()
 	n.releaseReads()
 }
