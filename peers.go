@@ -54,64 +54,6 @@ func (p *peerStates) forget(removed []uint64) {
 	}
 }
 
-// hello is how this life of the node introduces itself.
-func (n *node) hello() *kvpb.Hello {
-	p := n.status.latest.Load()
-	return &kvpb.Hello{ClusterId: p.clusterID, From: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, Removed: p.removed}
-}
-
-// accept answers a Hello. Any goroutine may call it.
-func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
-	p := n.status.latest.Load()
-	w := &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, Peer: &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}, ClusterId: p.clusterID}
-	to := h.GetTo()
-	if p.clusterID == 0 && slices.Contains(h.Removed, p.raftID) {
-		n.in.event(func() { n.takeNewID(p.raftID) })
-	}
-	if p.clusterID == 0 && n.isForeignHello(h) {
-		n.in.event(func() { n.noteForeign(h) })
-	}
-	switch {
-	case p.clusterID != 0 && slices.Contains(p.removed, h.GetFrom().GetRaftId()) && h.ClusterId == p.clusterID:
-		w.Verdict = kvpb.Verdict_VERDICT_REMOVED
-	case to.GetRaftId() == 0:
-		// It only asks.
-	case validateNode("from", h.GetFrom().GetNode()) != nil || !validRaftID(h.GetFrom().GetRaftId()) || h.GetFrom().GetLife() == 0 || h.GetFrom().GetRaftId() == p.raftID:
-		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
-	case !sameCluster(p.clusterID, p.members, h), p.clusterID == 0 && p.claim.excludes(h):
-		w.Verdict = kvpb.Verdict_VERDICT_OTHER_CLUSTER
-	case to.GetRaftId() != p.raftID, to.GetLife() != 0 && to.GetLife() != p.life, !proto.Equal(to.GetNode(), n.self):
-		w.Verdict = kvpb.Verdict_VERDICT_NOT_ME
-	}
-	return w
-}
-
-// takeNewID gives a node in no cluster another raft ID, if its own was removed
-// before it got any state: it could never be added. Whoever makes that up can
-// delay the adding of the node, but costs it nothing.
-func (n *node) takeNewID(removed uint64) {
-	if n.store.clusterID == 0 && n.id.raftID == removed {
-		n.newLife()
-		n.net.setMembers(0, n.id.raftID, nil, nil)
-	}
-}
-
-// sameCluster reports whether a node in a cluster, or in none yet, may talk to
-// the sender of a hello. One that is being added is in no cluster yet.
-func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello) bool {
-	if h.ClusterId == 0 {
-		return members[h.From.RaftId] != nil
-	}
-	return clusterID == 0 || clusterID == h.ClusterId
-}
-
-// hears reports whether what came by a stream may be listened to: not if it is
-// of or to another life, of another cluster, or of somebody who has left.
-func (n *node) hears(h *kvpb.Hello) bool {
-	from := h.From.RaftId
-	return n.peers.lives[from] == h.From.Life && h.To.RaftId == n.id.raftID && sameCluster(n.store.clusterID, n.store.members, h)
-}
-
 // receiveMessages queues a peer's messages; it waits while the queue is full.
 // Any goroutine may call it.
 func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
@@ -126,28 +68,54 @@ func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
 // peerUp learns of a stream between this process and a life of a peer. Any
 // goroutine may call it, before any message of that stream.
 func (n *node) peerUp(raftID, life uint64, outbound bool) {
-	n.in.event(func() {
-		if slices.Contains(n.store.removed, raftID) {
-			return
-		}
-		n.peers.lives = maps.Clone(n.peers.lives)
-		if n.store.members[raftID] == nil && len(n.peers.lives) >= maxMembers+maxStrangers { // forget those that came and went
-			maps.DeleteFunc(n.peers.lives, func(id, _ uint64) bool { return n.store.members[id] == nil })
-		}
-		n.peers.lives[raftID] = life
-		delete(n.peers.met, raftID) // this life is there, whoever answered in its place before
-		if raftID == n.election.deafTo {
-			n.election.deafTo = 0 // it is alive, or again
-		}
-		if outbound {
-			n.peers.connected[raftID] = true
-			delete(n.peers.refusals, raftID)
-			delete(n.peers.moved, raftID)
-			if raftID == n.raft.lead {
-				n.calls.askAgain(n.clock.now) // what was on its way may be lost
-			}
-		}
-	})
+	n.in.event(func() { n.followUp(raftID, life, outbound) })
+}
+
+// followUp is peerUp in the loop. outbound: the stream is this node's to the peer.
+func (n *node) followUp(raftID, life uint64, outbound bool) {
+	if slices.Contains(n.store.removed, raftID) {
+		return
+	}
+	n.peers.heardOf(raftID, life, n.store.members)
+	if raftID == n.election.deafTo {
+		n.election.deafTo = 0 // it is alive, or again
+	}
+	if !outbound {
+		return
+	}
+	n.peers.connect(raftID)
+	if raftID == n.raft.lead {
+		n.calls.askAgain(n.clock.now) // what was on its way may be lost
+	}
+}
+
+// heardOf notes the life that goes by a raft ID now. Those that are no members, and came
+// and went, are forgotten when there are too many.
+func (p *peerStates) heardOf(raftID, life uint64, members map[uint64]*kvpb.Node) {
+	p.lives = maps.Clone(p.lives)
+	isStranger := members[raftID] == nil
+	if isStranger && len(p.lives) >= maxMembers+maxStrangers {
+		maps.DeleteFunc(p.lives, func(id, _ uint64) bool { return members[id] == nil })
+	}
+	p.lives[raftID] = life
+	delete(p.met, raftID) // this life is there, whoever answered in its place before
+}
+
+// connect notes that this node's stream to a peer is open, at the known address.
+func (p *peerStates) connect(raftID uint64) {
+	p.connected[raftID] = true
+	delete(p.refusals, raftID)
+	delete(p.moved, raftID)
+}
+
+// disconnect notes that this node's stream to a peer has broken; false: there was none.
+func (p *peerStates) disconnect(raftID uint64) bool {
+	if !p.connected[raftID] {
+		return false
+	}
+	delete(p.connected, raftID)
+	delete(p.moved, raftID)
+	return true
 }
 
 // peerMoved learns that the stream of which peerUp has just told goes to another
@@ -158,6 +126,28 @@ func (n *node) peerMoved(raftID uint64, to *kvpb.Node) {
 			n.peers.moved[raftID] = to
 		}
 	})
+}
+
+// peerDown learns that messages to a peer were lost. Any goroutine may call it.
+func (n *node) peerDown(raftID uint64, lost bool) {
+	n.in.event(func() { n.followDown(raftID, lost) })
+}
+
+// followDown is peerDown in the loop. lost: the stream is lost, or else its queue is full.
+func (n *node) followDown(raftID uint64, lost bool) {
+	if !lost {
+		n.logger.Debug("peer's queue is full", "peer", n.describe(raftID))
+	}
+	wasConnected := lost && n.peers.disconnect(raftID)
+	if n.rn == nil {
+		return
+	}
+	if wasConnected && raftID == n.raft.lead {
+		n.leaderLost()
+	}
+	if n.store.members[raftID] != nil {
+		n.rn.ReportUnreachable(raftID)
+	}
 }
 
 // nodeOf is where a member is, as far as this node knows: itself where it says, and
@@ -178,7 +168,8 @@ func (n *node) nodeOf(raftID uint64) *kvpb.Node {
 func (n *node) commitMove() bool {
 	for _, m := range sortedMembers(n.store.members) {
 		at := n.nodeOf(m.RaftId)
-		if at.Address == m.Node.Address || !n.alive(m.RaftId) || n.isTaken(at.Address, m.Node.Id) {
+		hasMoved := at.Address != m.Node.Address && n.alive(m.RaftId)
+		if !hasMoved || n.isTaken(at.Address, m.Node.Id) {
 			continue
 		}
 		moved := []*kvpb.Member{{RaftId: m.RaftId, Node: at}}
@@ -197,50 +188,57 @@ func (n *node) isTaken(address string, nodeID uint64) bool {
 	return false
 }
 
-// peerDown learns that messages to a peer were lost. Any goroutine may call it.
-func (n *node) peerDown(raftID uint64, lost bool) {
+// refused learns that whoever answered at the known address of a member would not
+// talk to this node, which was myRaftID then. Any goroutine may call it.
+func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 	n.in.event(func() {
-		if !lost {
-			n.logger.Debug("peer's queue is full", "peer", n.describe(raftID))
-		} else if n.peers.connected[raftID] {
-			delete(n.peers.connected, raftID)
-			delete(n.peers.moved, raftID)
-			if n.rn != nil && raftID == n.raft.lead {
-				n.leaderLost()
-			}
-		}
-		if n.rn != nil && n.store.members[raftID] != nil {
-			n.rn.ReportUnreachable(raftID)
+		if n.rn != nil && myRaftID == n.id.raftID {
+			n.followRefusal(raftID, w)
 		}
 	})
 }
 
-// refused learns that whoever answered at the known address of a member would not
-// talk to this node. Any goroutine may call it.
-func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
-	n.in.event(func() {
-		if n.rn != nil && myRaftID == n.id.raftID && w.ClusterId != 0 && n.store.members[raftID] != nil {
-			n.peers.refusals[raftID] = refusal(w).Error()
-		}
-		switch {
-		case n.rn == nil || myRaftID != n.id.raftID:
-		case n.saysRemoved(raftID, w):
-			n.disowned(raftID)
-		case w.Verdict == kvpb.Verdict_VERDICT_OTHER_CLUSTER && w.ClusterId != 0 && w.ClusterId != n.store.clusterID && w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID) && n.mayChange():
-			// Another cluster was faster to add it. That life will never be this one's.
+// followRefusal is refused in the loop.
+func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
+	if w.ClusterId != 0 && n.store.members[raftID] != nil {
+		n.peers.refusals[raftID] = refusal(w).Error()
+	}
+	switch {
+	case n.saysRemoved(raftID, w):
+		n.disowned(raftID)
+	case n.isLost(raftID, w):
+		if n.mayChange() {
 			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
-		case (w.ClusterId == 0 || w.ClusterId == n.store.clusterID) && w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID]):
-			n.meet(raftID, w.Peer)
 		}
-	})
+	case n.isWithoutMemory(raftID, w):
+		n.meet(raftID, w.Peer)
+	}
 }
 
 // saysRemoved reports whether a member, whatever its raft ID is by now, says that
 // this node was removed from its cluster.
 func (n *node) saysRemoved(raftID uint64, w *kvpb.Welcome) bool {
-	return w.Verdict == kvpb.Verdict_VERDICT_REMOVED &&
-		w.ClusterId == n.store.clusterID &&
-		w.Peer.Node.Id == n.store.members[raftID].GetId()
+	isMember := w.ClusterId == n.store.clusterID && w.Peer.Node.Id == n.store.members[raftID].GetId()
+	return isMember && w.Verdict == kvpb.Verdict_VERDICT_REMOVED
+}
+
+// isLost reports whether a learner is in another cluster, which was faster to add it:
+// that life will never be this cluster's.
+func (n *node) isLost(raftID uint64, w *kvpb.Welcome) bool {
+	isElsewhere := w.ClusterId != 0 && w.ClusterId != n.store.clusterID
+	if !isElsewhere || w.Verdict != kvpb.Verdict_VERDICT_OTHER_CLUSTER {
+		return false
+	}
+	return w.Peer.RaftId == raftID && slices.Contains(n.store.conf.GetLearners(), raftID)
+}
+
+// isWithoutMemory reports whether another life answers in place of a member, in no other
+// cluster.
+func (n *node) isWithoutMemory(raftID uint64, w *kvpb.Welcome) bool {
+	if w.ClusterId != 0 && w.ClusterId != n.store.clusterID {
+		return false
+	}
+	return w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID])
 }
 
 // disowned learns from a member that it has applied this node's removal, durably if it
@@ -251,24 +249,16 @@ func (n *node) saysRemoved(raftID uint64, w *kvpb.Welcome) bool {
 // rest and this node together are no majority, so nobody needs that vote.
 func (n *node) disowned(by uint64) {
 	n.peers.disownedBy[by] = true
-	others, told := 0, []uint64{}
-	for _, id := range n.store.conf.GetVoters() {
-		if id == n.id.raftID {
-			continue
-		}
-		others++
-		if n.peers.disownedBy[id] {
-			told = append(told, id)
-		}
-	}
-	if len(told) > others/2 {
-		n.removed(told)
+	others := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool { return id == n.id.raftID })
+	know := slices.DeleteFunc(slices.Clone(others), func(id uint64) bool { return !n.peers.disownedBy[id] })
+	if len(know) > len(others)/2 {
+		n.endRemoved(know)
 	}
 }
 
-// removed ends a node that is no member any more, as most of the others say. One
+// endRemoved ends a node that is no member any more, as most of the others say. One
 // without a data directory drops its state and may be added again, as somebody new.
-func (n *node) removed(by []uint64) {
+func (n *node) endRemoved(by []uint64) {
 	if n.durable.mark != 0 {
 		n.logger.Error("this node was removed from its cluster", "say", n.names(by))
 		n.err = errRemoved
