@@ -50,6 +50,11 @@ func (c *catchup) forget() {
 	c.followers = map[uint64]*follower{}
 }
 
+// noteCommit notes, at a heartbeat, what is committed.
+func (c *catchup) noteCommit(commit uint64) {
+	c.commitAt = [...]uint64{commit, c.commitAt[0], c.commitAt[1]}
+}
+
 // follower is what the leader knows of a member beyond raft's own progress.
 type follower struct {
 	since   uint64 // tick in which it became known; 0: it has had all there was since

@@ -391,6 +391,9 @@ func TestLearnedCommitIsUsed(t *testing.T) {
 	if !isJoint(b.nodes[2].store.conf) {
 		t.Fatalf("the change is not applied: %s", b.state(2))
 	}
+	// Node 4 stores the entry that tells it of the change, so the leader ends the change.
+	b.pass(2, 4, -1)
+	b.pass(4, 2, -1)
 	// The entry that ends the change gets to all, the one behind it to 1 alone. Only 3
 	// hears that the first is committed.
 	b.write(2, "x", "1")

@@ -5,6 +5,8 @@ package main
 import (
 	"fmt"
 
+	"google.golang.org/protobuf/proto"
+
 	"raft-key-value/kvpb"
 )
 
@@ -21,34 +23,61 @@ type durable struct {
 	removed []uint64
 }
 
+// wantsSnapshot reports whether the entries on disk are so long that a snapshot should
+// take their place.
+func (d *durable) wantsSnapshot(logBytes uint64) bool {
+	return d.disk != nil && d.saving == 0 && d.logged > logBytes
+}
+
+// noteLogged counts a batch that is about to be written. While a snapshot is saved that
+// takes its time, the snapshot gets more of the disk, and in the end all of it.
+func (d *durable) noteLogged(batch *kvpb.LogBatch, logBytes uint64) {
+	d.logged += uint64(sectors(headerBytes + proto.Size(batch)))
+	if d.saving == 0 {
+		return
+	}
+	if d.logged > 2*logBytes {
+		d.disk.hurry() // it rests no more
+	}
+	if d.logged > 4*logBytes {
+		d.disk.hold(true) // until the snapshot is there
+	}
+}
+
 // persist has the disk do a job and then calls done, in the loop. The first one
 // makes the directory this node's. Who has been removed by now is durable by
 // then, for each removal is followed by a job that makes it so. A snapshot that is
 // named takes the place of those before it.
 func (n *node) persist(j diskJob, done func()) {
-	removed, mark := n.store.removed, j.batch.Snapshot
 	if n.durable.disk == nil {
 		done()
 		return
 	}
 	if n.durable.mark == 0 {
 		n.durable.mark = n.store.index
-		j.identity = &kvpb.Identity{Format: identityFormat, ClusterId: n.store.clusterID, NodeId: n.self.Id, RaftId: n.id.raftID, LogId: randomID()}
+		j.identity = &kvpb.Identity{
+			Format:    identityFormat,
+			ClusterId: n.store.clusterID,
+			NodeId:    n.self.Id,
+			RaftId:    n.id.raftID,
+			LogId:     randomID(),
+		}
 	}
-	j.done = func(err error) {
-		n.in.event(func() {
-			n.durable.queued--
-			if err != nil {
-				n.diskFailed(err)
-				return
-			}
-			n.durable.removed = removed
-			done()
-			if mark != nil {
-				n.removeBefore(mark)
-			}
-		})
+	removed := n.store.removed
+	mark := j.batch.Snapshot
+	written := func(err error) {
+		n.durable.queued--
+		if err != nil {
+			n.diskFailed(err)
+			return
+		}
+		n.durable.removed = removed
+		done()
+		if mark != nil {
+			n.removeBefore(mark)
+		}
 	}
+	j.done = func(err error) { n.in.event(func() { written(err) }) }
 	n.durable.queued++
 	n.durable.disk.enqueue(j)
 }
@@ -81,7 +110,8 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 		n.durable.disk.start(func() { _ = n.durable.disk.remove(mark.File) })
 	default:
 		n.logger.Info("saved a snapshot", "index", mark.Index)
-		n.durable.mark, n.durable.logged = mark.Index, n.durable.logged-n.durable.saving
+		n.durable.mark = mark.Index
+		n.durable.logged -= n.durable.saving
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
 	n.durable.saving = 0

@@ -19,10 +19,14 @@ type election struct {
 
 // missLeader is called in every tick; it says once that there is no leader.
 func (n *node) missLeader() {
-	if n.election.leaderless++; n.raft.lead != 0 {
+	if n.raft.lead != 0 {
 		n.election.leaderless = 0
-	} else if n.election.leaderless == 2*n.electionTicks() {
-		n.logger.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.peers.connected), "members", describeMembers(n.store.conf, n.store.members))
+		return
+	}
+	n.election.leaderless++
+	if n.election.leaderless == 2*n.electionTicks() {
+		n.logger.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.peers.connected),
+			"members", describeMembers(n.store.conf, n.store.members))
 	}
 }
 
@@ -39,8 +43,32 @@ func (n *node) leaderLost() {
 		}
 	}
 	n.election.campaignAt = n.clock.now + 1 + rank*n.electionTicks()/10
-	n.election.deafTo, n.election.deafUntil = n.raft.lead, n.clock.now+n.electionTicks()/5
+	n.election.deafTo = n.raft.lead
+	n.election.deafUntil = n.clock.now + n.electionTicks()/5
 	_ = n.rn.ForgetLeader()
+}
+
+// isDeafTo reports whether messages of a peer are not heard for a moment.
+func (n *node) isDeafTo(from uint64) bool {
+	return from == n.election.deafTo && n.clock.now < n.election.deafUntil
+}
+
+// forgetSilentLeader has raft forget a leader that was not heard for two election
+// timeouts. A learner never campaigns, so raft lets it keep a dead leader for ever.
+func (n *node) forgetSilentLeader() {
+	follows := n.raft.lead != 0 && n.raft.lead != n.id.raftID
+	if follows && n.clock.now-n.election.leadHeard > 2*n.electionTicks() {
+		_ = n.rn.ForgetLeader()
+	}
+}
+
+// campaignInTurn calls an election when it is this voter's turn, after leaderLost.
+func (n *node) campaignInTurn() {
+	isTurn := n.clock.now == n.election.campaignAt && n.raft.lead == 0
+	mayCampaign := n.raft.role == raft.StateFollower && n.isVoter(n.id.raftID)
+	if isTurn && mayCampaign {
+		_ = n.rn.Campaign()
+	}
 }
 
 // answerAlive tells a node that calls for votes that this one is there. Raft says
@@ -51,14 +79,20 @@ func (n *node) answerAlive(m *raftpb.Message) {
 	if n.raft.lead == 0 || m.GetTerm() <= 1 {
 		return
 	}
-	n.send(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: &n.id.raftID, To: m.From, Term: new(m.GetTerm() - 1)})
+	n.send(&raftpb.Message{
+		Type: raftpb.MsgHeartbeatResp.Enum(),
+		From: new(n.id.raftID),
+		To:   m.From,
+		Term: new(m.GetTerm() - 1),
+	})
 }
 
 // learnedCommit is an entry that a peer knows to be committed.
 type learnedCommit struct {
-	index, term uint64
-	from        uint64 // raft ID of the peer; 0: nothing was learned
-	tick        uint64 // in which it was learned
+	index uint64
+	term  uint64 // of the entry
+	from  uint64 // raft ID of the peer; 0: nothing was learned
+	tick  uint64 // in which it was learned
 }
 
 // learnCommit remembers what the sender of an answer to a call for votes knows to
@@ -67,11 +101,17 @@ type learnedCommit struct {
 // configuration, perhaps of nodes that have left for good, or of learners whose log
 // is longer.
 func (n *node) learnCommit(m *raftpb.Message) {
-	if t := m.GetType(); t != raftpb.MsgVoteResp && t != raftpb.MsgPreVoteResp {
+	isAnswer := m.GetType() == raftpb.MsgVoteResp || m.GetType() == raftpb.MsgPreVoteResp
+	if !isAnswer || m.GetCommit() <= n.rn.BasicStatus().GetCommit() {
 		return
 	}
-	if m.GetCommit() > max(n.election.learned.index, n.rn.BasicStatus().GetCommit()) {
-		n.election.learned = learnedCommit{index: m.GetCommit(), term: m.GetLogTerm(), from: m.GetFrom(), tick: n.clock.now}
+	if m.GetCommit() > n.election.learned.index {
+		n.election.learned = learnedCommit{
+			index: m.GetCommit(),
+			term:  m.GetLogTerm(),
+			from:  m.GetFrom(),
+			tick:  n.clock.now,
+		}
 	}
 }
 
@@ -81,8 +121,8 @@ func (n *node) learnCommit(m *raftpb.Message) {
 // knows now. Raft takes commits from a leader only; so here is one, for no longer
 // than the call.
 func (n *node) commitLearned() {
-	l := n.election.learned
-	if l.from == 0 {
+	learned := n.election.learned
+	if learned.from == 0 {
 		return
 	}
 	if n.raft.lead != 0 || n.raft.role == raft.StateLeader {
@@ -90,28 +130,40 @@ func (n *node) commitLearned() {
 		return
 	}
 	campaigns := n.raft.role != raft.StateFollower
-	if campaigns && n.clock.now-l.tick < n.electionTicks()/2 {
+	if campaigns && n.clock.now-learned.tick < n.electionTicks()/2 {
 		return
 	}
 	n.election.learned = learnedCommit{}
-	log := n.drainedLog()
-	if log == nil || n.raft.lead != 0 {
+	if !n.hasUncommitted(learned) {
 		return
 	}
-	st := n.rn.BasicStatus()
-	term, err := log.Term(l.index)
-	if err != nil || term != l.term || l.index <= st.GetCommit() {
-		return // equal entries have equal ones before them (Raft paper, section 5.3)
-	}
 	_ = n.rn.Step(&raftpb.Message{
-		Type: raftpb.MsgHeartbeat.Enum(), From: &l.from, To: &n.id.raftID,
-		Term: new(st.GetTerm()), Commit: &l.index,
+		Type:   raftpb.MsgHeartbeat.Enum(),
+		From:   &learned.from,
+		To:     new(n.id.raftID),
+		Term:   new(n.rn.BasicStatus().GetTerm()),
+		Commit: &learned.index,
 	})
 	_ = n.rn.ForgetLeader()
 	n.drain() // the configuration may be another one now
-	if campaigns && n.rn != nil && n.err == nil && n.isVoter(n.id.raftID) {
+	if campaigns && n.isRunning() && n.isVoter(n.id.raftID) {
 		_ = n.rn.Campaign()
 	}
+}
+
+// hasUncommitted reports whether this node, still without a leader, has the entry that a
+// peer knows to be committed, and does not know so yet. Equal entries have equal ones
+// before them (Raft paper, section 5.3).
+func (n *node) hasUncommitted(learned learnedCommit) bool {
+	log := n.drainedLog()
+	if log == nil || n.raft.lead != 0 {
+		return false
+	}
+	term, err := log.Term(learned.index)
+	if err != nil || term != learned.term {
+		return false
+	}
+	return learned.index > n.rn.BasicStatus().GetCommit()
 }
 
 // tellCommit adds to a message the last entry that this node knows to be committed.
@@ -121,7 +173,10 @@ func (n *node) tellCommit(m *raftpb.Message) {
 		return
 	}
 	commit := n.rn.BasicStatus().GetCommit()
-	if term, err := log.Term(commit); err == nil {
-		m.Commit, m.LogTerm = &commit, &term
+	term, err := log.Term(commit)
+	if err != nil {
+		return
 	}
+	m.Commit = &commit
+	m.LogTerm = &term
 }

@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"go.etcd.io/raft/v3/raftpb"
 )
@@ -17,11 +18,76 @@ type outbox struct {
 
 // peerMessages is what one turn sends to one life of a peer.
 type peerMessages struct {
-	to, life uint64
-	ms       []*raftpb.Message
+	to   uint64 // raft ID
+	life uint64
+	ms   []*raftpb.Message
 }
 
-// send queues a message of raft for the end of the turn.
+// add queues a message to a life of a peer. A message that covers the one before it
+// takes its place.
+func (o *outbox) add(m *raftpb.Message, life uint64) {
+	to := m.GetTo()
+	i := slices.IndexFunc(o.messages, func(p peerMessages) bool { return p.to == to && p.life == life })
+	if i < 0 {
+		o.messages = append(o.messages, peerMessages{to: to, life: life, ms: []*raftpb.Message{m}})
+		return
+	}
+	p := &o.messages[i]
+	last := len(p.ms) - 1
+	if covers(m, p.ms[last]) {
+		p.ms = p.ms[:last]
+	}
+	p.ms = append(p.ms, m)
+}
+
+// take returns what is to be sent now: all, or all that cannot wait. eager: a peer has
+// asked for something, and waits.
+func (o *outbox) take(all, eager bool) []peerMessages {
+	if all || eager {
+		out := o.messages
+		o.messages = nil
+		return out
+	}
+	var out, waiting []peerMessages
+	for _, p := range o.messages {
+		if onlyCommits(p.ms) {
+			waiting = append(waiting, p)
+		} else {
+			out = append(out, p)
+		}
+	}
+	o.messages = waiting
+	return out
+}
+
+// covers reports whether a message says all that the one before it says: a
+// later answer to an append, or an append from the same place in the log.
+func covers(m, before *raftpb.Message) bool {
+	isAlike := m.GetType() == before.GetType() && m.GetTerm() == before.GetTerm()
+	if !isAlike || m.GetReject() || before.GetReject() {
+		return false
+	}
+	switch m.GetType() {
+	case raftpb.MsgAppResp:
+		return m.GetIndex() >= before.GetIndex()
+	case raftpb.MsgApp:
+		isLater := m.GetIndex() == before.GetIndex() && m.GetCommit() >= before.GetCommit()
+		return isLater && len(before.GetEntries()) == 0
+	}
+	return false
+}
+
+// onlyCommits reports whether messages say only what is committed: the next append
+// says so, too, or else they go with the next tick. That halves the messages of
+// a single client.
+func onlyCommits(ms []*raftpb.Message) bool {
+	if len(ms) > 1 {
+		return false
+	}
+	return ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0
+}
+
+// send queues a message of raft for the end of the turn, with what this node adds to it.
 func (n *node) send(m *raftpb.Message) {
 	switch m.GetType() {
 	case raftpb.MsgSnap:
@@ -35,51 +101,15 @@ func (n *node) send(m *raftpb.Message) {
 	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
 		n.tellCommit(m)
 	}
-	to, life := m.GetTo(), n.peers.lives[m.GetTo()]
-	for i := range n.outbox.messages {
-		if o := &n.outbox.messages[i]; o.to == to && o.life == life {
-			if last := len(o.ms) - 1; covers(m, o.ms[last]) {
-				o.ms = o.ms[:last]
-			}
-			o.ms = append(o.ms, m)
-			return
-		}
-	}
-	n.outbox.messages = append(n.outbox.messages, peerMessages{to, life, []*raftpb.Message{m}})
+	n.outbox.add(m, n.peers.lives[m.GetTo()])
 }
 
-// covers reports whether a message says all that the one before it says: a
-// later answer to an append, or an append from the same place in the log.
-func covers(m, before *raftpb.Message) bool {
-	if m.GetType() != before.GetType() || m.GetTerm() != before.GetTerm() || m.GetReject() || before.GetReject() {
-		return false
-	}
-	switch m.GetType() {
-	case raftpb.MsgAppResp:
-		return m.GetIndex() >= before.GetIndex()
-	case raftpb.MsgApp:
-		return len(before.GetEntries()) == 0 && m.GetIndex() == before.GetIndex() && m.GetCommit() >= before.GetCommit()
-	}
-	return false
-}
-
-// mayWait reports whether messages say only what is committed: the next append
-// says so, too, or else they go with the next tick. That halves the messages of
-// a single client. But a peer that has asked for something waits for them.
-func (n *node) mayWait(ms []*raftpb.Message) bool {
-	return len(ms) == 1 && ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0 && n.clock.now-n.outbox.askedAt > n.electionTicks()
-}
-
-// flush gives each peer its messages, all of them or all that cannot wait.
+// flush gives each peer its messages, all of them or all that cannot wait, and ends what
+// this turn has ended.
 func (n *node) flush(all bool) {
-	out := n.outbox.messages
-	n.outbox.messages = nil
-	for _, o := range out {
-		if !all && n.mayWait(o.ms) {
-			n.outbox.messages = append(n.outbox.messages, o)
-		} else {
-			n.net.send(o.to, o.life, o.ms)
-		}
+	eager := n.clock.now-n.outbox.askedAt <= n.electionTicks()
+	for _, p := range n.outbox.take(all, eager) {
+		n.net.send(p.to, p.life, p.ms)
 	}
 	n.closeViews()
 	n.in.release(n.calls.takeEnded())

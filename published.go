@@ -33,17 +33,22 @@ type published struct {
 	noLeader error // what to say if there is none
 }
 
-// glance is what shows whether anything of it is new.
+// glance is the part of published that shows by comparison whether anything is new.
 type glance struct {
-	clusterID, raftID, life uint64
-	term, lead              uint64
-	leading, caughtUp       bool
-	leaderAt                string
-	dispensable             bool   // this node may be restarted
-	lost, connected         int    // members known to have lost their memory; peers
-	leaderless              uint64 // seconds without a leader
-	claim                   *claim // nil: it has not promised itself
-	conf                    *raftpb.ConfState
+	clusterID   uint64 // 0: in no cluster
+	raftID      uint64
+	life        uint64
+	term        uint64
+	lead        uint64 // raft ID; 0: unknown
+	leaderAt    string // the leader's address
+	leading     bool   // this node leads, and has applied an entry of its term
+	caughtUp    bool
+	dispensable bool              // this node may be restarted
+	lost        int               // members known to have lost their memory
+	connected   int               // peers
+	leaderless  uint64            // seconds without a leader
+	claim       *claim            // nil: it has not promised itself
+	conf        *raftpb.ConfState // never changed: a new configuration is a new pointer
 }
 
 // longLeaderless reports whether there has been no leader for so long that calls do not
@@ -55,71 +60,124 @@ func (n *node) publish() {
 	if n.durable.disk == nil {
 		n.durable.removed = n.store.removed
 	}
-	old, s := n.status.latest.Load(), n.store
-	leader := n.nodeOf(n.raft.lead)
-	now := glance{
-		clusterID: s.clusterID, raftID: n.id.raftID, life: n.id.life, term: n.raft.term, lead: n.raft.lead,
-		leading: n.leads(), caughtUp: n.caughtUp(), dispensable: n.rn != nil && n.isDispensable(),
-		lost: len(n.peers.met), connected: len(n.peers.connected), leaderless: n.election.leaderless / n.ticksOf(time.Second),
-		leaderAt: leader.GetAddress(), claim: n.currentClaim(), conf: s.conf,
-	}
+	old := n.status.latest.Load()
+	now := n.glance()
 	if old.glance == now && slices.Equal(old.removed, n.durable.removed) {
 		return
 	}
-	p := &published{glance: now, leader: leader, members: s.members, removed: n.durable.removed, noLeader: n.noLeader()}
-	if p.lead != 0 && (old.lead != p.lead || old.term != p.term) {
+	p := &published{
+		glance:   now,
+		leader:   n.nodeOf(n.raft.lead),
+		members:  n.store.members,
+		removed:  n.durable.removed,
+		noLeader: n.noLeader(),
+	}
+	isNewLeader := old.lead != p.lead || old.term != p.term
+	if p.lead != 0 && isNewLeader {
 		n.logger.Info("leader", "is", n.describe(p.lead), "term", p.term)
 	}
-	if err := n.quorumLost(); p.lead == 0 && err != nil && (old.lost != p.lost || old.lead != 0) {
+	isNews := old.lost != p.lost || old.lead != 0
+	if err := n.quorumLost(); err != nil && p.lead == 0 && isNews {
 		n.logger.Error("the cluster cannot go on", "err", err)
 	}
 	n.status.latest.Store(p)
 	n.status.onChange(p)
 }
 
+func (n *node) glance() glance {
+	return glance{
+		clusterID:   n.store.clusterID,
+		raftID:      n.id.raftID,
+		life:        n.id.life,
+		term:        n.raft.term,
+		lead:        n.raft.lead,
+		leaderAt:    n.nodeOf(n.raft.lead).GetAddress(),
+		leading:     n.leads(),
+		caughtUp:    n.caughtUp(),
+		dispensable: n.rn != nil && n.isDispensable(),
+		lost:        len(n.peers.met),
+		connected:   len(n.peers.connected),
+		leaderless:  n.election.leaderless / n.ticksOf(time.Second),
+		claim:       n.currentClaim(),
+		conf:        n.store.conf,
+	}
+}
+
 // metrics is the node's own view; only the loop may call it.
 func (n *node) metrics() *kvpb.MetricsResponse {
 	s := n.store
 	m := proto.CloneOf(&n.status.count)
-	m.Node, m.RaftId, m.ClusterId, m.Role = n.self, n.id.raftID, s.clusterID, kvpb.Role_ROLE_UNINITIALIZED
-	m.Leader = n.nodeOf(n.raft.lead)
-	m.FirstIndex, m.LastIndex, m.AppliedIndex, m.LogBytes = n.log.prevIndex+1, n.log.last(), s.index, n.log.bytes
-	m.Joint, m.Version, m.UnhealthyReason = isJoint(s.conf), s.version, n.whyUnhealthy()
-	m.Healthy, m.Durable = m.UnhealthyReason == "", n.durable.disk != nil
+	m.Node = n.self
+	m.RaftId = n.id.raftID
+	m.ClusterId = s.clusterID
+	m.Role = n.publicRole()
+	m.Durable = n.durable.disk != nil
+	m.UnhealthyReason = n.whyUnhealthy()
+	m.Healthy = m.UnhealthyReason == ""
 	m.RestartReason = n.whyNotRestart()
-	m.Keys, m.StoreBytes, m.Sessions = s.keys, s.bytes, uint64(len(s.sessions))
+
+	m.Leader = n.nodeOf(n.raft.lead)
+	m.FirstIndex = n.log.prevIndex + 1
+	m.LastIndex = n.log.last()
+	m.LogBytes = n.log.bytes
+	m.AppliedIndex = s.index
+	m.Joint = isJoint(s.conf)
+
+	m.Version = s.version
+	m.Keys = s.keys
+	m.StoreBytes = s.bytes
+	m.Sessions = uint64(len(s.sessions))
 	if n.rn == nil {
 		return m
 	}
-	m.Term, m.CommitIndex = n.raft.term, n.rn.BasicStatus().GetCommit()
+	m.Term = n.raft.term
+	m.CommitIndex = n.rn.BasicStatus().GetCommit()
 	m.WriteLimit = n.rate(n.catchup.pace.limit, 1)
-	switch {
-	case n.raft.role == raft.StateLeader:
-		m.Role = kvpb.Role_ROLE_LEADER
-	case n.raft.role != raft.StateFollower:
-		m.Role = kvpb.Role_ROLE_CANDIDATE
-	case slices.Contains(s.conf.GetLearners(), n.id.raftID):
-		m.Role = kvpb.Role_ROLE_LEARNER
-	default:
-		m.Role = kvpb.Role_ROLE_FOLLOWER
-	}
 	progress := n.progressOf()
 	for _, member := range sortedMembers(s.members) {
-		id := member.RaftId
-		ms := &kvpb.MemberStatus{
-			Node: member.Node, RaftId: id, Connected: n.peers.connected[id] || id == n.id.raftID,
-			Voter: slices.Contains(s.conf.GetVoters(), id), VoterOutgoing: slices.Contains(s.conf.GetVotersOutgoing(), id),
-			Learner: slices.Contains(s.conf.GetLearners(), id) || slices.Contains(s.conf.GetLearnersNext(), id),
-		}
-		if pr, ok := progress[id]; ok {
+		ms := n.memberStatus(member)
+		if pr, ok := progress[member.RaftId]; ok {
 			ms.Progress = &kvpb.Progress{
-				MatchIndex: pr.Match, NextIndex: pr.Next, State: pr.State.String(), RecentActive: pr.RecentActive, CaughtUp: n.isCaughtUp(pr),
+				MatchIndex:   pr.Match,
+				NextIndex:    pr.Next,
+				State:        pr.State.String(),
+				RecentActive: pr.RecentActive,
+				CaughtUp:     n.isCaughtUp(pr),
 			}
-			ms.Lagging = n.lagging(id, pr)
+			ms.Lagging = n.lagging(member.RaftId, pr)
 		}
 		m.Members = append(m.Members, ms)
 	}
 	return m
+}
+
+// publicRole is the node's role as the API has it.
+func (n *node) publicRole() kvpb.Role {
+	switch {
+	case n.rn == nil:
+		return kvpb.Role_ROLE_UNINITIALIZED
+	case n.raft.role == raft.StateLeader:
+		return kvpb.Role_ROLE_LEADER
+	case n.raft.role != raft.StateFollower:
+		return kvpb.Role_ROLE_CANDIDATE
+	case slices.Contains(n.store.conf.GetLearners(), n.id.raftID):
+		return kvpb.Role_ROLE_LEARNER
+	}
+	return kvpb.Role_ROLE_FOLLOWER
+}
+
+// memberStatus is what this node knows of a member, but for a leader's progress.
+func (n *node) memberStatus(m *kvpb.Member) *kvpb.MemberStatus {
+	conf := n.store.conf
+	learners := slices.Concat(conf.GetLearners(), conf.GetLearnersNext())
+	return &kvpb.MemberStatus{
+		Node:          m.Node,
+		RaftId:        m.RaftId,
+		Connected:     n.peers.connected[m.RaftId] || m.RaftId == n.id.raftID,
+		Voter:         slices.Contains(conf.GetVoters(), m.RaftId),
+		VoterOutgoing: slices.Contains(conf.GetVotersOutgoing(), m.RaftId),
+		Learner:       slices.Contains(learners, m.RaftId),
+	}
 }
 
 // describe names a raft ID in a log.
@@ -150,7 +208,10 @@ func (n *node) names(ids []uint64) string {
 
 // silent says which members do not answer.
 func (n *node) silent(ids []uint64) string {
-	return n.names(ids) + oneOf(len(ids) > 1, " do not answer", " does not answer")
+	if len(ids) > 1 {
+		return n.names(ids) + " do not answer"
+	}
+	return n.names(ids) + " does not answer"
 }
 
 // addresses lists where members are.

@@ -34,7 +34,6 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
-	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -193,6 +192,28 @@ func (n *node) open(d *disk) error {
 		n.logger.Info("the data directory has nothing of a node in it: this node is new", "dir", d.dir)
 		return nil
 	}
+	if err := n.restore(r); err != nil {
+		return err
+	}
+	if err := n.start(); err != nil {
+		return err
+	}
+	if slices.Equal(confIDs(n.store.conf), []uint64{n.id.raftID}) {
+		n.election.campaignAt = n.clock.now + 1 // there is nobody to wait for
+	}
+	n.publish() // who it is, before it says hello
+	n.configured()
+	n.turn(input{})
+	m := n.store.members[n.id.raftID]
+	if m != nil && m.Address != n.self.Address {
+		n.logger.Info("the members know this node by another address: it says hello to them from this one",
+			"known", m.Address, "advertise", n.self.Address)
+	}
+	return n.err
+}
+
+// restore takes in what a data directory holds.
+func (n *node) restore(r *recovered) error {
 	n.id.raftID = r.identity.RaftId
 	n.calls.sequence = r.batch.Boots << 40 // above all of earlier processes
 	n.store.install(r.store)
@@ -204,24 +225,12 @@ func (n *node) open(d *disk) error {
 	if err := n.log.append(entries); err != nil {
 		return err
 	}
-	n.durable.mark, n.durable.removed = r.store.index, r.store.removed
-	n.durable.logged = n.log.bytes + sectorBytes*uint64(len(entries))
 	h := r.batch.GetHardState()
 	n.log.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
-	if err := n.start(); err != nil {
-		return err
-	}
-	if slices.Equal(confIDs(n.store.conf), []uint64{n.id.raftID}) {
-		n.election.campaignAt = n.clock.now + 1 // there is nobody to wait for
-	}
-	n.publish() // who it is, before it says hello
-	n.configured()
-	n.turn(input{})
-	if m := n.store.members[n.id.raftID]; m != nil && m.Address != n.self.Address {
-		n.logger.Info("the members know this node by another address: it says hello to them from this one",
-			"known", m.Address, "advertise", n.self.Address)
-	}
-	return n.err
+	n.durable.mark = r.store.index
+	n.durable.removed = r.store.removed
+	n.durable.logged = n.log.bytes + sectorBytes*uint64(len(entries))
+	return nil
 }
 
 // bootstrap makes this node a cluster of itself alone. Index 1, so that
@@ -231,7 +240,9 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 		return 0, errInCluster
 	}
 	s := newStore()
-	s.clusterID, s.index, s.term = randomID(), 1, 1
+	s.clusterID = randomID()
+	s.index = 1
+	s.term = 1
 	s.configure(&raftpb.ConfState{Voters: []uint64{n.id.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.id.raftID, Node: n.self}})
 	n.store.install(s)
 	n.log.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
@@ -278,8 +289,9 @@ func (n *node) electionTicks() uint64 { return n.ticksOf(n.opts.election) }
 func (n *node) run(ctx context.Context) error {
 	ticker := time.NewTicker(n.tickDuration())
 	defer ticker.Stop()
-	start, ticks := time.Now(), 0
+	start := time.Now()
 	for n.err == nil {
+		ticks := 0
 		select {
 		case <-ctx.Done():
 			n.err = errStopping
@@ -290,31 +302,32 @@ func (n *node) run(ctx context.Context) error {
 			runtime.Gosched() // let those who are about to queue something do so
 		}
 		in := n.in.take()
-		in.clock, in.ticks, ticks = uint64(time.Since(start)/n.tickDuration()), ticks, 0
+		in.ticks = ticks
+		in.clock = uint64(time.Since(start) / n.tickDuration())
 		n.turn(in)
 	}
-	n.in.close()
-	n.rn = nil // raft may be broken: only what waits is left to be ended
-	in := n.in.take()
-	n.turn(input{calls: in.calls, events: in.events})
-	n.calls.failAll(n.err)
+	n.end()
 	if n.err == errStopping {
 		return nil
 	}
 	return n.err
 }
 
-// turn takes input in and lets its effects out. Panics of raft become n.err.
+// end ends all that waits. Raft may be broken: nothing more is asked of it.
+func (n *node) end() {
+	n.in.close()
+	n.rn = nil
+	in := n.in.take()
+	n.turn(input{calls: in.calls, events: in.events})
+	n.calls.failAll(n.err)
+}
+
+// turn takes input in and lets its effects out.
 func (n *node) turn(in input) {
-	defer func() {
-		switch p := recover().(type) {
-		case nil:
-		case raftPanic:
-			n.err = fmt.Errorf("raft: %s", string(p))
-		default:
-			panic(p)
-		}
-	}()
+	defer n.recoverRaftPanic()
+
+	// What came in, in this order: a stream's begin is an event, and comes before the
+	// stream's messages.
 	for _, f := range in.events {
 		f()
 	}
@@ -328,15 +341,35 @@ func (n *node) turn(in input) {
 	for _, c := range in.calls {
 		n.calls.add(c, n.clock.wall)
 	}
+
+	// What follows from it.
 	n.drain()
-	if n.err == nil { // a broken node has nothing to say: run ends what waits
+	if n.err == nil { // a broken node has nothing to say: end ends what waits
 		n.calls.checkConditions()
+		n.leaveJoint()
 	}
-	n.leaveJoint()
 	n.drain()
+
+	// What goes out.
 	n.flush(in.ticks > 0)
 	n.publish()
 }
+
+// recoverRaftPanic makes a panic of raft the node's error. Any other goes on.
+func (n *node) recoverRaftPanic() {
+	p := recover()
+	if p == nil {
+		return
+	}
+	cause, ok := p.(raftPanic)
+	if !ok {
+		panic(p)
+	}
+	n.err = fmt.Errorf("raft: %s", string(cause))
+}
+
+// isRunning reports whether there is a RawNode, which has not broken.
+func (n *node) isRunning() bool { return n.rn != nil && n.err == nil }
 
 // tick lets time pass, for raft and for whatever waits.
 func (n *node) tick() {
@@ -349,21 +382,20 @@ func (n *node) tick() {
 	n.rn.Tick()
 	n.missLeader()
 	n.commitLearned()
-	if n.rn == nil || n.err != nil {
+	if !n.isRunning() {
 		return
 	}
-	// A learner never campaigns, so raft lets it keep a dead leader for ever.
-	if n.raft.lead != 0 && n.raft.lead != n.id.raftID && n.clock.now-n.election.leadHeard > 2*n.electionTicks() {
-		_ = n.rn.ForgetLeader()
-	}
-	if n.clock.now == n.election.campaignAt && n.raft.lead == 0 && n.raft.role == raft.StateFollower && n.isVoter(n.id.raftID) {
-		_ = n.rn.Campaign()
-	}
+	n.forgetSilentLeader()
+	n.campaignInTurn()
 	n.calls.retryLateReads(n.clock.now, 8*n.electionTicks())
-	if n.clock.now%ticksPerHeartbeat != 0 {
-		return
+	if n.clock.now%ticksPerHeartbeat == 0 {
+		n.heartbeat()
 	}
-	n.catchup.commitAt = [...]uint64{n.rn.BasicStatus().GetCommit(), n.catchup.commitAt[0], n.catchup.commitAt[1]}
+}
+
+// heartbeat is what a node does as often as a leader sends heartbeats.
+func (n *node) heartbeat() {
+	n.catchup.noteCommit(n.rn.BasicStatus().GetCommit())
 	n.countUp()
 	if n.raft.role == raft.StateLeader {
 		n.followMembers()
@@ -380,11 +412,10 @@ func (n *node) leads() bool {
 	return n.rn != nil && n.raft.role == raft.StateLeader && n.store.term == n.raft.term
 }
 
-// receive hands a peer's message to raft.
+// receive hands a peer's message to raft, if raft may see it.
 func (n *node) receive(in inbound) {
 	m := in.m
-	from := m.GetFrom()
-	if !n.hears(in.hello) || from == n.election.deafTo && n.clock.now < n.election.deafUntil {
+	if !n.hears(in.hello) || n.isDeafTo(m.GetFrom()) {
 		n.status.count.MessagesDropped++
 		return
 	}
@@ -396,20 +427,8 @@ func (n *node) receive(in inbound) {
 	if !n.check(m) {
 		return
 	}
-	if n.store.members[from] != nil {
-		n.peers.heard[from] = n.clock.now
-	}
-	if from == n.raft.lead {
-		n.election.leadHeard = n.clock.now
-	}
-	if t := m.GetType(); t == raftpb.MsgProp || t == raftpb.MsgReadIndex {
-		n.outbox.askedAt = n.clock.now
-	}
-	if m.GetType() == raftpb.MsgReadIndex && !n.leads() && len(n.store.conf.GetVoters()) == 1 {
-		return // raft would answer before it knows what is committed; who asked will ask again
-	}
-	if m.GetType() == raftpb.MsgProp && n.catchup.pace.limit != 0 {
-		n.hold(m)
+	n.noteHeard(m)
+	if n.mustWait(m) {
 		return
 	}
 	n.learnCommit(m)
@@ -420,6 +439,37 @@ func (n *node) receive(in inbound) {
 	case raftpb.MsgPreVote:
 		n.answerAlive(m)
 	}
+}
+
+// noteHeard notes who has sent a message, and when.
+func (n *node) noteHeard(m *raftpb.Message) {
+	from := m.GetFrom()
+	if n.store.members[from] != nil {
+		n.peers.heard[from] = n.clock.now
+	}
+	if from == n.raft.lead {
+		n.election.leadHeard = n.clock.now
+	}
+	asks := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex
+	if asks {
+		n.outbox.askedAt = n.clock.now
+	}
+}
+
+// mustWait reports whether raft may not see a message now: it is sent again, or held.
+func (n *node) mustWait(m *raftpb.Message) bool {
+	switch m.GetType() {
+	case raftpb.MsgReadIndex:
+		// The only voter would answer before it knows what is committed. Who asked
+		// will ask again.
+		return !n.leads() && len(n.store.conf.GetVoters()) == 1
+	case raftpb.MsgProp:
+		if n.catchup.pace.limit != 0 {
+			n.hold(m)
+			return true
+		}
+	}
+	return false
 }
 
 // step gives a peer's message to raft.
@@ -438,7 +488,7 @@ func (n *node) drainedLog() *raftLog {
 	if n.log.behind {
 		n.drain()
 	}
-	if n.rn == nil || n.err != nil {
+	if !n.isRunning() {
 		return nil
 	}
 	return n.log
@@ -450,7 +500,9 @@ func (n *node) receiveUninitialized(m *raftpb.Message) {
 	resp := &raftpb.Message{To: m.From, From: new(n.id.raftID), Term: m.Term}
 	switch m.GetType() {
 	case raftpb.MsgApp:
-		resp.Type, resp.Index, resp.Reject = raftpb.MsgAppResp.Enum(), m.Index, new(true)
+		resp.Type = raftpb.MsgAppResp.Enum()
+		resp.Index = m.Index
+		resp.Reject = new(true)
 	case raftpb.MsgHeartbeat:
 		resp.Type = raftpb.MsgHeartbeatResp.Enum()
 	default:
@@ -459,31 +511,36 @@ func (n *node) receiveUninitialized(m *raftpb.Message) {
 	n.send(resp)
 }
 
-// check guards raft against a peer's message.
+// check guards raft against a peer's message; false: raft must not see it.
 func (n *node) check(m *raftpb.Message) bool {
 	if n.mustDrainFor(m) {
 		n.drain()
 	}
-	if n.rn == nil || n.err != nil {
+	if !n.isRunning() {
 		return false
 	}
-	err := n.checkDrained(m)
-	if err != nil && n.rn.HasReady() { // n.role and the end of the log are not raft's own then
+	err := n.checkNow(m)
+	if err != nil && n.rn.HasReady() {
+		// The role and the log that it was checked against are perhaps not raft's
+		// own: once more.
 		n.drain()
-		if n.rn == nil || n.err != nil {
+		if !n.isRunning() {
 			return false
 		}
-		err = n.checkDrained(m)
+		err = n.checkNow(m)
+	}
+	if err == nil {
+		return true
 	}
 	if errors.Is(err, errContradiction) {
 		n.err = fmt.Errorf("stopped by a message of %s: %w. "+
 			"Here the term is %d, the log ends at entry %d, and what is committed at %d. %s",
 			n.locate(m.GetFrom()), err, n.raft.term, n.log.last(), n.rn.BasicStatus().GetCommit(), whichIsWrong)
-	} else if err != nil {
-		n.status.count.MessagesDropped++
-		n.logger.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
+		return false
 	}
-	return err == nil
+	n.status.count.MessagesDropped++
+	n.logger.Debug("dropped a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
+	return false
 }
 
 // mustDrainFor reports whether a message can be checked only against a log and a
@@ -505,18 +562,23 @@ func (n *node) mustDrainFor(m *raftpb.Message) bool {
 	return false
 }
 
-func (n *node) checkDrained(m *raftpb.Message) error {
+// checkNow checks a message against the present log and role.
+func (n *node) checkNow(m *raftpb.Message) error {
 	st := n.rn.BasicStatus()
 	c := &peerCheck{
-		term: st.GetTerm(), commit: st.GetCommit(), log: n.log,
-		leading: n.raft.role == raft.StateLeader, lead: n.raft.lead, readBeat: n.outbox.readContext,
+		term:     st.GetTerm(),
+		commit:   st.GetCommit(),
+		log:      n.log,
+		leading:  n.raft.role == raft.StateLeader,
+		lead:     n.raft.lead,
+		readBeat: n.outbox.readContext,
 	}
 	return c.check(m)
 }
 
 // drain proposes, asks, and handles Readys until there is nothing left to do.
 func (n *node) drain() {
-	for n.rn != nil && n.err == nil {
+	for n.isRunning() {
 		n.proposeHeld()
 		n.propose()
 		n.askRead()
@@ -544,9 +606,12 @@ func (n *node) ready(rd raft.Ready) {
 		n.calls.confirm(rs, n.clock.now, n.electionTicks()/2)
 		n.releaseReads()
 	}
-	var votes []*raftpb.Message // called for; the term and this node's own vote are in the append that follows
+	// The calls for votes: the term and this node's own vote are in the append that
+	// follows them.
+	var votes []*raftpb.Message
 	for _, m := range rd.Messages {
-		switch to := m.GetTo(); {
+		to := m.GetTo()
+		switch {
 		case m.GetType() == raftpb.MsgVote:
 			votes = append(votes, m)
 		case to == raft.LocalAppendThread:
@@ -558,7 +623,7 @@ func (n *node) ready(rd raft.Ready) {
 		default:
 			n.send(m)
 		}
-		if n.rn == nil || n.err != nil {
+		if !n.isRunning() {
 			return // removed, or broken
 		}
 	}
@@ -590,7 +655,8 @@ func (n *node) append(m *raftpb.Message) {
 	batch := &kvpb.LogBatch{}
 	snap := m.GetSnapshot()
 	if !raft.IsEmptySnap(snap) {
-		if n.installPending(snap); n.err != nil {
+		n.installPending(snap)
+		if n.err != nil {
 			return
 		}
 		batch.Snapshot = &kvpb.SnapshotMark{Index: n.store.index, Term: n.store.term, File: n.store.file}
@@ -608,8 +674,9 @@ func (n *node) append(m *raftpb.Message) {
 		n.log.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
 	promises := batch.Discards || raft.MustSync(n.log.hard, old, len(m.GetEntries()))
-	if n.durable.disk == nil || !promises && n.durable.queued == 0 {
-		n.respond(m.GetResponses(), nil) // what is committed, others know too
+	isDurable := !promises && n.durable.queued == 0 // what is committed, others know too
+	if n.durable.disk == nil || isDurable {
+		n.respond(m.GetResponses(), nil)
 		return
 	}
 	if promises {
@@ -618,14 +685,9 @@ func (n *node) append(m *raftpb.Message) {
 	for _, e := range m.GetEntries() {
 		batch.Entries = append(batch.Entries, wireEntry(e))
 	}
-	n.durable.logged += uint64(sectors(headerBytes + proto.Size(batch)))
-	if n.durable.saving != 0 && n.durable.logged > 2*n.opts.logBytes {
-		n.durable.disk.hurry() // it rests no more
-	}
-	if n.durable.saving != 0 && n.durable.logged > 4*n.opts.logBytes {
-		n.durable.disk.hold(true) // until the snapshot is there
-	}
-	responses, lives := m.GetResponses(), n.peers.lives
+	n.durable.noteLogged(batch, n.opts.logBytes)
+	responses := m.GetResponses()
+	lives := n.peers.lives
 	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
@@ -637,13 +699,23 @@ func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
 		if n.rn == nil {
 			return
 		}
-		if r.GetTo() != n.id.raftID {
-			if lives == nil || lives[r.GetTo()] == n.peers.lives[r.GetTo()] {
-				n.send(r)
-			}
-		} else if err := n.rn.Step(r); err != nil && !errors.Is(err, raft.ErrStepPeerNotFound) { // removed meanwhile
-			n.err = fmt.Errorf("raft: %w", err)
+		if r.GetTo() == n.id.raftID {
+			n.respondToRaft(r)
+			continue
 		}
+		isSameLife := lives == nil || lives[r.GetTo()] == n.peers.lives[r.GetTo()]
+		if isSameLife {
+			n.send(r)
+		}
+	}
+}
+
+// respondToRaft gives raft its own answer, to what it has asked of the log or the state
+// machine.
+func (n *node) respondToRaft(r *raftpb.Message) {
+	err := n.rn.Step(r)
+	if err != nil && !errors.Is(err, raft.ErrStepPeerNotFound) { // removed meanwhile
+		n.err = fmt.Errorf("raft: %w", err)
 	}
 }
 
@@ -666,7 +738,8 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 	if e.GetIndex() != s.index+1 {
 		return fmt.Errorf("the last one applied was %d", s.index)
 	}
-	s.index, s.term = e.GetIndex(), e.GetTerm()
+	s.index = e.GetIndex()
+	s.term = e.GetTerm()
 	n.opts.onApply(e)
 	if e.GetType() != raftpb.EntryNormal {
 		return n.applyConfChange(e)
@@ -686,19 +759,21 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 // applyConfChange makes a committed change of membership the configuration. A
 // change that does not fit the configuration is skipped, on every node alike.
 func (n *node) applyConfChange(e *raftpb.Entry) error {
+	n.change.at = 0
 	cc, ctx, err := decodeConfChange(e)
 	if err != nil {
 		return err
 	}
-	if conf, err := n.store.checkConfChange(cc, ctx); err != nil {
+	conf, err := n.store.checkConfChange(cc, ctx)
+	if err != nil {
 		n.logger.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
-	} else {
-		n.store.configure(conf, ctx.Members) // first: raft may want a snapshot at once
-		n.rn.ApplyConfChange(cc)
-		n.configured()
-		n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.log.hard)}}, func() {}) // it is committed: now the removed may be told
+		return nil
 	}
-	n.change.at = 0
+	n.store.configure(conf, ctx.Members) // first: raft may want a snapshot at once
+	n.rn.ApplyConfChange(cc)
+	n.configured()
+	// The change is committed. Once that is durable, the removed may be told.
+	n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.log.hard)}}, func() {})
 	return nil
 }
 
@@ -708,12 +783,13 @@ func (n *node) configured() {
 	n.change.forgetMembers(n.store.removed)
 	n.endFounding()
 	n.net.setMembers(n.store.clusterID, n.id.raftID, n.store.members, n.store.removed)
-	n.logger.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf), "members", describeMembers(n.store.conf, n.store.members))
+	n.logger.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf),
+		"members", describeMembers(n.store.conf, n.store.members))
 }
 
 // compact keeps the log's size in bounds, on disk too.
 func (n *node) compact() {
-	if n.durable.disk != nil && n.durable.saving == 0 && n.durable.logged > n.opts.logBytes {
+	if n.durable.wantsSnapshot(n.opts.logBytes) {
 		n.save()
 	}
 	n.compactLog()
