@@ -355,7 +355,7 @@ func (n *node) expireCalls() {
 
 // propose hands this node's proposal to raft, if there is one and it may.
 func (n *node) propose() {
-	if n.raft.lead == 0 || !n.mayPropose() {
+	if n.raft.lead == 0 || !n.catchup.pace.mayPropose(n.clock.wall) {
 		return
 	}
 	p := n.calls.nextProposal(n.id.raftID, n.clock.now)
@@ -366,7 +366,7 @@ func (n *node) propose() {
 		p.again = n.clock.now + 1
 		return
 	}
-	n.proposed(len(p.data) + entryOverhead)
+	n.catchup.pace.count(len(p.data) + entryOverhead)
 	n.catchup.pace.ownNext = false
 	if n.raft.lead == n.id.raftID {
 		p.again = never // it is lost only if leadership is: then syncSoftState says so

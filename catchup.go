@@ -12,20 +12,14 @@ package main
 
 import (
 	"fmt"
-	"slices"
 	"sync/atomic"
 	"time"
 
 	"go.etcd.io/raft/v3"
-	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
 )
 
 const (
-	// rateWindow is what a rate of writes is an average over, and rateWindows
-	// how many of them are looked back on for the highest one.
-	rateWindow  = time.Second
-	rateWindows = 10
 	// silentTooLong is how long a member may say nothing, and the log is still
 	// kept for it.
 	silentTooLong = 2 * time.Second
@@ -67,7 +61,7 @@ type follower struct {
 	gaveUp  uint64 // tick of that
 	wait    uint64 // ticks from then until it is sent another
 	waits   bool   // raft is not told yet that it needs another
-	beat    uint64 // bytes written in a heartbeat then
+	written uint64 // bytes in a heartbeat then
 	lagging string // why; for status
 }
 
@@ -97,8 +91,10 @@ func (n *node) followerOf(id uint64) *follower {
 // nowSent notes that a member has got a snapshot: from here on it is sent the log.
 func (n *node) nowSent(id, index uint64) {
 	c := n.followerOf(id)
-	c.stored, c.movedAt = max(c.stored, index), n.clock.now
-	c.from, c.fromAt = index, n.clock.now
+	c.stored = max(c.stored, index)
+	c.movedAt = n.clock.now
+	c.from = index
+	c.fromAt = n.clock.now
 }
 
 // followMembers notes which members get on, and has those that were too slow tried
@@ -113,15 +109,16 @@ func (n *node) followMembers() {
 		if id == n.id.raftID {
 			return
 		}
-		c, now := n.followerOf(id), stored(pr)
+		c := n.followerOf(id)
+		last := stored(pr)
 		if n.isCaughtUp(pr) {
-			*c = follower{stored: now, movedAt: n.clock.now, began: n.clock.now, from: now, fromAt: n.clock.now}
+			*c = follower{stored: last, movedAt: n.clock.now, began: n.clock.now, from: last, fromAt: n.clock.now}
 			return
 		}
-		if now > c.stored || now >= n.store.index {
+		if last > c.stored || last >= n.store.index {
 			c.movedAt = n.clock.now
 		}
-		c.stored = now
+		c.stored = last
 	})
 	for _, m := range sortedMembers(n.store.members) {
 		if c := n.catchup.followers[m.RaftId]; c != nil && c.waits && n.mayRetry(c) {
@@ -138,7 +135,7 @@ func (n *node) mayRetry(c *follower) bool {
 	if waited < n.ticksOf(minSnapshotWait) {
 		return false
 	}
-	return waited >= c.wait || n.catchup.written.recent(n.beat()) <= c.beat/2
+	return waited >= c.wait || n.catchup.written.recent(n.heartbeatNumber()) <= c.written/2
 }
 
 // keepsFor reports whether the log is kept for a member. What is on its way as a
@@ -160,10 +157,9 @@ func (n *node) needed() (index uint64, behind bool) {
 	if n.raft.role != raft.StateLeader {
 		return index, false
 	}
-	for _, v := range n.snapshots.views {
-		if !v.givenUp.Load() {
-			index, behind = min(index, v.header.Index), true
-		}
+	if oldest, ok := n.snapshots.oldest(); ok {
+		index = min(index, oldest)
+		behind = true
 	}
 	n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
 		if n.keepsFor(id, pr) {
@@ -185,7 +181,8 @@ func (n *node) keptBytes() uint64 { return 4*n.opts.logBytes + n.store.bytes }
 // slows writes while too much is needed.
 func (n *node) compactLog() {
 	limit := n.opts.logBytes
-	if n.log.bytes <= limit && n.catchup.pace.limit == 0 {
+	pace := &n.catchup.pace
+	if n.log.bytes <= limit && !pace.isSlow() {
 		n.catchup.noPause.Store(false)
 		return
 	}
@@ -195,31 +192,26 @@ func (n *node) compactLog() {
 		index, behind = n.needed()
 		n.log.compact(limit/2, index)
 	}
-	if index < n.store.index && n.log.bytes > 3*limit {
-		behind = true // so much is written in two heartbeats
-	}
+	isBurst := index < n.store.index && n.log.bytes > 3*limit // so much is written in two heartbeats
+	behind = behind || isBurst
 	n.catchup.noPause.Store(behind && n.log.bytes > limit)
-	switch {
-	case n.catchup.pace.limit == 0 && behind && n.log.bytes > 2*limit:
-		n.slowWrites()
-	case n.catchup.pace.limit != 0 && !behind:
-		n.catchup.pace.limit = 0
+	if pace.isSlow() && !behind {
+		pace.limit = 0
 		n.logger.Info("all have caught up: writes are not slowed any more")
+	}
+	isTooLong := behind && n.log.bytes > 2*limit
+	if isTooLong && !pace.isSlow() {
+		n.slowWrites()
 	}
 }
 
 // giveUp gives up those whom the log behind an index is kept for; false: nobody.
 func (n *node) giveUp(index uint64) bool {
-	some := false
-	for _, v := range n.snapshots.views {
-		if v.header.Index == index && !v.givenUp.Load() {
-			v.givenUp.Store(true) // snapshotSent says so, for each member
-			some = true
-		}
-	}
+	some := n.snapshots.giveUp(index)
 	var slow []uint64
 	n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
-		if n.keepsFor(id, pr) && stored(pr) == index && index < n.store.index {
+		isLast := stored(pr) == index && index < n.store.index
+		if isLast && n.keepsFor(id, pr) {
 			slow = append(slow, id)
 		}
 	})
@@ -236,175 +228,62 @@ func (n *node) giveUp(index uint64) bool {
 func (n *node) tooSlow(id uint64, how string) {
 	c := n.followerOf(id)
 	c.wait = max(n.clock.now-c.began, n.ticksOf(minSnapshotWait), min(2*c.wait, n.ticksOf(maxSnapshotWait)))
-	c.givenUp, c.gaveUp, c.beat = true, n.clock.now, n.catchup.written.recent(n.beat())
-	wait := n.durationOf(c.wait)
+	c.givenUp = true
+	c.gaveUp = n.clock.now
+	c.written = n.catchup.written.recent(n.heartbeatNumber())
 	c.lagging = fmt.Sprintf("too slow to catch up: %s, while %d were written, and %d bytes of the log were kept for it; "+
 		"it gets another snapshot after %v, or once half as much is written",
-		how, n.rate(c.beat, ticksPerHeartbeat), n.keptBytes(), wait)
+		how, n.rate(c.written, ticksPerHeartbeat), n.keptBytes(), n.durationOf(c.wait))
 	n.logger.Warn("a member is too slow to catch up", "member", n.describe(id), "why", c.lagging)
 }
 
 // lagging says why a member is behind, if that costs something; empty: it does not.
 func (n *node) lagging(id uint64, pr tracker.Progress) string {
 	c := n.catchup.followers[id]
-	switch {
-	case c == nil || id == n.id.raftID:
+	if c == nil || id == n.id.raftID {
 		return ""
-	case c.lagging != "":
+	}
+	if c.lagging != "" {
 		return c.lagging
-	case n.catchup.pace.limit != 0 && !n.isCaughtUp(pr) && (pr.State == tracker.StateSnapshot || n.keepsFor(id, pr)):
+	}
+	isServed := pr.State == tracker.StateSnapshot || n.keepsFor(id, pr)
+	if isServed && n.catchup.pace.isSlow() && !n.isCaughtUp(pr) {
 		return fmt.Sprintf("catching up: writes are slowed to %d bytes a second", n.rate(n.catchup.pace.limit, 1))
 	}
 	return ""
 }
 
-// rest lets others use processor and disk while a snapshot is written for a member. It
-// does not wait while the log is longer than log-bytes for members that are behind.
-func (n *node) rest(worked time.Duration) {
-	if !n.catchup.noPause.Load() {
+// pause lets others use processor and disk while a snapshot is written for a member. It
+// does not wait while the log is longer than log-bytes for members that are behind. Any
+// goroutine may call it.
+func (c *catchup) pause(worked time.Duration) {
+	if !c.noPause.Load() {
 		rest(worked)
 	}
 }
 
-// meter measures how fast the log grows.
-type meter struct {
-	beats  []uint64 // bytes in each of the last heartbeats, by heartbeat modulo the length
-	now    uint64   // the heartbeat that is being counted
-	window int      // heartbeats in a rateWindow
-}
-
-func newMeter(heartbeat time.Duration) meter {
-	window := max(1, int(rateWindow/heartbeat))
-	return meter{beats: make([]uint64, rateWindows*window+1), window: window}
-}
-
-func (m *meter) add(beat, bytes uint64) {
-	m.advance(beat)
-	m.beats[m.now%uint64(len(m.beats))] += bytes
-}
-
-func (m *meter) advance(beat uint64) {
-	if all := uint64(len(m.beats)); beat > m.now+all {
-		m.now = beat - all
-	}
-	for m.now < beat {
-		m.now++
-		m.beats[m.now%uint64(len(m.beats))] = 0
-	}
-}
-
-// sum is of so many heartbeats, the last of them some time ago.
-func (m *meter) sum(ago, beats int) (bytes uint64) {
-	for i := ago; i < ago+beats && uint64(i) <= m.now; i++ {
-		bytes += m.beats[(m.now-uint64(i))%uint64(len(m.beats))]
-	}
-	return bytes
-}
-
-// recent is how many bytes a heartbeat has brought of late.
-func (m *meter) recent(beat uint64) uint64 {
-	m.advance(beat)
-	return m.sum(1, m.window) / uint64(m.window)
-}
-
-// fastest is how many bytes a heartbeat brought in the fastest of the last
-// windows. If writing has begun more shortly ago than a window is long, it is the
-// average since then.
-func (m *meter) fastest(beat uint64) (best uint64) {
-	m.advance(beat)
-	oldest := len(m.beats) - 1
-	for oldest > 0 && m.sum(oldest, 1) == 0 {
-		oldest--
-	}
-	if oldest == 0 {
-		return m.sum(0, 1)
-	}
-	window := min(oldest, m.window)
-	for ago := 1; ago+window <= oldest+1; ago++ {
-		best = max(best, m.sum(ago, window)/uint64(window))
-	}
-	return best
-}
-
-// beat is the heartbeat that the clock is in.
-func (n *node) beat() uint64 { return n.clock.wall / ticksPerHeartbeat }
-
-// pace is how a leader slows writes. Of its own it proposes none, and holds those
-// that other nodes propose, while they are ahead of it. Each node has one proposal
-// in flight at most, so whoever waits for one waits for the pace.
-type pace struct {
-	limit   uint64            // bytes in a tick; 0: writes are not slowed
-	room    int64             // bytes that may be proposed now, if it is more than 0
-	at      uint64            // when room was last added to, by the clock
-	held    []*raftpb.Message // one of each node, in the order in which they came
-	ownNext bool              // the last one proposed was another node's
-	taken   map[uint64]uint64 // by raft ID: the sequence of the last one of those that were held
-}
-
 // slowWrites halves the rate of writes.
 func (n *node) slowWrites() {
-	beat := n.catchup.written.fastest(n.beat())
-	n.catchup.pace.limit = max(1, beat/ticksPerHeartbeat/2)
-	n.catchup.pace.room, n.catchup.pace.at, n.catchup.pace.taken = 0, n.clock.wall, map[uint64]uint64{}
+	fastest := n.catchup.written.fastest(n.heartbeatNumber())
+	limit := max(1, fastest/ticksPerHeartbeat/2)
+	n.catchup.pace.slow(limit, n.ticksOf(time.Second), n.clock.wall)
 	n.logger.Info("slowing writes until all have caught up", "log-bytes", n.log.bytes,
-		"bytes/s", n.rate(beat, ticksPerHeartbeat), "to", n.rate(n.catchup.pace.limit, 1))
+		"bytes/s", n.rate(fastest, ticksPerHeartbeat), "to", n.rate(limit, 1))
 }
 
-// most is what may be proposed in a second: writes are not further ahead of the
-// pace, nor behind it. So one is proposed in each second, however large.
-func (n *node) most() int64 { return int64(n.catchup.pace.limit * max(1, n.ticksOf(time.Second))) }
-
-// mayPropose reports whether the pace lets a write be proposed.
-func (n *node) mayPropose() bool {
-	p := &n.catchup.pace
-	if p.limit == 0 {
-		return true
-	}
-	p.room = min(p.room+int64(p.limit*(n.clock.wall-p.at)), n.most())
-	p.at = n.clock.wall
-	return p.room > 0
-}
-
-// proposed counts a write.
-func (n *node) proposed(bytes int) {
-	if n.catchup.pace.limit != 0 {
-		n.catchup.pace.room = max(n.catchup.pace.room-int64(bytes), -n.most())
-	}
-}
-
-// hold keeps another node's proposal for later, in place of one that it gave up. It
-// may have been sent again, as one that was lost would be.
-func (n *node) hold(m *raftpb.Message) {
-	p := &n.catchup.pace
-	if p.taken[m.GetFrom()] == sequenceOf(m) {
-		return
-	}
-	i := slices.IndexFunc(p.held, func(o *raftpb.Message) bool { return o.GetFrom() == m.GetFrom() })
-	if i >= 0 {
-		p.held[i] = m
-	} else {
-		p.held = append(p.held, m)
-	}
-}
+// heartbeatNumber is the heartbeat that the clock is in.
+func (n *node) heartbeatNumber() uint64 { return n.clock.wall / ticksPerHeartbeat }
 
 // proposeHeld proposes what other nodes want written, in turn with this node's own.
 func (n *node) proposeHeld() {
 	p := &n.catchup.pace
-	for len(p.held) > 0 && n.mayPropose() {
-		if p.ownNext && n.calls.hasNext() {
+	for {
+		m := p.next(n.clock.wall, n.calls.hasNext())
+		if m == nil {
 			return
 		}
-		m := p.held[0]
-		p.held, p.ownNext = p.held[1:], true
-		n.proposed(len(m.GetEntries()[0].GetData()) + entryOverhead)
 		if n.rn.Step(m) == nil { // else who has proposed it will do so again
-			p.taken[m.GetFrom()] = sequenceOf(m)
+			p.take(m)
 		}
 	}
-}
-
-// sequenceOf is the sequence of a proposal that has been checked.
-func sequenceOf(m *raftpb.Message) uint64 {
-	b, _ := parseBatch(m.GetEntries()[0].GetData(), nil)
-	return b.sequence
 }

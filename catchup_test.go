@@ -447,7 +447,7 @@ func TestHeldProposals(t *testing.T) {
 	propose := func(sequence uint64) {
 		b.hears(0, proposal0(2, &kvpb.Batch{Proposer: 2, Sequence: sequence, Writes: two}))
 	}
-	b.n.catchup.pace.room = -b.n.most()
+	b.n.catchup.pace.room = -b.n.catchup.pace.most()
 	propose(1)
 	propose(2)
 	propose(2)
@@ -462,7 +462,7 @@ func TestHeldProposals(t *testing.T) {
 		b.turn(1)
 		b.ack(2, b.n.log.last())
 	}
-	b.n.catchup.pace.room = b.n.most()
+	b.n.catchup.pace.room = b.n.catchup.pace.most()
 	propose(2)
 	b.ack(2, b.n.log.last())
 	var sequences []uint64
@@ -484,7 +484,7 @@ func TestHeldProposals(t *testing.T) {
 	if waited := b.n.clock.now - from; waited > 3*b.n.ticksOf(time.Second) {
 		t.Errorf("3 writes are proposed in %d ticks", waited)
 	}
-	b.n.catchup.pace.room = -b.n.most()
+	b.n.catchup.pace.room = -b.n.catchup.pace.most()
 	propose(3)
 	b.hears(0, message(raftpb.MsgHeartbeat, 2, b.n.raft.term+1))
 	if b.isSlow() || len(b.n.catchup.pace.held) > 0 {

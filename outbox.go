@@ -111,6 +111,6 @@ func (n *node) flush(all bool) {
 	for _, p := range n.outbox.take(all, eager) {
 		n.net.send(p.to, p.life, p.ms)
 	}
-	n.closeViews()
+	n.snapshots.closeUnread()
 	n.in.release(n.calls.takeEnded())
 }

@@ -464,8 +464,8 @@ func (n *node) mustWait(m *raftpb.Message) bool {
 		// will ask again.
 		return !n.leads() && len(n.store.conf.GetVoters()) == 1
 	case raftpb.MsgProp:
-		if n.catchup.pace.limit != 0 {
-			n.hold(m)
+		if n.catchup.pace.isSlow() {
+			n.catchup.pace.hold(m)
 			return true
 		}
 	}
@@ -667,7 +667,7 @@ func (n *node) append(m *raftpb.Message) {
 		return
 	}
 	for _, e := range m.GetEntries() {
-		n.catchup.written.add(n.beat(), memoryBytes(e))
+		n.catchup.written.add(n.heartbeatNumber(), memoryBytes(e))
 	}
 	old := n.log.hard
 	if m.Term != nil {

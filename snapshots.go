@@ -26,6 +26,49 @@ type snapshotsInFlight struct {
 	pending *store  // a received snapshot's content between Step and Ready
 }
 
+// at returns the view of an index; nil: none is being sent.
+func (s *snapshotsInFlight) at(index uint64) *view {
+	for _, v := range s.views {
+		if v.header.Index == index {
+			return v
+		}
+	}
+	return nil
+}
+
+// oldest returns the lowest index of the views that are not given up.
+func (s *snapshotsInFlight) oldest() (index uint64, ok bool) {
+	index = never
+	for _, v := range s.views {
+		if !v.givenUp.Load() {
+			index = min(index, v.header.Index)
+		}
+	}
+	return index, index != never
+}
+
+// giveUp gives up the transfers of an index; false: there are none. snapshotSent says
+// so, for each member.
+func (s *snapshotsInFlight) giveUp(index uint64) bool {
+	v := s.at(index)
+	if v == nil || v.givenUp.Load() {
+		return false
+	}
+	v.givenUp.Store(true)
+	return true
+}
+
+// closeUnread closes the views that nobody sends from.
+func (s *snapshotsInFlight) closeUnread() {
+	s.views = slices.DeleteFunc(s.views, func(v *view) bool {
+		if v.readers > 0 {
+			return false
+		}
+		v.close()
+		return true
+	})
+}
+
 // snapshot is what raft is told when a follower needs one: the view that is
 // being sent already, if the log goes on from there, or a new one.
 func (n *node) snapshot() *raftpb.Snapshot {
@@ -35,7 +78,7 @@ func (n *node) snapshot() *raftpb.Snapshot {
 		}
 	}
 	v := n.store.open()
-	v.rest = n.rest
+	v.rest = n.catchup.pause
 	n.snapshots.views = append(n.snapshots.views, v)
 	return raftSnapshot(v.header.Index, v.header.Term, v.conf)
 }
@@ -43,56 +86,51 @@ func (n *node) snapshot() *raftpb.Snapshot {
 // sendSnapshot starts a transfer. Every MsgSnap ends in one ReportSnapshot; for a
 // member that was too slow, that comes once it may be tried again.
 func (n *node) sendSnapshot(m *raftpb.Message) {
-	to, index := m.GetTo(), m.GetSnapshot().GetMetadata().GetIndex()
+	to := m.GetTo()
 	c := n.followerOf(to)
 	if c.givenUp && !n.mayRetry(c) {
 		c.waits = true
 		return
 	}
-	for _, v := range n.snapshots.views {
-		if v.header.Index == index && n.peers.lives[to] != 0 {
-			v.readers++
-			c.givenUp, c.began = false, n.clock.now
-			n.logger.Info("sending a snapshot", "to", n.describe(to), "index", index, "keys", v.header.Keys)
-			n.net.sendSnapshot(to, n.peers.lives[to], m.GetTerm(), v)
-			return
-		}
+	v := n.snapshots.at(m.GetSnapshot().GetMetadata().GetIndex())
+	life := n.peers.lives[to]
+	if v == nil || life == 0 {
+		n.rn.ReportSnapshot(to, raft.SnapshotFailure)
+		return
 	}
-	n.rn.ReportSnapshot(to, raft.SnapshotFailure)
+	v.readers++
+	c.givenUp = false
+	c.began = n.clock.now
+	n.logger.Info("sending a snapshot", "to", n.describe(to), "index", v.header.Index, "keys", v.header.Keys)
+	n.net.sendSnapshot(to, life, m.GetTerm(), v)
 }
 
-// snapshotSent ends a transfer.
+// snapshotSent ends a transfer. Any goroutine may call it.
 func (n *node) snapshotSent(to uint64, v *view, err error) {
-	n.in.event(func() {
-		v.readers--
-		if v.givenUp.Load() && n.rn != nil && n.raft.role == raft.StateLeader && n.store.members[to] != nil {
-			n.tooSlow(to, cmp.Or(err, errTooSlow).Error())
-			n.followerOf(to).waits = true
-			return
-		}
-		status := raft.SnapshotFinish
-		if err != nil {
-			status = raft.SnapshotFailure
-			n.logger.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
-		} else {
-			n.status.count.SnapshotsSent++
-			n.nowSent(to, v.header.Index)
-			n.logger.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
-		}
-		if n.rn != nil {
-			n.rn.ReportSnapshot(to, status)
-		}
-	})
+	n.in.event(func() { n.endTransfer(to, v, err) })
 }
 
-// closeViews closes the views that nobody sends from.
-func (n *node) closeViews() {
-	n.snapshots.views = slices.DeleteFunc(n.snapshots.views, func(v *view) bool {
-		if v.readers <= 0 {
-			v.close()
-		}
-		return v.readers <= 0
-	})
+// endTransfer is snapshotSent in the loop.
+func (n *node) endTransfer(to uint64, v *view, err error) {
+	v.readers--
+	isFollower := n.rn != nil && n.raft.role == raft.StateLeader && n.store.members[to] != nil
+	if v.givenUp.Load() && isFollower {
+		n.tooSlow(to, cmp.Or(err, errTooSlow).Error())
+		n.followerOf(to).waits = true
+		return
+	}
+	status := raft.SnapshotFinish
+	if err != nil {
+		status = raft.SnapshotFailure
+		n.logger.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
+	} else {
+		n.status.count.SnapshotsSent++
+		n.nowSent(to, v.header.Index)
+		n.logger.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
+	}
+	if n.rn != nil {
+		n.rn.ReportSnapshot(to, status)
+	}
 }
 
 // readSnapshot reads a snapshot from a peer and, if this node has a disk, makes
@@ -128,22 +166,22 @@ func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, 
 
 func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 	defer n.discard(s)
-	if !n.hears(h) || h.ClusterId != s.clusterID {
-		return errors.New("the snapshot is of or to another life, or another cluster")
-	}
-	if s.members[n.id.raftID].GetId() != n.self.Id { // it may have moved since
-		return errors.New("the snapshot does not name this node")
+	if err := n.checkSnapshot(h, s); err != nil {
+		return err
 	}
 	fresh := n.rn == nil
-	if fresh && n.currentClaim().excludes(h) {
-		return errors.New("the node is claimed for another cluster")
-	}
 	if fresh {
 		if err := n.start(); err != nil {
 			return err
 		}
 	}
-	m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(h.From.RaftId), To: new(n.id.raftID), Term: new(term), Snapshot: raftSnapshot(s.index, s.term, s.conf)}
+	m := &raftpb.Message{
+		Type:     raftpb.MsgSnap.Enum(),
+		From:     new(h.From.RaftId),
+		To:       new(n.id.raftID),
+		Term:     new(term),
+		Snapshot: raftSnapshot(s.index, s.term, s.conf),
+	}
 	err := errors.New("raft refused the snapshot")
 	if n.check(m) {
 		n.snapshots.pending = s
@@ -151,10 +189,26 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 		n.drain()
 	}
 	n.snapshots.pending = nil
-	if fresh && n.store.clusterID == 0 {
-		n.rn, n.log, n.raft.term, n.raft.lead, n.raft.role = nil, &raftLog{snapshot: n.snapshot}, 0, 0, raft.StateFollower
+	if fresh && n.store.clusterID == 0 { // raft has not taken it: the node is in no cluster still
+		n.rn = nil
+		n.log = &raftLog{snapshot: n.snapshot}
+		n.raft = raftState{}
 	}
 	return err
+}
+
+// checkSnapshot refuses a snapshot that is not for this node as it is now.
+func (n *node) checkSnapshot(h *kvpb.Hello, s *store) error {
+	if !n.hears(h) || h.ClusterId != s.clusterID {
+		return errors.New("the snapshot is of or to another life, or another cluster")
+	}
+	if s.members[n.id.raftID].GetId() != n.self.Id { // its address may be another since
+		return errors.New("the snapshot does not name this node")
+	}
+	if n.rn == nil && n.currentClaim().excludes(h) {
+		return errors.New("the node is claimed for another cluster")
+	}
+	return nil
 }
 
 // installPending makes the pending snapshot the state, and the log start
