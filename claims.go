@@ -20,7 +20,7 @@ func (n *node) redialTime() time.Duration {
 	if n.opts.redial != 0 {
 		return n.opts.redial
 	}
-	return 400*time.Millisecond + 480*time.Millisecond + n.opts.connectTimeout()
+	return maxRedialPause + longestBackoff + n.opts.connectTimeout()
 }
 
 // claim is what a node in no cluster has promised. It is never changed.

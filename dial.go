@@ -34,6 +34,15 @@ const (
 	// flags that would have a peer that took a connection, and then died, be waited
 	// for longer than it takes an operator to wonder.
 	minConnectTimeout, maxConnectTimeout = 1500 * time.Millisecond, 10 * time.Second
+	// Between two tries to connect to a peer gRPC waits a back-off: minBackoff after the
+	// first one, growing to maxBackoff, each more or less by backoffJitterPercent. So it
+	// is longestBackoff at most, and a peer that is back is back within a second. It can
+	// be so short since a peer that restarts refuses connections: a try costs it next to
+	// nothing.
+	minBackoff           = 50 * time.Millisecond
+	maxBackoff           = 400 * time.Millisecond
+	backoffJitterPercent = 20
+	longestBackoff       = maxBackoff + maxBackoff*backoffJitterPercent/100
 	// leastKeepaliveTimeout is for networks that lose a packet twice: TCP repeats it
 	// after 0.2 s, 0.4 s and so on.
 	leastKeepaliveTimeout = 3 * time.Second
@@ -408,10 +417,11 @@ func (nw *network) dial(address string) *grpc.ClientConn {
 		grpc.WithInitialWindowSize(windowBytes),
 		grpc.WithInitialConnWindowSize(windowBytes),
 		grpc.WithConnectParams(grpc.ConnectParams{
-			// Of a peer that refuses connections, as it does while it restarts: a try
-			// costs it next to nothing.
 			Backoff: backoff.Config{
-				BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: .2, MaxDelay: 400 * time.Millisecond,
+				BaseDelay:  minBackoff,
+				Multiplier: 1.6,
+				Jitter:     backoffJitterPercent / 100.0,
+				MaxDelay:   maxBackoff,
 			},
 			MinConnectTimeout: nw.connectTimeout,
 		}),

@@ -25,6 +25,11 @@ const (
 	// maxStreamBytes is where a batch of messages is cut: one more, of an entry of
 	// maxEntryBytes or one larger write, may follow, and has to fit maxMessageBytes.
 	maxStreamBytes = 1 << 20
+	// Between the end of a stream and the next attempt a peer's goroutine pauses, for a
+	// random time from minRedialPause to maxRedialPause. So a peer that answers but
+	// refuses is asked at most 10 times a second, which hellosPerSecond allows.
+	minRedialPause = 100 * time.Millisecond
+	maxRedialPause = 400 * time.Millisecond
 )
 
 // peer is this node's stream to another. mu guards what is below it.
@@ -212,9 +217,7 @@ func (p *peer) run() {
 		_ = p.stream(conn, to) // it has said why it ended
 		p.open(0, nil)
 		p.nw.down(p)
-		// A peer that answers but refuses is asked again at most 10 times a second,
-		// which hellosPerSecond allows; one that is back is back within a second.
-		sleep(p.ctx, 100*time.Millisecond+rand.N(300*time.Millisecond))
+		sleep(p.ctx, minRedialPause+rand.N(maxRedialPause-minRedialPause))
 	}
 	if conn != nil {
 		_ = conn.Close()
