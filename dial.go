@@ -1,5 +1,5 @@
-// Connections to nodes: how all the addresses are tried that a name stands for, and
-// how long that may take.
+// Connections to nodes: the dialer looks a node's name up and tries all addresses that
+// the name stands for.
 
 package main
 
@@ -21,19 +21,25 @@ import (
 )
 
 const (
-	// dialStagger is how long a try to connect is alone before the next one begins
-	// beside it (RFC 8305, section 5).
+	// dialStagger is the time between the begins of two tries of a dial, which go on side
+	// by side (RFC 8305, section 5).
 	dialStagger = 250 * time.Millisecond
-	// maxDialAddresses bounds the addresses of a name that are tried: each may take
-	// two sockets at a time.
+	// maxDialAddresses bounds the addresses of a name that are tried. Each may take two
+	// sockets at a time: its first try goes on beside a later one.
 	maxDialAddresses = 8
-	// lookupTimeout bounds a lookup, which may outlast the dial that began it: by
-	// default, resolvers wait 5 s for a server, and then ask the next one.
+	// lookupTimeout bounds a lookup. It is longer than a dial, for a lookup goes on for
+	// the next dial: by default, resolvers wait 5 s for a server, and then ask the next.
 	lookupTimeout = 15 * time.Second
-	// The least connectTimeout is for machines that are busy. The greatest is for
-	// flags that would have a peer that took a connection, and then died, be waited
-	// for longer than it takes an operator to wonder.
-	minConnectTimeout, maxConnectTimeout = 1500 * time.Millisecond, 10 * time.Second
+	// minConnectTimeout leaves a busy machine its time. maxConnectTimeout bounds, with
+	// a long --election-timeout, the wait for a peer that accepts a connection and then
+	// dies.
+	minConnectTimeout = 1500 * time.Millisecond
+	maxConnectTimeout = 10 * time.Second
+	// maxExtraTries bounds the tries that run beside another one of their dial. A dial's
+	// only try needs no place: it counts as the connection that it is to become.
+	maxExtraTries = 16
+	// maxLookups bounds the lookups.
+	maxLookups = 8
 	// Between two tries to connect to a peer gRPC waits a back-off: minBackoff after the
 	// first one, growing to maxBackoff, each more or less by backoffJitterPercent. So it
 	// is longestBackoff at most, and a peer that is back is back within a second. It can
@@ -48,39 +54,36 @@ const (
 	leastKeepaliveTimeout = 3 * time.Second
 )
 
-// connectTimeout is how long it may take to connect to a peer: to look up its name,
-// to connect by TCP, and to shake hands by HTTP/2. Within an election timeout a
-// message gets to a peer and its answer back, and that several times if elections
-// are to succeed. So twice that time gives any peer that can be a member the
-// several round trips of a connection, and some for packets that are lost.
+// connectTimeout bounds the time to connect to a peer: to look up its name, to connect
+// by TCP, and to shake hands by HTTP/2. It is twice the election timeout, which has to
+// have room for several round trips if elections are to succeed: a connection takes
+// several, too, and the second half is for packets that are lost.
 func (o *options) connectTimeout() time.Duration {
 	return min(max(2*o.election, minConnectTimeout), maxConnectTimeout)
 }
 
-// probeTimeout is how long a node that is asked who it is may take: to be connected
-// to, and as long again to answer.
+// probeTimeout bounds a probe: the time to connect to the node, and as long again for
+// its answer.
 func (o *options) probeTimeout() time.Duration { return 2 * o.connectTimeout() }
 
 // dialer connects to nodes.
 type dialer struct {
-	ctx     context.Context // of the lookups
+	ctx     context.Context // ends the lookups
 	connect func(ctx context.Context, address string) (net.Conn, error)
-	// lookup returns the IP addresses of a name, best first; nil: connect sees to it.
-	lookup func(ctx context.Context, host string) ([]string, error)
-	// extra has a place for each try that begins beside another one of its dial,
-	// lookups one for each lookup.
-	extra, lookups chan struct{}
+	// lookup returns the IP addresses of a name, best first; nil: connect takes names.
+	lookup       func(ctx context.Context, host string) ([]string, error)
+	extraTries   chan struct{} // has a place for each of maxExtraTries
+	lookupPlaces chan struct{} // has a place for each of maxLookups
 }
-
-// A dial has one try at least, whatever the others do: it takes its connection's
-// place. maxExtraTries bounds all further ones, maxLookups the lookups.
-const maxExtraTries, maxLookups = 16, 8
 
 // newDialer makes a dialer; its lookups end with ctx.
 func newDialer(ctx context.Context) *dialer {
 	return &dialer{
-		ctx: ctx, connect: connectTCP, lookup: lookupHost,
-		extra: make(chan struct{}, maxExtraTries), lookups: make(chan struct{}, maxLookups),
+		ctx:          ctx,
+		connect:      connectTCP,
+		lookup:       lookupHost,
+		extraTries:   make(chan struct{}, maxExtraTries),
+		lookupPlaces: make(chan struct{}, maxLookups),
 	}
 }
 
@@ -88,8 +91,8 @@ func connectTCP(ctx context.Context, address string) (net.Conn, error) {
 	return new(net.Dialer).DialContext(ctx, "tcp", address)
 }
 
-// lookupHost returns the addresses of a name, those of the first one's family and
-// those of the other by turns.
+// lookupHost returns the addresses of a name. IPv4 and IPv6 alternate, beginning with
+// the family of the resolver's first answer.
 func lookupHost(ctx context.Context, host string) ([]string, error) {
 	found, err := net.DefaultResolver.LookupIPAddr(ctx, host)
 	if err != nil {
@@ -108,7 +111,7 @@ func lookupHost(ctx context.Context, host string) ([]string, error) {
 
 func isIPv4(a net.IPAddr) bool { return a.IP.To4() != nil }
 
-// alternate returns what is in a and b, by turns.
+// alternate returns a[0], b[0], a[1], b[1] and so on, and then the rest of the longer one.
 func alternate(a, b []string) (all []string) {
 	for i := range max(len(a), len(b)) {
 		if i < len(a) {
@@ -123,41 +126,46 @@ func alternate(a, b []string) (all []string) {
 
 // target is what one grpc.ClientConn connects to. mu guards what is below it.
 type target struct {
-	d       *dialer
+	dialer  *dialer
 	address string
 
-	mu      sync.Mutex
-	dials   int      // how many there were
-	known   []string // what the name stood for when it was last looked up
-	running *lookup  // nil: none
+	mu    sync.Mutex
+	dials int      // how many dials there were
+	known []string // the last answer to a query: the name's IP addresses
+	query *query   // the lookup that runs; nil: none
 }
 
-// lookup is one of a name. done is closed when the other fields are set.
-type lookup struct {
+// query is a lookup of a name. done is closed once the other fields are set.
+type query struct {
 	done  chan struct{}
 	hosts []string
 	err   error
 }
 
-// dial connects to one of the target's addresses. gRPC calls it.
+// dial connects to one of the target's addresses. gRPC calls it whenever it needs a
+// connection.
 func (t *target) dial(ctx context.Context, _ string) (net.Conn, error) {
 	host, port, err := net.SplitHostPort(t.address)
 	if err != nil {
 		return nil, err
 	}
-	if t.d.lookup == nil || host == "" || isIP(host) {
-		return t.d.race(ctx, []string{t.address})
+	isName := host != "" && !isIP(host)
+	if t.dialer.lookup == nil || !isName {
+		return t.dialer.dialAny(ctx, []string{t.address})
 	}
 	hosts, err := t.resolve(ctx, host)
 	if err != nil {
 		return nil, err
 	}
-	first := t.turn() % len(hosts)
+	// Each dial begins with another address: one that accepts connections by TCP, and then
+	// never shakes hands, would win every race.
+	first := t.countDial() % len(hosts)
 	var addresses []string
 	for i := range hosts {
-		addresses = append(addresses, net.JoinHostPort(hosts[(first+i)%len(hosts)], port))
+		host := hosts[(first+i)%len(hosts)]
+		addresses = append(addresses, net.JoinHostPort(host, port))
 	}
-	return t.d.race(ctx, addresses)
+	return t.dialer.dialAny(ctx, addresses)
 }
 
 func isIP(host string) bool {
@@ -165,121 +173,128 @@ func isIP(host string) bool {
 	return err == nil
 }
 
-// turn counts the dials. Each begins with another address: one that connects by
-// TCP, and then shakes no hands, would win every race.
-func (t *target) turn() int {
+// countDial counts a dial and returns how many there were before it.
+func (t *target) countDial() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.dials++
 	return t.dials - 1
 }
 
-// resolve returns what a name stands for, or stood for last, if nobody says for now
-// what it does.
+// resolve returns the IP addresses of a name. If the resolver is slow or fails, it
+// returns those of the last answer.
 func (t *target) resolve(ctx context.Context, host string) ([]string, error) {
-	l, known := t.look(host)
-	var patience <-chan time.Time
+	q, known := t.currentQuery(host)
+	var patience <-chan time.Time // nil, which never fires, while there was no answer yet
 	if known != nil {
 		timer := time.NewTimer(dialStagger)
 		defer timer.Stop()
 		patience = timer.C
 	}
 	select {
-	case <-l.done:
+	case <-q.done:
 	case <-patience:
 		return known, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%s is being looked up: %w", host, ctx.Err())
 	}
-	if l.err == nil {
-		return l.hosts, nil
+	if q.err == nil {
+		return q.hosts, nil
 	}
-	if known == nil || isNotFound(l.err) {
-		return nil, l.err
+	if known == nil || isNotFound(q.err) {
+		return nil, q.err
 	}
 	return known, nil
 }
 
-// look returns a lookup that runs.
-func (t *target) look(host string) (l *lookup, known []string) {
+// currentQuery returns the query that runs, which it starts if there is none, and the
+// last answer.
+func (t *target) currentQuery(host string) (q *query, known []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.running == nil {
-		t.running = &lookup{done: make(chan struct{})}
-		go t.lookUp(host, t.running)
+	if t.query == nil {
+		t.query = &query{done: make(chan struct{})}
+		go t.runQuery(host, t.query)
 	}
-	return t.running, t.known
+	return t.query, t.known
 }
 
-func (t *target) lookUp(host string, l *lookup) {
-	ctx, cancel := context.WithTimeout(t.d.ctx, lookupTimeout)
+// runQuery looks a name up and sets the query's answer.
+func (t *target) runQuery(host string, q *query) {
+	ctx, cancel := context.WithTimeout(t.dialer.ctx, lookupTimeout)
 	defer cancel()
 	select {
-	case t.d.lookups <- struct{}{}:
-		l.hosts, l.err = t.d.lookup(ctx, host)
-		<-t.d.lookups
+	case t.dialer.lookupPlaces <- struct{}{}:
+		q.hosts, q.err = t.dialer.lookup(ctx, host)
+		<-t.dialer.lookupPlaces
 	case <-ctx.Done():
-		l.err = fmt.Errorf("too many names are being looked up: %w", ctx.Err())
+		q.err = fmt.Errorf("too many names are being looked up: %w", ctx.Err())
 	}
-	if l.err == nil && len(l.hosts) == 0 {
-		l.err = fmt.Errorf("%s has no address", host)
+	if q.err == nil && len(q.hosts) == 0 {
+		q.err = fmt.Errorf("%s has no address", host)
 	}
-	if len(l.hosts) > maxDialAddresses {
-		l.hosts = l.hosts[:maxDialAddresses]
+	if len(q.hosts) > maxDialAddresses {
+		q.hosts = q.hosts[:maxDialAddresses]
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.running = nil
-	if l.err == nil || isNotFound(l.err) {
-		t.known = l.hosts
+	t.query = nil
+	if q.err == nil || isNotFound(q.err) {
+		t.known = q.hosts
 	}
-	close(l.done)
+	close(q.done)
 }
 
-// isNotFound reports whether a name is known to stand for nothing.
+// isNotFound reports whether an error says that a name does not exist.
 func isNotFound(err error) bool {
 	var e *net.DNSError
 	return errors.As(err, &e) && e.IsNotFound
 }
 
-// dialTry is one at an address. What is below result is the goroutine's until it has
-// sent it there.
+// dialTry is a try to connect to an address. Its goroutine sets conn and err, sends the
+// try to result and touches it no more.
 type dialTry struct {
-	address int
+	address int // index in the race's addresses
 	cancel  context.CancelFunc
 	result  chan<- *dialTry
 	conn    net.Conn
 	err     error
 }
 
-// race is a dial that tries addresses beside each other; one goroutine's.
+// race is a dial that tries several addresses side by side. The goroutine of dialAny
+// alone touches it.
 type race struct {
-	d         *dialer
-	ctx       context.Context
+	dialer    *dialer
+	ctx       context.Context // ends all tries
 	addresses []string
+	begun     int // how many tries have begun
 	result    chan *dialTry
 	running   map[*dialTry]bool
-	retries   map[int]*dialTry // by address: those that are not its first try
-	next      int              // how many tries have begun
-	failed    map[int]error
+	retries   map[int]*dialTry // by address: its last try, unless that is its first
+	failed    map[int]error    // by address: what came of its last try
 }
 
-// race connects to one of the addresses. They are tried in turn, each a stagger
-// after the one before, or once that has failed; the first connection wins. A first
-// try goes on until the end: its host may be far away. All have further tries, round
-// by round, each in place of the last: a host that was away when the first try began
-// is back for these.
-func (d *dialer) race(ctx context.Context, addresses []string) (net.Conn, error) {
+// dialAny connects to one of the addresses. It begins a try at each of them in order,
+// dialStagger apart, or at once when one fails; the first connection wins. Then it goes
+// round again, for a host that was away at first may be back. A retry takes the place
+// of the address's last one, but not of its first try, whose host may be far away: that
+// goes on until the dial ends. The dial fails when ctx ends or no try is left running.
+func (d *dialer) dialAny(ctx context.Context, addresses []string) (net.Conn, error) {
 	start := time.Now()
 	within, cancel := context.WithCancel(ctx)
-	defer cancel() // ends all tries
+	defer cancel()
 	r := &race{
-		d: d, ctx: within, addresses: addresses, result: make(chan *dialTry),
-		running: map[*dialTry]bool{}, retries: map[int]*dialTry{}, failed: map[int]error{},
+		dialer:    d,
+		ctx:       within,
+		addresses: addresses,
+		result:    make(chan *dialTry),
+		running:   map[*dialTry]bool{},
+		retries:   map[int]*dialTry{},
+		failed:    map[int]error{},
 	}
 	tick := time.NewTicker(dialStagger)
 	defer tick.Stop()
-	r.begin()
+	r.beginTry()
 	for {
 		select {
 		case t := <-r.result:
@@ -287,58 +302,69 @@ func (d *dialer) race(ctx context.Context, addresses []string) (net.Conn, error)
 				return t.conn, nil
 			}
 			if !r.running[t] {
-				continue // another has taken its place
+				continue // a retry has taken its place
 			}
 			delete(r.running, t)
 			r.failed[t.address] = t.err
-			if r.next < len(addresses) {
+			if r.begun < len(addresses) {
 				tick.Reset(dialStagger)
-				r.begin()
+				r.beginTry()
 			}
 			if len(r.running) == 0 {
-				return nil, r.error(ctx, start)
+				return nil, r.failure(ctx, start)
 			}
 		case <-tick.C:
-			r.begin()
+			r.beginTry()
 		case <-ctx.Done():
-			return nil, r.error(ctx, start)
+			return nil, r.failure(ctx, start)
 		}
 	}
 }
 
-// begin begins the next try, if there is a place for it.
-func (r *race) begin() {
-	release := func() {}
-	if len(r.running) > 0 {
-		select {
-		case r.d.extra <- struct{}{}:
-			release = func() { <-r.d.extra }
-		default:
-			return
-		}
+// beginTry begins a try at the next address, if there is a place for it.
+func (r *race) beginTry() {
+	release, ok := r.reserveTry()
+	if !ok {
+		return
 	}
-	address := r.next % len(r.addresses)
-	isFirst := r.next < len(r.addresses)
-	r.next++
+	address := r.begun % len(r.addresses)
+	isRetry := r.begun >= len(r.addresses)
+	r.begun++
 	if last := r.retries[address]; last != nil {
 		last.cancel()
 		delete(r.running, last)
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
 	t := &dialTry{address: address, cancel: cancel, result: r.result}
-	if !isFirst {
+	if isRetry {
 		r.retries[address] = t
 	}
 	r.running[t] = true
 	go func() {
 		defer release()
 		defer cancel()
-		t.run(ctx, r.d.connect, r.addresses[address])
+		t.run(ctx, r.dialer.connect, r.addresses[address])
 	}()
 }
 
-// run connects and hands the result over, unless ctx has ended.
-func (t *dialTry) run(ctx context.Context, connect func(context.Context, string) (net.Conn, error), address string) {
+// reserveTry takes a place for a try, until release is called. The only try of a dial
+// always has one, however many others there are.
+func (r *race) reserveTry() (release func(), ok bool) {
+	if len(r.running) == 0 {
+		return func() {}, true
+	}
+	select {
+	case r.dialer.extraTries <- struct{}{}:
+		return func() { <-r.dialer.extraTries }, true
+	default:
+		return nil, false
+	}
+}
+
+// run connects and hands the try over to the race, unless ctx has ended.
+func (t *dialTry) run(
+	ctx context.Context, connect func(context.Context, string) (net.Conn, error), address string,
+) {
 	t.conn, t.err = connect(ctx, address)
 	select {
 	case t.result <- t:
@@ -349,9 +375,10 @@ func (t *dialTry) run(ctx context.Context, connect func(context.Context, string)
 	}
 }
 
-// error says of each address what came of it, unless the caller of the dial, whose
-// context it gets, gave up: r's own ends a moment later.
-func (r *race) error(ctx context.Context, start time.Time) error {
+// failure says of each address what came of it. ctx is that of the dial's caller, which
+// ends a moment before the race's own: if the caller has given up, there is nothing
+// to say.
+func (r *race) failure(ctx context.Context, start time.Time) error {
 	if ctx.Err() == context.Canceled {
 		return context.Canceled
 	}
@@ -360,25 +387,25 @@ func (r *race) error(ctx context.Context, start time.Time) error {
 		r.failed[t.address] = silent
 	}
 	var causes []error
-	var said []string
+	var texts []string
 	for i, address := range r.addresses {
 		cause := r.failed[i]
 		if cause == nil {
 			cause = errNotTried
 		}
 		text := cause.Error()
-		if !strings.Contains(text, address) { // those of package net name it
+		if !strings.Contains(text, address) { // the errors of package net name it
 			text = address + ": " + text
 		}
 		causes = append(causes, cause)
-		said = append(said, text)
+		texts = append(texts, text)
 	}
-	return &dialError{strings.Join(said, "; "), causes}
+	return &dialError{strings.Join(texts, "; "), causes}
 }
 
 var errNotTried = errors.New("there was no time to try it")
 
-// dialError is why none of some addresses could be connected to.
+// dialError says why none of a node's addresses could be connected to.
 type dialError struct {
 	text   string
 	causes []error
@@ -389,30 +416,28 @@ func (e *dialError) Unwrap() []error { return e.causes }
 
 // dial makes a connection to a node for a command. Its calls say how long they wait.
 func dial(address string, opts ...grpc.DialOption) *grpc.ClientConn {
-	return newDialer(context.Background()).dial(address, opts...)
+	return newDialer(context.Background()).newConn(address, opts...)
 }
 
-// dial makes a connection to a node. An address can have what a URL must not: the
-// zone in [fe80::1%eth0]:21001.
-func (d *dialer) dial(address string, opts ...grpc.DialOption) *grpc.ClientConn {
-	t := &target{d: d, address: address}
-	conn, err := grpc.NewClient("passthrough:///"+url.PathEscape(address), append(opts,
+// newConn makes a connection to a node, which gRPC opens when a call needs it.
+func (d *dialer) newConn(address string, opts ...grpc.DialOption) *grpc.ClientConn {
+	t := &target{dialer: d, address: address}
+	opts = append(opts,
 		grpc.WithContextDialer(t.dial),
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())...)
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithNoProxy())
+	// An address may have what must be escaped in a URL: the zone in [fe80::1%eth0]:21001.
+	conn, err := grpc.NewClient("passthrough:///"+url.PathEscape(address), opts...)
 	if err != nil {
-		panic(err) // over a target that is no URL, or credentials: not for these
+		panic(err) // gRPC refuses only a target that is no URL, or contradicting credentials
 	}
 	return conn
 }
 
-// dial makes a connection to a peer. It comes back at most a second after the
-// peer does.
+// dial makes a connection to a peer. It is open again at most a second after the peer
+// is back.
 func (nw *network) dial(address string) *grpc.ClientConn {
-	d := *nw.names
-	if nw.dialer != nil {
-		d.connect, d.lookup = nw.dialer, nil
-	}
-	return d.dial(address,
+	return nw.dialer.newConn(address,
 		grpc.WithIdleTimeout(0),
 		grpc.WithInitialWindowSize(windowBytes),
 		grpc.WithInitialConnWindowSize(windowBytes),
@@ -425,10 +450,10 @@ func (nw *network) dial(address string) *grpc.ClientConn {
 			},
 			MinConnectTimeout: nw.connectTimeout,
 		}),
-		// Finds a connection dead even while nothing is acknowledged: with it,
-		// gRPC sets TCP_USER_TIMEOUT. It gives as many round trips as connecting
-		// does. 10 s are the least that gRPC allows, and a heartbeat that gets no
-		// answer does not wait for it.
+		// With keepalive, gRPC sets TCP_USER_TIMEOUT to Timeout: a connection on which
+		// nothing is acknowledged for so long is dead. That is room for as many round
+		// trips as connecting has. Time, after which an idle connection is probed, is the
+		// least that gRPC allows; where heartbeats flow, nothing has to wait for it.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time:                10 * time.Second,
 			Timeout:             max(leastKeepaliveTimeout, nw.connectTimeout),

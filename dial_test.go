@@ -116,7 +116,7 @@ func (h *fakeHosts) set(f func()) {
 func (h *fakeHosts) target(t *testing.T, address string) *target {
 	d := newDialer(t.Context())
 	d.connect, d.lookup = h.connect, h.lookup
-	return &target{d: d, address: address}
+	return &target{dialer: d, address: address}
 }
 
 // connects dials and checks which address was connected to, and when.
@@ -274,11 +274,11 @@ func TestDialBounded(t *testing.T) {
 		for i := range 3 * maxDialAddresses {
 			h.names["many"] = append(h.names["many"], fmt.Sprintf("10.0.0.%d", i))
 		}
-		d := h.target(t, "").d
+		d := h.target(t, "").dialer
 		var all sync.WaitGroup
 		for range dials {
 			all.Go(func() {
-				to := &target{d: d, address: "many:1"}
+				to := &target{dialer: d, address: "many:1"}
 				err := errors.New("not dialled")
 				for try := 0; err != nil; try++ {
 					if try > maxDialAddresses {
@@ -300,17 +300,17 @@ func TestDialBounded(t *testing.T) {
 			all.Go(func() {
 				ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
 				defer cancel()
-				_, _ = (&target{d: d, address: "many:1"}).dial(ctx, "")
+				_, _ = (&target{dialer: d, address: "many:1"}).dial(ctx, "")
 			})
 		}
 		all.Wait()
 		ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second) // alone, for as many tries as there are addresses
 		defer cancel()
-		_, _ = (&target{d: d, address: "many:1"}).dial(ctx, "")
+		_, _ = (&target{dialer: d, address: "many:1"}).dial(ctx, "")
 		synctest.Wait()
 		_, _, most := h.tally()
-		if most > dials+maxExtraTries || most <= dials || len(d.extra)+len(d.lookups) > 0 {
-			t.Errorf("%d tries at a time in %d dials; %d places are not given back", most, dials, len(d.extra)+len(d.lookups))
+		if most > dials+maxExtraTries || most <= dials || len(d.extraTries)+len(d.lookupPlaces) > 0 {
+			t.Errorf("%d tries at a time in %d dials; %d places are not given back", most, dials, len(d.extraTries)+len(d.lookupPlaces))
 		}
 		if slices.Contains(h.dialled, fmt.Sprintf("10.0.0.%d:1", maxDialAddresses)) {
 			t.Error("a name has more addresses than are tried")
@@ -388,7 +388,7 @@ func TestDialLoopback(t *testing.T) {
 	d.lookup = func(context.Context, string) ([]string, error) {
 		return []string{"127.0.0.2", "127.0.0.1"}, nil // nobody listens at the first one
 	}
-	conn, err := (&target{d: d, address: "node:" + port}).dial(t.Context(), "")
+	conn, err := (&target{dialer: d, address: "node:" + port}).dial(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -666,8 +666,8 @@ type sabotaged struct {
 }
 
 func (s *saboteur) join(n *testNode) {
-	dial := n.server.net.dialer
-	n.server.net.dialer = func(ctx context.Context, address string) (net.Conn, error) {
+	dial := n.server.net.dialer.connect
+	n.server.net.dialer.connect = func(ctx context.Context, address string) (net.Conn, error) {
 		conn, err := dial(ctx, address)
 		if err != nil {
 			return nil, err

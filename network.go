@@ -63,8 +63,7 @@ type network struct {
 	kvpb.UnimplementedRaftServiceServer
 	r       receiver
 	log     *slog.Logger
-	dialer  func(context.Context, string) (net.Conn, error) // nil: TCP
-	names   *dialer
+	dialer  *dialer
 	ctx     context.Context
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
@@ -96,10 +95,17 @@ type inboundStream struct {
 	cancel context.CancelCauseFunc
 }
 
-func newNetwork(r receiver, log *slog.Logger, dialer func(context.Context, string) (net.Conn, error)) *network {
-	nw := &network{r: r, log: log, dialer: dialer, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
+// newNetwork makes a network without peers. It connects by connect; nil: by TCP.
+func newNetwork(
+	r receiver, log *slog.Logger, connect func(context.Context, string) (net.Conn, error),
+) *network {
+	nw := &network{r: r, log: log, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
 	nw.ctx, nw.cancel = context.WithCancel(context.Background())
-	nw.names = newDialer(nw.ctx)
+	nw.dialer = newDialer(nw.ctx)
+	if connect != nil {
+		nw.dialer.connect = connect
+		nw.dialer.lookup = nil
+	}
 	nw.asking = make(chan struct{}, maxAsking)
 	o := defaultOptions()
 	nw.bound(&o, maxPeers)

@@ -431,8 +431,8 @@ func TestRemovedBeforeItHadState(t *testing.T) {
 // muzzle makes a node that is in no cluster yet one that can be kept from dialing.
 func muzzle(n *testNode) (shut *atomic.Bool) {
 	shut = &atomic.Bool{}
-	dial := n.server.net.dialer
-	n.server.net.dialer = func(ctx context.Context, address string) (net.Conn, error) {
+	dial := n.server.net.dialer.connect
+	n.server.net.dialer.connect = func(ctx context.Context, address string) (net.Conn, error) {
 		if shut.Load() {
 			return nil, errors.New("the test lets it dial nobody")
 		}
