@@ -396,7 +396,7 @@ func TestConnectionLimits(t *testing.T) {
 		t.Errorf("a peer in a place for peers: %v", err)
 	}
 
-	done := more[0].heard()
+	done := more[0].usePeerPlace()
 	last := accept()
 	if !isOpen(more[0]) || isOpen(more[1]) || !isOpen(more[2]) || !isOpen(last) {
 		t.Error("it is not the oldest one without a peer that has yielded")
@@ -416,7 +416,7 @@ func TestConnectionLimits(t *testing.T) {
 	}
 
 	peer := clients[1]
-	peer.heard()
+	peer.usePeerPlace()
 	if err := call(last, getMethod); err != nil || len(l.kept) != kept-1 {
 		t.Errorf("a peer has a place of its own now, and its former one is not a client's: %v, %d are kept", err, len(l.kept))
 	}
@@ -432,7 +432,7 @@ func TestConnectionLimits(t *testing.T) {
 		if heard > p.clients+kept {
 			t.Fatal("a connection on which a peer is heard yields")
 		}
-		conn.(*limitedConn).heard()
+		conn.(*limitedConn).usePeerPlace()
 	}
 	if len(l.conns) != p.clients+kept {
 		t.Errorf("%d connections are open", len(l.conns))
@@ -622,22 +622,22 @@ func TestFewFiles(t *testing.T) {
 		}
 	}
 
-	for range cap(nw.receiving) {
-		nw.receiving <- struct{}{}
+	for range cap(nw.snapshotPlaces) {
+		nw.snapshotPlaces <- struct{}{}
 	}
 	if err := first.send(first.snapshot(t, 10, 1<<20), true); status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("more snapshots than there are files for: %v", err)
 	}
-	<-nw.receiving
+	<-nw.snapshotPlaces
 	if err := first.send(first.snapshot(t, 10, 1<<20), true); err != nil {
 		t.Errorf("there is room for one: %v", err)
 	}
-	if len(nw.receiving) != cap(nw.receiving)-1 {
+	if len(nw.snapshotPlaces) != cap(nw.snapshotPlaces)-1 {
 		t.Error("a snapshot that was received keeps its place")
 	}
 
 	for range maxAsking {
-		nw.asking <- struct{}{}
+		nw.callPlaces <- struct{}{}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -646,9 +646,9 @@ func TestFewFiles(t *testing.T) {
 	ctx = grpc.NewContextWithServerTransportStream(ctx, methodOf(kvpb.ClusterService_TransferLeader_FullMethodName))
 	err = n.server.forward(ctx, n.server.n.self, &kvpb.TransferLeaderRequest{}, &kvpb.TransferLeaderResponse{})
 	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
-	<-nw.asking
-	if _, err := nw.probe(t.Context(), n.address); err != nil || len(nw.asking) != maxAsking-1 {
-		t.Errorf("there is room for one: %v, %d are taken", err, len(nw.asking))
+	<-nw.callPlaces
+	if _, err := nw.probe(t.Context(), n.address); err != nil || len(nw.callPlaces) != maxAsking-1 {
+		t.Errorf("there is room for one: %v, %d are taken", err, len(nw.callPlaces))
 	}
 }
 
@@ -700,7 +700,7 @@ func TestPeersAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, func() error {
-		if len(n.server.net.receiving) == 0 {
+		if len(n.server.net.snapshotPlaces) == 0 {
 			return errors.New("the snapshot has not begun")
 		}
 		return nil

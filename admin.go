@@ -73,7 +73,7 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 // forward has the leader do a request. An error that wraps errNotLeader means that
 // whoever leads next is to be asked again.
 func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto.Message) error {
-	done, err := s.net.ask(ctx)
+	done, err := s.net.reserveCall(ctx)
 	if err != nil {
 		return err
 	}

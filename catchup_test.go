@@ -516,7 +516,7 @@ func TestGivenUpTransferEnds(t *testing.T) {
 	p := s.net.peers[id]
 	s.net.mu.Unlock()
 	v.givenUp.Store(true)
-	if err := p.snapshot(life, 1, v); !errors.Is(err, errTooSlow) {
+	if err := p.sendSnapshot(life, 1, v); !errors.Is(err, errTooSlow) {
 		t.Errorf("it ends with %v", err)
 	}
 }

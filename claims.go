@@ -108,7 +108,7 @@ func (n *node) isFresh() bool { return n.clock.now-n.claims.bornAt <= n.ticksOf(
 
 // Claim implements RaftService.
 func (nw *network) Claim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
-	return nw.r.receiveClaim(ctx, req)
+	return nw.receiver.receiveClaim(ctx, req)
 }
 
 // receiveClaim does what a founder asks. Any goroutine may call it.

@@ -190,7 +190,7 @@ func (f *founder) connected(ctx context.Context, m *kvpb.Node, call func(*grpc.C
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	done, err := f.s.net.ask(ctx)
+	done, err := f.s.net.reserveCall(ctx)
 	if err != nil {
 		return err
 	}

@@ -454,7 +454,7 @@ func TestInitsShareConnections(t *testing.T) {
 	})
 	c.addLearner(1, 2)
 	eventually(t, func() error {
-		if len(c.nodes[3].server.net.asking) == 0 {
+		if len(c.nodes[3].server.net.callPlaces) == 0 {
 			return errors.New("an Init calls a member without a place")
 		}
 		return nil
@@ -482,7 +482,7 @@ func TestInitsShareConnections(t *testing.T) {
 	inits.Wait()
 	eventually(t, func() error {
 		for id, n := range c.nodes {
-			if places := len(n.server.net.asking) + len(n.server.surveying); places > 0 {
+			if places := len(n.server.net.callPlaces) + len(n.server.surveying); places > 0 {
 				return fmt.Errorf("node %d: %d places are not given back", id, places)
 			}
 		}
@@ -508,7 +508,7 @@ func TestInitOfMany(t *testing.T) {
 		ended <- err
 	}()
 	<-held
-	asking := c.nodes[1].server.net.asking
+	asking := c.nodes[1].server.net.callPlaces
 	most := 0
 	for _, id := range ids[2:] {
 		n := c.nodes[id].server.n

@@ -242,8 +242,8 @@ func (l *limiter) drop(c *limitedConn) {
 	_ = c.Conn.Close()
 }
 
-// heard makes a connection a peer's, which is heard on it until done is called.
-func (c *limitedConn) heard() (done func()) {
+// usePeerPlace makes a connection a peer's, which is heard on it until done is called.
+func (c *limitedConn) usePeerPlace() (done func()) {
 	c.l.mu.Lock()
 	defer c.l.mu.Unlock()
 	c.streams++

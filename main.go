@@ -21,7 +21,7 @@
 //   - A hearer (network.serve), one for each stream from a peer and each
 //     snapshot received: it decodes and leaves messages in the inbox, or builds
 //     a new store that nobody else sees before the loop installs it.
-//   - A snapshot sender (peer.snapshot, or network.serve for a backup), one for
+//   - A snapshot sender (peer.sendSnapshot, or network.serve for a backup), one for
 //     each snapshot on its way out: it reads a view, which nobody changes.
 //   - gRPC's own: one for each call, streamWorkers of which serve the next one
 //     too. A call waits in server.call or node.await, reads the store under its
@@ -334,7 +334,7 @@ func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) 
 	self := &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, net.JoinHostPort(host, port))}
 	n := newNode(o, self, log)
 	nw := newNetwork(n, log, o.dialer)
-	nw.bound(&o, room.peers)
+	nw.setLimits(&o, room.peers)
 	n.net = nw
 	s := newServer(n, nw)
 	if o.durable {

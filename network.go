@@ -1,4 +1,5 @@
-// The network between nodes: a stream to each peer for raft's messages.
+// The network between nodes: a stream to each peer for raft's messages, and those that
+// come from peers. What one stream to a peer does is in peer.go.
 
 package main
 
@@ -26,65 +27,81 @@ const (
 	// maxMessageBytes is the largest gRPC message that a node accepts. It has room
 	// for the largest write, for a page of List, and for a batch to a peer.
 	maxMessageBytes = 4 << 20
-	// maxStrangers bounds the peers that no configuration names, yet: nodes that are
-	// being added, or came back without their memory. Each takes peerFiles.
+	// maxStrangers bounds the peers that no configuration names: nodes that are being
+	// added, or came back without their memory. Each takes peerFiles.
 	maxStrangers = 16
-	// helloTimeout bounds how long a stream may stay silent at its start, and
-	// a snapshot between two chunks: there is one round trip in it, or none, but a
-	// disk that stalls may be, too. It is maxConnectTimeout, for whoever may be so
-	// slow to be connected to may be so slow to answer.
+	// helloTimeout bounds the silence at the start of a stream, and between two chunks of
+	// a snapshot: at most a round trip, but perhaps a disk that stalls, too. It is as long
+	// as connecting may take: a peer that is slow to connect to is slow to answer.
 	helloTimeout = maxConnectTimeout
-	// windowBytes is HTTP/2's window: 4 MiB a round trip is 13 MiB a second over
-	// 300 ms. A fixed one saves gRPC's probing for one.
+	// windowBytes is HTTP/2's window. Over a round trip of 300 ms, 4 MiB let 13 MiB a
+	// second through. Since it is fixed, gRPC does not probe for a better one.
 	windowBytes = 4 << 20
 )
 
-// receiver is what the network hands things to. Nothing in it blocks but what
-// takes a context.
+// receiver is what the network hands things to. Its methods may be called by any
+// goroutine. None blocks but those that take a context, and none calls the network back.
 type receiver interface {
+	// hello introduces this node.
 	hello() *kvpb.Hello
+	// accept answers the hello of another node.
 	accept(*kvpb.Hello) *kvpb.Welcome
+	// refused learns that whoever is at a peer's known address does not talk to this
+	// node, which had said hello as myRaftID.
 	refused(myRaftID, raftID uint64, w *kvpb.Welcome)
+	// peerUp learns, before any message of it, of a stream to a life of a peer
+	// (outbound) or from it.
 	peerUp(raftID, life uint64, outbound bool)
+	// peerMoved learns that the stream to a peer, of which peerUp has just told, goes to
+	// another address than the known one.
 	peerMoved(raftID uint64, to *kvpb.Node)
+	// peerDown learns that messages to a peer are lost: all of them, since there is no
+	// stream to it (lost), or some, since its queue is full.
 	peerDown(raftID uint64, lost bool)
+	// receiveMessages takes a peer's messages, and waits while there is no room.
 	receiveMessages(context.Context, []inbound) error
+	// readSnapshot reads the snapshot that a peer sends.
 	readSnapshot(io.Reader) (*store, error)
+	// receiveSnapshot takes that snapshot, and returns once raft has.
 	receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error
+	// snapshotSent learns, once for each sendSnapshot, what came of it.
 	snapshotSent(to uint64, v *view, err error)
+	// receiveClaim answers a founder.
 	receiveClaim(context.Context, *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error)
 }
 
-// network keeps the streams. mu guards what is below it. What it tells the
-// receiver of a stream's begin and end it tells while it has mu, and of a stream
-// that was replaced nothing any more: so it comes in the order in which it
-// happened. mu may be held when a peer's is taken, not the other way round.
+// network keeps a stream to each peer, and knows those that peers have to this node.
+//
+// The receiver learns that a stream begins or ends while mu is held: so it learns these
+// things in the order in which they happen, and nothing any more of a stream that was
+// replaced by another.
+//
+// Locks are taken in this order: network.mu, peer.mu, and what the receiver locks.
 type network struct {
 	kvpb.UnimplementedRaftServiceServer
-	r       receiver
-	log     *slog.Logger
-	dialer  *dialer
-	ctx     context.Context
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup
-	dropped atomic.Uint64 // messages that a queue did not take
-	// connectTimeout bounds the wait for a connection to a peer. It is set before
-	// there are members, as are maxPeers, which bounds the peers, and receiving,
-	// which has a place for each snapshot that is received.
-	connectTimeout time.Duration
-	maxPeers       int
-	receiving      chan struct{}
-	asking         chan struct{} // has a place for each connection that serves but one call
+	receiver   receiver
+	logger     *slog.Logger
+	dialer     *dialer
+	ctx        context.Context // ends all streams
+	cancel     context.CancelFunc
+	goroutines sync.WaitGroup
+	dropped    atomic.Uint64 // messages that no queue took
+	callPlaces chan struct{} // has a place for each connection that serves but one call
 
-	mu      sync.Mutex
+	// What follows is set by setLimits before there are members.
+	connectTimeout time.Duration // bounds the wait for a connection to a peer
+	maxPeers       int
+	snapshotPlaces chan struct{} // has a place for each snapshot that is received
+
+	mu      sync.Mutex // guards what follows
 	members map[uint64]*kvpb.Node
-	removed []uint64         // not to be heard, even before they may be told so
-	peers   map[uint64]*peer // by raft ID: members, and those who have a stream to us
+	removed []uint64         // their streams are refused, even before they may be told of the removal
+	peers   map[uint64]*peer // by raft ID: the members, and strangers that have a stream to this node
 	inbound map[inboundKey]*inboundStream
 }
 
-// inboundKey is where a peer is heard: a stream, or a snapshot on its way from
-// it. A newer one takes its place.
+// inboundKey names a stream from a peer: the one for messages, or a snapshot's. There is
+// one of each at most: a newer one takes its place.
 type inboundKey struct {
 	raftID   uint64
 	snapshot bool
@@ -97,26 +114,31 @@ type inboundStream struct {
 
 // newNetwork makes a network without peers. It connects by connect; nil: by TCP.
 func newNetwork(
-	r receiver, log *slog.Logger, connect func(context.Context, string) (net.Conn, error),
+	r receiver, logger *slog.Logger, connect func(context.Context, string) (net.Conn, error),
 ) *network {
-	nw := &network{r: r, log: log, peers: map[uint64]*peer{}, inbound: map[inboundKey]*inboundStream{}}
+	nw := &network{
+		receiver:   r,
+		logger:     logger,
+		callPlaces: make(chan struct{}, maxAsking),
+		peers:      map[uint64]*peer{},
+		inbound:    map[inboundKey]*inboundStream{},
+	}
 	nw.ctx, nw.cancel = context.WithCancel(context.Background())
 	nw.dialer = newDialer(nw.ctx)
 	if connect != nil {
 		nw.dialer.connect = connect
 		nw.dialer.lookup = nil
 	}
-	nw.asking = make(chan struct{}, maxAsking)
 	o := defaultOptions()
-	nw.bound(&o, maxPeers)
+	nw.setLimits(&o, maxPeers)
 	return nw
 }
 
-// bound sets what follows from the flags and from how many files may be open.
-func (nw *network) bound(o *options, peers int) {
+// setLimits sets what follows from the flags and from how many files may be open.
+func (nw *network) setLimits(o *options, peers int) {
 	nw.connectTimeout = o.connectTimeout()
 	nw.maxPeers = peers
-	nw.receiving = make(chan struct{}, peers)
+	nw.snapshotPlaces = make(chan struct{}, peers)
 }
 
 // close ends all streams and waits for their goroutines.
@@ -124,25 +146,31 @@ func (nw *network) close() {
 	nw.mu.Lock()
 	nw.cancel()
 	nw.mu.Unlock()
-	nw.wg.Wait()
+	nw.goroutines.Wait()
 }
 
-// goroutine runs f, unless the network is closed. nw.mu is held.
-func (nw *network) goroutine(f func()) {
+// start runs f in a goroutine, unless the network is closed. nw.mu is held.
+func (nw *network) start(f func()) {
 	if nw.ctx.Err() == nil {
-		nw.wg.Go(f)
+		nw.goroutines.Go(f)
 	}
 }
 
 // setMembers implements transport.
-func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64) {
-	self := nw.r.hello().From.Node.Id
+func (nw *network) setMembers(
+	clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64,
+) {
+	self := nw.receiver.hello().From.Node.Id
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
-	nw.members, nw.removed = members, removed
+	nw.members = members
+	nw.removed = removed
 	nw.endPeers()
 	for _, s := range nw.inbound {
-		if slices.Contains(removed, s.hello.From.RaftId) || s.hello.To.RaftId != raftID || !sameCluster(clusterID, members, s.hello) {
+		isRemoved := slices.Contains(removed, s.hello.From.RaftId)
+		isForMe := s.hello.To.RaftId == raftID
+		stays := !isRemoved && isForMe && sameCluster(clusterID, members, s.hello)
+		if !stays {
 			s.cancel(errors.New("not a peer of this node any more"))
 		}
 	}
@@ -153,28 +181,49 @@ func (nw *network) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb
 	}
 }
 
-// endPeers ends the streams to those who have left, or moved, or were no members
-// and are not heard any more. nw.mu is held.
+// endPeers ends the peers that are not wanted any more, and those whose stream goes
+// elsewhere than the configuration says. nw.mu is held.
 func (nw *network) endPeers() {
 	for id, p := range nw.peers {
-		isHeard := nw.inbound[inboundKey{id, false}] != nil || nw.inbound[inboundKey{id, true}] != nil
-		if m := nw.members[id]; m != nil && !p.isAt(m) || m == nil && !isHeard || slices.Contains(nw.removed, id) {
+		m := nw.members[id]
+		stays := nw.wantsPeer(id)
+		if stays && m != nil {
+			stays = p.adoptAddress(m)
+		}
+		if !stays {
 			p.cancel()
 			delete(nw.peers, id)
-			nw.r.peerDown(id, true)
+			nw.receiver.peerDown(id, true)
 		}
 	}
 }
 
+// wantsPeer reports whether this node needs a stream to a peer: to a member, and to a
+// stranger for as long as it has one to this node. nw.mu is held.
+func (nw *network) wantsPeer(id uint64) bool {
+	if slices.Contains(nw.removed, id) {
+		return false
+	}
+	if nw.members[id] != nil {
+		return true
+	}
+	return nw.inbound[inboundKey{id, false}] != nil || nw.inbound[inboundKey{id, true}] != nil
+}
+
 // addPeer starts a stream to a peer. nw.mu is held.
 func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
-	p := &peer{nw: nw, raftID: raftID, node: node, wake: newBell()}
-	p.ctx, p.cancel = context.WithCancel(nw.ctx)
+	p := newPeer(nw, raftID, node)
 	nw.peers[raftID] = p
-	if s := nw.inbound[inboundKey{raftID, false}]; s != nil {
-		p.claimed(&moveClaim{s.hello.ClusterId, s.hello.From})
+	if s := nw.messagesFrom(raftID); s != nil {
+		p.takeHint(&moveHint{s.hello.ClusterId, s.hello.From})
 	}
-	nw.goroutine(p.run)
+	nw.start(p.run)
+}
+
+// messagesFrom returns the stream for messages from a peer; nil: there is none. nw.mu is
+// held.
+func (nw *network) messagesFrom(raftID uint64) *inboundStream {
+	return nw.inbound[inboundKey{raftID, false}]
 }
 
 // send implements transport.
@@ -187,31 +236,37 @@ func (nw *network) send(to, life uint64, ms []*raftpb.Message) {
 	}
 }
 
-// up begins to send to a life of a peer, unless the peer was replaced.
-func (nw *network) up(p *peer, life uint64, to peerTarget) bool {
+// streamBegan lets messages to a life of a peer in and tells the receiver; false: another
+// peer has taken this one's place.
+func (nw *network) streamBegan(p *peer, life uint64, target peerTarget) bool {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	if nw.peers[p.raftID] != p {
 		return false
 	}
-	p.open(life, to.node)
-	nw.r.peerUp(p.raftID, life, true)
-	if to.claim != nil {
-		nw.r.peerMoved(p.raftID, to.node)
+	p.connected(life, target.node)
+	nw.receiver.peerUp(p.raftID, life, true)
+	if target.hint != nil {
+		nw.receiver.peerMoved(p.raftID, target.node)
 	}
-	s := nw.inbound[inboundKey{p.raftID, false}]
-	if s != nil && p.rival(s.hello.From) {
-		s.cancel(errRival) // or it would wait for answers that go to the other
+	s := nw.messagesFrom(p.raftID)
+	if s == nil {
+		return true
+	}
+	if err := p.refuseRival(s.hello.From); err != nil {
+		s.cancel(err) // or its node would wait for answers that go to the other process
 	}
 	return true
 }
 
-// down says that nothing gets to a peer, unless another has taken its place.
-func (nw *network) down(p *peer) {
+// streamEnded drops the messages to a peer and tells the receiver, unless another peer
+// has taken this one's place. There may have been no stream: the attempt has failed.
+func (nw *network) streamEnded(p *peer) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
+	p.disconnected()
 	if nw.peers[p.raftID] == p {
-		nw.r.peerDown(p.raftID, true)
+		nw.receiver.peerDown(p.raftID, true)
 	}
 }
 
@@ -223,7 +278,7 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// refusal is why a peer would not talk.
+// refusal says why a peer would not talk to this node.
 func refusal(w *kvpb.Welcome) error {
 	n := w.Peer.Node
 	switch w.Verdict {
@@ -244,32 +299,38 @@ func refusal(w *kvpb.Welcome) error {
 
 var errSilent = errors.New("the other node is silent")
 
-// alarm ends a stream, unless it is reset or stopped within helloTimeout.
-func alarm(cancel context.CancelCauseFunc) *time.Timer {
+// silenceTimer ends a stream, unless it is reset or stopped within helloTimeout.
+func silenceTimer(cancel context.CancelCauseFunc) *time.Timer {
 	return time.AfterFunc(helloTimeout, func() { cancel(errSilent) })
 }
 
-// greet says hello and waits for the answer, which names a peer.
-func greet(s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.CancelCauseFunc) (*kvpb.Welcome, error) {
-	defer alarm(cancel).Stop()
-	if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil && err != io.EOF {
+// greet says hello and waits for the answer. The Welcome that it returns names a peer.
+func greet(
+	s kvpb.RaftService_StreamClient, h *kvpb.Hello, cancel context.CancelCauseFunc,
+) (*kvpb.Welcome, error) {
+	defer silenceTimer(cancel).Stop()
+	err := s.Send(&kvpb.StreamRequest{Hello: h})
+	if err != nil && err != io.EOF { // after io.EOF, Recv has the reason
 		return nil, err
 	}
 	resp, err := s.Recv()
 	if err != nil {
 		return nil, err
 	}
-	if p := resp.GetWelcome().GetPeer(); p.GetNode() == nil || !validRaftID(p.GetRaftId()) || p.GetLife() == 0 {
+	p := resp.GetWelcome().GetPeer()
+	namesPeer := p.GetNode() != nil && validRaftID(p.GetRaftId()) && p.GetLife() != 0
+	if !namesPeer {
 		return nil, errors.New("its answer to hello is no welcome")
 	}
 	return resp.Welcome, nil
 }
 
-// ask waits for a place for a connection that serves but one call, until done.
-func (nw *network) ask(ctx context.Context) (done func(), err error) {
+// reserveCall waits for a place for a connection that serves but one call. The caller
+// gives it back by release.
+func (nw *network) reserveCall(ctx context.Context) (release func(), err error) {
 	select {
-	case nw.asking <- struct{}{}:
-		return func() { <-nw.asking }, nil
+	case nw.callPlaces <- struct{}{}:
+		return func() { <-nw.callPlaces }, nil
 	case <-ctx.Done():
 		return nil, apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
 			fmt.Sprintf("this node makes %d calls to other nodes, which is its limit", maxAsking))
@@ -278,11 +339,11 @@ func (nw *network) ask(ctx context.Context) (done func(), err error) {
 
 // probe asks who is at an address.
 func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, error) {
-	done, err := nw.ask(ctx)
+	release, err := nw.reserveCall(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer done()
+	defer release()
 	conn := nw.dial(address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -291,49 +352,59 @@ func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, er
 	if err != nil {
 		return nil, err
 	}
-	return greet(s, nw.r.hello(), cancel)
+	return greet(s, nw.receiver.hello(), cancel)
 }
 
-// Stream implements RaftService: it hears a peer.
+// Stream implements RaftService: it receives the messages of a peer.
 func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
-	return nw.serveHello(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+	return nw.serveHello(s, func(
+		ctx context.Context, cancel context.CancelCauseFunc, silence *time.Timer,
+	) error {
 		first, err := s.Recv()
 		if err != nil {
 			return err
 		}
-		silent.Stop()
-		h := first.Hello
-		if h == nil {
+		silence.Stop()
+		if first.Hello == nil {
 			return errNoHello
 		}
-		w := nw.r.accept(h)
-		if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetRaftId() == 0 {
-			return s.Send(&kvpb.StreamResponse{Welcome: w})
-		}
-		done, err := nw.hear(h, false, cancel)
-		if err == errRival {
-			w.Verdict = kvpb.Verdict_VERDICT_RIVAL
-			return s.Send(&kvpb.StreamResponse{Welcome: w})
-		}
+		return nw.receiveStream(ctx, cancel, s, first.Hello)
+	})
+}
+
+// receiveStream answers a hello and, if its sender is a peer, receives its messages.
+func (nw *network) receiveStream(
+	ctx context.Context, cancel context.CancelCauseFunc, s kvpb.RaftService_StreamServer, h *kvpb.Hello,
+) error {
+	w := nw.receiver.accept(h)
+	isProbe := h.GetTo().GetRaftId() == 0
+	if isProbe || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
+		return s.Send(&kvpb.StreamResponse{Welcome: w})
+	}
+	remove, err := nw.addInbound(h, false, cancel)
+	if err == errRival {
+		w.Verdict = kvpb.Verdict_VERDICT_RIVAL
+		return s.Send(&kvpb.StreamResponse{Welcome: w})
+	}
+	if err != nil {
+		return err
+	}
+	defer remove()
+	releasePlace := connOf(s.Context()).usePeerPlace()
+	defer releasePlace()
+	w.Peers = nw.heardMembers(h.From.RaftId)
+	if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil {
+		return err
+	}
+	for {
+		req, err := s.Recv()
 		if err != nil {
 			return err
 		}
-		defer done()
-		w.Peers = nw.heard(h.From.RaftId)
-		defer connOf(s.Context()).heard()()
-		if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil {
+		if err := nw.receiver.receiveMessages(ctx, fromWire(req.Messages, h)); err != nil {
 			return err
 		}
-		for {
-			req, err := s.Recv()
-			if err != nil {
-				return err
-			}
-			if err := nw.r.receiveMessages(ctx, fromWire(req.Messages, h)); err != nil {
-				return err
-			}
-		}
-	})
+	}
 }
 
 var (
@@ -341,26 +412,34 @@ var (
 	errRival   = status.Error(codes.FailedPrecondition, "another process with this raft ID is connected, elsewhere")
 )
 
+// streamHandler does the work of a stream. It may end the stream by cancel. The stream
+// ends, too, if silence is neither reset nor stopped within helloTimeout.
+type streamHandler func(
+	ctx context.Context, cancel context.CancelCauseFunc, silence *time.Timer,
+) error
+
 // serveHello is serve for a stream that begins with a hello. It closes a connection
-// that says too many.
-func (nw *network) serveHello(s grpc.ServerStream, f func(context.Context, context.CancelCauseFunc, *time.Timer) error) error {
-	if c := connOf(s.Context()); !c.greeted() {
+// that has too many of these.
+func (nw *network) serveHello(s grpc.ServerStream, handle streamHandler) error {
+	c := connOf(s.Context())
+	if !c.greeted() {
 		_ = c.Close()
 		return status.Error(codes.ResourceExhausted, "too many hellos on this connection")
 	}
-	return nw.serve(s, f)
+	return nw.serve(s, handle)
 }
 
-// serve calls f, but returns as soon as the stream is cancelled: that tears it
-// down, and f, which may be waiting in it, returns too.
-func (nw *network) serve(s grpc.ServerStream, f func(context.Context, context.CancelCauseFunc, *time.Timer) error) error {
+// serve has a goroutine of its own handle a stream, and returns as soon as the stream is
+// cancelled or the network closed. That tears the stream down, so the goroutine, which
+// may be waiting in it, returns, too.
+func (nw *network) serve(s grpc.ServerStream, handle streamHandler) error {
 	ctx, cancel := context.WithCancelCause(s.Context())
 	defer cancel(nil)
-	silent := alarm(cancel)
-	defer silent.Stop()
+	silence := silenceTimer(cancel)
+	defer silence.Stop()
 	ended := make(chan error, 1)
 	nw.mu.Lock()
-	nw.goroutine(func() { ended <- f(ctx, cancel, silent) })
+	nw.start(func() { ended <- handle(ctx, cancel, silence) })
 	nw.mu.Unlock()
 	select {
 	case err := <-ended:
@@ -375,10 +454,12 @@ func (nw *network) serve(s grpc.ServerStream, f func(context.Context, context.Ca
 	}
 }
 
-// hear lets a peer's stream or snapshot take the place of an earlier one. It
-// makes sure that there is a stream to answer on, even to a peer that the
-// configuration does not name yet.
-func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCauseFunc) (done func(), err error) {
+// addInbound lets a stream from a peer, for messages or a snapshot, take the place of an
+// earlier one, until remove is called. If there is no stream to the peer, as to one that
+// the configuration does not name yet, it starts one: answers go there.
+func (nw *network) addInbound(
+	h *kvpb.Hello, snapshot bool, cancel context.CancelCauseFunc,
+) (remove func(), err error) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	id := h.From.RaftId
@@ -392,51 +473,60 @@ func (nw *network) hear(h *kvpb.Hello, snapshot bool, cancel context.CancelCause
 		nw.addPeer(id, h.From.GetNode())
 	}
 	p := nw.peers[id]
-	if p.rival(h.From) {
-		return nil, errRival
+	if err := p.refuseRival(h.From); err != nil {
+		return nil, err
 	}
-	key, s := inboundKey{id, snapshot}, &inboundStream{h, cancel}
+	key := inboundKey{id, snapshot}
 	if old := nw.inbound[key]; old != nil {
 		old.cancel(errors.New("replaced by a newer stream"))
 	}
+	s := &inboundStream{h, cancel}
 	nw.inbound[key] = s
 	if !snapshot {
-		p.takesTurns(h.From)
-		p.claimed(&moveClaim{h.ClusterId, h.From})
-		nw.r.peerUp(id, h.From.Life, false)
+		p.watchTurns(h.From)
+		p.takeHint(&moveHint{h.ClusterId, h.From})
+		nw.receiver.peerUp(id, h.From.Life, false)
 	}
-	return func() {
-		nw.mu.Lock()
-		defer nw.mu.Unlock()
-		if nw.inbound[key] == s {
-			delete(nw.inbound, key)
-		}
-		nw.endPeers()
-	}, nil
+	return func() { nw.removeInbound(key, s) }, nil
 }
 
-// heard lists the members that this node hears and where. A caller that has moved with
-// others may find them by that.
-func (nw *network) heard(by uint64) (peers []*kvpb.Peer) {
+// removeInbound forgets a stream from a peer, unless another has taken its place.
+func (nw *network) removeInbound(key inboundKey, s *inboundStream) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
+	if nw.inbound[key] == s {
+		delete(nw.inbound, key)
+	}
+	nw.endPeers()
+}
+
+// heardMembers returns the other members that have a stream to this node, and from where:
+// the peer by, which gets the list, may have moved at the same time as they.
+func (nw *network) heardMembers(by uint64) []*kvpb.Peer {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	var peers []*kvpb.Peer
 	for key, s := range nw.inbound {
-		if id := key.raftID; !key.snapshot && id != by && nw.members[id] != nil {
+		isOther := key.raftID != by && nw.members[key.raftID] != nil
+		if isOther && !key.snapshot {
 			peers = append(peers, s.hello.From)
 		}
 	}
 	return peers
 }
 
-// told takes in where a peer hears others. What they say themselves counts more.
-func (nw *network) told(clusterID uint64, peers []*kvpb.Peer) {
+// learnAddresses takes in where a peer hears other members. Those with a stream to this
+// node have said themselves where they are.
+func (nw *network) learnAddresses(clusterID uint64, peers []*kvpb.Peer) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
-	for _, at := range peers {
-		p := nw.peers[at.GetRaftId()]
-		isHeard := nw.inbound[inboundKey{at.GetRaftId(), false}] != nil
-		if p != nil && !isHeard && !p.isOpen() && validateNode("peers", at.GetNode()) == nil {
-			p.claimed(&moveClaim{clusterID, at})
+	for _, other := range peers {
+		p := nw.peers[other.GetRaftId()]
+		if p == nil || validateNode("peers", other.GetNode()) != nil {
+			continue
+		}
+		if !p.isConnected() && nw.messagesFrom(other.RaftId) == nil {
+			p.takeHint(&moveHint{clusterID, other})
 		}
 	}
 }

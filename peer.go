@@ -1,4 +1,4 @@
-// A peer: this node's stream to another node.
+// A peer: this node's stream to another node, which carries raft's messages.
 
 package main
 
@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -17,13 +18,14 @@ import (
 )
 
 const (
-	// maxPeerBytes and maxPeerMessages bound what waits to be sent to a peer. If it
-	// takes less than that, raft sends it less. Entries are shared with the log; the
-	// rest of so many messages takes 512 KiB.
+	// maxPeerBytes and maxPeerMessages bound what waits to be sent to a peer; raft sends
+	// less to a peer that takes less. The bytes count entries, which the queue shares
+	// with the log: the rest of so many messages takes 512 KiB.
 	maxPeerBytes    = 32 << 20
 	maxPeerMessages = 8192
-	// maxStreamBytes is where a batch of messages is cut: one more, of an entry of
-	// maxEntryBytes or one larger write, may follow, and has to fit maxMessageBytes.
+	// maxStreamBytes is where a batch of messages is cut. The message that reaches it is
+	// still sent: with one more entry of maxEntryBytes, or one larger write, the batch
+	// has to fit maxMessageBytes.
 	maxStreamBytes = 1 << 20
 	// Between the end of a stream and the next attempt a peer's goroutine pauses, for a
 	// random time from minRedialPause to maxRedialPause. So a peer that answers but
@@ -32,136 +34,143 @@ const (
 	maxRedialPause = 400 * time.Millisecond
 )
 
-// peer is this node's stream to another. mu guards what is below it.
+// peer is this node's stream to another node. Its goroutine, run, dials the peer, says
+// hello and sends what is queued; when the stream ends it begins again.
 type peer struct {
-	nw     *network
-	raftID uint64
-	ctx    context.Context
-	cancel context.CancelFunc
-	wake   bell
-	said   string // the state that was logged last
-	sought string // the claimed address at which, as was logged last, it was not found
+	nw          *network
+	receiver    receiver
+	raftID      uint64
+	hintTimeout time.Duration // until an attempt at a hint's address is given up
+	ctx         context.Context
+	cancel      context.CancelFunc
+	wake        bell    // rung when something was queued
+	log         peerLog // the goroutine's alone, but for its logger
 
-	mu    sync.Mutex
-	node  *kvpb.Node // as the configuration has it; if that does not name it, as its hello does
-	life  uint64     // of the peer at the other end of the stream; 0: no stream
-	at    *kvpb.Node // where the stream goes
-	queue []*raftpb.Message
-	bytes uint64
-	full  bool // something was dropped since the queue was last empty
-
-	claim    *moveClaim // that it has moved; nil: none
-	claimDue bool       // it is the claim's turn to be dialed
-	tried    *kvpb.Node // whom giveUp gives up
-	giveUp   func()     // for another address: the wait for a connection, or what hangs on a claim; nil: there is none
-	rivals   rivals
+	// mu guards what follows. network.go says in which order locks are taken.
+	mu        sync.Mutex
+	addresses peerAddresses
+	life      uint64     // of the process at the other end of the stream; 0: there is no stream
+	at        *kvpb.Node // where the stream goes
+	queue     sendQueue
+	yielding  *streamAttempt // ends when a hint names another address; nil: there is none that does
+	rivals    rivals
 }
 
-// moveClaim says that a peer is at another address than the one that is known. It is
-// believed once a life of the peer answers there.
-type moveClaim struct {
-	clusterID uint64
-	peer      *kvpb.Peer
+// newPeer makes a peer that is known at an address; run is to be started.
+func newPeer(nw *network, raftID uint64, node *kvpb.Node) *peer {
+	p := &peer{
+		nw:          nw,
+		receiver:    nw.receiver,
+		raftID:      raftID,
+		hintTimeout: 2 * nw.connectTimeout,
+		wake:        newBell(),
+		log:         peerLog{logger: nw.logger},
+		addresses:   peerAddresses{known: node},
+	}
+	p.ctx, p.cancel = context.WithCancel(nw.ctx)
+	return p
 }
 
-// rivals is what is known of processes that go by the same raft ID.
-type rivals struct {
-	lives   [2]uint64 // the last two that said hello, the newest first
-	returns int       // how often the newest one was the one before
-	logged  uint64    // the life that the log has named
-}
-
-// isAt takes over the address that a new configuration has, if the stream goes there
-// already. It reports whether the peer can be kept: if not, it has to be replaced.
-func (p *peer) isAt(m *kvpb.Node) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.life != 0 && p.at.Address == m.Address {
-		p.node, p.claim = m, nil
-	}
-	return p.node.Address == m.Address
-}
-
-// claimed takes a claim to be at some address in; the newest one counts.
-func (p *peer) claimed(c *moveClaim) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if c.peer.Node.Id != p.node.Id {
-		return
-	}
-	p.claim = c
-	if c.peer.Node.Address == p.node.Address {
-		p.claim = nil
-	}
-	if p.giveUp != nil && p.life != c.peer.Life && p.tried.Address != c.peer.Node.Address {
-		p.giveUp()
-	}
-}
-
-// rival reports whether a hello is of another process than the one that this node
-// has a stream to, elsewhere. If the peer has moved, that stream is about to break.
-// Who says hello from the known address is none: it is the other who only claims.
-func (p *peer) rival(from *kvpb.Peer) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	address := from.Node.Address
-	if p.life == 0 || p.life == from.Life || address == p.at.Address || address == p.node.Address {
-		return false
-	}
-	p.logRival(from)
-	return true
-}
-
-// logRival says once that two processes are one node. p.mu is held.
-func (p *peer) logRival(from *kvpb.Peer) {
-	if p.rivals.logged == from.Life {
-		return
-	}
-	p.rivals.logged = from.Life
-	p.nw.log.Warn("another process goes by a peer's raft ID: the peer has moved, and its old connection breaks soon, "+
-		"or one of the two was started from a copy of the other's data directory and has to be stopped",
-		"peer", p.node.Id, "address", p.at.GetAddress(), "other", from.Node.Address)
-}
-
-// takesTurns looks for two processes at one address that replace each other: a
-// life that has ended does not come back.
-func (p *peer) takesTurns(from *kvpb.Peer) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	r := &p.rivals
-	switch from.Life {
-	case r.lives[0]:
-		return
-	case r.lives[1]:
-		r.returns++
-	default:
-		r.returns = 0
-	}
-	r.lives = [2]uint64{from.Life, r.lives[0]}
-	if r.returns == 2 { // once may be a hello that came late
-		p.logRival(from)
-	}
-}
-
+// enqueue queues messages for a life of the peer; false: they were dropped.
 func (p *peer) enqueue(life uint64, ms []*raftpb.Message) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.life != life || life == 0 {
-		return false // raft learns of it from peerDown
+		return false // raft has learned of it, or will, from peerDown
 	}
-	if len(p.queue)+len(ms) > maxPeerMessages || p.bytes > maxPeerBytes {
-		if !p.full {
-			p.full = true
-			p.nw.r.peerDown(p.raftID, false)
+	wasDropping := p.queue.dropping
+	if !p.queue.add(ms) {
+		if !wasDropping {
+			p.receiver.peerDown(p.raftID, false)
 		}
 		return false
 	}
-	for _, m := range ms {
-		p.bytes += messageBytes(m)
-	}
-	p.queue = append(p.queue, ms...)
 	p.wake.ring()
 	return true
+}
+
+// takeBatch takes the next messages to send out of the queue; none: it is empty.
+func (p *peer) takeBatch() []*raftpb.Message {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.queue.takeBatch()
+}
+
+// connected begins to queue messages for a life of the peer, whose stream goes to at.
+func (p *peer) connected(life uint64, at *kvpb.Node) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.life = life
+	p.at = at
+	p.queue = sendQueue{}
+	if at.Address == p.addresses.known.Address {
+		p.addresses.hint = nil // the peer is where it was
+	}
+}
+
+// disconnected drops what is queued, and all messages until the peer is connected.
+func (p *peer) disconnected() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.life = 0
+	p.at = nil
+	p.queue = sendQueue{}
+}
+
+// isConnected reports whether there is a stream to the peer.
+func (p *peer) isConnected() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.life != 0
+}
+
+// nodeOf returns where a life of the peer is, as far as this node knows.
+func (p *peer) nodeOf(life uint64) *kvpb.Node {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.life == life {
+		return p.at
+	}
+	return p.addresses.known
+}
+
+// sendQueue is what waits to be sent to a peer. Its zero value is empty.
+type sendQueue struct {
+	messages []*raftpb.Message
+	bytes    uint64 // of the messages, as messageBytes counts them
+	dropping bool   // messages were dropped since the queue was last empty
+}
+
+// add appends messages; false: the queue is full, and they were dropped.
+func (q *sendQueue) add(ms []*raftpb.Message) bool {
+	if len(q.messages)+len(ms) > maxPeerMessages || q.bytes > maxPeerBytes {
+		q.dropping = true
+		return false
+	}
+	for _, m := range ms {
+		q.bytes += messageBytes(m)
+	}
+	q.messages = append(q.messages, ms...)
+	return true
+}
+
+// takeBatch removes the first messages, up to the one that reaches maxStreamBytes, and
+// returns them.
+func (q *sendQueue) takeBatch() []*raftpb.Message {
+	n := 0
+	size := uint64(0)
+	for n < len(q.messages) && size < maxStreamBytes {
+		size += messageBytes(q.messages[n])
+		n++
+	}
+	batch := q.messages[:n:n]
+	q.messages = q.messages[n:]
+	q.bytes -= size
+	if len(q.messages) == 0 {
+		q.messages = nil // frees the array
+		q.dropping = false
+	}
+	return batch
 }
 
 // messageBytes is what a message counts for in a queue.
@@ -173,50 +182,111 @@ func messageBytes(m *raftpb.Message) uint64 {
 	return n
 }
 
-// open lets messages to a life of the peer in, which is somewhere; 0: none.
-func (p *peer) open(life uint64, at *kvpb.Node) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.life, p.at, p.queue, p.bytes, p.full = life, at, nil, 0, false
-	if at == p.node {
-		p.claim = nil // it is where it was
+// moveHint says that a peer is at another address than the known one: its own hello
+// came from there, or another member says so. Anybody could; it is believed once the
+// life of the peer that it names answers there.
+type moveHint struct {
+	clusterID uint64
+	peer      *kvpb.Peer
+}
+
+// peerAddresses is where a peer may be.
+type peerAddresses struct {
+	known    *kvpb.Node // as the configuration has it; of a peer that it does not name, as its hello does
+	hint     *moveHint  // the newest that names another address; nil: there is none
+	hintNext bool       // the next attempt is made at the hint's address
+}
+
+// take lets a hint take the place of an older one.
+func (a *peerAddresses) take(h *moveHint) {
+	a.hint = h
+	if h.peer.Node.Address == a.known.Address {
+		a.hint = nil
 	}
 }
 
-// take returns messages of about maxStreamBytes.
-func (p *peer) take() []*raftpb.Message {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	i, size := 0, uint64(0)
-	for ; i < len(p.queue) && size < maxStreamBytes; i++ {
-		size += messageBytes(p.queue[i])
+// next returns where the next attempt is made: at the known address and at the hint's
+// in turn.
+func (a *peerAddresses) next() peerTarget {
+	target := peerTarget{node: a.known, isOnly: a.hint == nil}
+	if a.hintNext && a.hint != nil {
+		target.node = a.hint.peer.Node
+		target.hint = a.hint
 	}
-	ms := p.queue[:i:i]
-	p.queue = p.queue[i:]
-	p.bytes -= size
-	if len(p.queue) == 0 {
-		p.queue, p.full = nil, false
-	}
-	return ms
+	a.hintNext = target.hint == nil
+	return target
 }
 
-// run is the peer's goroutine: it keeps a stream open and sends. The connection
-// is kept while the address is the same.
+// peerTarget is whom an attempt is made to reach.
+type peerTarget struct {
+	node   *kvpb.Node
+	hint   *moveHint // that names this address; nil: it is the known one
+	isOnly bool      // no other address waits for its turn
+}
+
+// answers reports whether a Welcome is from the peer that was meant.
+func (t peerTarget) answers(raftID uint64, w *kvpb.Welcome) bool {
+	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != raftID {
+		return false
+	}
+	if t.hint == nil {
+		return true
+	}
+	return w.ClusterId == t.hint.clusterID && w.Peer.Life == t.hint.peer.Life
+}
+
+func (p *peer) nextTarget() peerTarget {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.addresses.next()
+}
+
+// adoptAddress takes over the address that a new configuration has, if the stream goes
+// there already. It reports whether the peer can stay: if not, a new one has to take its
+// place.
+func (p *peer) adoptAddress(node *kvpb.Node) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.life != 0 && p.at.Address == node.Address {
+		p.addresses.known = node
+		p.addresses.hint = nil
+	}
+	return p.addresses.known.Address == node.Address
+}
+
+// takeHint keeps a hint for the next attempts. If one is under way that yields, and the
+// hint names another address than it is made at, that attempt ends.
+func (p *peer) takeHint(h *moveHint) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if h.peer.Node.Id != p.addresses.known.Id {
+		return
+	}
+	p.addresses.take(h)
+	if p.yielding == nil || p.life == h.peer.Life {
+		return
+	}
+	if p.yielding.target.node.Address != h.peer.Node.Address {
+		p.yielding.cancel(errElsewhere)
+	}
+}
+
+// run is the peer's goroutine. It keeps the connection while the address stays the same.
 func (p *peer) run() {
 	var conn *grpc.ClientConn
 	var address string
 	for p.ctx.Err() == nil {
-		to := p.next()
-		if conn != nil && to.node.Address != address {
+		target := p.nextTarget()
+		if conn != nil && target.node.Address != address {
 			_ = conn.Close()
 			conn = nil
 		}
 		if conn == nil {
-			conn, address = p.nw.dial(to.node.Address), to.node.Address
+			address = target.node.Address
+			conn = p.nw.dial(address)
 		}
-		_ = p.stream(conn, to) // it has said why it ended
-		p.open(0, nil)
-		p.nw.down(p)
+		p.attempt(conn, target)
+		p.nw.streamEnded(p)
 		sleep(p.ctx, minRedialPause+rand.N(maxRedialPause-minRedialPause))
 	}
 	if conn != nil {
@@ -224,31 +294,192 @@ func (p *peer) run() {
 	}
 }
 
-// peerTarget is whom to dial next.
-type peerTarget struct {
-	node  *kvpb.Node
-	claim *moveClaim // that it is there; nil: that is known
-	turns bool       // there is another address to be tried
+// attempt opens a stream, sends on it until it ends, and logs what came of it.
+func (p *peer) attempt(conn *grpc.ClientConn, target peerTarget) {
+	a := &streamAttempt{peer: p, conn: conn, target: target}
+	a.ctx, a.cancel = context.WithCancelCause(p.ctx)
+	defer a.cancel(nil)
+	state, err := a.run()
+	if target.hint != nil && state != peerDisconnected {
+		p.logNotFound(target.node, err)
+	} else {
+		p.logState(state, "cause", err)
+	}
 }
 
-// next takes the address that is known and the one that is claimed in turn.
-func (p *peer) next() peerTarget {
+// streamAttempt is one try to open a stream to a peer and, once it has succeeded, that stream.
+type streamAttempt struct {
+	peer   *peer
+	conn   *grpc.ClientConn
+	target peerTarget
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+}
+
+// errElsewhere ends an attempt for the sake of another address.
+var errElsewhere = errors.New("it says that it is elsewhere")
+
+// run returns when the attempt has failed or its stream has ended: the peer's state then,
+// and why.
+func (a *streamAttempt) run() (state string, cause error) {
+	p := a.peer
+	if a.target.hint != nil {
+		// Anybody can make up a hint, which must not keep this node from the known address.
+		timer := time.AfterFunc(p.hintTimeout, a.giveUpHint)
+		defer timer.Stop()
+		a.yieldToHints()
+		defer a.stopYielding()
+	}
+	s, err := a.open()
+	if err != nil {
+		return peerUnreachable, err
+	}
+	h := p.receiver.hello()
+	h.To = &kvpb.Peer{Node: a.target.node, RaftId: p.raftID}
+	w, err := greet(s, h, a.cancel)
+	if err != nil {
+		return peerUnreachable, err
+	}
+	if !a.target.answers(p.raftID, w) {
+		if a.target.hint == nil { // at a hint's address it may be anybody
+			p.receiver.refused(h.From.RaftId, p.raftID, w)
+		}
+		return peerRefuses, refusal(w)
+	}
+	if !p.nw.streamBegan(p, w.Peer.Life, a.target) {
+		return peerUnreachable, context.Canceled
+	}
+	p.nw.learnAddresses(h.ClusterId, w.Peers)
+	if a.target.hint == nil {
+		p.logState(peerConnected)
+	} else {
+		p.log.notFoundAt = ""
+		p.logState(peerMoved, "found", a.target.node.Address)
+	}
+	return peerDisconnected, a.send(s)
+}
+
+// open waits for a connection and opens the stream. If another address waits for its
+// turn, it does not wait for a peer that cannot be connected to at once.
+func (a *streamAttempt) open() (kvpb.RaftService_StreamClient, error) {
+	defer silenceTimer(a.cancel).Stop()
+	if a.target.isOnly {
+		a.yieldToHints()
+		defer a.stopYielding()
+	}
+	s, err := kvpb.NewRaftServiceClient(a.conn).Stream(a.ctx, grpc.WaitForReady(a.target.isOnly))
+	if err != nil && context.Cause(a.ctx) == errElsewhere {
+		err = errElsewhere
+	}
+	return s, err
+}
+
+// send sends what is queued until the stream ends.
+func (a *streamAttempt) send(s kvpb.RaftService_StreamClient) error {
+	go func() {
+		_, err := s.Recv() // the peer sends nothing: this returns when the stream ends
+		a.cancel(fmt.Errorf("the stream ended: %w", err))
+	}()
+	for {
+		select {
+		case <-a.peer.wake:
+		case <-a.ctx.Done():
+			return context.Cause(a.ctx)
+		}
+		for ms := a.peer.takeBatch(); len(ms) > 0; ms = a.peer.takeBatch() {
+			if err := s.Send(&kvpb.StreamRequest{Messages: toWire(ms)}); err != nil {
+				return fmt.Errorf("sending: %w", err)
+			}
+		}
+	}
+}
+
+// yieldToHints lets a hint of another address end the attempt from now on. One at the
+// known address ends at once if a hint came just before.
+func (a *streamAttempt) yieldToHints() {
+	p := a.peer
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	to := peerTarget{node: p.node, turns: p.claim != nil}
-	if p.claimDue && p.claim != nil {
-		to.node, to.claim = p.claim.peer.Node, p.claim
+	p.yielding = a
+	if a.target.hint == nil && p.addresses.hint != nil {
+		a.cancel(errElsewhere)
 	}
-	p.claimDue = to.claim == nil
-	return to
 }
 
-// answers reports whether who answered is the one that was meant.
-func (to peerTarget) answers(raftID uint64, w *kvpb.Welcome) bool {
-	if w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || w.Peer.RaftId != raftID {
-		return false
+func (a *streamAttempt) stopYielding() {
+	a.peer.mu.Lock()
+	defer a.peer.mu.Unlock()
+	a.peer.yielding = nil
+}
+
+// giveUpHint ends an attempt at a hint's address, unless the peer was found there.
+func (a *streamAttempt) giveUpHint() {
+	a.peer.mu.Lock()
+	defer a.peer.mu.Unlock()
+	if a.peer.life == 0 {
+		a.cancel(errSilent)
 	}
-	return to.claim == nil || w.ClusterId == to.claim.clusterID && w.Peer.Life == to.claim.peer.Life
+}
+
+// rivals is what is known of processes that go by a peer's raft ID.
+type rivals struct {
+	lives   [2]uint64 // the last two that said hello, the newest first
+	returns int       // how many hellos in a row were of the life before the newest
+	logged  uint64    // the life that the log has named
+}
+
+// note takes in the life of a hello. It reports, once, that two lives take turns: a life
+// that has ended does not come back. A single return may be a hello that came late.
+func (r *rivals) note(life uint64) (takeTurns bool) {
+	switch life {
+	case r.lives[0]:
+		return false
+	case r.lives[1]:
+		r.returns++
+	default:
+		r.returns = 0
+	}
+	r.lives = [2]uint64{life, r.lives[0]}
+	return r.returns == 2
+}
+
+// watchTurns logs two processes at one address that replace each other.
+func (p *peer) watchTurns(from *kvpb.Peer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.rivals.note(from.Life) {
+		p.logRival(from)
+	}
+}
+
+// refuseRival returns errRival, and logs it, if a hello is of another process than the
+// one that this node has a stream to. If the peer has moved, the stream is about to
+// break, and the next hello is accepted. A hello from the stream's own address is of no
+// rival: there, one process has followed the other. Nor is one from the known address:
+// that counts more than the hint which the stream was opened by.
+func (p *peer) refuseRival(from *kvpb.Peer) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.life == 0 || p.life == from.Life {
+		return nil
+	}
+	address := from.Node.Address
+	if address == p.at.Address || address == p.addresses.known.Address {
+		return nil
+	}
+	p.logRival(from)
+	return errRival
+}
+
+// logRival logs once that two processes are one node. p.mu is held.
+func (p *peer) logRival(from *kvpb.Peer) {
+	if p.rivals.logged == from.Life {
+		return
+	}
+	p.rivals.logged = from.Life
+	p.log.logger.Warn("another process goes by a peer's raft ID: the peer has moved, and its old connection breaks soon, "+
+		"or one of the two was started from a copy of the other's data directory and has to be stopped",
+		"peer", p.addresses.known.Id, "address", p.at.GetAddress(), "other", from.Node.Address)
 }
 
 // States of a peer, as they are logged.
@@ -260,141 +491,56 @@ const (
 	peerRefuses      = "peer refuses this node"
 )
 
-// follow logs a state that is new. One that is unreachable since it was
-// disconnected is no news.
-func (p *peer) follow(state string, cause ...any) {
-	said := state
+// peerLog logs what becomes of a peer when it is new, not at each attempt.
+type peerLog struct {
+	logger     *slog.Logger
+	last       string // the state that was logged last; of a refusal, with its cause
+	notFoundAt string // the hint's address at which the peer was not found, as logged last
+}
+
+// state logs a state that is new. That a peer cannot be reached is not new if it was
+// disconnected before.
+func (l *peerLog) state(node *kvpb.Node, state string, cause []any) {
+	text := state
 	if state == peerRefuses {
-		said = fmt.Sprint(state, cause)
+		text = fmt.Sprint(state, cause)
 	}
-	if said == p.said || state == peerUnreachable && p.said == peerDisconnected || p.ctx.Err() != nil {
+	if text == l.last {
 		return
 	}
-	p.said = said
+	if state == peerUnreachable && l.last == peerDisconnected {
+		return
+	}
+	l.last = text
+	args := append([]any{"peer", node.Id, "address", node.Address}, cause...)
+	l.logger.Info(state, args...)
+}
+
+// notFound logs once that a peer was not found at a hint's address.
+func (l *peerLog) notFound(at *kvpb.Node, err error) {
+	if l.notFoundAt == at.Address {
+		return
+	}
+	l.notFoundAt = at.Address
+	l.logger.Info("peer not found where it says that it is",
+		"peer", at.Id, "address", at.Address, "cause", err)
+}
+
+// logState logs a state of the peer, unless the peer was given up.
+func (p *peer) logState(state string, cause ...any) {
+	if p.ctx.Err() != nil {
+		return
+	}
 	p.mu.Lock()
-	node := p.node
+	node := p.addresses.known
 	p.mu.Unlock()
-	p.nw.log.Info(state, append([]any{"peer", node.Id, "address", node.Address}, cause...)...)
+	p.log.state(node, state, cause)
 }
 
-// notFound says once that the peer was not found where it says that it is.
-func (p *peer) notFound(at *kvpb.Node, err error) {
-	if p.sought == at.Address || p.ctx.Err() != nil {
-		return
-	}
-	p.sought = at.Address
-	p.nw.log.Info("peer not found where it says that it is", "peer", at.Id, "address", at.Address, "cause", err)
-}
-
-// errElsewhere ends the wait for a connection, to try another address.
-var errElsewhere = errors.New("it says that it is elsewhere")
-
-// connected waits for a connection to the peer.
-func (p *peer) connected(
-	ctx context.Context, cancel context.CancelCauseFunc, conn *grpc.ClientConn, to peerTarget,
-) (kvpb.RaftService_StreamClient, error) {
-	defer alarm(cancel).Stop()
-	if to.claim == nil && !to.turns {
-		p.mayGiveUp(to, cancel)
-		defer p.mayGiveUp(to, nil)
-	}
-	s, err := kvpb.NewRaftServiceClient(conn).Stream(ctx, grpc.WaitForReady(!to.turns))
-	if err != nil && context.Cause(ctx) == errElsewhere {
-		err = errElsewhere
-	}
-	return s, err
-}
-
-// mayGiveUp lets news of another address end what is tried; nil: not any more.
-func (p *peer) mayGiveUp(to peerTarget, cancel context.CancelCauseFunc) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.tried, p.giveUp = to.node, nil
-	if cancel == nil {
-		return
-	}
-	p.giveUp = func() { cancel(errElsewhere) }
-	if to.claim == nil && p.claim != nil { // it came just before
-		p.giveUp()
-	}
-}
-
-// stream opens a stream to the peer and sends until it breaks.
-func (p *peer) stream(conn *grpc.ClientConn, to peerTarget) (err error) {
-	ctx, cancel := context.WithCancelCause(p.ctx)
-	defer cancel(nil)
-	state := peerUnreachable
-	defer func() {
-		if to.claim == nil || state == peerDisconnected {
-			p.follow(state, "cause", err)
-		} else {
-			p.notFound(to.node, err)
-		}
-	}()
-	if to.claim != nil { // whoever makes one up shall not keep this node from the known address
-		defer time.AfterFunc(2*p.nw.connectTimeout, func() { p.giveUpClaim(cancel) }).Stop()
-		p.mayGiveUp(to, cancel)
-		defer p.mayGiveUp(to, nil)
-	}
-	s, err := p.connected(ctx, cancel, conn, to)
-	if err != nil {
-		return err
-	}
-	h := p.nw.r.hello()
-	h.To = &kvpb.Peer{Node: to.node, RaftId: p.raftID}
-	w, err := greet(s, h, cancel)
-	if err != nil {
-		return err
-	}
-	if !to.answers(p.raftID, w) {
-		state = peerRefuses
-		if to.claim == nil { // else it may be anybody
-			p.nw.r.refused(h.From.RaftId, p.raftID, w)
-		}
-		return refusal(w)
-	}
-	if !p.nw.up(p, w.Peer.Life, to) {
-		return context.Canceled
-	}
-	p.nw.told(h.ClusterId, w.Peers)
-	if to.claim == nil {
-		p.follow(peerConnected)
-	} else {
-		p.sought = ""
-		p.follow(peerMoved, "found", to.node.Address)
-	}
-	state = peerDisconnected
-	go func() { // ends with the stream
-		_, err := s.Recv()
-		cancel(fmt.Errorf("the stream ended: %w", err))
-	}()
-	for {
-		select {
-		case <-p.wake:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-		for ms := p.take(); len(ms) > 0; ms = p.take() {
-			if err := s.Send(&kvpb.StreamRequest{Messages: toWire(ms)}); err != nil {
-				return fmt.Errorf("sending: %w", err)
-			}
-		}
-	}
-}
-
-// isOpen reports whether there is a stream to the peer.
-func (p *peer) isOpen() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.life != 0
-}
-
-// giveUpClaim ends the attempt to reach a peer where it is said to be, if that has
-// come to nothing.
-func (p *peer) giveUpClaim(cancel context.CancelCauseFunc) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.life == 0 {
-		cancel(errSilent)
+// logNotFound logs that the peer was not found at a hint's address, unless the peer was
+// given up.
+func (p *peer) logNotFound(at *kvpb.Node, err error) {
+	if p.ctx.Err() == nil {
+		p.log.notFound(at, err)
 	}
 }

@@ -828,17 +828,17 @@ func testNetwork(t *testing.T, log io.Writer, known *kvpb.Node) (*network, *reco
 // hearFrom hears a hello of node 2 from an address.
 func hearFrom(nw *network, at *kvpb.Node, life uint64) (done func(), err error) {
 	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: at, RaftId: 2, Life: life}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
-	return nw.hear(h, false, func(error) {})
+	return nw.addInbound(h, false, func(error) {})
 }
 
-// claimOf is what node 2 claims.
-func claimOf(nw *network) *moveClaim {
+// hintOf is where node 2 is said to be.
+func hintOf(nw *network) *moveHint {
 	nw.mu.Lock()
 	p := nw.peers[2]
 	nw.mu.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.claim
+	return p.addresses.hint
 }
 
 // awaits waits until the last that the network told is this, and returns all of it.
@@ -868,7 +868,7 @@ func TestMoveClaims(t *testing.T) {
 		eventually(t, func() error { // until it waits for the known address
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if p.giveUp == nil {
+			if p.yielding == nil {
 				return errors.New("it does not wait")
 			}
 			return nil
@@ -938,7 +938,7 @@ func TestMoveClaims(t *testing.T) {
 		if _, err := hearFrom(nw, there, 5); err != errRival {
 			t.Errorf("who is elsewhere is heard: %v", err)
 		}
-		nw.told(7, []*kvpb.Peer{{Node: there, RaftId: 2, Life: 5}, {RaftId: 2}, nil, {Node: there, RaftId: 3, Life: 5}})
+		nw.learnAddresses(7, []*kvpb.Peer{{Node: there, RaftId: 2, Life: 5}, {RaftId: 2}, nil, {Node: there, RaftId: 3, Life: 5}})
 		if liar.asked.Load() > 0 || a.asked.Load() != 1 || len(r.all()) > 0 {
 			t.Error("somebody else was asked")
 		}
@@ -950,15 +950,17 @@ func TestMoveClaims(t *testing.T) {
 		if _, err := hearFrom(nw, &kvpb.Node{Id: 3, Address: node.Address}, 5); err != nil {
 			t.Fatal(err)
 		}
-		if claimOf(nw) != nil || a.asked.Load() > 0 {
+		if hintOf(nw) != nil || a.asked.Load() > 0 {
 			t.Errorf("it is asked; it is told %q", r.all())
 		}
 	})
 
 	t.Run("just before it waits", func(t *testing.T) {
-		p := &peer{node: dead, claim: &moveClaim{7, &kvpb.Peer{Node: dead, RaftId: 2, Life: 5}}}
+		hint := &moveHint{7, &kvpb.Peer{Node: dead, RaftId: 2, Life: 5}}
+		p := &peer{addresses: peerAddresses{known: dead, hint: hint}}
 		ctx, cancel := context.WithCancelCause(t.Context())
-		if p.mayGiveUp(peerTarget{node: dead}, cancel); context.Cause(ctx) != errElsewhere {
+		a := &streamAttempt{peer: p, target: peerTarget{node: dead}, cancel: cancel}
+		if a.yieldToHints(); context.Cause(ctx) != errElsewhere {
 			t.Error("it waits")
 		}
 	})
@@ -968,8 +970,8 @@ func TestMoveClaims(t *testing.T) {
 		if _, err := hearFrom(nw, &kvpb.Node{Id: 2, Address: "first:1"}, 5); err != nil {
 			t.Fatal(err)
 		}
-		nw.told(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "second:1"}, RaftId: 2, Life: 6}})
-		if c := claimOf(nw); c.peer.Node.Address != "first:1" {
+		nw.learnAddresses(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "second:1"}, RaftId: 2, Life: 6}})
+		if c := hintOf(nw); c.peer.Node.Address != "first:1" {
 			t.Errorf("what others say counts more: %v", c.peer)
 		}
 	})
@@ -988,11 +990,11 @@ func TestMoveClaims(t *testing.T) {
 	t.Run("others hear it", func(t *testing.T) {
 		_, node, _ := newAnswering(t, 5)
 		nw, r := testNetwork(t, io.Discard, dead)
-		nw.told(7, []*kvpb.Peer{{Node: node, RaftId: 2, Life: 5}})
+		nw.learnAddresses(7, []*kvpb.Peer{{Node: node, RaftId: 2, Life: 5}})
 		r.awaits(t, "moved 2 "+node.Address)
-		nw.told(7, []*kvpb.Peer{{Node: dead, RaftId: 2, Life: 6}})
-		nw.told(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "third:1"}, RaftId: 2, Life: 6}})
-		if c := claimOf(nw); c == nil || c.peer.Node.Address != node.Address {
+		nw.learnAddresses(7, []*kvpb.Peer{{Node: dead, RaftId: 2, Life: 6}})
+		nw.learnAddresses(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "third:1"}, RaftId: 2, Life: 6}})
+		if c := hintOf(nw); c == nil || c.peer.Node.Address != node.Address {
 			t.Errorf("who is connected is sought elsewhere: %v", c)
 		}
 	})
@@ -1015,7 +1017,7 @@ func TestMoveClaims(t *testing.T) {
 		}
 		defer back()
 		r.awaits(t, "down 2")
-		if claimOf(nw) != nil {
+		if hintOf(nw) != nil {
 			t.Error("it is still sought elsewhere")
 		}
 	})
@@ -1035,10 +1037,10 @@ func TestEventsOfReplacedStreams(t *testing.T) {
 	if told := r.awaits(t, "up 2 5 true"); told[0] != "down 2" {
 		t.Errorf("it is told %q", told)
 	}
-	if nw.up(old, 4, peerTarget{node: here}) {
+	if nw.streamBegan(old, 4, peerTarget{node: here}) {
 		t.Error("the old stream is used")
 	}
-	nw.down(old)
+	nw.streamEnded(old)
 	// Two hellos: the later one counts, also if it is answered first.
 	first, err := hearFrom(nw, there, 6)
 	if err != nil {
@@ -1092,7 +1094,7 @@ func TestRivals(t *testing.T) {
 	nw, r = testNetwork(t, &log, &kvpb.Node{Id: 2, Address: deadAddress(t)})
 	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: elsewhere, RaftId: 2, Life: 5}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
 	ended := make(chan error, 1)
-	if _, err := nw.hear(h, false, func(err error) { ended <- err }); err != nil {
+	if _, err := nw.addInbound(h, false, func(err error) { ended <- err }); err != nil {
 		t.Fatal(err)
 	}
 	_, here, _ = newAnswering(t, 4)
@@ -1104,7 +1106,7 @@ func TestRivals(t *testing.T) {
 		}
 		return nil
 	})
-	if err := <-ended; err != errRival || claimOf(nw) != nil {
+	if err := <-ended; err != errRival || hintOf(nw) != nil {
 		t.Errorf("its stream ends with %v", err)
 	}
 }

@@ -1053,7 +1053,7 @@ type simPeer struct {
 	node     *kvpb.Node
 	life     uint64 // 0: no stream
 	at       *kvpb.Node
-	claim    *moveClaim
+	claim    *moveHint
 	claimDue bool
 	stream   *simStream
 	ended    bool
@@ -1066,7 +1066,7 @@ func (peer *simPeer) isAt(m *kvpb.Node) bool {
 	return peer.node.Address == m.Address
 }
 
-func (peer *simPeer) claimed(c *moveClaim) {
+func (peer *simPeer) claimed(c *moveHint) {
 	switch {
 	case c.peer.Node.Id != peer.node.Id:
 	case c.peer.Node.Address != peer.node.Address:
@@ -1087,9 +1087,9 @@ func (peer *simPeer) rival(from *kvpb.Peer) bool {
 func (peer *simPeer) next() peerTarget {
 	to := peerTarget{node: peer.node}
 	if peer.claimDue && peer.claim != nil {
-		to.node, to.claim = peer.claim.peer.Node, peer.claim
+		to.node, to.hint = peer.claim.peer.Node, peer.claim
 	}
-	peer.claimDue = to.claim == nil
+	peer.claimDue = to.hint == nil
 	return to
 }
 
@@ -1132,7 +1132,7 @@ func (p *proc) addPeer(raftID uint64, node *kvpb.Node) {
 	peer := &simPeer{raftID: raftID, node: node}
 	p.peers[raftID] = peer
 	if st := p.inbound[raftID]; st != nil {
-		peer.claimed(&moveClaim{st.hello.ClusterId, st.hello.From})
+		peer.claimed(&moveHint{st.hello.ClusterId, st.hello.From})
 	}
 	p.s.after(p.s.latency(), p, func() { p.dial(peer) })
 }
@@ -1230,7 +1230,7 @@ func (st *simStream) greet() {
 		if p.peers[from.RaftId] == nil {
 			p.addPeer(from.RaftId, from.Node)
 		}
-		p.peers[from.RaftId].claimed(&moveClaim{st.hello.ClusterId, from})
+		p.peers[from.RaftId].claimed(&moveHint{st.hello.ClusterId, from})
 		for _, id := range slices.Sorted(maps.Keys(p.inbound)) {
 			if id != from.RaftId && p.members[id] != nil {
 				w.Peers = append(w.Peers, p.inbound[id].hello.From)
@@ -1261,7 +1261,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	if !st.target.answers(peer.raftID, w) {
 		p.s.trace("%v is refused by %s: %v", p, p.s.name(w.Peer.RaftId), w.Verdict)
 		p.s.count["refused"]++
-		if st.target.claim == nil {
+		if st.target.hint == nil {
 			p.n.refused(st.hello.From.RaftId, peer.raftID, w)
 		}
 		st.close()
@@ -1272,7 +1272,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	p.s.count["streams"]++
 	peer.life, peer.at = w.Peer.Life, st.target.node
 	p.n.peerUp(peer.raftID, w.Peer.Life, true)
-	if st.target.claim != nil {
+	if st.target.hint != nil {
 		p.s.count["found elsewhere"]++
 		p.n.peerMoved(peer.raftID, st.target.node)
 	} else {
@@ -1283,7 +1283,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	}
 	for _, at := range w.Peers {
 		if other := p.peers[at.RaftId]; other != nil && other.life == 0 && p.inbound[at.RaftId] == nil {
-			other.claimed(&moveClaim{st.hello.ClusterId, at})
+			other.claimed(&moveHint{st.hello.ClusterId, at})
 		}
 	}
 	if st.closed { // it was replaced meanwhile

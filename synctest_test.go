@@ -806,7 +806,7 @@ func TestUnreachable(t *testing.T) {
 // TestPeerStates: a state of a peer is logged when it is new.
 func TestPeerStates(t *testing.T) {
 	var log strings.Builder
-	p := &peer{nw: &network{log: slog.New(slog.NewTextHandler(&log, nil))}, node: &kvpb.Node{Id: 2}}
+	p := &peer{log: peerLog{logger: slog.New(slog.NewTextHandler(&log, nil))}, addresses: peerAddresses{known: &kvpb.Node{Id: 2}}}
 	var cancel context.CancelFunc
 	p.ctx, cancel = context.WithCancel(t.Context())
 	for _, s := range []struct {
@@ -827,14 +827,14 @@ func TestPeerStates(t *testing.T) {
 		{peerRefuses, "b", 1},
 	} {
 		log.Reset()
-		p.follow(s.state, "cause", s.cause)
+		p.logState(s.state, "cause", s.cause)
 		if lines := strings.Count(log.String(), s.state); lines != s.lines || lines > 0 && !strings.Contains(log.String(), "cause="+s.cause) {
 			t.Errorf("%+v: %q", s, &log)
 		}
 	}
 	log.Reset()
 	cancel()
-	if p.follow(peerDisconnected); log.Len() > 0 {
+	if p.logState(peerDisconnected); log.Len() > 0 {
 		t.Errorf("of a peer that is none any more: %q", &log)
 	}
 }

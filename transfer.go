@@ -21,18 +21,16 @@ func (nw *network) sendSnapshot(to, life, term uint64, v *view) {
 	defer nw.mu.Unlock()
 	p := nw.peers[to]
 	if p == nil || nw.ctx.Err() != nil {
-		nw.r.snapshotSent(to, v, errors.New("no stream to the peer"))
+		nw.receiver.snapshotSent(to, v, errors.New("no stream to the peer"))
 		return
 	}
-	nw.goroutine(func() { nw.r.snapshotSent(to, v, p.snapshot(life, term, v)) })
+	nw.start(func() { nw.receiver.snapshotSent(to, v, p.sendSnapshot(life, term, v)) })
 }
 
-// snapshot sends a view over a connection of its own, so that it delays no
-// heartbeat.
-func (p *peer) snapshot(life, term uint64, v *view) error {
-	p.mu.Lock()
-	node := oneOf(p.life == life, p.at, p.node)
-	p.mu.Unlock()
+// sendSnapshot sends a view to a life of the peer and waits until raft has taken it
+// there. It has a connection of its own, so as to delay no heartbeat.
+func (p *peer) sendSnapshot(life, term uint64, v *view) error {
+	node := p.nodeOf(life)
 	conn := p.nw.dial(node.Address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(p.ctx)
@@ -41,24 +39,15 @@ func (p *peer) snapshot(life, term uint64, v *view) error {
 	if err != nil {
 		return err
 	}
-	silent := alarm(cancel)
-	defer silent.Stop()
-	h := p.nw.r.hello()
+	silence := silenceTimer(cancel)
+	defer silence.Stop()
+	h := p.receiver.hello()
 	h.To = &kvpb.Peer{Node: node, RaftId: p.raftID, Life: life}
-	began, sent := time.Now(), 0
-	if err = s.Send(&kvpb.InstallSnapshotRequest{Hello: h, Term: term}); err == nil {
-		err = v.writeTo(chunkWriter(func(b []byte) error {
-			if v.givenUp.Load() {
-				rate := float64(sent) / time.Since(began).Seconds()
-				return fmt.Errorf("%w: it took %.0f bytes of it a second", errTooSlow, rate)
-			}
-			sent += len(b)
-			err := s.Send(&kvpb.InstallSnapshotRequest{Data: b})
-			silent.Reset(helloTimeout)
-			return err
-		}))
+	err = s.Send(&kvpb.InstallSnapshotRequest{Hello: h, Term: term})
+	if err == nil {
+		err = sendChunks(s, v, silence)
 	}
-	if err == nil || err == io.EOF { // the answer has the receiver's reason
+	if err == nil || err == io.EOF { // after io.EOF, the answer has the receiver's reason
 		_, err = s.CloseAndRecv()
 	}
 	if err != nil && context.Cause(ctx) == errSilent {
@@ -67,17 +56,37 @@ func (p *peer) snapshot(life, term uint64, v *view) error {
 	return err
 }
 
-// errTooSlow ends a transfer that the log could not be kept for.
+// errTooSlow ends a transfer for which the log would have grown too long.
 var errTooSlow = errors.New("the snapshot did not reach it in time")
 
-// chunkWriter sends what is written to it.
+// sendChunks sends a view until the loop gives it up. It resets silence at each chunk.
+func sendChunks(
+	s kvpb.RaftService_InstallSnapshotClient, v *view, silence *time.Timer,
+) error {
+	start := time.Now()
+	sent := 0
+	return v.writeTo(chunkWriter(func(b []byte) error {
+		if v.givenUp.Load() {
+			rate := float64(sent) / time.Since(start).Seconds()
+			return fmt.Errorf("%w: it took %.0f bytes of it a second", errTooSlow, rate)
+		}
+		sent += len(b)
+		err := s.Send(&kvpb.InstallSnapshotRequest{Data: b})
+		silence.Reset(helloTimeout)
+		return err
+	}))
+}
+
+// chunkWriter is an io.Writer that sends what is written to it as one chunk.
 type chunkWriter func([]byte) error
 
-func (f chunkWriter) Write(b []byte) (int, error) { return len(b), f(b) }
+func (send chunkWriter) Write(b []byte) (int, error) { return len(b), send(b) }
 
-// InstallSnapshot implements RaftService.
+// InstallSnapshot implements RaftService: it receives a snapshot from a peer.
 func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) error {
-	return nw.serveHello(s, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+	return nw.serveHello(s, func(
+		ctx context.Context, cancel context.CancelCauseFunc, silence *time.Timer,
+	) error {
 		first, err := s.Recv()
 		if err != nil {
 			return err
@@ -86,48 +95,62 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 		if h == nil {
 			return errNoHello
 		}
-		if w := nw.r.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || h.GetTo().GetRaftId() == 0 || h.GetTo().GetLife() != w.Peer.Life {
+		w := nw.receiver.accept(h)
+		isForMe := h.GetTo().GetRaftId() != 0 && h.GetTo().GetLife() == w.Peer.Life
+		if !isForMe || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
 			return status.Error(codes.FailedPrecondition, "refused: "+refusal(w).Error())
 		}
-		done, err := nw.hear(h, true, cancel)
+		remove, err := nw.addInbound(h, true, cancel)
 		if err != nil {
 			return err
 		}
-		defer done()
-		defer connOf(s.Context()).heard()()
-		select {
-		case nw.receiving <- struct{}{}:
-			defer func() { <-nw.receiving }()
-		default:
-			return status.Error(codes.ResourceExhausted, "too many snapshots are being received")
-		}
-		st, err := nw.r.readSnapshot(&chunkReader{first.Data, func() ([]byte, error) {
-			req, err := s.Recv()
-			silent.Reset(helloTimeout)
-			return req.GetData(), err
-		}})
-		if err != nil {
-			return status.Error(codes.DataLoss, err.Error())
-		}
-		silent.Stop()
-		if err := nw.r.receiveSnapshot(ctx, h, first.Term, st); err != nil {
-			return status.Error(codes.FailedPrecondition, err.Error())
-		}
-		return s.SendAndClose(&kvpb.InstallSnapshotResponse{})
+		defer remove()
+		return nw.receiveChunks(ctx, s, first, silence)
 	})
 }
 
-// chunkReader reads what a chunkWriter has sent.
-type chunkReader struct {
-	data []byte // received, not yet read
-	recv func() ([]byte, error)
+// receiveChunks reads a snapshot whose first request was accepted and hands it to the
+// receiver. It resets silence at each chunk.
+func (nw *network) receiveChunks(
+	ctx context.Context, s kvpb.RaftService_InstallSnapshotServer,
+	first *kvpb.InstallSnapshotRequest, silence *time.Timer,
+) error {
+	releasePlace := connOf(s.Context()).usePeerPlace()
+	defer releasePlace()
+	select {
+	case nw.snapshotPlaces <- struct{}{}:
+		defer func() { <-nw.snapshotPlaces }()
+	default:
+		return status.Error(codes.ResourceExhausted, "too many snapshots are being received")
+	}
+	snapshot, err := nw.receiver.readSnapshot(&chunkReader{first.Data, func() ([]byte, error) {
+		req, err := s.Recv()
+		silence.Reset(helloTimeout)
+		return req.GetData(), err
+	}})
+	if err != nil {
+		return status.Error(codes.DataLoss, err.Error())
+	}
+	silence.Stop() // raft may take its time
+	err = nw.receiver.receiveSnapshot(ctx, first.Hello, first.Term, snapshot)
+	if err != nil {
+		return status.Error(codes.FailedPrecondition, err.Error())
+	}
+	return s.SendAndClose(&kvpb.InstallSnapshotResponse{})
 }
 
-func (c *chunkReader) Read(b []byte) (n int, err error) {
-	for len(c.data) == 0 && err == nil {
-		c.data, err = c.recv() // io.EOF: all was sent
+// chunkReader is an io.Reader of the chunks that a chunkWriter has sent.
+type chunkReader struct {
+	data []byte                 // received, not yet read
+	recv func() ([]byte, error) // returns the next chunk; io.EOF: all was received
+}
+
+func (r *chunkReader) Read(b []byte) (int, error) {
+	var err error
+	for len(r.data) == 0 && err == nil {
+		r.data, err = r.recv()
 	}
-	n = copy(b, c.data)
-	c.data = c.data[n:]
+	n := copy(b, r.data)
+	r.data = r.data[n:]
 	return n, err
 }
