@@ -40,7 +40,8 @@ const (
 )
 
 // receiver is what the network hands things to. Its methods may be called by any
-// goroutine. None blocks but those that take a context, and none calls the network back.
+// goroutine, and call nothing of the network. Only receiveMessages, receiveClaim and the
+// two that take in a snapshot may block.
 type receiver interface {
 	// hello introduces this node.
 	hello() *kvpb.Hello
@@ -409,7 +410,8 @@ func (nw *network) receiveStream(
 
 var (
 	errNoHello = status.Error(codes.InvalidArgument, "the first request has no hello")
-	errRival   = status.Error(codes.FailedPrecondition, "another process with this raft ID is connected, elsewhere")
+	errRival   = status.Error(codes.FailedPrecondition,
+		"another process with this raft ID is connected, elsewhere")
 )
 
 // streamHandler does the work of a stream. It may end the stream by cancel. The stream

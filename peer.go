@@ -477,7 +477,8 @@ func (p *peer) logRival(from *kvpb.Peer) {
 		return
 	}
 	p.rivals.logged = from.Life
-	p.log.logger.Warn("another process goes by a peer's raft ID: the peer has moved, and its old connection breaks soon, "+
+	p.log.logger.Warn("another process goes by a peer's raft ID: "+
+		"the peer has moved, and its old connection breaks soon, "+
 		"or one of the two was started from a copy of the other's data directory and has to be stopped",
 		"peer", p.addresses.known.Id, "address", p.at.GetAddress(), "other", from.Node.Address)
 }
