@@ -353,3 +353,23 @@ func readable(err error) error {
 	text := strings.Replace(st.Message(), `connection error: desc = "transport: Error while dialing: `, `"`, 1)
 	return fmt.Errorf("%s (%s)", text, strings.TrimSpace(code.Code(st.Code()).String()+" "+errorReason(err)))
 }
+
+// splitEndpoints takes a list of addresses apart, with or without blanks at its
+// commas.
+func splitEndpoints(list string) ([]string, error) {
+	var endpoints []string
+	for _, address := range strings.Split(list, ",") {
+		address = strings.TrimSpace(address)
+		_, port, err := splitAddress(address)
+		if err != nil {
+			return nil, err
+		}
+		if port == 0 {
+			return nil, fmt.Errorf("address %q: nobody listens on port 0", address)
+		}
+		if !slices.Contains(endpoints, address) {
+			endpoints = append(endpoints, address)
+		}
+	}
+	return endpoints, nil
+}
