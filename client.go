@@ -1,5 +1,5 @@
-// The command line's client half: what the sub-commands do, and how their
-// results and errors are printed.
+// The command line's client half: how a sub-command is run, and how its results and
+// errors are printed.
 
 package main
 
@@ -13,37 +13,69 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
-	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
 
-// client is one run of a sub-command: its flags and arguments. It is what the
-// stubs of its calls take for a connection, by Invoke; no stream goes that way.
+// client is one run of a sub-command.
 type client struct {
-	grpc.ClientConnInterface
-	stdin           io.Reader
-	stdout, stderr  io.Writer
-	output, service string
-	retain, wait    bool
-	removeOthers    bool
-	force           bool
-	local, keysOnly bool   // local: no other node can answer for the called one
-	limit           uint64 // of keys to list
-	timeout         time.Duration
-	endpoints, args []string
-	ids             []uint64     // of arguments ID and ID=ADDR
-	nodes           []*kvpb.Node // of arguments ID=ADDR
-	ifVersion       *uint64
-	dataDir         string
-	node            *kvpb.Node // whose directory is to be made
+	*invocation
+	calls     *apiCaller
+	stdin     io.Reader
+	stdout    io.Writer
+	stderr    io.Writer
+	madeFiles bool // all that the sub-command is to make is there
+}
 
-	clusterID uint64 // of the nodes that are called; 0: none was found yet
-	changed   bool   // what the command is to change is changed
+func newClient(in *invocation, stdin io.Reader, stdout, stderr io.Writer) *client {
+	calls := &apiCaller{endpoints: in.endpoints, timeout: in.timeout, local: in.local}
+	return &client{invocation: in, calls: calls, stdin: stdin, stdout: stdout, stderr: stderr}
+}
+
+// runClient runs the sub-command args[0] and returns the exit status.
+func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	in, err := parseInvocation(args[0], args[1:])
+	c := newClient(in, stdin, stdout, stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return c.exit(c.printHelp(in.name))
+	}
+	if err != nil {
+		return c.exit(usageError("%v", err))
+	}
+	for _, name := range unknownVariables(os.Environ()) {
+		c.warn("no flag has the environment variable " + name)
+	}
+	ctx, cancel := context.WithTimeout(ctx, in.timeout)
+	defer cancel()
+	return c.exit(in.command.run(c, ctx))
+}
+
+// exit returns the exit status, and prints the error, if there is one, as a line.
+func (c *client) exit(err error) int {
+	if err == nil {
+		return exitYes
+	}
+	e := &commandError{Status: exitNotDone}
+	if known, ok := errors.AsType[*commandError](err); ok {
+		e = known
+	}
+	e = e.withText(err.Error())
+	if e.Status == exitUsage {
+		e.Text += "; see raft-key-value help " + c.name
+	}
+	if e.Endpoints == nil {
+		e.Endpoints = []reply{} // In JSON it is a list, not null.
+	}
+	e.Text = strings.Join(strings.Fields(e.Text), " ") // without line breaks
+	if c.output == "json" {
+		_ = encodeJSON(c.stderr, e)
+	} else {
+		fmt.Fprintf(c.stderr, "raft-key-value: %s: %s\n", c.name, e.Text)
+	}
+	return e.Status
 }
 
 // commandError says why the exit status of a sub-command is not 0. With -o json,
@@ -51,18 +83,20 @@ type client struct {
 type commandError struct {
 	Text      string  `json:"error"`
 	Status    int     `json:"status"` // of the process
-	Reason    string  `json:"reason"` // the last one that a node gave; empty: there is none
+	Reason    string  `json:"reason"` // of a node, an ErrorReason without its prefix; empty: there is none
 	Endpoints []reply `json:"endpoints"`
 }
 
 func (e *commandError) Error() string { return e.Text }
 
-// say is the same error with other words.
-func (e *commandError) say(text string) *commandError {
-	return &commandError{text, e.Status, e.Reason, e.Endpoints}
+// withText returns the same error with another text.
+func (e *commandError) withText(text string) *commandError {
+	other := *e
+	other.Text = text
+	return &other
 }
 
-// noError is an answer that is "no".
+// noError is the error of a question whose answer is "no".
 func noError(format string, args ...any) error {
 	return &commandError{Text: fmt.Sprintf(format, args...), Status: exitNo}
 }
@@ -71,50 +105,7 @@ func usageError(format string, args ...any) error {
 	return &commandError{Text: fmt.Sprintf(format, args...), Status: exitUsage}
 }
 
-// runClient runs the sub-command args[0] and returns the exit status.
-func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	c := &client{stdin: stdin, stdout: stdout, stderr: stderr}
-	err := c.parse(args[0], args[1:])
-	if errors.Is(err, flag.ErrHelp) {
-		return exitYes
-	}
-	if err != nil {
-		return c.fail(args[0], usageError("%v", err))
-	}
-	for _, name := range unknownVariables(os.Environ()) {
-		c.warn("no flag has the environment variable " + name)
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	err = commands()[args[0]].run(c, ctx)
-	if err == nil || errors.Is(err, flag.ErrHelp) {
-		return exitYes
-	}
-	return c.fail(args[0], err)
-}
-
-// fail prints an error, as one line, and returns the exit status.
-func (c *client) fail(name string, err error) int {
-	e := &commandError{Text: err.Error(), Status: exitNotDone}
-	if known, ok := errors.AsType[*commandError](err); ok {
-		e = known.say(err.Error())
-	}
-	if e.Status == exitUsage {
-		e.Text += "; see raft-key-value help " + name
-	}
-	if e.Endpoints == nil {
-		e.Endpoints = []reply{} // as JSON, a list
-	}
-	e.Text = strings.Join(strings.Fields(e.Text), " ")
-	if c.output == "json" {
-		_ = encodeJSON(c.stderr, e)
-	} else {
-		fmt.Fprintf(c.stderr, "raft-key-value: %s: %s\n", name, e.Text)
-	}
-	return e.Status
-}
-
-// warn says on stderr what does not change the exit status.
+// warn prints to stderr what does not change the exit status.
 func (c *client) warn(text string) {
 	if c.output == "json" {
 		_ = encodeJSON(c.stderr, map[string]string{"warning": text})
@@ -123,7 +114,7 @@ func (c *client) warn(text string) {
 	fmt.Fprintf(c.stderr, "raft-key-value: warning: %s\n", text)
 }
 
-// progress tells people how far something is.
+// progress tells people, but no programs, how far the sub-command has got.
 func (c *client) progress(format string, args ...any) {
 	if c.output != "json" {
 		fmt.Fprintf(c.stderr, format+"\n", args...)
@@ -132,11 +123,60 @@ func (c *client) progress(format string, args ...any) {
 
 func (c *client) keysDone(keys, all uint64) { c.progress("%d of %d keys", keys, all) }
 
+// print prints a result as JSON, or the text that says the same.
+func (c *client) print(v any, text string) error {
+	var err error
+	if c.output == "json" {
+		err = json.NewEncoder(c.stdout).Encode(v)
+	} else {
+		_, err = io.WriteString(c.stdout, text)
+	}
+	if err != nil && (c.madeFiles || c.calls.changed) {
+		return &commandError{
+			Text:   "it is done, but its result could not be printed: " + err.Error(),
+			Status: exitUnknown,
+		}
+	}
+	return err
+}
+
+// printResponse prints the response of a call that has not failed, and passes on the
+// error of one that has.
+func (c *client) printResponse(resp proto.Message, err error, text string) error {
+	if err != nil {
+		return err
+	}
+	return c.print(protoJSON{resp}, text)
+}
+
+// protoJSON is a message as encoding/json is to write it.
+type protoJSON struct{ proto.Message }
+
+func (p protoJSON) MarshalJSON() ([]byte, error) {
+	return protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(p.Message)
+}
+
 // encodeJSON writes a value as a line.
 func encodeJSON(w io.Writer, v any) error {
 	e := json.NewEncoder(w)
 	e.SetEscapeHTML(false)
 	return e.Encode(v)
+}
+
+func (c *client) kv() kvpb.KVServiceClient           { return kvpb.NewKVServiceClient(c.calls) }
+func (c *client) cluster() kvpb.ClusterServiceClient { return kvpb.NewClusterServiceClient(c.calls) }
+
+func (c *client) help(context.Context) error {
+	if len(c.args) == 1 {
+		return c.printHelp(c.args[0])
+	}
+	return c.print(commandList(), fmt.Sprintf(usage, commandList()))
+}
+
+// printHelp prints the help of a sub-command, as text also with -o json.
+func (c *client) printHelp(name string) error {
+	_, err := io.WriteString(c.stdout, commandHelp(name))
+	return err
 }
 
 func (c *client) version(context.Context) error {
@@ -150,35 +190,3 @@ func buildVersion() string {
 	}
 	return "(devel)"
 }
-
-// protoJSON is a message as encoding/json is to write it.
-type protoJSON struct{ proto.Message }
-
-func (p protoJSON) MarshalJSON() ([]byte, error) {
-	return protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(p.Message)
-}
-
-// print prints a result as JSON, or the text that says the same.
-func (c *client) print(v any, text string) error {
-	var err error
-	if c.output == "json" {
-		err = json.NewEncoder(c.stdout).Encode(v)
-	} else {
-		_, err = io.WriteString(c.stdout, text)
-	}
-	if err != nil && c.changed {
-		return &commandError{Text: "it is done, but its result could not be printed: " + err.Error(), Status: exitUnknown}
-	}
-	return err
-}
-
-// show prints the result of a call that has not failed.
-func (c *client) show(resp proto.Message, err error, text string) error {
-	if err != nil {
-		return err
-	}
-	return c.print(protoJSON{resp}, text)
-}
-
-func (c *client) kv() kvpb.KVServiceClient           { return kvpb.NewKVServiceClient(c) }
-func (c *client) cluster() kvpb.ClusterServiceClient { return kvpb.NewClusterServiceClient(c) }

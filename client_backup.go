@@ -16,8 +16,8 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// backup makes a file that has its name only once all of it is there, was
-// checked, and is durable.
+// backup makes a file that has its name only once all of it is there, was checked,
+// and is durable.
 func (c *client) backup(ctx context.Context) error {
 	path := c.args[0]
 	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -27,42 +27,66 @@ func (c *client) backup(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // unless it has got its name
+	defer os.Remove(f.Name()) // If all goes well, the file has its final name by then.
 	defer f.Close()
-	absent := func() error {
-		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-			return cmp.Or[error](err, &os.PathError{Op: "create", Path: path, Err: os.ErrExist})
-		}
-		return nil
-	}
-	if err := absent(); err != nil {
+	if err := checkAbsent(path); err != nil {
 		return err
 	}
 	s, err := c.backupInto(ctx, f)
-	err = ifNot(err, f.Sync, absent, func() error { return os.Rename(f.Name(), path) },
-		func() error { return osFS{}.syncDir(filepath.Dir(path)) })
 	if err != nil {
 		return err
 	}
-	c.changed = true
+	if err := giveName(f, path); err != nil {
+		return err
+	}
+	c.madeFiles = true
 	return c.printState(s, "wrote")
 }
 
-// backupInto asks one endpoint after another, until one has sent all of it.
+// checkAbsent returns an error if there is a file of this name.
+func checkAbsent(path string) error {
+	_, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = &os.PathError{Op: "create", Path: path, Err: os.ErrExist}
+	}
+	return err
+}
+
+// giveName makes a file durable under its final name, which no other file may have.
+func giveName(f *os.File, path string) error {
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := checkAbsent(path); err != nil { // Downloading it took a while.
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return osFS{}.syncDir(filepath.Dir(path))
+}
+
+// backupInto asks one endpoint after another, until one has sent a whole backup.
 func (c *client) backupInto(ctx context.Context, f *os.File) (*store, error) {
-	r := c.newRound(ctx, false)
+	r := c.calls.newRound(ctx)
 	defer r.end()
 	for e := r.next(); e != nil; e = r.next() {
 		s, err := c.backupFrom(ctx, e, f)
-		if err == nil || errors.As(err, new(*os.PathError)) { // of f: no other node would help
-			return s, err
+		if err == nil {
+			return s, nil
 		}
-		r.say(e, err)
+		if _, isOfFile := errors.AsType[*os.PathError](err); isOfFile {
+			return nil, err // No other node would help.
+		}
+		r.record(e, err)
 		if err := rewind(f); err != nil {
 			return nil, err
 		}
 	}
-	return nil, callError(r.answers, false, false)
+	return nil, callError(r.replies)
 }
 
 // rewind empties a file.
@@ -73,7 +97,7 @@ func rewind(f *os.File) error {
 	return f.Truncate(0)
 }
 
-// backupFrom writes what one endpoint sends, and checks it.
+// backupFrom writes what one endpoint sends to a file, and checks it on its way.
 func (c *client) backupFrom(ctx context.Context, e *endpoint, f *os.File) (*store, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -81,7 +105,7 @@ func (c *client) backupFrom(ctx context.Context, e *endpoint, f *os.File) (*stor
 	if err != nil {
 		return nil, err
 	}
-	var broken error
+	var broken error // the stream's error, which says more than that the snapshot ends too soon
 	receive := func() ([]byte, error) {
 		resp, err := stream.Recv()
 		if err != nil && err != io.EOF {
@@ -93,23 +117,24 @@ func (c *client) backupFrom(ctx context.Context, e *endpoint, f *os.File) (*stor
 	return s, cmp.Or(broken, err)
 }
 
+// restore makes a data directory. If it fails, it takes away what it has made, and
+// the directory, too, if that was not there.
 func (c *client) restore(ctx context.Context) error {
 	f, err := os.Open(c.args[0])
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, there := os.Lstat(c.dataDir)
-	_, locked := os.Lstat(filepath.Join(c.dataDir, "LOCK"))
+	before := lookAt(c.dataDir)
 	d, err := openDisk(osFS{}, c.dataDir, defaultOptions().logBytes, c.logger())
 	if err != nil {
 		return err
 	}
 	defer d.close()
-	defer context.AfterFunc(ctx, func() { f.Close() })() // ends reading
-	empty := false
+	stopWatching := context.AfterFunc(ctx, func() { f.Close() }) // That ends reading.
+	defer stopWatching()
 	s, err := d.restore(c.node, time.Now(), func() (*store, error) {
-		empty = true // or it would not ask
+		before.wasEmpty = true // Else d would not read the snapshot.
 		s, err := scanSnapshot(f, true, c.keysDone)
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), cmp.Or(ctx.Err(), err))
@@ -117,25 +142,47 @@ func (c *client) restore(ctx context.Context) error {
 		return s, err
 	})
 	if err != nil {
-		if empty && d.wal != nil {
-			d.wal.close() // ends who fills a segment
-		}
-		if empty {
-			_, _ = d.recover(0) // what is not finished goes; what is, is not node 0's
-		}
-		if errors.Is(locked, os.ErrNotExist) {
-			_ = d.remove("LOCK")
-		}
-		if errors.Is(there, os.ErrNotExist) {
-			_ = d.fs.remove(d.dir) // unless there is something in it
-		}
+		before.bringBack(d)
 		return err
 	}
-	c.changed = true
+	c.madeFiles = true
 	return c.printState(s, "restored")
 }
 
-// logger is for what a part of a node has to say.
+// directoryBefore is what a data directory was before restore.
+type directoryBefore struct {
+	wasThere  bool
+	wasLocked bool // its file LOCK was there
+	wasEmpty  bool
+}
+
+// lookAt looks at a directory, but not whether it is empty.
+func lookAt(dir string) *directoryBefore {
+	_, dirErr := os.Lstat(dir)
+	_, lockErr := os.Lstat(filepath.Join(dir, "LOCK"))
+	return &directoryBefore{
+		wasThere:  !errors.Is(dirErr, os.ErrNotExist),
+		wasLocked: !errors.Is(lockErr, os.ErrNotExist),
+	}
+}
+
+// bringBack undoes a restore that has failed, as far as it can.
+func (b *directoryBefore) bringBack(d *disk) {
+	if b.wasEmpty && d.wal != nil {
+		d.wal.close() // That ends the goroutine that fills a segment.
+	}
+	if b.wasEmpty {
+		_, _ = d.recover(0) // It removes what is not finished. What is finished is not node 0's.
+	}
+	if !b.wasLocked {
+		_ = d.remove("LOCK")
+	}
+	if !b.wasThere {
+		_ = d.fs.remove(d.dir) // It fails if there is something in the directory.
+	}
+}
+
+// logger prints what a part of a node logs.
 func (c *client) logger() *slog.Logger {
 	if c.output == "json" {
 		return slog.New(slog.NewJSONHandler(c.stderr, nil))
@@ -145,5 +192,6 @@ func (c *client) logger() *slog.Logger {
 
 func (c *client) printState(s *store, did string) error {
 	h := s.header()
-	return c.print(protoJSON{h}, fmt.Sprintf("%s keys: %d, version: %d, cluster: %016x\n", did, h.Keys, h.Version, h.ClusterId))
+	text := fmt.Sprintf("%s keys: %d, version: %d, cluster: %016x\n", did, h.Keys, h.Version, h.ClusterId)
+	return c.print(protoJSON{h}, text)
 }

@@ -13,29 +13,32 @@ import (
 	"raft-key-value/kvpb"
 )
 
-var healthNames = []string{
-	kvpb.KVService_ServiceDesc.ServiceName, restartHealth, kvpb.ClusterService_ServiceDesc.ServiceName,
-}
+// livenessHealth is the health name of a node that runs, in a cluster or not.
+var livenessHealth = kvpb.ClusterService_ServiceDesc.ServiceName
 
-// health polls if it waits: a stream would end with a node that restarts.
+// healthNames are the names that a node's health has. The first one is the default.
+var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, livenessHealth}
+
+// health polls if it waits: a stream of Watch would end with a node that restarts.
 func (c *client) health(ctx context.Context) error {
-	var said error
+	var last error
 	for {
-		endpoints := c.ask(ctx, c.endpoints)
+		endpoints := c.calls.ask(ctx, c.endpoints)
 		if err := oneCluster(membersAmong(endpoints)); err != nil {
 			closeAll(endpoints)
-			return err // which does not pass
+			return err // Waiting does not help.
 		}
-		address, resp, err := c.checkHealth(ctx, endpoints)
+		serving, resp, err := c.checkHealth(ctx, endpoints)
 		closeAll(endpoints)
 		if err == nil {
-			return c.print(protoJSON{resp}, "SERVING, says "+address+"\n")
+			return c.print(protoJSON{resp}, "SERVING, says "+serving.address+"\n")
 		}
-		if said == nil || ctx.Err() == nil {
-			said = err // what failed before the time was up tells more
+		timeIsUp := ctx.Err() != nil
+		if last == nil || !timeIsUp { // What failed before the time was up says more.
+			last = err
 		}
-		if !c.wait || ctx.Err() != nil {
-			return said
+		if timeIsUp || !c.wait {
+			return last
 		}
 		sleep(ctx, pollInterval)
 	}
@@ -45,42 +48,56 @@ func (c *client) health(ctx context.Context) error {
 func membersAmong(endpoints []*endpoint) []clusterMember {
 	var members []clusterMember
 	for _, e := range endpoints {
-		if m := e.metrics; m.GetClusterId() != 0 {
+		m := e.metrics
+		if m.GetClusterId() != 0 {
 			members = append(members, clusterMember{m.ClusterId, m.GetNode().GetId(), e.address})
 		}
 	}
 	return members
 }
 
-// checkHealth asks the first endpoint that answers, and is in a cluster if one is,
-// for its health. All have been asked how they are.
+// checkHealth asks for the health of the first endpoint that responds, and of a
+// member if one responds. All were asked for their metrics before. It returns an
+// error if the health is not SERVING.
 func (c *client) checkHealth(
 	ctx context.Context, endpoints []*endpoint,
-) (address string, resp *healthpb.HealthCheckResponse, err error) {
-	liveness := c.service == kvpb.ClusterService_ServiceDesc.ServiceName
-	slices.SortStableFunc(endpoints, func(a, b *endpoint) int {
-		outside := func(e *endpoint) int { return oneOf(e.metrics.GetClusterId() == 0 && !liveness, 1, 0) }
-		return outside(a) - outside(b)
-	})
-	r := &round{c: c} // for what they say
+) (*endpoint, *healthpb.HealthCheckResponse, error) {
+	asksLiveness := c.service == livenessHealth
+	if !asksLiveness {
+		endpoints = membersFirst(endpoints)
+	}
+	var replies []reply
 	for _, e := range endpoints {
-		if e.err != nil && !liveness {
-			r.say(e, e.err)
+		if e.err != nil && !asksLiveness {
+			replies = append(replies, replyOf(e.address, e.err))
 			continue
 		}
-		short, cancel := context.WithTimeout(ctx, c.askTime())
-		resp, err = healthpb.NewHealthClient(e.conn).Check(short, &healthpb.HealthCheckRequest{Service: c.service})
+		short, cancel := context.WithTimeout(ctx, c.calls.askTime())
+		resp, err := healthpb.NewHealthClient(e.conn).Check(short, &healthpb.HealthCheckRequest{Service: c.service})
 		cancel()
 		if err != nil {
-			r.say(e, err)
+			replies = append(replies, replyOf(e.address, err))
 			continue
 		}
 		if resp.Status != healthpb.HealthCheckResponse_SERVING {
-			err = noError("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(e.metrics))
+			return e, resp, noError("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(e.metrics))
 		}
-		return e.address, resp, err
+		return e, resp, nil
 	}
-	return "", nil, callError(r.answers, false, false)
+	return nil, nil, callError(replies)
+}
+
+// membersFirst puts the endpoints that are in a cluster before all others.
+func membersFirst(endpoints []*endpoint) []*endpoint {
+	var members, others []*endpoint
+	for _, e := range endpoints {
+		if e.metrics.GetClusterId() != 0 {
+			members = append(members, e)
+		} else {
+			others = append(others, e)
+		}
+	}
+	return slices.Concat(members, others)
 }
 
 // whyUnhealthy is what a node's metrics say of its health.

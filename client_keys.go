@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,36 +14,68 @@ import (
 	"raft-key-value/kvpb"
 )
 
-func (c *client) set(ctx context.Context) (err error) {
-	req := &kvpb.SetRequest{Key: c.args[0], Value: []byte(c.args[1]), ExpectedVersion: c.ifVersion}
-	if c.args[1] == "-" {
-		if req.Value, err = readValue(ctx, c.stdin); err != nil {
-			return err
-		}
-		if len(req.Value) > maxValueBytes {
-			return usageError("stdin has more than %d bytes, which is the limit", maxValueBytes)
-		}
-	}
-	if req.RequestId, err = c.newID(ctx); err != nil {
+// listPageKeys is how many keys list asks for at once.
+const listPageKeys = 1000
+
+var errNotFound = noError("not found")
+
+func (c *client) set(ctx context.Context) error {
+	value, err := c.valueToSet(ctx)
+	if err != nil {
 		return err
 	}
-	resp, err := c.kv().Set(ctx, req)
-	if err = c.show(resp, err, ""); err == nil && resp.CompareFailed {
-		err = compareError(resp.Version)
+	id, err := c.newID(ctx)
+	if err != nil {
+		return err
 	}
-	return err
+	resp, err := c.kv().Set(ctx, &kvpb.SetRequest{
+		Key:             c.args[0],
+		Value:           value,
+		ExpectedVersion: c.ifVersion,
+		RequestId:       id,
+	})
+	if err := c.printResponse(resp, err, ""); err != nil {
+		return err
+	}
+	if resp.CompareFailed {
+		return compareError(resp.Version)
+	}
+	return nil
+}
+
+// valueToSet is the argument VALUE, or what stdin has.
+func (c *client) valueToSet(ctx context.Context) ([]byte, error) {
+	if c.args[1] != "-" {
+		return []byte(c.args[1]), nil
+	}
+	value, err := readAtMost(ctx, c.stdin, maxValueBytes+1)
+	if err != nil {
+		return nil, err
+	}
+	if len(value) > maxValueBytes {
+		return nil, usageError("stdin has more than %d bytes, which is the limit", maxValueBytes)
+	}
+	return value, nil
+}
+
+// readAtMost reads all of r, up to a limit in bytes. If ctx ends first, the goroutine
+// that reads goes on until the process ends: nothing can interrupt it.
+func readAtMost(ctx context.Context, r io.Reader, limit int64) ([]byte, error) {
+	value, w := io.Pipe()
+	go func() {
+		_, err := io.Copy(w, io.LimitReader(r, limit))
+		w.CloseWithError(err)
+	}()
+	stop := context.AfterFunc(ctx, func() { w.CloseWithError(fmt.Errorf("reading stdin: %w", ctx.Err())) })
+	defer stop()
+	return io.ReadAll(value)
 }
 
 // newID opens a session for one write, which may then be sent again and again.
 func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
 	resp, err := c.kv().OpenSession(ctx, &kvpb.OpenSessionRequest{})
-	if e, ok := errors.AsType[*commandError](err); ok { // A node calls it a write; what the user wrote was never sent.
-		said := strings.ReplaceAll(e.Text, errOutcomeUnknown.Error(), "whether one was opened is not known")
-		e = e.say("nothing was written: no session could be opened: " + said)
-		if e.Reason == "OUTCOME_UNKNOWN" {
-			e.Reason = "" // it is known of the write
-		}
-		return nil, e
+	if failed, ok := errors.AsType[*commandError](err); ok {
+		return nil, noSession(failed)
 	}
 	if err != nil {
 		return nil, err
@@ -52,19 +83,23 @@ func (c *client) newID(ctx context.Context) (*kvpb.RequestId, error) {
 	return &kvpb.RequestId{Session: resp.Session, Sequence: 1}, nil
 }
 
-// readValue reads all of r, up to one byte more than a node takes. If ctx ends
-// first, what reads goes on until the process ends.
-func readValue(ctx context.Context, r io.Reader) ([]byte, error) {
-	value, w := io.Pipe()
-	go func() {
-		_, err := io.Copy(w, io.LimitReader(r, maxValueBytes+1))
-		w.CloseWithError(err)
-	}()
-	defer context.AfterFunc(ctx, func() { w.CloseWithError(fmt.Errorf("reading stdin: %w", ctx.Err())) })()
-	return io.ReadAll(value)
+// noSession is the error of a write that was never sent, because no session could be
+// opened for it. Nodes say OUTCOME_UNKNOWN of a session that may have been opened; of
+// the write, the outcome is known.
+func noSession(failed *commandError) *commandError {
+	e := *failed
+	e.Endpoints = nil
+	for _, r := range failed.Endpoints {
+		if r.Reason == reasonOutcomeUnknown {
+			r.Error = fmt.Sprintf("whether a session was opened is not known (%s %s)", r.Code, r.Reason)
+			r.Reason = ""
+		}
+		e.Endpoints = append(e.Endpoints, r)
+	}
+	e.Text = "nothing was written: no session could be opened: " + textOf(e.Endpoints)
+	e.Reason = firstReason(e.Endpoints)
+	return &e
 }
-
-var errNotFound = noError("not found")
 
 func compareError(version uint64) error {
 	if version == 0 {
@@ -76,48 +111,83 @@ func compareError(version uint64) error {
 func (c *client) get(ctx context.Context) error {
 	resp, err := c.kv().Get(ctx, &kvpb.GetRequest{Key: c.args[0], Local: c.local})
 	text := string(resp.GetValue())
-	if info, err := os.Stdout.Stat(); resp.GetValue() != nil && c.stdout == os.Stdout && err == nil && info.Mode()&os.ModeCharDevice != 0 {
-		text += "\n" // on a terminal
+	if resp.GetValue() != nil && c.printsToTerminal() {
+		text += "\n"
 	}
-	if err = c.show(resp, err, text); err == nil && resp.Value == nil {
-		err = errNotFound
+	if err := c.printResponse(resp, err, text); err != nil {
+		return err
 	}
-	return err
+	if resp.Value == nil {
+		return errNotFound
+	}
+	return nil
+}
+
+func (c *client) printsToTerminal() bool {
+	if c.stdout != os.Stdout {
+		return false
+	}
+	info, err := os.Stdout.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
 // list prints page after page; with -o json each is a line.
 func (c *client) list(ctx context.Context) error {
-	req := &kvpb.ListRequest{Prefix: strings.Join(c.args, ""), Local: c.local}
-	for left := cmp.Or(c.limit, math.MaxUint64); ; {
-		req.Limit = uint32(min(left, 1000))
+	req := &kvpb.ListRequest{Prefix: strings.Join(c.args, ""), Local: c.local} // one argument, or none
+	left := c.limit
+	if left == 0 {
+		left = math.MaxUint64
+	}
+	for {
+		req.Limit = uint32(min(left, listPageKeys))
 		resp, err := c.kv().List(ctx, req)
-		var lines strings.Builder
-		for _, kv := range resp.GetItems() {
-			rest := fmt.Sprintf("\t%d\t%q", kv.Version, kv.Value)
-			if c.keysOnly {
-				kv.Value, rest = nil, ""
+		if c.keysOnly {
+			for _, item := range resp.GetItems() {
+				item.Value = nil
 			}
-			fmt.Fprintf(&lines, "%q%s\n", kv.Key, rest)
 		}
-		left -= min(left, uint64(len(resp.GetItems())))
-		if err = c.show(resp, err, lines.String()); err != nil || resp.NextPageToken == "" || left == 0 {
+		if err := c.printResponse(resp, err, c.listLines(resp.GetItems())); err != nil {
 			return err
+		}
+		left -= min(left, uint64(len(resp.Items)))
+		if resp.NextPageToken == "" || left == 0 {
+			return nil
 		}
 		req.PageToken = resp.NextPageToken
 	}
 }
 
-func (c *client) delete(ctx context.Context) (err error) {
-	req := &kvpb.DeleteRequest{Key: c.args[0], ExpectedVersion: c.ifVersion}
-	if req.RequestId, err = c.newID(ctx); err != nil {
+// listLines is a line for each key.
+func (c *client) listLines(items []*kvpb.KeyValue) string {
+	var lines strings.Builder
+	for _, item := range items {
+		fmt.Fprintf(&lines, "%q", item.Key)
+		if !c.keysOnly {
+			fmt.Fprintf(&lines, "\t%d\t%q", item.Version, item.Value)
+		}
+		lines.WriteByte('\n')
+	}
+	return lines.String()
+}
+
+func (c *client) delete(ctx context.Context) error {
+	id, err := c.newID(ctx)
+	if err != nil {
 		return err
 	}
-	resp, err := c.kv().Delete(ctx, req)
-	switch err = c.show(resp, err, ""); {
-	case err != nil || resp.Deleted:
+	resp, err := c.kv().Delete(ctx, &kvpb.DeleteRequest{
+		Key:             c.args[0],
+		ExpectedVersion: c.ifVersion,
+		RequestId:       id,
+	})
+	if err := c.printResponse(resp, err, ""); err != nil {
 		return err
+	}
+	switch {
 	case resp.CompareFailed:
 		return compareError(resp.Version)
+	case !resp.Deleted:
+		return errNotFound
 	}
-	return errNotFound
+	return nil
 }

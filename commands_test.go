@@ -191,8 +191,9 @@ func TestFlagsBeforeTheCommand(t *testing.T) {
 		"--endpoints a:1 nosuch":                   "",
 		"":                                         "",
 	} {
-		if got := strings.Join(findCommand(strings.Fields(line)), " "); got != want {
-			t.Errorf("%q: %q, want %q", line, got, want)
+		found, err := findCommand(strings.Fields(line))
+		if got := strings.Join(found, " "); got != want || err != nil {
+			t.Errorf("%q: %q, %v, want %q", line, got, err, want)
 		}
 	}
 }

@@ -1,5 +1,4 @@
-// How a sub-command finds a node to call, and which failed calls go on to
-// another one.
+// Which node a sub-command calls, and which failed calls go on to another one.
 
 package main
 
@@ -23,12 +22,12 @@ import (
 )
 
 const (
-	// askTimeout bounds the wait for a node that is asked how it is: it gives the four
-	// round trips of a connection and the question 500 ms each; a person waits for it.
+	// askTimeout bounds the wait for a node's metrics: it gives the four round trips
+	// of a connection and of the question 500 ms each; a person waits for it.
 	askTimeout = 2 * time.Second
-	// askStagger is the wait for an endpoint before the next one is asked, too.
+	// askStagger is the wait for one endpoint before the next one is asked as well.
 	askStagger = 200 * time.Millisecond
-	// pollInterval lies between two questions of what is asked again and again.
+	// pollInterval lies between two tries of what is tried again and again.
 	pollInterval = 200 * time.Millisecond
 )
 
@@ -36,18 +35,113 @@ const (
 // sends no ping sooner than every 10 s.
 var clientKeepalive = keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}
 
+// Reasons of a node that decide where its caller goes on; see ErrorReason in kv.proto.
+const (
+	reasonNotInitialized = "NOT_INITIALIZED"
+	reasonOutcomeUnknown = "OUTCOME_UNKNOWN"
+	reasonOverloaded     = "OVERLOADED"
+	reasonUnreachable    = "UNREACHABLE"
+)
+
+// apiCaller makes the calls of one sub-command: it chooses the endpoint, keeps all
+// calls in one cluster, and repeats those that may be repeated. It is the
+// connection of the generated stubs.
+type apiCaller struct {
+	endpoints []string      // addresses, in the order in which they are called
+	timeout   time.Duration // of the sub-command
+	local     bool          // no other node can answer for the one that is called first
+	clusterID uint64        // of the endpoints that were called; 0: none was called yet
+	changed   bool          // the last call that was done had an effect
+}
+
+// Invoke makes a call at the first endpoint that is fit for it. A call that has an
+// effect goes on to a second endpoint only if the first one cannot have applied it,
+// or if it takes effect once. Calls to KVService are repeated until ctx ends.
+func (c *apiCaller) Invoke(ctx context.Context, method string, req, resp any, _ ...grpc.CallOption) error {
+	unknown := false
+	var replies []reply
+	for {
+		r := c.newRound(ctx)
+		r.wantsOutsiders = method == kvpb.ClusterService_Init_FullMethodName
+		outcome := r.call(ctx, method, req, resp)
+		r.end()
+		if outcome.done {
+			c.changed = !slices.Contains(reads, method)
+			return nil
+		}
+		unknown = unknown || outcome.unknown
+		timeIsUp := ctx.Err() != nil
+		if replies == nil || !timeIsUp { // What failed before the time was up says more.
+			replies = r.replies
+		}
+		if timeIsUp || !outcome.mayRepeat || !c.repeats(method) {
+			e := callError(replies)
+			switch {
+			case unknown:
+				e.Text = "the outcome is unknown, it may or may not have been applied: " + e.Text
+				e.Status = exitUnknown
+				e.Reason = reasonOutcomeUnknown
+			case outcome.refused:
+				e.Status = exitUsage
+			}
+			return e
+		}
+		sleep(ctx, pollInterval)
+	}
+}
+
+// NewStream makes apiCaller a grpc.ClientConnInterface. Streams are opened on the
+// connection of one endpoint: what a stream has sent cannot be repeated here.
+func (c *apiCaller) NewStream(
+	context.Context, *grpc.StreamDesc, string, ...grpc.CallOption,
+) (grpc.ClientStream, error) {
+	return nil, status.Error(codes.Unimplemented, "a stream needs the connection of one endpoint")
+}
+
+// repeats reports whether a call that no endpoint could do is made again, at all
+// endpoints, until the time is up.
+func (c *apiCaller) repeats(method string) bool {
+	return !c.local && strings.HasPrefix(method, "/"+kvpb.KVService_ServiceDesc.ServiceName+"/")
+}
+
+// prefer makes an address the first one for the next call.
+func (c *apiCaller) prefer(address string) {
+	others := slices.DeleteFunc(slices.Clone(c.endpoints), func(a string) bool { return a == address })
+	c.endpoints = slices.Concat([]string{address}, others)
+}
+
+// askTime bounds the wait for a node's metrics: half of the timeout is left for the
+// call.
+func (c *apiCaller) askTime() time.Duration { return min(c.timeout/2, askTimeout) }
+
+// ask asks nodes for their metrics, all at the same time, and waits for all. Whoever
+// calls it closes the endpoints.
+func (c *apiCaller) ask(ctx context.Context, addresses []string) []*endpoint {
+	var endpoints []*endpoint
+	for _, address := range addresses {
+		e := &endpoint{address: address}
+		e.startAsking(ctx, c.askTime())
+		endpoints = append(endpoints, e)
+	}
+	for _, e := range endpoints {
+		<-e.asked
+	}
+	return endpoints
+}
+
 // endpoint is a node that may be called. It is asked for its metrics first: that
-// has no effect, and tells whether it answers, and for which cluster.
+// has no effect, and shows whether the node responds, and for which cluster.
 type endpoint struct {
 	address string
 	conn    *grpc.ClientConn
-	asked   chan struct{} // closed once metrics or err is there; nil: it is not asked yet
+	asked   chan struct{} // closed once metrics or err is set; nil: the node is not asked yet
 	metrics *kvpb.MetricsResponse
-	err     error
+	err     error // why there are no metrics
 }
 
-// ask asks the node, unless it is asked already. It does not wait for the answer.
-func (e *endpoint) ask(ctx context.Context, timeout time.Duration) {
+// startAsking asks the node for its metrics, unless it was asked already, and does
+// not wait for them.
+func (e *endpoint) startAsking(ctx context.Context, timeout time.Duration) {
 	if e.asked != nil {
 		return
 	}
@@ -58,38 +152,21 @@ func (e *endpoint) ask(ctx context.Context, timeout time.Duration) {
 		short, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		e.metrics, e.err = kvpb.NewClusterServiceClient(e.conn).Metrics(short, &kvpb.MetricsRequest{})
-		if errors.Is(short.Err(), context.DeadlineExceeded) && e.err != nil && ctx.Err() == nil {
+		timedOut := errors.Is(short.Err(), context.DeadlineExceeded) && ctx.Err() == nil
+		if e.err != nil && timedOut {
 			e.err = status.Errorf(codes.DeadlineExceeded, "no answer in %v", timeout)
 		}
 	}()
 }
 
-// close ends the connection. The context of ask has to have ended, or the answer
-// to be there.
+// close ends the connection. It waits for the metrics: the context of startAsking
+// has ended, or they are there.
 func (e *endpoint) close() {
-	if e.asked != nil {
-		<-e.asked
-		_ = e.conn.Close()
+	if e.asked == nil {
+		return
 	}
-}
-
-// askTime is how long a node that is asked may take: half of the timeout is left
-// for the call.
-func (c *client) askTime() time.Duration { return min(c.timeout/2, askTimeout) }
-
-// ask asks nodes for their metrics, all at the same time, and waits for all. The
-// caller closes them.
-func (c *client) ask(ctx context.Context, addresses []string) []*endpoint {
-	var endpoints []*endpoint
-	for _, address := range addresses {
-		e := &endpoint{address: address}
-		e.ask(ctx, c.askTime())
-		endpoints = append(endpoints, e)
-	}
-	for _, e := range endpoints {
-		<-e.asked
-	}
-	return endpoints
+	<-e.asked
+	_ = e.conn.Close()
 }
 
 func closeAll(endpoints []*endpoint) {
@@ -98,7 +175,8 @@ func closeAll(endpoints []*endpoint) {
 	}
 }
 
-// reply is what an endpoint said that did not do what it was asked.
+// reply is what an endpoint said instead of doing what it was asked. It is printed
+// with -o json.
 type reply struct {
 	Endpoint string `json:"endpoint"`
 	Error    string `json:"error"`
@@ -106,24 +184,81 @@ type reply struct {
 	Reason   string `json:"reason"` // a node's, an ErrorReason without its prefix; empty: there is none
 }
 
-// round is one pass over the endpoints, in their order. It passes over those that
-// do not answer and those that cannot answer for the cluster. An endpoint that
-// hangs holds the next one up only once for all: they are asked while it is
-// waited for.
-type round struct {
-	c       *client
-	any     bool            // nodes in no cluster are wanted, too
-	ctx     context.Context // of the questions
-	cancel  context.CancelFunc
-	left    []*endpoint // neither tried nor passed over yet
-	tried   []*endpoint
-	answers []reply // of those that were tried or passed over
+func replyOf(address string, err error) reply {
+	r := reply{Endpoint: address, Error: readable(err).Error(), Reason: errorReason(err)}
+	if st, ok := status.FromError(err); ok {
+		r.Code = codeName(st)
+	}
+	return r
 }
 
-// newRound begins a pass over the endpoints. The caller ends it.
-func (c *client) newRound(ctx context.Context, any bool) *round {
-	r := &round{c: c, any: any}
-	r.ctx, r.cancel = context.WithCancel(ctx)
+// codeName is the name of a status code as the specification of gRPC has it.
+func codeName(st *status.Status) string { return code.Code(st.Code()).String() }
+
+// readable makes an error of gRPC one for people. It leaves out the words with which
+// grpc-go wraps an error of the dialer; should they change, they are printed.
+func readable(err error) error {
+	st, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
+	}
+	text := strings.Replace(st.Message(), `connection error: desc = "transport: Error while dialing: `, `"`, 1)
+	return fmt.Errorf("%s (%s)", text, strings.TrimSpace(codeName(st)+" "+errorReason(err)))
+}
+
+// callError is the error of a call that no endpoint has done.
+func callError(replies []reply) *commandError {
+	return &commandError{
+		Text:      textOf(replies),
+		Status:    exitNotDone,
+		Reason:    firstReason(replies),
+		Endpoints: replies,
+	}
+}
+
+func textOf(replies []reply) string {
+	var texts []string
+	for _, r := range replies {
+		texts = append(texts, r.Endpoint+": "+r.Error)
+	}
+	return strings.Join(texts, "; ")
+}
+
+// firstReason is the first reason among replies. That of a node in no cluster counts
+// only if there is no other: a member knows more.
+func firstReason(replies []reply) string {
+	reason := ""
+	for _, r := range replies {
+		if r.Reason == "" {
+			continue
+		}
+		if r.Reason != reasonNotInitialized {
+			return r.Reason
+		}
+		reason = r.Reason
+	}
+	return reason
+}
+
+// round is one pass over the endpoints of a caller, in their order. It skips those
+// that do not respond, those in no cluster, and those in another cluster.
+//
+// Endpoints that hang cost the time of one: the others are asked while the round
+// waits for the first.
+type round struct {
+	caller         *apiCaller
+	wantsOutsiders bool            // nodes in no cluster are called, too
+	questions      context.Context // of the endpoints' metrics; it ends with the round
+	endQuestions   context.CancelFunc
+	left           []*endpoint // neither chosen nor skipped yet
+	past           []*endpoint // chosen or skipped
+	replies        []reply     // of the endpoints that were skipped, or chosen and called in vain
+}
+
+// newRound begins a pass over the endpoints. Whoever calls it ends the round.
+func (c *apiCaller) newRound(ctx context.Context) *round {
+	r := &round{caller: c}
+	r.questions, r.endQuestions = context.WithCancel(ctx)
 	for _, address := range c.endpoints {
 		r.left = append(r.left, &endpoint{address: address})
 	}
@@ -131,32 +266,36 @@ func (c *client) newRound(ctx context.Context, any bool) *round {
 }
 
 func (r *round) end() {
-	r.cancel()
+	r.endQuestions()
 	closeAll(r.left)
-	closeAll(r.tried)
+	closeAll(r.past)
 }
 
-// next is the next endpoint to be called; nil: there is none.
+// next chooses the endpoint to be called; nil: there is none. The cluster of the
+// first one that is chosen becomes the caller's.
 func (r *round) next() *endpoint {
 	for len(r.left) > 0 {
 		r.await()
 		e := r.left[0]
 		r.left = r.left[1:]
-		r.tried = append(r.tried, e)
-		err := r.unfit(e)
-		if err == nil {
-			return e
+		r.past = append(r.past, e)
+		if err := r.whySkip(e); err != nil {
+			r.record(e, err)
+			continue
 		}
-		r.say(e, err)
+		if !r.wantsOutsiders {
+			r.caller.clusterID = e.metrics.GetClusterId()
+		}
+		return e
 	}
 	return nil
 }
 
-// await waits for the answer of the first endpoint that is left, and meanwhile
-// asks the others, one after another.
+// await waits for the metrics of the first endpoint that is left. Meanwhile it asks
+// the others for theirs, one after another.
 func (r *round) await() {
 	first := r.left[0]
-	first.ask(r.ctx, r.c.askTime())
+	first.startAsking(r.questions, r.caller.askTime())
 	stagger := time.NewTicker(askStagger)
 	defer stagger.Stop()
 	for i := 1; ; i++ {
@@ -165,47 +304,46 @@ func (r *round) await() {
 			return
 		case <-stagger.C:
 			if i < len(r.left) {
-				r.left[i].ask(r.ctx, r.c.askTime())
+				r.left[i].startAsking(r.questions, r.caller.askTime())
 			}
 		}
 	}
 }
 
-// unfit is why an endpoint that was asked must not be called; nil: it may be. The
-// first that may be called says which cluster all others have to be in: what was
-// begun in one must not go on in another.
-func (r *round) unfit(e *endpoint) error {
-	cluster := e.metrics.GetClusterId()
-	switch {
-	case e.err != nil:
+// whySkip is why an endpoint, which was asked, must not be called; nil: it may be.
+// What was begun in one cluster must not go on in another.
+func (r *round) whySkip(e *endpoint) error {
+	if e.err != nil {
 		return e.err
-	case r.any:
-		return nil
-	case cluster == 0:
-		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED, errNotInitialized.Error())
-	case r.c.clusterID != 0 && r.c.clusterID != cluster:
-		return fmt.Errorf("it is in another cluster, %016x, not in %016x", cluster, r.c.clusterID)
 	}
-	r.c.clusterID = cluster
+	if r.wantsOutsiders {
+		return nil
+	}
+	theirs := e.metrics.GetClusterId()
+	if theirs == 0 {
+		return apiError(codes.FailedPrecondition,
+			kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED, errNotInitialized.Error())
+	}
+	ours := r.caller.clusterID
+	if ours != 0 && ours != theirs {
+		return fmt.Errorf("it is in another cluster, %016x, not in %016x", theirs, ours)
+	}
 	return nil
 }
 
-// say keeps the error of an endpoint, for the message at the end.
-func (r *round) say(e *endpoint, err error) {
-	a := reply{Endpoint: e.address, Error: readable(err).Error(), Reason: errorReason(err)}
-	if st, ok := status.FromError(err); ok {
-		a.Code = code.Code(st.Code()).String()
-	}
-	r.answers = append(r.answers, a)
+// record keeps the error of an endpoint, for the message at the end.
+func (r *round) record(e *endpoint, err error) {
+	r.replies = append(r.replies, replyOf(e.address, err))
 }
 
-// goTo makes a node the next one to be called, unless it was already.
-func (r *round) goTo(address string) {
-	at := func(e *endpoint) bool { return e.address == address }
-	if address == "" || slices.ContainsFunc(r.tried, at) {
+// putFirst makes a node the next one to be chosen, unless it was chosen or skipped
+// before.
+func (r *round) putFirst(address string) {
+	isThere := func(e *endpoint) bool { return e.address == address }
+	if slices.ContainsFunc(r.past, isThere) {
 		return
 	}
-	i := slices.IndexFunc(r.left, at)
+	i := slices.IndexFunc(r.left, isThere)
 	if i < 0 {
 		r.left = slices.Insert(r.left, 0, &endpoint{address: address})
 		return
@@ -214,148 +352,93 @@ func (r *round) goTo(address string) {
 	r.left = slices.Insert(slices.Delete(r.left, i, i+1), 0, e)
 }
 
-// verdict is what is known of a call after a round.
-type verdict struct {
-	done    bool // an endpoint has answered
-	again   bool // it may be made again, at another endpoint or at the same
-	unknown bool // it may or may not have been applied
-	refused bool // a node called it invalid
+// callOutcome is what is known of a call after a round.
+type callOutcome struct {
+	done      bool // an endpoint has done it
+	mayRepeat bool // it may be sent again, to another endpoint or to the same
+	unknown   bool // an endpoint may have applied it, or may still do so
+	refused   bool // the endpoint that was called last found it invalid
 }
 
-// call makes a call at one endpoint after another, until one answers, or until no
-// other one may be called. A call that runs is left only when its connection
-// breaks, or ctx ends.
-func (r *round) call(ctx context.Context, method string, req, resp any) verdict {
-	v := verdict{again: true}
-	for v.again {
+// call makes a call at one endpoint after another, until one has done it, or until
+// it must not be sent to another one. A call that runs is given up only when its
+// connection breaks, or ctx ends.
+func (r *round) call(ctx context.Context, method string, req, resp any) callOutcome {
+	outcome := callOutcome{mayRepeat: true}
+	for outcome.mayRepeat {
 		e := r.next()
 		if e == nil {
-			return v
+			return outcome
 		}
 		var trailer metadata.MD
 		err := e.conn.Invoke(ctx, method, req, resp, grpc.Trailer(&trailer))
 		if err == nil {
-			r.c.prefer(e.address)
-			v.done = true
-			return v
+			r.caller.prefer(e.address)
+			outcome.done = true
+			return outcome
 		}
-		r.say(e, err)
-		again, unknown := judge(method, err)
-		v.again = again
-		v.unknown = v.unknown || unknown
-		v.refused = status.Code(err) == codes.InvalidArgument
-		if !r.c.local {
-			r.goTo(strings.Join(trailer.Get(leaderMetadata), ""))
-		}
-	}
-	return v
-}
-
-// prefer makes an endpoint the first one for the next call.
-func (c *client) prefer(address string) {
-	others := slices.DeleteFunc(slices.Clone(c.endpoints), func(a string) bool { return a == address })
-	c.endpoints = slices.Concat([]string{address}, others)
-}
-
-// Invoke makes a call at the first endpoint that is fit for it. What has an effect
-// goes to a second one only if the first cannot have applied it, or if it takes
-// effect once. What KVService is asked is sent until the timeout.
-func (c *client) Invoke(ctx context.Context, method string, req, resp any, _ ...grpc.CallOption) error {
-	repeats := !c.local && strings.HasPrefix(method, "/"+kvpb.KVService_ServiceDesc.ServiceName+"/")
-	unknown := false
-	var answers []reply
-	for {
-		r := c.newRound(ctx, method == kvpb.ClusterService_Init_FullMethodName)
-		v := r.call(ctx, method, req, resp)
-		r.end()
-		if v.done {
-			c.changed = !slices.Contains(reads, method)
-			return nil
-		}
-		unknown = unknown || v.unknown
-		if answers == nil || ctx.Err() == nil {
-			answers = r.answers // what failed before the time was up tells more
-		}
-		if !v.again || !repeats || ctx.Err() != nil {
-			return callError(answers, unknown, v.refused)
-		}
-		sleep(ctx, pollInterval)
-	}
-}
-
-// callError is the error of a call that no endpoint has answered.
-func callError(answers []reply, unknown, refused bool) *commandError {
-	e := &commandError{Status: exitNotDone, Endpoints: answers}
-	var said []string
-	for _, a := range answers {
-		said = append(said, a.Endpoint+": "+a.Error)
-		if a.Reason != "" && (e.Reason == "" || e.Reason == "NOT_INITIALIZED") { // who is in a cluster knows better
-			e.Reason = a.Reason
+		r.record(e, err)
+		mayRepeat, unknown := afterFailure(method, err)
+		outcome.mayRepeat = mayRepeat
+		outcome.unknown = outcome.unknown || unknown
+		outcome.refused = status.Code(err) == codes.InvalidArgument
+		leader := strings.Join(trailer.Get(leaderMetadata), "") // one value, or none
+		if leader != "" && !r.caller.local {
+			r.putFirst(leader)
 		}
 	}
-	e.Text = strings.Join(said, "; ")
-	switch {
-	case unknown:
-		e.Text = "the outcome is unknown, it may or may not have been applied: " + e.Text
-		e.Status = exitUnknown
-		e.Reason = "OUTCOME_UNKNOWN"
-	case refused:
-		e.Status = exitUsage
-	}
-	return e
+	return outcome
 }
 
-// reads are the methods without an effect, writes those that take effect once
-// however often they are sent: all have an id, or open a session for it.
 var (
+	// reads are the methods without an effect.
 	reads = []string{
-		kvpb.KVService_Get_FullMethodName, kvpb.KVService_List_FullMethodName,
-		kvpb.ClusterService_Metrics_FullMethodName, healthpb.Health_Check_FullMethodName,
+		kvpb.KVService_Get_FullMethodName,
+		kvpb.KVService_List_FullMethodName,
+		kvpb.ClusterService_Metrics_FullMethodName,
+		healthpb.Health_Check_FullMethodName,
 	}
+	// writes are the methods that take effect once, however often they are sent: the
+	// command line sends none without an id.
 	writes = []string{
-		kvpb.KVService_OpenSession_FullMethodName, kvpb.KVService_Set_FullMethodName, kvpb.KVService_Delete_FullMethodName,
+		kvpb.KVService_Set_FullMethodName,
+		kvpb.KVService_Delete_FullMethodName,
 	}
 )
 
-// judge tells of a call that failed whether it may be sent to another node, and
-// whether its effect is not known. A node's UNAVAILABLE means "not applied", or
-// that it may be sent again, but gRPC has one of its own for a connection that
-// broke. A node's DEADLINE means "not applied" for a write of a key, but not
-// for a change of the cluster.
-func judge(method string, err error) (again, unknown bool) {
-	code, reason := status.Code(err), errorReason(err)
-	transient := code == codes.Unavailable || code == codes.DeadlineExceeded
+// afterFailure says of a call that failed whether it may be sent again, and whether
+// it may have been applied nevertheless.
+//
+// An error without a reason is gRPC's own, such as the UNAVAILABLE of a connection
+// that broke: nobody knows what the node did. A node's UNAVAILABLE has a reason and
+// means that the call was not applied, or that it may be repeated. A node's
+// DEADLINE_EXCEEDED means "not applied" for a write, but not for a change of the
+// cluster.
+func afterFailure(method string, err error) (mayRepeat, unknown bool) {
+	reason := errorReason(err)
+	late := status.Code(err) == codes.DeadlineExceeded
+	unavailable := status.Code(err) == codes.Unavailable
+	nodeDoesNotKnow := reason == "" || reason == reasonOutcomeUnknown
 	switch {
-	case reason != "" && method == kvpb.ClusterService_Init_FullMethodName: // no other node knows better
-		return false, reason == "OUTCOME_UNKNOWN" || code == codes.DeadlineExceeded
-	case reason == "OVERLOADED", reason == "NOT_INITIALIZED": // nothing was applied, and that is about the called node
+	case method == kvpb.ClusterService_Init_FullMethodName: // No other node knows more of it.
+		return false, nodeDoesNotKnow || late
+	case reason == reasonOverloaded || reason == reasonNotInitialized: // Another node may be able to.
 		return true, false
-	case slices.Contains(reads, method) || method == kvpb.KVService_OpenSession_FullMethodName:
-		return transient, false
+	case slices.Contains(reads, method):
+		return unavailable || late, false
+	case method == kvpb.KVService_OpenSession_FullMethodName: // A second session does no harm.
+		return unavailable || late, false
 	case slices.Contains(writes, method):
-		return transient, reason == "" || reason == "OUTCOME_UNKNOWN"
-	case reason == "OUTCOME_UNKNOWN":
-		return false, true
-	case reason == "UNREACHABLE": // no other node knows better
+		return unavailable || late, nodeDoesNotKnow
+	case reason == reasonUnreachable: // That is about a node that the change needs, not the one called.
 		return false, false
-	case code == codes.Unavailable && reason != "": // that is about the called node
-		return true, false
+	case nodeDoesNotKnow || late:
+		return false, true
 	}
-	return false, reason == "" || code == codes.DeadlineExceeded
+	return unavailable, false
 }
 
-// readable makes an error of gRPC one for people.
-func readable(err error) error {
-	st, ok := status.FromError(err)
-	if err == nil || !ok {
-		return err
-	}
-	text := strings.Replace(st.Message(), `connection error: desc = "transport: Error while dialing: `, `"`, 1)
-	return fmt.Errorf("%s (%s)", text, strings.TrimSpace(code.Code(st.Code()).String()+" "+errorReason(err)))
-}
-
-// splitEndpoints takes a list of addresses apart, with or without blanks at its
-// commas.
+// splitEndpoints takes a list of addresses apart. There may be blanks at its commas.
 func splitEndpoints(list string) ([]string, error) {
 	var endpoints []string
 	for _, address := range strings.Split(list, ",") {

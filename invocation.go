@@ -1,5 +1,5 @@
-// One run of a sub-command as it was typed: its flags and arguments, found among a
-// process's arguments, parsed and checked.
+// One run of a sub-command as it was typed: the sub-command is found among a
+// process's arguments, and its flags and arguments are parsed and checked.
 
 package main
 
@@ -13,12 +13,269 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"raft-key-value/kvpb"
 )
 
-// argument is what an argument of a sub-command is. That tells how it is checked.
+// invocation is one run of a sub-command: what its flags and arguments say.
+type invocation struct {
+	name    string
+	command *command
+
+	output       string // text or json
+	timeout      time.Duration
+	endpointList string   // the flag; empty: it is not given
+	endpoints    []string // addresses to call; nil: the sub-command calls no node
+
+	args  []string     // all arguments
+	ids   []uint64     // of arguments ID and ID=ADDR
+	nodes []*kvpb.Node // of arguments ID and ID=ADDR; the former have no address
+
+	// Flags that only some sub-commands have:
+	force        bool
+	retain       bool
+	removeOthers bool
+	local        bool
+	keysOnly     bool
+	limit        uint64     // of keys to list; 0: all
+	ifVersion    *uint64    // nil: any version
+	service      string     // the health name
+	wait         bool       // for SERVING
+	dataDir      string     // to be made by restore
+	node         *kvpb.Node // whose data directory restore makes
+}
+
+// sharedFlags are the flags that may stand before the sub-command, too. An alias may
+// have them before each: those that call no node ignore --endpoints there.
+var sharedFlags = []string{"endpoints", "o", "timeout"}
+
+// findCommand finds the sub-command among a process's arguments and puts it first,
+// before the shared flags that stand before it. It returns nil if the arguments are
+// those of a node, or of nothing.
+func findCommand(args []string) ([]string, error) {
+	fs := flag.NewFlagSet("", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	for _, name := range sharedFlags {
+		fs.String(name, "", "")
+	}
+	for len(args) > 0 && isFlag(args[0]) {
+		rest, err := takeFlag(fs, args)
+		isSubCommand := fs.NFlag() > 0 // A node has none of the shared flags.
+		unknown, isUnknown := errors.AsType[*unknownFlag](err)
+		switch {
+		case err == nil:
+			args = rest
+		case isSubCommand && errors.Is(err, flag.ErrHelp):
+			return []string{"help"}, nil
+		case isSubCommand && isUnknown && !isNodeFlag(unknown.name):
+			return nil, fmt.Errorf("-%s stands before the sub-command; only -%s may",
+				unknown.name, strings.Join(sharedFlags, ", -"))
+		default:
+			return nil, nil
+		}
+	}
+	if len(args) == 0 || !isCommand(args[0]) {
+		return nil, nil
+	}
+	name := args[0]
+	found := []string{name}
+	fs.Visit(func(f *flag.Flag) {
+		isIgnored := f.Name == "endpoints" && commands()[name].offline
+		if !isIgnored {
+			found = append(found, "-"+f.Name+"="+f.Value.String())
+		}
+	})
+	return append(found, args[1:]...), nil
+}
+
+// parseInvocation parses what stands behind the name of a sub-command. It returns
+// flag.ErrHelp if help is asked for. The invocation is never nil: its output says how
+// the error is to be printed.
+func parseInvocation(name string, args []string) (*invocation, error) {
+	in := &invocation{name: name, command: commands()[name]}
+	fs := in.flagSet()
+	var behindDashes []string
+	if i := slices.Index(args, "--"); i >= 0 {
+		behindDashes = args[i+1:]
+		args = args[:i]
+	}
+	given, err := parseFlags(fs, args)
+	if err != nil {
+		return in, err
+	}
+	if in.output != "text" && in.output != "json" {
+		return in, fmt.Errorf("-o %q: want text or json", in.output)
+	}
+	if in.timeout <= 0 {
+		return in, fmt.Errorf("--timeout %v: want more than 0", in.timeout)
+	}
+	if err := in.takeArguments(append(given, behindDashes...)); err != nil {
+		return in, err
+	}
+	if err := in.chooseEndpoints(isGiven(fs, "endpoints")); err != nil {
+		return in, err
+	}
+	if in.command.check == nil {
+		return in, nil
+	}
+	return in, in.command.check(in)
+}
+
+// flagSet has the flags of the sub-command. They set the invocation's fields.
+func (in *invocation) flagSet() *flag.FlagSet {
+	fs := flag.NewFlagSet(in.name, flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.StringVar(&in.output, "o", "text", "`FORMAT` of the output: text or json")
+	in.timeout = in.command.timeout
+	durationVar(fs, &in.timeout, "timeout", "`DURATION` until the command gives up")
+	if !in.command.offline {
+		last := defaultEndpoint
+		if in.command.callsFirstMember {
+			last = "the address of the first member"
+		}
+		fs.StringVar(&in.endpointList, "endpoints", "", fmt.Sprintf(
+			"the nodes to call, `HOST:PORT,...`, in this order (default: environment %s, or else %s)",
+			endpointVariable, last))
+	}
+	if in.command.flags != nil {
+		in.command.flags(in, fs)
+	}
+	return fs
+}
+
+// chooseEndpoints takes the endpoints from the flag, or else from the environment, or
+// else the default.
+func (in *invocation) chooseEndpoints(isFlagGiven bool) error {
+	if in.command.offline {
+		return nil
+	}
+	list := in.endpointList
+	source := "--endpoints"
+	if !isFlagGiven {
+		list = os.Getenv(endpointVariable)
+		source = endpointVariable
+	}
+	if list == "" && !isFlagGiven {
+		list = defaultEndpoint
+		if in.command.callsFirstMember {
+			list = in.nodes[0].Address
+		}
+	}
+	endpoints, err := splitEndpoints(list)
+	if err != nil {
+		return fmt.Errorf("%s: %w", source, err)
+	}
+	in.endpoints = endpoints
+	return nil
+}
+
+// parseFlags sets flags, and returns what stands between them: the arguments. It goes
+// on after an error and returns the first one, so that an -o behind it still says how
+// to print it.
+func parseFlags(fs *flag.FlagSet, args []string) (arguments []string, first error) {
+	for len(args) > 0 {
+		if !isFlag(args[0]) {
+			arguments = append(arguments, args[0])
+			args = args[1:]
+			continue
+		}
+		rest, err := takeFlag(fs, args)
+		if first == nil {
+			first = err
+		}
+		if errors.Is(err, flag.ErrHelp) {
+			return nil, first
+		}
+		args = rest
+	}
+	return arguments, first
+}
+
+// isNodeFlag reports whether a node has a flag of this name.
+func isNodeFlag(name string) bool {
+	o := defaultOptions()
+	return nodeFlags(&o).Lookup(name) != nil
+}
+
+// unknownFlag is the error of a flag that a sub-command does not have.
+type unknownFlag struct{ name string }
+
+func (e *unknownFlag) Error() string {
+	return fmt.Sprintf("flag provided but not defined: -%s; an argument that starts with - goes behind --", e.name)
+}
+
+// takeFlag sets the flag that args begin with, and returns what stands behind it and
+// its value, also if it returns an error.
+func takeFlag(fs *flag.FlagSet, args []string) (rest []string, err error) {
+	name, _, hasValue := strings.Cut(strings.TrimPrefix(args[0][1:], "-"), "=")
+	f := fs.Lookup(name)
+	isHelp := name == "h" || name == "help"
+	isMalformed := name == "" || name[0] == '-' // Parse says so.
+	if f == nil && !isHelp && !isMalformed {
+		return args[1:], &unknownFlag{name}
+	}
+	length := 1
+	if f != nil && !hasValue && !isBoolean(f) {
+		length = min(2, len(args)) // Parse misses a value that is not there.
+	}
+	return args[length:], fs.Parse(args[:length])
+}
+
+// isFlag reports whether an argument is written as a flag; - means stdin, and -- ends
+// the flags.
+func isFlag(arg string) bool {
+	return strings.HasPrefix(arg, "-") && arg != "-" && arg != "--"
+}
+
+// isBoolean reports whether a flag needs no value. Package flag has its word for it.
+func isBoolean(f *flag.Flag) bool {
+	b, ok := f.Value.(interface{ IsBoolFlag() bool })
+	return ok && b.IsBoolFlag()
+}
+
+// isGiven reports whether a flag was set by an argument.
+func isGiven(fs *flag.FlagSet, name string) bool {
+	given := false
+	fs.Visit(func(f *flag.Flag) { given = given || f.Name == name })
+	return given
+}
+
+func (in *invocation) localFlag(fs *flag.FlagSet) {
+	boolVar(fs, &in.local, "local", "read what the called node has; it may be old")
+}
+
+func (in *invocation) versionFlag(fs *flag.FlagSet, usage string) {
+	fs.Func("if-version", usage, func(s string) error {
+		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			return errors.New("want a version as list prints it, or 0")
+		}
+		in.ifVersion = &n
+		return nil
+	})
+}
+
+func (in *invocation) restoreFlags(fs *flag.FlagSet) {
+	in.node = &kvpb.Node{}
+	fs.StringVar(&in.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
+	numberVar(fs, &in.node.Id, "id", "the node's `NUMBER`, not 0")
+	fs.StringVar(&in.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
+}
+
+func (in *invocation) checkRestoreFlags() error {
+	areGiven := in.dataDir != "" && in.node.Id != 0 && in.node.Address != ""
+	if !areGiven {
+		return errors.New("--data-dir, --id and --addr are needed")
+	}
+	if err := checkMemberAddress(in.node.Address); err != nil {
+		return fmt.Errorf("--addr %w", err)
+	}
+	return nil
+}
+
+// argument is what an argument of a sub-command is. That says how it is checked.
 type argument int
 
 const (
@@ -36,162 +293,81 @@ func (a argument) String() string {
 	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "ID", "ID=ADDR", "COMMAND"}[a]
 }
 
-// findCommand finds the sub-command among a process's arguments and puts it
-// first: flags that all sub-commands have may stand before it. It returns nil if
-// the arguments are none of a sub-command.
-func findCommand(args []string) []string {
-	fs := flag.NewFlagSet("", flag.ContinueOnError)
-	fs.SetOutput(io.Discard)
-	for _, name := range []string{"endpoints", "o", "timeout"} {
-		fs.String(name, "", "")
-	}
-	if fs.Parse(args) != nil || !isCommand(fs.Arg(0)) || slices.Contains(args[:len(args)-fs.NArg()], "--") {
-		return nil
-	}
-	found := []string{fs.Arg(0)}
-	fs.Visit(func(f *flag.Flag) {
-		if f.Name == "endpoints" && commands()[found[0]].offline {
-			return // an alias may have it before every sub-command
-		}
-		found = append(found, "-"+f.Name+"="+f.Value.String())
-	})
-	return append(found, fs.Args()[1:]...)
-}
-
-// parse sets c's fields by the flags and arguments, or prints the help text.
-func (c *client) parse(name string, args []string) error {
-	cmd, fs := commands()[name], flag.NewFlagSet(name, flag.ContinueOnError)
-	fs.SetOutput(io.Discard)
-	fs.StringVar(&c.output, "o", "text", "`FORMAT` of the output: text or json")
-	c.timeout = cmd.timeout
-	durationVar(fs, &c.timeout, "timeout", "`DURATION` until the command gives up")
-	variable := os.Getenv(endpointVariable)
-	endpoints := cmp.Or(variable, oneOf(name == "init", "", defaultEndpoint))
-	if !cmd.offline {
-		fs.StringVar(&endpoints, "endpoints", endpoints,
-			"the nodes to call, `HOST:PORT,...`, in this order; or environment "+endpointVariable)
-	}
-	if cmd.flags != nil {
-		cmd.flags(c, fs)
-	}
-	var rest []string
-	if i := slices.Index(args, "--"); i >= 0 {
-		args, rest = args[:i], args[i+1:]
-	}
-	given, err := parseFlags(fs, args)
-	if errors.Is(err, flag.ErrHelp) {
-		words := strings.TrimSpace(name + " [FLAGS] " + cmd.usage())
-		fmt.Fprintf(c.stdout, "Usage: raft-key-value %s\n\nTo %s\n\n%s", words, cmd.help, helpNotes)
-		fs.SetOutput(c.stdout)
-		fs.PrintDefaults()
-	}
-	if err != nil {
-		return err
-	}
-	if c.output != "text" && c.output != "json" {
-		return fmt.Errorf("-o %q: want text or json", c.output)
-	}
-	if c.timeout <= 0 {
-		return fmt.Errorf("--timeout %v: want more than 0", c.timeout)
-	}
-	if err := c.takeArguments(cmd, append(given, rest...)); err != nil {
-		return err
-	}
-	if endpoints == "" && name == "init" {
-		endpoints = c.nodes[0].Address
-	}
-	if !cmd.offline {
-		if c.endpoints, err = splitEndpoints(endpoints); err != nil {
-			return fmt.Errorf("%s: %w", oneOf(endpoints == variable, endpointVariable, "--endpoints"), err)
-		}
-	}
-	if cmd.check != nil {
-		return cmd.check(c)
-	}
-	return nil
-}
-
-// parseFlags sets flags, and returns what lies between them: the arguments. It
-// goes on after an error, so that an -o behind it tells how to print it.
-func parseFlags(fs *flag.FlagSet, args []string) (given []string, first error) {
-	for len(args) > 0 {
-		err := fs.Parse(args) // It stops at the first argument.
-		if errors.Is(err, flag.ErrHelp) {
-			return nil, cmp.Or(first, err)
-		}
-		if err != nil && strings.HasPrefix(err.Error(), "flag provided") {
-			err = fmt.Errorf("%w; an argument that starts with - goes behind --", err)
-		}
-		first = cmp.Or(first, err)
-		left := fs.Args()
-		switch {
-		case err == nil && len(left) > 0:
-			given, left = append(given, left[0]), left[1:]
-		case len(left) == len(args): // it has not even taken the flag
-			left = left[1:]
-		}
-		args = left
-	}
-	return given, first
-}
-
-// takeArguments checks the arguments and sets c's fields by them.
-func (c *client) takeArguments(cmd *command, args []string) error {
-	least, most := len(cmd.args), len(cmd.args)
+// takeArguments checks the arguments and sets the invocation's fields by them.
+func (in *invocation) takeArguments(args []string) error {
+	cmd := in.command
+	least := len(cmd.args)
+	most := len(cmd.args)
 	if cmd.optional {
 		least--
 	}
 	if cmd.repeated {
-		most = maxMembers // only members are given in any number
+		most = maxMembers // Only members are given in any number.
 	}
 	if len(args) < least || len(args) > most {
 		return fmt.Errorf("wrong number of arguments: %d; want: %s", len(args), cmp.Or(cmd.usage(), "none"))
 	}
 	for i, arg := range args {
-		if err := c.takeArgument(cmd.args[min(i, len(cmd.args)-1)], arg); err != nil {
+		kind := cmd.args[min(i, len(cmd.args)-1)]
+		if err := in.takeArgument(kind, arg); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (c *client) takeArgument(kind argument, arg string) error {
+func (in *invocation) takeArgument(kind argument, arg string) error {
+	var err error
 	switch kind {
 	case keyArgument, prefixArgument:
-		if kind == keyArgument && arg == "" || !utf8.ValidString(arg) {
-			return fmt.Errorf("%v %q: want UTF-8%s", kind, arg, oneOf(kind == keyArgument, ", and not nothing", ""))
-		}
-		if len(arg) > maxKeyBytes {
-			return fmt.Errorf("%v: it has %d bytes, the limit is %d", kind, len(arg), maxKeyBytes)
-		}
+		err = checkKeyArgument(kind, arg)
 	case valueArgument:
-		if len(arg) > maxValueBytes {
-			return fmt.Errorf("%v: it has %d bytes, the limit is %d", kind, len(arg), maxValueBytes)
-		}
+		err = checkLength(kind, arg, maxValueBytes)
 	case fileArgument:
 		if arg == "" || arg == "-" {
-			return fmt.Errorf("%v %q: want the name of a file, not stdin or stdout", kind, arg)
+			err = fmt.Errorf("%v %q: want the name of a file, not stdin or stdout", kind, arg)
 		}
 	case idArgument, memberArgument:
-		if err := c.takeMember(kind, arg); err != nil {
-			return err
-		}
+		err = in.takeMember(kind, arg)
 	case commandArgument:
 		if !isCommand(arg) {
-			return fmt.Errorf("unknown command: %q", arg)
+			err = fmt.Errorf("unknown command: %q", arg)
 		}
 	}
-	c.args = append(c.args, arg)
+	if err != nil {
+		return err
+	}
+	in.args = append(in.args, arg)
 	return nil
 }
 
-func (c *client) takeMember(kind argument, arg string) error {
+// checkKeyArgument checks a key, or a prefix of keys, which may be empty.
+func checkKeyArgument(kind argument, arg string) error {
+	if kind == keyArgument && arg == "" {
+		return fmt.Errorf("%v: it is empty", kind)
+	}
+	if !utf8.ValidString(arg) {
+		return fmt.Errorf("%v %q: want UTF-8", kind, arg)
+	}
+	return checkLength(kind, arg, maxKeyBytes)
+}
+
+func checkLength(kind argument, arg string, limit int) error {
+	if len(arg) > limit {
+		return fmt.Errorf("%v: it has %d bytes, the limit is %d", kind, len(arg), limit)
+	}
+	return nil
+}
+
+// takeMember checks an argument ID or ID=ADDR and adds it to ids and nodes.
+func (in *invocation) takeMember(kind argument, arg string) error {
 	number, address, hasAddress := strings.Cut(arg, "=")
+	wantsAddress := kind == memberArgument
 	id, err := strconv.ParseUint(number, 10, 64)
-	if err != nil || id == 0 || hasAddress != (kind == memberArgument) {
+	if err != nil || id == 0 || hasAddress != wantsAddress {
 		return fmt.Errorf("%q: want %v, an ID being a positive number", arg, kind)
 	}
-	if slices.Contains(c.ids, id) {
+	if slices.Contains(in.ids, id) {
 		return fmt.Errorf("%q: the id %d stands there twice", arg, id)
 	}
 	if hasAddress {
@@ -199,22 +375,7 @@ func (c *client) takeMember(kind argument, arg string) error {
 			return err
 		}
 	}
-	c.ids = append(c.ids, id)
-	c.nodes = append(c.nodes, &kvpb.Node{Id: id, Address: address})
+	in.ids = append(in.ids, id)
+	in.nodes = append(in.nodes, &kvpb.Node{Id: id, Address: address})
 	return nil
-}
-
-func (c *client) localFlag(fs *flag.FlagSet) {
-	fs.BoolVar(&c.local, "local", false, "read what the called node has; it may be old")
-}
-
-func (c *client) versionFlag(fs *flag.FlagSet, usage string) {
-	fs.Func("if-version", usage, func(s string) error {
-		n, err := strconv.ParseUint(s, 10, 64)
-		if err != nil {
-			return errors.New("want a version as list prints it, or 0") // err is of strconv
-		}
-		c.ifVersion = &n
-		return nil
-	})
 }

@@ -74,7 +74,12 @@ func main() {
 
 // execute runs a node or a sub-command and returns the exit status.
 func execute(ctx context.Context, args []string) int {
-	if command := findCommand(args); command != nil {
+	command, err := findCommand(args)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "raft-key-value: %v; see raft-key-value help\n", err)
+		return exitUsage
+	}
+	if command != nil {
 		return runClient(ctx, command, os.Stdin, os.Stdout, os.Stderr)
 	}
 	o, err := parseOptions(args, os.Stdout, os.LookupEnv)

@@ -138,6 +138,18 @@ func durationVar(fs *flag.FlagSet, d *time.Duration, name, usage string) {
 	})
 }
 
+// boolVar is fs.BoolVar, but its error says what is wanted. The default is false.
+func boolVar(fs *flag.FlagSet, b *bool, name, usage string) {
+	fs.BoolFunc(name, usage, func(s string) error {
+		value, err := strconv.ParseBool(s)
+		if err != nil {
+			return errors.New("want true or false")
+		}
+		*b = value
+		return nil
+	})
+}
+
 // numberVar is fs.Uint64Var, but its error says what is wanted.
 func numberVar(fs *flag.FlagSet, n *uint64, name, usage string) {
 	fs.Func(name, usage, func(s string) (err error) {

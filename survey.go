@@ -1,4 +1,5 @@
-// The sub-commands that ask how nodes are: status and health.
+// What nodes say of themselves and of each other, and the sub-command status, which
+// prints it.
 
 package main
 
@@ -17,74 +18,93 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// memberRow is what survey learned of one node, in the format of status.
+// survey is what the endpoints, and all members that they name, say of themselves.
+type survey struct {
+	rows []*memberRow
+	// views has a view of each cluster, by its id: the metrics of its leader, of the
+	// highest term if several lead, or else those of some other member.
+	views map[uint64]*kvpb.MetricsResponse
+}
+
+// memberRow is what is known of one node, in the format of status.
 type memberRow struct {
-	NodeID    uint64 `json:"node_id,string"`
+	NodeID    uint64 `json:"node_id,string"` // 0: not known
 	Address   string `json:"address"`
 	Reachable bool   `json:"reachable"`
 	Error     string `json:"error"`
 	// ClusterID is the cluster by which the row is judged: the node's own, or else
-	// the one that lists it; 0: there is none.
+	// the one that lists the node; 0: there is none.
 	ClusterID uint64         `json:"cluster_id,string"`
-	Metrics   json.Marshaler `json:"metrics"`
-	metrics   *kvpb.MetricsResponse
+	Metrics   json.Marshaler `json:"metrics"` // of metrics; nil: the node is not reachable
+
+	metrics *kvpb.MetricsResponse
+	failure error // why the node is not reachable; Error is its text
 }
 
-// survey is what the endpoints, and all members that they name, say of
-// themselves.
-type survey struct {
-	rows []*memberRow
-	best map[uint64]*kvpb.MetricsResponse // by cluster: its newest leader's, or else those of some other node
+// listedMember is a member of a cluster, as another member lists it.
+type listedMember struct {
+	cluster uint64
+	id      uint64
 }
 
-// listedMember is a member of a cluster, as another member has it.
-type listedMember struct{ cluster, id uint64 }
-
-// survey asks the endpoints and then all others that they name.
-func (c *client) survey(ctx context.Context) *survey {
-	found := c.askAll(ctx)
-	s := &survey{best: map[uint64]*kvpb.MetricsResponse{}}
-	listings := map[string][]listedMember{} // by address
-	for _, e := range found {
+// takeSurvey asks the endpoints and then all others that they name.
+func takeSurvey(ctx context.Context, calls *apiCaller) *survey {
+	asked := askEverybody(ctx, calls)
+	s := &survey{views: map[uint64]*kvpb.MetricsResponse{}}
+	listed := map[string][]listedMember{} // by address
+	for _, e := range asked {
 		cluster := e.metrics.GetClusterId()
 		if cluster == 0 {
 			continue
 		}
-		s.best[cluster] = better(s.best[cluster], e.metrics)
+		s.views[cluster] = newerView(s.views[cluster], e.metrics)
 		for _, m := range e.metrics.Members {
-			l, at := listedMember{cluster, m.Node.GetId()}, m.Node.GetAddress()
-			if !slices.Contains(listings[at], l) {
-				listings[at] = append(listings[at], l)
+			address := m.Node.GetAddress()
+			member := listedMember{cluster, m.Node.GetId()}
+			if !slices.Contains(listed[address], member) {
+				listed[address] = append(listed[address], member)
 			}
 		}
 	}
-	for _, e := range found {
-		s.add(e, listings[e.address])
+	for _, e := range asked {
+		if e.err != nil {
+			s.addUnreachable(e, listed[e.address])
+		} else {
+			s.addReachable(e, listed[e.address])
+		}
 	}
 	slices.SortFunc(s.rows, s.compare)
 	return s
 }
 
-// askAll asks the endpoints, then the members that they name, and so on. A node
-// that has two addresses is in the result once.
-func (c *client) askAll(ctx context.Context) []*endpoint {
+// askEverybody asks the endpoints for their metrics, then the members that they name,
+// and so on. A node that has two addresses is in the result once. The endpoints are
+// closed.
+func askEverybody(ctx context.Context, calls *apiCaller) []*endpoint {
 	var found []*endpoint
-	asked, lives := map[string]bool{}, map[uint64]bool{}
-	for next := c.endpoints; len(next) > 0; {
-		answers := c.ask(ctx, next)
-		closeAll(answers)
-		for _, e := range answers {
-			asked[e.address] = true
-			if id := e.metrics.GetRaftId(); !lives[id] {
-				found = append(found, e)
-				lives[id] = id != 0
+	addresses := map[string]bool{} // that were asked
+	raftIDs := map[uint64]bool{}   // of the nodes that answered
+	next := calls.endpoints
+	for len(next) > 0 {
+		endpoints := calls.ask(ctx, next)
+		closeAll(endpoints)
+		for _, e := range endpoints {
+			addresses[e.address] = true
+			id := e.metrics.GetRaftId()
+			if raftIDs[id] {
+				continue
+			}
+			found = append(found, e)
+			if id != 0 {
+				raftIDs[id] = true
 			}
 		}
 		others := map[string]bool{}
 		for _, e := range found {
 			for _, m := range e.metrics.GetMembers() {
-				if at := m.Node.GetAddress(); !asked[at] && !lives[m.RaftId] {
-					others[at] = true
+				address := m.Node.GetAddress()
+				if !addresses[address] && !raftIDs[m.RaftId] {
+					others[address] = true
 				}
 			}
 		}
@@ -93,68 +113,111 @@ func (c *client) askAll(ctx context.Context) []*endpoint {
 	return found
 }
 
-// add adds the rows for an address: of the node that answers there, and of members
-// that should.
-func (s *survey) add(e *endpoint, listed []listedMember) {
-	if e.err != nil {
-		if len(listed) == 0 {
-			listed = []listedMember{{}} // nobody knows who should answer
-		}
-		for _, l := range listed {
-			s.rows = append(s.rows, &memberRow{
-				NodeID: l.id, Address: e.address, Error: readable(e.err).Error(), ClusterID: l.cluster,
-			})
-		}
-		return
+// addUnreachable adds the rows for an address at which nobody answers: one for each
+// member that is listed there.
+func (s *survey) addUnreachable(e *endpoint, listed []listedMember) {
+	if len(listed) == 0 {
+		listed = []listedMember{{}} // Nobody knows which node should be there.
 	}
+	for _, l := range listed {
+		s.addMissing(l, e.address, e.err)
+	}
+}
+
+// addMissing adds the row of a member that does not answer at its address.
+func (s *survey) addMissing(l listedMember, address string, failure error) {
+	s.rows = append(s.rows, &memberRow{
+		NodeID:    l.id,
+		Address:   address,
+		Error:     readable(failure).Error(),
+		ClusterID: l.cluster,
+		failure:   failure,
+	})
+}
+
+// addReachable adds the rows for an address at which a node answers: of that node,
+// and of other members that are listed there.
+func (s *survey) addReachable(e *endpoint, listed []listedMember) {
 	m := e.metrics
 	row := &memberRow{
-		NodeID: m.GetNode().GetId(), Address: e.address, Reachable: true, ClusterID: m.ClusterId,
-		Metrics: protoJSON{m}, metrics: m,
-	}
-	says := fmt.Sprintf("node %d answers there", row.NodeID)
-	if m.ClusterId != 0 {
-		says = fmt.Sprintf("node %d of cluster %016x answers there", row.NodeID, m.ClusterId)
+		NodeID:    m.GetNode().GetId(),
+		Address:   e.address,
+		Reachable: true,
+		ClusterID: m.ClusterId,
+		Metrics:   protoJSON{m},
+		metrics:   m,
 	}
 	for _, l := range listed {
 		if row.ClusterID == 0 && l.id == row.NodeID {
-			row.ClusterID = l.cluster // it has come back, and is not taken back yet
+			row.ClusterID = l.cluster // The node has restarted, and its cluster has not taken it back yet.
 		}
+	}
+	anotherNode := fmt.Errorf("node %d answers there", row.NodeID)
+	if m.ClusterId != 0 {
+		anotherNode = fmt.Errorf("node %d of cluster %016x answers there", row.NodeID, m.ClusterId)
 	}
 	for _, l := range listed {
 		if l != (listedMember{row.ClusterID, row.NodeID}) {
-			s.rows = append(s.rows, &memberRow{NodeID: l.id, Address: e.address, Error: says, ClusterID: l.cluster})
+			s.addMissing(l, e.address, anotherNode)
 		}
 	}
-	if row.ClusterID != 0 || len(listed) == 0 { // or else it is nobody's, in the place of a member
+	standsForOthers := row.ClusterID == 0 && len(listed) > 0 // Their rows name the node.
+	if !standsForOthers {
 		s.rows = append(s.rows, row)
 	}
 }
 
 // compare orders rows: by cluster if there are several, then by node.
 func (s *survey) compare(a, b *memberRow) int {
-	if order := cmp.Compare(a.ClusterID-1, b.ClusterID-1); len(s.best) > 1 && order != 0 { // 0 comes last
-		return order
+	byCluster := compareKnown(a.ClusterID, b.ClusterID)
+	if len(s.views) > 1 && byCluster != 0 {
+		return byCluster
 	}
-	return cmp.Or(cmp.Compare(a.NodeID-1, b.NodeID-1), strings.Compare(a.Address, b.Address))
+	return cmp.Or(compareKnown(a.NodeID, b.NodeID), strings.Compare(a.Address, b.Address))
 }
 
-// better is which of two answers of one cluster knows more. The numbers of the
-// roles end with the leader's.
-func better(a, b *kvpb.MetricsResponse) *kvpb.MetricsResponse {
-	newer := cmp.Or(cmp.Compare(a.GetRole(), b.GetRole()), cmp.Compare(a.GetTerm(), b.GetTerm()))
-	return oneOf(newer < 0, b, a)
+// compareKnown orders ids; 0, which is not known, comes last.
+func compareKnown(a, b uint64) int { return cmp.Compare(a-1, b-1) }
+
+// newerView is that of two members of a cluster which knows more of it. The numbers
+// of the roles end with the leader's.
+func newerView(a, b *kvpb.MetricsResponse) *kvpb.MetricsResponse {
+	order := cmp.Or(cmp.Compare(a.GetRole(), b.GetRole()), cmp.Compare(a.GetTerm(), b.GetTerm()))
+	if order < 0 {
+		return b
+	}
+	return a
 }
 
+// findMember is the member of this id, as a node lists it; nil: the node lists none.
 func findMember(m *kvpb.MetricsResponse, id uint64) *kvpb.MemberStatus {
-	if i := slices.IndexFunc(m.GetMembers(), func(s *kvpb.MemberStatus) bool { return s.Node.GetId() == id }); i >= 0 {
-		return m.Members[i]
+	for _, member := range m.GetMembers() {
+		if member.Node.GetId() == id {
+			return member
+		}
 	}
 	return nil
 }
 
 func (c *client) status(ctx context.Context) error {
-	s := c.survey(ctx)
+	s := takeSurvey(ctx, c.calls)
+	if err := c.print(map[string]any{"members": s.rows}, s.table()); err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(s.rows, func(r *memberRow) bool { return r.Reachable }) {
+		return s.noAnswer()
+	}
+	if len(s.views) == 0 {
+		c.warn("no node that was asked is in a cluster; --endpoints asks others")
+	}
+	return oneCluster(s.members())
+}
+
+// blanksAtEnd are those of a line, which tabwriter leaves there.
+var blanksAtEnd = regexp.MustCompile(" +\n")
+
+// table is the survey as people read it.
+func (s *survey) table() string {
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tVERSION\tKEYS\tDISK\tCLUSTER\tREASON")
@@ -165,30 +228,65 @@ func (c *client) status(ctx context.Context) error {
 	for _, m := range s.laggards() {
 		fmt.Fprintf(&table, "node %d is %s\n", m.Node.GetId(), m.Lagging)
 	}
-	err := c.print(map[string]any{"members": s.rows}, regexp.MustCompile(" +\n").ReplaceAllString(table.String(), "\n"))
-	if err != nil {
-		return err
+	return blanksAtEnd.ReplaceAllString(table.String(), "\n")
+}
+
+// unknownCell stands in the table for what is not known.
+const unknownCell = "-"
+
+// cells are a row of the table.
+func (s *survey) cells(r *memberRow) []string {
+	voter := yesOrNo(findMember(s.views[r.ClusterID], r.NodeID).GetVoter())
+	if !r.Reachable && r.NodeID == 0 {
+		voter = unknownCell
 	}
-	if !slices.ContainsFunc(s.rows, func(r *memberRow) bool { return r.Reachable }) {
-		return s.noAnswer()
+	cluster := unknownCell
+	if r.ClusterID != 0 {
+		cluster = fmt.Sprintf("%016x", r.ClusterID)
 	}
-	if len(s.best) == 0 {
-		c.warn("no node that was asked is in a cluster; --endpoints asks others")
+	cells := []string{numberCell(r.NodeID), r.Address}
+	if !r.Reachable {
+		cells = append(cells, "unreachable", voter)
+		cells = append(cells, slices.Repeat([]string{unknownCell}, 7)...) // from ROLE to DISK
+		return append(cells, cluster, r.Error)
 	}
-	var members []clusterMember
-	for _, r := range s.rows {
-		if cluster := r.metrics.GetClusterId(); cluster != 0 {
-			members = append(members, clusterMember{cluster, r.NodeID, r.Address})
+	m := r.metrics
+	health := "unhealthy"
+	if m.Healthy {
+		health = "ok"
+	}
+	role := strings.ToLower(strings.TrimPrefix(m.Role.String(), "ROLE_"))
+	cells = append(cells, health, voter, role, numberCell(m.Leader.GetId()), numberCell(m.Term))
+	for _, n := range []uint64{m.AppliedIndex, m.Version, m.Keys} {
+		if m.ClusterId == 0 {
+			cells = append(cells, unknownCell)
+		} else {
+			cells = append(cells, strconv.FormatUint(n, 10))
 		}
 	}
-	return oneCluster(members)
+	return append(cells, yesOrNo(m.Durable), cluster, m.UnhealthyReason)
+}
+
+// numberCell is a number in the table; 0 is not known.
+func numberCell(n uint64) string {
+	if n == 0 {
+		return unknownCell
+	}
+	return strconv.FormatUint(n, 10)
+}
+
+func yesOrNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
 }
 
 // laggards are the members that their cluster's leader says are too slow to catch up.
 func (s *survey) laggards() []*kvpb.MemberStatus {
 	var slow []*kvpb.MemberStatus
-	for _, id := range slices.Sorted(maps.Keys(s.best)) {
-		for _, m := range s.best[id].GetMembers() {
+	for _, id := range slices.Sorted(maps.Keys(s.views)) {
+		for _, m := range s.views[id].GetMembers() {
 			if m.Lagging != "" {
 				slow = append(slow, m)
 			}
@@ -197,53 +295,38 @@ func (s *survey) laggards() []*kvpb.MemberStatus {
 	return slow
 }
 
-// cells are a row of the table.
-func (s *survey) cells(r *memberRow) []string {
-	const unknown = "-"
-	known := func(n uint64) string { return oneOf(n == 0, unknown, strconv.FormatUint(n, 10)) }
-	voter := oneOf(findMember(s.best[r.ClusterID], r.NodeID).GetVoter(), "yes", "no")
-	if !r.Reachable && r.NodeID == 0 {
-		voter = unknown
-	}
-	cluster := oneOf(r.ClusterID == 0, unknown, fmt.Sprintf("%016x", r.ClusterID))
-	start := []string{known(r.NodeID), r.Address}
-	if !r.Reachable {
-		return slices.Concat(start, []string{"unreachable", voter},
-			slices.Repeat([]string{unknown}, 7), []string{cluster, r.Error})
-	}
-	m := r.metrics
-	store := slices.Repeat([]string{unknown}, 3)
-	if m.ClusterId != 0 {
-		store = nil
-		for _, n := range []uint64{m.AppliedIndex, m.Version, m.Keys} {
-			store = append(store, strconv.FormatUint(n, 10))
-		}
-	}
-	role := strings.ToLower(strings.TrimPrefix(m.Role.String(), "ROLE_"))
-	return slices.Concat(start,
-		[]string{oneOf(m.Healthy, "ok", "unhealthy"), voter, role, known(m.Leader.GetId()), known(m.Term)},
-		store, []string{oneOf(m.Durable, "yes", "no"), cluster, m.UnhealthyReason})
-}
-
 // noAnswer is the error if no node has answered.
 func (s *survey) noAnswer() error {
-	var answers []reply
+	var replies []reply
 	for _, r := range s.rows {
-		answers = append(answers, reply{Endpoint: r.Address, Error: r.Error})
+		replies = append(replies, replyOf(r.Address, r.failure))
 	}
-	e := callError(answers, false, false)
-	return e.say("no node answered: " + e.Text)
+	e := callError(replies)
+	return e.withText("no node answered: " + e.Text)
+}
+
+// members are the nodes that say that they are in a cluster.
+func (s *survey) members() []clusterMember {
+	var members []clusterMember
+	for _, r := range s.rows {
+		cluster := r.metrics.GetClusterId()
+		if cluster != 0 {
+			members = append(members, clusterMember{cluster, r.NodeID, r.Address})
+		}
+	}
+	return members
 }
 
 // clusterMember is a node that has said that it is in a cluster.
 type clusterMember struct {
-	cluster, id uint64
-	address     string
+	cluster uint64
+	id      uint64
+	address string
 }
 
 // oneCluster returns an error if nodes are in several clusters.
 func oneCluster(members []clusterMember) error {
-	nodes := map[uint64][]string{}
+	nodes := map[uint64][]string{} // by cluster
 	for _, m := range members {
 		nodes[m.cluster] = append(nodes[m.cluster], fmt.Sprintf("%d=%s", m.id, m.address))
 	}
