@@ -23,14 +23,20 @@ func splitListenAddress(address string) (host string, port uint16, err error) {
 	if err != nil {
 		return "", 0, fmt.Errorf("address %q: want a port from 0 to 65535, not %q", address, number)
 	}
-	strange := func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) || r == utf8.RuneError }
-	if strings.ContainsFunc(host, strange) {
+	if strings.ContainsFunc(host, isStrange) {
 		return "", 0, fmt.Errorf("address %q: there is a blank, or what cannot be printed, in the host", address)
 	}
 	if len(address) > maxAddressBytes {
 		return "", 0, fmt.Errorf("address: it has %d bytes, the limit is %d", len(address), maxAddressBytes)
 	}
 	return host, uint16(n), nil
+}
+
+// isStrange reports whether a rune is a blank, or cannot be printed. What is no UTF-8
+// reads as RuneError.
+func isStrange(r rune) bool {
+	isPrinted := unicode.IsPrint(r) && !unicode.IsSpace(r)
+	return !isPrinted || r == utf8.RuneError
 }
 
 // splitAddress takes the address of a node apart, which has to name a host.
@@ -42,8 +48,8 @@ func splitAddress(address string) (host string, port uint16, err error) {
 	return host, port, err
 }
 
-// isEverywhere reports whether a host is all that a machine has: there, no other
-// machine finds it.
+// isEverywhere reports whether a host stands for all addresses of a machine. One can
+// listen there, but no other machine finds the node by it.
 func isEverywhere(host string) bool {
 	ip, _ := netip.ParseAddr(host)
 	return host == "" || ip.Unmap().WithZone("").IsUnspecified()

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -66,8 +67,9 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --log-level warn"},
 		{args: "--addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_ID=x", want: `invalid value "x" of RAFT_KEY_VALUE_ID: want a whole number`},
 		{args: "--id 1 --addr 127.0.0.1:1 --data-dir=", want: "--data-dir is empty"},
-		{args: "--id 1 --addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_DATA_DIR=", want: "--data-dir is empty"},
+		{args: "--id 1 --addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_DATA_DIR=", want: "RAFT_KEY_VALUE_DATA_DIR is empty"},
 		{args: "--id 1 --addr 127.0.0.1:1 --data-dir d", env: "RAFT_KEY_VALUE_DATA_DIR="},
+		{args: "--id 1 --addr 127.0.0.1:1 --insecure=maybe", want: "-insecure: want true or false"},
 		{args: "--id 1 --addr 127.0.0.1:1 --log-bytes 64MiB", want: "flag -log-bytes: want a whole number"},
 		{args: "--id 1 --addr 127.0.0.1:1 nosuch", want: "unknown sub-command \"nosuch\""},
 		{args: "--id 1 --addr 127.0.0.1:65535"},
@@ -89,6 +91,35 @@ func TestOptions(t *testing.T) {
 		wantText(t, c.args, out.String(), "")
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%q, %q: %v, want %q", c.args, c.env, err, c.want)
+		}
+	}
+}
+
+// TestErrorsNameWhatSetTheValue: the environment variable, or the flag in its place.
+func TestErrorsNameWhatSetTheValue(t *testing.T) {
+	for flag, wrong := range map[string]string{
+		"id": "0", "addr": "nonsense", "advertise": "127.0.0.1:0", "heartbeat": "1ms", "election-timeout": "1ms",
+		"data-dir": "", "log-bytes": "5",
+	} {
+		right := map[string]string{"id": "1", "addr": "127.0.0.1:1"}
+		right[flag] = wrong
+		env := func(name string) (string, bool) {
+			for f, value := range right {
+				if variableOf(f) == name {
+					return value, true
+				}
+			}
+			return "", false
+		}
+		_, err := parseOptions(nil, io.Discard, env)
+		wantPart(t, fmt.Sprint(err), variableOf(flag))
+		if strings.Contains(fmt.Sprint(err), "--"+flag) {
+			t.Errorf("it was no flag: %v", err)
+		}
+		_, err = parseOptions([]string{"--" + flag + "=" + wrong}, io.Discard, env)
+		wantPart(t, fmt.Sprint(err), "--"+flag)
+		if strings.Contains(fmt.Sprint(err), variableOf(flag)) {
+			t.Errorf("it was no variable: %v", err)
 		}
 	}
 }

@@ -32,7 +32,9 @@ type options struct {
 	logBytes  uint64 // of entries, before old ones are dropped
 	insecure  bool   // beyond loopback without TLS
 	logLevel  slog.Level
-	version   bool // it is to be printed, and nothing else
+	version   bool // the version is to be printed, and no node to be run
+
+	variables map[string]string // by flag: the environment variable that has set it
 
 	files    uint64                                          // in place of RLIMIT_NOFILE, for tests
 	listener net.Listener                                    // in place of addr, for tests
@@ -41,6 +43,15 @@ type options struct {
 	onApply  func(*raftpb.Entry)                             // called by the loop, for tests
 	limits   raftLimits                                      // of a node that has been made
 }
+
+const (
+	minHeartbeat = 10 * time.Millisecond
+	maxHeartbeat = leaderWait
+	minElection  = 3 // heartbeats
+	maxElection  = time.Hour
+	minLogBytes  = 1 << 20
+	maxLogBytes  = 1 << 40
+)
 
 func defaultOptions() options {
 	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20}
@@ -71,69 +82,106 @@ func unknownVariables(environ []string) []string {
 	return unknown
 }
 
-// nodeFlags are the flags of a node that have environment variables, too. They
-// set o.
+// nodeFlags are the flags of a node that have environment variables, too. They set o.
 func nodeFlags(o *options) *flag.FlagSet {
 	fs := flag.NewFlagSet("raft-key-value", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	numberVar(fs, &o.id, "id", "the node's `number` in its cluster, not 0")
 	fs.StringVar(&o.addr, "addr", "", "`host:port` to listen on; port 0 picks one")
-	fs.StringVar(&o.advertise, "advertise", "", "`host:port` at which others reach this node (default: the address listened on)")
+	fs.StringVar(&o.advertise, "advertise", "",
+		"`host:port` at which others reach this node (default: the address listened on)")
 	durationVar(fs, &o.heartbeat, "heartbeat", "time between a leader's heartbeats")
 	durationVar(fs, &o.election, "election-timeout", "least time without a leader before an election")
-	fs.Func("data-dir", "`directory` that keeps all that the node has promised (default: it is in memory only)", func(s string) error {
-		o.dataDir, o.durable = s, true
+	setDataDir := func(s string) error {
+		o.dataDir = s
+		o.durable = true
 		return nil
-	})
-	numberVar(fs, &o.logBytes, "log-bytes", fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
-	fs.BoolVar(&o.insecure, "insecure", false, "allow addresses beyond loopback although there is no TLS yet")
-	fs.Func("log-level", "debug, info, warn or error (default INFO)", func(s string) error {
+	}
+	fs.Func("data-dir", "`directory` that keeps all that the node has promised (default: it is in memory only)", setDataDir)
+	numberVar(fs, &o.logBytes, "log-bytes",
+		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
+	boolVar(fs, &o.insecure, "insecure", "allow addresses beyond loopback although there is no TLS yet")
+	setLogLevel := func(s string) error {
 		if o.logLevel.UnmarshalText([]byte(s)) != nil {
 			return errors.New("want debug, info, warn or error")
 		}
 		return nil
-	})
+	}
+	fs.Func("log-level", "debug, info, warn or error (default INFO)", setLogLevel)
 	return fs
 }
 
-// parseOptions reads a node's settings from flags and the environment.
+// parseOptions reads a node's settings from the environment, and from flags, which go
+// before it. It prints the help, if that is asked for, and returns flag.ErrHelp.
 func parseOptions(args []string, stdout io.Writer, env func(string) (string, bool)) (options, error) {
 	o := defaultOptions()
 	fs := nodeFlags(&o)
-	var err error
-	fs.VisitAll(func(f *flag.Flag) {
-		name := variableOf(f.Name)
-		if v, ok := env(name); ok && err == nil {
-			if err = fs.Set(f.Name, v); err != nil {
-				err = fmt.Errorf("invalid value %q of %s: %w", v, name, err)
-			}
-		}
-	})
-	fs.BoolVar(&o.version, "version", false, "print the version and end")
-	if parsed := fs.Parse(args); err == nil || errors.Is(parsed, flag.ErrHelp) { // flags go before the environment
-		err = parsed
-	}
+	boolVar(fs, &o.version, "version", "print the version and end")
+	environmentErr := o.takeEnvironment(env)
+	err := fs.Parse(args)
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stdout, usage+"\nFlags of a node; each but --version has an environment variable, such as\n"+
 			"RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:\n", commandList())
 		fs.SetOutput(stdout)
 		fs.PrintDefaults()
-	}
-	if arg := fs.Arg(0); err == nil && fs.NArg() > 0 {
-		err = fmt.Errorf("%s %q", oneOf(isCommand(arg), "before all flags goes the sub-command", "unknown sub-command"), arg)
-	}
-	if o.version {
 		return o, err
 	}
-	return o, ifNot(err, o.check)
+	if environmentErr != nil {
+		return o, environmentErr
+	}
+	if err != nil {
+		return o, err
+	}
+	if isCommand(fs.Arg(0)) {
+		return o, fmt.Errorf("before all flags goes the sub-command %q", fs.Arg(0))
+	}
+	if fs.NArg() > 0 {
+		return o, fmt.Errorf("unknown sub-command %q", fs.Arg(0))
+	}
+	if o.version {
+		return o, nil
+	}
+	fs.Visit(func(f *flag.Flag) { delete(o.variables, f.Name) })
+	return o, o.check()
+}
+
+// takeEnvironment sets what environment variables set.
+func (o *options) takeEnvironment(env func(string) (string, bool)) error {
+	o.variables = map[string]string{}
+	fs := nodeFlags(o)
+	var first error
+	fs.VisitAll(func(f *flag.Flag) {
+		name := variableOf(f.Name)
+		value, isSet := env(name)
+		if !isSet {
+			return
+		}
+		o.variables[f.Name] = name
+		err := fs.Set(f.Name, value)
+		if err != nil && first == nil {
+			first = fmt.Errorf("invalid value %q of %s: %w", value, name, err)
+		}
+	})
+	return first
+}
+
+// nameOf is what a user knows a setting by: its flag, or the environment variable
+// that has set it.
+func (o *options) nameOf(flag string) string {
+	if name, ok := o.variables[flag]; ok {
+		return name
+	}
+	return "--" + flag
 }
 
 // durationVar is fs.DurationVar, but its error says what is wanted: a unit, too.
 func durationVar(fs *flag.FlagSet, d *time.Duration, name, usage string) {
-	fs.Func(name, fmt.Sprintf("%s (default %v)", usage, *d), func(s string) (err error) {
-		if *d, err = time.ParseDuration(s); err != nil {
+	fs.Func(name, fmt.Sprintf("%s (default %v)", usage, *d), func(s string) error {
+		value, err := time.ParseDuration(s)
+		if err != nil {
 			return errors.New("want a number and its unit, such as 500ms or 2m")
 		}
+		*d = value
 		return nil
 	})
 }
@@ -152,41 +200,70 @@ func boolVar(fs *flag.FlagSet, b *bool, name, usage string) {
 
 // numberVar is fs.Uint64Var, but its error says what is wanted.
 func numberVar(fs *flag.FlagSet, n *uint64, name, usage string) {
-	fs.Func(name, usage, func(s string) (err error) {
-		if *n, err = strconv.ParseUint(s, 10, 64); err != nil {
+	fs.Func(name, usage, func(s string) error {
+		value, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
 			return errors.New("want a whole number, 0 or more")
 		}
+		*n = value
 		return nil
 	})
 }
 
 func (o *options) check() error {
-	switch {
-	case o.id == 0:
-		return errors.New("--id is needed, and not 0")
-	case o.addr == "":
-		return errors.New("--addr is needed: host:port to listen on")
-	case o.durable && o.dataDir == "": // perhaps of a variable that was not set
-		return errors.New("--data-dir is empty: name a directory, or leave it out")
-	case o.heartbeat < 10*time.Millisecond || o.heartbeat > leaderWait:
-		return fmt.Errorf("--heartbeat %v is not between 10ms and %v", o.heartbeat, leaderWait)
-	case o.election < 3*o.heartbeat || o.election > time.Hour:
-		return fmt.Errorf("--election-timeout %v is not between 3 heartbeats (%v) and 1h", o.election, 3*o.heartbeat)
-	case o.logBytes < 1<<20 || o.logBytes > 1<<40:
-		return fmt.Errorf("--log-bytes %d is not between 1 MiB and 1 TiB", o.logBytes)
+	if o.id == 0 {
+		return fmt.Errorf("%s is needed, and not 0", o.nameOf("id"))
 	}
-	for _, a := range []struct{ flag, address string }{{"addr", o.addr}, {"advertise", cmp.Or(o.advertise, o.addr)}} {
-		host, port, err := splitListenAddress(a.address)
-		ip, _ := netip.ParseAddr(host)
-		switch {
-		case err != nil:
-			return fmt.Errorf("--%s: %w", a.flag, err)
-		case a.flag == "advertise" && (isEverywhere(host) || o.advertise != "" && port == 0):
-			return fmt.Errorf("--advertise has to say where the others find this node, %q does not", a.address)
-		case host != "localhost" && !ip.Unmap().IsLoopback() && !o.insecure:
-			return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; "+
-				"--insecure allows that", a.address)
-		}
+	if o.addr == "" {
+		return fmt.Errorf("%s is needed: host:port to listen on", o.nameOf("addr"))
+	}
+	if o.durable && o.dataDir == "" { // A variable in the command line may not have been set.
+		return fmt.Errorf("%s is empty: name a directory, or leave it out", o.nameOf("data-dir"))
+	}
+	if o.heartbeat < minHeartbeat || o.heartbeat > maxHeartbeat {
+		return fmt.Errorf("%s %v is not between %v and %v", o.nameOf("heartbeat"), o.heartbeat, minHeartbeat, maxHeartbeat)
+	}
+	leastElection := minElection * o.heartbeat
+	if o.election < leastElection || o.election > maxElection {
+		return fmt.Errorf("%s %v is not between %d heartbeats (%v) and %v",
+			o.nameOf("election-timeout"), o.election, minElection, leastElection, maxElection)
+	}
+	if o.logBytes < minLogBytes || o.logBytes > maxLogBytes {
+		return fmt.Errorf("%s %d is not between 1 MiB and 1 TiB", o.nameOf("log-bytes"), o.logBytes)
+	}
+	if err := o.checkReach("addr", o.addr); err != nil {
+		return err
+	}
+	return o.checkAdvertised()
+}
+
+// checkReach checks an address, and that only this machine reaches it, or that
+// anybody may.
+func (o *options) checkReach(flag, address string) error {
+	host, _, err := splitListenAddress(address)
+	if err != nil {
+		return fmt.Errorf("%s: %w", o.nameOf(flag), err)
+	}
+	ip, _ := netip.ParseAddr(host)
+	isLoopback := host == "localhost" || ip.Unmap().IsLoopback()
+	if !isLoopback && !o.insecure {
+		return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; "+
+			"--insecure allows that", address)
 	}
 	return nil
+}
+
+// checkAdvertised checks the address at which others are to reach the node: a host of
+// its own, and a port. Only if it is the one that is listened on, its port may be 0.
+func (o *options) checkAdvertised() error {
+	address := cmp.Or(o.advertise, o.addr)
+	host, port, err := splitListenAddress(address)
+	if err != nil {
+		return fmt.Errorf("%s: %w", o.nameOf("advertise"), err)
+	}
+	hasNoPort := o.advertise != "" && port == 0
+	if isEverywhere(host) || hasNoPort {
+		return fmt.Errorf("%s has to say where the others find this node, %q does not", o.nameOf("advertise"), address)
+	}
+	return o.checkReach("advertise", address)
 }
