@@ -48,15 +48,23 @@ import (
 	"syscall"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"raft-key-value/kvpb"
 )
 
 //go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate
 
-// stopTimeout bounds the wait for calls to end, flushTimeout for their answers
-// to be written: together less than the 10 s after which Docker kills, and systemd
-// and Kubernetes wait longer.
-const stopTimeout, flushTimeout = 8 * time.Second, time.Second
+// Together they are less than the 10 s after which Docker kills a process that was
+// told to stop; systemd and Kubernetes wait longer.
+const (
+	stopTimeout  = 8 * time.Second // for calls to end
+	flushTimeout = time.Second     // for their answers to be written
+)
+
+// exitFailed is the exit status of a node that could not start, or could not go on.
+// A node's others are exitYes, once it was told to stop, and exitUsage.
+const exitFailed = 1
 
 // ballast is never touched: it costs address space, not memory. It has the
 // collector wait for as much garbage however small the store is, and takes
@@ -84,99 +92,148 @@ func execute(ctx context.Context, args []string) int {
 	}
 	o, err := parseOptions(args, os.Stdout, os.LookupEnv)
 	if errors.Is(err, flag.ErrHelp) {
-		return 0
+		return exitYes
 	}
 	if err != nil {
 		for _, name := range unknownVariables(os.Environ()) {
 			fmt.Fprintln(os.Stderr, "raft-key-value: warning: no flag has the environment variable "+name)
 		}
 		fmt.Fprintf(os.Stderr, "raft-key-value: %v; see raft-key-value --help\n", err)
-		return 2
+		return exitUsage
 	}
 	if o.version {
 		return runClient(ctx, []string{"version"}, os.Stdin, os.Stdout, os.Stderr)
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: o.logLevel})).With("node", o.id)
+	logger := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: o.logLevel})).With("node", o.id)
 	for _, name := range unknownVariables(os.Environ()) {
-		log.Warn("no flag has this environment variable", "name", name)
+		logger.Warn("no flag has this environment variable", "name", name)
 	}
-	if err := run(ctx, o, log, func(*server) {}); err != nil {
-		log.Error("stopped", "err", err)
-		return 1
+	if err := run(ctx, o, logger, func(*server) {}); err != nil {
+		logger.Error("stopped", "err", err)
+		return exitFailed
 	}
-	log.Info("stopped")
-	return 0
+	logger.Info("stopped")
+	return exitYes
 }
 
-// run runs a node until ctx ends or the node cannot go on. It calls ready once
-// the node answers calls.
-func run(ctx context.Context, o options, log *slog.Logger, ready func(*server)) error {
+// run runs a node until ctx ends or the node cannot go on. It calls ready once the
+// node answers calls.
+func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server)) error {
 	room, err := placesOf(cmp.Or(o.files, openFiles()))
 	if err != nil {
 		return err
 	}
-	listener := o.listener
-	if listener == nil {
-		if listener, err = net.Listen("tcp", o.addr); err != nil {
-			return err
-		}
+	listener, err := o.listen()
+	if err != nil {
+		return err
 	}
-	host, _, _ := net.SplitHostPort(o.addr)
-	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	self := &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, net.JoinHostPort(host, port))}
-	n := newNode(o, self, log)
-	nw := newNetwork(n, log, o.dialer)
+	self := o.self(listener)
+	n := newNode(o, self, logger)
+	nw := newNetwork(n, logger, o.dialer)
 	nw.setLimits(&o, room.peers)
 	n.net = nw
 	s := newServer(n, nw)
 	if o.durable {
-		d, err := openDisk(osFS{}, o.dataDir, o.logBytes, log)
-		if err == nil {
-			defer d.close()
-			err = n.open(d)
-		}
+		d, err := startDisk(n, &o, logger)
 		if err != nil {
 			_ = listener.Close()
 			nw.close()
 			return err
 		}
-		d.start(d.run)
+		defer d.close()
 	}
 
-	loop, endLoop := context.WithCancel(context.Background())
+	loopContext, endLoop := context.WithCancel(context.Background())
 	defer endLoop()
-	loopErr, serveErr := make(chan error, 1), make(chan error, 1)
-	go func() { loopErr <- n.run(loop) }()
-	go func() { serveErr <- s.grpc.Serve(newLimiter(listener, room, log)) }()
-	log.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", "addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,
+	loop := inBackground(func() error { return n.run(loopContext) })
+	serving := inBackground(func() error { return s.grpc.Serve(newLimiter(listener, room, logger)) })
+	// It is logged whatever the level: scripts wait for it.
+	logger.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready",
+		"addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,
 		"connections", room.clients, "peers", room.peers, "files", room.files)
 	if n.status.latest.Load().clusterID == 0 {
-		log.Info(errNotInitialized.Error())
+		logger.Info(errNotInitialized.Error())
 	}
 	ready(s)
 
+	var serveErr error
 	select {
-	case err = <-loopErr:
-		loopErr <- nil
-	case err = <-serveErr:
-		serveErr <- nil
+	case <-loop.ended:
+	case <-serving.ended:
+		serveErr = serving.err
 	case <-ctx.Done():
-		log.Info("stopping")
+		logger.Info("stopping")
 		stop, cancel := context.WithTimeout(context.Background(), stopTimeout)
 		s.stop(stop)
 		cancel()
 	}
-	// Calls have ended, or never will: what is left are streams.
+
+	// Calls have ended, or never will. What is left are streams of peers, and answers
+	// that are not written yet.
 	endLoop()
-	err = errors.Join(err, <-loopErr)
+	<-loop.ended
 	nw.close()
-	written := make(chan struct{}) // the answers to the last calls
-	go func() { s.grpc.GracefulStop(); close(written) }()
-	select {
-	case <-written:
-	case <-time.After(flushTimeout):
-		s.grpc.Stop() // which does not wait for whoever is stuck, as the other goes on to do
+	stopServing(s.grpc)
+	<-serving.ended
+	return errors.Join(serveErr, loop.err)
+}
+
+// listen listens where the node is to be reached.
+func (o *options) listen() (net.Listener, error) {
+	if o.listener != nil {
+		return o.listener, nil
 	}
-	<-serveErr
-	return err
+	return net.Listen("tcp", o.addr)
+}
+
+// self is the node as the others know it: by the host as it was given, not by what
+// that means on this machine, and by the port that is listened on.
+func (o *options) self(listener net.Listener) *kvpb.Node {
+	host, _, _ := net.SplitHostPort(o.addr)
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	return &kvpb.Node{Id: o.id, Address: cmp.Or(o.advertise, net.JoinHostPort(host, port))}
+}
+
+// startDisk opens the node's data directory, has the node take over what is there, and
+// starts what writes. Whoever calls it closes the disk.
+func startDisk(n *node, o *options, logger *slog.Logger) (*disk, error) {
+	d, err := openDisk(osFS{}, o.dataDir, o.logBytes, logger)
+	if err != nil {
+		return nil, err
+	}
+	if err := n.open(d); err != nil {
+		d.close()
+		return nil, err
+	}
+	d.start(d.run)
+	return d, nil
+}
+
+// background is a function that runs in a goroutine of its own.
+type background struct {
+	ended chan struct{} // closed once the function has returned
+	err   error         // what it has returned
+}
+
+func inBackground(f func() error) *background {
+	b := &background{ended: make(chan struct{})}
+	go func() {
+		defer close(b.ended)
+		b.err = f()
+	}()
+	return b
+}
+
+// stopServing lets the server write the answers to the last calls, but does not wait
+// longer than flushTimeout for clients that do not take them.
+func stopServing(server *grpc.Server) {
+	written := inBackground(func() error {
+		server.GracefulStop()
+		return nil
+	})
+	select {
+	case <-written.ended:
+	case <-time.After(flushTimeout):
+		server.Stop()
+	}
 }
