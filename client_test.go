@@ -511,6 +511,54 @@ func TestClientNoSession(t *testing.T) {
 	}
 }
 
+// TestClientNoSessionAsJSON: neither the error nor what an endpoint said says of a
+// write that was never sent that its outcome is not known.
+func TestClientNoSessionAsJSON(t *testing.T) {
+	t.Parallel()
+	f, other := newFakeNode(t), newFakeNode(t)
+	f.do(func() {
+		f.barred = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errOutcomeUnknown.Error())
+	})
+	other.do(func() { other.barred = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none") })
+	for _, command := range []string{"set k v", "delete k"} {
+		args := append(strings.Fields(command), "-o", "json", "--timeout", "500ms", "--endpoints", f.addr+","+other.addr)
+		_, errs := runCommand(t, exitNotDone, "", args...)
+		var e commandError
+		if err := json.Unmarshal([]byte(errs), &e); err != nil || len(e.Endpoints) != 2 {
+			t.Fatal(err, errs)
+		}
+		unsure := "whether a session was opened is not known (UNAVAILABLE OUTCOME_UNKNOWN)"
+		want := []reply{
+			{f.addr, unsure, "UNAVAILABLE", ""},
+			{other.addr, "none (UNAVAILABLE NO_LEADER)", "UNAVAILABLE", "NO_LEADER"},
+		}
+		if !slices.Equal(e.Endpoints, want) || e.Reason != "NO_LEADER" {
+			t.Errorf("%+v, want the endpoints %+v", e, want)
+		}
+		wantText(t, "error", e.Text, "nothing was written: no session could be opened: "+textOf(want))
+	}
+}
+
+// TestHelpSaysWhichEndpointsAreTheDefault: init calls the first member, all others
+// node 1 of README, and the environment goes before both.
+func TestHelpSaysWhichEndpointsAreTheDefault(t *testing.T) {
+	t.Setenv(endpointVariable, "set:1")
+	for name, cmd := range commands() {
+		want := "(default: environment RAFT_KEY_VALUE_ENDPOINTS, or else 127.0.0.1:21001)"
+		switch {
+		case cmd.offline:
+			continue
+		case name == "init":
+			want = "(default: environment RAFT_KEY_VALUE_ENDPOINTS, or else the address of the first member)"
+		}
+		help, _ := runCommand(t, exitYes, "", "help", name)
+		wantPart(t, help, want)
+		if strings.Contains(help, "set:1") {
+			t.Errorf("it shows the environment as the default: %s", help)
+		}
+	}
+}
+
 // What is known of a write that got no answer.
 func TestClientGivesUp(t *testing.T) {
 	const mayBe = "may or may not have been applied"

@@ -113,6 +113,10 @@ func TestFlagsAreChecked(t *testing.T) {
 		"get --endpoints a:1 --endpoints a:99999 k":                   "want a port",
 		"change-membership " + strings.Repeat("1 ", maxMembers) + "1": "wrong number of arguments: 65",
 		"change-membership --remove-others=maybe 1":                   "invalid boolean value",
+		"change-membership --retain=maybe 1":                          "-retain: want true or false",
+		"set k --if-version --nosuch v":                               "want a version",
+		"get --nosuch k":                                              "not defined: -nosuch",
+		"get k --timeout":                                             "needs an argument",
 		"get k --nosuch=1":                                            "goes behind --",
 		"health --service ":                                           "needs an argument",
 		"status --endpoints a:1 x":                                    "want: none",
@@ -198,6 +202,32 @@ func TestFlagsBeforeTheCommand(t *testing.T) {
 	}
 }
 
+// TestFlagsBeforeTheCommandAreBlamed: the one that may not stand there, not one that
+// may.
+func TestFlagsBeforeTheCommandAreBlamed(t *testing.T) {
+	for line, blamed := range map[string]string{
+		"--endpoints a:1 --local get a":    "-local stands before the sub-command",
+		"-o json --if-version=1 set k v":   "-if-version stands before the sub-command",
+		"--timeout 1s --nosuch --id 1 get": "-nosuch stands before the sub-command",
+	} {
+		found, err := findCommand(strings.Fields(line))
+		if found != nil || err == nil {
+			t.Errorf("%q: %q, %v", line, found, err)
+		}
+		wantPart(t, fmt.Sprint(err), blamed)
+	}
+	for _, line := range []string{"--local get a", "--timeout 1s --id 1", "--endpoints", "-o ---"} {
+		found, err := findCommand(strings.Fields(line)) // A node's line says what is wrong with it.
+		if found != nil || err != nil {
+			t.Errorf("%q: %q, %v", line, found, err)
+		}
+	}
+	found, err := findCommand([]string{"--endpoints", "a:1", "--help"})
+	if err != nil || !slices.Equal(found, []string{"help"}) {
+		t.Errorf("help: %q, %v", found, err)
+	}
+}
+
 // TestExitStatuses of the process: what stands before a sub-command, --version,
 // and variables that nothing reads.
 func TestExitStatuses(t *testing.T) {
@@ -215,6 +245,7 @@ func TestExitStatuses(t *testing.T) {
 		{"--endpoints " + f.addr + " get nosuch", "", exitNo, "", "not found"},
 		{"--endpoints " + closedAddress + " transfer-leader 1", "", exitNotDone, "", "UNAVAILABLE"},
 		{"--endpoints " + f.addr + " nosuch", "", exitUsage, "", "-endpoints"},
+		{"--endpoints " + f.addr + " --local get k", "", exitUsage, "", "-local stands before"},
 		{"get k", endpointVariable + "=" + f.addr, exitYes, "v", ""},
 		{"get k --endpoints " + f.addr, "RAFT_KEY_VALUE_ENDPOINT=x", exitYes, "v", "the environment variable RAFT_KEY_VALUE_ENDPOINT\n"},
 		{"--id 1", "RAFT_KEY_VALUE_ADRESS=x", exitUsage, "", "the environment variable RAFT_KEY_VALUE_ADRESS\n"},
