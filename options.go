@@ -97,7 +97,8 @@ func nodeFlags(o *options) *flag.FlagSet {
 		o.durable = true
 		return nil
 	}
-	fs.Func("data-dir", "`directory` that keeps all that the node has promised (default: it is in memory only)", setDataDir)
+	fs.Func("data-dir",
+		"`directory` that keeps all that the node has promised (default: it is in memory only)", setDataDir)
 	numberVar(fs, &o.logBytes, "log-bytes",
 		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
 	boolVar(fs, &o.insecure, "insecure", "allow addresses beyond loopback although there is no TLS yet")
