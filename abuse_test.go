@@ -134,7 +134,7 @@ type abuse struct {
 	f    func(ctx context.Context, address string, begun func())
 }
 
-const setMethod, getMethod = "/kv.v1.KVService/Set", "/kv.v1.KVService/Get"
+const setMethod, getMethod = "/raftkv.v1.KVService/Set", "/raftkv.v1.KVService/Get"
 
 // neverEnding begins calls, each with some chunks of 16 KiB of its message.
 func neverEnding(calls, length, chunks int) func(context.Context, string, func()) {

@@ -821,7 +821,7 @@ func TestClientHealth(t *testing.T) {
 	t.Parallel()
 	f := newFakeNode(t)
 	set := func(name string, s healthpb.HealthCheckResponse_ServingStatus) { f.health.SetServingStatus(name, s) }
-	set("kv.v1.KVService", healthpb.HealthCheckResponse_NOT_SERVING)
+	set("raftkv.v1.KVService", healthpb.HealthCheckResponse_NOT_SERVING)
 	set("restart", healthpb.HealthCheckResponse_SERVING)
 	f.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 2, Address: "h:2"}, UnhealthyReason: "it is new"})
 	_, errs := runCommand(t, 1, "", "health", "--endpoints", closedAddress+","+f.addr)
@@ -837,7 +837,7 @@ func TestClientHealth(t *testing.T) {
 	set("restart", healthpb.HealthCheckResponse_NOT_SERVING)
 	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--service", "restart")
 	wantPart(t, errs, "a change of membership is half way")
-	time.AfterFunc(500*time.Millisecond, func() { set("kv.v1.KVService", healthpb.HealthCheckResponse_SERVING) })
+	time.AfterFunc(500*time.Millisecond, func() { set("raftkv.v1.KVService", healthpb.HealthCheckResponse_SERVING) })
 	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--wait")
 	wantText(t, "health", out, "SERVING, says "+f.addr+"\n")
 }

@@ -489,7 +489,7 @@ func (c *testCluster) heal() {
 // infoOf returns what the API says of an error; nil if it is another's: gRPC's.
 func infoOf(err error) *errdetails.ErrorInfo {
 	for _, d := range status.Convert(err).Details() {
-		if info, ok := d.(*errdetails.ErrorInfo); ok && info.Domain == "kv.v1" {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.Domain == "raftkv.v1" {
 			return info
 		}
 	}
@@ -1089,7 +1089,7 @@ func TestBadInput(t *testing.T) {
 		badBytes("a get with an unknown field", kvpb.KVService_Get_FullMethodName, "\x0a\x01k\x48\x01", invalid, "INVALID_FIELD"),
 		badBytes("a get with a key that is a number", kvpb.KVService_Get_FullMethodName, "\x08\x01", invalid, "INVALID_FIELD"),
 		badBytes("a message that is far too long", kvpb.KVService_Set_FullMethodName, strings.Repeat("x", 9<<20), codes.ResourceExhausted, ""),
-		badBytes("an unknown method", "/kv.v1.KVService/Steal", "", codes.Unimplemented, ""),
+		badBytes("an unknown method", "/raftkv.v1.KVService/Steal", "", codes.Unimplemented, ""),
 
 		badLearner("learner with id 0", 0, c.nodes[5].address, invalid, "INVALID_FIELD"),
 		badLearner("learner without address", 5, "", invalid, "INVALID_FIELD"),
@@ -1781,9 +1781,9 @@ func TestHealth(t *testing.T) {
 	// all checks that operators reach a node, whatever state it is in.
 	all := func(id uint64, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
 		t.Helper()
-		c.health(id, "kv.v1.KVService", want)
+		c.health(id, "raftkv.v1.KVService", want)
 		c.health(id, "restart", want)
-		for _, name := range []string{"", "kv.v1.ClusterService"} {
+		for _, name := range []string{"", "raftkv.v1.ClusterService"} {
 			if resp, err := grpc_health_v1.NewHealthClient(c.nodes[id].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: name}); err != nil || resp.Status != serving {
 				t.Errorf("node %d says %v of %q: %v", id, resp, name, err)
 			}
@@ -1806,12 +1806,12 @@ func TestHealth(t *testing.T) {
 		all(away, notServing)
 		version := c.set(leader, "k", fmt.Sprint(i))
 		c.heal()
-		c.health(away, "kv.v1.KVService", serving)
+		c.health(away, "raftkv.v1.KVService", serving)
 		c.wants(away, true, "k", fmt.Sprint(i), version)
 
 		version = c.set(leader, "k", fmt.Sprint("again ", i))
 		c.restart(4)
-		c.health(4, "kv.v1.KVService", serving)
+		c.health(4, "raftkv.v1.KVService", serving)
 		c.wants(4, true, "k", fmt.Sprint("again ", i), version)
 	}
 	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}})
@@ -1843,7 +1843,7 @@ func TestReflection(t *testing.T) {
 	for _, service := range resp.GetListServicesResponse().GetService() {
 		names = append(names, service.Name)
 	}
-	for _, want := range []string{"kv.v1.KVService", "kv.v1.ClusterService", "kv.v1.RaftService", "grpc.health.v1.Health"} {
+	for _, want := range []string{"raftkv.v1.KVService", "raftkv.v1.ClusterService", "raftkv.v1.RaftService", "grpc.health.v1.Health"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("reflection lists %q, not %s", names, want)
 		}

@@ -167,7 +167,7 @@ func TestDurableForgotten(t *testing.T) {
 		added(func() { c.kill(id) })
 		c.options = durable
 		c.start(id, address)
-		c.health(id, "kv.v1.KVService", grpc_health_v1.HealthCheckResponse_SERVING)
+		c.health(id, "raftkv.v1.KVService", grpc_health_v1.HealthCheckResponse_SERVING)
 		c.health(id, restartHealth, grpc_health_v1.HealthCheckResponse_SERVING)
 		c.settled(1, 2, 3)
 		if after := c.raftIDs(id); !slices.Equal(before, after) {

@@ -171,7 +171,7 @@ func TestHealthOfNodesInNoCluster(t *testing.T) {
 	wantPart(t, errs, "NOT_SERVING: node 9 at "+fresh.addr+": it is in none")
 	live := newFakeNode(t)
 	live.health.SetServingStatus(kvpb.ClusterService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_NOT_SERVING)
-	out, _ := runCommand(t, exitYes, "", "health", "--service", "kv.v1.ClusterService", "--endpoints", fresh.addr+","+live.addr)
+	out, _ := runCommand(t, exitYes, "", "health", "--service", "raftkv.v1.ClusterService", "--endpoints", fresh.addr+","+live.addr)
 	wantText(t, "health", out, "SERVING, says "+fresh.addr+"\n")
 }
 

@@ -450,7 +450,7 @@ func TestRemovedWhileAway(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		c.health(3, "kv.v1.KVService", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+		c.health(3, "raftkv.v1.KVService", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 		c.works(1, 2)
 		for id := uint64(1); id <= 2; id++ {
 			if after, err := c.metrics(id); err != nil || after.Term != before.Term || !proto.Equal(after.Leader, before.Leader) {
@@ -496,7 +496,7 @@ func TestQuorumLost(t *testing.T) {
 				}
 				return err
 			})
-			c.health(left, "kv.v1.KVService", notServing)
+			c.health(left, "raftkv.v1.KVService", notServing)
 			c.health(left, "restart", notServing)
 			c.wants(left, true, "k", "v", version)
 
@@ -533,7 +533,7 @@ func TestQuorumLost(t *testing.T) {
 			}
 			wg.Wait()
 			c.uninitialized(a, b) // nothing was made up
-			c.health(a, "kv.v1.KVService", notServing)
+			c.health(a, "raftkv.v1.KVService", notServing)
 			c.wants(left, true, "k", "v", version)
 		})
 	}

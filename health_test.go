@@ -182,7 +182,7 @@ func TestRestartNeedsTheOthers(t *testing.T) {
 			want = serving // a learner
 		}
 		c.health(id, restartHealth, want)
-		c.health(id, "kv.v1.KVService", serving)
+		c.health(id, "raftkv.v1.KVService", serving)
 	}
 	c.start(down, address)
 	for id := uint64(1); id <= 4; id++ {

@@ -53,7 +53,7 @@ import (
 	"raft-key-value/kvpb"
 )
 
-//go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate
+//go:generate go run buf.go generate
 
 // Together they are less than the 10 s after which Docker kills a process that was
 // told to stop; systemd and Kubernetes wait longer.

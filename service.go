@@ -69,7 +69,7 @@ const (
 	// retryDelay is when to try again what found a queue full.
 	retryDelay = 100 * time.Millisecond
 
-	errorDomain     = "kv.v1"
+	errorDomain     = "raftkv.v1"
 	leaderMetadata  = "x-raft-leader"
 	forwardMetadata = "x-raft-forwarded"
 	// restartHealth is the health name that says: this node may be restarted.

@@ -453,7 +453,7 @@ func TestClockAway(t *testing.T) {
 						return nil
 					})
 					between(t, "until it was connected", time.Since(start), 0, time.Second)
-					b.health(rest[0], "kv.v1.KVService", grpc_health_v1.HealthCheckResponse_SERVING)
+					b.health(rest[0], "raftkv.v1.KVService", grpc_health_v1.HealthCheckResponse_SERVING)
 					// A heartbeat, and a read that is asked for again if its first try
 					// came before the stream to the leader.
 					between(t, "until it served", time.Since(start), 0, 3500*time.Millisecond)
@@ -532,7 +532,7 @@ func (w *healthWatch) wants(t *testing.T, what string, serving bool, start time.
 func TestClockHealth(t *testing.T) {
 	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		leader, rest := b.leaderAndRest()
-		for _, name := range []string{"kv.v1.KVService", "restart"} {
+		for _, name := range []string{"raftkv.v1.KVService", "restart"} {
 			follower, other, lead := b.watch(rest[0], name), b.watch(rest[1], name), b.watch(leader, name)
 			all := []*healthWatch{follower, other, lead}
 			const tick = 20 * time.Millisecond

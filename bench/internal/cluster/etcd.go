@@ -19,7 +19,6 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 	"google.golang.org/grpc"
 
-	_ "raft-key-value/bench/internal/conflict"
 	"raft-key-value/bench/internal/load"
 )
 

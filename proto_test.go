@@ -1,0 +1,17 @@
+package main
+
+import (
+	"testing"
+
+	"raft-key-value/kvpb"
+)
+
+// TestRegisteredNames checks the names that all protobuf files of a program share: a
+// program that links another kv.proto, such as etcd's client, panics at its start if
+// this one is registered under that name.
+func TestRegisteredNames(t *testing.T) {
+	t.Parallel()
+	file := kvpb.File_raftkv_v1_kv_proto
+	wantText(t, "the file's path", file.Path(), "raftkv/v1/kv.proto")
+	wantText(t, "the file's package", string(file.Package()), "raftkv.v1")
+}
