@@ -13,11 +13,12 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// livenessHealth is the health name of a node that runs, in a cluster or not.
-var livenessHealth = kvpb.ClusterService_ServiceDesc.ServiceName
-
 // healthNames are the names that a node's health has. The first one is the default.
 var healthNames = []string{kvpb.KVService_ServiceDesc.ServiceName, restartHealth, livenessHealth}
+
+// healthUsage explains healthNames, the last of which is empty.
+var healthUsage = healthNames[0] + " (ready for calls), " + healthNames[1] +
+	" (may be restarted), or the empty name, \"\" (alive)"
 
 // health polls if it waits: a stream of Watch would end with a node that restarts.
 func (c *client) health(ctx context.Context) error {
@@ -80,7 +81,7 @@ func (c *client) checkHealth(
 			continue
 		}
 		if resp.Status != healthpb.HealthCheckResponse_SERVING {
-			return e, resp, noError("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(e.metrics))
+			return e, resp, noError("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(e))
 		}
 		return e, resp, nil
 	}
@@ -100,8 +101,13 @@ func membersFirst(endpoints []*endpoint) []*endpoint {
 	return slices.Concat(members, others)
 }
 
-// whyUnhealthy is what a node's metrics say of its health.
-func (c *client) whyUnhealthy(m *kvpb.MetricsResponse) string {
+// whyUnhealthy is what a node's metrics say of its health. A node whose loop is stuck
+// has not answered with any.
+func (c *client) whyUnhealthy(e *endpoint) string {
+	if c.service == livenessHealth {
+		return fmt.Sprintf("the node at %s answers, but its loop is stuck", e.address)
+	}
+	m := e.metrics
 	why := m.GetUnhealthyReason()
 	if c.service == restartHealth {
 		why = m.GetRestartReason()

@@ -1605,7 +1605,7 @@ func TestLeaderCutOff(t *testing.T) {
 }
 
 // TestRollingRestart: nodes without a disk survive a restart of each, if each
-// waits for the health name restart on all.
+// waits for the health name raftkv.v1.restart on all.
 func TestRollingRestart(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3)
@@ -1616,7 +1616,7 @@ func TestRollingRestart(t *testing.T) {
 	for id := uint64(1); id <= 3; id++ {
 		h.floor(t, 30)
 		for other := range c.nodes {
-			c.health(other, "restart", grpc_health_v1.HealthCheckResponse_SERVING)
+			c.health(other, restartHealth, grpc_health_v1.HealthCheckResponse_SERVING)
 		}
 		c.restart(id)
 	}
@@ -1782,11 +1782,10 @@ func TestHealth(t *testing.T) {
 	all := func(id uint64, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
 		t.Helper()
 		c.health(id, "raftkv.v1.KVService", want)
-		c.health(id, "restart", want)
-		for _, name := range []string{"", "raftkv.v1.ClusterService"} {
-			if resp, err := grpc_health_v1.NewHealthClient(c.nodes[id].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: name}); err != nil || resp.Status != serving {
-				t.Errorf("node %d says %v of %q: %v", id, resp, name, err)
-			}
+		c.health(id, restartHealth, want)
+		resp, err := grpc_health_v1.NewHealthClient(c.nodes[id].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{})
+		if err != nil || resp.Status != serving {
+			t.Errorf("node %d says %v of the empty name: %v", id, resp, err)
 		}
 	}
 	all(1, notServing)
@@ -1817,9 +1816,11 @@ func TestHealth(t *testing.T) {
 	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}})
 	all(4, notServing)
 
-	resp, err := grpc_health_v1.NewHealthClient(c.nodes[1].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: "nobody"})
-	if status.Code(err) != codes.NotFound {
-		t.Errorf("health of an unknown service: %v, %v", resp, err)
+	for _, name := range []string{"nobody", "restart", "raftkv.v1.ClusterService"} {
+		resp, err := grpc_health_v1.NewHealthClient(c.nodes[1].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: name})
+		if status.Code(err) != codes.NotFound {
+			t.Errorf("health of an unknown service, %q: %v, %v", name, resp, err)
+		}
 	}
 }
 

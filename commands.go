@@ -186,12 +186,12 @@ The exit status is 3 if no node answers, or if nodes of several clusters do.`,
 endpoints are in several clusters.`,
 			timeout: callTimeout,
 			flags: func(in *invocation, fs *flag.FlagSet) {
-				fs.StringVar(&in.service, "service", healthNames[0], "`NAME` to ask for: "+strings.Join(healthNames, ", "))
+				fs.StringVar(&in.service, "service", healthNames[0], "`NAME` to ask for: "+healthUsage)
 				boolVar(fs, &in.wait, "wait", "wait for SERVING until the timeout")
 			},
 			check: func(in *invocation) error {
 				if !slices.Contains(healthNames, in.service) {
-					return fmt.Errorf("--service %q: want one of: %s", in.service, strings.Join(healthNames, ", "))
+					return fmt.Errorf("--service %q: want one of: %s", in.service, healthUsage)
 				}
 				return nil
 			},

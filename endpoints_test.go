@@ -165,14 +165,16 @@ func TestHealthOfNodesInNoCluster(t *testing.T) {
 	fresh, hangs := newFakeNode(t), listenSilently(t)
 	fresh.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 9, Address: fresh.addr}, UnhealthyReason: "it is in none"})
 	fresh.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_NOT_SERVING)
-	fresh.health.SetServingStatus(kvpb.ClusterService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+	fresh.health.SetServingStatus(livenessHealth, healthpb.HealthCheckResponse_SERVING)
 	endpoints := hangs + "," + fresh.addr
 	_, errs := runCommand(t, exitNo, "", "health", "--timeout", "2s", "--endpoints", endpoints)
 	wantPart(t, errs, "NOT_SERVING: node 9 at "+fresh.addr+": it is in none")
 	live := newFakeNode(t)
-	live.health.SetServingStatus(kvpb.ClusterService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_NOT_SERVING)
-	out, _ := runCommand(t, exitYes, "", "health", "--service", "raftkv.v1.ClusterService", "--endpoints", fresh.addr+","+live.addr)
+	live.health.SetServingStatus(livenessHealth, healthpb.HealthCheckResponse_NOT_SERVING)
+	out, _ := runCommand(t, exitYes, "", "health", "--service", "", "--endpoints", fresh.addr+","+live.addr)
 	wantText(t, "health", out, "SERVING, says "+fresh.addr+"\n")
+	_, errs = runCommand(t, exitNo, "", "health", "--service", "", "--endpoints", live.addr)
+	wantPart(t, errs, "NOT_SERVING: the node at "+live.addr+" answers, but its loop is stuck")
 }
 
 // TestWritesStayInOneCluster: a write that may have been applied in one cluster is

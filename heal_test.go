@@ -497,7 +497,7 @@ func TestQuorumLost(t *testing.T) {
 				return err
 			})
 			c.health(left, "raftkv.v1.KVService", notServing)
-			c.health(left, "restart", notServing)
+			c.health(left, restartHealth, notServing)
 			c.wants(left, true, "k", "v", version)
 
 			var wg sync.WaitGroup

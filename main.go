@@ -146,6 +146,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	loopContext, endLoop := context.WithCancel(context.Background())
 	defer endLoop()
 	loop := inBackground(func() error { return n.run(loopContext) })
+	go s.watchLoop(loopContext)
 	serving := inBackground(func() error { return s.grpc.Serve(newLimiter(listener, room, logger)) })
 	// It is logged whatever the level: scripts wait for it.
 	logger.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready",

@@ -73,7 +73,7 @@ const (
 	leaderMetadata  = "x-raft-leader"
 	forwardMetadata = "x-raft-forwarded"
 	// restartHealth is the health name that says: this node may be restarted.
-	restartHealth = "restart"
+	restartHealth = "raftkv.v1.restart"
 )
 
 // apiError makes an error of the API; its ErrorInfo names a field, if one is
@@ -201,7 +201,6 @@ func newServer(n *node, nw *network) *server {
 	kvpb.RegisterRaftServiceServer(s.grpc, nw)
 	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
-	s.health.SetServingStatus(kvpb.ClusterService_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
 	s.published(n.status.latest.Load())
 	n.status.onChange = s.published
 	return s

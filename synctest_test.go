@@ -532,7 +532,7 @@ func (w *healthWatch) wants(t *testing.T, what string, serving bool, start time.
 func TestClockHealth(t *testing.T) {
 	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		leader, rest := b.leaderAndRest()
-		for _, name := range []string{"raftkv.v1.KVService", "restart"} {
+		for _, name := range []string{"raftkv.v1.KVService", "raftkv.v1.restart"} {
 			follower, other, lead := b.watch(rest[0], name), b.watch(rest[1], name), b.watch(leader, name)
 			all := []*healthWatch{follower, other, lead}
 			const tick = 20 * time.Millisecond
@@ -721,7 +721,7 @@ func TestClockKeepalive(t *testing.T) {
 }
 
 // TestClockRolling restarts nodes without a disk, one after the other, each
-// when the health name restart says so on all.
+// when the health name raftkv.v1.restart says so on all.
 func TestClockRolling(t *testing.T) {
 	inBubble(t, 3, func(t *testing.T, b *bubble) {
 		h := newHistory()
@@ -730,7 +730,7 @@ func TestClockRolling(t *testing.T) {
 		for i := range uint64(times(9)) {
 			id := 1 + i%3
 			for other := range b.nodes {
-				b.health(other, "restart", grpc_health_v1.HealthCheckResponse_SERVING)
+				b.health(other, restartHealth, grpc_health_v1.HealthCheckResponse_SERVING)
 			}
 			start := time.Now()
 			if b.stop(id); i%2 == 0 {

@@ -211,7 +211,7 @@ stop() {
 
 # healed ID: waits until a node is back in its role.
 healed() {
-  run 0 health --endpoints "${addr[$1]}" --service restart --wait --timeout 15s
+  run 0 health --endpoints "${addr[$1]}" --service raftkv.v1.restart --wait --timeout 15s
 }
 
 # find_leader: sets leader to the id of the node that all running nodes name.

@@ -2438,7 +2438,7 @@ type MetricsResponse struct {
 	// Bytes of entries a second to which this leader slows writes until all members
 	// have caught up; 0: they are not slowed.
 	WriteLimit uint64 `protobuf:"varint,30,opt,name=write_limit,json=writeLimit,proto3" json:"write_limit,omitempty"`
-	// Why the health name restart is not SERVING here; empty: it is, unless the node is
+	// Why the health name raftkv.v1.restart is not SERVING here; empty: it is, unless the node is
 	// stopping.
 	RestartReason string `protobuf:"bytes,40,opt,name=restart_reason,json=restartReason,proto3" json:"restart_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
