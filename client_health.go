@@ -110,7 +110,7 @@ func (c *client) whyUnhealthy(e *endpoint) string {
 	m := e.metrics
 	why := m.GetUnhealthyReason()
 	if c.service == restartHealth {
-		why = m.GetRestartReason()
+		why = m.GetNoRestartReason()
 	}
 	why = cmp.Or(why, "it was healthy when it was asked, a moment ago")
 	return fmt.Sprintf("node %d at %s: %s", m.GetNode().GetId(), m.GetNode().GetAddress(), why)

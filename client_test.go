@@ -833,7 +833,7 @@ func TestClientHealth(t *testing.T) {
 	runCommand(t, exitNotDone, "", "health", "--endpoints", closedAddress, "--wait", "--timeout", "500ms")
 	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--wait", "--timeout", "1s")
 	wantPart(t, errs, "NOT_SERVING: node 2 at h:2: it is new")
-	f.setMetrics(&kvpb.MetricsResponse{Joint: true, RestartReason: "a change of membership is half way"})
+	f.setMetrics(&kvpb.MetricsResponse{Joint: true, NoRestartReason: "a change of membership is half way"})
 	set(restartHealth, healthpb.HealthCheckResponse_NOT_SERVING)
 	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--service", restartHealth)
 	wantPart(t, errs, "a change of membership is half way")

@@ -824,7 +824,7 @@ func TestSnapshotTransfer(t *testing.T) {
 			eventually(t, func() error { // the follower counts as one again
 				m, err := c.metrics(c.settled(three...))
 				for _, member := range m.GetMembers() {
-					if member.Node.Id == 4 && member.Learner && member.GetProgress().GetCaughtUp() && member.GetProgress().GetState() == "StateReplicate" {
+					if member.Node.Id == 4 && member.Learner && member.GetProgress().GetCaughtUp() && member.GetProgress().GetState() == kvpb.ProgressState_PROGRESS_STATE_REPLICATE {
 						return nil
 					}
 				}

@@ -1,7 +1,10 @@
 package main
 
 import (
+	"strings"
 	"testing"
+
+	"go.etcd.io/raft/v3/tracker"
 
 	"raft-key-value/kvpb"
 )
@@ -14,4 +17,13 @@ func TestRegisteredNames(t *testing.T) {
 	file := kvpb.File_raftkv_v1_kv_proto
 	wantText(t, "the file's path", file.Path(), "raftkv/v1/kv.proto")
 	wantText(t, "the file's package", string(file.Package()), "raftkv.v1")
+}
+
+// TestProgressStates checks that metrics name a state of raft's tracker as raft does.
+func TestProgressStates(t *testing.T) {
+	t.Parallel()
+	for _, state := range []tracker.StateType{tracker.StateProbe, tracker.StateReplicate, tracker.StateSnapshot} {
+		want := "PROGRESS_STATE_" + strings.ToUpper(strings.TrimPrefix(state.String(), "State"))
+		wantText(t, state.String(), kvpb.ProgressState(state+1).String(), want)
+	}
 }

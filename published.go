@@ -114,7 +114,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Durable = n.durable.disk != nil
 	m.UnhealthyReason = n.whyUnhealthy()
 	m.Healthy = m.UnhealthyReason == ""
-	m.RestartReason = n.whyNotRestart()
+	m.NoRestartReason = n.whyNotRestart()
 
 	m.Leader = n.nodeOf(n.raft.lead)
 	m.FirstIndex = n.log.prevIndex + 1
@@ -140,7 +140,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 			ms.Progress = &kvpb.Progress{
 				MatchIndex:   pr.Match,
 				NextIndex:    pr.Next,
-				State:        pr.State.String(),
+				State:        kvpb.ProgressState(pr.State + 1),
 				RecentActive: pr.RecentActive,
 				CaughtUp:     n.isCaughtUp(pr),
 			}

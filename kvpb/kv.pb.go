@@ -1,5 +1,15 @@
-// The API of raft-key-value: what clients, operators and peers say to a node,
-// and what the log and snapshots hold.
+// The API of raft-key-value, what its nodes say to each other, and what the log
+// and snapshots hold.
+//
+// KVService is for clients, ClusterService for operators. These two, with all
+// that they name, are the API. RaftService, from Hello on, is for the nodes of one
+// cluster; the rest, from Entry on, is also in their files. Nobody else should use
+// these messages: they change when the nodes need it.
+//
+// Keys are strings of UTF-8, and stay so. That is a decision: a key can be typed,
+// is readable in a log, and is itself in JSON. A client whose keys are bytes
+// encodes them, for instance in hexadecimal, which keeps their order. Values are
+// bytes.
 //
 // Every error carries a google.rpc.ErrorInfo with the domain "raftkv.v1" and a
 // reason of the enum ErrorReason, without its prefix.
@@ -47,7 +57,8 @@ const (
 	ErrorReason_ERROR_REASON_NOT_INITIALIZED ErrorReason = 4
 	// FAILED_PRECONDITION: a node is in a cluster already.
 	ErrorReason_ERROR_REASON_ALREADY_INITIALIZED ErrorReason = 5
-	// NOT_FOUND: no member has this id, nor had one that is to be removed.
+	// NOT_FOUND: no member has this id. An id that is to be removed was never a
+	// member's, either, as far as the cluster remembers.
 	ErrorReason_ERROR_REASON_UNKNOWN_MEMBER ErrorReason = 6
 	// ALREADY_EXISTS: another member has this address, or the member with this id
 	// is at another one, and answers there.
@@ -81,7 +92,8 @@ const (
 	// known.
 	ErrorReason_ERROR_REASON_SESSION_UNKNOWN ErrorReason = 17
 	// FAILED_PRECONDITION: the sequence of the request_id is 1,024 or more below
-	// the highest of its session. As above.
+	// the highest of its session. The write was not applied now; whether it was
+	// before is not known.
 	ErrorReason_ERROR_REASON_SEQUENCE_TOO_OLD ErrorReason = 18
 	// UNAVAILABLE: the node has failed and is about to end; the message has the
 	// cause. Nothing was applied.
@@ -100,7 +112,7 @@ const (
 	ErrorReason_ERROR_REASON_INIT_IN_PROGRESS ErrorReason = 23
 	// FAILED_PRECONDITION: the node was removed and still has what it had before;
 	// it did not hear of its removal until the deadline.
-	ErrorReason_ERROR_REASON_PAST_MEMBER ErrorReason = 25
+	ErrorReason_ERROR_REASON_PAST_MEMBER ErrorReason = 24
 )
 
 // Enum value maps for ErrorReason.
@@ -130,7 +142,7 @@ var (
 		21: "ERROR_REASON_SEQUENCE_TOO_FAR",
 		22: "ERROR_REASON_SESSION_TAKEN",
 		23: "ERROR_REASON_INIT_IN_PROGRESS",
-		25: "ERROR_REASON_PAST_MEMBER",
+		24: "ERROR_REASON_PAST_MEMBER",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -157,7 +169,7 @@ var (
 		"ERROR_REASON_SEQUENCE_TOO_FAR":    21,
 		"ERROR_REASON_SESSION_TAKEN":       22,
 		"ERROR_REASON_INIT_IN_PROGRESS":    23,
-		"ERROR_REASON_PAST_MEMBER":         25,
+		"ERROR_REASON_PAST_MEMBER":         24,
 	}
 )
 
@@ -195,10 +207,12 @@ const (
 	Role_ROLE_UNSPECIFIED Role = 0
 	// In no cluster.
 	Role_ROLE_UNINITIALIZED Role = 1
-	Role_ROLE_LEARNER       Role = 2
-	Role_ROLE_FOLLOWER      Role = 3
-	Role_ROLE_CANDIDATE     Role = 4
-	Role_ROLE_LEADER        Role = 5
+	// Without a vote.
+	Role_ROLE_LEARNER  Role = 2
+	Role_ROLE_FOLLOWER Role = 3
+	// Asking for votes, or whether it would get them.
+	Role_ROLE_CANDIDATE Role = 4
+	Role_ROLE_LEADER    Role = 5
 )
 
 // Enum value maps for Role.
@@ -246,6 +260,63 @@ func (x Role) Number() protoreflect.EnumNumber {
 // Deprecated: Use Role.Descriptor instead.
 func (Role) EnumDescriptor() ([]byte, []int) {
 	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{1}
+}
+
+// ProgressState is how a leader sends the log to a member. It has the numbers of
+// etcd raft's tracker.StateType, shifted by one.
+type ProgressState int32
+
+const (
+	ProgressState_PROGRESS_STATE_UNSPECIFIED ProgressState = 0
+	// One message at a time, to find out what the member has.
+	ProgressState_PROGRESS_STATE_PROBE ProgressState = 1
+	// As fast as the member takes it.
+	ProgressState_PROGRESS_STATE_REPLICATE ProgressState = 2
+	// The member needs a snapshot, and gets no entries before it has one.
+	ProgressState_PROGRESS_STATE_SNAPSHOT ProgressState = 3
+)
+
+// Enum value maps for ProgressState.
+var (
+	ProgressState_name = map[int32]string{
+		0: "PROGRESS_STATE_UNSPECIFIED",
+		1: "PROGRESS_STATE_PROBE",
+		2: "PROGRESS_STATE_REPLICATE",
+		3: "PROGRESS_STATE_SNAPSHOT",
+	}
+	ProgressState_value = map[string]int32{
+		"PROGRESS_STATE_UNSPECIFIED": 0,
+		"PROGRESS_STATE_PROBE":       1,
+		"PROGRESS_STATE_REPLICATE":   2,
+		"PROGRESS_STATE_SNAPSHOT":    3,
+	}
+)
+
+func (x ProgressState) Enum() *ProgressState {
+	p := new(ProgressState)
+	*p = x
+	return p
+}
+
+func (x ProgressState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ProgressState) Descriptor() protoreflect.EnumDescriptor {
+	return file_raftkv_v1_kv_proto_enumTypes[2].Descriptor()
+}
+
+func (ProgressState) Type() protoreflect.EnumType {
+	return &file_raftkv_v1_kv_proto_enumTypes[2]
+}
+
+func (x ProgressState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ProgressState.Descriptor instead.
+func (ProgressState) EnumDescriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{2}
 }
 
 // Verdict is the answer to a Hello.
@@ -296,11 +367,11 @@ func (x Verdict) String() string {
 }
 
 func (Verdict) Descriptor() protoreflect.EnumDescriptor {
-	return file_raftkv_v1_kv_proto_enumTypes[2].Descriptor()
+	return file_raftkv_v1_kv_proto_enumTypes[3].Descriptor()
 }
 
 func (Verdict) Type() protoreflect.EnumType {
-	return &file_raftkv_v1_kv_proto_enumTypes[2]
+	return &file_raftkv_v1_kv_proto_enumTypes[3]
 }
 
 func (x Verdict) Number() protoreflect.EnumNumber {
@@ -309,7 +380,7 @@ func (x Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Verdict.Descriptor instead.
 func (Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{2}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{3}
 }
 
 // ClaimVerdict is the answer to a ClaimRequest.
@@ -360,11 +431,11 @@ func (x ClaimVerdict) String() string {
 }
 
 func (ClaimVerdict) Descriptor() protoreflect.EnumDescriptor {
-	return file_raftkv_v1_kv_proto_enumTypes[3].Descriptor()
+	return file_raftkv_v1_kv_proto_enumTypes[4].Descriptor()
 }
 
 func (ClaimVerdict) Type() protoreflect.EnumType {
-	return &file_raftkv_v1_kv_proto_enumTypes[3]
+	return &file_raftkv_v1_kv_proto_enumTypes[4]
 }
 
 func (x ClaimVerdict) Number() protoreflect.EnumNumber {
@@ -373,7 +444,7 @@ func (x ClaimVerdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ClaimVerdict.Descriptor instead.
 func (ClaimVerdict) EnumDescriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{3}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{4}
 }
 
 // RaftMessageType has the numbers of etcd raft's MessageType, shifted by one;
@@ -441,11 +512,11 @@ func (x RaftMessageType) String() string {
 }
 
 func (RaftMessageType) Descriptor() protoreflect.EnumDescriptor {
-	return file_raftkv_v1_kv_proto_enumTypes[4].Descriptor()
+	return file_raftkv_v1_kv_proto_enumTypes[5].Descriptor()
 }
 
 func (RaftMessageType) Type() protoreflect.EnumType {
-	return &file_raftkv_v1_kv_proto_enumTypes[4]
+	return &file_raftkv_v1_kv_proto_enumTypes[5]
 }
 
 func (x RaftMessageType) Number() protoreflect.EnumNumber {
@@ -454,7 +525,7 @@ func (x RaftMessageType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RaftMessageType.Descriptor instead.
 func (RaftMessageType) EnumDescriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{4}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{5}
 }
 
 // EntryType has the numbers of etcd raft's EntryType.
@@ -490,11 +561,11 @@ func (x EntryType) String() string {
 }
 
 func (EntryType) Descriptor() protoreflect.EnumDescriptor {
-	return file_raftkv_v1_kv_proto_enumTypes[5].Descriptor()
+	return file_raftkv_v1_kv_proto_enumTypes[6].Descriptor()
 }
 
 func (EntryType) Type() protoreflect.EnumType {
-	return &file_raftkv_v1_kv_proto_enumTypes[5]
+	return &file_raftkv_v1_kv_proto_enumTypes[6]
 }
 
 func (x EntryType) Number() protoreflect.EnumNumber {
@@ -503,7 +574,7 @@ func (x EntryType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use EntryType.Descriptor instead.
 func (EntryType) EnumDescriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{5}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{6}
 }
 
 // RequestId names a write: under one id, a write takes effect once and every
@@ -648,8 +719,9 @@ func (x *OpenSessionResponse) GetSession() uint64 {
 }
 
 type PipelineRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Operations    []*Operation           `protobuf:"bytes,1,rep,name=operations,proto3" json:"operations,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most 8,192.
+	Operations    []*Operation `protobuf:"bytes,1,rep,name=operations,proto3" json:"operations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -853,6 +925,7 @@ func (x *PipelineResponse) GetResults() []*OperationResult {
 	return nil
 }
 
+// OperationResult has what the unary method would answer, or else the error.
 type OperationResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Result:
@@ -987,9 +1060,10 @@ func (*OperationResult_Error) isOperationResult_Result() {}
 type OperationError struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in google.rpc.Code.
-	Code          int32       `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
-	Reason        ErrorReason `protobuf:"varint,2,opt,name=reason,proto3,enum=raftkv.v1.ErrorReason" json:"reason,omitempty"`
-	Message       string      `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Code   int32       `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
+	Reason ErrorReason `protobuf:"varint,2,opt,name=reason,proto3,enum=raftkv.v1.ErrorReason" json:"reason,omitempty"`
+	// For people. It starts with the name of the field if the reason is INVALID_FIELD.
+	Message       string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1102,7 +1176,7 @@ func (x *GetRequest) GetLocal() bool {
 
 type GetResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Absent if the key is.
+	// Absent if the key is. An empty value is there.
 	Value []byte `protobuf:"bytes,1,opt,name=value,proto3,oneof" json:"value,omitempty"`
 	// The version of the write that set the value; 0 if the key is absent.
 	Version       uint64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
@@ -1287,11 +1361,12 @@ type DeleteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 65,536 bytes.
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	// As in SetRequest, but not 0.
-	ExpectedVersion *uint64    `protobuf:"varint,2,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
-	RequestId       *RequestId `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Delete only if the key has this version. Not 0.
+	ExpectedVersion *uint64 `protobuf:"varint,2,opt,name=expected_version,json=expectedVersion,proto3,oneof" json:"expected_version,omitempty"`
+	// As in SetRequest.
+	RequestId     *RequestId `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeleteRequest) Reset() {
@@ -1351,7 +1426,7 @@ type DeleteResponse struct {
 	Deleted bool `protobuf:"varint,1,opt,name=deleted,proto3" json:"deleted,omitempty"`
 	// The version of the delete itself, counted like that of a Set.
 	Version uint64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
-	// As in SetResponse.
+	// As in SetResponse: nothing was deleted, and version is the one that the key has.
 	CompareFailed bool `protobuf:"varint,3,opt,name=compare_failed,json=compareFailed,proto3" json:"compare_failed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1410,12 +1485,12 @@ func (x *DeleteResponse) GetCompareFailed() bool {
 
 type ListRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Keys that start with it; empty: all.
+	// Only keys that start with this; empty: all. At most 65,536 bytes.
 	Prefix string `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	// The most items of a page, at most 10,000; 0: 1,000. A page is cut at 1 MiB,
 	// too, but has one item at least if there is one.
 	Limit uint32 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
-	// The next_page_token of the page before.
+	// The next_page_token of the page before; empty: the first page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// As in GetRequest.
 	Local         bool `protobuf:"varint,4,opt,name=local,proto3" json:"local,omitempty"`
@@ -1483,7 +1558,8 @@ func (x *ListRequest) GetLocal() bool {
 
 type ListResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Items []*KeyValue            `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
+	// In the order of the keys' bytes.
+	Items []*KeyValue `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
 	// Empty on the last page.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1645,8 +1721,9 @@ func (x *InitRequest) GetForce() bool {
 }
 
 type InitResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ClusterId     uint64                 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A random number, not 0.
+	ClusterId     uint64 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1689,8 +1766,10 @@ func (x *InitResponse) GetClusterId() uint64 {
 }
 
 type AddLearnerRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A node in no cluster; or a member, whose address this becomes unless it still
+	// answers at another one.
+	Node          *Node `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1778,8 +1857,7 @@ type ChangeMembershipRequest struct {
 	// With members: voters that are not named become learners, and are not removed.
 	Retain bool `protobuf:"varint,2,opt,name=retain,proto3" json:"retain,omitempty"`
 	// The ids of members to be removed in the same change, learners or voters.
-	// Other learners stay. One that was removed already is none: removing it again
-	// succeeds.
+	// Other learners stay. To remove a member again succeeds.
 	Remove []uint64 `protobuf:"varint,3,rep,packed,name=remove,proto3" json:"remove,omitempty"`
 	// The ids of members to become voters. Not with members or retain.
 	Promote []uint64 `protobuf:"varint,4,rep,packed,name=promote,proto3" json:"promote,omitempty"`
@@ -1868,8 +1946,8 @@ func (x *ChangeMembershipRequest) GetExpected() *Membership {
 type Membership struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 128: all members, in any order. A node that is just being taken back may
-	// stand there in both its lives, as Metrics lists it: it counts as one, with the
-	// role of the voter and the address of the learner.
+	// be listed in both its lives, as Metrics does: it counts as one, with the role of
+	// the voter and the address of the learner.
 	Members       []*ExpectedMember `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1912,10 +1990,11 @@ func (x *Membership) GetMembers() []*ExpectedMember {
 	return nil
 }
 
+// ExpectedMember is a member in a Membership.
 type ExpectedMember struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Node  *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	// Whether it votes; if not, it is a learner.
+	// Whether the node votes; if not, it is a learner.
 	Voter         bool `protobuf:"varint,2,opt,name=voter,proto3" json:"voter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2205,12 +2284,13 @@ type Progress struct {
 	// The last log index known to be stored there.
 	MatchIndex uint64 `protobuf:"varint,1,opt,name=match_index,json=matchIndex,proto3" json:"match_index,omitempty"`
 	// The next log index to be sent.
-	NextIndex uint64 `protobuf:"varint,2,opt,name=next_index,json=nextIndex,proto3" json:"next_index,omitempty"`
-	// The state of etcd raft's tracker: StateProbe, StateReplicate, StateSnapshot.
-	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
-	// Heard of since the last check of the quorum.
+	NextIndex uint64        `protobuf:"varint,2,opt,name=next_index,json=nextIndex,proto3" json:"next_index,omitempty"`
+	State     ProgressState `protobuf:"varint,3,opt,name=state,proto3,enum=raftkv.v1.ProgressState" json:"state,omitempty"`
+	// The leader has heard from the member since it last checked its quorum, which it
+	// does once in an election timeout.
 	RecentActive bool `protobuf:"varint,4,opt,name=recent_active,json=recentActive,proto3" json:"recent_active,omitempty"`
-	// It has stored what was committed two heartbeats ago: it may be made a voter.
+	// The member has stored what was committed two heartbeats ago: it may be made a
+	// voter.
 	CaughtUp      bool `protobuf:"varint,5,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2260,11 +2340,11 @@ func (x *Progress) GetNextIndex() uint64 {
 	return 0
 }
 
-func (x *Progress) GetState() string {
+func (x *Progress) GetState() ProgressState {
 	if x != nil {
 		return x.State
 	}
-	return ""
+	return ProgressState_PROGRESS_STATE_UNSPECIFIED
 }
 
 func (x *Progress) GetRecentActive() bool {
@@ -2281,23 +2361,27 @@ func (x *Progress) GetCaughtUp() bool {
 	return false
 }
 
+// MemberStatus is a member as the called node sees it.
 type MemberStatus struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Node   *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	RaftId uint64                 `protobuf:"varint,2,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
-	// Whether it votes in the configuration that holds once no change is running.
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Node  *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// The member's name in raft.
+	RaftId uint64 `protobuf:"varint,2,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
+	// Whether the member votes in the configuration that holds once no change is
+	// running.
 	Voter bool `protobuf:"varint,3,opt,name=voter,proto3" json:"voter,omitempty"`
-	// Whether it votes in the configuration that a joint change is leaving.
+	// Whether the member votes in the configuration that a joint change is leaving.
 	VoterOutgoing bool `protobuf:"varint,4,opt,name=voter_outgoing,json=voterOutgoing,proto3" json:"voter_outgoing,omitempty"`
-	// Whether it is a learner, or will be once the joint change is left.
+	// Whether the member is a learner, or will be once the joint change is left.
 	Learner bool `protobuf:"varint,5,opt,name=learner,proto3" json:"learner,omitempty"`
-	// Whether the called node has an open stream to it; true for itself.
+	// Whether the called node has an open stream to the member; true for itself.
 	Connected bool `protobuf:"varint,6,opt,name=connected,proto3" json:"connected,omitempty"`
 	// Only in the leader's answer.
 	Progress *Progress `protobuf:"bytes,7,opt,name=progress,proto3,oneof" json:"progress,omitempty"`
-	// Only in the leader's answer: why it is behind, in words, if writes are slowed
-	// for it, or if it was too slow to catch up and waits for another try; else empty.
-	Lagging       string `protobuf:"bytes,10,opt,name=lagging,proto3" json:"lagging,omitempty"`
+	// Only in the leader's answer: in words, why the member is behind, if writes are
+	// slowed for it, or if it was too slow to catch up and waits for another try. Else
+	// empty.
+	Lagging       string `protobuf:"bytes,8,opt,name=lagging,proto3" json:"lagging,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2390,44 +2474,60 @@ func (x *MemberStatus) GetLagging() string {
 
 type MetricsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// This node, and its raft ID in this life.
-	Node   *Node  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// The called node.
+	Node *Node `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// The called node's name in raft: another one whenever it has lost its memory.
 	RaftId uint64 `protobuf:"varint,2,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
-	// 0 in no cluster.
+	// 0: the node is in no cluster.
 	ClusterId uint64 `protobuf:"varint,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Role      Role   `protobuf:"varint,4,opt,name=role,proto3,enum=raftkv.v1.Role" json:"role,omitempty"`
-	Term      uint64 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
+	// The term of raft.
+	Term uint64 `protobuf:"varint,5,opt,name=term,proto3" json:"term,omitempty"`
 	// Absent while no leader is known.
 	Leader *Node `protobuf:"bytes,6,opt,name=leader,proto3,oneof" json:"leader,omitempty"`
-	// Log indexes: the first that is stored, the last, the last known to be
-	// committed, the last applied.
-	FirstIndex   uint64 `protobuf:"varint,7,opt,name=first_index,json=firstIndex,proto3" json:"first_index,omitempty"`
-	LastIndex    uint64 `protobuf:"varint,8,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
-	CommitIndex  uint64 `protobuf:"varint,9,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
+	// Log indexes. The first that is stored.
+	FirstIndex uint64 `protobuf:"varint,7,opt,name=first_index,json=firstIndex,proto3" json:"first_index,omitempty"`
+	// The last that is stored.
+	LastIndex uint64 `protobuf:"varint,8,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	// The last that is known to be committed.
+	CommitIndex uint64 `protobuf:"varint,9,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
+	// The last that is applied.
 	AppliedIndex uint64 `protobuf:"varint,10,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
-	// The applied configuration. Joint: a change of membership is half way.
-	Joint   bool            `protobuf:"varint,11,opt,name=joint,proto3" json:"joint,omitempty"`
+	// Whether a change of membership is half way, in the configuration that is
+	// applied here.
+	Joint bool `protobuf:"varint,11,opt,name=joint,proto3" json:"joint,omitempty"`
+	// The members of that configuration, in ascending order of node.id, and then of
+	// raft_id.
 	Members []*MemberStatus `protobuf:"bytes,12,rep,name=members,proto3" json:"members,omitempty"`
-	// The version of the last write applied, and the number of keys.
+	// The version of the last write applied.
 	Version uint64 `protobuf:"varint,13,opt,name=version,proto3" json:"version,omitempty"`
-	Keys    uint64 `protobuf:"varint,14,opt,name=keys,proto3" json:"keys,omitempty"`
-	// Bytes of keys and values; bytes that the log's entries take in memory.
+	// The number of keys.
+	Keys uint64 `protobuf:"varint,14,opt,name=keys,proto3" json:"keys,omitempty"`
+	// Bytes of keys and values.
 	StoreBytes uint64 `protobuf:"varint,15,opt,name=store_bytes,json=storeBytes,proto3" json:"store_bytes,omitempty"`
-	LogBytes   uint64 `protobuf:"varint,16,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
-	// Since the process started: entries and writes applied (OpenSession is none),
-	// linearizable reads released, rounds of ReadIndex, changes of leader seen,
-	// snapshots sent and installed, messages dropped because a queue to a peer was
-	// full or down, or because they were refused.
-	EntriesApplied     uint64 `protobuf:"varint,17,opt,name=entries_applied,json=entriesApplied,proto3" json:"entries_applied,omitempty"`
-	WritesApplied      uint64 `protobuf:"varint,18,opt,name=writes_applied,json=writesApplied,proto3" json:"writes_applied,omitempty"`
-	ReadsReleased      uint64 `protobuf:"varint,19,opt,name=reads_released,json=readsReleased,proto3" json:"reads_released,omitempty"`
-	ReadRounds         uint64 `protobuf:"varint,20,opt,name=read_rounds,json=readRounds,proto3" json:"read_rounds,omitempty"`
-	LeaderChanges      uint64 `protobuf:"varint,21,opt,name=leader_changes,json=leaderChanges,proto3" json:"leader_changes,omitempty"`
-	SnapshotsSent      uint64 `protobuf:"varint,22,opt,name=snapshots_sent,json=snapshotsSent,proto3" json:"snapshots_sent,omitempty"`
+	// Bytes that the log's entries take in memory.
+	LogBytes uint64 `protobuf:"varint,16,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
+	// Counted since the process started. Entries applied.
+	EntriesApplied uint64 `protobuf:"varint,17,opt,name=entries_applied,json=entriesApplied,proto3" json:"entries_applied,omitempty"`
+	// Writes applied, OpenSession not counted.
+	WritesApplied uint64 `protobuf:"varint,18,opt,name=writes_applied,json=writesApplied,proto3" json:"writes_applied,omitempty"`
+	// Linearizable reads answered.
+	ReadsReleased uint64 `protobuf:"varint,19,opt,name=reads_released,json=readsReleased,proto3" json:"reads_released,omitempty"`
+	// Rounds of ReadIndex, each of which may serve many reads.
+	ReadRounds uint64 `protobuf:"varint,20,opt,name=read_rounds,json=readRounds,proto3" json:"read_rounds,omitempty"`
+	// Changes of leader seen.
+	LeaderChanges uint64 `protobuf:"varint,21,opt,name=leader_changes,json=leaderChanges,proto3" json:"leader_changes,omitempty"`
+	// Snapshots sent to members.
+	SnapshotsSent uint64 `protobuf:"varint,22,opt,name=snapshots_sent,json=snapshotsSent,proto3" json:"snapshots_sent,omitempty"`
+	// Snapshots received and installed.
 	SnapshotsInstalled uint64 `protobuf:"varint,23,opt,name=snapshots_installed,json=snapshotsInstalled,proto3" json:"snapshots_installed,omitempty"`
-	MessagesDropped    uint64 `protobuf:"varint,24,opt,name=messages_dropped,json=messagesDropped,proto3" json:"messages_dropped,omitempty"`
-	// Whether KVService is SERVING here, and if not, why.
-	Healthy         bool   `protobuf:"varint,25,opt,name=healthy,proto3" json:"healthy,omitempty"`
+	// Messages dropped: the queue to or from a peer was full, its stream was down, or
+	// they were refused.
+	MessagesDropped uint64 `protobuf:"varint,24,opt,name=messages_dropped,json=messagesDropped,proto3" json:"messages_dropped,omitempty"`
+	// Whether the health name raftkv.v1.KVService is SERVING here, unless the node is
+	// stopping.
+	Healthy bool `protobuf:"varint,25,opt,name=healthy,proto3" json:"healthy,omitempty"`
+	// Why not; empty if healthy.
 	UnhealthyReason string `protobuf:"bytes,26,opt,name=unhealthy_reason,json=unhealthyReason,proto3" json:"unhealthy_reason,omitempty"`
 	// As printed by the sub-command version.
 	BuildVersion string `protobuf:"bytes,27,opt,name=build_version,json=buildVersion,proto3" json:"build_version,omitempty"`
@@ -2438,11 +2538,11 @@ type MetricsResponse struct {
 	// Bytes of entries a second to which this leader slows writes until all members
 	// have caught up; 0: they are not slowed.
 	WriteLimit uint64 `protobuf:"varint,30,opt,name=write_limit,json=writeLimit,proto3" json:"write_limit,omitempty"`
-	// Why the health name raftkv.v1.restart is not SERVING here; empty: it is, unless the node is
-	// stopping.
-	RestartReason string `protobuf:"bytes,40,opt,name=restart_reason,json=restartReason,proto3" json:"restart_reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Why the health name raftkv.v1.restart is not SERVING here; empty: it is, unless
+	// the node is stopping.
+	NoRestartReason string `protobuf:"bytes,31,opt,name=no_restart_reason,json=noRestartReason,proto3" json:"no_restart_reason,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *MetricsResponse) Reset() {
@@ -2685,9 +2785,9 @@ func (x *MetricsResponse) GetWriteLimit() uint64 {
 	return 0
 }
 
-func (x *MetricsResponse) GetRestartReason() string {
+func (x *MetricsResponse) GetNoRestartReason() string {
 	if x != nil {
-		return x.RestartReason
+		return x.NoRestartReason
 	}
 	return ""
 }
@@ -2839,7 +2939,7 @@ type Welcome struct {
 	// Other members that the called node hears, as their hellos name them. A caller
 	// that cannot reach one where it knows it tries that address, too, and uses it
 	// if that life of that member answers there. At most 64.
-	Peers         []*Peer `protobuf:"bytes,8,rep,name=peers,proto3" json:"peers,omitempty"`
+	Peers         []*Peer `protobuf:"bytes,4,rep,name=peers,proto3" json:"peers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4292,11 +4392,13 @@ func (x *Answer) GetCompareFailed() bool {
 	return false
 }
 
+// KeyValue is a key that is there.
 type KeyValue struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	Value         []byte                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
-	Version       uint64                 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Value []byte                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	// The version of the write that set the value.
+	Version       uint64 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4794,13 +4896,13 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\rBackupRequest\"$\n" +
 	"\x0eBackupResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x10\n" +
-	"\x0eMetricsRequest\"\xa2\x01\n" +
+	"\x0eMetricsRequest\"\xbc\x01\n" +
 	"\bProgress\x12\x1f\n" +
 	"\vmatch_index\x18\x01 \x01(\x04R\n" +
 	"matchIndex\x12\x1d\n" +
 	"\n" +
-	"next_index\x18\x02 \x01(\x04R\tnextIndex\x12\x14\n" +
-	"\x05state\x18\x03 \x01(\tR\x05state\x12#\n" +
+	"next_index\x18\x02 \x01(\x04R\tnextIndex\x12.\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x18.raftkv.v1.ProgressStateR\x05state\x12#\n" +
 	"\rrecent_active\x18\x04 \x01(\bR\frecentActive\x12\x1b\n" +
 	"\tcaught_up\x18\x05 \x01(\bR\bcaughtUp\"\x9e\x02\n" +
 	"\fMemberStatus\x12#\n" +
@@ -4811,9 +4913,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\alearner\x18\x05 \x01(\bR\alearner\x12\x1c\n" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x124\n" +
 	"\bprogress\x18\a \x01(\v2\x13.raftkv.v1.ProgressH\x00R\bprogress\x88\x01\x01\x12\x18\n" +
-	"\alagging\x18\n" +
-	" \x01(\tR\alaggingB\v\n" +
-	"\t_progress\"\xc7\b\n" +
+	"\alagging\x18\b \x01(\tR\alaggingB\v\n" +
+	"\t_progress\"\xcc\b\n" +
 	"\x0fMetricsResponse\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -4851,8 +4952,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\bsessions\x18\x1c \x01(\x04R\bsessions\x12\x18\n" +
 	"\adurable\x18\x1d \x01(\bR\adurable\x12\x1f\n" +
 	"\vwrite_limit\x18\x1e \x01(\x04R\n" +
-	"writeLimit\x12%\n" +
-	"\x0erestart_reason\x18( \x01(\tR\rrestartReasonB\t\n" +
+	"writeLimit\x12*\n" +
+	"\x11no_restart_reason\x18\x1f \x01(\tR\x0fnoRestartReasonB\t\n" +
 	"\a_leader\"\x86\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
@@ -4869,7 +4970,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x04peer\x18\x02 \x01(\v2\x0f.raftkv.v1.PeerR\x04peer\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x03 \x01(\x04R\tclusterId\x12%\n" +
-	"\x05peers\x18\b \x03(\v2\x0f.raftkv.v1.PeerR\x05peers\"\xe6\x01\n" +
+	"\x05peers\x18\x04 \x03(\v2\x0f.raftkv.v1.PeerR\x05peers\"\xe6\x01\n" +
 	"\fClaimRequest\x12\x1f\n" +
 	"\x02to\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x02to\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12)\n" +
@@ -5026,14 +5127,19 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x1dERROR_REASON_SEQUENCE_TOO_FAR\x10\x15\x12\x1e\n" +
 	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16\x12!\n" +
 	"\x1dERROR_REASON_INIT_IN_PROGRESS\x10\x17\x12\x1c\n" +
-	"\x18ERROR_REASON_PAST_MEMBER\x10\x19*~\n" +
+	"\x18ERROR_REASON_PAST_MEMBER\x10\x18*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
 	"\fROLE_LEARNER\x10\x02\x12\x11\n" +
 	"\rROLE_FOLLOWER\x10\x03\x12\x12\n" +
 	"\x0eROLE_CANDIDATE\x10\x04\x12\x0f\n" +
-	"\vROLE_LEADER\x10\x05*\x8f\x01\n" +
+	"\vROLE_LEADER\x10\x05*\x84\x01\n" +
+	"\rProgressState\x12\x1e\n" +
+	"\x1aPROGRESS_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14PROGRESS_STATE_PROBE\x10\x01\x12\x1c\n" +
+	"\x18PROGRESS_STATE_REPLICATE\x10\x02\x12\x1b\n" +
+	"\x17PROGRESS_STATE_SNAPSHOT\x10\x03*\x8f\x01\n" +
 	"\aVerdict\x12\x17\n" +
 	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10VERDICT_ACCEPTED\x10\x01\x12\x19\n" +
@@ -5098,176 +5204,178 @@ func file_raftkv_v1_kv_proto_rawDescGZIP() []byte {
 	return file_raftkv_v1_kv_proto_rawDescData
 }
 
-var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
 var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: raftkv.v1.ErrorReason
 	(Role)(0),                        // 1: raftkv.v1.Role
-	(Verdict)(0),                     // 2: raftkv.v1.Verdict
-	(ClaimVerdict)(0),                // 3: raftkv.v1.ClaimVerdict
-	(RaftMessageType)(0),             // 4: raftkv.v1.RaftMessageType
-	(EntryType)(0),                   // 5: raftkv.v1.EntryType
-	(*RequestId)(nil),                // 6: raftkv.v1.RequestId
-	(*OpenSessionRequest)(nil),       // 7: raftkv.v1.OpenSessionRequest
-	(*OpenSessionResponse)(nil),      // 8: raftkv.v1.OpenSessionResponse
-	(*PipelineRequest)(nil),          // 9: raftkv.v1.PipelineRequest
-	(*Operation)(nil),                // 10: raftkv.v1.Operation
-	(*PipelineResponse)(nil),         // 11: raftkv.v1.PipelineResponse
-	(*OperationResult)(nil),          // 12: raftkv.v1.OperationResult
-	(*OperationError)(nil),           // 13: raftkv.v1.OperationError
-	(*GetRequest)(nil),               // 14: raftkv.v1.GetRequest
-	(*GetResponse)(nil),              // 15: raftkv.v1.GetResponse
-	(*SetRequest)(nil),               // 16: raftkv.v1.SetRequest
-	(*SetResponse)(nil),              // 17: raftkv.v1.SetResponse
-	(*DeleteRequest)(nil),            // 18: raftkv.v1.DeleteRequest
-	(*DeleteResponse)(nil),           // 19: raftkv.v1.DeleteResponse
-	(*ListRequest)(nil),              // 20: raftkv.v1.ListRequest
-	(*ListResponse)(nil),             // 21: raftkv.v1.ListResponse
-	(*Node)(nil),                     // 22: raftkv.v1.Node
-	(*InitRequest)(nil),              // 23: raftkv.v1.InitRequest
-	(*InitResponse)(nil),             // 24: raftkv.v1.InitResponse
-	(*AddLearnerRequest)(nil),        // 25: raftkv.v1.AddLearnerRequest
-	(*AddLearnerResponse)(nil),       // 26: raftkv.v1.AddLearnerResponse
-	(*ChangeMembershipRequest)(nil),  // 27: raftkv.v1.ChangeMembershipRequest
-	(*Membership)(nil),               // 28: raftkv.v1.Membership
-	(*ExpectedMember)(nil),           // 29: raftkv.v1.ExpectedMember
-	(*ChangeMembershipResponse)(nil), // 30: raftkv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 31: raftkv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 32: raftkv.v1.TransferLeaderResponse
-	(*BackupRequest)(nil),            // 33: raftkv.v1.BackupRequest
-	(*BackupResponse)(nil),           // 34: raftkv.v1.BackupResponse
-	(*MetricsRequest)(nil),           // 35: raftkv.v1.MetricsRequest
-	(*Progress)(nil),                 // 36: raftkv.v1.Progress
-	(*MemberStatus)(nil),             // 37: raftkv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 38: raftkv.v1.MetricsResponse
-	(*Hello)(nil),                    // 39: raftkv.v1.Hello
-	(*Peer)(nil),                     // 40: raftkv.v1.Peer
-	(*Welcome)(nil),                  // 41: raftkv.v1.Welcome
-	(*ClaimRequest)(nil),             // 42: raftkv.v1.ClaimRequest
-	(*ClaimResponse)(nil),            // 43: raftkv.v1.ClaimResponse
-	(*StreamRequest)(nil),            // 44: raftkv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 45: raftkv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 46: raftkv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 47: raftkv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 48: raftkv.v1.RaftMessage
-	(*Entry)(nil),                    // 49: raftkv.v1.Entry
-	(*Batch)(nil),                    // 50: raftkv.v1.Batch
-	(*Write)(nil),                    // 51: raftkv.v1.Write
-	(*NewSession)(nil),               // 52: raftkv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 53: raftkv.v1.ConfChangeContext
-	(*Member)(nil),                   // 54: raftkv.v1.Member
-	(*ConfState)(nil),                // 55: raftkv.v1.ConfState
-	(*Proposer)(nil),                 // 56: raftkv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 57: raftkv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 58: raftkv.v1.SnapshotHeader
-	(*Session)(nil),                  // 59: raftkv.v1.Session
-	(*Answer)(nil),                   // 60: raftkv.v1.Answer
-	(*KeyValue)(nil),                 // 61: raftkv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 62: raftkv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 63: raftkv.v1.LogBatch
-	(*Identity)(nil),                 // 64: raftkv.v1.Identity
-	(*HardState)(nil),                // 65: raftkv.v1.HardState
-	(*SnapshotMark)(nil),             // 66: raftkv.v1.SnapshotMark
+	(ProgressState)(0),               // 2: raftkv.v1.ProgressState
+	(Verdict)(0),                     // 3: raftkv.v1.Verdict
+	(ClaimVerdict)(0),                // 4: raftkv.v1.ClaimVerdict
+	(RaftMessageType)(0),             // 5: raftkv.v1.RaftMessageType
+	(EntryType)(0),                   // 6: raftkv.v1.EntryType
+	(*RequestId)(nil),                // 7: raftkv.v1.RequestId
+	(*OpenSessionRequest)(nil),       // 8: raftkv.v1.OpenSessionRequest
+	(*OpenSessionResponse)(nil),      // 9: raftkv.v1.OpenSessionResponse
+	(*PipelineRequest)(nil),          // 10: raftkv.v1.PipelineRequest
+	(*Operation)(nil),                // 11: raftkv.v1.Operation
+	(*PipelineResponse)(nil),         // 12: raftkv.v1.PipelineResponse
+	(*OperationResult)(nil),          // 13: raftkv.v1.OperationResult
+	(*OperationError)(nil),           // 14: raftkv.v1.OperationError
+	(*GetRequest)(nil),               // 15: raftkv.v1.GetRequest
+	(*GetResponse)(nil),              // 16: raftkv.v1.GetResponse
+	(*SetRequest)(nil),               // 17: raftkv.v1.SetRequest
+	(*SetResponse)(nil),              // 18: raftkv.v1.SetResponse
+	(*DeleteRequest)(nil),            // 19: raftkv.v1.DeleteRequest
+	(*DeleteResponse)(nil),           // 20: raftkv.v1.DeleteResponse
+	(*ListRequest)(nil),              // 21: raftkv.v1.ListRequest
+	(*ListResponse)(nil),             // 22: raftkv.v1.ListResponse
+	(*Node)(nil),                     // 23: raftkv.v1.Node
+	(*InitRequest)(nil),              // 24: raftkv.v1.InitRequest
+	(*InitResponse)(nil),             // 25: raftkv.v1.InitResponse
+	(*AddLearnerRequest)(nil),        // 26: raftkv.v1.AddLearnerRequest
+	(*AddLearnerResponse)(nil),       // 27: raftkv.v1.AddLearnerResponse
+	(*ChangeMembershipRequest)(nil),  // 28: raftkv.v1.ChangeMembershipRequest
+	(*Membership)(nil),               // 29: raftkv.v1.Membership
+	(*ExpectedMember)(nil),           // 30: raftkv.v1.ExpectedMember
+	(*ChangeMembershipResponse)(nil), // 31: raftkv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 32: raftkv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 33: raftkv.v1.TransferLeaderResponse
+	(*BackupRequest)(nil),            // 34: raftkv.v1.BackupRequest
+	(*BackupResponse)(nil),           // 35: raftkv.v1.BackupResponse
+	(*MetricsRequest)(nil),           // 36: raftkv.v1.MetricsRequest
+	(*Progress)(nil),                 // 37: raftkv.v1.Progress
+	(*MemberStatus)(nil),             // 38: raftkv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 39: raftkv.v1.MetricsResponse
+	(*Hello)(nil),                    // 40: raftkv.v1.Hello
+	(*Peer)(nil),                     // 41: raftkv.v1.Peer
+	(*Welcome)(nil),                  // 42: raftkv.v1.Welcome
+	(*ClaimRequest)(nil),             // 43: raftkv.v1.ClaimRequest
+	(*ClaimResponse)(nil),            // 44: raftkv.v1.ClaimResponse
+	(*StreamRequest)(nil),            // 45: raftkv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 46: raftkv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 47: raftkv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 48: raftkv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 49: raftkv.v1.RaftMessage
+	(*Entry)(nil),                    // 50: raftkv.v1.Entry
+	(*Batch)(nil),                    // 51: raftkv.v1.Batch
+	(*Write)(nil),                    // 52: raftkv.v1.Write
+	(*NewSession)(nil),               // 53: raftkv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 54: raftkv.v1.ConfChangeContext
+	(*Member)(nil),                   // 55: raftkv.v1.Member
+	(*ConfState)(nil),                // 56: raftkv.v1.ConfState
+	(*Proposer)(nil),                 // 57: raftkv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 58: raftkv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 59: raftkv.v1.SnapshotHeader
+	(*Session)(nil),                  // 60: raftkv.v1.Session
+	(*Answer)(nil),                   // 61: raftkv.v1.Answer
+	(*KeyValue)(nil),                 // 62: raftkv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 63: raftkv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 64: raftkv.v1.LogBatch
+	(*Identity)(nil),                 // 65: raftkv.v1.Identity
+	(*HardState)(nil),                // 66: raftkv.v1.HardState
+	(*SnapshotMark)(nil),             // 67: raftkv.v1.SnapshotMark
 }
 var file_raftkv_v1_kv_proto_depIdxs = []int32{
-	10, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
-	16, // 1: raftkv.v1.Operation.set:type_name -> raftkv.v1.SetRequest
-	18, // 2: raftkv.v1.Operation.delete:type_name -> raftkv.v1.DeleteRequest
-	7,  // 3: raftkv.v1.Operation.open_session:type_name -> raftkv.v1.OpenSessionRequest
-	14, // 4: raftkv.v1.Operation.get:type_name -> raftkv.v1.GetRequest
-	12, // 5: raftkv.v1.PipelineResponse.results:type_name -> raftkv.v1.OperationResult
-	17, // 6: raftkv.v1.OperationResult.set:type_name -> raftkv.v1.SetResponse
-	19, // 7: raftkv.v1.OperationResult.delete:type_name -> raftkv.v1.DeleteResponse
-	8,  // 8: raftkv.v1.OperationResult.open_session:type_name -> raftkv.v1.OpenSessionResponse
-	15, // 9: raftkv.v1.OperationResult.get:type_name -> raftkv.v1.GetResponse
-	13, // 10: raftkv.v1.OperationResult.error:type_name -> raftkv.v1.OperationError
+	11, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
+	17, // 1: raftkv.v1.Operation.set:type_name -> raftkv.v1.SetRequest
+	19, // 2: raftkv.v1.Operation.delete:type_name -> raftkv.v1.DeleteRequest
+	8,  // 3: raftkv.v1.Operation.open_session:type_name -> raftkv.v1.OpenSessionRequest
+	15, // 4: raftkv.v1.Operation.get:type_name -> raftkv.v1.GetRequest
+	13, // 5: raftkv.v1.PipelineResponse.results:type_name -> raftkv.v1.OperationResult
+	18, // 6: raftkv.v1.OperationResult.set:type_name -> raftkv.v1.SetResponse
+	20, // 7: raftkv.v1.OperationResult.delete:type_name -> raftkv.v1.DeleteResponse
+	9,  // 8: raftkv.v1.OperationResult.open_session:type_name -> raftkv.v1.OpenSessionResponse
+	16, // 9: raftkv.v1.OperationResult.get:type_name -> raftkv.v1.GetResponse
+	14, // 10: raftkv.v1.OperationResult.error:type_name -> raftkv.v1.OperationError
 	0,  // 11: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
-	6,  // 12: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
-	6,  // 13: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
-	61, // 14: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
-	22, // 15: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
-	22, // 16: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
-	28, // 17: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
-	29, // 18: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
-	22, // 19: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
-	22, // 20: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
-	36, // 21: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
-	22, // 22: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
-	1,  // 23: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
-	22, // 24: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
-	37, // 25: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
-	40, // 26: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
-	40, // 27: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
-	22, // 28: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
-	2,  // 29: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
-	40, // 30: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
-	40, // 31: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
-	22, // 32: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
-	40, // 33: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
-	22, // 34: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
-	3,  // 35: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
-	22, // 36: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
-	22, // 37: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
-	22, // 38: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
-	39, // 39: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
-	48, // 40: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
-	41, // 41: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
-	39, // 42: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
-	4,  // 43: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
-	49, // 44: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
-	5,  // 45: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
-	51, // 46: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
-	16, // 47: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
-	18, // 48: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
-	52, // 49: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
-	54, // 50: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
-	22, // 51: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
-	58, // 52: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
-	61, // 53: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
-	62, // 54: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
-	59, // 55: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
-	55, // 56: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
-	54, // 57: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
-	56, // 58: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
-	60, // 59: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	65, // 60: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	66, // 61: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	49, // 62: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	14, // 63: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	16, // 64: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	18, // 65: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	20, // 66: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	7,  // 67: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	9,  // 68: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	23, // 69: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	25, // 70: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	27, // 71: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	31, // 72: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	35, // 73: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	33, // 74: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	44, // 75: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	46, // 76: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	42, // 77: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	15, // 78: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	17, // 79: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	19, // 80: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	21, // 81: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	8,  // 82: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	11, // 83: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	24, // 84: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	26, // 85: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	30, // 86: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	32, // 87: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	38, // 88: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	34, // 89: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	45, // 90: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	47, // 91: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	43, // 92: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	78, // [78:93] is the sub-list for method output_type
-	63, // [63:78] is the sub-list for method input_type
-	63, // [63:63] is the sub-list for extension type_name
-	63, // [63:63] is the sub-list for extension extendee
-	0,  // [0:63] is the sub-list for field type_name
+	7,  // 12: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
+	7,  // 13: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
+	62, // 14: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
+	23, // 15: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
+	23, // 16: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
+	29, // 17: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
+	30, // 18: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
+	23, // 19: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
+	2,  // 20: raftkv.v1.Progress.state:type_name -> raftkv.v1.ProgressState
+	23, // 21: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
+	37, // 22: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
+	23, // 23: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
+	1,  // 24: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
+	23, // 25: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
+	38, // 26: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
+	41, // 27: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
+	41, // 28: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
+	23, // 29: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
+	3,  // 30: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
+	41, // 31: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
+	41, // 32: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
+	23, // 33: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
+	41, // 34: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
+	23, // 35: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
+	4,  // 36: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
+	23, // 37: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
+	23, // 38: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
+	23, // 39: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
+	40, // 40: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
+	49, // 41: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
+	42, // 42: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
+	40, // 43: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
+	5,  // 44: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
+	50, // 45: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
+	6,  // 46: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
+	52, // 47: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
+	17, // 48: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
+	19, // 49: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
+	53, // 50: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
+	55, // 51: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
+	23, // 52: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
+	59, // 53: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
+	62, // 54: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
+	63, // 55: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
+	60, // 56: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
+	56, // 57: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
+	55, // 58: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
+	57, // 59: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
+	61, // 60: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	66, // 61: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	67, // 62: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	50, // 63: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	15, // 64: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	17, // 65: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	19, // 66: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	21, // 67: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	8,  // 68: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	10, // 69: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	24, // 70: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	26, // 71: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	28, // 72: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	32, // 73: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	36, // 74: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	34, // 75: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	45, // 76: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	47, // 77: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	43, // 78: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	16, // 79: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	18, // 80: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	20, // 81: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	22, // 82: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	9,  // 83: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	12, // 84: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	25, // 85: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	27, // 86: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	31, // 87: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	33, // 88: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	39, // 89: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	35, // 90: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	46, // 91: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	48, // 92: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	44, // 93: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	79, // [79:94] is the sub-list for method output_type
+	64, // [64:79] is the sub-list for method input_type
+	64, // [64:64] is the sub-list for extension type_name
+	64, // [64:64] is the sub-list for extension extendee
+	0,  // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
@@ -5309,7 +5417,7 @@ func file_raftkv_v1_kv_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_raftkv_v1_kv_proto_rawDesc), len(file_raftkv_v1_kv_proto_rawDesc)),
-			NumEnums:      6,
+			NumEnums:      7,
 			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   3,

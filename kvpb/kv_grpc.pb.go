@@ -1,5 +1,15 @@
-// The API of raft-key-value: what clients, operators and peers say to a node,
-// and what the log and snapshots hold.
+// The API of raft-key-value, what its nodes say to each other, and what the log
+// and snapshots hold.
+//
+// KVService is for clients, ClusterService for operators. These two, with all
+// that they name, are the API. RaftService, from Hello on, is for the nodes of one
+// cluster; the rest, from Entry on, is also in their files. Nobody else should use
+// these messages: they change when the nodes need it.
+//
+// Keys are strings of UTF-8, and stay so. That is a decision: a key can be typed,
+// is readable in a log, and is itself in JSON. A client whose keys are bytes
+// encodes them, for instance in hexadecimal, which keeps their order. Values are
+// bytes.
 //
 // Every error carries a google.rpc.ErrorInfo with the domain "raftkv.v1" and a
 // reason of the enum ErrorReason, without its prefix.
@@ -46,22 +56,26 @@ type KVServiceClient interface {
 	// Get reads a key. The read is linearizable on every node, unless local is
 	// set (Raft thesis, section 6.4).
 	Get(ctx context.Context, in *GetRequest, opts ...grpc.CallOption) (*GetResponse, error)
-	// Set writes a key. DEADLINE_EXCEEDED with the reason OUTCOME_UNKNOWN means
-	// that the write may or may not take effect; UNAVAILABLE, that it will not,
-	// or that it had a request_id and may be sent again. A write with a field that
-	// the node does not know is INVALID_ARGUMENT: it might mean something else.
+	// Set writes a key. After an error with the reason OUTCOME_UNKNOWN, the write may
+	// have taken effect, or may do so later: if the code is UNAVAILABLE, it has a
+	// request_id and may be sent again; if it is DEADLINE_EXCEEDED or CANCELLED, only
+	// a write with a request_id may. After any other error that a node gives, the write
+	// takes no effect. SESSION_UNKNOWN and SEQUENCE_TOO_OLD say so of this try only.
+	// A write with a field that the node does not know is INVALID_ARGUMENT: it might
+	// mean something else.
 	Set(ctx context.Context, in *SetRequest, opts ...grpc.CallOption) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
-	// List reads keys in order. Each page is linearizable by itself: writes
-	// between two pages show. A page costs one pass over all keys of the node.
+	// List reads keys in the order of their bytes. Each page is linearizable by
+	// itself, unless local is set: writes between two pages show. A page costs one
+	// pass over all keys of the node.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions.
-	// One more takes the place of one that was never used, the oldest, if there are
-	// 1,000 of those, and else of the one that was used the longest ago. To use a
-	// session is to send a write in it, or to repeat one, and to get its answer.
-	// OpenSession may be sent again: a session that nobody knows of does no harm.
+	// One more replaces another: if 1,000 of them were never used, the oldest of
+	// those, and else the one whose last use was the longest ago. A session is used
+	// by each write in it that is answered, repeats included. OpenSession may be sent
+	// again: a session that nobody knows of does no harm.
 	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Writes of one stream
@@ -156,22 +170,26 @@ type KVServiceServer interface {
 	// Get reads a key. The read is linearizable on every node, unless local is
 	// set (Raft thesis, section 6.4).
 	Get(context.Context, *GetRequest) (*GetResponse, error)
-	// Set writes a key. DEADLINE_EXCEEDED with the reason OUTCOME_UNKNOWN means
-	// that the write may or may not take effect; UNAVAILABLE, that it will not,
-	// or that it had a request_id and may be sent again. A write with a field that
-	// the node does not know is INVALID_ARGUMENT: it might mean something else.
+	// Set writes a key. After an error with the reason OUTCOME_UNKNOWN, the write may
+	// have taken effect, or may do so later: if the code is UNAVAILABLE, it has a
+	// request_id and may be sent again; if it is DEADLINE_EXCEEDED or CANCELLED, only
+	// a write with a request_id may. After any other error that a node gives, the write
+	// takes no effect. SESSION_UNKNOWN and SEQUENCE_TOO_OLD say so of this try only.
+	// A write with a field that the node does not know is INVALID_ARGUMENT: it might
+	// mean something else.
 	Set(context.Context, *SetRequest) (*SetResponse, error)
 	// Delete removes a key. Its errors are those of Set.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
-	// List reads keys in order. Each page is linearizable by itself: writes
-	// between two pages show. A page costs one pass over all keys of the node.
+	// List reads keys in the order of their bytes. Each page is linearizable by
+	// itself, unless local is set: writes between two pages show. A page costs one
+	// pass over all keys of the node.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions.
-	// One more takes the place of one that was never used, the oldest, if there are
-	// 1,000 of those, and else of the one that was used the longest ago. To use a
-	// session is to send a write in it, or to repeat one, and to get its answer.
-	// OpenSession may be sent again: a session that nobody knows of does no harm.
+	// One more replaces another: if 1,000 of them were never used, the oldest of
+	// those, and else the one whose last use was the longest ago. A session is used
+	// by each write in it that is answered, repeats included. OpenSession may be sent
+	// again: a session that nobody knows of does no harm.
 	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Writes of one stream
@@ -378,8 +396,8 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// ClusterService is for operators. Init, Metrics: the node that is called.
-// The others: any node; it has the leader do it.
+// ClusterService is for operators. Init, Metrics and Backup are done by the node
+// that is called. Any node takes the others, and has the leader do them.
 type ClusterServiceClient interface {
 	// Init makes a cluster of the named members, all of them voters. The called node
 	// first gets a claim from each of them, in ascending order of ids: while it has
@@ -407,7 +425,7 @@ type ClusterServiceClient interface {
 	// TransferLeader makes another voter the leader (Raft thesis, section 3.10)
 	// and answers once it is.
 	TransferLeader(ctx context.Context, in *TransferLeaderRequest, opts ...grpc.CallOption) (*TransferLeaderResponse, error)
-	// Metrics is the called node's own view, with or without a leader.
+	// Metrics answers with the called node's own view, with or without a leader.
 	Metrics(ctx context.Context, in *MetricsRequest, opts ...grpc.CallOption) (*MetricsResponse, error)
 	// Backup streams the state of the cluster at one moment after the call began,
 	// from the called node. The parts' data, joined, are a snapshot.
@@ -495,8 +513,8 @@ type ClusterService_BackupClient = grpc.ServerStreamingClient[BackupResponse]
 // All implementations must embed UnimplementedClusterServiceServer
 // for forward compatibility.
 //
-// ClusterService is for operators. Init, Metrics: the node that is called.
-// The others: any node; it has the leader do it.
+// ClusterService is for operators. Init, Metrics and Backup are done by the node
+// that is called. Any node takes the others, and has the leader do them.
 type ClusterServiceServer interface {
 	// Init makes a cluster of the named members, all of them voters. The called node
 	// first gets a claim from each of them, in ascending order of ids: while it has
@@ -524,7 +542,7 @@ type ClusterServiceServer interface {
 	// TransferLeader makes another voter the leader (Raft thesis, section 3.10)
 	// and answers once it is.
 	TransferLeader(context.Context, *TransferLeaderRequest) (*TransferLeaderResponse, error)
-	// Metrics is the called node's own view, with or without a leader.
+	// Metrics answers with the called node's own view, with or without a leader.
 	Metrics(context.Context, *MetricsRequest) (*MetricsResponse, error)
 	// Backup streams the state of the cluster at one moment after the call began,
 	// from the called node. The parts' data, joined, are a snapshot.
