@@ -78,7 +78,7 @@ func TestMeasure(t *testing.T) {
 	if err == nil {
 		t.Fatal("more keys than any machine holds")
 	}
-	o.rounds, o.duration, o.warmup = 2, 20*time.Millisecond, 0
+	o.rounds, o.duration, o.warmup = 2, 200*time.Millisecond, 0
 	o.keys = []uint64{100_000_000_000}
 	var stdout bytes.Buffer
 	if err := run(t.Context(), o, &stdout, io.Discard); err != nil {
