@@ -1,7 +1,18 @@
-// Bench puts a cluster under load and says how fast it is, beside bare RPC: a
-// unary gRPC call of the same messages to a process that does nothing.
+// Bench puts a cluster that runs under load and says how fast it is, beside bare
+// RPC: a unary gRPC call of the same messages to a process that does nothing.
 //
 //	cd bench && go run . --endpoints 127.0.0.1:21001,127.0.0.1:21002,127.0.0.1:21003
+//
+// Four other programs start all that they measure, each from its directory:
+//
+//	go run ./compare    this store beside etcd
+//	go run ./growth     more nodes, larger values, more clients, more keys
+//	go run ./stalls     how long sets take while something might hold them up
+//	go run ./memory     what keys, connections and clients cost
+//
+// They are programs and not sub-commands of one, because that one would link
+// etcd: 60 modules in place of 8. Only compare and memory need it. What the
+// programs have in common is in internal/.
 package main
 
 import (
@@ -51,7 +62,7 @@ const pipelineSweep, sweep = "1,2,4,8,16,32", pipelineSweep + ",64,128,256,512"
 // parseOptions reads the settings.
 func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o := options{}
-	fs := load.NewFlags("bench", "puts a raft-key-value cluster under load.", stderr)
+	fs := load.NewFlags("bench", "puts a raft-key-value cluster under load. See also ./compare, ./growth, ./stalls and ./memory.", stderr)
 	endpoints := fs.String("endpoints", "127.0.0.1:21001", "`host:port,...` of nodes")
 	fs.StringVar(&o.op, "op", "set", "set, get or mixed")
 	fs.Float64Var(&o.setShare, "set-share", .5, "share of sets in mixed")

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"raft-key-value/bench/internal/cluster"
+	"raft-key-value/bench/internal/etcd"
 	"raft-key-value/bench/internal/load"
 )
 
@@ -29,7 +30,7 @@ type compare struct {
 	pingPong        time.Duration
 	bare            *load.KV
 	memory, disk    *cluster.Ours // nil: left out
-	noSync, sync    *cluster.Etcd // nil: left out
+	noSync, sync    *etcd.Cluster // nil: left out
 	fsync           time.Duration
 	pipelineLeftOut bool
 }
@@ -52,12 +53,12 @@ func (c *compare) start(ctx context.Context) (err error) {
 		return err
 	}
 	if c.etcd {
-		fmt.Fprintf(c.stderr, "starting etcd %s\n", cluster.EtcdVersion())
-		if c.noSync, err = cluster.StartEtcd(ctx, c.config("etcd-memory", false)); err != nil {
+		fmt.Fprintf(c.stderr, "starting etcd %s\n", etcd.Version())
+		if c.noSync, err = etcd.Start(ctx, c.config("etcd-memory", false)); err != nil {
 			return err
 		}
 		if c.durable {
-			if c.sync, err = cluster.StartEtcd(ctx, c.config("etcd-disk", true)); err != nil {
+			if c.sync, err = etcd.Start(ctx, c.config("etcd-disk", true)); err != nil {
 				return err
 			}
 		}
@@ -127,11 +128,11 @@ func (c *compare) prepare(ctx context.Context) error {
 }
 
 // etcdTarget is nil if there is no such cluster.
-func (c *compare) etcdTarget(e *cluster.Etcd, serializable bool) load.Target {
+func (c *compare) etcdTarget(e *etcd.Cluster, serializable bool) load.Target {
 	if e == nil {
 		return nil
 	}
-	return cluster.EtcdTarget{Etcd: e, Serializable: serializable}
+	return etcd.Target{Cluster: e, Serializable: serializable}
 }
 
 // stop ends all that was started.
@@ -144,7 +145,7 @@ func (c *compare) stop() {
 			o.Stop()
 		}
 	}
-	for _, e := range []*cluster.Etcd{c.noSync, c.sync} {
+	for _, e := range []*etcd.Cluster{c.noSync, c.sync} {
 		if e != nil {
 			e.Stop()
 		}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"raft-key-value/bench/internal/cluster"
+	"raft-key-value/bench/internal/etcd"
 	"raft-key-value/bench/internal/load"
 )
 
@@ -43,7 +44,7 @@ func TestPlan(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &compare{options: o, bare: &load.KV{}, memory: &cluster.Ours{KV: &load.KV{}}, disk: &cluster.Ours{KV: &load.KV{}}, noSync: &cluster.Etcd{}, sync: &cluster.Etcd{}}
+	c := &compare{options: o, bare: &load.KV{}, memory: &cluster.Ours{KV: &load.KV{}}, disk: &cluster.Ours{KV: &load.KV{}}, noSync: &etcd.Cluster{}, sync: &etcd.Cluster{}}
 	cells := c.plan()
 	if len(cells) != 10*4+2 {
 		t.Fatalf("%d cells", len(cells))
@@ -73,7 +74,7 @@ func TestPlan(t *testing.T) {
 	if k := find(getLocal, 64).target.(*load.KV); !k.Local || find(getRead, 64).target.(*load.KV).Local {
 		t.Error("local and linearizable reads are the same")
 	}
-	if !find(etcdLocal, 64).target.(cluster.EtcdTarget).Serializable || find(etcdRead, 64).target.(cluster.EtcdTarget).Serializable {
+	if !find(etcdLocal, 64).target.(etcd.Target).Serializable || find(etcdRead, 64).target.(etcd.Target).Serializable {
 		t.Error("serializable and linearizable ranges are the same")
 	}
 }

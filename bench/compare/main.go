@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"raft-key-value/bench/internal/cluster"
+	"raft-key-value/bench/internal/etcd"
 	"raft-key-value/bench/internal/load"
 )
 
@@ -39,7 +40,7 @@ type options struct {
 func main() { os.Exit(load.Main("compare", execute)) }
 
 func execute(ctx context.Context, args []string) error {
-	if served, err := cluster.ServeEtcd(args); served {
+	if served, err := etcd.Serve(args); served {
 		return err
 	}
 	return load.Execute(parseOptions, run)(ctx, args)

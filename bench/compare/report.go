@@ -7,7 +7,7 @@ import (
 	"slices"
 	"time"
 
-	"raft-key-value/bench/internal/cluster"
+	"raft-key-value/bench/internal/etcd"
 	"raft-key-value/bench/internal/load"
 )
 
@@ -62,7 +62,7 @@ func (c *compare) report(cells []*cell) *report {
 		LeftOut: c.leftOut, Clients: c.clients,
 	}
 	if c.etcd {
-		r.Etcd = cluster.EtcdVersion()
+		r.Etcd = etcd.Version()
 	}
 	find := func(name string, clients int) []float64 {
 		for _, o := range cells {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"raft-key-value/bench/internal/cluster"
+	"raft-key-value/bench/internal/etcd"
 	"raft-key-value/bench/internal/load"
 	"raft-key-value/kvpb"
 )
@@ -84,12 +85,12 @@ func (m *memory) etcdKeys(ctx context.Context, value []byte, measure func(system
 		return err
 	}
 	defer func() { _ = log.Close() }()
-	e, err := cluster.StartEtcd(ctx, cluster.Config{Dir: filepath.Join(m.dir, "etcd"), Size: 1, Stderr: log})
+	e, err := etcd.Start(ctx, cluster.Config{Dir: filepath.Join(m.dir, "etcd"), Size: 1, Stderr: log})
 	if err != nil {
 		return err
 	}
 	defer e.Stop()
-	return measure(system{"etcd " + cluster.EtcdVersion() + " member", e.Members[0].PID(), path, cluster.EtcdTarget{Etcd: e}, func(ctx context.Context) error {
+	return measure(system{"etcd " + etcd.Version() + " member", e.Members[0].PID(), path, etcd.Target{Cluster: e}, func(ctx context.Context) error {
 		return e.Fill(ctx, m.sizes.Keys, m.sizes.Key, value)
 	}})
 }

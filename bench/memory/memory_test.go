@@ -9,12 +9,12 @@ import (
 	"strings"
 	"testing"
 
-	"raft-key-value/bench/internal/cluster"
+	"raft-key-value/bench/internal/etcd"
 )
 
 // TestMain makes the test a member of etcd, too.
 func TestMain(m *testing.M) {
-	if served, _ := cluster.ServeEtcd(os.Args[1:]); !served {
+	if served, _ := etcd.Serve(os.Args[1:]); !served {
 		os.Exit(m.Run())
 	}
 }

@@ -1,5 +1,5 @@
-// Package cluster starts clusters of this store and of etcd, each member a
-// process on this machine.
+// Package cluster starts clusters of this store, each member a process on this
+// machine.
 package cluster
 
 import (
@@ -29,8 +29,8 @@ import (
 const Connections = 16
 
 const (
-	// startTimeout bounds the wait for a cluster to come up.
-	startTimeout = 30 * time.Second
+	// StartTimeout bounds the wait for a cluster to come up.
+	StartTimeout = 30 * time.Second
 	// settleTimeout bounds the wait until all members have caught up.
 	settleTimeout = time.Minute
 	poll          = 20 * time.Millisecond
@@ -122,7 +122,7 @@ var ErrNoDataDir = errors.New("the program knows no --data-dir")
 
 // StartOurs starts a cluster and connects to its leader.
 func StartOurs(ctx context.Context, c Config) (_ *Ours, err error) {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	ctx, cancel := context.WithTimeout(ctx, StartTimeout)
 	defer cancel()
 	o := &Ours{Config: c}
 	defer func() {

@@ -1,4 +1,6 @@
-package cluster
+// Package etcd starts clusters of etcd, each member a process on this machine. It
+// alone links etcd, and with it most of this module's requirements.
+package etcd
 
 import (
 	"context"
@@ -19,23 +21,24 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 	"google.golang.org/grpc"
 
+	"raft-key-value/bench/internal/cluster"
 	"raft-key-value/bench/internal/load"
 )
 
-// etcdCommand is the hidden sub-command that is a member of etcd: its number,
+// memberCommand is the hidden sub-command that is a member of etcd: its number,
 // its directory, whether it syncs, and all members' peer addresses.
-const etcdCommand = "serve-etcd"
+const memberCommand = "serve-etcd"
 
-// ServeEtcd serves as a member of etcd if args say that this process is one.
-func ServeEtcd(args []string) (served bool, err error) {
-	if len(args) != 5 || args[0] != etcdCommand {
+// Serve serves as a member of etcd if args say that this process is one.
+func Serve(args []string) (served bool, err error) {
+	if len(args) != 5 || args[0] != memberCommand {
 		return false, nil
 	}
 	number, err := strconv.Atoi(args[1])
 	if err != nil {
 		return true, err
 	}
-	cfg, client, err := etcdConfig(number, args[2], args[3] == "sync", strings.Split(args[4], ","))
+	cfg, client, err := config(number, args[2], args[3] == "sync", strings.Split(args[4], ","))
 	if err != nil {
 		return true, err
 	}
@@ -49,14 +52,14 @@ func ServeEtcd(args []string) (served bool, err error) {
 		return true, nil
 	case err := <-e.Err():
 		return true, err
-	case <-time.After(startTimeout):
+	case <-time.After(cluster.StartTimeout):
 		return true, errors.New("etcd is not ready")
 	}
 }
 
-// etcdConfig has stock settings, but for the log and the quota, so that a run
+// config has stock settings, but for the log and the quota, so that a run
 // does not fill it.
-func etcdConfig(number int, dir string, sync bool, peers []string) (cfg *embed.Config, client string, err error) {
+func config(number int, dir string, sync bool, peers []string) (cfg *embed.Config, client string, err error) {
 	ports, err := freePorts(1)
 	if err != nil {
 		return nil, "", err
@@ -90,16 +93,16 @@ func freePorts(n int) (addresses []string, err error) {
 	return addresses, nil
 }
 
-// Etcd is a cluster of it.
-type Etcd struct {
+// Cluster is a cluster of it.
+type Cluster struct {
 	Members []*load.Child
 	conns   []*grpc.ClientConn
 	stubs   []etcdserverpb.KVClient
 }
 
-// StartEtcd starts a cluster and connects to its leader.
-func StartEtcd(ctx context.Context, c Config) (_ *Etcd, err error) {
-	e := &Etcd{}
+// Start starts a cluster and connects to its leader.
+func Start(ctx context.Context, c cluster.Config) (_ *Cluster, err error) {
+	e := &Cluster{}
 	defer func() {
 		if err != nil {
 			e.Stop()
@@ -124,7 +127,7 @@ func StartEtcd(ctx context.Context, c Config) (_ *Etcd, err error) {
 	members := make(chan started)
 	for i := range c.Size { // at once: none is ready before there is a majority
 		go func() {
-			m, err := load.StartSelf(stderr, etcdCommand, strconv.Itoa(i), filepath.Join(c.Dir, strconv.Itoa(i)), mode, strings.Join(peers, ","))
+			m, err := load.StartSelf(stderr, memberCommand, strconv.Itoa(i), filepath.Join(c.Dir, strconv.Itoa(i)), mode, strings.Join(peers, ","))
 			members <- started{m, err}
 		}()
 	}
@@ -142,20 +145,20 @@ func StartEtcd(ctx context.Context, c Config) (_ *Etcd, err error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	leader, err := etcdLeader(ctx, addresses)
+	leader, err := leaderOf(ctx, addresses)
 	if err != nil {
 		return nil, err
 	}
-	e.conns, err = load.Dial([]string{leader}, Connections)
+	e.conns, err = load.Dial([]string{leader}, cluster.Connections)
 	for _, c := range e.conns {
 		e.stubs = append(e.stubs, etcdserverpb.NewKVClient(c))
 	}
 	return e, err
 }
 
-// etcdLeader finds the client address of the leader.
-func etcdLeader(ctx context.Context, addresses []string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+// leaderOf finds the client address of the leader.
+func leaderOf(ctx context.Context, addresses []string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, cluster.StartTimeout)
 	defer cancel()
 	conns, err := load.Dial(addresses, len(addresses))
 	if err != nil {
@@ -179,7 +182,7 @@ func etcdLeader(ctx context.Context, addresses []string) (string, error) {
 }
 
 // Stop ends the members.
-func (e *Etcd) Stop() {
+func (e *Cluster) Stop() {
 	for _, c := range e.conns {
 		_ = c.Close()
 	}
@@ -189,7 +192,7 @@ func (e *Etcd) Stop() {
 }
 
 // Fill sets every key once, many in a transaction: that is many times as fast.
-func (e *Etcd) Fill(ctx context.Context, keys uint64, keySize int, value []byte) error {
+func (e *Cluster) Fill(ctx context.Context, keys uint64, keySize int, value []byte) error {
 	const clients, maxBytes = 16, 1 << 20
 	atOnce := uint64(min(100, max(1, maxBytes/(keySize+len(value)+64))))
 	var next atomic.Uint64
@@ -221,14 +224,14 @@ func (e *Etcd) Fill(ctx context.Context, keys uint64, keySize int, value []byte)
 	return errors.Join(all...)
 }
 
-// EtcdTarget is etcd under load, by its generated stubs.
-type EtcdTarget struct {
-	*Etcd
+// Target is etcd under load, by its generated stubs.
+type Target struct {
+	*Cluster
 	Serializable bool
 }
 
 // Do implements load.Target.
-func (t EtcdTarget) Do(ctx context.Context, client int, op load.Operation) error {
+func (t Target) Do(ctx context.Context, client int, op load.Operation) error {
 	stub := t.stubs[client%len(t.stubs)]
 	if op.Set {
 		_, err := stub.Put(ctx, &etcdserverpb.PutRequest{Key: []byte(op.Key), Value: op.Value})
@@ -241,8 +244,8 @@ func (t EtcdTarget) Do(ctx context.Context, client int, op load.Operation) error
 	return err
 }
 
-// EtcdVersion is that of the module that this program was built with.
-func EtcdVersion() string {
+// Version is that of the module that this program was built with.
+func Version() string {
 	info, _ := debug.ReadBuildInfo()
 	for _, m := range info.Deps {
 		if m.Path == "go.etcd.io/etcd/server/v3" {
