@@ -66,10 +66,15 @@ const (
 // A node's others are exitYes, once it was told to stop, and exitUsage.
 const exitFailed = 1
 
-// ballast is never touched: it costs address space, not memory. It has the
-// collector wait for as much garbage however small the store is, and takes
-// nothing from a large one. A collection also shrinks the stacks of gRPC's
-// workers, which the next call has to grow again.
+// ballast is memory that nobody touches, so the system never provides it. The
+// collector counts it as live, and lets 64 MiB more garbage gather before it starts:
+// a node takes up to so much more, and a large store hardly notices. A collection
+// also shrinks the stacks of gRPC's workers, which the next call has to grow again.
+//
+// With 10,000 keys of 128 bytes, a node without ballast collects four times as often
+// and does 0.95 times as many calls with 64 clients, 0.965 times with 256: medians of
+// 246 and 244 paired ratios, 95 % intervals 0.925 to 0.996 and 0.917 to 0.996. GOGC
+// does not replace it: it lets the garbage of a large store grow with the store.
 var ballast = make([]byte, 64<<20)
 
 func main() {
