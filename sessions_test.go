@@ -1,5 +1,5 @@
 // Exactly-once and compare-and-set: the state machine, the service, the whole
-// cluster, and the service config of the README.
+// cluster, and the service config of docs/api.md.
 
 package main
 
@@ -948,15 +948,15 @@ func TestReasonsArrive(t *testing.T) {
 	}
 }
 
-// TestServiceConfig: gRPC's clients retry as the README has it, over the nodes
+// TestServiceConfig: gRPC's clients retry as docs/api.md has it, over the nodes
 // that are healthy.
 func TestServiceConfig(t *testing.T) {
 	t.Parallel()
-	readme, err := os.ReadFile("README.md")
+	doc, err := os.ReadFile("docs/api.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, config, _ := strings.Cut(string(readme), "```json\n")
+	_, config, _ := strings.Cut(string(doc), "```json\n")
 	config, _, _ = strings.Cut(config, "```")
 	nodes := map[string]*fakeNode{}
 	r := manual.NewBuilderWithScheme("test")
