@@ -2,7 +2,8 @@
 // stream between each two nodes, and a map.
 //
 // Calls flow one way: service → node → network, log, store. What comes back
-// from the network is handed to functions that the node gave it.
+// from the network is handed to functions that the node gave it. docs/design.md
+// follows one Set and one Get from end to end, and says which file is which.
 //
 // # Goroutines
 //
@@ -16,22 +17,49 @@
 //     sends what the loop queued. Beside it a goroutine waits for the stream's
 //     end, and a timer for an answer to its hello.
 //   - A dial (target.dial), in a goroutine of gRPC's, has one for each of its tries
-//     to connect, which end with it, and one for a lookup of a name, which may go on
+//     to connect, which end with it, and one for a query of a name, which may go on
 //     for the next dial.
 //   - A hearer (network.serve), one for each stream from a peer and each
 //     snapshot received: it decodes and leaves messages in the inbox, or builds
 //     a new store that nobody else sees before the loop installs it.
-//   - A snapshot sender (peer.snapshot, or network.serve for a backup), one for
+//   - A snapshot sender (peer.sendSnapshot, or network.serve for a backup), one for
 //     each snapshot on its way out: it reads a view, which nobody changes.
+//   - A founder (founder.init), in the goroutine of an Init, asks several members at
+//     once, each in a goroutine that ends with the request.
 //   - gRPC's own: one for each call, streamWorkers of which serve the next one
 //     too. A call waits in server.call or node.await, reads the store under its
 //     lock, and waits in admit for room for its answer.
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
+//   - The watcher (server.watchLoop), one a node: it asks the loop once a second
+//     whether it turns.
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its
 //     GracefulStop, each in a goroutine.
 //   - A sub-command asks several nodes at once, and waits for stdin, in
 //     goroutines of its own.
+//
+// # Words
+//
+// The words are those of the Raft paper, of etcd's raft and of gRPC. Besides, this
+// program has some of its own:
+//
+//   - A raft ID is what raft knows a member by. A node takes a new one whenever it
+//     has lost its memory; the id that operators give to a node stays.
+//   - A life is one process's use of a raft ID. A node with a data directory has the
+//     same raft ID in many lives. A node without one has one life.
+//   - A turn is one pass of the loop: input in, effects out. Draining is to handle
+//     Readys until raft has none.
+//   - A view is the store as of one index, which stays as it is while writes go on.
+//   - A round is one ReadIndex for all reads that wait.
+//   - The mark is the index of the snapshot on disk that counts.
+//   - A claim is what a node in no cluster promises to an Init, whose node is the
+//     founder.
+//   - A hint says that a peer is at another address than the configuration has. It
+//     is believed once the peer answers there.
+//   - Rivals are two processes that go by one raft ID: one is a copy.
+//   - A witness is an entry behind a configuration: whoever stores it knows that the
+//     configuration is committed.
+//   - A node is dispensable if the cluster can do without it for a restart.
 package main
 
 import (
