@@ -59,48 +59,70 @@ func (c *peerCheck) check(m *raftpb.Message) error {
 	if max(m.GetTerm(), m.GetIndex(), m.GetLogTerm(), m.GetCommit(), m.GetRejectHint()) >= maxCounter {
 		return errors.New("a term or an index is out of range")
 	}
-	local := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex
-	if local != (m.GetTerm() == 0) {
+	isForwarded := m.GetType() == raftpb.MsgProp || m.GetType() == raftpb.MsgReadIndex
+	if isForwarded != (m.GetTerm() == 0) {
 		return errors.New("its term is 0, or should be") // raft.Step takes term 0 for local
 	}
 	switch m.GetType() {
 	case raftpb.MsgApp:
 		return c.checkAppend(m)
 	case raftpb.MsgAppResp:
-		// tracker.Progress.MaybeUpdate believes any index.
-		if !m.GetReject() && m.GetTerm() == c.term && m.GetIndex() > c.log.last() {
-			return fmt.Errorf("it acknowledges entry %d of %d", m.GetIndex(), c.log.last())
-		}
+		return c.checkAppendResponse(m)
 	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
 		return c.checkHeartbeat(m)
 	case raftpb.MsgProp:
 		return c.checkProposal(m)
-	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
-		if m.GetType() == raftpb.MsgReadIndex && !c.leading || m.GetType() == raftpb.MsgReadIndexResp && m.GetFrom() != c.lead {
-			return errors.New("only the leader answers reads") // raft would pass the question on
-		}
-		if len(m.GetEntries()) != 1 || len(m.GetEntries()[0].GetData()) != readContextBytes {
-			return errors.New("its context is invalid")
-		}
+	case raftpb.MsgReadIndex:
+		return checkRead(m, c.leading) // raft would pass the question on
+	case raftpb.MsgReadIndexResp:
+		return checkRead(m, m.GetFrom() == c.lead)
 	case raftpb.MsgVote, raftpb.MsgVoteResp, raftpb.MsgPreVote, raftpb.MsgPreVoteResp, raftpb.MsgTimeoutNow:
+		return nil
 	case raftpb.MsgSnap:
 		if m.GetSnapshot() == nil { // else readSnapshot has checked it
 			return errors.New("it has no snapshot")
 		}
-	default:
-		return fmt.Errorf("messages of type %v do not cross the network", m.GetType())
+		return nil
+	}
+	return fmt.Errorf("messages of type %v do not cross the network", m.GetType())
+}
+
+// checkAppendResponse checks an acknowledgement: tracker.Progress.MaybeUpdate believes
+// any index.
+func (c *peerCheck) checkAppendResponse(m *raftpb.Message) error {
+	acknowledges := !m.GetReject() && m.GetTerm() == c.term
+	if acknowledges && m.GetIndex() > c.log.last() {
+		return fmt.Errorf("it acknowledges entry %d of %d", m.GetIndex(), c.log.last())
+	}
+	return nil
+}
+
+// checkRead checks a question for a ReadIndex, or the answer.
+func checkRead(m *raftpb.Message, byLeader bool) error {
+	if !byLeader {
+		return errors.New("only the leader answers reads")
+	}
+	if len(m.GetEntries()) != 1 || len(m.GetEntries()[0].GetData()) != readContextBytes {
+		return errors.New("its context is invalid")
 	}
 	return nil
 }
 
 func (c *peerCheck) checkHeartbeat(m *raftpb.Message) error {
 	ctx := m.GetContext()
-	switch isBeat := m.GetType() == raftpb.MsgHeartbeat; {
-	case isBeat && m.GetTerm() >= c.term && m.GetCommit() > c.log.last(): // raftLog.commitTo
+	isOfLeader := m.GetType() == raftpb.MsgHeartbeat
+	isPresent := m.GetTerm() >= c.term
+	if isOfLeader && isPresent && m.GetCommit() > c.log.last() { // raftLog.commitTo
 		return fmt.Errorf("%w: it commits entry %d, the log ends at %d", errContradiction, m.GetCommit(), c.log.last())
-	case len(ctx) != 0 && len(ctx) != 8: // readOnly.recvAck
+	}
+	if len(ctx) == 0 {
+		return nil
+	}
+	if len(ctx) != 8 { // readOnly.recvAck
 		return fmt.Errorf("its context has %d bytes", len(ctx))
-	case !isBeat && len(ctx) > 0 && m.GetTerm() == c.term && binary.LittleEndian.Uint64(ctx) > c.readBeat: // readOnly.maybeAdvance
+	}
+	isAnswer := !isOfLeader && m.GetTerm() == c.term
+	if isAnswer && binary.LittleEndian.Uint64(ctx) > c.readBeat { // readOnly.maybeAdvance
 		return errors.New("it acknowledges a read that was not sent")
 	}
 	return nil
@@ -110,32 +132,42 @@ func (c *peerCheck) checkHeartbeat(m *raftpb.Message) error {
 // they can be applied (raft.applyConfChange), and that they do not contradict
 // what is committed: raft would ignore that.
 func (c *peerCheck) checkAppend(m *raftpb.Message) error {
-	index, term := m.GetIndex(), m.GetLogTerm()
+	index := m.GetIndex()
+	term := m.GetLogTerm()
 	if term > m.GetTerm() {
 		return errors.New("its entries are of a later term than itself")
 	}
-	contradicts := func() error {
-		if t, err := c.log.Term(index); err == nil && t != term && index <= c.commit && m.GetTerm() >= c.term {
-			return fmt.Errorf("%w: entry %d is of term %d there and of term %d here", errContradiction, index, term, t)
-		}
-		return nil
-	}
-	if err := contradicts(); err != nil {
-		return err
+	isPresent := m.GetTerm() >= c.term
+	if isPresent && c.contradicts(index, term) {
+		return c.contradiction(index, term)
 	}
 	for _, e := range m.GetEntries() {
-		if e.GetIndex() != index+1 || e.GetTerm() < term || e.GetTerm() > m.GetTerm() || e.GetTerm() == 0 {
+		isNext := e.GetIndex() == index+1 && e.GetTerm() >= term
+		isPossible := e.GetTerm() != 0 && e.GetTerm() <= m.GetTerm()
+		if !isNext || !isPossible {
 			return fmt.Errorf("entry %d of term %d does not follow entry %d of term %d", e.GetIndex(), e.GetTerm(), index, term)
 		}
-		index, term = e.GetIndex(), e.GetTerm()
-		if err := contradicts(); err != nil {
-			return err
+		index = e.GetIndex()
+		term = e.GetTerm()
+		if isPresent && c.contradicts(index, term) {
+			return c.contradiction(index, term)
 		}
 		if err := checkEntry(e); err != nil {
 			return fmt.Errorf("entry %d: %w", index, err)
 		}
 	}
 	return nil
+}
+
+// contradicts reports whether this node knows another entry to be committed.
+func (c *peerCheck) contradicts(index, term uint64) bool {
+	here, err := c.log.Term(index)
+	return err == nil && here != term && index <= c.commit
+}
+
+func (c *peerCheck) contradiction(index, term uint64) error {
+	here, _ := c.log.Term(index)
+	return fmt.Errorf("%w: entry %d is of term %d there and of term %d here", errContradiction, index, term, here)
 }
 
 // checkEntry checks what can be checked of an entry without the state.
@@ -162,14 +194,19 @@ func (c *peerCheck) checkProposal(m *raftpb.Message) error {
 	if e.GetType() != raftpb.EntryNormal {
 		return errors.New("only the leader itself proposes changes of membership")
 	}
-	if n := len(e.GetData()); n == 0 || n > maxEntryBytes+maxWriteBytes {
-		return fmt.Errorf("its entry has %d bytes", n)
+	size := len(e.GetData())
+	if size == 0 || size > maxEntryBytes+maxWriteBytes {
+		return fmt.Errorf("its entry has %d bytes", size)
 	}
 	b, err := parseBatch(e.GetData(), nil) // or every node would stop when it applies it
-	if err == nil && (b.proposer != m.GetFrom() || b.sequence == 0 || len(b.writes) == 0) {
-		err = errors.New("its batch is not its sender's, or empty")
+	if err != nil {
+		return err
 	}
-	return err
+	isSenders := b.proposer == m.GetFrom() && b.sequence != 0
+	if !isSenders || len(b.writes) == 0 {
+		return errors.New("its batch is not its sender's, or empty")
+	}
+	return nil
 }
 
 // decodeConfChange decodes the data of an entry that changes the configuration.
@@ -178,8 +215,9 @@ func decodeConfChange(e *raftpb.Entry) (*raftpb.ConfChangeV2, *kvpb.ConfChangeCo
 	if err := proto.Unmarshal(e.GetData(), &cc); err != nil {
 		return nil, nil, err
 	}
-	if t := cc.GetTransition(); t < raftpb.ConfChangeTransitionAuto || t > raftpb.ConfChangeTransitionJointExplicit {
-		return nil, nil, fmt.Errorf("unknown transition %d", t) // ConfChangeV2.EnterJoint
+	transition := cc.GetTransition()
+	if transition < raftpb.ConfChangeTransitionAuto || transition > raftpb.ConfChangeTransitionJointExplicit {
+		return nil, nil, fmt.Errorf("unknown transition %d", transition) // ConfChangeV2.EnterJoint
 	}
 	for _, ch := range cc.GetChanges() {
 		if !validRaftID(ch.GetNodeId()) {
@@ -206,11 +244,13 @@ func tryConfChange(cs *raftpb.ConfState, cc *raftpb.ConfChangeV2) (*raftpb.ConfS
 		return nil, err
 	}
 	changer := confchange.Changer{Tracker: t, LastIndex: 1}
-	if cc.LeaveJoint() {
+	autoLeave, isJoint := cc.EnterJoint()
+	switch {
+	case cc.LeaveJoint():
 		t.Config, t.Progress, err = changer.LeaveJoint()
-	} else if autoLeave, joint := cc.EnterJoint(); joint {
+	case isJoint:
 		t.Config, t.Progress, err = changer.EnterJoint(autoLeave, cc.GetChanges()...)
-	} else {
+	default:
 		t.Config, t.Progress, err = changer.Simple(cc.GetChanges()...)
 	}
 	if err != nil {
