@@ -26,16 +26,17 @@ var (
 	errOutcomeUnknown = errors.New("the write was proposed, whether it was or will be applied is not known")
 	errChangeUnknown  = errors.New("the change was begun, whether it was or will be made is not known")
 	errUnknownInTime  = fmt.Errorf("the deadline is near, and %w", errOutcomeUnknown)
-	errNotInitialized = errors.New("this node is in no cluster: init makes one, or add-learner, at a member, adds it to one")
 	errStopping       = errors.New("this node is stopping")
 	errOverloaded     = errors.New("this node has too many calls waiting")
 	errNotLeader      = errors.New("this node does not lead")
 	errInCluster      = errors.New("this node is in a cluster already")
-	errRemoved        = fmt.Errorf("%w: most of the other voters that it knows say that it is no member of its cluster "+
-		"any more: it was removed, or has come back since without this data directory, in which nothing was changed. "+
-		"Start it again once: if those voters were wrong, it goes on. If it stops with this again, move the directory "+
-		"away, keep it until the cluster is known to be healthy, and start the node with an empty one; "+
-		"add-learner adds it, if status does not list it then", errStopping)
+	errNotInitialized = errors.New("this node is in no cluster: " +
+		"init makes one, or add-learner, at a member, adds it to one")
+	errRemoved = fmt.Errorf("%w: most of the other voters that it knows say that it is no member of its "+
+		"cluster any more: it was removed, or has come back since without this data directory, in which "+
+		"nothing was changed. Start it again once: if those voters were wrong, it goes on. If it stops "+
+		"with this again, move the directory away, keep it until the cluster is known to be healthy, and "+
+		"start the node with an empty one; add-learner adds it, if status does not list it then", errStopping)
 )
 
 // proposal is this node's own entry in flight. There is one at most: what is

@@ -231,8 +231,8 @@ func (n *node) tooSlow(id uint64, how string) {
 	c.givenUp = true
 	c.gaveUp = n.clock.now
 	c.written = n.catchup.written.recent(n.heartbeatNumber())
-	c.lagging = fmt.Sprintf("too slow to catch up: %s, while %d were written, and %d bytes of the log were kept for it; "+
-		"it gets another snapshot after %v, or once half as much is written",
+	c.lagging = fmt.Sprintf("too slow to catch up: %s, while %d were written, "+
+		"and %d bytes of the log were kept for it; it gets another snapshot after %v, or once half as much is written",
 		how, n.rate(c.written, ticksPerHeartbeat), n.keptBytes(), n.durationOf(c.wait))
 	n.logger.Warn("a member is too slow to catch up", "member", n.describe(id), "why", c.lagging)
 }

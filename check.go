@@ -145,7 +145,8 @@ func (c *peerCheck) checkAppend(m *raftpb.Message) error {
 		isNext := e.GetIndex() == index+1 && e.GetTerm() >= term
 		isPossible := e.GetTerm() != 0 && e.GetTerm() <= m.GetTerm()
 		if !isNext || !isPossible {
-			return fmt.Errorf("entry %d of term %d does not follow entry %d of term %d", e.GetIndex(), e.GetTerm(), index, term)
+			return fmt.Errorf("entry %d of term %d does not follow entry %d of term %d",
+				e.GetIndex(), e.GetTerm(), index, term)
 		}
 		index = e.GetIndex()
 		term = e.GetTerm()

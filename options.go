@@ -222,7 +222,8 @@ func (o *options) check() error {
 		return fmt.Errorf("%s is empty: name a directory, or leave it out", o.nameOf("data-dir"))
 	}
 	if o.heartbeat < minHeartbeat || o.heartbeat > maxHeartbeat {
-		return fmt.Errorf("%s %v is not between %v and %v", o.nameOf("heartbeat"), o.heartbeat, minHeartbeat, maxHeartbeat)
+		return fmt.Errorf("%s %v is not between %v and %v",
+			o.nameOf("heartbeat"), o.heartbeat, minHeartbeat, maxHeartbeat)
 	}
 	leastElection := minElection * o.heartbeat
 	if o.election < leastElection || o.election > maxElection {

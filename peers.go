@@ -249,9 +249,18 @@ func (n *node) isWithoutMemory(raftID uint64, w *kvpb.Welcome) bool {
 // rest and this node together are no majority, so nobody needs that vote.
 func (n *node) disowned(by uint64) {
 	n.peers.disownedBy[by] = true
-	others := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool { return id == n.id.raftID })
-	know := slices.DeleteFunc(slices.Clone(others), func(id uint64) bool { return !n.peers.disownedBy[id] })
-	if len(know) > len(others)/2 {
+	others := 0
+	var know []uint64
+	for _, id := range n.store.conf.GetVoters() {
+		if id == n.id.raftID {
+			continue
+		}
+		others++
+		if n.peers.disownedBy[id] {
+			know = append(know, id)
+		}
+	}
+	if len(know) > others/2 {
 		n.endRemoved(know)
 	}
 }

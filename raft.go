@@ -243,7 +243,8 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	s.clusterID = randomID()
 	s.index = 1
 	s.term = 1
-	s.configure(&raftpb.ConfState{Voters: []uint64{n.id.raftID}, AutoLeave: new(false)}, []*kvpb.Member{{RaftId: n.id.raftID, Node: n.self}})
+	conf := &raftpb.ConfState{Voters: []uint64{n.id.raftID}, AutoLeave: new(false)}
+	s.configure(conf, []*kvpb.Member{{RaftId: n.id.raftID, Node: n.self}})
 	n.store.install(s)
 	n.log.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
 	n.log.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}

@@ -148,13 +148,20 @@ func (l *raftLog) compact(limit, index uint64) {
 func toWire(ms []*raftpb.Message) []*kvpb.RaftMessage {
 	out := make([]*kvpb.RaftMessage, len(ms))
 	for i, m := range ms {
-		out[i] = &kvpb.RaftMessage{
-			Type: kvpb.RaftMessageType(m.GetType() + 1), Term: m.GetTerm(), LogTerm: m.GetLogTerm(), Index: m.GetIndex(),
-			Commit: m.GetCommit(), Reject: m.GetReject(), RejectHint: m.GetRejectHint(), Context: m.GetContext(),
+		w := &kvpb.RaftMessage{
+			Type:       kvpb.RaftMessageType(m.GetType() + 1),
+			Term:       m.GetTerm(),
+			LogTerm:    m.GetLogTerm(),
+			Index:      m.GetIndex(),
+			Commit:     m.GetCommit(),
+			Reject:     m.GetReject(),
+			RejectHint: m.GetRejectHint(),
+			Context:    m.GetContext(),
 		}
 		for _, e := range m.GetEntries() {
-			out[i].Entries = append(out[i].Entries, wireEntry(e))
+			w.Entries = append(w.Entries, wireEntry(e))
 		}
+		out[i] = w
 	}
 	return out
 }
@@ -165,8 +172,16 @@ func fromWire(ms []*kvpb.RaftMessage, h *kvpb.Hello) []inbound {
 	out := make([]inbound, len(ms))
 	for i, w := range ms {
 		m := &raftpb.Message{
-			Type: raftpb.MessageType(w.Type - 1).Enum(), From: &h.From.RaftId, To: &h.To.RaftId, Term: &w.Term, LogTerm: &w.LogTerm,
-			Index: &w.Index, Commit: &w.Commit, Reject: &w.Reject, RejectHint: &w.RejectHint, Context: w.Context,
+			Type:       raftpb.MessageType(w.Type - 1).Enum(),
+			From:       &h.From.RaftId,
+			To:         &h.To.RaftId,
+			Term:       &w.Term,
+			LogTerm:    &w.LogTerm,
+			Index:      &w.Index,
+			Commit:     &w.Commit,
+			Reject:     &w.Reject,
+			RejectHint: &w.RejectHint,
+			Context:    w.Context,
 		}
 		for _, e := range w.Entries {
 			m.Entries = append(m.Entries, raftEntry(e))
