@@ -1,22 +1,22 @@
 // The Ready loop: every duty that etcd's raft leaves to its caller, in this order.
 //
-//   - Start it from what is durable, under an id that was never used by a node
+//   - Start it from what is durable, under a raft ID that was never used by a node
 //     that forgot: open, bootstrap, start.
-//   - Let time pass: tick.
-//   - Give it what peers send, but nothing that it would panic over: receive.
+//   - Let time pass: tick; and call an election when the leader is gone: election.go.
+//   - Give it what peers send, but nothing that it would panic over: receive, check.go.
 //   - Give it writes, again if they got lost, and ask it for reads: calls.go.
 //   - Take each Ready, and follow term, leader and role: ready, syncSoftState.
-//   - Send its messages, and say which did not get there: send, flush.
-//   - Store entries and votes before anything that depends on them leaves:
-//     append, persist, respond.
+//   - Send its messages: outbox.go; and say which did not get there: peers.go.
+//   - Store entries and votes before anything that depends on them leaves: append,
+//     respond, durable.go.
 //   - Apply what is committed, in order and once; a change of membership is
 //     raft's to know, too: apply.
-//   - Keep the log short: compact; but not too short for who catches up:
-//     catchup.go. Send snapshots to whom it is too short for, say how that went,
-//     and install those that come: snapshots.go.
+//   - Keep the log short: compact; but not too short for who catches up: catchup.go.
+//   - Send snapshots to whom it is too short for, say how that went, and install those
+//     that come: snapshots.go.
 //
-// What the network tells the loop, and what the loop tells all others, is in
-// peers.go; what membership shall be, in cluster.go.
+// A turn of the loop takes what is in the inbox (calls.go), lets raft and the parts of
+// the node work on it, and lets the effects out.
 
 package main
 
