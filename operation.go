@@ -5,9 +5,13 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"unicode/utf8"
 
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"raft-key-value/kvpb"
 )
 
 // Kinds of operations: the field numbers of Operation and Write.
@@ -203,4 +207,56 @@ func parseBatch(data []byte, room []kvOp) (b batch, err error) {
 		}
 	}
 	return b, nil
+}
+
+// appendAnswer appends the answer to an operation; value is that of the key that a
+// Get has found.
+func appendAnswer(b []byte, o *kvOp, r result, value []byte) []byte {
+	switch o.kind {
+	case opGet:
+		if r.found {
+			b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), value)
+		}
+		b = appendVarint(b, 2, r.version)
+	case opSet:
+		b = appendVarint(appendVarint(b, 1, r.version), 2, protowire.EncodeBool(r.compareFailed))
+	case opDelete:
+		b = appendVarint(b, 1, protowire.EncodeBool(r.found))
+		b = appendVarint(appendVarint(b, 2, r.version), 3, protowire.EncodeBool(r.compareFailed))
+	case opOpenSession:
+		b = appendVarint(b, 1, o.session)
+	}
+	return b
+}
+
+// appendResult appends an OperationResult.
+func (s *server) appendResult(b []byte, o *kvOp, err error, r result) []byte {
+	var it item
+	if err == nil && o.kind == opGet {
+		it, r.found, err = s.n.store.get(o.key)
+		r.version = it.version
+	}
+	kind, m := o.kind, make([]byte, 0, 32)
+	if err != nil {
+		kind, m = 5, appendError(m, toStatus(o.unknown(err), true))
+	} else {
+		m = appendAnswer(slices.Grow(m, len(it.value)+16), o, r, it.value)
+	}
+	b = protowire.AppendTag(b, kind, protowire.BytesType)
+	return protowire.AppendBytes(b, m)
+}
+
+func appendVarint(b []byte, num protowire.Number, v uint64) []byte {
+	if v == 0 {
+		return b
+	}
+	return protowire.AppendVarint(protowire.AppendTag(b, num, protowire.VarintType), v)
+}
+
+// appendError appends an OperationError.
+func appendError(b []byte, err error) []byte {
+	b = appendVarint(b, 1, uint64(status.Code(err)))
+	b = appendVarint(b, 2, uint64(kvpb.ErrorReason_value["ERROR_REASON_"+errorReason(err)]))
+	b = protowire.AppendTag(b, 3, protowire.BytesType)
+	return protowire.AppendString(b, status.Convert(err).Message())
 }

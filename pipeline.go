@@ -129,26 +129,6 @@ func (s *server) get(ctx context.Context, o *kvOp) (any, error) {
 	return &wireBytes{appendAnswer(make([]byte, 0, len(it.value)+16), o, result{version: it.version, found: found}, it.value), pool}, nil
 }
 
-// appendAnswer appends the answer to an operation; value is that of the key that a
-// Get has found.
-func appendAnswer(b []byte, o *kvOp, r result, value []byte) []byte {
-	switch o.kind {
-	case opGet:
-		if r.found {
-			b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), value)
-		}
-		b = appendVarint(b, 2, r.version)
-	case opSet:
-		b = appendVarint(appendVarint(b, 1, r.version), 2, protowire.EncodeBool(r.compareFailed))
-	case opDelete:
-		b = appendVarint(b, 1, protowire.EncodeBool(r.found))
-		b = appendVarint(appendVarint(b, 2, r.version), 3, protowire.EncodeBool(r.compareFailed))
-	case opOpenSession:
-		b = appendVarint(b, 1, o.session)
-	}
-	return b
-}
-
 // group is the operations of one request. The loop counts left down.
 type group struct {
 	ops   []kvOp
@@ -308,36 +288,4 @@ func (s *server) appendResults(b []byte, g *group, i int) (_ []byte, next int) {
 		b = protowire.AppendBytes(b, s.appendResult(result, &g.ops[i], g.calls[i].out.err, g.calls[i].out.result))
 	}
 	return b, i
-}
-
-// appendResult appends an OperationResult.
-func (s *server) appendResult(b []byte, o *kvOp, err error, r result) []byte {
-	var it item
-	if err == nil && o.kind == opGet {
-		it, r.found, err = s.n.store.get(o.key)
-		r.version = it.version
-	}
-	kind, m := o.kind, make([]byte, 0, 32)
-	if err != nil {
-		kind, m = 5, appendError(m, toStatus(o.unknown(err), true))
-	} else {
-		m = appendAnswer(slices.Grow(m, len(it.value)+16), o, r, it.value)
-	}
-	b = protowire.AppendTag(b, kind, protowire.BytesType)
-	return protowire.AppendBytes(b, m)
-}
-
-func appendVarint(b []byte, num protowire.Number, v uint64) []byte {
-	if v == 0 {
-		return b
-	}
-	return protowire.AppendVarint(protowire.AppendTag(b, num, protowire.VarintType), v)
-}
-
-// appendError appends an OperationError.
-func appendError(b []byte, err error) []byte {
-	b = appendVarint(b, 1, uint64(status.Code(err)))
-	b = appendVarint(b, 2, uint64(kvpb.ErrorReason_value["ERROR_REASON_"+errorReason(err)]))
-	b = protowire.AppendTag(b, 3, protowire.BytesType)
-	return protowire.AppendString(b, status.Convert(err).Message())
 }
