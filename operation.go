@@ -14,6 +14,15 @@ import (
 	"raft-key-value/kvpb"
 )
 
+const (
+	// A key and a value are bounded so that the largest write and its answer fit
+	// maxMessageBytes several times, and a heartbeat waits for few of them.
+	maxKeyBytes   = 64 << 10
+	maxValueBytes = 1 << 20
+	// maxWriteBytes bounds an encoded write.
+	maxWriteBytes = maxKeyBytes + maxValueBytes + 128
+)
+
 // Kinds of operations: the field numbers of Operation and Write.
 const (
 	opSet         protowire.Number = 1

@@ -25,12 +25,6 @@ import (
 )
 
 const (
-	// A key and a value are bounded so that the largest write and its answer fit
-	// maxMessageBytes several times, and a heartbeat waits for few of them.
-	maxKeyBytes   = 64 << 10
-	maxValueBytes = 1 << 20
-	// maxWriteBytes bounds an encoded write.
-	maxWriteBytes = maxKeyBytes + maxValueBytes + 128
 	// maxListItems and maxListBytes bound a page of List: what it takes of memory, and
 	// of time in which it holds one of maxLists.
 	maxListItems = 10_000
