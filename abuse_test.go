@@ -827,11 +827,11 @@ func TestUnreadIsGivenBack(t *testing.T) {
 			}
 			conns[i], ctxs[i] = c.(*limitedConn), grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
 		}
-		resp, err := admitted(ctxs[0], func() (any, error) { return &kvpb.GetResponse{Value: make([]byte, 33<<10)}, nil })
+		resp, err := encodeAdmitted(ctxs[0], func() (any, error) { return &kvpb.GetResponse{Value: make([]byte, 33<<10)}, nil })
 		if err != nil {
 			t.Fatal(err)
 		}
-		w := resp.(*wireBytes)
+		w := resp.(*encoded)
 		if cap(w.b) > 40<<10 {
 			t.Errorf("an answer of 33 KiB has a buffer of %d", cap(w.b))
 		}
@@ -950,7 +950,9 @@ func TestWaitingGetCopiesNothing(t *testing.T) {
 		get := func() error {
 			ctx, cancel := context.WithTimeout(ctx, stallTimeout/2)
 			defer cancel()
-			_, err := s.get(ctx, &kvOp{kind: opGet, key: []byte("k"), local: true})
+			_, err := s.answer(ctx, &kvpb.GetRequest{Key: "k", Local: true}, func(ctx context.Context, req any) (any, error) {
+				return s.Get(ctx, req.(*kvpb.GetRequest))
+			})
 			return err
 		}
 		for range maxConnectionUnread / maxValueBytes {

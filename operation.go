@@ -8,8 +8,10 @@ import (
 	"slices"
 	"unicode/utf8"
 
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -247,7 +249,7 @@ func (s *server) appendResult(b []byte, o *kvOp, err error, r result) []byte {
 	}
 	kind, m := o.kind, make([]byte, 0, 32)
 	if err != nil {
-		kind, m = 5, appendError(m, toStatus(o.unknown(err), true))
+		kind, m = 5, appendError(m, toStatus(o.sayIfRepeatable(err), true))
 	} else {
 		m = appendAnswer(slices.Grow(m, len(it.value)+16), o, r, it.value)
 	}
@@ -268,4 +270,39 @@ func appendError(b []byte, err error) []byte {
 	b = appendVarint(b, 2, uint64(kvpb.ErrorReason_value["ERROR_REASON_"+errorReason(err)]))
 	b = protowire.AppendTag(b, 3, protowire.BytesType)
 	return protowire.AppendString(b, status.Convert(err).Message())
+}
+
+// encodeAsWrite encodes the Write of a request as protobuf would, without a message for it.
+func encodeAsWrite(kind protowire.Number, req proto.Message) ([]byte, error) {
+	sized := proto.MarshalOptions{UseCachedSize: true}
+	size := proto.Size(req)
+	b := make([]byte, 0, protowire.SizeTag(kind)+protowire.SizeBytes(size))
+	b = protowire.AppendTag(b, kind, protowire.BytesType)
+	b = protowire.AppendVarint(b, uint64(size))
+	b, err := sized.MarshalAppend(b, req)
+	if err != nil {
+		return nil, invalid("operation", "%v", err)
+	}
+	return b, nil
+}
+
+// sayIfRepeatable makes an unknown outcome one after which the write may be sent
+// again, if it may. Its caller has time left.
+func (o *kvOp) sayIfRepeatable(err error) error {
+	opensSession := o.kind == opOpenSession || o.kind == opNewSession // a second session does no harm
+	if err == errOutcomeUnknown && (o.hasID || opensSession) {
+		return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, err.Error()+"; it may be sent again")
+	}
+	return err
+}
+
+// hasUnknownFields says of a request that it has fields which this node does not know.
+func hasUnknownFields(req proto.Message) bool { return len(req.ProtoReflect().GetUnknown()) > 0 }
+
+// present is the value of a key that is there: an empty one is not nil.
+func present(value []byte) []byte {
+	if value == nil {
+		return []byte{}
+	}
+	return value
 }

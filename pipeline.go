@@ -11,8 +11,6 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/encoding"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -27,107 +25,6 @@ const (
 	// answerBytes is where answers are cut into messages: one more may follow.
 	answerBytes = 256 << 10
 )
-
-// wireBytes is a message as it is on the wire, and where its buffer goes then.
-type wireBytes struct {
-	b    []byte
-	pool mem.BufferPool
-}
-
-// kvRequest is a request of KVService, as the Operation that it is.
-type kvRequest struct {
-	s         *server
-	kind      protowire.Number
-	operation []byte
-}
-
-// codec is gRPC's, but for wireBytes and kvRequest.
-type codec struct{ encoding.CodecV2 }
-
-func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	switch m := v.(type) {
-	case *wireBytes:
-		m.b = data.Materialize()
-	case *kvRequest:
-		b := protowire.AppendTag(make([]byte, 0, data.Len()+8), m.kind, protowire.BytesType)
-		b = protowire.AppendVarint(b, uint64(data.Len()))
-		for _, part := range data {
-			b = append(b, part.ReadOnlyData()...)
-		}
-		m.operation = b
-	default:
-		return c.CodecV2.Unmarshal(data, v)
-	}
-	return nil
-}
-
-func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	if m, ok := v.(*wireBytes); ok {
-		return mem.BufferSlice{mem.NewBuffer(&m.b, m.pool)}, nil
-	}
-	return c.CodecV2.Marshal(v)
-}
-
-// kvService is KVService, with operate in place of the methods that it can be.
-func kvService() *grpc.ServiceDesc {
-	d := kvpb.KVService_ServiceDesc
-	d.Methods = slices.Clone(d.Methods)
-	kinds := map[string]protowire.Number{"Get": opGet, "Set": opSet, "Delete": opDelete, "OpenSession": opOpenSession}
-	for i := range d.Methods {
-		m := &d.Methods[i]
-		kind, ok := kinds[m.MethodName]
-		if !ok {
-			continue
-		}
-		info := &grpc.UnaryServerInfo{FullMethod: "/" + d.ServiceName + "/" + m.MethodName}
-		m.Handler = func(srv any, ctx context.Context, decode func(any) error, intercept grpc.UnaryServerInterceptor) (any, error) {
-			req := &kvRequest{s: srv.(*server), kind: kind}
-			if err := decode(req); err != nil {
-				return nil, err
-			}
-			return intercept(ctx, req, info, operate)
-		}
-	}
-	return &d
-}
-
-// operate does what a kvRequest asks.
-func operate(ctx context.Context, req any) (any, error) {
-	m := req.(*kvRequest)
-	var o kvOp
-	if err := o.parseOperation(m.operation); err != nil {
-		return nil, err
-	}
-	if o.kind == opGet {
-		return m.s.get(ctx, &o)
-	}
-	write := m.operation
-	if o.kind == opOpenSession {
-		write = o.newSession()
-	}
-	r, err := m.s.call(ctx, write)
-	if err != nil {
-		return nil, o.unknown(err)
-	}
-	return &wireBytes{appendAnswer(make([]byte, 0, 16), &o, r, nil), mem.NopBufferPool{}}, nil
-}
-
-func (s *server) get(ctx context.Context, o *kvOp) (any, error) {
-	if !o.local {
-		if _, err := s.call(ctx, nil); err != nil {
-			return nil, err
-		}
-	}
-	var found bool
-	it, pool, err := admit(ctx, func() (it item, size int, err error) {
-		it, found, err = s.n.store.get(o.key)
-		return it, len(it.value) + 16, err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &wireBytes{appendAnswer(make([]byte, 0, len(it.value)+16), o, result{version: it.version, found: found}, it.value), pool}, nil
-}
 
 // group is the operations of one request. The loop counts left down.
 type group struct {
@@ -194,7 +91,7 @@ type pipeline struct {
 // Pipeline implements KVService.
 func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
 	p := &pipeline{s: s, stream: stream, groups: make(chan *group, 64), room: newBell()}
-	_ = stream.SetHeader(*s.leader.Load())
+	_ = stream.SetHeader(*s.leaderMD.Load())
 	ended := make(chan error, 1)
 	go func() { // ends with the stream
 		ended <- p.read(stream.Context())
@@ -227,7 +124,7 @@ func (p *pipeline) read(ctx context.Context) error {
 				return ctx.Err()
 			}
 		}
-		var m wireBytes
+		var m encoded
 		if err := p.stream.RecvMsg(&m); err != nil {
 			if err == io.EOF { // the caller has said all
 				return nil
@@ -270,7 +167,7 @@ func (p *pipeline) answer(g *group) error {
 		if pool, ok := pool.(*answerPool); ok {
 			pool.fit(cap(b))
 		}
-		if err := p.stream.SendMsg(&wireBytes{b, pool}); err != nil {
+		if err := p.stream.SendMsg(&encoded{b, pool}); err != nil {
 			return err
 		}
 	}

@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -13,12 +14,14 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
-	_ "google.golang.org/grpc/encoding/proto"
+	_ "google.golang.org/grpc/encoding/proto" // the codec that ours is made of
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -61,7 +64,8 @@ const (
 	restartHealth = "raftkv.v1.restart"
 )
 
-// server is what a node offers by gRPC.
+// server is what a node offers by gRPC: KVService here and in pipeline.go,
+// ClusterService, health and reflection.
 type server struct {
 	kvpb.UnimplementedKVServiceServer
 	kvpb.UnimplementedClusterServiceServer
@@ -69,7 +73,9 @@ type server struct {
 	net    *network
 	grpc   *grpc.Server
 	health *health.Server
-	leader atomic.Pointer[metadata.MD] // x-raft-leader
+	// leaderMD names the leader's address as x-raft-leader; it is empty while none is
+	// known. The loop sets it, calls read it.
+	leaderMD atomic.Pointer[metadata.MD]
 
 	backups atomic.Int32  // that run
 	lists   chan struct{} // full while maxLists run
@@ -79,12 +85,20 @@ type server struct {
 
 	draining bool          // the loop's: no more new calls are wanted
 	stopping chan struct{} // closed by stop
-	inFlight atomic.Int64  // unary calls
+	inFlight atomic.Int64  // unary calls of all services
 }
 
 func newServer(n *node, nw *network) *server {
-	s := &server{n: n, net: nw, health: health.NewServer(), stopping: make(chan struct{}), lists: make(chan struct{}, maxLists)}
-	s.surveying, s.adding = make(chan struct{}, 1), make(chan struct{}, 1)
+	s := &server{
+		n:         n,
+		net:       nw,
+		health:    health.NewServer(),
+		stopping:  make(chan struct{}),
+		lists:     make(chan struct{}, maxLists),
+		surveying: make(chan struct{}, 1),
+		adding:    make(chan struct{}, 1),
+	}
+	pings := keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}
 	s.grpc = grpc.NewServer(
 		grpc.UnaryInterceptor(s.intercept),
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
@@ -93,141 +107,101 @@ func newServer(n *node, nw *network) *server {
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.InitialWindowSize(windowBytes),
 		grpc.InitialConnWindowSize(windowBytes),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveEnforcementPolicy(pings),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.InTapHandle(inPlace),
 	)
-	s.grpc.RegisterService(kvService(), s)
-	kvpb.RegisterClusterServiceServer(s.grpc, s)
+	s.grpc.RegisterService(refuseMalformed(&kvpb.KVService_ServiceDesc), s)
+	s.grpc.RegisterService(refuseMalformed(&kvpb.ClusterService_ServiceDesc), s)
 	kvpb.RegisterRaftServiceServer(s.grpc, nw)
 	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
-	s.published(n.status.latest.Load())
-	n.status.onChange = s.published
+	s.onPublish(n.status.latest.Load())
+	n.status.onChange = s.onPublish
 	return s
 }
 
-// published follows the loop: it is called there.
-func (s *server) published(p *published) {
-	md := metadata.MD{}
-	if p.leader != nil {
-		md.Set(leaderMetadata, p.leader.Address)
-	}
-	s.leader.Store(&md)
-	set := func(name string, ok bool) {
-		s.health.SetServingStatus(name, oneOf(ok, grpc_health_v1.HealthCheckResponse_SERVING, grpc_health_v1.HealthCheckResponse_NOT_SERVING))
-	}
-	healthy := s.n.whyUnhealthy() == "" && !s.draining
-	set(kvpb.KVService_ServiceDesc.ServiceName, healthy)
-	set(restartHealth, !s.draining && s.n.whyNotRestart() == "")
-}
-
-// intercept names the leader in every answer, and lets stop wait for calls.
-func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	s.inFlight.Add(1) // before it looks whether the node is stopping: stop looks the other way round
-	defer s.inFlight.Add(-1)
-	select {
-	case <-s.stopping:
-		err = errStopping
-	default:
-		switch req.(type) {
-		case *kvpb.ListRequest: // get sees to its own, none other is large
-			resp, err = admitted(ctx, func() (any, error) { return handler(ctx, req) })
-		default:
-			resp, err = handler(ctx, req)
+// refuseMalformed has the methods of a service refuse a request that cannot be decoded,
+// for it is no protobuf or a string in it is not UTF-8, with INVALID_ARGUMENT and a
+// reason. gRPC alone would answer INTERNAL, and not ask an interceptor before.
+func refuseMalformed(generated *grpc.ServiceDesc) *grpc.ServiceDesc {
+	desc := *generated
+	desc.Methods = slices.Clone(desc.Methods)
+	for i := range desc.Methods {
+		handle := desc.Methods[i].Handler
+		desc.Methods[i].Handler = func(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
+			decodeOrRefuse := func(message any) error {
+				d := decoding{message: message}
+				if err := decode(&d); err != nil {
+					return err
+				}
+				if d.err != nil {
+					srv.(*server).nameLeader(ctx, false)
+					return invalid("request", "%v", d.err)
+				}
+				return nil
+			}
+			return handle(srv, ctx, decodeOrRefuse, interceptor)
 		}
 	}
-	if err != nil {
-		_ = grpc.SetTrailer(ctx, *s.leader.Load())
-		return nil, toStatus(err, strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName))
-	}
-	_ = grpc.SetHeader(ctx, *s.leader.Load())
-	return resp, nil
+	return &desc
 }
 
-// admitted makes an answer when there is room for it, and encodes it.
-func admitted(ctx context.Context, f func() (any, error)) (any, error) {
-	m, pool, err := admit(ctx, func() (proto.Message, int, error) {
-		resp, err := f()
-		if err != nil {
-			return nil, 0, err
-		}
-		m := resp.(proto.Message)
-		return m, proto.Size(m), nil
-	})
-	if err != nil {
+// Get implements KVService.
+func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetResponse, error) {
+	o := kvOp{kind: opGet, key: []byte(req.Key)}
+	if err := o.check(); err != nil {
 		return nil, err
 	}
-	o := proto.MarshalOptions{UseCachedSize: true}
-	b, err := o.MarshalAppend(make([]byte, 0, o.Size(m)), m)
-	return &wireBytes{b, pool}, err
-}
-
-// margin is how long before its caller's deadline a call ends, so that the
-// status and its reason get there: it is left so much time.
-func margin(left time.Duration) time.Duration { return min(left/10, maxMargin) }
-
-// waitOf is how long a call may take, in ticks of the loop, the one that has begun included;
-// 0: there is no deadline, or it is too near to be told in ticks.
-func (s *server) waitOf(ctx context.Context) uint64 {
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		return 0
+	if hasUnknownFields(req) {
+		return nil, errMalformed
 	}
-	left := time.Until(deadline)
-	if left -= margin(left); left < 2*s.n.tickDuration() {
-		return 0
-	}
-	return s.n.ticksOf(left)
-}
-
-// stop hands leadership over, refuses new calls, and waits for those that run
-// until ctx ends.
-func (s *server) stop(ctx context.Context) {
-	_ = s.n.do(ctx, func() error { s.draining = true; s.published(s.n.status.latest.Load()); return nil })
-	s.handOver(ctx)
-	close(s.stopping)
-	for s.inFlight.Load() > 0 && ctx.Err() == nil {
-		sleep(ctx, 5*time.Millisecond)
-	}
-}
-
-// handOver makes another voter the leader, if this node leads and one can.
-func (s *server) handOver(ctx context.Context) {
-	n := s.n
-	ctx, cancel := context.WithTimeout(ctx, 2*n.opts.election)
-	defer cancel()
-	_ = n.await(ctx, func() (bool, error) {
-		voters := n.store.conf.GetVoters()
-		if n.mayChange() {
-			n.handOver(voters)
-		}
-		return n.raft.role != raft.StateLeader || len(n.heirs(voters)) == 0, nil
-	})
-}
-
-// openView opens a view for as long as ctx: a linearizable one, unless local.
-func (s *server) openView(ctx context.Context, local bool, open func(*store) *view) (*view, error) {
-	if !local {
-		if _, err := s.call(ctx, nil); err != nil {
+	if !req.Local {
+		if err := s.confirmRead(ctx); err != nil {
 			return nil, err
 		}
 	}
-	var v *view
-	err := s.n.do(ctx, func() error {
-		if s.n.rn == nil {
-			return errNotInitialized
-		}
-		v = open(s.n.store)
-		context.AfterFunc(ctx, v.close) // even if nobody waits for it any more
-		return nil
-	})
+	it, found, err := s.n.store.get(o.key)
 	if err != nil {
-		return nil, err // the loop may still call f
+		return nil, err
 	}
-	return v, nil
+	resp := &kvpb.GetResponse{Version: it.version}
+	if found {
+		resp.Value = present(it.value)
+	}
+	return resp, nil
+}
+
+// Set implements KVService.
+func (s *server) Set(ctx context.Context, req *kvpb.SetRequest) (*kvpb.SetResponse, error) {
+	r, err := s.write(ctx, opSet, req)
+	if err != nil {
+		return nil, err
+	}
+	return &kvpb.SetResponse{Version: r.version, CompareFailed: r.compareFailed}, nil
+}
+
+// Delete implements KVService.
+func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.DeleteResponse, error) {
+	r, err := s.write(ctx, opDelete, req)
+	if err != nil {
+		return nil, err
+	}
+	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version, CompareFailed: r.compareFailed}, nil
+}
+
+// OpenSession implements KVService.
+func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
+	if hasUnknownFields(req) {
+		return nil, errMalformed
+	}
+	open := &kvpb.NewSession{Session: randomID()}
+	if _, err := s.write(ctx, opNewSession, open); err != nil {
+		return nil, err
+	}
+	return &kvpb.OpenSessionResponse{Session: open.Session}, nil
 }
 
 // List implements KVService.
@@ -263,18 +237,36 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	return resp, nil
 }
 
-// unknown makes an unknown outcome one after which the write may be sent again,
-// if it may. Its caller has time left.
-func (o *kvOp) unknown(err error) error {
-	if err == errOutcomeUnknown && (o.hasID || o.kind == opOpenSession) { // a second session does no harm
-		return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, err.Error()+"; it may be sent again")
+// write takes a write through the log: the request, in the field of Write that its kind
+// is the number of. The parser of the log checks it, and so refuses fields which this
+// node does not know, too.
+func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Message) (result, error) {
+	encoded, err := encodeAsWrite(kind, req)
+	if err != nil {
+		return result{}, err
 	}
+	var o kvOp
+	if err := o.parseWrite(encoded); err != nil {
+		return result{}, err
+	}
+	r, err := s.call(ctx, encoded)
+	if err != nil {
+		return result{}, o.sayIfRepeatable(err)
+	}
+	return r, nil
+}
+
+// confirmRead waits until this node has applied every write that was acknowledged
+// before the call: a read of its store is linearizable then (Raft thesis, section 6.4).
+func (s *server) confirmRead(ctx context.Context) error {
+	_, err := s.call(ctx, nil)
 	return err
 }
 
-// call takes a write, or with no record a read, through the loop.
-func (s *server) call(ctx context.Context, record []byte) (result, error) {
-	c := &call{record: record, wait: s.waitOf(ctx), done: make(chan outcome, 1)}
+// call takes an encoded write through the loop, or a read if there is none, and waits
+// until it has ended or ctx has.
+func (s *server) call(ctx context.Context, write []byte) (result, error) {
+	c := &call{record: write, wait: s.ticksLeft(ctx), done: make(chan outcome, 1)}
 	if err := s.n.in.call(c); err != nil {
 		return result{}, err
 	}
@@ -282,12 +274,216 @@ func (s *server) call(ctx context.Context, record []byte) (result, error) {
 	case o := <-c.done:
 		return o.result, o.err
 	case <-ctx.Done():
-		if record == nil || c.state.CompareAndSwap(callQueued, callGivenUp) {
-			return result{}, ctx.Err()
-		}
-		if ctx.Err() == context.Canceled {
-			return result{}, apiError(codes.Canceled, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errOutcomeUnknown.Error())
-		}
-		return result{}, errUnknownInTime
 	}
+	notProposed := write == nil || c.state.CompareAndSwap(callQueued, callGivenUp)
+	if notProposed {
+		return result{}, ctx.Err()
+	}
+	if ctx.Err() == context.Canceled {
+		return result{}, apiError(codes.Canceled, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errOutcomeUnknown.Error())
+	}
+	return result{}, errUnknownInTime
+}
+
+// openView opens a view for as long as ctx: a linearizable one, unless local.
+func (s *server) openView(ctx context.Context, local bool, open func(*store) *view) (*view, error) {
+	if !local {
+		if err := s.confirmRead(ctx); err != nil {
+			return nil, err
+		}
+	}
+	var v *view
+	err := s.n.do(ctx, func() error {
+		if s.n.rn == nil {
+			return errNotInitialized
+		}
+		v = open(s.n.store)
+		context.AfterFunc(ctx, v.close) // even if nobody waits for the view any more
+		return nil
+	})
+	if err != nil {
+		return nil, err // the loop may still set v
+	}
+	return v, nil
+}
+
+// margin is how long before its caller's deadline a call ends, if so much time is
+// left: so that its status and its reason get there.
+func margin(left time.Duration) time.Duration { return min(left/10, maxMargin) }
+
+// ticksLeft is how long a call may take, in ticks of the loop, the one that has begun
+// included; 0: there is no deadline, or it is too near to be told in ticks.
+func (s *server) ticksLeft(ctx context.Context) uint64 {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return 0
+	}
+	left := time.Until(deadline)
+	left -= margin(left)
+	if left < 2*s.n.tickDuration() {
+		return 0
+	}
+	return s.n.ticksOf(left)
+}
+
+// intercept covers the unary calls of KVService and ClusterService: it names the
+// leader in every answer, makes errors those of the API, and lets stop wait for calls.
+func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	s.inFlight.Add(1) // before it looks whether the node is stopping: stop looks the other way round
+	defer s.inFlight.Add(-1)
+	resp, err := s.answer(ctx, req, handler)
+	s.nameLeader(ctx, err == nil)
+	if err != nil {
+		ofKV := strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName+"/")
+		return nil, toStatus(err, ofKV)
+	}
+	return resp, nil
+}
+
+// nameLeader names the leader in the header of a success, or in the trailer of an error.
+func (s *server) nameLeader(ctx context.Context, success bool) {
+	leader := *s.leaderMD.Load()
+	if success {
+		_ = grpc.SetHeader(ctx, leader) // fails only if the call has ended
+		return
+	}
+	_ = grpc.SetTrailer(ctx, leader)
+}
+
+// answer has a call's method answer it. What may be large, of Get and List, has to wait
+// for room, for it stays in memory for as long as its caller does not read it.
+func (s *server) answer(ctx context.Context, req any, handler grpc.UnaryHandler) (any, error) {
+	select {
+	case <-s.stopping:
+		return nil, errStopping
+	default:
+	}
+	switch req := req.(type) {
+	case *kvpb.GetRequest:
+		resp, err := handler(ctx, req)
+		if err != nil || isSmall(resp) {
+			return resp, err
+		}
+		// This answer is dropped: while it waited, it would keep a value that others
+		// overwrite. The read is confirmed: what this node has by then is new enough.
+		confirmed := &kvpb.GetRequest{Key: req.Key, Local: true}
+		return encodeAdmitted(ctx, func() (any, error) { return handler(ctx, confirmed) })
+	case *kvpb.ListRequest:
+		return encodeAdmitted(ctx, func() (any, error) { return handler(ctx, req) })
+	}
+	return handler(ctx, req)
+}
+
+// isSmall says of an answer that it may wait to be read without being counted: gRPC
+// itself has more of its call.
+func isSmall(resp any) bool {
+	return mem.IsBelowBufferPoolingThreshold(proto.Size(resp.(proto.Message)))
+}
+
+// encodeAdmitted has f make an answer when there is room for it, and encodes it into a
+// buffer that counts until it is written.
+func encodeAdmitted(ctx context.Context, f func() (any, error)) (any, error) {
+	m, pool, err := admit(ctx, func() (proto.Message, int, error) {
+		resp, err := f()
+		if err != nil {
+			return nil, 0, err
+		}
+		m := resp.(proto.Message)
+		return m, proto.Size(m), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	sized := proto.MarshalOptions{UseCachedSize: true}
+	b, err := sized.MarshalAppend(make([]byte, 0, sized.Size(m)), m)
+	if err != nil {
+		return nil, err
+	}
+	return &encoded{b, pool}, nil
+}
+
+// encoded is a message as it is on the wire: one that was received, or one that is
+// sent, with the pool that its buffer goes to when it is written.
+type encoded struct {
+	b    []byte
+	pool mem.BufferPool
+}
+
+// decoding is a message that is received, and why it could not be decoded.
+type decoding struct {
+	message any
+	err     error
+}
+
+// codec is gRPC's for protobuf. It takes encoded messages as they are: answers that
+// are counted until they are written, and what goes through a Pipeline. And it leaves
+// the error of a decoding to whoever wants it: gRPC ends the call with any other.
+type codec struct{ encoding.CodecV2 }
+
+func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+	switch m := v.(type) {
+	case *encoded:
+		m.b = data.Materialize()
+		return nil
+	case *decoding:
+		m.err = c.CodecV2.Unmarshal(data, m.message)
+		return nil
+	}
+	return c.CodecV2.Unmarshal(data, v)
+}
+
+func (c codec) Marshal(v any) (mem.BufferSlice, error) {
+	if m, ok := v.(*encoded); ok {
+		return mem.BufferSlice{mem.NewBuffer(&m.b, m.pool)}, nil
+	}
+	return c.CodecV2.Marshal(v)
+}
+
+// onPublish follows what the loop publishes. The loop calls it.
+func (s *server) onPublish(p *published) {
+	md := metadata.MD{}
+	if p.leader != nil {
+		md.Set(leaderMetadata, p.leader.Address)
+	}
+	s.leaderMD.Store(&md)
+	s.setServing(kvpb.KVService_ServiceDesc.ServiceName, s.n.whyUnhealthy() == "" && !s.draining)
+	s.setServing(restartHealth, s.n.whyNotRestart() == "" && !s.draining)
+}
+
+// setServing sets the status of a name of the health service.
+func (s *server) setServing(name string, serving bool) {
+	is := grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	if serving {
+		is = grpc_health_v1.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus(name, is)
+}
+
+// stop hands leadership over, refuses new calls, and waits for those that run
+// until ctx ends.
+func (s *server) stop(ctx context.Context) {
+	_ = s.n.do(ctx, func() error { // fails only if the loop has ended, or ctx
+		s.draining = true
+		s.onPublish(s.n.status.latest.Load())
+		return nil
+	})
+	s.handOver(ctx)
+	close(s.stopping)
+	for s.inFlight.Load() > 0 && ctx.Err() == nil {
+		sleep(ctx, 5*time.Millisecond)
+	}
+}
+
+// handOver makes another voter the leader, if this node leads and one can.
+func (s *server) handOver(ctx context.Context) {
+	n := s.n
+	ctx, cancel := context.WithTimeout(ctx, 2*n.opts.election)
+	defer cancel()
+	_ = n.await(ctx, func() (bool, error) {
+		voters := n.store.conf.GetVoters()
+		if n.mayChange() {
+			n.handOver(voters)
+		}
+		return n.raft.role != raft.StateLeader || len(n.heirs(voters)) == 0, nil
+	})
 }

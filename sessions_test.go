@@ -497,17 +497,17 @@ func TestDeadlines(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 	defer cancel()
 	// Whatever time that took, it is below a tick.
-	if end := time.Duration(s.waitOf(ctx)) * n.tickDuration(); end > time.Hour-maxMargin || end < time.Hour-time.Minute {
+	if end := time.Duration(s.ticksLeft(ctx)) * n.tickDuration(); end > time.Hour-maxMargin || end < time.Hour-time.Minute {
 		t.Errorf("a call of an hour ends after %v", end)
 	}
 	for _, left := range []time.Duration{-time.Hour, 0, 2 * n.tickDuration()} {
 		ctx, cancel := context.WithTimeout(context.Background(), left)
 		defer cancel()
-		if w := s.waitOf(ctx); w != 0 {
+		if w := s.ticksLeft(ctx); w != 0 {
 			t.Errorf("with %v left it waits %d ticks: it might end at once", left, w)
 		}
 	}
-	if s.waitOf(context.Background()) != 0 {
+	if s.ticksLeft(context.Background()) != 0 {
 		t.Error("there is no deadline")
 	}
 }
@@ -1026,31 +1026,16 @@ func TestServiceConfig(t *testing.T) {
 	}
 }
 
-// writeAs calls what the method of a write calls.
+// writeAs calls the method of a write. Of OpenSession, the node draws the number.
 func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
-	b, err := proto.Marshal(w)
-	if w.GetNewSession() != nil { // the node draws another number
-		b, err = proto.Marshal(&kvpb.Operation{Operation: &kvpb.Operation_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}})
-	}
-	if err != nil {
-		return result{}, err
-	}
-	resp, err := operate(ctx, &kvRequest{s: s, operation: b})
-	if err != nil {
-		return result{}, err
-	}
-	var r result
-	switch b := resp.(*wireBytes).b; w.Operation.(type) {
+	switch op := w.Operation.(type) {
 	case *kvpb.Write_Set:
-		a := &kvpb.SetResponse{}
-		err = proto.Unmarshal(b, a)
-		r = result{version: a.Version, compareFailed: a.CompareFailed}
+		a, err := s.Set(ctx, op.Set)
+		return result{version: a.GetVersion(), compareFailed: a.GetCompareFailed()}, err
 	case *kvpb.Write_Delete:
-		a := &kvpb.DeleteResponse{}
-		err = proto.Unmarshal(b, a)
-		r = result{a.Version, a.Deleted, a.CompareFailed}
-	default:
-		err = proto.Unmarshal(b, &kvpb.OpenSessionResponse{})
+		a, err := s.Delete(ctx, op.Delete)
+		return result{a.GetVersion(), a.GetDeleted(), a.GetCompareFailed()}, err
 	}
-	return r, err
+	_, err := s.OpenSession(ctx, &kvpb.OpenSessionRequest{})
+	return result{}, err
 }
