@@ -141,16 +141,12 @@ func (c *callsInFlight) finish(call *call, o outcome) {
 	call.ended = true
 	c.endedCalls++
 	c.endedBytes += len(call.record)
-	g := call.group
-	if g == nil {
+	if call.group == nil {
 		call.done <- o
 		return
 	}
 	call.out = o
-	g.left--
-	if g.left == 0 {
-		close(g.done)
-	}
+	call.group.callEnded()
 }
 
 func (c *callsInFlight) fail(calls []*call, err error) {
@@ -416,12 +412,12 @@ type inbound struct {
 type call struct {
 	record []byte // the write as a field of a Batch; nil: a read
 	state  atomic.Int32
-	since  uint64       // when the loop took it, by its clock
-	wait   uint64       // ticks until its deadline is near; 0: it has none
-	ended  bool         // the loop's
-	done   chan outcome // one slot: the loop never waits
-	group  *group       // in place of done: what it is part of
-	out    outcome      // for the group, once that is done
+	since  uint64           // when the loop took it, by its clock
+	wait   uint64           // ticks until its deadline is near; 0: it has none
+	ended  bool             // the loop's
+	done   chan outcome     // one slot: the loop never waits
+	group  *pipelineRequest // in place of done: the request that the call is of
+	out    outcome          // for the group, once that is done
 }
 
 // States of a call: the caller may give up a call that is queued, and then

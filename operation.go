@@ -1,5 +1,6 @@
-// Writes on their way to the log and out of it, without garbage: messages of
-// kv.proto, parsed where they lie.
+// One operation of a client: parsed, checked, answered. Operations and the writes of
+// the log are messages of kv.proto that are parsed where they lie, without a copy: the
+// loop of each node parses each write of its cluster.
 
 package main
 
@@ -34,7 +35,7 @@ const (
 	opNewSession  protowire.Number = 5 // not of Operation
 )
 
-// kvOp is an Operation or a Write. Its slices are part of what it was
+// kvOp is an Operation or a Write. Its slices are parts of the bytes that it was
 // parsed from.
 type kvOp struct {
 	kind              protowire.Number
@@ -42,39 +43,43 @@ type kvOp struct {
 	compares          bool
 	expected          uint64 // the key's version, if compares
 	hasID             bool
-	session, sequence uint64 // of the id; or session is the one to be opened
+	session, sequence uint64 // of the request_id; or session is the one to be opened
 	local             bool
 }
 
 var errMalformed = invalid("operation", "it is none, or has a field that this node does not know, or twice")
 
-// fields reads the fields of a message one by one. It stops before one that is
-// malformed: then there is a rest.
+// fields reads the fields of a message one by one. It stops before a field that is
+// malformed, or there a second time: then rest is not empty.
 type fields struct {
-	rest     []byte
-	repeated protowire.Number // no other field may be there twice
-	seen     uint64
+	rest     []byte           // what was not read
+	repeated protowire.Number // the one field that may be there more than once
+	seen     uint64           // a bit for each field that was read, but for repeated
 
-	num protowire.Number // of the field that was read
-	v   uint64           // if it is a varint
-	b   []byte           // if it is bytes; else nil
+	num protowire.Number // of the field that was read last
+	v   uint64           // its value, if it is a varint
+	b   []byte           // its value, if it is bytes; else nil
 }
 
+// next reads a field; false: there is none, or it is not read.
 func (f *fields) next() bool {
 	if len(f.rest) == 0 {
 		return false
 	}
-	tag := f.rest[0] // no field of ours takes more
-	num, typ, n := protowire.Number(tag>>3), protowire.Type(tag&7), 1
-	if tag < 8 || tag >= 0x80 || f.seen&(1<<num) != 0 {
+	const tagBytes = 1 // our fields have numbers below 16
+	tag := f.rest[0]
+	num, typ := protowire.Number(tag>>3), protowire.Type(tag&7)
+	isTag := num != 0 && tag < 0x80
+	if !isTag || f.seen&(1<<num) != 0 {
 		return false
 	}
+	f.num, f.v, f.b = num, 0, nil
 	size := -1
-	switch f.num, f.v, f.b = num, 0, nil; typ {
+	switch typ {
 	case protowire.VarintType:
-		f.v, size = protowire.ConsumeVarint(f.rest[n:])
+		f.v, size = protowire.ConsumeVarint(f.rest[tagBytes:])
 	case protowire.BytesType:
-		f.b, size = protowire.ConsumeBytes(f.rest[n:])
+		f.b, size = protowire.ConsumeBytes(f.rest[tagBytes:])
 	}
 	if size < 0 {
 		return false
@@ -82,36 +87,63 @@ func (f *fields) next() bool {
 	if num != f.repeated {
 		f.seen |= 1 << num
 	}
-	f.rest = f.rest[n+size:]
+	f.rest = f.rest[tagBytes+size:]
 	return true
 }
 
-// parseOperation parses what a client asks for.
+// isBytes and isVarint say whether the field that was read last is this one.
+func (f *fields) isBytes(num protowire.Number) bool  { return f.num == num && f.b != nil }
+func (f *fields) isVarint(num protowire.Number) bool { return f.num == num && f.b == nil }
+
+// parseOperation parses an Operation: what a client asks for.
 func (o *kvOp) parseOperation(m []byte) error {
-	err := o.parse(m)
-	if err == nil && o.kind == opNewSession {
+	if err := o.parse(m); err != nil {
+		return err
+	}
+	if o.kind == opNewSession {
 		return errMalformed
 	}
-	return err
+	return nil
 }
 
-// parseWrite parses what goes into the log.
+// parseWrite parses a Write: what stands in the log.
 func (o *kvOp) parseWrite(m []byte) error {
-	err := o.parse(m)
-	if err == nil && (o.kind == opGet || o.kind == opOpenSession) {
+	if err := o.parse(m); err != nil {
+		return err
+	}
+	if o.kind == opGet || o.kind == opOpenSession {
 		return errMalformed
 	}
-	return err
+	return nil
 }
 
-// parse parses an Operation, or a Write, and checks it.
+// parseCall parses an Operation and returns the Write that has it done: mostly the same
+// bytes, for Set and Delete have the same field numbers in both. nil: it is a read.
+func (o *kvOp) parseCall(m []byte) (write []byte, err error) {
+	if err := o.parseOperation(m); err != nil {
+		return nil, err
+	}
+	switch o.kind {
+	case opGet:
+		return nil, nil
+	case opOpenSession:
+		o.session = randomID()
+		return appendNewSession(nil, o.session), nil
+	}
+	return m, nil
+}
+
+// parse parses an Operation or a Write, and checks it.
 func (o *kvOp) parse(m []byte) error {
-	f := fields{rest: m}
-	if *o = (kvOp{}); !f.next() || len(f.rest) > 0 || f.b == nil || f.num > opNewSession {
+	*o = kvOp{}
+	outer := fields{rest: m}
+	isRequest := outer.next() && outer.b != nil && outer.num <= opNewSession
+	if !isRequest || len(outer.rest) > 0 {
 		return errMalformed
 	}
-	o.kind = f.num
-	for f = (fields{rest: f.b}); len(f.rest) > 0; {
+	o.kind = outer.num
+	f := fields{rest: outer.b}
+	for len(f.rest) > 0 {
 		if !f.next() || !o.take(&f) {
 			return errMalformed
 		}
@@ -119,72 +151,123 @@ func (o *kvOp) parse(m []byte) error {
 	return o.check()
 }
 
-// take takes a field of the request of o's kind.
+// take takes a field of the request that o's kind has; false: it has no such field.
 func (o *kvOp) take(f *fields) bool {
-	isBytes := f.b != nil
-	switch num := f.num; {
-	case num == 1 && !isBytes && o.kind == opNewSession:
+	switch o.kind {
+	case opSet:
+		return o.takeOfSet(f)
+	case opDelete:
+		return o.takeOfDelete(f)
+	case opGet:
+		return o.takeOfGet(f)
+	case opNewSession:
 		o.session = f.v
-	case num == 1 && isBytes && o.hasKey():
+		return f.isVarint(1)
+	}
+	return false // an OpenSessionRequest has no fields
+}
+
+func (o *kvOp) takeOfSet(f *fields) bool {
+	switch {
+	case f.isBytes(1):
 		o.key = f.b
-	case num == 2 && isBytes && o.kind == opSet:
+	case f.isBytes(2):
 		o.value = f.b
-	case num == 2 && !isBytes && o.kind == opGet:
-		o.local = f.v != 0
-	case num == 3 && !isBytes && o.kind == opSet, num == 2 && !isBytes && o.kind == opDelete:
+	case f.isVarint(3):
 		o.compares, o.expected = true, f.v
-	case num == 4 && isBytes && o.kind == opSet, num == 3 && isBytes && o.kind == opDelete:
-		o.hasID = true
-		id := fields{rest: f.b}
-		for len(id.rest) > 0 {
-			switch ok := id.next(); {
-			case ok && id.num == 1 && id.b == nil:
-				o.session = id.v
-			case ok && id.num == 2 && id.b == nil:
-				o.sequence = id.v
-			default:
-				return false
-			}
-		}
+	case f.isBytes(4):
+		return o.takeRequestID(f.b)
 	default:
 		return false
 	}
 	return true
 }
 
-func (o *kvOp) hasKey() bool { return o.kind != opOpenSession && o.kind != opNewSession }
-
-// check finds what a service, or a leader, refuses.
-func (o *kvOp) check() error {
+func (o *kvOp) takeOfDelete(f *fields) bool {
 	switch {
-	case o.kind == opNewSession && o.session == 0:
-		return invalid("session", "it is 0")
-	case !o.hasKey():
-	case len(o.key) == 0:
-		return invalid("key", "it is empty")
-	case len(o.key) > maxKeyBytes:
-		return invalid("key", "it has %d bytes, the limit is %d", len(o.key), maxKeyBytes)
-	case !utf8.Valid(o.key):
-		return invalid("key", "it is not UTF-8")
-	case len(o.value) > maxValueBytes:
+	case f.isBytes(1):
+		o.key = f.b
+	case f.isVarint(2):
+		o.compares, o.expected = true, f.v
+	case f.isBytes(3):
+		return o.takeRequestID(f.b)
+	default:
+		return false
+	}
+	return true
+}
+
+func (o *kvOp) takeOfGet(f *fields) bool {
+	switch {
+	case f.isBytes(1):
+		o.key = f.b
+	case f.isVarint(2):
+		o.local = f.v != 0
+	default:
+		return false
+	}
+	return true
+}
+
+func (o *kvOp) takeRequestID(m []byte) bool {
+	o.hasID = true
+	f := fields{rest: m}
+	for f.next() {
+		switch {
+		case f.isVarint(1):
+			o.session = f.v
+		case f.isVarint(2):
+			o.sequence = f.v
+		default:
+			return false
+		}
+	}
+	return len(f.rest) == 0
+}
+
+// check finds what a service refuses of an operation, and a leader or the log of a write.
+func (o *kvOp) check() error {
+	switch o.kind {
+	case opOpenSession:
+		return nil
+	case opNewSession:
+		if o.session == 0 {
+			return invalid("session", "it is 0")
+		}
+		return nil
+	}
+	if err := checkKey(o.key); err != nil {
+		return err
+	}
+	if len(o.value) > maxValueBytes {
 		return invalid("value", "it has %d bytes, the limit is %d", len(o.value), maxValueBytes)
-	case o.kind == opDelete && o.compares && o.expected == 0:
+	}
+	deletesAbsent := o.kind == opDelete && o.compares && o.expected == 0
+	if deletesAbsent {
 		return invalid("expected_version", "it is 0: there is nothing to delete")
-	case o.hasID && o.session == 0:
+	}
+	if o.hasID && o.session == 0 {
 		return invalid("request_id.session", "it is 0")
-	case o.hasID && o.sequence == 0:
+	}
+	if o.hasID && o.sequence == 0 {
 		return invalid("request_id.sequence", "it is 0")
 	}
 	return nil
 }
 
-// newSession draws the number of the session that is asked for, and returns the
-// Write that opens it.
-func (o *kvOp) newSession() []byte {
-	o.session = randomID()
-	return appendNewSession(nil, o.session)
+func checkKey(key []byte) error {
+	switch {
+	case len(key) == 0:
+		return invalid("key", "it is empty")
+	case len(key) > maxKeyBytes:
+		return invalid("key", "it has %d bytes, the limit is %d", len(key), maxKeyBytes)
+	case !utf8.Valid(key):
+		return invalid("key", "it is not UTF-8")
+	}
+	return nil
 }
 
+// appendNewSession appends the Write that opens a session.
 func appendNewSession(b []byte, session uint64) []byte {
 	m := appendVarint(nil, 1, session)
 	return protowire.AppendBytes(protowire.AppendTag(b, opNewSession, protowire.BytesType), m)
@@ -196,18 +279,18 @@ type batch struct {
 	writes             []kvOp
 }
 
-// parseBatch parses the data of an entry and checks each write. It may put the
-// writes into room. There is a limit to what it allocates: a write has four
-// bytes at least.
-func parseBatch(data []byte, room []kvOp) (b batch, err error) {
-	b.writes = room[:0]
-	for f := (fields{rest: data, repeated: 3}); len(f.rest) > 0; {
-		switch ok := f.next(); {
-		case ok && f.num == 1 && f.b == nil:
+// parseBatch parses the data of an entry and checks each write, in room if they fit in
+// there. What it allocates is bounded by the data: a write takes four bytes at least.
+func parseBatch(data []byte, room []kvOp) (batch, error) {
+	b := batch{writes: room[:0]}
+	f := fields{rest: data, repeated: 3}
+	for f.next() {
+		switch {
+		case f.isVarint(1):
 			b.proposer = f.v
-		case ok && f.num == 2 && f.b == nil:
+		case f.isVarint(2):
 			b.sequence = f.v
-		case ok && f.num == 3 && f.b != nil:
+		case f.isBytes(3):
 			b.writes = append(b.writes, kvOp{})
 			w := &b.writes[len(b.writes)-1]
 			if err := w.parseWrite(f.b); err != nil {
@@ -217,46 +300,58 @@ func parseBatch(data []byte, room []kvOp) (b batch, err error) {
 			return b, errMalformed
 		}
 	}
+	if len(f.rest) > 0 {
+		return b, errMalformed
+	}
 	return b, nil
 }
 
-// appendAnswer appends the answer to an operation; value is that of the key that a
-// Get has found.
+// appendAnswer appends the response to an operation. Of a Get, r has whether the key was
+// found and its version, and value is its value.
 func appendAnswer(b []byte, o *kvOp, r result, value []byte) []byte {
 	switch o.kind {
 	case opGet:
 		if r.found {
-			b = protowire.AppendBytes(protowire.AppendTag(b, 1, protowire.BytesType), value)
+			b = protowire.AppendTag(b, 1, protowire.BytesType)
+			b = protowire.AppendBytes(b, value)
 		}
 		b = appendVarint(b, 2, r.version)
 	case opSet:
-		b = appendVarint(appendVarint(b, 1, r.version), 2, protowire.EncodeBool(r.compareFailed))
+		b = appendVarint(b, 1, r.version)
+		b = appendVarint(b, 2, protowire.EncodeBool(r.compareFailed))
 	case opDelete:
 		b = appendVarint(b, 1, protowire.EncodeBool(r.found))
-		b = appendVarint(appendVarint(b, 2, r.version), 3, protowire.EncodeBool(r.compareFailed))
+		b = appendVarint(b, 2, r.version)
+		b = appendVarint(b, 3, protowire.EncodeBool(r.compareFailed))
 	case opOpenSession:
 		b = appendVarint(b, 1, o.session)
 	}
 	return b
 }
 
-// appendResult appends an OperationResult.
+// resultError is the field number of the error in OperationResult; the answers have the
+// numbers of their operations.
+const resultError protowire.Number = 5
+
+// appendResult appends an OperationResult. A Get reads the store only now.
 func (s *server) appendResult(b []byte, o *kvOp, err error, r result) []byte {
 	var it item
 	if err == nil && o.kind == opGet {
 		it, r.found, err = s.n.store.get(o.key)
 		r.version = it.version
 	}
-	kind, m := o.kind, make([]byte, 0, 32)
 	if err != nil {
-		kind, m = 5, appendError(m, toStatus(o.sayIfRepeatable(err), true))
-	} else {
-		m = appendAnswer(slices.Grow(m, len(it.value)+16), o, r, it.value)
+		m := appendError(nil, toStatus(o.sayIfRepeatable(err), true))
+		b = protowire.AppendTag(b, resultError, protowire.BytesType)
+		return protowire.AppendBytes(b, m)
 	}
-	b = protowire.AppendTag(b, kind, protowire.BytesType)
+	m := slices.Grow(make([]byte, 0, 32), len(it.value)+16) // on the stack, if the value is small
+	m = appendAnswer(m, o, r, it.value)
+	b = protowire.AppendTag(b, o.kind, protowire.BytesType)
 	return protowire.AppendBytes(b, m)
 }
 
+// appendVarint appends a field that is a varint; 0 is left out, as proto3 does.
 func appendVarint(b []byte, num protowire.Number, v uint64) []byte {
 	if v == 0 {
 		return b

@@ -1,5 +1,6 @@
-// Operations of clients, without a message for each: their bytes become the log's.
-// One to a call, or in a Pipeline many on a stream, without a goroutine for each.
+// Pipeline: many operations on one stream, without a goroutine or a message for each.
+// Writes go into the log as the bytes that came: messages for them would take a large
+// part of what a stream reaches.
 
 package main
 
@@ -11,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -22,60 +24,75 @@ const (
 	// answered: beyond either, no further request is read.
 	maxPipelineCalls = 8 << 10
 	maxPipelineBytes = 8 << 20
+	// maxQueuedRequests bounds the requests of a stream that wait to be answered: they
+	// may be empty, and so not be bounded by what they ask.
+	maxQueuedRequests = 64
 	// answerBytes is where answers are cut into messages: one more may follow.
 	answerBytes = 256 << 10
 )
 
-// group is the operations of one request. The loop counts left down.
-type group struct {
-	ops   []kvOp
-	calls []call // out has the error of one that is not valid
-	bytes int
-	left  int
-	done  chan struct{}
+// pipelineRequest is the operations of one PipelineRequest, on their way.
+type pipelineRequest struct {
+	ops     []kvOp
+	calls   []call // one to each operation; out has the error of an invalid one
+	bytes   int
+	pending int           // calls that have not ended: the loop's, once started
+	done    chan struct{} // closed when none is pending
 }
 
-// newGroup parses a PipelineRequest. The operations are parts of it.
-func newGroup(m []byte) (*group, error) {
-	n := 0
-	for f := (fields{rest: m, repeated: 1}); len(f.rest) > 0; n++ {
-		if !f.next() || f.num != 1 || f.b == nil || n == maxPipelineCalls {
+// parsePipelineRequest parses a PipelineRequest, of which the operations stay parts. An
+// operation that is invalid gets its own error; what is no list of operations, or too
+// long a one, is an error of all.
+func parsePipelineRequest(m []byte) (*pipelineRequest, error) {
+	count := 0
+	for f := (fields{rest: m, repeated: 1}); len(f.rest) > 0; count++ {
+		isOperation := f.next() && f.num == 1 && f.b != nil
+		if !isOperation || count == maxPipelineCalls {
 			return nil, invalid("operations", "it is malformed, or there are more than %d", maxPipelineCalls)
 		}
 	}
-	g := &group{ops: make([]kvOp, n), calls: make([]call, n), bytes: len(m), done: make(chan struct{})}
-	f := fields{rest: m, repeated: 1}
-	for i := range g.ops {
-		f.next()
-		o, c := &g.ops[i], &g.calls[i]
-		c.group = g
-		c.out.err = o.parseOperation(f.b)
-		switch {
-		case o.kind == opGet:
-		case o.kind == opOpenSession && c.out.err == nil:
-			c.record = o.newSession()
-		default:
-			c.record = f.b
-		}
+	r := &pipelineRequest{
+		ops:   make([]kvOp, count),
+		calls: make([]call, count),
+		bytes: len(m),
+		done:  make(chan struct{}),
 	}
-	return g, nil
+	f := fields{rest: m, repeated: 1}
+	for i := range r.ops {
+		f.next()
+		r.calls[i].group = r
+		r.calls[i].record, r.calls[i].out.err = r.ops[i].parseCall(f.b)
+	}
+	return r, nil
 }
 
-// start leaves the group's calls in the inbox.
-func (g *group) start(in *inbox) {
-	calls := make([]*call, 0, len(g.calls))
-	for i := range g.calls {
-		if g.calls[i].out.err == nil && !g.ops[i].local {
-			calls = append(calls, &g.calls[i])
+// start leaves in the inbox what has to go through the loop: all but what is invalid,
+// and local reads.
+func (r *pipelineRequest) start(in *inbox) {
+	calls := make([]*call, 0, len(r.calls))
+	for i := range r.calls {
+		if r.calls[i].out.err == nil && !r.ops[i].local {
+			calls = append(calls, &r.calls[i])
 		}
 	}
-	if g.left = len(calls); g.left == 0 {
-		close(g.done)
-	} else if err := in.call(calls...); err != nil {
+	r.pending = len(calls)
+	if len(calls) == 0 {
+		close(r.done)
+		return
+	}
+	if err := in.call(calls...); err != nil {
 		for _, c := range calls {
 			c.out.err = err
 		}
-		close(g.done)
+		close(r.done)
+	}
+}
+
+// callEnded notes that one of the calls has its outcome. The loop calls it.
+func (r *pipelineRequest) callEnded() {
+	r.pending--
+	if r.pending == 0 {
+		close(r.done)
 	}
 }
 
@@ -83,106 +100,131 @@ func (g *group) start(in *inbox) {
 type pipeline struct {
 	s            *server
 	stream       grpc.ServerStream
-	groups       chan *group // in the order in which they are to be answered
-	calls, bytes atomic.Int64
-	room         bell // something was answered
+	requests     chan *pipelineRequest // in the order in which they are to be answered
+	calls, bytes atomic.Int64          // of requests that are not answered
+	room         bell                  // rings when some were answered
 }
 
 // Pipeline implements KVService.
 func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
-	p := &pipeline{s: s, stream: stream, groups: make(chan *group, 64), room: newBell()}
-	_ = stream.SetHeader(*s.leaderMD.Load())
+	p := &pipeline{
+		s:        s,
+		stream:   stream,
+		requests: make(chan *pipelineRequest, maxQueuedRequests),
+		room:     newBell(),
+	}
+	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
 	ended := make(chan error, 1)
 	go func() { // ends with the stream
 		ended <- p.read(stream.Context())
-		close(p.groups)
+		close(p.requests)
 	}()
 	for {
 		select {
-		case g, ok := <-p.groups:
+		case r, ok := <-p.requests:
 			if !ok {
 				return toStatus(<-ended, true)
 			}
-			if err := p.answer(g); err != nil {
+			if err := p.answer(r); err != nil {
 				return err
 			}
 		case <-s.stopping:
-			if len(p.groups) == 0 {
+			if len(p.requests) == 0 {
 				return toStatus(errStopping, true)
 			}
 		}
 	}
 }
 
-// read takes requests in, as long as there is room for what they ask.
+// read takes requests in, while there is room for what they ask, until the caller has
+// said all.
 func (p *pipeline) read(ctx context.Context) error {
 	for {
-		for p.calls.Load() >= maxPipelineCalls || p.bytes.Load() >= maxPipelineBytes {
-			select {
-			case <-p.room:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		var m encoded
-		if err := p.stream.RecvMsg(&m); err != nil {
-			if err == io.EOF { // the caller has said all
-				return nil
-			}
+		if err := p.waitForRoom(ctx); err != nil {
 			return err
 		}
-		g, err := newGroup(m.b)
+		var m encoded
+		err := p.stream.RecvMsg(&m)
+		if err == io.EOF {
+			return nil
+		}
 		if err != nil {
 			return err
 		}
-		p.calls.Add(int64(len(g.calls)))
-		p.bytes.Add(int64(g.bytes))
-		g.start(&p.s.n.in)
+		r, err := parsePipelineRequest(m.b)
+		if err != nil {
+			return err
+		}
+		p.calls.Add(int64(len(r.calls)))
+		p.bytes.Add(int64(r.bytes))
+		r.start(&p.s.n.in)
 		select {
-		case p.groups <- g:
+		case p.requests <- r:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 }
 
-// answer waits for a group and sends its answers.
-func (p *pipeline) answer(g *group) error {
-	select {
-	case <-g.done:
-	case <-p.stream.Context().Done():
-		return status.FromContextError(p.stream.Context().Err()).Err()
-	}
-	for i, next := 0, 0; i < len(g.ops); i = next {
-		most := 64 * (len(g.ops) - i)
-		if slices.ContainsFunc(g.ops[i:], func(o kvOp) bool { return o.kind == opGet }) {
-			most = answerBytes + maxValueBytes
+// waitForRoom waits until so much is answered that another request may be read.
+func (p *pipeline) waitForRoom(ctx context.Context) error {
+	for p.calls.Load() >= maxPipelineCalls || p.bytes.Load() >= maxPipelineBytes {
+		select {
+		case <-p.room:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		_, pool, err := admit(p.stream.Context(), func() (struct{}, int, error) { return struct{}{}, most, nil })
-		if err != nil { // what it answers is done
+	}
+	return nil
+}
+
+// answer waits for a request's calls and sends the results, in one message or more.
+func (p *pipeline) answer(r *pipelineRequest) error {
+	ctx := p.stream.Context()
+	select {
+	case <-r.done:
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	for from := 0; from < len(r.ops); {
+		pool, err := admitResults(ctx, r.ops[from:])
+		if err != nil { // the calls have been made
 			return toStatus(fmt.Errorf("%w: no room for the answers: %w", errOutcomeUnknown, err), true)
 		}
-		var b []byte
-		b, next = p.s.appendResults(make([]byte, 0, 16*(len(g.ops)-i)), g, i)
-		if pool, ok := pool.(*answerPool); ok {
-			pool.fit(cap(b))
+		b, next := p.s.appendResults(make([]byte, 0, 16*(len(r.ops)-from)), r, from)
+		if counted, ok := pool.(*answerPool); ok {
+			counted.fit(cap(b))
 		}
 		if err := p.stream.SendMsg(&encoded{b, pool}); err != nil {
 			return err
 		}
+		from = next
 	}
-	p.calls.Add(-int64(len(g.calls)))
-	p.bytes.Add(-int64(g.bytes))
+	p.calls.Add(-int64(len(r.calls)))
+	p.bytes.Add(-int64(r.bytes))
 	p.room.ring()
 	return nil
 }
 
-// appendResults appends a PipelineResponse with results from i on, up to the next
-// message's.
-func (s *server) appendResults(b []byte, g *group, i int) (_ []byte, next int) {
-	for result := make([]byte, 0, 64); i < len(g.ops) && len(b) <= answerBytes; i++ {
-		b = protowire.AppendTag(b, 1, protowire.BytesType)
-		b = protowire.AppendBytes(b, s.appendResult(result, &g.ops[i], g.calls[i].out.err, g.calls[i].out.result))
+// admitResults waits for room for the most that a message with results of these
+// operations can have.
+func admitResults(ctx context.Context, ops []kvOp) (mem.BufferPool, error) {
+	most := 64 * len(ops)
+	if slices.ContainsFunc(ops, func(o kvOp) bool { return o.kind == opGet }) {
+		most = answerBytes + maxValueBytes
 	}
-	return b, i
+	_, pool, err := admit(ctx, func() (struct{}, int, error) { return struct{}{}, most, nil })
+	return pool, err
+}
+
+// appendResults appends a PipelineResponse with results from an operation on, up to the
+// one that the next message begins with.
+func (s *server) appendResults(b []byte, r *pipelineRequest, from int) (_ []byte, next int) {
+	result := make([]byte, 0, 64)
+	for next = from; next < len(r.ops) && len(b) <= answerBytes; next++ {
+		o := r.calls[next].out
+		b = protowire.AppendTag(b, 1, protowire.BytesType)
+		b = protowire.AppendBytes(b, s.appendResult(result, &r.ops[next], o.err, o.result))
+	}
+	return b, next
 }
