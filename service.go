@@ -29,9 +29,11 @@ import (
 
 const (
 	// maxListItems and maxListBytes bound a page of List: what it takes of memory, and
-	// of time in which it holds one of maxLists.
-	maxListItems = 10_000
-	maxListBytes = 1 << 20
+	// of time in which it holds one of maxLists. A request that has no limit gets
+	// defaultListItems.
+	maxListItems     = 10_000
+	maxListBytes     = 1 << 20
+	defaultListItems = 1000
 	// maxBackups bounds the backups that a node sends at a time: each makes it
 	// keep what is overwritten meanwhile.
 	maxBackups = 4
@@ -123,36 +125,39 @@ func newServer(n *node, nw *network) *server {
 	return s
 }
 
-// refuseMalformed has the methods of a service refuse a request that cannot be decoded,
+// refuseMalformed is a service whose methods refuse a request that cannot be decoded,
 // for it is no protobuf or a string in it is not UTF-8, with INVALID_ARGUMENT and a
 // reason. gRPC alone would answer INTERNAL, and not ask an interceptor before.
 func refuseMalformed(generated *grpc.ServiceDesc) *grpc.ServiceDesc {
 	desc := *generated
 	desc.Methods = slices.Clone(desc.Methods)
 	for i := range desc.Methods {
-		handle := desc.Methods[i].Handler
-		desc.Methods[i].Handler = func(srv any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
-			decodeOrRefuse := func(message any) error {
-				d := decoding{message: message}
-				if err := decode(&d); err != nil {
-					return err
-				}
-				if d.err != nil {
-					srv.(*server).nameLeader(ctx, false)
-					return invalid("request", "%v", d.err)
-				}
-				return nil
-			}
-			return handle(srv, ctx, decodeOrRefuse, interceptor)
-		}
+		desc.Methods[i].Handler = decodeOrRefuse(desc.Methods[i].Handler)
 	}
 	return &desc
 }
 
+func decodeOrRefuse(handle grpc.MethodHandler) grpc.MethodHandler {
+	return func(srv any, ctx context.Context, decode func(any) error, i grpc.UnaryServerInterceptor) (any, error) {
+		decodeOne := func(message any) error {
+			d := decoding{message: message}
+			if err := decode(&d); err != nil {
+				return err
+			}
+			if d.err != nil {
+				srv.(*server).nameLeader(ctx, false)
+				return invalid("request", "%v", d.err)
+			}
+			return nil
+		}
+		return handle(srv, ctx, decodeOne, i)
+	}
+}
+
 // Get implements KVService.
 func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetResponse, error) {
-	o := kvOp{kind: opGet, key: []byte(req.Key)}
-	if err := o.check(); err != nil {
+	key := []byte(req.Key)
+	if err := checkKey(key); err != nil {
 		return nil, err
 	}
 	if hasUnknownFields(req) {
@@ -163,7 +168,7 @@ func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetRespon
 			return nil, err
 		}
 	}
-	it, found, err := s.n.store.get(o.key)
+	it, found, err := s.n.store.get(key)
 	if err != nil {
 		return nil, err
 	}
@@ -209,10 +214,11 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	if req.Limit > maxListItems {
 		return nil, invalid("limit", "it is %d, the limit is %d", req.Limit, maxListItems)
 	}
-	for field, v := range map[string]string{"prefix": req.Prefix, "page_token": req.PageToken} {
-		if len(v) > maxKeyBytes {
-			return nil, invalid(field, "it has %d bytes, the limit is %d", len(v), maxKeyBytes)
-		}
+	if len(req.Prefix) > maxKeyBytes {
+		return nil, invalid("prefix", "it has %d bytes, the limit is %d", len(req.Prefix), maxKeyBytes)
+	}
+	if len(req.PageToken) > maxKeyBytes {
+		return nil, invalid("page_token", "it has %d bytes, the limit is %d", len(req.PageToken), maxKeyBytes)
 	}
 	select {
 	case s.lists <- struct{}{}:
@@ -226,7 +232,8 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	if err != nil {
 		return nil, err
 	}
-	items, more := v.page(req.Prefix, req.PageToken, int(cmp.Or(req.Limit, 1000)), maxListBytes)
+	limit := cmp.Or(int(req.Limit), defaultListItems)
+	items, more := v.page(req.Prefix, req.PageToken, limit, maxListBytes)
 	resp := &kvpb.ListResponse{}
 	for _, it := range items {
 		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: string(it.key), Value: it.value, Version: it.version})
