@@ -24,10 +24,13 @@ const (
 	retryDelay = 100 * time.Millisecond
 )
 
-// apiError makes an error of the API; its ErrorInfo names a field, if one is
-// given. Who is told that a queue is full is told when to come back.
+// apiError makes an error of the API. Its ErrorInfo names a field of the request, if one
+// is given. RESOURCE_EXHAUSTED has a RetryInfo, too: a queue is full, but not for long.
 func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ...string) error {
-	info := &errdetails.ErrorInfo{Domain: errorDomain, Reason: strings.TrimPrefix(reason.String(), "ERROR_REASON_")}
+	info := &errdetails.ErrorInfo{
+		Domain: errorDomain,
+		Reason: strings.TrimPrefix(reason.String(), "ERROR_REASON_"),
+	}
 	if len(field) > 0 {
 		info.Metadata = map[string]string{"field": field[0]}
 	}
@@ -35,11 +38,12 @@ func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ..
 	if code == codes.ResourceExhausted {
 		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(retryDelay)})
 	}
-	st, _ := status.New(code, message).WithDetails(details...) // fails only if the code is OK or a string of info is not UTF-8
+	// WithDetails fails only if the code is OK or a string of info is not UTF-8.
+	st, _ := status.New(code, message).WithDetails(details...)
 	return st.Err()
 }
 
-// errorReason is the reason that a node gave for an error; empty: it is not a
+// errorReason is the reason that a node gave for an error; empty: the error is not a
 // node's, but gRPC's.
 func errorReason(err error) string {
 	for _, d := range status.Convert(err).Details() {
@@ -50,17 +54,23 @@ func errorReason(err error) string {
 	return ""
 }
 
+// invalid is the error over a field of a request: INVALID_ARGUMENT, with the field's name
+// before the message and in the ErrorInfo.
 func invalid(field, format string, args ...any) error {
-	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, field+": "+fmt.Sprintf(format, args...), field)
+	message := field + ": " + fmt.Sprintf(format, args...)
+	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, message, field)
 }
 
+// validateNode finds what is wrong with a node that a request names.
 func validateNode(field string, n *kvpb.Node) error {
 	if n.GetId() == 0 {
 		return invalid(field+".id", "it is 0")
 	}
-	if _, port, err := splitAddress(n.GetAddress()); err != nil {
+	_, port, err := splitAddress(n.GetAddress())
+	if err != nil {
 		return invalid(field+".address", "%v", err)
-	} else if port == 0 {
+	}
+	if port == 0 {
 		return invalid(field+".address", "%q has no port", n.GetAddress())
 	}
 	return nil
@@ -89,16 +99,19 @@ var apiErrors = []struct {
 	{context.Canceled, codes.Canceled, kvpb.ErrorReason_ERROR_REASON_DEADLINE},
 }
 
-// toStatus makes the errors of the loop those of the API. What it does not know
-// has ended the loop: a write with such an error was not proposed.
+// toStatus makes an error of the loop one of the API. kv: a call of KVService gets it, for
+// which a node in no cluster is but a node that cannot serve it. An error that is neither
+// known nor of the API has ended the loop: a write with such an error was not proposed.
 func toStatus(err error, kv bool) error {
-	for _, e := range apiErrors { // an unknown outcome may wrap a status
-		if errors.Is(err, e.err) {
-			if e.err == errNotInitialized && !kv {
-				e.code = codes.FailedPrecondition
-			}
-			return apiError(e.code, e.reason, err.Error())
+	for _, e := range apiErrors { // before err is looked at as a status: an unknown outcome may wrap one
+		if !errors.Is(err, e.err) {
+			continue
 		}
+		code := e.code
+		if e.err == errNotInitialized && !kv {
+			code = codes.FailedPrecondition
+		}
+		return apiError(code, e.reason, err.Error())
 	}
 	if _, ok := status.FromError(err); ok {
 		return err
