@@ -386,7 +386,8 @@ func encodeAsWrite(kind protowire.Number, req proto.Message) ([]byte, error) {
 func (o *kvOp) sayIfRepeatable(err error) error {
 	opensSession := o.kind == opOpenSession || o.kind == opNewSession // a second session does no harm
 	if err == errOutcomeUnknown && (o.hasID || opensSession) {
-		return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, err.Error()+"; it may be sent again")
+		unknown := kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN
+		return apiError(codes.Unavailable, unknown, err.Error()+"; it may be sent again")
 	}
 	return err
 }

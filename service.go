@@ -287,7 +287,8 @@ func (s *server) call(ctx context.Context, write []byte) (result, error) {
 		return result{}, ctx.Err()
 	}
 	if ctx.Err() == context.Canceled {
-		return result{}, apiError(codes.Canceled, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, errOutcomeUnknown.Error())
+		unknown := kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN
+		return result{}, apiError(codes.Canceled, unknown, errOutcomeUnknown.Error())
 	}
 	return result{}, errUnknownInTime
 }
@@ -335,7 +336,9 @@ func (s *server) ticksLeft(ctx context.Context) uint64 {
 
 // intercept covers the unary calls of KVService and ClusterService: it names the
 // leader in every answer, makes errors those of the API, and lets stop wait for calls.
-func (s *server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (s *server) intercept(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
 	s.inFlight.Add(1) // before it looks whether the node is stopping: stop looks the other way round
 	defer s.inFlight.Add(-1)
 	resp, err := s.answer(ctx, req, handler)

@@ -50,16 +50,19 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 		return m
 	}
 	id := withUnknown(&kvpb.RequestId{Session: 1, Sequence: 1}).(*kvpb.RequestId)
-	for method, reqs := range map[string][]proto.Message{
-		kvpb.KVService_Get_FullMethodName:         {withUnknown(&kvpb.GetRequest{Key: "k"})},
-		kvpb.KVService_Set_FullMethodName:         {withUnknown(&kvpb.SetRequest{Key: "k"}), &kvpb.SetRequest{Key: "k", RequestId: id}},
-		kvpb.KVService_Delete_FullMethodName:      {withUnknown(&kvpb.DeleteRequest{Key: "k"}), &kvpb.DeleteRequest{Key: "k", RequestId: id}},
-		kvpb.KVService_OpenSession_FullMethodName: {withUnknown(&kvpb.OpenSessionRequest{})},
+	for _, tt := range []struct {
+		method string
+		req    proto.Message
+	}{
+		{kvpb.KVService_Get_FullMethodName, withUnknown(&kvpb.GetRequest{Key: "k"})},
+		{kvpb.KVService_Set_FullMethodName, withUnknown(&kvpb.SetRequest{Key: "k"})},
+		{kvpb.KVService_Set_FullMethodName, &kvpb.SetRequest{Key: "k", RequestId: id}},
+		{kvpb.KVService_Delete_FullMethodName, withUnknown(&kvpb.DeleteRequest{Key: "k"})},
+		{kvpb.KVService_Delete_FullMethodName, &kvpb.DeleteRequest{Key: "k", RequestId: id}},
+		{kvpb.KVService_OpenSession_FullMethodName, withUnknown(&kvpb.OpenSessionRequest{})},
 	} {
-		for _, req := range reqs {
-			err := c.nodes[1].conn.Invoke(c.ctx, method, mustMarshal(t, req), nil, grpc.ForceCodec(rawCodec{}))
-			wantError(t, err, codes.InvalidArgument, "INVALID_FIELD")
-		}
+		err := c.nodes[1].conn.Invoke(c.ctx, tt.method, mustMarshal(t, tt.req), nil, grpc.ForceCodec(rawCodec{}))
+		wantError(t, err, codes.InvalidArgument, "INVALID_FIELD")
 	}
 	c.wantsAbsent(1, "k")
 }
