@@ -77,7 +77,7 @@ type callsInFlight struct {
 // add takes a call in. wall is the time from which its wait counts.
 func (c *callsInFlight) add(call *call, wall uint64) {
 	call.since = wall
-	if call.record == nil {
+	if call.write == nil {
 		c.reads = append(c.reads, call)
 	} else {
 		c.writes = append(c.writes, call)
@@ -140,13 +140,13 @@ func (c *callsInFlight) finish(call *call, o outcome) {
 	}
 	call.ended = true
 	c.endedCalls++
-	c.endedBytes += len(call.record)
-	if call.group == nil {
+	c.endedBytes += len(call.write)
+	if call.request == nil {
 		call.done <- o
 		return
 	}
-	call.out = o
-	call.group.callEnded()
+	call.outcome = o
+	call.request.callEnded()
 }
 
 func (c *callsInFlight) fail(calls []*call, err error) {
@@ -211,7 +211,7 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	size := 0
 	taken := 0
 	for _, call := range c.writes {
-		if len(p.calls) > 0 && size+len(call.record) > maxEntryBytes {
+		if len(p.calls) > 0 && size+len(call.write) > maxEntryBytes {
 			break
 		}
 		taken++
@@ -220,7 +220,7 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 			continue
 		}
 		p.calls = append(p.calls, call)
-		size += len(call.record) + 4
+		size += len(call.write) + 4
 	}
 	c.writes = c.writes[taken:]
 	if len(p.calls) == 0 {
@@ -229,7 +229,7 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, raftID), 2, p.sequence)
 	for _, call := range p.calls {
 		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
-		p.data = protowire.AppendBytes(p.data, call.record)
+		p.data = protowire.AppendBytes(p.data, call.write)
 	}
 	return p
 }
@@ -410,14 +410,14 @@ type inbound struct {
 
 // call is a write or a read on its way through the loop.
 type call struct {
-	record []byte // the write as a field of a Batch; nil: a read
-	state  atomic.Int32
-	since  uint64           // when the loop took it, by its clock
-	wait   uint64           // ticks until its deadline is near; 0: it has none
-	ended  bool             // the loop's
-	done   chan outcome     // one slot: the loop never waits
-	group  *pipelineRequest // in place of done: the request that the call is of
-	out    outcome          // for the group, once that is done
+	write   []byte // an encoded Write; nil: a read
+	state   atomic.Int32
+	since   uint64           // when the loop took it, by its clock
+	wait    uint64           // ticks until its deadline is near; 0: it has none
+	ended   bool             // the loop's
+	done    chan outcome     // one slot: the loop never waits
+	request *pipelineRequest // in place of done: the request that the call is of
+	outcome outcome          // for the request, once that is done
 }
 
 // States of a call: the caller may give up a call that is queued, and then
@@ -468,7 +468,7 @@ type inbox struct {
 func (b *inbox) call(calls ...*call) error {
 	bytes := 0
 	for _, c := range calls {
-		bytes += len(c.record)
+		bytes += len(c.write)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -1301,7 +1301,7 @@ func TestForwarding(t *testing.T) {
 }
 
 // operation and answer are what a history consists of.
-type operation struct{ name, key, value string }
+type registerOp struct{ name, key, value string }
 
 type answer struct {
 	unknown bool // whether it was, or ever will be, done
@@ -1323,7 +1323,7 @@ var registers = porcupine.Model{
 	Partition: func(history []porcupine.Operation) (parts [][]porcupine.Operation) {
 		byKey := map[string][]porcupine.Operation{}
 		for _, op := range history {
-			key := op.Input.(operation).key
+			key := op.Input.(registerOp).key
 			byKey[key] = append(byKey[key], op)
 		}
 		for _, key := range slices.Sorted(maps.Keys(byKey)) {
@@ -1333,7 +1333,7 @@ var registers = porcupine.Model{
 	},
 	Init: func() any { return register{} },
 	Step: func(state, input, output any) (bool, any) {
-		s, in, out := state.(register), input.(operation), output.(answer)
+		s, in, out := state.(register), input.(registerOp), output.(answer)
 		switch in.name {
 		case "get":
 			if out.present != s.present || s.present && (out.value != s.value || s.version != 0 && out.version != s.version) {
@@ -1364,7 +1364,7 @@ func newHistory() *history { return &history{start: time.Now(), errors: map[stri
 
 // do makes a call and records it. A write that failed may take effect at any
 // time, unless the answer says that it will not.
-func (h *history) do(ctx context.Context, kv kvpb.KVServiceClient, client int, in operation) error {
+func (h *history) do(ctx context.Context, kv kvpb.KVServiceClient, client int, in registerOp) error {
 	var out answer
 	var err error
 	called := time.Since(h.start)
@@ -1434,7 +1434,7 @@ func (h *history) check(t *testing.T) {
 	if !t.Failed() {
 		versions := map[uint64]bool{}
 		for _, op := range h.ops {
-			if v := op.Output.(answer).version; op.Input.(operation).name != "get" && v != 0 {
+			if v := op.Output.(answer).version; op.Input.(registerOp).name != "get" && v != 0 {
 				if versions[v] {
 					t.Errorf("two writes have version %d", v)
 				}
@@ -1468,7 +1468,7 @@ func (c *testCluster) load(h *history, timeout time.Duration, move bool, ids ...
 					return
 				default:
 				}
-				op := operation{name: names[r.IntN(len(names))], key: fmt.Sprint("key ", r.IntN(5))}
+				op := registerOp{name: names[r.IntN(len(names))], key: fmt.Sprint("key ", r.IntN(5))}
 				if op.name == "set" {
 					op.value = fmt.Sprintf("%d of client %d", i, client)
 				}
@@ -1493,7 +1493,7 @@ func (c *testCluster) load(h *history, timeout time.Duration, move bool, ids ...
 func (c *testCluster) readAll(h *history, via uint64) {
 	c.t.Helper()
 	for key := range 5 {
-		if err := h.do(c.ctx, c.nodes[via], -1, operation{name: "get", key: fmt.Sprint("key ", key)}); err != nil {
+		if err := h.do(c.ctx, c.nodes[via], -1, registerOp{name: "get", key: fmt.Sprint("key ", key)}); err != nil {
 			c.t.Fatal(err)
 		}
 	}
@@ -1502,7 +1502,7 @@ func (c *testCluster) readAll(h *history, via uint64) {
 // TestChecker shows that the checker finds what it is there to find.
 func TestChecker(t *testing.T) {
 	op := func(call, ret int64, name, value string, out answer) porcupine.Operation {
-		return porcupine.Operation{Input: operation{name, "k", value}, Call: call, Output: out, Return: ret}
+		return porcupine.Operation{Input: registerOp{name, "k", value}, Call: call, Output: out, Return: ret}
 	}
 	v := func(value string, version uint64) answer {
 		return answer{present: true, value: value, version: version}

@@ -153,7 +153,7 @@ func (b *bus) write(id uint64, key, value string) *call {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	c := &call{record: record, done: make(chan outcome, 1)}
+	c := &call{write: record, done: make(chan outcome, 1)}
 	if err := b.nodes[id].in.call(c); err != nil {
 		b.t.Fatal(err)
 	}

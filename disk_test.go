@@ -166,7 +166,7 @@ func (p *diskNode) call(op diskOp) (*call, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &call{record: record, done: make(chan outcome, 1)}
+	c := &call{write: record, done: make(chan outcome, 1)}
 	return c, p.n.in.call(c)
 }
 

@@ -305,7 +305,7 @@ func TestHopelessCallsEndAtOnce(t *testing.T) {
 			l.turn(1)
 		}
 		for _, record := range [][]byte{nil, []byte("a write")} {
-			c := &call{record: record, done: make(chan outcome, 1)}
+			c := &call{write: record, done: make(chan outcome, 1)}
 			if err := l.n.in.call(c); err != nil {
 				t.Fatal(err)
 			}

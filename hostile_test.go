@@ -278,7 +278,7 @@ func TestCommitsWait(t *testing.T) {
 	l.n.net = p
 	acked := l.n.log.last()
 	write := func() {
-		if err := l.n.in.call(&call{record: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}); err != nil {
+		if err := l.n.in.call(&call{write: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}); err != nil {
 			t.Fatal(err)
 		}
 		l.turn(0)
@@ -411,7 +411,7 @@ func (l *lone) do(what byte, data []byte) {
 		l.n.peerUp(h.From.RaftId, h.From.Life, true)
 	case 7:
 		var w kvpb.SetRequest
-		if proto.Unmarshal(data, &w) == nil && (&kvOp{kind: opGet, key: []byte(w.Key)}).check() == nil && (&kvOp{kind: opSet, key: []byte("k"), value: w.Value}).check() == nil && len(l.calls) < 64 {
+		if proto.Unmarshal(data, &w) == nil && (&operation{kind: opGet, key: []byte(w.Key)}).check() == nil && (&operation{kind: opSet, key: []byte("k"), value: w.Value}).check() == nil && len(l.calls) < 64 {
 			record, err := encodeWrite(setWrite(w.Key, string(w.Value)))
 			if err != nil {
 				l.t.Fatal(err)
@@ -438,7 +438,7 @@ func (l *lone) do(what byte, data []byte) {
 }
 
 func (l *lone) call(record []byte) {
-	c := &call{record: record, done: make(chan outcome, 1)}
+	c := &call{write: record, done: make(chan outcome, 1)}
 	if l.n.in.call(c) == nil {
 		l.calls = append(l.calls, c)
 	}
@@ -566,7 +566,7 @@ func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) 
 	switch method[strings.LastIndex(method, "/")+1:] {
 	case "Get":
 		var r kvpb.GetRequest
-		if !valid(&r, func() error { return (&kvOp{kind: opGet, key: []byte(r.Key)}).check() }) {
+		if !valid(&r, func() error { return (&operation{kind: opGet, key: []byte(r.Key)}).check() }) {
 			return nil, true
 		}
 		if unusual {
@@ -581,7 +581,7 @@ func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) 
 	case "Set":
 		var r kvpb.SetRequest
 		if !valid(&r, func() error {
-			return cmp.Or((&kvOp{kind: opGet, key: []byte(r.Key)}).check(), (&kvOp{kind: opSet, key: []byte("k"), value: r.Value}).check())
+			return cmp.Or((&operation{kind: opGet, key: []byte(r.Key)}).check(), (&operation{kind: opSet, key: []byte("k"), value: r.Value}).check())
 		}) {
 			return nil, true
 		}
@@ -593,7 +593,7 @@ func (m *model) expect(method string, req []byte) (want proto.Message, ok bool) 
 		return &kvpb.SetResponse{Version: m.version}, true
 	case "Delete":
 		var r kvpb.DeleteRequest
-		if !valid(&r, func() error { return (&kvOp{kind: opGet, key: []byte(r.Key)}).check() }) {
+		if !valid(&r, func() error { return (&operation{kind: opGet, key: []byte(r.Key)}).check() }) {
 			return nil, true
 		}
 		if unusual || r.ExpectedVersion != nil || r.RequestId != nil {

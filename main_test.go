@@ -292,7 +292,7 @@ func TestFullQueue(t *testing.T) {
 			t.Fatal(i, o.err)
 		}
 	}
-	big := &call{record: make([]byte, maxQueuedBytes/2+1), done: make(chan outcome, 1)}
+	big := &call{write: make([]byte, maxQueuedBytes/2+1), done: make(chan outcome, 1)}
 	if err := n.in.call(big); err != nil {
 		t.Fatal(err)
 	}
@@ -352,7 +352,7 @@ func TestAGivenUpCallIsNotProposed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	given, kept := &call{record: record, done: make(chan outcome, 1)}, &call{record: record, done: make(chan outcome, 1)}
+	given, kept := &call{write: record, done: make(chan outcome, 1)}, &call{write: record, done: make(chan outcome, 1)}
 	given.state.Store(callGivenUp)
 	n.turn(input{calls: []*call{given, kept}})
 	if o := <-kept.done; o.err != nil || o.version != 1 || n.store.version != 1 {
@@ -365,7 +365,7 @@ func TestAGivenUpCallIsNotProposed(t *testing.T) {
 // known.
 func TestWhatWasProposedIsUnknown(t *testing.T) {
 	n := turnNode()
-	proposed, queued := &call{record: []byte{1}, done: make(chan outcome, 1)}, &call{record: []byte{1}, done: make(chan outcome, 1)}
+	proposed, queued := &call{write: []byte{1}, done: make(chan outcome, 1)}, &call{write: []byte{1}, done: make(chan outcome, 1)}
 	n.calls.own, n.calls.writes = &proposal{calls: []*call{proposed}}, []*call{queued}
 	n.calls.failAll(errStopping)
 	if o := <-proposed.done; o.err != errOutcomeUnknown {

@@ -390,7 +390,7 @@ func TestNetwork(t *testing.T) {
 		for i := range ps {
 			for k := range 5 {
 				ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
-				if err := c.h.do(ctx, stubs[i], -1, operation{name: "get", key: fmt.Sprintf("key %d.%d", round, k)}); err != nil {
+				if err := c.h.do(ctx, stubs[i], -1, registerOp{name: "get", key: fmt.Sprintf("key %d.%d", round, k)}); err != nil {
 					t.Error(err)
 				}
 				cancel()

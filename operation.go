@@ -37,7 +37,7 @@ const (
 
 // kvOp is an Operation or a Write. Its slices are parts of the bytes that it was
 // parsed from.
-type kvOp struct {
+type operation struct {
 	kind              protowire.Number
 	key, value        []byte
 	compares          bool
@@ -96,7 +96,7 @@ func (f *fields) isBytes(num protowire.Number) bool  { return f.num == num && f.
 func (f *fields) isVarint(num protowire.Number) bool { return f.num == num && f.b == nil }
 
 // parseOperation parses an Operation: what a client asks for.
-func (o *kvOp) parseOperation(m []byte) error {
+func (o *operation) parseOperation(m []byte) error {
 	if err := o.parse(m); err != nil {
 		return err
 	}
@@ -107,7 +107,7 @@ func (o *kvOp) parseOperation(m []byte) error {
 }
 
 // parseWrite parses a Write: what stands in the log.
-func (o *kvOp) parseWrite(m []byte) error {
+func (o *operation) parseWrite(m []byte) error {
 	if err := o.parse(m); err != nil {
 		return err
 	}
@@ -119,7 +119,7 @@ func (o *kvOp) parseWrite(m []byte) error {
 
 // parseCall parses an Operation and returns the Write that has it done: mostly the same
 // bytes, for Set and Delete have the same field numbers in both. nil: it is a read.
-func (o *kvOp) parseCall(m []byte) (write []byte, err error) {
+func (o *operation) parseCall(m []byte) (write []byte, err error) {
 	if err := o.parseOperation(m); err != nil {
 		return nil, err
 	}
@@ -134,8 +134,8 @@ func (o *kvOp) parseCall(m []byte) (write []byte, err error) {
 }
 
 // parse parses an Operation or a Write, and checks it.
-func (o *kvOp) parse(m []byte) error {
-	*o = kvOp{}
+func (o *operation) parse(m []byte) error {
+	*o = operation{}
 	outer := fields{rest: m}
 	isRequest := outer.next() && outer.b != nil && outer.num <= opNewSession
 	if !isRequest || len(outer.rest) > 0 {
@@ -152,7 +152,7 @@ func (o *kvOp) parse(m []byte) error {
 }
 
 // take takes a field of the request that o's kind has; false: it has no such field.
-func (o *kvOp) take(f *fields) bool {
+func (o *operation) take(f *fields) bool {
 	switch o.kind {
 	case opSet:
 		return o.takeOfSet(f)
@@ -167,7 +167,7 @@ func (o *kvOp) take(f *fields) bool {
 	return false // an OpenSessionRequest has no fields
 }
 
-func (o *kvOp) takeOfSet(f *fields) bool {
+func (o *operation) takeOfSet(f *fields) bool {
 	switch {
 	case f.isBytes(1):
 		o.key = f.b
@@ -183,7 +183,7 @@ func (o *kvOp) takeOfSet(f *fields) bool {
 	return true
 }
 
-func (o *kvOp) takeOfDelete(f *fields) bool {
+func (o *operation) takeOfDelete(f *fields) bool {
 	switch {
 	case f.isBytes(1):
 		o.key = f.b
@@ -197,7 +197,7 @@ func (o *kvOp) takeOfDelete(f *fields) bool {
 	return true
 }
 
-func (o *kvOp) takeOfGet(f *fields) bool {
+func (o *operation) takeOfGet(f *fields) bool {
 	switch {
 	case f.isBytes(1):
 		o.key = f.b
@@ -209,7 +209,7 @@ func (o *kvOp) takeOfGet(f *fields) bool {
 	return true
 }
 
-func (o *kvOp) takeRequestID(m []byte) bool {
+func (o *operation) takeRequestID(m []byte) bool {
 	o.hasID = true
 	f := fields{rest: m}
 	for f.next() {
@@ -226,7 +226,7 @@ func (o *kvOp) takeRequestID(m []byte) bool {
 }
 
 // check finds what a service refuses of an operation, and a leader or the log of a write.
-func (o *kvOp) check() error {
+func (o *operation) check() error {
 	switch o.kind {
 	case opOpenSession:
 		return nil
@@ -276,12 +276,12 @@ func appendNewSession(b []byte, session uint64) []byte {
 // batch is a Batch that was parsed.
 type batch struct {
 	proposer, sequence uint64
-	writes             []kvOp
+	writes             []operation
 }
 
 // parseBatch parses the data of an entry and checks each write, in room if they fit in
 // there. What it allocates is bounded by the data: a write takes four bytes at least.
-func parseBatch(data []byte, room []kvOp) (batch, error) {
+func parseBatch(data []byte, room []operation) (batch, error) {
 	b := batch{writes: room[:0]}
 	f := fields{rest: data, repeated: 3}
 	for f.next() {
@@ -291,7 +291,7 @@ func parseBatch(data []byte, room []kvOp) (batch, error) {
 		case f.isVarint(2):
 			b.sequence = f.v
 		case f.isBytes(3):
-			b.writes = append(b.writes, kvOp{})
+			b.writes = append(b.writes, operation{})
 			w := &b.writes[len(b.writes)-1]
 			if err := w.parseWrite(f.b); err != nil {
 				return b, fmt.Errorf("write %d of a batch: %w", len(b.writes), err)
@@ -308,7 +308,7 @@ func parseBatch(data []byte, room []kvOp) (batch, error) {
 
 // appendAnswer appends the response to an operation. Of a Get, r has whether the key was
 // found and its version, and value is its value.
-func appendAnswer(b []byte, o *kvOp, r result, value []byte) []byte {
+func appendAnswer(b []byte, o *operation, r result, value []byte) []byte {
 	switch o.kind {
 	case opGet:
 		if r.found {
@@ -334,7 +334,7 @@ func appendAnswer(b []byte, o *kvOp, r result, value []byte) []byte {
 const resultError protowire.Number = 5
 
 // appendResult appends an OperationResult. A Get reads the store only now.
-func (s *server) appendResult(b []byte, o *kvOp, err error, r result) []byte {
+func (s *server) appendResult(b []byte, o *operation, err error, r result) []byte {
 	var it item
 	if err == nil && o.kind == opGet {
 		it, r.found, err = s.n.store.get(o.key)
@@ -383,7 +383,7 @@ func encodeAsWrite(kind protowire.Number, req proto.Message) ([]byte, error) {
 
 // sayIfRepeatable makes an unknown outcome one after which the write may be sent
 // again, if it may. Its caller has time left.
-func (o *kvOp) sayIfRepeatable(err error) error {
+func (o *operation) sayIfRepeatable(err error) error {
 	opensSession := o.kind == opOpenSession || o.kind == opNewSession // a second session does no harm
 	if err == errOutcomeUnknown && (o.hasID || opensSession) {
 		unknown := kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN

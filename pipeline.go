@@ -33,8 +33,8 @@ const (
 
 // pipelineRequest is the operations of one PipelineRequest, on their way.
 type pipelineRequest struct {
-	ops     []kvOp
-	calls   []call // one to each operation; out has the error of an invalid one
+	ops     []operation
+	calls   []call // one to each operation; outcome has the error of an invalid one
 	bytes   int
 	pending int           // calls that have not ended: the loop's, once started
 	done    chan struct{} // closed when none is pending
@@ -52,7 +52,7 @@ func parsePipelineRequest(m []byte) (*pipelineRequest, error) {
 		}
 	}
 	r := &pipelineRequest{
-		ops:   make([]kvOp, count),
+		ops:   make([]operation, count),
 		calls: make([]call, count),
 		bytes: len(m),
 		done:  make(chan struct{}),
@@ -60,8 +60,8 @@ func parsePipelineRequest(m []byte) (*pipelineRequest, error) {
 	f := fields{rest: m, repeated: 1}
 	for i := range r.ops {
 		f.next()
-		r.calls[i].group = r
-		r.calls[i].record, r.calls[i].out.err = r.ops[i].parseCall(f.b)
+		r.calls[i].request = r
+		r.calls[i].write, r.calls[i].outcome.err = r.ops[i].parseCall(f.b)
 	}
 	return r, nil
 }
@@ -71,7 +71,7 @@ func parsePipelineRequest(m []byte) (*pipelineRequest, error) {
 func (r *pipelineRequest) start(in *inbox) {
 	calls := make([]*call, 0, len(r.calls))
 	for i := range r.calls {
-		if r.calls[i].out.err == nil && !r.ops[i].local {
+		if r.calls[i].outcome.err == nil && !r.ops[i].local {
 			calls = append(calls, &r.calls[i])
 		}
 	}
@@ -82,7 +82,7 @@ func (r *pipelineRequest) start(in *inbox) {
 	}
 	if err := in.call(calls...); err != nil {
 		for _, c := range calls {
-			c.out.err = err
+			c.outcome.err = err
 		}
 		close(r.done)
 	}
@@ -208,9 +208,9 @@ func (p *pipeline) answer(r *pipelineRequest) error {
 
 // admitResults waits for room for the most that a message with results of these
 // operations can have.
-func admitResults(ctx context.Context, ops []kvOp) (mem.BufferPool, error) {
+func admitResults(ctx context.Context, ops []operation) (mem.BufferPool, error) {
 	most := 64 * len(ops)
-	if slices.ContainsFunc(ops, func(o kvOp) bool { return o.kind == opGet }) {
+	if slices.ContainsFunc(ops, func(o operation) bool { return o.kind == opGet }) {
 		most = answerBytes + maxValueBytes
 	}
 	_, pool, err := admit(ctx, func() (struct{}, int, error) { return struct{}{}, most, nil })
@@ -222,7 +222,7 @@ func admitResults(ctx context.Context, ops []kvOp) (mem.BufferPool, error) {
 func (s *server) appendResults(b []byte, r *pipelineRequest, from int) (_ []byte, next int) {
 	result := make([]byte, 0, 64)
 	for next = from; next < len(r.ops) && len(b) <= answerBytes; next++ {
-		o := r.calls[next].out
+		o := r.calls[next].outcome
 		b = protowire.AppendTag(b, 1, protowire.BytesType)
 		b = protowire.AppendBytes(b, s.appendResult(result, &r.ops[next], o.err, o.result))
 	}

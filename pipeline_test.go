@@ -219,7 +219,7 @@ func TestParseOperation(t *testing.T) {
 	}
 }
 
-func sameOperation(p kvOp, o *kvpb.Operation) bool {
+func sameOperation(p operation, o *kvpb.Operation) bool {
 	id := func(id *kvpb.RequestId) bool {
 		return p.hasID == (id != nil) && p.session == id.GetSession() && p.sequence == id.GetSequence()
 	}
@@ -236,7 +236,7 @@ func sameOperation(p kvOp, o *kvpb.Operation) bool {
 	return p.kind == opOpenSession && o.GetOpenSession() != nil
 }
 
-func parseOperation(b []byte) (o kvOp, err error) {
+func parseOperation(b []byte) (o operation, err error) {
 	err = o.parseOperation(b)
 	return o, err
 }
@@ -255,7 +255,7 @@ func TestNumbersAreNotChosen(t *testing.T) {
 			wantError(t, err, codes.InvalidArgument, "INVALID_FIELD")
 		}
 	}
-	var o kvOp
+	var o operation
 	for name, b := range map[string][]byte{"a client's": mustMarshal(t, open), "within a client's": within, "no number": mustMarshal(t, openWrite(0))} {
 		if err := o.parseWrite(b); err == nil {
 			t.Errorf("%s: %+v is taken from a peer", name, o)
@@ -271,7 +271,7 @@ func TestNumbersAreNotChosen(t *testing.T) {
 	}
 	drawn := map[uint64]bool{0: true}
 	for i := range g.calls {
-		if err := o.parseWrite(g.calls[i].record); err != nil || drawn[o.session] {
+		if err := o.parseWrite(g.calls[i].write); err != nil || drawn[o.session] {
 			t.Errorf("%+v, %v; drawn before: %v", o, err, drawn)
 		}
 		drawn[o.session] = true

@@ -252,7 +252,7 @@ func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Mes
 	if err != nil {
 		return result{}, err
 	}
-	var o kvOp
+	var o operation
 	if err := o.parseWrite(encoded); err != nil {
 		return result{}, err
 	}
@@ -273,7 +273,7 @@ func (s *server) confirmRead(ctx context.Context) error {
 // call takes an encoded write through the loop, or a read if there is none, and waits
 // until it has ended or ctx has.
 func (s *server) call(ctx context.Context, write []byte) (result, error) {
-	c := &call{record: write, wait: s.ticksLeft(ctx), done: make(chan outcome, 1)}
+	c := &call{write: write, wait: s.ticksLeft(ctx), done: make(chan outcome, 1)}
 	if err := s.n.in.call(c); err != nil {
 		return result{}, err
 	}

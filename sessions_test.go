@@ -446,11 +446,11 @@ func TestDeadlines(t *testing.T) {
 	}
 	n := leaderless()
 	newCall := func(record []byte) *call {
-		return &call{record: record, since: n.clock.wall, wait: 3, done: make(chan outcome, 1)}
+		return &call{write: record, since: n.clock.wall, wait: 3, done: make(chan outcome, 1)}
 	}
 	write, read := newCall([]byte{1}), newCall(nil)
 	n.turn(input{calls: []*call{write, read}})
-	asked, confirmed, proposed, patient := newCall(nil), newCall(nil), newCall([]byte{1}), &call{record: []byte{1}, done: make(chan outcome, 1)}
+	asked, confirmed, proposed, patient := newCall(nil), newCall(nil), newCall([]byte{1}), &call{write: []byte{1}, done: make(chan outcome, 1)}
 	n.calls.round, n.calls.confirmed, n.calls.own = readRound{calls: []*call{asked}}, []readRound{{calls: []*call{confirmed}}}, &proposal{calls: []*call{proposed, patient}}
 	n.turn(input{ticks: 2})
 	for i, c := range []*call{write, read, asked, confirmed, proposed, patient} {
@@ -480,7 +480,7 @@ func TestDeadlines(t *testing.T) {
 	// Ticks that a busy loop misses count.
 	for _, missed := range []uint64{8, 9} {
 		n := leaderless()
-		c := &call{record: []byte{1}, wait: 10, done: make(chan outcome, 1)}
+		c := &call{write: []byte{1}, wait: 10, done: make(chan outcome, 1)}
 		n.turn(input{ticks: 3, calls: []*call{c}})
 		n.turn(input{ticks: 1, clock: 3 + missed})
 		if (len(c.done) == 1) != (missed == 9) {

@@ -1742,7 +1742,7 @@ func (c *caller) send(o *op) {
 		s.after(s.expo(s.cfg.think), nil, func() { c.send(o) })
 		return
 	}
-	a := &attempt{o: o, p: p, c: &call{record: o.record, done: make(chan outcome, 1)}}
+	a := &attempt{o: o, p: p, c: &call{write: o.record, done: make(chan outcome, 1)}}
 	o.sent = a
 	timeout := s.expo(s.cfg.timeout) + 1
 	if s.rng.IntN(2) == 0 {
@@ -2742,7 +2742,7 @@ func (s *sim) until(ticks float64, f func() string) {
 
 // ask makes a call that must succeed.
 func (s *sim) ask(p *proc, record []byte) (r result) {
-	c := &call{record: record, done: make(chan outcome, 1)}
+	c := &call{write: record, done: make(chan outcome, 1)}
 	if err := p.n.in.call(c); err != nil {
 		s.failf("I9: %v", err)
 	}
@@ -2751,7 +2751,7 @@ func (s *sim) ask(p *proc, record []byte) (r result) {
 		select {
 		case o := <-c.done:
 			if errors.Is(o.err, errNoLeader) { // it was stopped until now: not applied, so once more
-				c = &call{record: record, done: make(chan outcome, 1)}
+				c = &call{write: record, done: make(chan outcome, 1)}
 				_ = p.n.in.call(c)
 				return "nobody leads"
 			}

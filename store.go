@@ -109,7 +109,7 @@ type store struct {
 	// writes of an entry share a version.
 	sessionLimit, answerLimit int
 	sameVersion               bool
-	room                      []kvOp // for the writes of an entry
+	room                      []operation // for the writes of an entry
 
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
@@ -188,7 +188,7 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 
 // applyOnce applies a write, unless its id says that it was applied before, or
 // that nobody can know, or is none that the session's client would use next.
-func (s *store) applyOnce(w *kvOp) outcome {
+func (s *store) applyOnce(w *operation) outcome {
 	if w.kind == opNewSession {
 		return outcome{err: s.openSession(w.session)}
 	}
@@ -226,7 +226,7 @@ func (s *store) applyOnce(w *kvOp) outcome {
 	return outcome{result: r}
 }
 
-func (s *store) applyWrite(w *kvOp) result {
+func (s *store) applyWrite(w *operation) result {
 	if w.compares {
 		if it, _, _ := s.shards[shardOf(w.key)].find(hashOf(w.key), w.key); it.version != w.expected {
 			return result{version: it.version, compareFailed: true}

@@ -268,7 +268,7 @@ func (h *history) load(nodes []kvpb.KVServiceClient, key func(int) string, think
 			r := rand.New(rand.NewPCG(2, uint64(client)))
 			at := client
 			for i := 0; ctx.Err() == nil; i++ {
-				op := operation{name: "get", key: key(r.IntN(5))}
+				op := registerOp{name: "get", key: key(r.IntN(5))}
 				if client >= len(nodes) {
 					op.name, op.value = "set", fmt.Sprintf("%d of client %d", i, client)
 				}
@@ -291,7 +291,7 @@ func (b *bubble) key(i int) string { return fmt.Sprintf("key %d.%d", b.epoch, i)
 func (b *bubble) readAll(h *history, via uint64) {
 	b.t.Helper()
 	for i := range 5 {
-		if err := h.do(b.ctx, b.nodes[via], -1, operation{name: "get", key: b.key(i)}); err != nil {
+		if err := h.do(b.ctx, b.nodes[via], -1, registerOp{name: "get", key: b.key(i)}); err != nil {
 			b.t.Fatal(err)
 		}
 	}
@@ -303,7 +303,7 @@ func (h *history) longestGap(since time.Time) (gap time.Duration) {
 	defer h.mu.Unlock()
 	var acked []int64
 	for _, op := range h.ops {
-		if op.Input.(operation).name != "get" && !op.Output.(answer).unknown && op.Return >= int64(since.Sub(h.start)) {
+		if op.Input.(registerOp).name != "get" && !op.Output.(answer).unknown && op.Return >= int64(since.Sub(h.start)) {
 			acked = append(acked, op.Return)
 		}
 	}
