@@ -5,11 +5,14 @@ package main
 import (
 	"context"
 	"slices"
+	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
 // encoded is a message as it is on the wire: one that was received, or one that is
@@ -38,11 +41,14 @@ func decodeOrRefuse(handle grpc.MethodHandler) grpc.MethodHandler {
 			if err := decode(&d); err != nil {
 				return err
 			}
-			if d.err != nil {
-				srv.(*server).nameLeader(ctx, false)
-				return invalid("request", "%v", d.err)
+			if d.err == nil {
+				return nil
 			}
-			return nil
+			srv.(*server).nameLeader(ctx, false)
+			if d.notUTF8 != "" {
+				return invalid(d.notUTF8, "it is not UTF-8")
+			}
+			return invalid("request", "%v", d.err)
 		}
 		return handle(srv, ctx, decodeOne, i)
 	}
@@ -52,6 +58,48 @@ func decodeOrRefuse(handle grpc.MethodHandler) grpc.MethodHandler {
 type decoding struct {
 	message any
 	err     error
+	notUTF8 string // the field that the error is about; empty: it is about another thing
+}
+
+// fieldNotUTF8 names the first string field of an encoded message that is not UTF-8, as
+// errors of the API name fields; empty: there is none. The error of protobuf's own
+// decoder does not say which.
+func fieldNotUTF8(message protoreflect.MessageDescriptor, b []byte) string {
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return ""
+		}
+		b = b[n:]
+		size := protowire.ConsumeFieldValue(number, kind, b)
+		if size < 0 {
+			return ""
+		}
+		field := message.Fields().ByNumber(number)
+		if field != nil && kind == protowire.BytesType {
+			value, _ := protowire.ConsumeBytes(b)
+			if name := nameIfNotUTF8(field, value); name != "" {
+				return name
+			}
+		}
+		b = b[size:]
+	}
+	return ""
+}
+
+func nameIfNotUTF8(field protoreflect.FieldDescriptor, value []byte) string {
+	name := string(field.Name())
+	switch field.Kind() {
+	case protoreflect.StringKind:
+		if !utf8.Valid(value) {
+			return name
+		}
+	case protoreflect.MessageKind:
+		if inner := fieldNotUTF8(field.Message(), value); inner != "" {
+			return name + "." + inner
+		}
+	}
+	return ""
 }
 
 // codec is gRPC's for protobuf. It takes encoded messages as they are: answers that
@@ -66,6 +114,9 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 		return nil
 	case *decoding:
 		m.err = c.CodecV2.Unmarshal(data, m.message)
+		if message, ok := m.message.(proto.Message); ok && m.err != nil {
+			m.notUTF8 = fieldNotUTF8(message.ProtoReflect().Descriptor(), data.Materialize())
+		}
 		return nil
 	}
 	return c.CodecV2.Unmarshal(data, v)

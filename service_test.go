@@ -9,10 +9,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/metadata"
 	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -172,4 +175,36 @@ func TestGetThatWaits(t *testing.T) {
 			t.Errorf("it answers version %d, and asks %d times more", got.GetVersion(), rounds)
 		}
 	})
+}
+
+// TestFieldsThatAreNotUTF8: the error names the field, in a message within another, too.
+func TestFieldsThatAreNotUTF8(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	c.init(1)
+	for _, test := range []struct{ method, message, field string }{
+		{kvpb.KVService_Set_FullMethodName, "\x0a\x01\xff", "key"},
+		{kvpb.KVService_Delete_FullMethodName, "\x0a\x02k\xff", "key"},
+		{kvpb.KVService_List_FullMethodName, "\x0a\x01\xff", "prefix"},
+		{kvpb.ClusterService_AddLearner_FullMethodName, "\x0a\x03\x12\x01\xff", "node.address"},
+		{kvpb.KVService_Set_FullMethodName, "\x0a\x05k", "request"},
+		{kvpb.KVService_Set_FullMethodName, "\x0a\x01k\x12\x05v", "request"},
+	} {
+		var answer encoded
+		err := c.nodes[1].conn.Invoke(c.ctx, test.method, &encoded{b: []byte(test.message)}, &answer,
+			grpc.ForceCodecV2(codec{encoding.GetCodecV2("proto")}))
+		if status.Code(err) != codes.InvalidArgument || fieldOf(err) != test.field {
+			t.Errorf("%s of %q: %v, which names %q, want %q", test.method, test.message, err, fieldOf(err), test.field)
+		}
+	}
+}
+
+// fieldOf is the field that an error names.
+func fieldOf(err error) string {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok {
+			return info.Metadata["field"]
+		}
+	}
+	return ""
 }
