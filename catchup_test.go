@@ -413,7 +413,7 @@ func TestNobodyRests(t *testing.T) {
 	}
 	p.slowDown()
 	for i := 0; p.n.durable.logged <= 2*diskLogBytes; i++ {
-		if p.d.quick {
+		if p.d.noPause {
 			t.Fatalf("who saves a snapshot does not rest with %d bytes logged", p.n.durable.logged)
 		}
 		if _, err := p.call(diskOp{fmt.Sprint("key", i), make([]byte, 1000)}); err != nil {
@@ -423,11 +423,11 @@ func TestNobodyRests(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if !p.d.quick || len(p.slow) != 1 {
+	if !p.d.noPause || len(p.slow) != 1 {
 		t.Error("who saves a snapshot rests while the log runs away")
 	}
 	p.slow[0]()
-	if err := p.settle(); err != nil || p.d.quick {
+	if err := p.settle(); err != nil || p.d.noPause {
 		t.Errorf("who saves the next snapshot does not rest; %v", err)
 	}
 }

@@ -64,7 +64,7 @@ var ownName = regexp.MustCompile(`^(identity(\.tmp)?|[0-9a-f]{16}(\.tmp|\.wal|\.
 type disk struct {
 	fs           fileSystem
 	dir          string
-	log          *slog.Logger
+	logger       *slog.Logger
 	segmentBytes int
 	start        func(func()) // runs the writer, and beside it what takes long
 	background   func(func()) // as in walOptions
@@ -72,15 +72,15 @@ type disk struct {
 	running      sync.WaitGroup // what start runs
 	closing      atomic.Bool    // it need not finish
 	failed       atomic.Bool    // nothing more is to be written
-	claim        func() error   // see claimDir; any goroutine may call it
+	markBegun    func() error   // see writeBegun; any goroutine may call it
 
 	wal *wal // the writer's; nil: the directory is empty
 
-	mu    sync.Mutex
-	queue []diskJob
-	held  bool // nothing is to be written for now
-	quick bool // the snapshot that is being saved is waited for, or will be soon
-	wake  bell
+	mu        sync.Mutex
+	queue     []diskJob
+	suspended bool // nothing is to be written for now
+	noPause   bool // the snapshot that is being saved is waited for, or will be soon
+	wake      bell
 }
 
 // diskJob is something to be made durable. With an identity it is the first of
@@ -111,11 +111,11 @@ func adviceOn(err error) string {
 
 // openDisk locks a directory, and makes it if it is not there. It refuses one that
 // is somebody else's.
-func openDisk(fsys fileSystem, dir string, logBytes uint64, log *slog.Logger) (_ *disk, err error) {
+func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger) (_ *disk, err error) {
 	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
-	d := &disk{fs: fsys, dir: dir, log: log, segmentBytes: size, wake: newBell()}
+	d := &disk{fs: fsys, dir: dir, logger: logger, segmentBytes: size, wake: newBell()}
 	d.start = d.running.Go
-	d.claim = sync.OnceValue(d.claimDir)
+	d.markBegun = sync.OnceValue(d.writeBegun)
 	names, _ := fsys.readDir(dir) // if it can be read: lock says why not
 	for _, name := range names {
 		if name != "LOCK" && name != "lost+found" && name[0] != '.' && !ownName.MatchString(name) && !slices.Contains(names, "identity") {
@@ -165,7 +165,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 		}
 		return nil, d.clean(names, "", "identity.tmp")
 	}
-	d.claim = func() error { return nil }
+	d.markBegun = func() error { return nil }
 	id, err := d.readIdentity()
 	switch {
 	case err != nil:
@@ -177,7 +177,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	}
 	r := &recovered{identity: id}
 	o := d.walOptions(id)
-	o.check = func(b *kvpb.LogBatch) (err error) {
+	o.verify = func(b *kvpb.LogBatch) (err error) {
 		if last, commit := b.Snapshot.GetIndex()+uint64(len(b.Entries)), b.HardState.GetCommit(); commit > last {
 			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s", last, commit, whatToDo)
 		}
@@ -190,7 +190,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	r.batch.Boots++
 	mark := r.batch.Snapshot
 	return r, ifNot(d.wal.append(&kvpb.LogBatch{Boots: r.batch.Boots}),
-		func() error { return d.wal.release(mark.Index) },
+		func() error { return d.wal.truncateFront(mark.Index) },
 		func() error { return d.clean(names, mark.File, "") })
 }
 
@@ -199,7 +199,7 @@ func isUnfinishedSnapshot(name string) bool {
 }
 
 func (d *disk) walOptions(id *kvpb.Identity) walOptions {
-	return walOptions{id: id.LogId, segmentBytes: d.segmentBytes, log: d.log, background: d.background}
+	return walOptions{id: id.LogId, segmentBytes: d.segmentBytes, logger: d.logger, background: d.background}
 }
 
 func (d *disk) readIdentity() (*kvpb.Identity, error) {
@@ -237,7 +237,7 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 	}
 	defer f.Close()
 	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, func(keys, all uint64) {
-		d.log.Info("reading the snapshot", "keys", keys, "of", all)
+		d.logger.Info("reading the snapshot", "keys", keys, "of", all)
 	})
 	switch {
 	case err != nil:
@@ -280,7 +280,7 @@ type snapshotWriter struct {
 
 func (d *disk) newSnapshot() *snapshotWriter {
 	w := &snapshotWriter{d: d, name: fmt.Sprintf("%016x.tmp", randomID())}
-	if w.err = d.claim(); w.err != nil {
+	if w.err = d.markBegun(); w.err != nil {
 		return w
 	}
 	if w.file, w.err = d.fs.create(d.path(w.name)); w.err == nil {
@@ -339,32 +339,39 @@ func (d *disk) enqueue(j diskJob) {
 	d.wake.ring()
 }
 
-// rest lets the log have the disk for a while, unless that waits for the snapshot,
-// or will soon.
-func (d *disk) rest(worked time.Duration) {
+// pause lets the log have the disk for a while, in the midst of saving a snapshot. It
+// returns at once after endPauses.
+func (d *disk) pause(worked time.Duration) {
 	d.mu.Lock()
-	quick := d.quick
+	noPause := d.noPause
 	d.mu.Unlock()
-	if !quick {
+	if !noPause {
 		rest(worked)
 	}
 }
 
-// hurry has the snapshot that is being saved take all that it can get of the disk.
-func (d *disk) hurry() {
+// endPauses has the snapshot that is being saved take all that it can get of the disk,
+// because the log waits for it, or soon will.
+func (d *disk) endPauses() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.quick = true
+	d.noPause = true
 }
 
-// hold stops writing, or lets it go on.
-func (d *disk) hold(on bool) {
+// suspend has the writer leave the queue as it is, until resume.
+func (d *disk) suspend() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.held = on; !on {
-		d.quick = false
-		d.wake.ring()
-	}
+	d.suspended = true
+}
+
+// resume lets the writer go on. The next snapshot is saved with pauses again.
+func (d *disk) resume() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.suspended = false
+	d.noPause = false
+	d.wake.ring()
 }
 
 // run is the writer's goroutine.
@@ -380,7 +387,7 @@ func (d *disk) run() {
 func (d *disk) write() error {
 	d.mu.Lock()
 	jobs := d.queue
-	if d.held {
+	if d.suspended {
 		jobs = nil
 	} else {
 		d.queue = nil
@@ -419,7 +426,7 @@ func (d *disk) persist(jobs []diskJob) (err error) {
 		}
 	}
 	if mark := batch.Snapshot; mark != nil {
-		return d.wal.release(mark.Index)
+		return d.wal.truncateFront(mark.Index)
 	}
 	return nil
 }
@@ -436,16 +443,16 @@ func ifNot(err error, steps ...func() error) error {
 
 func (d *disk) syncDir() error { return d.fs.syncDir(d.dir) }
 
-// claimDir has an empty directory say that what is put there is not finished. Once
+// writeBegun has an empty directory say that what is put there is not finished. Once
 // identity.tmp is there, only begin may write it.
-func (d *disk) claimDir() error {
+func (d *disk) writeBegun() error {
 	f, err := d.fs.create(d.path("identity.tmp"))
 	return ifNot(err, func() error { return f.Close() }, d.syncDir)
 }
 
 // begin makes an empty directory that of a node, but for the last step.
 func (d *disk) begin(j diskJob) error {
-	if err := d.claim(); err != nil {
+	if err := d.markBegun(); err != nil {
 		return err
 	}
 	f, err := d.fs.create(d.path("identity.tmp"))

@@ -37,10 +37,10 @@ func (d *durable) noteLogged(batch *kvpb.LogBatch, logBytes uint64) {
 		return
 	}
 	if d.logged > 2*logBytes {
-		d.disk.hurry() // it rests no more
+		d.disk.endPauses()
 	}
 	if d.logged > 4*logBytes {
-		d.disk.hold(true) // until the snapshot is there
+		d.disk.suspend() // until the snapshot is there
 	}
 }
 
@@ -91,7 +91,7 @@ func (n *node) diskFailed(err error) {
 // save writes a snapshot of the state to the disk, beside the loop.
 func (n *node) save() {
 	v := n.store.open()
-	v.rest = n.durable.disk.rest
+	v.rest = n.durable.disk.pause
 	n.durable.saving = n.durable.logged
 	n.durable.disk.start(func() {
 		mark, err := n.durable.disk.save(v)
@@ -102,7 +102,7 @@ func (n *node) save() {
 // saved makes a snapshot that has been written the one that counts.
 func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 	v.close()
-	n.durable.disk.hold(false)
+	n.durable.disk.resume()
 	switch {
 	case err != nil:
 		n.diskFailed(err)

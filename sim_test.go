@@ -648,7 +648,7 @@ func (p *proc) write() {
 			w.FirstSegment = e.Index
 		}
 	}
-	if p.disk.write() == nil && !p.disk.held {
+	if p.disk.write() == nil && !p.disk.suspended {
 		p.written.HardState, p.written.FirstSegment = w.HardState, w.FirstSegment
 	}
 	s.count["disk writes"]++

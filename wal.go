@@ -74,10 +74,10 @@ var (
 type walOptions struct {
 	id           uint64 // of the log; 0: any
 	segmentBytes int    // a multiple of sectorBytes; 0: the default
-	log          *slog.Logger
+	logger       *slog.Logger
 	background   func(func()) // runs what fills a segment; nil: a goroutine
-	// check says what else must be found intact before openWAL changes anything.
-	check func(*kvpb.LogBatch) error // or nil
+	// verify says what else must be found intact before openWAL changes anything.
+	verify func(*kvpb.LogBatch) error // or nil
 }
 
 // mergeBatch makes b say what b says and then c: replay does so with all, and
@@ -350,7 +350,7 @@ func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
 		}
 		if time.Since(said) > progressEvery {
 			said = time.Now()
-			w.opts.log.Info("reading the log", "segments", i+1-first, "of", len(numbers)-first)
+			w.opts.logger.Info("reading the log", "segments", i+1-first, "of", len(numbers)-first)
 		}
 	}
 	if next := w.at.segment + 1; w.announced && filled != next {
@@ -367,14 +367,14 @@ func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
 	if h := s.HardState; h != nil {
 		h.Commit = max(h.Commit, mark) // raft insists, and a snapshot holds what is committed
 	}
-	if w.opts.check != nil {
-		if err := w.opts.check(s); err != nil {
+	if w.opts.verify != nil {
+		if err := w.opts.verify(s); err != nil {
 			return nil, err
 		}
 	}
 	w.head = headOf(s)
 	w.file, err = w.fs.open(w.path(w.at.segment))
-	return s, ifNot(err, func() error { return writeSync(w.file, again, offset) }, w.drop)
+	return s, ifNot(err, func() error { return writeSync(w.file, again, offset) }, w.removeFront)
 }
 
 // replaySegment adds what a segment says to s. It returns what has to be written
@@ -428,7 +428,7 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []by
 		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: "+
 			"that leaves each sector as it was written, or as zeros")
 	default:
-		w.opts.log.Warn("the last batch of the log is torn: cut there", "file", w.path(n), "offset", w.offset)
+		w.opts.logger.Warn("the last batch of the log is torn: cut there", "file", w.path(n), "offset", w.offset)
 		clear(rest)
 	}
 	return b[offset:], offset, nil
@@ -572,24 +572,24 @@ func (w *wal) fill(path string) error {
 	return ifNot(err, func() error { return w.fs.syncDir(w.dir) })
 }
 
-// release removes the segments that nobody needs who needs no entry up to
+// truncateFront removes the segments that nobody needs who needs no entry up to
 // index: those without an entry after it and after the snapshot. That they are
 // needed no longer is written first.
-func (w *wal) release(index uint64) error {
+func (w *wal) truncateFront(index uint64) error {
 	index = min(index, w.head.Snapshot.GetIndex())
 	n := 0
 	for n < len(w.segments)-1 && w.segments[n].last <= index {
 		n++
 	}
 	if n > 0 && w.append(&kvpb.LogBatch{FirstSegment: w.segments[n].number}) == nil {
-		w.err = w.drop()
+		w.err = w.removeFront()
 	}
 	return w.err
 }
 
-// drop removes the segments before the oldest one needed, and makes the
+// removeFront removes the segments before the oldest one needed, and makes the
 // directory durable as it is then.
-func (w *wal) drop() error {
+func (w *wal) removeFront() error {
 	for ; w.segments[0].number < w.head.FirstSegment; w.segments = w.segments[1:] {
 		if err := w.fs.remove(w.path(w.segments[0].number)); err != nil {
 			return err

@@ -292,7 +292,7 @@ func simPath(segment int) string { return fmt.Sprintf("d/%016x.wal", segment) }
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func openSim(fs *simFS) (*wal, *kvpb.LogBatch, error) {
-	return openWAL(fs, simDir, walOptions{segmentBytes: simSegment, log: quiet(), background: func(f func()) { f() }})
+	return openWAL(fs, simDir, walOptions{segmentBytes: simSegment, logger: quiet(), background: func(f func()) { f() }})
 }
 
 // walModel is what a log must hold after some batches.
@@ -419,7 +419,7 @@ func walRun(fs *simFS, script []walStep, models []*walModel) (done int, err erro
 		case step.batch != nil:
 			err = w.append(step.batch)
 		case step.release > 0:
-			err = w.release(step.release)
+			err = w.truncateFront(step.release)
 		default:
 			w.close()
 			n, s, openErr := openSim(fs)
@@ -433,7 +433,7 @@ func walRun(fs *simFS, script []walStep, models []*walModel) (done int, err erro
 		}
 		if err != nil {
 			calls := len(fs.calls)
-			if again := w.append(&kvpb.LogBatch{}); again != err || w.release(1<<60) != err || len(fs.calls) != calls {
+			if again := w.append(&kvpb.LogBatch{}); again != err || w.truncateFront(1<<60) != err || len(fs.calls) != calls {
 				return i, fmt.Errorf("%w: after %v the log goes on with %v: %q", errModel, err, again, fs.calls[calls:])
 			}
 			return i, err
@@ -1124,7 +1124,7 @@ func TestWALGap(t *testing.T) {
 func TestWALSizes(t *testing.T) {
 	fs, index, sizes := newSimFS(), uint64(0), map[int]bool{}
 	for _, segmentBytes := range []int{simSegment, 2 * simSegment, sectorBytes, simSegment} {
-		w, s, err := openWAL(fs, simDir, walOptions{segmentBytes: segmentBytes, log: quiet(), background: func(f func()) { f() }})
+		w, s, err := openWAL(fs, simDir, walOptions{segmentBytes: segmentBytes, logger: quiet(), background: func(f func()) { f() }})
 		if err != nil || len(s.GetEntries()) != int(index) {
 			t.Fatalf("%d entries of %d: %v", len(s.GetEntries()), index, err)
 		}
@@ -1168,10 +1168,10 @@ func TestWALRelease(t *testing.T) {
 		if i%24 != 0 {
 			continue
 		}
-		if g := w.segments[0]; w.release(g.last-1) != nil || w.segments[0] != g {
+		if g := w.segments[0]; w.truncateFront(g.last-1) != nil || w.segments[0] != g {
 			t.Fatalf("entry %d: the segment of an entry that is needed is gone", i)
 		}
-		if err := w.release(i); err != nil { // the last snapshot bounds it
+		if err := w.truncateFront(i); err != nil { // the last snapshot bounds it
 			t.Fatal(err)
 		}
 		again, s, err := openSim(fs.clone())
@@ -1254,7 +1254,7 @@ func TestWALFiles(t *testing.T) {
 			}
 			var s *kvpb.LogBatch
 			var err error
-			w, s, err = openWAL(osFS{}, dir, walOptions{segmentBytes: simSegment, log: quiet()})
+			w, s, err = openWAL(osFS{}, dir, walOptions{segmentBytes: simSegment, logger: quiet()})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1266,15 +1266,15 @@ func TestWALFiles(t *testing.T) {
 			if err := w.append(step.batch); err != nil {
 				t.Fatal(err)
 			}
-		} else if err := w.release(step.release); err != nil {
+		} else if err := w.truncateFront(step.release); err != nil {
 			t.Fatal(err)
 		}
 	}
 	w.close()
-	if _, _, err := openWAL(osFS{}, filepath.Join(dir, "none"), walOptions{log: quiet()}); !errors.Is(err, os.ErrNotExist) {
+	if _, _, err := openWAL(osFS{}, filepath.Join(dir, "none"), walOptions{logger: quiet()}); !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
-	w, _, err := openWAL(osFS{}, t.TempDir(), walOptions{segmentBytes: 3 * zeroBytes / 2, log: quiet()})
+	w, _, err := openWAL(osFS{}, t.TempDir(), walOptions{segmentBytes: 3 * zeroBytes / 2, logger: quiet()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1366,7 +1366,7 @@ func FuzzDecodeBatch(f *testing.F) {
 // bare. "of-raw" is the share of the raw rate that is left.
 func BenchmarkWALAppend(b *testing.B) {
 	dir := b.TempDir()
-	w, _, err := openWAL(osFS{}, dir, walOptions{log: quiet()})
+	w, _, err := openWAL(osFS{}, dir, walOptions{logger: quiet()})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -1432,7 +1432,7 @@ func (n noSync) create(path string) (file, error) {
 func BenchmarkWALReplay(b *testing.B) {
 	const keys, perBatch = 1_000_000, 100
 	dir := b.TempDir()
-	w, _, err := openWAL(noSync{}, dir, walOptions{log: quiet()})
+	w, _, err := openWAL(noSync{}, dir, walOptions{logger: quiet()})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -1452,7 +1452,7 @@ func BenchmarkWALReplay(b *testing.B) {
 	}
 	w.close()
 	for b.Loop() {
-		w, s, err := openWAL(osFS{}, dir, walOptions{log: quiet(), background: func(f func()) { f() }})
+		w, s, err := openWAL(osFS{}, dir, walOptions{logger: quiet(), background: func(f func()) { f() }})
 		if err != nil || len(s.Entries) != keys/perBatch {
 			b.Fatal(err)
 		}
