@@ -1,25 +1,40 @@
-// The data directory: whose it is, the log, the snapshots; and the writer, which
-// works beside the loop so that a disk that stalls stops neither ticks nor
-// heartbeats.
+// The data directory: whose it is, its snapshots, and the writer, which works beside
+// the loop so that a disk that stalls stops neither ticks nor heartbeats.
 //
-// LOCK is locked by the process that uses the directory. identity says whose it
-// is: it gets its name once the log has its first batch, so all that is found
-// beside identity.tmp was never acknowledged. That is there before anything else
-// is, so what is found without both has lost its identity. *.wal is the log (wal.go).
-// *.snap are snapshots: the log names the one that counts. *.tmp was not finished.
+//	LOCK          locked by the process that uses the directory
+//	identity      says whose directory it is; once it is there, the directory counts
+//	identity.tmp  the directory is being begun
+//	*.wal         the log's segments, see wal.go
+//	*.wal.tmp     the log's next segment
+//	*.snap        snapshots; the log names the one that counts
+//	*.tmp         snapshots that are not finished
 //
-// What it takes is bounded. A snapshot is begun once log-bytes are logged behind
-// the last one; at twice that it is written without rests, and at 4 times that
-// writing of the log waits until it is there. Besides: what was queued, which raft
-// bounds to 64 MiB; a segment that is being written, one that is being filled, one
-// that is partly needed, each a quarter of log-bytes at most; and the gaps at the
-// ends of segments, at most as much again. Of snapshots
-// there are two, one on its way out, and one for each that is being received.
+// identity.tmp is made durable before any other file of a new directory is created.
+// Snapshot and log follow. Once the log's first batch is durable, identity.tmp is
+// renamed to identity, and only then is anything acknowledged. So in a directory with
+// identity.tmp nothing counts: the next start removes all of it. A directory that has
+// neither, but a log or a snapshot, has lost its identity: it is refused.
+//
+// The first segment's rename cannot decide in place of identity's: the log drops its
+// first segments, so each later one would have to repeat the identity; and a snapshot
+// precedes the log that names it, so identity.tmp would be needed all the same. What the
+// two earn is that a directory that was never finished is told from one that has lost
+// its identity or its log, which is never emptied.
+//
+// The space in use is bounded. A snapshot is begun once log-bytes are logged behind the
+// last one. Once twice as much is logged, it is written without pauses; at four times,
+// the writer of the log waits until the snapshot is there. To this come
+//   - what was queued, which raft bounds to 64 MiB;
+//   - three segments, one that is being written, one that is being filled and one that
+//     is needed in part, each of log-bytes / 4 at most;
+//   - the gaps at the ends of segments, together no larger than all of these.
+//
+// There are at most two snapshots of the node's own, one that is being removed, and one
+// for each that is being received.
 
 package main
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -36,7 +51,6 @@ import (
 	"syscall"
 	"time"
 
-	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -44,47 +58,53 @@ import (
 
 const (
 	identityFormat = 1
-	// progressEvery is between two lines of log about how far a start is.
+	// progressEvery is the time between two messages about how far a start is.
 	progressEvery = time.Second
-	// syncEvery is after how many bytes of a snapshot it is synced: what waits for
-	// the log meanwhile waits for these, and who sends it for them at its end.
+	// syncEvery is how many bytes of a snapshot are written between two syncs. A sync
+	// of the log may have to wait until as many bytes of the snapshot are on the disk.
 	syncEvery = 1 << 20
-	// whatToDo is what an operator can do about a directory that is damaged.
+	// whatToDo tells the operator what can be done about a directory that is damaged.
 	whatToDo = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
 		"Else move the data directory away, all of it, and keep it until the cluster is known to be healthy without it. " +
 		"If the cluster works without this node, start the node with an empty directory: the cluster takes it back. " +
 		"If it does not, restore a backup"
 )
 
-// ownName matches the names of what a node makes in its directory. Anything
-// else in there is let alone.
+// ownName matches the names of the files that a node makes, but for LOCK. It leaves all
+// others alone.
 var ownName = regexp.MustCompile(`^(identity(\.tmp)?|[0-9a-f]{16}(\.tmp|\.wal|\.wal\.tmp|-[0-9a-f]{16}\.snap))$`)
 
-// disk is an open data directory.
+// disk is an open data directory. The loop queues jobs, the writer does them.
 type disk struct {
 	fs           fileSystem
 	dir          string
 	logger       *slog.Logger
 	segmentBytes int
-	start        func(func()) // runs the writer, and beside it what takes long
-	background   func(func()) // as in walOptions
 	unlock       io.Closer
-	running      sync.WaitGroup // what start runs
-	closing      atomic.Bool    // it need not finish
-	failed       atomic.Bool    // nothing more is to be written
-	markBegun    func() error   // see writeBegun; any goroutine may call it
+
+	start      func(func()) // runs the writer, and beside it whatever takes long
+	background func(func()) // see walOptions
+	running    sync.WaitGroup
+
+	closing atomic.Bool // a snapshot that is being written need not be finished
+	failed  atomic.Bool // nothing more may be written
+
+	// markBegun makes identity.tmp, once, unless the directory has an identity. Any
+	// goroutine may call it.
+	markBegun func() error
 
 	wal *wal // the writer's; nil: the directory is empty
 
-	mu        sync.Mutex
+	mu        sync.Mutex // guards the fields below
 	queue     []diskJob
-	suspended bool // nothing is to be written for now
-	noPause   bool // the snapshot that is being saved is waited for, or will be soon
-	wake      bell
+	suspended bool // the queue has to wait
+	noPause   bool // the snapshot that is being saved is waited for, or soon will be
+	wake      bell // rung when there may be work for the writer
 }
 
-// diskJob is something to be made durable. With an identity it is the first of
-// a new directory, and with a view it begins with a snapshot of it.
+// diskJob is a batch to be made durable. The first job of a new directory has an
+// identity. If it has a view, too, a snapshot of that is made first, and the batch
+// will name the snapshot.
 type diskJob struct {
 	identity *kvpb.Identity
 	view     *view
@@ -92,15 +112,15 @@ type diskJob struct {
 	done     func(error) // called by the writer
 }
 
-// recovered is what a directory holds.
+// recovered is the content of a directory.
 type recovered struct {
 	identity *kvpb.Identity
 	store    *store
-	batch    *kvpb.LogBatch
+	batch    *kvpb.LogBatch // all that the log says
 }
 
-// adviceOn is what is said behind an error of reading a file. An error of the system
-// speaks for itself: it says nothing about the data.
+// adviceOn returns what to tell the operator after an error of reading a file. An error
+// of the system says nothing about the data, and what it means is known.
 func adviceOn(err error) string {
 	var errno syscall.Errno
 	if errors.As(err, &errno) && errno != syscall.ENOENT {
@@ -110,25 +130,41 @@ func adviceOn(err error) string {
 }
 
 // openDisk locks a directory, and makes it if it is not there. It refuses one that
-// is somebody else's.
-func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger) (_ *disk, err error) {
-	size := int(min(max(logBytes/4, sectorBytes), segmentBytes)) / sectorBytes * sectorBytes
-	d := &disk{fs: fsys, dir: dir, logger: logger, segmentBytes: size, wake: newBell()}
-	d.start = d.running.Go
-	d.markBegun = sync.OnceValue(d.writeBegun)
-	names, _ := fsys.readDir(dir) // if it can be read: lock says why not
-	for _, name := range names {
-		if name != "LOCK" && name != "lost+found" && name[0] != '.' && !ownName.MatchString(name) && !slices.Contains(names, "identity") {
-			return nil, d.refuse("it is not empty: there is %s. Nothing was changed", name)
-		}
+// has an identity of nobody and files that no node makes.
+func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger) (*disk, error) {
+	quarter := int(min(max(logBytes/4, sectorBytes), segmentBytes))
+	d := &disk{
+		fs:           fsys,
+		dir:          dir,
+		logger:       logger,
+		segmentBytes: quarter / sectorBytes * sectorBytes,
+		wake:         newBell(),
 	}
-	d.unlock, err = fsys.lock(dir)
-	return d, err
+	d.start = d.running.Go
+	d.markBegun = sync.OnceValue(d.createMark)
+	names, _ := fsys.readDir(dir) // lock finds the cause of an error, too, and names it better
+	stranger := slices.IndexFunc(names, isForeign)
+	if stranger >= 0 && !slices.Contains(names, "identity") {
+		return nil, d.refuse("it is not empty: there is %s. Nothing was changed", names[stranger])
+	}
+	unlock, err := fsys.lock(dir)
+	if err != nil {
+		return nil, err
+	}
+	d.unlock = unlock
+	return d, nil
 }
 
-// close ends all writing and unlocks the directory. Unless something has failed, the
-// last batch of the log then says nothing, so that damage to those before it cannot
-// be taken for what a loss of power leaves of the last one.
+// isForeign reports whether a file is neither a node's nor one that an empty directory
+// may have.
+func isForeign(name string) bool {
+	mayBeThere := name == "LOCK" || name == "lost+found" || name[0] == '.'
+	return !mayBeThere && !ownName.MatchString(name)
+}
+
+// close ends all writing and unlocks the directory. Unless writing has failed, it
+// appends an empty batch to the log: a damaged last batch can pass for one that a loss
+// of power has cut, and is cut away, so the last batch must not be one that matters.
 func (d *disk) close() {
 	d.closing.Store(true)
 	d.wake.ring()
@@ -144,62 +180,133 @@ func (d *disk) close() {
 
 func (d *disk) path(name string) string { return filepath.Join(d.dir, name) }
 
-// refuse says why a directory is not started from.
+func (d *disk) syncDir() error { return d.fs.syncDir(d.dir) }
+
+// refuse makes the error that says why a directory is not started from.
 func (d *disk) refuse(format string, args ...any) error {
 	return fmt.Errorf("the data directory %s: %w", d.dir, fmt.Errorf(format, args...))
 }
 
-// recover reads the directory; nil: it is empty. It removes what a start that
-// was not finished has left, and files that do not count any more.
-func (d *disk) recover(nodeID uint64) (*recovered, error) {
+// ownFiles returns the names of the files that a node has made, sorted.
+func (d *disk) ownFiles() ([]string, error) {
 	names, err := d.fs.readDir(d.dir)
 	if err != nil {
 		return nil, err
 	}
-	names = slices.DeleteFunc(names, func(name string) bool { return !ownName.MatchString(name) })
+	return slices.DeleteFunc(names, func(name string) bool { return !ownName.MatchString(name) }), nil
+}
+
+func isSegment(name string) bool { return strings.HasSuffix(name, ".wal") }
+
+func isSnapshot(name string) bool { return strings.HasSuffix(name, ".snap") }
+
+// isUnfinished reports whether a file has not got its name yet, and is not the log's.
+func isUnfinished(name string) bool {
+	return strings.HasSuffix(name, ".tmp") && !strings.HasSuffix(name, ".wal.tmp")
+}
+
+// recover reads the directory; it returns nil if that is empty. Until all that counts
+// was found intact, it changes nothing. Then it removes what a start that was not
+// finished has left, and the files that do not count any more.
+func (d *disk) recover(nodeID uint64) (*recovered, error) {
+	names, err := d.ownFiles()
+	if err != nil {
+		return nil, err
+	}
 	if !slices.Contains(names, "identity") {
-		lost := slices.DeleteFunc(slices.Clone(names), isUnfinishedSnapshot)
-		if len(lost) > 0 && !slices.Contains(names, "identity.tmp") {
-			found := strings.Join(lost, ", ")
-			return nil, d.refuse("it has %s, but no file named identity that says whose. %s", found, whatToDo)
-		}
-		return nil, d.clean(names, "", "identity.tmp")
+		return nil, d.recoverEmpty(names)
 	}
 	d.markBegun = func() error { return nil }
 	id, err := d.readIdentity()
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, err
-	case id.NodeId != nodeID:
+	}
+	if id.NodeId != nodeID {
 		return nil, d.refuse("it is that of node %d, this is node %d", id.NodeId, nodeID)
-	case !slices.ContainsFunc(names, func(name string) bool { return strings.HasSuffix(name, ".wal") }):
+	}
+	if !slices.ContainsFunc(names, isSegment) {
 		return nil, d.refuse("its log, files named *.wal, is missing. %s", whatToDo)
 	}
 	r := &recovered{identity: id}
 	o := d.walOptions(id)
-	o.verify = func(b *kvpb.LogBatch) (err error) {
-		if last, commit := b.Snapshot.GetIndex()+uint64(len(b.Entries)), b.HardState.GetCommit(); commit > last {
-			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s", last, commit, whatToDo)
+	o.verify = func(b *kvpb.LogBatch) error {
+		last := b.Snapshot.GetIndex() + uint64(len(b.Entries))
+		if commit := b.HardState.GetCommit(); commit > last {
+			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s",
+				last, commit, whatToDo)
 		}
+		var err error
 		r.store, err = d.loadSnapshot(b.Snapshot, id)
 		return err
 	}
-	if d.wal, r.batch, err = openWAL(d.fs, d.dir, o); err != nil {
+	d.wal, r.batch, err = openWAL(d.fs, d.dir, o)
+	if err != nil {
 		return nil, err
 	}
 	r.batch.Boots++
-	mark := r.batch.Snapshot
-	return r, ifNot(d.wal.append(&kvpb.LogBatch{Boots: r.batch.Boots}),
-		func() error { return d.wal.truncateFront(mark.Index) },
-		func() error { return d.clean(names, mark.File, "") })
+	if err := d.wal.append(&kvpb.LogBatch{Boots: r.batch.Boots}); err != nil {
+		return nil, err
+	}
+	if err := d.wal.truncateFront(r.batch.Snapshot.Index); err != nil {
+		return nil, err
+	}
+	if err := d.removeStale(names, r.batch.Snapshot.File); err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
-func isUnfinishedSnapshot(name string) bool {
-	return strings.HasSuffix(name, ".tmp") && !strings.HasSuffix(name, ".wal.tmp")
+// recoverEmpty empties a directory that has no identity. It refuses one that has lost
+// its identity.
+func (d *disk) recoverEmpty(names []string) error {
+	begun := slices.Contains(names, "identity.tmp")
+	counting := slices.DeleteFunc(slices.Clone(names), isUnfinished)
+	if !begun && len(counting) > 0 {
+		found := strings.Join(counting, ", ")
+		return d.refuse("it has %s, but no file named identity that says whose. %s", found, whatToDo)
+	}
+	for _, name := range names {
+		if name == "identity.tmp" {
+			continue // it goes last: without it, the others would seem to count
+		}
+		if err := d.remove(name); err != nil {
+			return err
+		}
+	}
+	if err := d.syncDir(); err != nil {
+		return err
+	}
+	if !begun {
+		return nil
+	}
+	if err := d.remove("identity.tmp"); err != nil {
+		return err
+	}
+	return d.syncDir()
+}
+
+// removeStale removes files that were not finished, and all snapshots but the one that
+// counts.
+func (d *disk) removeStale(names []string, snapshot string) error {
+	for _, name := range names {
+		superseded := isSnapshot(name) && name != snapshot
+		if !superseded && !isUnfinished(name) {
+			continue
+		}
+		if err := d.remove(name); err != nil {
+			return err
+		}
+	}
+	return d.syncDir()
 }
 
 func (d *disk) walOptions(id *kvpb.Identity) walOptions {
-	return walOptions{id: id.LogId, segmentBytes: d.segmentBytes, logger: d.logger, background: d.background}
+	return walOptions{
+		id:           id.LogId,
+		segmentBytes: d.segmentBytes,
+		logger:       d.logger,
+		background:   d.background,
+	}
 }
 
 func (d *disk) readIdentity() (*kvpb.Identity, error) {
@@ -208,21 +315,25 @@ func (d *disk) readIdentity() (*kvpb.Identity, error) {
 		return nil, err
 	}
 	defer f.Close()
-	var id kvpb.Identity
 	r := newFrameReader(io.NewSectionReader(f, 0, math.MaxInt64))
 	b, err := io.ReadAll(io.LimitReader(r, maxFrameBytes))
+	id := &kvpb.Identity{}
 	if err == nil {
-		err = proto.Unmarshal(b, &id)
+		err = proto.Unmarshal(b, id)
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, d.refuse("its file identity, offset %d: %w. %s", r.offset, err, adviceOn(err))
-	case id.Format > identityFormat:
-		return nil, d.refuse("its format is %d, this program knows %d: start the newer one that made it", id.Format, identityFormat)
-	case id.Format != identityFormat || id.ClusterId == 0 || id.NodeId == 0 || id.RaftId == 0 || id.RaftId >= maxRaftID || id.LogId == 0:
+	}
+	if id.Format > identityFormat {
+		return nil, d.refuse("its format is %d, this program knows %d: start the newer one that made it",
+			id.Format, identityFormat)
+	}
+	missing := slices.Contains([]uint64{id.ClusterId, id.NodeId, id.RaftId, id.LogId}, 0)
+	known := id.Format == identityFormat && id.RaftId < maxRaftID
+	if missing || !known {
 		return nil, d.refuse("its file identity is invalid. %s", whatToDo)
 	}
-	return &id, nil
+	return id, nil
 }
 
 // loadSnapshot reads the snapshot that the log names.
@@ -236,99 +347,107 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, adviceOn(err))
 	}
 	defer f.Close()
-	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, func(keys, all uint64) {
-		d.logger.Info("reading the snapshot", "keys", keys, "of", all)
-	})
-	switch {
-	case err != nil:
+	progress := func(keys, all uint64) { d.logger.Info("reading the snapshot", "keys", keys, "of", all) }
+	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, progress)
+	if err != nil {
 		return nil, d.refuse("%s: %w. %s", path, err, adviceOn(err))
-	case s.index != mark.Index || s.term != mark.Term || s.clusterID != id.ClusterId:
-		return nil, d.refuse("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s", path, s.index, s.clusterID, mark.Index, id.ClusterId, whatToDo)
+	}
+	isNamed := s.index == mark.Index && s.term == mark.Term
+	if !isNamed || s.clusterID != id.ClusterId {
+		return nil, d.refuse("%s: it is of entry %d of cluster %016x, and should be of entry %d of cluster %016x. %s",
+			path, s.index, s.clusterID, mark.Index, id.ClusterId, whatToDo)
 	}
 	s.file = mark.File
 	return s, nil
 }
 
-// clean removes unfinished files, and of the snapshots, and the log if there is
-// none, all but one. The last to go is what says that they may.
-func (d *disk) clean(names []string, keep, last string) error {
-	var errs []error
-	for _, name := range names {
-		unfinished := strings.HasSuffix(name, ".tmp") && (keep == "" || !strings.HasSuffix(name, ".wal.tmp")) // else the log's
-		old := strings.HasSuffix(name, ".snap") && name != keep || strings.HasSuffix(name, ".wal") && keep == ""
-		if name != last && (unfinished || old) {
-			errs = append(errs, d.remove(name))
-		}
-	}
-	err := errors.Join(append(errs, d.fs.syncDir(d.dir))...)
-	if last != "" && slices.Contains(names, last) {
-		err = ifNot(err, func() error { return d.remove(last) }, d.syncDir)
-	}
-	return err
-}
-
-// snapshotWriter writes a snapshot's file.
+// snapshotWriter writes a snapshot's file. One goroutine at a time uses it.
 type snapshotWriter struct {
 	d    *disk
-	name string // while it is not finished
-	file file
-	w    io.Writer
-	err  error // the first one of the disk
+	name string    // until the file is finished
+	file file      // nil: it could not be created
+	w    io.Writer // appends to file
+	err  error     // the first one of the disk: nothing is written after it
 
 	unsynced int // bytes
 }
 
+// newSnapshot creates a snapshot's file. An error shows in the writer's first Write or in
+// finish.
 func (d *disk) newSnapshot() *snapshotWriter {
 	w := &snapshotWriter{d: d, name: fmt.Sprintf("%016x.tmp", randomID())}
-	if w.err = d.markBegun(); w.err != nil {
+	w.err = d.markBegun()
+	if w.err != nil {
 		return w
 	}
-	if w.file, w.err = d.fs.create(d.path(w.name)); w.err == nil {
-		w.w = io.NewOffsetWriter(w.file, 0)
+	f, err := d.fs.create(d.path(w.name))
+	if err != nil {
+		w.err = err
+		return w
 	}
+	w.file = f
+	w.w = io.NewOffsetWriter(f, 0)
 	return w
 }
 
-func (w *snapshotWriter) Write(b []byte) (n int, err error) {
+func (w *snapshotWriter) Write(b []byte) (int, error) {
 	if w.d.closing.Load() {
 		return 0, errStopping
 	}
-	if w.err == nil {
-		n, w.err = w.w.Write(b)
-		w.unsynced += n
+	if w.err != nil {
+		return 0, w.err
 	}
-	if w.err == nil && w.unsynced > syncEvery {
-		w.unsynced, w.err = 0, w.file.sync()
+	n, err := w.w.Write(b)
+	w.unsynced += n
+	if err == nil && w.unsynced > syncEvery {
+		err = w.file.sync()
+		w.unsynced = 0
 	}
-	return n, w.err
+	w.err = err
+	return n, err
 }
 
-// finish makes what was written durable as the snapshot of an index, under a
-// name that is used once. After an error, its own or the caller's, it removes
-// the file.
-func (w *snapshotWriter) finish(index uint64, err error) (name string, _ error) {
+// finish makes the file durable as the snapshot of an index, under a name that is used
+// only once, and returns that name. If the disk has failed, or the caller passes the
+// error that ended its writing, finish removes the file and returns the error.
+func (w *snapshotWriter) finish(index uint64, writing error) (name string, err error) {
 	name = fmt.Sprintf("%016x-%s.snap", index, strings.TrimSuffix(w.name, ".tmp"))
-	if err == nil {
-		w.err = ifNot(w.err, func() error { return w.file.sync() })
+	if w.err == nil && writing == nil {
+		w.err = w.publish(name)
 	}
-	if w.w != nil {
-		_ = w.file.Close() // synced, or to be removed
+	if w.file != nil {
+		_ = w.file.Close() // it is synced, or will be removed
 	}
-	if err == nil {
-		rename := func() error { return w.d.fs.rename(w.d.path(w.name), w.d.path(name)) }
-		w.err = ifNot(w.err, rename, w.d.syncDir)
+	err = writing
+	if w.err != nil {
+		err = w.err
 	}
-	if err = cmp.Or(w.err, err); err != nil {
+	if err != nil {
 		_ = w.d.remove(w.name)
+		return "", err
 	}
-	return name, err
+	return name, nil
+}
+
+// publish makes content and name of the file durable.
+func (w *snapshotWriter) publish(name string) error {
+	if err := w.file.sync(); err != nil {
+		return err
+	}
+	if err := w.d.fs.rename(w.d.path(w.name), w.d.path(name)); err != nil {
+		return err
+	}
+	return w.d.syncDir()
 }
 
 // save writes a view as a snapshot.
 func (d *disk) save(v *view) (*kvpb.SnapshotMark, error) {
 	w := d.newSnapshot()
 	name, err := w.finish(v.header.Index, v.writeTo(w))
-	return &kvpb.SnapshotMark{Index: v.header.Index, Term: v.header.Term, File: name}, err
+	if err != nil {
+		return nil, err
+	}
+	return &kvpb.SnapshotMark{Index: v.header.Index, Term: v.header.Term, File: name}, nil
 }
 
 // enqueue leaves a job for the writer.
@@ -377,22 +496,18 @@ func (d *disk) resume() {
 // run is the writer's goroutine.
 func (d *disk) run() {
 	for range d.wake {
-		if d.closing.Load() || d.write() != nil {
-			return // the loop knows, and ends
+		if d.closing.Load() {
+			return
+		}
+		if d.write() != nil {
+			return // the loop was told, and ends
 		}
 	}
 }
 
-// write makes all that is queued durable, by one sync, and then says so.
+// write makes all that is queued durable, and then says so to those who wait for it.
 func (d *disk) write() error {
-	d.mu.Lock()
-	jobs := d.queue
-	if d.suspended {
-		jobs = nil
-	} else {
-		d.queue = nil
-	}
-	d.mu.Unlock()
+	jobs := d.takeQueue()
 	if len(jobs) == 0 {
 		return nil
 	}
@@ -403,32 +518,112 @@ func (d *disk) write() error {
 	return err
 }
 
-func (d *disk) persist(jobs []diskJob) (err error) {
+func (d *disk) takeQueue() []diskJob {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.suspended {
+		return nil
+	}
+	jobs := d.queue
+	d.queue = nil
+	return jobs
+}
+
+// persist makes jobs durable as one batch of the log, so that one sync does for all.
+func (d *disk) persist(jobs []diskJob) error {
+	begins := jobs[0].identity != nil
+	if begins {
+		if err := d.begin(jobs[0]); err != nil {
+			return err
+		}
+	}
 	batch := &kvpb.LogBatch{}
 	for _, j := range jobs {
-		if j.identity != nil {
-			err = d.begin(j)
-		}
-		if err = cmp.Or(err, mergeBatch(batch, j.batch)); err != nil {
+		if err := mergeBatch(batch, j.batch); err != nil {
 			return err
 		}
 	}
 	if proto.Size(batch) == 0 {
-		return nil // its answers only had to wait for others
+		return nil // the jobs only had to wait for those before them
 	}
 	if err := d.wal.append(batch); err != nil {
 		return err
 	}
-	if id := jobs[0].identity; id != nil {
-		err = d.fs.rename(d.path("identity.tmp"), d.path("identity"))
-		if err = ifNot(err, d.syncDir); err != nil {
+	if begins {
+		if err := d.finishBegin(); err != nil {
 			return err
 		}
 	}
-	if mark := batch.Snapshot; mark != nil {
-		return d.wal.truncateFront(mark.Index)
+	if batch.Snapshot == nil {
+		return nil
 	}
-	return nil
+	return d.wal.truncateFront(batch.Snapshot.Index)
+}
+
+// createMark marks an empty directory as one that is being begun. Whatever is put there
+// afterwards does not count until finishBegin. Once the mark is there, only begin may
+// write to it.
+func (d *disk) createMark() error {
+	f, err := d.fs.create(d.path("identity.tmp"))
+	if err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	return d.syncDir()
+}
+
+// begin puts identity, snapshot and an empty log into an empty directory.
+func (d *disk) begin(j diskJob) error {
+	if err := d.markBegun(); err != nil {
+		return err
+	}
+	if err := d.writeIdentity(j.identity); err != nil {
+		return err
+	}
+	if j.view != nil {
+		mark, err := d.save(j.view)
+		if err != nil {
+			return err
+		}
+		j.batch.Snapshot = mark
+	}
+	w, _, err := openWAL(d.fs, d.dir, d.walOptions(j.identity))
+	d.wal = w
+	return err
+}
+
+// writeIdentity writes an identity into the file that finishBegin will rename.
+func (d *disk) writeIdentity(id *kvpb.Identity) error {
+	f, err := d.fs.create(d.path("identity.tmp"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b, err := proto.Marshal(id)
+	if err != nil {
+		return err
+	}
+	w := newFrameWriter(io.NewOffsetWriter(f, 0))
+	if _, err := w.Write(b); err != nil {
+		return err
+	}
+	if err := w.flush(); err != nil {
+		return err
+	}
+	if err := f.sync(); err != nil {
+		return err
+	}
+	return d.syncDir()
+}
+
+// finishBegin makes a directory that was begun the node's: from now on it counts.
+func (d *disk) finishBegin() error {
+	if err := d.fs.rename(d.path("identity.tmp"), d.path("identity")); err != nil {
+		return err
+	}
+	return d.syncDir()
 }
 
 // ifNot takes the steps that follow if nothing has failed.
@@ -441,91 +636,66 @@ func ifNot(err error, steps ...func() error) error {
 	return err
 }
 
-func (d *disk) syncDir() error { return d.fs.syncDir(d.dir) }
-
-// writeBegun has an empty directory say that what is put there is not finished. Once
-// identity.tmp is there, only begin may write it.
-func (d *disk) writeBegun() error {
-	f, err := d.fs.create(d.path("identity.tmp"))
-	return ifNot(err, func() error { return f.Close() }, d.syncDir)
-}
-
-// begin makes an empty directory that of a node, but for the last step.
-func (d *disk) begin(j diskJob) error {
-	if err := d.markBegun(); err != nil {
-		return err
-	}
-	f, err := d.fs.create(d.path("identity.tmp"))
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	w := newFrameWriter(io.NewOffsetWriter(f, 0))
-	b, _ := proto.Marshal(j.identity) // it has numbers only
-	_, err = w.Write(b)
-	if err = ifNot(err, w.flush, f.sync, d.syncDir); err != nil {
-		return err
-	}
-	if j.view != nil {
-		if j.batch.Snapshot, err = d.save(j.view); err != nil {
-			return err
-		}
-	}
-	d.wal, _, err = openWAL(d.fs, d.dir, d.walOptions(j.identity))
-	return err
-}
-
-// restore makes an empty directory that of a new cluster of one voter. It has
-// the keys, their versions and the sessions of the snapshot that read reads; new
-// versions begin with the present time. What a restore that was cut short has left
-// counts as empty.
+// restore makes an empty directory that of a new cluster of one voter, with the content
+// of a snapshot, which read reads. A directory that an earlier restore has begun and not
+// finished counts as empty.
 func (d *disk) restore(self *kvpb.Node, now time.Time, read func() (*store, error)) (*store, error) {
-	names, err := d.fs.readDir(d.dir)
-	unfinished := slices.Contains(names, "identity.tmp") && !slices.Contains(names, "identity") // it comes first, and goes last
-	for _, name := range slices.Backward(names) {
-		if !unfinished && ownName.MatchString(name) {
-			return nil, d.refuse("it is not empty: there is %s. Nothing was changed", name)
-		}
-	}
+	names, err := d.ownFiles()
 	if err != nil {
 		return nil, err
 	}
-	if _, err := d.recover(self.Id); err != nil {
+	finished := slices.Contains(names, "identity") || !slices.Contains(names, "identity.tmp")
+	if finished && len(names) > 0 {
+		return nil, d.refuse("it is not empty: there is %s. Nothing was changed", names[len(names)-1])
+	}
+	if err := d.recoverEmpty(names); err != nil {
 		return nil, err
 	}
 	s, err := read()
 	if err != nil {
 		return nil, err
 	}
-	if err := s.beginVersions(now); err != nil {
+	id := &kvpb.Identity{
+		Format:    identityFormat,
+		ClusterId: randomID(),
+		NodeId:    self.Id,
+		RaftId:    randomID(),
+		LogId:     randomID(),
+	}
+	if err := s.beginCluster(id, self, now); err != nil {
 		return nil, err
 	}
-	id := &kvpb.Identity{Format: identityFormat, ClusterId: randomID(), NodeId: self.Id, RaftId: randomID(), LogId: randomID()}
-	s.clusterID, s.members, s.removed, s.proposers = id.ClusterId, map[uint64]*kvpb.Node{}, nil, nil
-	s.former = nil
-	s.configure(&raftpb.ConfState{Voters: []uint64{id.RaftId}}, []*kvpb.Member{{RaftId: id.RaftId, Node: self}})
 	hard := &kvpb.HardState{Term: s.term, Commit: s.index}
-	return s, d.persist([]diskJob{{identity: id, view: s.open(), batch: &kvpb.LogBatch{HardState: hard}}})
+	first := diskJob{identity: id, view: s.open(), batch: &kvpb.LogBatch{HardState: hard}}
+	if err := d.persist([]diskJob{first}); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
-// removeBefore removes the snapshots that are older than the one that counts. For
-// a large file that takes a while, so it is not the writer's.
+// removeBefore removes the snapshots that are older than the one that counts. Removing a
+// large file takes a while, so the writer does not do it.
 func (d *disk) removeBefore(mark *kvpb.SnapshotMark) error {
-	names, err := d.fs.readDir(d.dir)
+	names, err := d.ownFiles()
+	if err != nil {
+		return err
+	}
 	for _, name := range names {
 		hex, _, _ := strings.Cut(name, "-")
 		index, _ := strconv.ParseUint(hex, 16, 64)
-		if ownName.MatchString(name) && strings.HasSuffix(name, ".snap") && index <= mark.Index && name != mark.File {
+		older := index <= mark.Index && name != mark.File
+		if isSnapshot(name) && older {
 			err = errors.Join(err, d.remove(name))
 		}
 	}
 	return err
 }
 
-// remove removes a file that may be gone already.
+// remove removes a file, which may be gone already.
 func (d *disk) remove(name string) error {
-	if err := d.fs.remove(d.path(name)); !errors.Is(err, fs.ErrNotExist) {
-		return err
+	err := d.fs.remove(d.path(name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	return nil
+	return err
 }

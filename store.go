@@ -298,6 +298,21 @@ func (s *store) beginVersions(now time.Time) error {
 	return nil
 }
 
+// beginCluster makes the restored state that of a new cluster, of one voter.
+func (s *store) beginCluster(id *kvpb.Identity, self *kvpb.Node, now time.Time) error {
+	if err := s.beginVersions(now); err != nil {
+		return err
+	}
+	s.clusterID = id.ClusterId
+	s.members = map[uint64]*kvpb.Node{}
+	s.removed = nil
+	s.former = nil
+	s.proposers = map[uint64]uint64{}
+	conf := &raftpb.ConfState{Voters: []uint64{id.RaftId}}
+	s.configure(conf, []*kvpb.Member{{RaftId: id.RaftId, Node: self}})
+	return nil
+}
+
 // versionAt is the version with which a cluster begins that is restored at a time
 // since 1970.
 func versionAt(t time.Time) uint64 {
