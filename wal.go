@@ -1,4 +1,4 @@
-// The log on disk: what this node promises is in it before the promise leaves.
+// The log on disk: whatever this node promises is in it before the promise leaves.
 //
 // The log is a run of segments: files named by a number that goes up by one
 // ("0000000000000001.wal"), full of zeros until they are written. In a segment,
@@ -15,24 +15,34 @@
 //
 // Each sector ends with a checksum of bytes 8 to 35 of the header, of the sector's
 // number in the batch, and of its data. Layout, checksums and the fields before 44
-// stay in every version.
+// stay in every version. The log's id is random and told to nobody, so no client can
+// write a value that passes for a batch.
 //
-// A batch is written over zeros that are durable, and only after the one before it
-// is synced. A disk writes a sector whole or not at all. So of the last batch a
-// loss of power can leave sectors as they were written, and zeros, and at least
-// one that is missing: such a batch is torn, was never acknowledged, and is cut
-// away. All else that is no intact batch is damage, of a batch of one sector too.
-// That is also why close appends a batch that says nothing: all that was
-// acknowledged is before it. The id is random: no stored value can pass for a batch.
+// # Torn or damaged
 //
-// A segment gets its name after its first batch is synced, and has its full size
-// by then: that batch is never torn, and a segment of another size is damaged. The
-// first batch repeats the hard state, the snapshot mark and which segment is the
-// oldest one needed: those before may go. While a segment is written, a goroutine
-// fills the next one (".wal.tmp"), which it begins only once the one before has its
-// name: if that is not there, it was lost. Before the log goes on in the next
-// segment, the present one announces that its file is there: so all segments can be
-// missed but those at the front, which may go.
+// A batch is written over zeros that are durable, and only after the batch before it
+// was synced. A disk writes a sector whole or not at all. So a loss of power can only
+// leave the last batch incomplete: each of its sectors is as it was written, or is
+// zeros, and at least one is zeros. Such a batch is torn. It was never acknowledged,
+// and is cut away. Everything else that is not an intact batch is damage, and the log
+// is refused.
+//
+// Damage that turns sectors of the last batch into zeros looks like a torn batch. At
+// a clean stop the last batch is therefore an empty one: then no acknowledged batch can
+// be cut away.
+//
+// # Segments
+//
+// A segment gets its full size and its first batch, and is synced, before it gets its
+// name. So a first batch is never torn, and a segment of another size than its header
+// says is damaged. The first batch repeats the hard state, the snapshot mark and the
+// number of the oldest segment that is needed: the segments before that can be removed.
+//
+// No segment can be lost unnoticed, but at the front, where they may be removed:
+//   - While a segment is written, a goroutine fills the next one, ".wal.tmp". It begins
+//     only once the segment before has its name. If that is missing, it was lost.
+//   - Before the log goes on in the next segment, the last batch of the present one
+//     announces that the next one's file is there. If it is missing, it was lost.
 
 package main
 
@@ -76,17 +86,21 @@ type walOptions struct {
 	segmentBytes int    // a multiple of sectorBytes; 0: the default
 	logger       *slog.Logger
 	background   func(func()) // runs what fills a segment; nil: a goroutine
-	// verify says what else must be found intact before openWAL changes anything.
-	verify func(*kvpb.LogBatch) error // or nil
+	// verify finds out whether what the log holds fits the rest of the directory. It is
+	// called before openWAL changes anything, and may be nil.
+	verify func(*kvpb.LogBatch) error
 }
 
-// mergeBatch makes b say what b says and then c: replay does so with all, and
-// whoever queues batches may. c must not be used any more.
+// mergeBatch makes b say what b and then c say. Afterwards b refers to parts of c, so
+// neither may be changed but by mergeBatch(b, …).
 func mergeBatch(b, c *kvpb.LogBatch) error {
-	b.HardState, b.Snapshot = cmp.Or(c.HardState, b.HardState), cmp.Or(c.Snapshot, b.Snapshot)
-	b.FirstSegment, b.Boots = cmp.Or(c.FirstSegment, b.FirstSegment), cmp.Or(c.Boots, b.Boots)
+	b.HardState = cmp.Or(c.HardState, b.HardState)
+	b.Snapshot = cmp.Or(c.Snapshot, b.Snapshot)
+	b.FirstSegment = cmp.Or(c.FirstSegment, b.FirstSegment)
+	b.Boots = cmp.Or(c.Boots, b.Boots)
 	if c.Discards {
-		b.Discards, b.Entries = true, nil
+		b.Discards = true
+		b.Entries = nil
 	}
 	for _, e := range c.Entries {
 		keep := len(b.Entries)
@@ -101,7 +115,7 @@ func mergeBatch(b, c *kvpb.LogBatch) error {
 	return nil
 }
 
-// walPlace is the place of a batch.
+// walPlace is where in a log a batch is, or is to be.
 type walPlace struct {
 	id, segment, batch uint64
 	before             uint32 // checksum of the batch before
@@ -109,9 +123,14 @@ type walPlace struct {
 }
 
 // placeOf returns the place that the header of a batch says it has.
-func placeOf(b []byte) walPlace {
-	u := binary.LittleEndian.Uint64
-	return walPlace{u(b[8:]), u(b[16:]), u(b[24:]), binary.LittleEndian.Uint32(b[32:]), int(binary.LittleEndian.Uint32(b[44:]))}
+func placeOf(header []byte) walPlace {
+	return walPlace{
+		id:      binary.LittleEndian.Uint64(header[8:]),
+		segment: binary.LittleEndian.Uint64(header[16:]),
+		batch:   binary.LittleEndian.Uint64(header[24:]),
+		before:  binary.LittleEndian.Uint32(header[32:]),
+		size:    int(binary.LittleEndian.Uint32(header[44:])),
+	}
 }
 
 // putHeader writes the place to a header.
@@ -127,14 +146,15 @@ func (p walPlace) putHeader(b []byte) {
 // announces reports whether a batch says that the next segment's file is there.
 func announces(b []byte) bool { return binary.LittleEndian.Uint32(b[48:]) == 1 }
 
-func checksumOf(b []byte) uint32 { return binary.LittleEndian.Uint32(b[36:]) }
+// checksumOf returns the checksum that the header of a batch says it has.
+func checksumOf(header []byte) uint32 { return binary.LittleEndian.Uint32(header[36:]) }
 
-// checksum is of all data of a batch but the checksum itself.
+// checksum computes it, over all data of a batch but the checksum itself.
 func checksum(data []byte) uint32 {
 	return crc32.Update(crc32.Checksum(data[:36], castagnoli), castagnoli, data[40:])
 }
 
-// sectorSeed is what the checksums of a batch's sectors go on from: its place.
+// sectorSeed is the checksum of a batch's place, from which those of its sectors go on.
 func sectorSeed(header []byte) uint32 { return crc32.Checksum(header[8:36], castagnoli) }
 
 func sectorChecksum(seed uint32, number int, sector []byte) uint32 {
@@ -147,10 +167,11 @@ func intactSector(seed uint32, number int, sector []byte) bool {
 	return binary.LittleEndian.Uint32(sector[sectorData:]) == sectorChecksum(seed, number, sector)
 }
 
-// sectors returns how many bytes so much data takes, in whole sectors.
+// sectors returns how many bytes in a segment so many bytes of data take.
 func sectors(data int) int { return (data + sectorData - 1) / sectorData * sectorBytes }
 
-// batchBytes returns how many bytes the batch takes that a sector begins.
+// batchBytes returns how many bytes in a segment the batch takes whose first sector this
+// is.
 func batchBytes(first []byte) uint64 {
 	data := headerBytes + uint64(binary.LittleEndian.Uint32(first[40:]))
 	return (data + sectorData - 1) / sectorData * sectorBytes
@@ -161,6 +182,9 @@ func (p walPlace) encode(b *kvpb.LogBatch, announces bool) ([]byte, error) {
 	size := headerBytes + proto.Size(b)
 	buf := make([]byte, headerBytes, sectors(size))
 	buf, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(buf, b)
+	if err != nil {
+		return nil, err
+	}
 	buf = buf[:cap(buf)]
 	p.putHeader(buf)
 	binary.LittleEndian.PutUint32(buf[40:], uint32(size-headerBytes))
@@ -168,24 +192,24 @@ func (p walPlace) encode(b *kvpb.LogBatch, announces bool) ([]byte, error) {
 		binary.LittleEndian.PutUint32(buf[48:], 1)
 	}
 	layOut(buf)
-	return buf, err
+	return buf, nil
 }
 
-// layOut makes sectors of the data that b begins with, and adds all checksums.
+// layOut makes sectors of the data at the start of b, and adds all checksums.
 func layOut(b []byte) {
 	n := len(b) / sectorBytes
 	data := b[:n*sectorData]
 	binary.LittleEndian.PutUint32(b[36:], checksum(data))
 	seed := sectorSeed(b)
-	for i := n - 1; i >= 0; i-- { // the last one first: none is overwritten before it has moved
+	for i := n - 1; i >= 0; i-- { // from the end, so that no data is overwritten before it has moved
 		sector := b[i*sectorBytes:][:sectorBytes]
 		copy(sector, data[i*sectorData:][:sectorData])
 		binary.LittleEndian.PutUint32(sector[sectorData:], sectorChecksum(seed, i, sector))
 	}
 }
 
-// intactBatch returns the batch that b begins with, and its data; nil if it is
-// damaged.
+// intactBatch returns the batch at the start of b, as it is and its data alone. It returns
+// nil if the batch is not intact.
 func intactBatch(b []byte) (raw, data []byte) {
 	if len(b) < sectorBytes {
 		return nil, nil
@@ -210,8 +234,8 @@ func intactBatch(b []byte) (raw, data []byte) {
 	return raw, data
 }
 
-// decodeBatch decodes the batch that b begins with. The error is errNoBatch if
-// it is damaged. What this allocates is bounded by the length of b.
+// decodeBatch decodes the batch at the start of b, and returns it as it is, too. The error
+// is errNoBatch if the batch is not intact. The length of b bounds what it allocates.
 func decodeBatch(b []byte) (raw []byte, batch *kvpb.LogBatch, err error) {
 	raw, data := intactBatch(b)
 	if raw == nil {
@@ -225,30 +249,37 @@ func decodeBatch(b []byte) (raw []byte, batch *kvpb.LogBatch, err error) {
 	return raw, batch, err
 }
 
-// torn reports whether b, the rest of a segment, is what a loss of power can leave
-// while the batch is written whose place is p: each sector is there as it was
-// written, or is zeros, and one of the batch's is missing.
+// torn reports whether b, the rest of a segment, is what a loss of power can leave of the
+// batch that was to be written at place p: each of the batch's sectors is intact or
+// zeros, one at least is zeros, and so is everything behind the batch.
 func (p walPlace) torn(b []byte) bool {
 	var header [headerBytes]byte
 	p.putHeader(header[:])
 	seed := sectorSeed(header[:])
-	end := uint64(len(b)) // of the batch, as far as that is known
+	end := uint64(len(b)) // of the batch, if its first sector does not say
 	if intactSector(seed, 0, b) {
 		end = batchBytes(b)
+	}
+	if end > uint64(len(b)) {
+		return false // no batch goes beyond its segment
 	}
 	missing := false
 	for at := 0; at < len(b); at += sectorBytes {
 		sector := b[at:][:sectorBytes]
 		inBatch := uint64(at) < end
-		switch {
-		case inBatch && intactSector(seed, at/sectorBytes, sector):
-		case !allZero(sector):
-			return false
-		case inBatch:
-			missing = true
+		if inBatch && intactSector(seed, at/sectorBytes, sector) {
+			continue
 		}
+		if !allZero(sector) {
+			return false
+		}
+		missing = missing || inBatch
 	}
-	return missing && end <= uint64(len(b))
+	return missing
+}
+
+func allZero(b []byte) bool {
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 // wal is an open log. One goroutine at a time uses it.
@@ -258,14 +289,15 @@ type wal struct {
 	opts walOptions
 	err  error // the first one: nothing is written after it
 
-	at       walPlace // of the next batch
-	file     file     // the newest segment
-	offset   int      // of the next batch
-	segments []walSegment
+	segments []walSegment   // all that are there, the newest one last
 	head     *kvpb.LogBatch // what the first batch of a segment repeats
 	next     chan error     // tells when the next segment is filled; nil: none is
 
-	announced bool // the newest segment says that the next one's file is there
+	// The newest segment.
+	file      file
+	at        walPlace // of the next batch
+	offset    int      // of the next batch
+	announced bool     // a batch says that the next segment's file is there
 }
 
 // walSegment is a segment and the highest index of an entry in it.
@@ -273,25 +305,14 @@ type walSegment struct{ number, last uint64 }
 
 // openWAL opens the log in a directory and returns what it holds: the entries
 // are those after the snapshot. If there is no log, it makes one and returns
-// nil. Until all is found intact, it changes nothing.
+// nil. Until it has found everything intact, it changes nothing.
 func openWAL(fs fileSystem, dir string, o walOptions) (*wal, *kvpb.LogBatch, error) {
 	o.segmentBytes = cmp.Or(o.segmentBytes, segmentBytes)
 	if o.background == nil {
 		o.background = func(f func()) { go f() }
 	}
 	w := &wal{fs: fs, dir: dir, opts: o, head: &kvpb.LogBatch{FirstSegment: 1}}
-	numbers, filled, err := w.list()
-	var state *kvpb.LogBatch
-	if err == nil && len(numbers) > 0 {
-		state, err = w.replay(numbers, filled)
-	}
-	if err == nil {
-		w.fillNext()
-	}
-	if err == nil && state == nil {
-		w.at = walPlace{id: cmp.Or(o.id, randomID()), batch: 1}
-		err = w.append(&kvpb.LogBatch{})
-	}
+	state, err := w.start()
 	if err != nil {
 		w.close()
 		return nil, nil, err
@@ -299,70 +320,91 @@ func openWAL(fs fileSystem, dir string, o walOptions) (*wal, *kvpb.LogBatch, err
 	return w, state, nil
 }
 
+func (w *wal) start() (*kvpb.LogBatch, error) {
+	numbers, filled, err := w.list()
+	if err != nil {
+		return nil, err
+	}
+	if len(numbers) == 0 {
+		w.at = walPlace{id: cmp.Or(w.opts.id, randomID()), batch: 1}
+		w.fillNext()
+		return nil, w.append(&kvpb.LogBatch{})
+	}
+	state, err := w.replay(numbers, filled)
+	if err != nil {
+		return nil, err
+	}
+	w.fillNext()
+	return state, nil
+}
+
 func (w *wal) path(segment uint64) string {
 	return filepath.Join(w.dir, fmt.Sprintf("%016x.wal", segment))
 }
 
+// damage makes the error that says where the log is damaged.
 func (w *wal) damage(segment uint64, offset int, format string, args ...any) error {
 	return fmt.Errorf("%s, offset %d: %s. %s", w.path(segment), offset, fmt.Sprintf(format, args...), whatToDo)
 }
 
-// list returns the numbers of all segments, and of the one that was being filled;
-// 0: there is none.
+// list returns the numbers of all segments, and that of the segment that is, or was,
+// being filled; 0: there is none.
 func (w *wal) list() (numbers []uint64, filled uint64, err error) {
 	names, err := w.fs.readDir(w.dir)
+	if err != nil {
+		return nil, 0, err
+	}
 	newest := uint64(0)
 	for _, name := range names {
 		base, suffix, _ := strings.Cut(name, ".")
 		n, err := strconv.ParseUint(base, 16, 64)
-		switch {
-		case err != nil || len(base) != 16: // not a file of the log
-		case suffix == "wal":
-			numbers, newest = append(numbers, n), n
-		case suffix == "wal.tmp" && n > newest+1:
-			return nil, 0, w.damage(n-1, 0, "the segment is missing, for the next one was begun")
-		case suffix == "wal.tmp":
+		if err != nil || len(base) != 16 {
+			continue // not a file of the log
+		}
+		if suffix == "wal" {
+			numbers = append(numbers, n)
+			newest = n
+		}
+		if suffix == "wal.tmp" {
+			if n > newest+1 {
+				return nil, 0, w.damage(n-1, 0, "the segment is missing, for the next one was begun")
+			}
 			filled = n
 		}
 	}
-	return numbers, filled, err
+	return numbers, filled, nil
 }
 
-// replay reads the segments that precede the newest one without a gap. If more
-// are needed, the newest says so.
+// replay reads the newest segment and those that precede it without a gap, and merges
+// all that they say. That includes which segment is the oldest one needed.
 func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
 	first := len(numbers) - 1
 	for first > 0 && numbers[first-1] == numbers[first]-1 {
 		first--
 	}
+	for _, n := range numbers[:first] {
+		w.segments = append(w.segments, walSegment{number: n}) // for removeFront
+	}
 	s := &kvpb.LogBatch{}
-	var again []byte
-	var offset int
-	var err error
+	var tail walTail
 	said := time.Now()
-	for i, n := range numbers {
-		w.segments = append(w.segments, walSegment{number: n})
-		if i < first {
-			continue
-		}
-		if again, offset, err = w.replaySegment(s, n, i == len(numbers)-1); err != nil {
+	for i, n := range numbers[first:] {
+		newest := first+i == len(numbers)-1
+		var err error
+		tail, err = w.replaySegment(s, n, newest)
+		if err != nil {
 			return nil, err
 		}
 		if time.Since(said) > progressEvery {
 			said = time.Now()
-			w.opts.logger.Info("reading the log", "segments", i+1-first, "of", len(numbers)-first)
+			w.opts.logger.Info("reading the log", "segments", i+1, "of", len(numbers)-first)
 		}
 	}
-	if next := w.at.segment + 1; w.announced && filled != next {
-		return nil, w.damage(next, 0, "the segment is missing, for the one before says that its file is there")
-	}
-	oldest, mark := numbers[first], s.Snapshot.GetIndex()
+
+	mark := s.Snapshot.GetIndex()
 	s.Entries = slices.DeleteFunc(s.Entries, func(e *kvpb.Entry) bool { return e.Index <= mark })
-	switch {
-	case s.FirstSegment < oldest:
-		return nil, w.damage(oldest-1, 0, "the segment is missing")
-	case len(s.Entries) > 0 && s.Entries[0].Index != mark+1:
-		return nil, w.damage(oldest, 0, "entries are missing between the snapshot of entry %d and entry %d", mark, s.Entries[0].Index)
+	if err := w.findGaps(s, numbers[first], filled); err != nil {
+		return nil, err
 	}
 	if h := s.HardState; h != nil {
 		h.Commit = max(h.Commit, mark) // raft insists, and a snapshot holds what is committed
@@ -372,78 +414,143 @@ func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
 			return nil, err
 		}
 	}
+
+	// All is intact: from here on, the log is changed.
 	w.head = headOf(s)
-	w.file, err = w.fs.open(w.path(w.at.segment))
-	return s, ifNot(err, func() error { return writeSync(w.file, again, offset) }, w.removeFront)
+	if err := w.rewrite(tail); err != nil {
+		return nil, err
+	}
+	if err := w.removeFront(); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
-// replaySegment adds what a segment says to s. It returns what has to be written
-// again, and where: all from the last batch on. If the process that wrote that
-// failed to sync it, or the zeros over a torn one, the page cache has them and does
-// not know that the disk has not.
-func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (again []byte, offset int, err error) {
+// findGaps refuses a log that is intact as far as it is there, but not all there.
+func (w *wal) findGaps(s *kvpb.LogBatch, oldest, filled uint64) error {
+	next := w.at.segment + 1
+	if w.announced && filled != next {
+		return w.damage(next, 0, "the segment is missing, for the one before says that its file is there")
+	}
+	if s.FirstSegment < oldest {
+		return w.damage(oldest-1, 0, "the segment is missing")
+	}
+	mark := s.Snapshot.GetIndex()
+	if len(s.Entries) > 0 && s.Entries[0].Index != mark+1 {
+		return w.damage(oldest, 0, "entries are missing between the snapshot of entry %d and entry %d",
+			mark, s.Entries[0].Index)
+	}
+	return nil
+}
+
+// walTail is the newest segment from its last intact batch on, with zeros in place of a
+// torn one.
+type walTail struct {
+	data   []byte
+	offset int
+}
+
+// rewrite opens the newest segment and writes its tail once more. If the process that
+// wrote it failed to sync it, then the page cache has it, the disk has not, and the
+// kernel does not know of the difference any more.
+func (w *wal) rewrite(tail walTail) error {
+	f, err := w.fs.open(w.path(w.at.segment))
+	if err != nil {
+		return err
+	}
+	w.file = f
+	return writeSync(f, tail.data, tail.offset)
+}
+
+// replaySegment merges what a segment says into s, and returns the segment's tail.
+func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (walTail, error) {
 	b, err := w.fs.readFile(w.path(n))
 	if err != nil {
-		return nil, 0, err
+		return walTail{}, err
 	}
-	w.at.segment, w.at.size, w.offset, w.announced = n, len(b), 0, false
+	w.segments = append(w.segments, walSegment{number: n})
+	w.at.segment = n
+	w.at.size = len(b)
+	w.offset = 0
+	w.announced = false
+	last := 0 // offset of the last intact batch
 	for {
 		raw, batch, err := decodeBatch(b[w.offset:])
 		if err == errNoBatch {
 			break
 		}
 		if err == errWALFormat {
-			return nil, 0, fmt.Errorf("%s: %w", w.path(n), err)
+			return walTail{}, fmt.Errorf("%s: %w", w.path(n), err)
 		}
-		p := placeOf(raw)
-		if w.offset == 0 && p.size != len(b) {
-			return nil, 0, w.damage(n, min(p.size, len(b)),
-				"the segment is %d bytes long, and was %d before it got its name", len(b), p.size)
-		}
-		if w.at.id == 0 { // the first one of all that there are
-			w.at = walPlace{cmp.Or(w.opts.id, p.id), n, p.batch, p.before, len(b)}
-		}
-		if p != w.at {
-			err = fmt.Errorf("batch %d of segment %d of log %x is in the place of batch %d of segment %d of log %x, or batches before it are missing",
-				p.batch, p.segment, p.id, w.at.batch, n, w.at.id)
+		size := placeOf(raw).size
+		if w.offset == 0 && size != len(b) {
+			return walTail{}, w.damage(n, min(size, len(b)),
+				"the segment is %d bytes long, and was %d before it got its name", len(b), size)
 		}
 		if err == nil {
-			err = mergeBatch(s, batch)
+			err = w.replayBatch(s, batch, raw)
 		}
 		if err != nil {
-			return nil, 0, w.damage(n, w.offset, "%v", err)
+			return walTail{}, w.damage(n, w.offset, "%v", err)
 		}
-		offset = w.offset
-		w.announced = w.announced || announces(raw)
+		last = w.offset
 		w.wrote(batch, raw)
 	}
 	rest := b[w.offset:]
-	switch {
-	case w.offset == 0:
-		return nil, 0, w.damage(n, 0, "the first batch is damaged, which was whole before the segment got its name")
-	case allZero(rest):
-	case !newest:
-		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and later ones were written")
-	case !w.at.torn(rest):
-		return nil, 0, w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: "+
-			"that leaves each sector as it was written, or as zeros")
-	default:
-		w.opts.logger.Warn("the last batch of the log is torn: cut there", "file", w.path(n), "offset", w.offset)
-		clear(rest)
+	if err := w.cutTorn(rest, newest); err != nil {
+		return walTail{}, err
 	}
-	return b[offset:], offset, nil
+	return walTail{data: b[last:], offset: last}, nil
 }
 
-func allZero(b []byte) bool {
-	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
+// replayBatch merges a batch into s, if it is the one that has to follow.
+func (w *wal) replayBatch(s, batch *kvpb.LogBatch, raw []byte) error {
+	p := placeOf(raw)
+	if w.at.id == 0 { // the oldest batch of all that are read says where the log begins
+		w.at.id = cmp.Or(w.opts.id, p.id)
+		w.at.batch = p.batch
+		w.at.before = p.before
+	}
+	if p != w.at {
+		return fmt.Errorf("batch %d of segment %d of log %x is in the place of batch %d of segment %d of log %x, "+
+			"or batches before it are missing", p.batch, p.segment, p.id, w.at.batch, w.at.segment, w.at.id)
+	}
+	return mergeBatch(s, batch)
 }
 
-// wrote goes on behind a batch.
+// cutTorn clears the rest of a segment, behind its last intact batch, if a torn batch is
+// there. It refuses anything else but zeros.
+func (w *wal) cutTorn(rest []byte, newest bool) error {
+	n := w.at.segment
+	if w.offset == 0 {
+		return w.damage(n, 0, "the first batch is damaged, which was whole before the segment got its name")
+	}
+	if allZero(rest) {
+		return nil
+	}
+	if !newest {
+		return w.damage(n, w.offset, "a batch is damaged, and later ones were written")
+	}
+	if !w.at.torn(rest) {
+		return w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: "+
+			"that leaves each sector as it was written, or as zeros")
+	}
+	w.opts.logger.Warn("the last batch of the log is torn: cut there", "file", w.path(n), "offset", w.offset)
+	clear(rest)
+	return nil
+}
+
+// wrote moves the place of the next batch behind a batch that is in the segment.
 func (w *wal) wrote(batch *kvpb.LogBatch, raw []byte) {
-	w.at.batch, w.at.before, w.offset = w.at.batch+1, checksumOf(raw), w.offset+len(raw)
-	g := &w.segments[len(w.segments)-1]
+	w.at.batch++
+	w.at.before = checksumOf(raw)
+	w.offset += len(raw)
+	if announces(raw) {
+		w.announced = true
+	}
+	newest := &w.segments[len(w.segments)-1]
 	for _, e := range batch.Entries {
-		g.last = max(g.last, e.Index)
+		newest.last = max(newest.last, e.Index)
 	}
 }
 
@@ -456,27 +563,35 @@ func (w *wal) append(b *kvpb.LogBatch) error {
 	return w.err
 }
 
-// headOf is what the first batch of a segment repeats of those before.
+// headOf returns what the first batch of a segment repeats of the batches before.
 func headOf(b *kvpb.LogBatch) *kvpb.LogBatch {
-	return &kvpb.LogBatch{HardState: b.HardState, Snapshot: b.Snapshot, FirstSegment: b.FirstSegment, Boots: b.Boots}
+	return &kvpb.LogBatch{
+		HardState:    b.HardState,
+		Snapshot:     b.Snapshot,
+		FirstSegment: b.FirstSegment,
+		Boots:        b.Boots,
+	}
 }
 
+// write writes a batch to the newest segment or, if there is no room, to the next one.
 func (w *wal) write(b *kvpb.LogBatch) error {
-	head := headOf(w.head)
-	if err := mergeBatch(head, b); err != nil {
+	withHead := headOf(w.head)
+	if err := mergeBatch(withHead, b); err != nil {
 		return err
 	}
+	w.head = headOf(withHead)
 	raw, err := w.at.encode(b, false)
 	if err != nil {
 		return err
 	}
 	if w.offset+len(raw)+sectorBytes > w.at.size { // the last sector is announce's
-		err = w.roll(head)
-	} else if err = writeSync(w.file, raw, w.offset); err == nil {
-		w.wrote(b, raw)
+		return w.roll(withHead)
 	}
-	head.Entries, w.head = nil, head
-	return err
+	if err := writeSync(w.file, raw, w.offset); err != nil {
+		return err
+	}
+	w.wrote(b, raw)
+	return nil
 }
 
 func writeSync(f file, b []byte, offset int) error {
@@ -491,14 +606,14 @@ func (w *wal) roll(b *kvpb.LogBatch) error {
 	temp := w.path(w.at.segment+1) + ".tmp"
 	err := <-w.next
 	w.next = nil
-	if err != nil && w.fill(temp) != nil { // again, as a new file: there may be space now
+	if err != nil && w.fill(temp) != nil { // a second try, with a new file: there may be space now
 		return err
 	}
 	if w.file != nil {
 		if err := w.announce(); err != nil {
 			return err
 		}
-		w.file.Close() // synced
+		_ = w.file.Close() // it is synced
 	}
 	w.at.segment++
 	w.at.size = max(sectors(headerBytes+proto.Size(b))+sectorBytes, w.opts.segmentBytes)
@@ -507,40 +622,48 @@ func (w *wal) roll(b *kvpb.LogBatch) error {
 		return err
 	}
 	w.file, err = w.fs.open(temp)
-	err = ifNot(err,
-		w.lengthen,
-		func() error { return writeSync(w.file, raw, 0) },
-		func() error { return w.fs.rename(temp, w.path(w.at.segment)) },
-		func() error { return w.fs.syncDir(w.dir) })
 	if err != nil {
 		return err
 	}
+	if err := w.lengthen(); err != nil {
+		return err
+	}
+	if err := writeSync(w.file, raw, 0); err != nil {
+		return err
+	}
+	if err := w.fs.rename(temp, w.path(w.at.segment)); err != nil {
+		return err
+	}
+	if err := w.fs.syncDir(w.dir); err != nil {
+		return err
+	}
 	w.segments = append(w.segments, walSegment{number: w.at.segment})
-	w.offset, w.announced = 0, false
+	w.offset = 0
+	w.announced = false
 	w.wrote(b, raw)
 	w.fillNext()
 	return nil
 }
 
-// announce appends, where there is always room for it, that the file of the next
-// segment is there. A log that went on in that before a crash has said so already.
+// announce appends a batch, where there is always room for it, that says that the file of
+// the next segment is there. After a crash in the midst of roll, it is there already.
 func (w *wal) announce() error {
 	if w.announced {
 		return nil
 	}
 	nothing := &kvpb.LogBatch{}
 	raw, err := w.at.encode(nothing, true)
-	err = ifNot(err, func() error { return writeSync(w.file, raw, w.offset) })
 	if err != nil {
 		return err
 	}
-	w.announced = true
+	if err := writeSync(w.file, raw, w.offset); err != nil {
+		return err
+	}
 	w.wrote(nothing, raw)
 	return nil
 }
 
-// lengthen makes the file of a segment as long as it has to be, if that is more than
-// was filled.
+// lengthen gives the file of the newest segment its size, if that is more than was filled.
 func (w *wal) lengthen() error {
 	if w.at.size == w.opts.segmentBytes {
 		return nil
@@ -552,13 +675,14 @@ func (w *wal) lengthen() error {
 // fillNext has a goroutine fill the next segment. The file is the goroutine's
 // until roll or close has heard from it.
 func (w *wal) fillNext() {
-	next, temp := make(chan error, 1), w.path(w.at.segment+1)+".tmp"
+	temp := w.path(w.at.segment+1) + ".tmp"
+	next := make(chan error, 1)
 	w.next = next
 	w.opts.background(func() { next <- w.fill(temp) })
 }
 
-// fill fills a new file with zeros, and makes its name durable: what is written over
-// them is synced twice as fast as what makes a file grow.
+// fill fills a new file with zeros, and makes its name durable. Overwriting zeros can be
+// synced twice as fast as making a file grow.
 func (w *wal) fill(path string) error {
 	f, err := w.fs.create(path)
 	if err != nil {
@@ -566,45 +690,57 @@ func (w *wal) fill(path string) error {
 	}
 	defer f.Close()
 	zeros := make([]byte, min(zeroBytes, w.opts.segmentBytes))
-	for n := 0; n < w.opts.segmentBytes && err == nil; n += len(zeros) {
-		err = writeSync(f, zeros[:min(len(zeros), w.opts.segmentBytes-n)], n)
-	}
-	return ifNot(err, func() error { return w.fs.syncDir(w.dir) })
-}
-
-// truncateFront removes the segments that nobody needs who needs no entry up to
-// index: those without an entry after it and after the snapshot. That they are
-// needed no longer is written first.
-func (w *wal) truncateFront(index uint64) error {
-	index = min(index, w.head.Snapshot.GetIndex())
-	n := 0
-	for n < len(w.segments)-1 && w.segments[n].last <= index {
-		n++
-	}
-	if n > 0 && w.append(&kvpb.LogBatch{FirstSegment: w.segments[n].number}) == nil {
-		w.err = w.removeFront()
-	}
-	return w.err
-}
-
-// removeFront removes the segments before the oldest one needed, and makes the
-// directory durable as it is then.
-func (w *wal) removeFront() error {
-	for ; w.segments[0].number < w.head.FirstSegment; w.segments = w.segments[1:] {
-		if err := w.fs.remove(w.path(w.segments[0].number)); err != nil {
+	for n := 0; n < w.opts.segmentBytes; n += len(zeros) {
+		part := zeros[:min(len(zeros), w.opts.segmentBytes-n)]
+		if err := writeSync(f, part, n); err != nil {
 			return err
 		}
 	}
 	return w.fs.syncDir(w.dir)
 }
 
-// close ends the goroutine and closes the log. What was appended is synced.
+// truncateFront removes the oldest segments, up to the first one that holds an entry
+// after index, or after the snapshot. It first makes durable which segment is then the
+// oldest one needed, so that the missing ones do not pass for lost.
+func (w *wal) truncateFront(index uint64) error {
+	index = min(index, w.head.Snapshot.GetIndex())
+	n := 0
+	for n < len(w.segments)-1 && w.segments[n].last <= index {
+		n++
+	}
+	if n == 0 {
+		return w.err
+	}
+	if err := w.append(&kvpb.LogBatch{FirstSegment: w.segments[n].number}); err != nil {
+		return err
+	}
+	w.err = w.removeFront()
+	return w.err
+}
+
+// removeFront removes the segments before the oldest one needed, and makes the
+// directory durable as it is then.
+func (w *wal) removeFront() error {
+	for w.segments[0].number < w.head.FirstSegment {
+		if err := w.fs.remove(w.path(w.segments[0].number)); err != nil {
+			return err
+		}
+		w.segments = w.segments[1:]
+	}
+	return w.fs.syncDir(w.dir)
+}
+
+// close ends the goroutine and closes the log. Whatever was appended is synced.
 func (w *wal) close() {
 	if w.next != nil {
 		<-w.next
+		w.next = nil
 	}
 	if w.file != nil {
-		w.file.Close()
+		_ = w.file.Close()
+		w.file = nil
 	}
-	w.err, w.next, w.file = cmp.Or(w.err, errWALClosed), nil, nil
+	if w.err == nil {
+		w.err = errWALClosed
+	}
 }
