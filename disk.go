@@ -594,9 +594,9 @@ func (d *disk) begin(j diskJob) error {
 	return err
 }
 
-// writeIdentity writes an identity into the file that finishBegin will rename.
+// writeIdentity writes an identity into the mark, which finishBegin will rename.
 func (d *disk) writeIdentity(id *kvpb.Identity) error {
-	f, err := d.fs.create(d.path("identity.tmp"))
+	f, err := d.fs.open(d.path("identity.tmp"))
 	if err != nil {
 		return err
 	}
@@ -612,10 +612,7 @@ func (d *disk) writeIdentity(id *kvpb.Identity) error {
 	if err := w.flush(); err != nil {
 		return err
 	}
-	if err := f.sync(); err != nil {
-		return err
-	}
-	return d.syncDir()
+	return f.sync()
 }
 
 // finishBegin makes a directory that was begun the node's: from now on it counts.
