@@ -1,5 +1,5 @@
-// Frames: the checksums that a snapshot carries wherever it goes, by network or
-// to disk, and the identity file too.
+// Frames: what carries the checksums of a snapshot, on the network as on disk, and of
+// the file identity.
 
 package main
 
@@ -11,10 +11,10 @@ import (
 	"io"
 )
 
-// A framed stream is 8 bytes of magic, the last of them the version, and then
-// frames: length of the data, CRC-32C of the data continued from the frame
-// before, both 4 bytes and little-endian, and the data. That what is inside is
-// whole, it has to say itself.
+// A framed stream is 8 bytes of magic, the last of them the version, and then frames. A
+// frame is the length of its data, the CRC-32C of the data continued from the frame
+// before, both 4 bytes and little-endian, and the data. Frames do not tell whether the
+// stream is complete: the data have to, as a snapshot does by its footer.
 const (
 	frameMagic       = "rkvsnap\x01"
 	frameHeaderBytes = 8
@@ -27,7 +27,7 @@ var (
 	errFrameDamaged = errors.New("a frame is damaged")
 )
 
-// frameWriter writes what it is given in frames, each by one Write.
+// frameWriter makes frames of what is written to it, and writes each by one Write.
 type frameWriter struct {
 	w   io.Writer
 	err error // of the magic
@@ -42,18 +42,22 @@ func newFrameWriter(w io.Writer) *frameWriter {
 }
 
 func (f *frameWriter) Write(b []byte) (n int, err error) {
-	for len(b) > 0 && err == nil {
-		room := min(maxFrameBytes-len(f.buf), len(b))
-		f.buf = append(f.buf, b[:room]...)
-		n, b = n+room, b[room:]
-		if len(f.buf) == maxFrameBytes {
-			err = f.flush()
+	for len(b) > 0 {
+		fits := min(maxFrameBytes-len(f.buf), len(b))
+		f.buf = append(f.buf, b[:fits]...)
+		n += fits
+		b = b[fits:]
+		if len(f.buf) < maxFrameBytes {
+			continue
+		}
+		if err := f.flush(); err != nil {
+			return n, err
 		}
 	}
-	return n, err
+	return n, nil
 }
 
-// flush writes the frame that was begun, if one was.
+// flush writes the frame that has been begun, if there is one.
 func (f *frameWriter) flush() error {
 	data := f.buf[frameHeaderBytes:]
 	if f.err != nil || len(data) == 0 {
@@ -67,13 +71,14 @@ func (f *frameWriter) flush() error {
 	return err
 }
 
-// frameReader reads frames. After an error, offset is where.
+// frameReader reads the data of frames. After an error, offset says where in the stream
+// the frame begins that it could not read.
 type frameReader struct {
 	r      io.Reader
 	sum    uint32
-	offset int64 // of the next frame
-	data   []byte
-	buf    []byte
+	offset int64  // of the next frame
+	data   []byte // of the present frame: what is not read yet
+	buf    []byte // holds data
 }
 
 func newFrameReader(r io.Reader) *frameReader { return &frameReader{r: r} }
@@ -89,6 +94,7 @@ func (f *frameReader) Read(b []byte) (int, error) {
 	return n, nil
 }
 
+// next reads the next frame, and the magic before the first one.
 func (f *frameReader) next() error {
 	if f.offset == 0 {
 		magic := make([]byte, len(frameMagic))
@@ -98,13 +104,15 @@ func (f *frameReader) next() error {
 		if string(magic) != frameMagic {
 			return errFrameFormat
 		}
-		f.offset, f.buf = int64(len(magic)), make([]byte, 4<<10)
+		f.offset = int64(len(magic))
+		f.buf = make([]byte, 4<<10)
 	}
 	header := f.buf[:frameHeaderBytes]
 	if _, err := io.ReadFull(f.r, header); err != nil {
 		return err
 	}
-	size, sum := binary.LittleEndian.Uint32(header), binary.LittleEndian.Uint32(header[4:])
+	size := binary.LittleEndian.Uint32(header)
+	sum := binary.LittleEndian.Uint32(header[4:])
 	if size == 0 || size > maxFrameBytes-frameHeaderBytes {
 		return errFrameDamaged
 	}
@@ -115,7 +123,8 @@ func (f *frameReader) next() error {
 	if _, err := io.ReadFull(f.r, data); err != nil {
 		return noEOF(err)
 	}
-	if f.sum = crc32.Update(f.sum, castagnoli, data); f.sum != sum {
+	f.sum = crc32.Update(f.sum, castagnoli, data)
+	if f.sum != sum {
 		return errFrameDamaged
 	}
 	f.offset += int64(frameHeaderBytes + size)
@@ -125,7 +134,7 @@ func (f *frameReader) next() error {
 
 var errCutShort = fmt.Errorf("it ends in the middle: %w", io.ErrUnexpectedEOF)
 
-// noEOF makes an end in the middle recognisable as one.
+// noEOF makes of io.EOF, and the like, the error that says that a stream is not complete.
 func noEOF(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errCutShort

@@ -1,5 +1,5 @@
-// The file system, as far as what has to survive a crash needs it: a seam at
-// which tests make it fail.
+// The file system: the calls by which the data directory is read and made durable, behind
+// an interface, so that tests can have each of them fail.
 
 package main
 
@@ -12,7 +12,7 @@ import (
 	"syscall"
 )
 
-// fileSystem does what package os does under the same names.
+// fileSystem has the calls of package os, most of them under the same names.
 type fileSystem interface {
 	create(path string) (file, error) // empties it if it exists
 	open(path string) (file, error)   // to read and write
@@ -20,7 +20,8 @@ type fileSystem interface {
 	rename(from, to string) error
 	remove(path string) error
 	readDir(dir string) ([]string, error) // names, sorted
-	// lock makes a directory this process's own, and makes it if it is not there.
+	// lock locks a directory for this process, until the Closer is closed. It makes the
+	// directory if it is not there.
 	lock(dir string) (io.Closer, error)
 	// syncDir makes the names in a directory durable.
 	syncDir(dir string) error
@@ -30,7 +31,7 @@ type file interface {
 	io.ReaderAt
 	io.WriterAt
 	io.Closer
-	// sync makes the content durable, and of the metadata what reading it needs.
+	// sync makes the content durable, and the metadata that is needed to read it.
 	sync() error
 }
 
@@ -59,13 +60,17 @@ func (osFS) readDir(dir string) ([]string, error) {
 }
 
 func (osFS) lock(dir string) (io.Closer, error) {
-	if err := os.Mkdir(dir, 0o700); errors.Is(err, os.ErrNotExist) {
+	err := os.Mkdir(dir, 0o700)
+	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w: the parent of a data directory has to be there", err)
-	} else if err != nil && !errors.Is(err, os.ErrExist) {
+	}
+	if err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
-	// Its name has to survive, too; if it is ours to make, its parent is ours to sync.
-	if err := (osFS{}).syncDir(filepath.Dir(filepath.Clean(dir))); err != nil && !errors.Is(err, os.ErrPermission) {
+	// The directory's own name has to survive, too. Without permission to sync the parent,
+	// this process cannot have made it.
+	err = osFS{}.syncDir(filepath.Dir(filepath.Clean(dir)))
+	if err != nil && !errors.Is(err, os.ErrPermission) {
 		return nil, err
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "LOCK"), os.O_RDWR|os.O_CREATE, 0o600)
@@ -82,14 +87,14 @@ func (osFS) lock(dir string) (io.Closer, error) {
 func lockFile(f *os.File) error {
 	for {
 		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		if err != syscall.EINTR { // interrupted before it did anything: not a failure
+		if err != syscall.EINTR { // EINTR: it did nothing, and is called again
 			return err
 		}
 	}
 }
 
-// lockError says what it means that a file cannot be locked: only one error means
-// that another process has the lock.
+// lockError says why a file cannot be locked: EWOULDBLOCK alone means that another process
+// has the lock.
 func lockError(name string, err error) error {
 	if err == syscall.EWOULDBLOCK {
 		return fmt.Errorf("another process uses it (%w)", err)
