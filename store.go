@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"cmp"
 	"container/list"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -26,14 +25,6 @@ const (
 	numShards = 1 << 12
 	// maxRemoved is how many removed raft IDs, and how many removed nodes, are remembered.
 	maxRemoved = 1024
-	// maxSessions is how many sessions are kept, maxAnswers how many sequences
-	// of each are told from new ones, and how far above the highest the next may
-	// be. All nodes of a cluster have to agree.
-	maxSessions, maxAnswers = 10_000, 1024
-	// One in unusedDivisor sessions may be one that was never used, before a new session
-	// takes the place of such a one. So a client has time to use the session that it
-	// opened, and whoever opens many pushes out at most this part of the used ones.
-	unusedDivisor = 10
 	// versionsPerSecond is by how much the version that a restored cluster begins
 	// with grows in a second: no cluster writes so much.
 	versionsPerSecond = 1 << 20
@@ -56,37 +47,9 @@ type keyItem struct {
 	item
 }
 
-// What a write that carries a request_id can end with besides an answer.
-var (
-	errSessionUnknown = errors.New("the session was never opened, or has been dropped: the write was not applied now")
-	errSequenceTooOld = errors.New("the sequence is too far below the highest of its session: the write was not applied now")
-	errSequenceTooFar = errors.New("the sequence is too far above the highest of its session: the write was not applied; open another session")
-	errSessionTaken   = errors.New("the number drawn for the session is another's: none was opened, the next call draws another")
-)
-
 // firstClock is before this program was written: a clock that shows an earlier time was
 // never set.
 var firstClock = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
-
-// session is what is known of a client's writes. Views share the answers: what
-// stands in them is not changed while one is open.
-type session struct {
-	id      uint64
-	answers []firstAnswer // by sequence, the last of them the highest
-}
-
-// firstAnswer is the one that repeats of a sequence get, too.
-type firstAnswer struct {
-	sequence uint64
-	result
-}
-
-func (s *session) highest() uint64 {
-	if len(s.answers) == 0 {
-		return 0
-	}
-	return s.answers[len(s.answers)-1].sequence
-}
 
 // store is the state that the log determines; a snapshot holds all of it.
 //
@@ -240,40 +203,6 @@ func (s *store) applyWrite(w *operation) result {
 		r.found = s.delete(w.key)
 	}
 	return r
-}
-
-// openSession adds a session, unless there is one of that id.
-func (s *store) openSession(id uint64) error {
-	if s.sessions[id] != nil {
-		return errSessionTaken
-	}
-	if len(s.sessions) >= s.sessionLimit {
-		s.dropSession()
-	}
-	s.sessions[id] = s.unused.PushBack(&session{id: id})
-	return nil
-}
-
-// dropSession makes room for a session.
-func (s *store) dropSession() {
-	from := s.recent
-	if s.unused.Len() >= max(1, s.sessionLimit/unusedDivisor) {
-		from = s.unused
-	}
-	ses := from.Remove(from.Front()).(*session)
-	delete(s.sessions, ses.id)
-}
-
-// useSession makes a session the one used last. If it has no answer, it is about
-// to get its first.
-func (s *store) useSession(e *list.Element) {
-	ses := e.Value.(*session)
-	if len(ses.answers) > 0 {
-		s.recent.MoveToBack(e)
-		return
-	}
-	s.unused.Remove(e)
-	s.sessions[ses.id] = s.recent.PushBack(ses)
 }
 
 // beginVersions makes the next version of a store that is restored one that the

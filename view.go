@@ -386,28 +386,3 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	}
 	return checkConfState(s.conf)
 }
-
-func (s *store) restoreSession(m *kvpb.Session) error {
-	if m.Id == 0 || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions {
-		return errors.New("its id is invalid, or it is out of place")
-	}
-	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}
-	for i, a := range m.Answers {
-		ses.answers[i] = firstAnswer{a.Sequence, result{a.Version, a.Found, a.CompareFailed}}
-		if a.Sequence == 0 || i > 0 && a.Sequence <= m.Answers[i-1].Sequence || a.Version > s.version || a.Version == 0 && !a.CompareFailed {
-			return errors.New("an answer is invalid or out of place")
-		}
-	}
-	if ses.highest() != m.Highest || m.Highest > maxAnswers && ses.answers[0].sequence <= m.Highest-maxAnswers {
-		return errors.New("its answers are not the last ones")
-	}
-	if len(ses.answers) > 0 {
-		s.sessions[m.Id] = s.recent.PushBack(ses)
-		return nil
-	}
-	if s.recent.Len() > 0 {
-		return errors.New("it was never used, and follows one that was")
-	}
-	s.sessions[m.Id] = s.unused.PushBack(ses)
-	return nil
-}
