@@ -4,8 +4,10 @@
 package main
 
 import (
+	"cmp"
 	"container/list"
 	"errors"
+	"slices"
 
 	"raft-key-value/kvpb"
 )
@@ -29,81 +31,185 @@ var (
 	errSessionTaken   = errors.New("the number drawn for the session is another's: none was opened, the next call draws another")
 )
 
-// session is what is known of a client's writes. Views share the answers: what
-// stands in them is not changed while one is open.
+// sessions are the sessions that a store knows. Nothing but the log determines them, so
+// that all nodes know the same. The loop alone uses them.
+type sessions struct {
+	limit       int    // of sessions: maxSessions, but in tests
+	answerLimit uint64 // of sequences: maxAnswers, but in tests
+
+	byID   map[uint64]*list.Element // of unused or used
+	unused *list.List               // of all *session without answers, the oldest first
+	used   *list.List               // of all others, the one used the longest ago first
+}
+
+// session is what is known of a client's writes. Views share the answers: while one is
+// open, those in the slice are not changed in place.
 type session struct {
 	id      uint64
 	answers []firstAnswer // by sequence, the last of them the highest
 }
 
-// firstAnswer is the one that repeats of a sequence get, too.
+// firstAnswer is the answer to the first write with a sequence. Repeats get it, too.
 type firstAnswer struct {
 	sequence uint64
 	result
 }
 
-func (s *session) highest() uint64 {
-	if len(s.answers) == 0 {
-		return 0
+func newSessions() *sessions {
+	return &sessions{
+		limit:       maxSessions,
+		answerLimit: maxAnswers,
+		byID:        map[uint64]*list.Element{},
+		unused:      list.New(),
+		used:        list.New(),
 	}
-	return s.answers[len(s.answers)-1].sequence
 }
 
-// openSession adds a session, unless there is one of that id.
-func (s *store) openSession(id uint64) error {
-	if s.sessions[id] != nil {
+func (s *sessions) count() int { return len(s.byID) }
+
+// all returns copies of all sessions, which share the answers, in the order in which a
+// snapshot has them: the unused ones, and then the used ones.
+func (s *sessions) all() []session {
+	all := make([]session, 0, len(s.byID))
+	for _, l := range []*list.List{s.unused, s.used} {
+		for e := l.Front(); e != nil; e = e.Next() {
+			all = append(all, *e.Value.(*session))
+		}
+	}
+	return all
+}
+
+// add opens a session, unless there is one of that id. If there are too many, it drops
+// another one.
+func (s *sessions) add(id uint64) error {
+	if s.byID[id] != nil {
 		return errSessionTaken
 	}
-	if len(s.sessions) >= s.sessionLimit {
-		s.dropSession()
+	if len(s.byID) >= s.limit {
+		s.dropOne()
 	}
-	s.sessions[id] = s.unused.PushBack(&session{id: id})
+	s.byID[id] = s.unused.PushBack(&session{id: id})
 	return nil
 }
 
-// dropSession makes room for a session.
-func (s *store) dropSession() {
-	from := s.recent
-	if s.unused.Len() >= max(1, s.sessionLimit/unusedDivisor) {
+// dropOne makes room for a session.
+func (s *sessions) dropOne() {
+	from := s.used
+	if s.unused.Len() >= max(1, s.limit/unusedDivisor) {
 		from = s.unused
 	}
-	ses := from.Remove(from.Front()).(*session)
-	delete(s.sessions, ses.id)
+	dropped := from.Remove(from.Front()).(*session)
+	delete(s.byID, dropped.id)
 }
 
-// useSession makes a session the one used last. If it has no answer, it is about
-// to get its first.
-func (s *store) useSession(e *list.Element) {
-	ses := e.Value.(*session)
-	if len(ses.answers) > 0 {
-		s.recent.MoveToBack(e)
-		return
+// use returns the session of a write and makes it the one used last. It refuses a write
+// of which nobody knows whether it was applied, and one that the session's client would
+// not send next: these use no session.
+func (s *sessions) use(id, sequence uint64) (*session, error) {
+	e := s.byID[id]
+	if e == nil {
+		return nil, errSessionUnknown
 	}
-	s.unused.Remove(e)
-	s.sessions[ses.id] = s.recent.PushBack(ses)
+	ses := e.Value.(*session)
+	highest := ses.highest()
+	if highest > s.answerLimit && sequence <= highest-s.answerLimit {
+		return nil, errSequenceTooOld
+	}
+	if sequence > highest && sequence-highest > s.answerLimit {
+		return nil, errSequenceTooFar
+	}
+	if len(ses.answers) > 0 {
+		s.used.MoveToBack(e)
+		return ses, nil
+	}
+	s.unused.Remove(e) // it is about to get its first answer
+	s.byID[id] = s.used.PushBack(ses)
+	return ses, nil
 }
 
-func (s *store) restoreSession(m *kvpb.Session) error {
-	if m.Id == 0 || s.sessions[m.Id] != nil || len(s.sessions) >= maxSessions {
+// remember adds the answer to a write that was new, and forgets those that are too old
+// then. If views are open, which share the answers, it changes none in place.
+func (s *sessions) remember(ses *session, sequence uint64, r result, shared bool) {
+	i, _ := ses.find(sequence)
+	if i < len(ses.answers) && shared {
+		ses.answers = slices.Clip(ses.answers) // has Insert make a copy
+	}
+	ses.answers = slices.Insert(ses.answers, i, firstAnswer{sequence, r})
+	highest := ses.highest()
+	for highest > s.answerLimit && ses.answers[0].sequence <= highest-s.answerLimit {
+		ses.answers = ses.answers[1:]
+	}
+}
+
+// replace takes over the sessions of t, which must not be used any more, but not t's
+// limits.
+func (s *sessions) replace(t *sessions) {
+	s.byID = t.byID
+	s.unused = t.unused
+	s.used = t.used
+}
+
+// restore adds a session of a snapshot whose last version this is. It refuses one that
+// no store can have, or not at this place: the order is that of all.
+func (s *sessions) restore(m *kvpb.Session, version uint64) error {
+	if m.Id == 0 || s.byID[m.Id] != nil || len(s.byID) >= s.limit {
 		return errors.New("its id is invalid, or it is out of place")
 	}
 	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}
+	before := uint64(0)
 	for i, a := range m.Answers {
-		ses.answers[i] = firstAnswer{a.Sequence, result{a.Version, a.Found, a.CompareFailed}}
-		if a.Sequence == 0 || i > 0 && a.Sequence <= m.Answers[i-1].Sequence || a.Version > s.version || a.Version == 0 && !a.CompareFailed {
+		known := a.Version <= version && (a.Version > 0 || a.CompareFailed)
+		if a.Sequence <= before || !known {
 			return errors.New("an answer is invalid or out of place")
 		}
+		before = a.Sequence
+		ses.answers[i] = firstAnswer{a.Sequence, result{a.Version, a.Found, a.CompareFailed}}
 	}
-	if ses.highest() != m.Highest || m.Highest > maxAnswers && ses.answers[0].sequence <= m.Highest-maxAnswers {
+	tooOld := m.Highest > s.answerLimit && ses.lowest() <= m.Highest-s.answerLimit
+	if ses.highest() != m.Highest || tooOld {
 		return errors.New("its answers are not the last ones")
 	}
 	if len(ses.answers) > 0 {
-		s.sessions[m.Id] = s.recent.PushBack(ses)
+		s.byID[m.Id] = s.used.PushBack(ses)
 		return nil
 	}
-	if s.recent.Len() > 0 {
+	if s.used.Len() > 0 {
 		return errors.New("it was never used, and follows one that was")
 	}
-	s.sessions[m.Id] = s.unused.PushBack(ses)
+	s.byID[m.Id] = s.unused.PushBack(ses)
 	return nil
+}
+
+// highest returns the highest sequence that has an answer; 0: there is none.
+func (ses *session) highest() uint64 {
+	if len(ses.answers) == 0 {
+		return 0
+	}
+	return ses.answers[len(ses.answers)-1].sequence
+}
+
+func (ses *session) lowest() uint64 {
+	if len(ses.answers) == 0 {
+		return 0
+	}
+	return ses.answers[0].sequence
+}
+
+// find returns where in answers that to a sequence is, or would be.
+func (ses *session) find(sequence uint64) (i int, found bool) {
+	if sequence > ses.highest() { // most are
+		return len(ses.answers), false
+	}
+	return slices.BinarySearchFunc(ses.answers, sequence, func(a firstAnswer, sequence uint64) int {
+		return cmp.Compare(a.sequence, sequence)
+	})
+}
+
+// answer returns the answer to a write that was applied before.
+func (ses *session) answer(sequence uint64) (result, bool) {
+	i, found := ses.find(sequence)
+	if !found {
+		return result{}, false
+	}
+	return ses.answers[i].result, true
 }

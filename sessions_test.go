@@ -6,7 +6,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -150,7 +149,7 @@ func TestSession(t *testing.T) {
 	s.wants(withID(1<<64-1, 1025, setWrite("b", "6")), 1, done(14, true))
 
 	// The end of all sequences, which nobody reaches.
-	ses := s.sessions[71].Value.(*session)
+	ses := s.sessions.byID[71].Value.(*session)
 	ses.answers = []firstAnswer{{1<<64 - 1000, result{version: 1}}}
 	s.wants(withID(71, 1<<64-1, setWrite("b", "7")), 1, done(15, true))
 	s.wants(withID(71, 1<<64-1025, setWrite("b", "x")), 0, tooOld)
@@ -173,8 +172,8 @@ func (s *sessionStore) opens(first, n uint64) {
 			s.t.Fatalf("session %d: %v", first+uint64(i), o.err)
 		}
 	}
-	if all := s.unused.Len() + s.recent.Len(); len(s.sessions) != all || all > maxSessions {
-		s.t.Fatalf("%d sessions, %d unused, %d used", len(s.sessions), s.unused.Len(), s.recent.Len())
+	if all := s.sessions.unused.Len() + s.sessions.used.Len(); s.sessions.count() != all || all > maxSessions {
+		s.t.Fatalf("%d sessions, %d unused, %d used", s.sessions.count(), s.sessions.unused.Len(), s.sessions.used.Len())
 	}
 }
 
@@ -222,7 +221,7 @@ func TestStrangersSessions(t *testing.T) {
 // dropped, whoever sends it.
 func TestRefusedWritesUseNothing(t *testing.T) {
 	s := &sessionStore{newTestStore(), t, 0}
-	s.sessionLimit, s.answerLimit = 3, 2
+	s.sessions.limit, s.sessions.answerLimit = 3, 2
 	for id := uint64(1); id <= 3; id++ {
 		s.wants(openWrite(id), 0, opened)
 	}
@@ -249,12 +248,12 @@ func TestSessionsAreBounded(t *testing.T) {
 	// A session with all answers at their longest fits into a record.
 	last := uint64(1<<64 - 1024)
 	s.uses(1, 1, 1)
-	s.sessions[1].Value.(*session).answers[0].sequence = last - 1
+	s.sessions.byID[1].Value.(*session).answers[0].sequence = last - 1
 	for i := range uint64(1024) {
 		applyBatch(t, s.store, 3, i+1, withID(1, last+i, setWrite("a", fmt.Sprint(i))))
 	}
-	for i := range s.recent.Back().Value.(*session).answers {
-		s.recent.Back().Value.(*session).answers[i].result = result{maxCounter - 1, true, true}
+	for i := range s.sessions.used.Back().Value.(*session).answers {
+		s.sessions.used.Back().Value.(*session).answers[i].result = result{maxCounter - 1, true, true}
 	}
 	s.version = maxCounter - 1
 	b := snapshotBytes(t, s.store)
@@ -346,7 +345,7 @@ func TestSessionModel(t *testing.T) {
 	for seed := range uint64(8) {
 		r := seededRand(seed)
 		s := newTestStore()
-		s.sessionLimit, s.answerLimit = 1+r.IntN(5)*r.IntN(7), 1+r.IntN(8)
+		s.sessions.limit, s.sessions.answerLimit = 1+r.IntN(5)*r.IntN(7), 1+r.Uint64N(8)
 		m := &sessionModel{keys: map[string]uint64{}, highest: map[uint64]uint64{}, answered: map[[2]uint64]outcome{}}
 		ids := []uint64{77}
 		type open struct {
@@ -399,7 +398,7 @@ func TestSessionModel(t *testing.T) {
 				if id := ids[max(0, len(ids)-1-r.IntN(7))]; w.GetNewSession() == nil && r.IntN(3) > 0 {
 					withID(id, max(1, m.highest[id]+uint64(r.IntN(4))-min(m.highest[id], uint64(r.IntN(9)))), w)
 				}
-				o := m.apply(w, s.sessionLimit, uint64(s.answerLimit))
+				o := m.apply(w, s.sessions.limit, s.sessions.answerLimit)
 				if w.GetNewSession() != nil && o.err == nil {
 					id := w.GetNewSession().Session
 					ids, m.highest[id] = append(ids, id), 0
@@ -412,12 +411,10 @@ func TestSessionModel(t *testing.T) {
 				t.Fatalf("seed %d: %v: %v, want %v", seed, ws, got, want)
 			}
 			var order []uint64
-			for _, l := range []*list.List{s.unused, s.recent} {
-				for e := l.Front(); e != nil; e = e.Next() {
-					order = append(order, e.Value.(*session).id)
-				}
+			for _, ses := range s.sessions.all() {
+				order = append(order, ses.id)
 			}
-			if !slices.Equal(order, m.order) || len(s.sessions) != len(order) {
+			if !slices.Equal(order, m.order) || s.sessions.count() != len(order) {
 				t.Fatalf("seed %d: sessions %v, want %v", seed, order, m.order)
 			}
 		}
@@ -658,7 +655,7 @@ func TestExactlyOnce(t *testing.T) {
 	refused(del, "SEQUENCE_TOO_OLD")
 	c.answers(&kvpb.SetResponse{Version: 2, CompareFailed: true}, cas, 1)
 	for _, n := range c.nodes {
-		if err := n.server.n.do(c.ctx, func() error { n.server.n.store.sessionLimit = 3; return nil }); err != nil {
+		if err := n.server.n.do(c.ctx, func() error { n.server.n.store.sessions.limit = 3; return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -17,7 +17,6 @@ import (
 	"bytes"
 	"cmp"
 	"container/heap"
-	"container/list"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -426,7 +425,7 @@ func (s *sim) start(st *site) {
 			p.acknowledge(e)
 		}
 	}
-	p.n.store.sessionLimit, p.n.store.answerLimit, p.n.store.sameVersion = s.cfg.sessions, s.cfg.answers, s.cfg.sameCount
+	p.n.store.sessions.limit, p.n.store.sessions.answerLimit, p.n.store.sameVersion = s.cfg.sessions, uint64(s.cfg.answers), s.cfg.sameCount
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
 		p.n.id.raftID = old
@@ -524,7 +523,7 @@ func (p *proc) turn(ticks int) {
 		clear(p.n.store.proposers)
 	}
 	if s := p.n.store; p.s.cfg.careless { // all but the highest
-		for e := s.recent.Front(); e != nil; e = e.Next() {
+		for e := s.sessions.used.Front(); e != nil; e = e.Next() {
 			ses := e.Value.(*session)
 			ses.answers = ses.answers[len(ses.answers)-1:]
 		}
@@ -1579,9 +1578,7 @@ func (t *transfer) install() {
 		st.index--
 	}
 	if s.cfg.strangers {
-		clear(st.sessions)
-		st.unused.Init()
-		st.recent.Init()
+		st.sessions = newSessions()
 	}
 	delete(p.receiving, t.hello.From.RaftId)
 	p.n.in.event(func() {
@@ -2891,10 +2888,8 @@ func (s *sim) unequal() string {
 			}
 		}
 		var kept []uint64
-		for _, l := range []*list.List{st.unused, st.recent} {
-			for e := l.Front(); e != nil; e = e.Next() {
-				kept = append(kept, e.Value.(*session).id)
-			}
+		for _, ses := range st.sessions.all() {
+			kept = append(kept, ses.id)
 		}
 		if !slices.EqualFunc(o.sessions, kept, func(ses *modelSession, id uint64) bool { return ses.id == id }) {
 			s.failf("I5: %v has sessions %d", p, kept)

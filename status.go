@@ -126,7 +126,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Version = s.version
 	m.Keys = s.keys
 	m.StoreBytes = s.bytes
-	m.Sessions = uint64(len(s.sessions))
+	m.Sessions = uint64(s.sessions.count())
 	if n.rn == nil {
 		return m
 	}

@@ -5,7 +5,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"container/list"
 	"fmt"
 	"maps"
 	"slices"
@@ -19,19 +18,18 @@ import (
 )
 
 const (
-	// numShards bounds how long a view that is read keeps writes waiting: for
-	// the copy of a shard. Snapshots are in the order of shards, so which one a key
-	// is in can be chosen; shard.go bounds what of one is copied.
+	// A write waits while a view copies one of numShards shards. Clients can choose keys
+	// of one shard, for all know shardOf; shard.go bounds what is copied of one.
 	numShards = 1 << 12
 	// maxRemoved is how many removed raft IDs, and how many removed nodes, are remembered.
 	maxRemoved = 1024
-	// versionsPerSecond is by how much the version that a restored cluster begins
-	// with grows in a second: no cluster writes so much.
+	// versionsPerSecond is by how much the version that a restored cluster begins with
+	// grows with each second of the clock. It is more than a cluster can write in one.
 	versionsPerSecond = 1 << 20
 	// maxFirstVersion bounds the version that a restored cluster begins with: JSON
 	// in JavaScript has no higher integers.
 	maxFirstVersion = 1 << 53
-	// maxRoom is for how many writes of an entry memory is kept.
+	// maxRoom bounds the memory, in writes, that is kept for the writes of the next entry.
 	maxRoom = 16 << 10
 )
 
@@ -47,15 +45,14 @@ type keyItem struct {
 	item
 }
 
-// firstClock is before this program was written: a clock that shows an earlier time was
-// never set.
+// firstClock is the earliest time that a clock can show that was ever set: this program is
+// younger.
 var firstClock = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
 
-// store is the state that the log determines; a snapshot holds all of it.
-//
-// mu guards the fields below it: readers hold it shared, the loop alone writes.
-// The fields above it are the loop's alone.
+// store is the state machine. The log alone determines its state, of which a snapshot
+// holds all. The loop alone changes it, under mu whatever other goroutines read.
 type store struct {
+	// The state that the loop alone reads, and so without a lock.
 	index     uint64 // of the last entry applied
 	term      uint64 // of the last entry applied
 	version   uint64 // of the last write applied: a count of them, from beginVersions on
@@ -63,23 +60,21 @@ type store struct {
 	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
 	removed   []uint64              // raft IDs, oldest first
 	former    []uint64              // ids of nodes that were removed, each once, the last one last
-	proposers map[uint64]uint64     // by raft ID: the last batch applied
-	file      string                // that it was read from, if that is in the data directory
-	sessions  map[uint64]*list.Element
-	unused    *list.List // of all *session without answers, the oldest first
-	recent    *list.List // of all others, the one used the longest ago first
-	// maxSessions and maxAnswers, but for the simulator, which may also have all
-	// writes of an entry share a version.
-	sessionLimit, answerLimit int
-	sameVersion               bool
-	room                      []operation // for the writes of an entry
+	proposers map[uint64]uint64     // by raft ID: the sequence of the last batch applied
+	sessions  *sessions
 
+	// The state that all read: mu guards it.
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
 	shards    []shard
 	keys      uint64
-	bytes     uint64  // of all keys and values
-	views     []*view // of these shards
+	bytes     uint64 // of all keys and values
+
+	// Not part of the state.
+	views       []*view // that are open, of these shards: mu guards them, too
+	file        string  // the snapshot in the data directory that it was read from, if it was
+	room        []operation  // memory for the writes of an entry
+	sameVersion bool    // a bug that the simulator plants: all writes of an entry share a version
 }
 
 func newStore() *store {
@@ -87,13 +82,13 @@ func newStore() *store {
 		conf:      raftpb.EnsureConfState(nil),
 		members:   map[uint64]*kvpb.Node{},
 		proposers: map[uint64]uint64{},
-		sessions:  map[uint64]*list.Element{}, unused: list.New(), recent: list.New(),
-		sessionLimit: maxSessions, answerLimit: maxAnswers,
-		shards: make([]shard, numShards),
+		sessions:  newSessions(),
+		shards:    make([]shard, numShards),
 	}
 }
 
-// shardOf is FNV-1a, folded: the same on every machine and in every run.
+// shardOf returns a key's shard, by FNV-1a, folded: snapshots are in the order of shards, so
+// it is the same on every machine and in every run.
 func shardOf[K string | []byte](key K) uint64 {
 	h := uint64(14695981039346656037)
 	for i := range len(key) {
@@ -122,7 +117,8 @@ type result struct {
 }
 
 // apply applies the data of a normal entry and says which batch it was and how
-// each of its writes went. A batch that is not fresh has no results.
+// each of its writes went. A batch that was applied before has no results: its proposer
+// repeats what seems lost, so it may come twice.
 func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome, err error) {
 	if len(data) == 0 {
 		return 0, 0, nil, nil // the first entry of a term
@@ -131,9 +127,12 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	if err != nil {
 		return 0, 0, nil, fmt.Errorf("decoding a batch: %w: if this node is older than its cluster, start a newer one", err)
 	}
-	if !s.fresh(b.proposer, b.sequence) {
+	isMember := s.members[b.proposer] != nil
+	if !isMember || b.sequence <= s.proposers[b.proposer] {
 		return b.proposer, b.sequence, nil, nil
 	}
+	s.proposers[b.proposer] = b.sequence
+
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	results = make([]outcome, len(b.writes))
@@ -143,55 +142,38 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 		}
 		results[i] = s.applyOnce(&b.writes[i])
 	}
-	if clear(b.writes); cap(b.writes) <= maxRoom {
+	clear(b.writes) // lets go of data
+	if cap(b.writes) <= maxRoom {
 		s.room = b.writes
 	}
 	return b.proposer, b.sequence, results, nil
 }
 
-// applyOnce applies a write, unless its id says that it was applied before, or
-// that nobody can know, or is none that the session's client would use next.
+// applyOnce applies an operation of a batch. A write with an id is applied the first time,
+// gets the same answer each time, and is refused if its session does not know it any more.
 func (s *store) applyOnce(w *operation) outcome {
 	if w.kind == opNewSession {
-		return outcome{err: s.openSession(w.session)}
+		return outcome{err: s.sessions.add(w.session)}
 	}
 	if !w.hasID {
 		return outcome{result: s.applyWrite(w)}
 	}
-	e := s.sessions[w.session]
-	if e == nil {
-		return outcome{err: errSessionUnknown}
+	ses, err := s.sessions.use(w.session, w.sequence)
+	if err != nil {
+		return outcome{err: err}
 	}
-	ses, limit := e.Value.(*session), uint64(s.answerLimit)
-	highest := ses.highest()
-	if highest > limit && w.sequence <= highest-limit {
-		return outcome{err: errSequenceTooOld}
-	}
-	if w.sequence > highest && w.sequence-highest > limit {
-		return outcome{err: errSequenceTooFar}
-	}
-	s.useSession(e)
-	i, found := len(ses.answers), false
-	if w.sequence <= highest { // most are above
-		i, found = slices.BinarySearchFunc(ses.answers, w.sequence, func(a firstAnswer, sequence uint64) int { return cmp.Compare(a.sequence, sequence) })
-	}
-	if found {
-		return outcome{result: ses.answers[i].result}
+	if r, repeated := ses.answer(w.sequence); repeated {
+		return outcome{result: r}
 	}
 	r := s.applyWrite(w)
-	if i < len(ses.answers) && len(s.views) > 0 {
-		ses.answers = slices.Clip(ses.answers) // has Insert make a copy
-	}
-	ses.answers = slices.Insert(ses.answers, i, firstAnswer{w.sequence, r})
-	for highest = ses.highest(); highest > limit && ses.answers[0].sequence <= highest-limit; {
-		ses.answers = ses.answers[1:]
-	}
+	s.sessions.remember(ses, w.sequence, r, len(s.views) > 0)
 	return outcome{result: r}
 }
 
 func (s *store) applyWrite(w *operation) result {
 	if w.compares {
-		if it, _, _ := s.shards[shardOf(w.key)].find(hashOf(w.key), w.key); it.version != w.expected {
+		it, _, _ := s.shards[shardOf(w.key)].find(hashOf(w.key), w.key)
+		if it.version != w.expected {
 			return result{version: it.version, compareFailed: true}
 		}
 	}
@@ -205,17 +187,20 @@ func (s *store) applyWrite(w *operation) result {
 	return r
 }
 
-// beginVersions makes the next version of a store that is restored one that the
-// cluster has never given out: not before the backup, not after it, nor in
-// another life that began with the same backup. So it goes by time. The keys keep
-// their versions: whoever knows one knows the value that it is of.
+// beginVersions sets the version of a restored store to one above all that its cluster has
+// ever given out: before the backup, after it, or after another restore of the same
+// backup. Nobody knows the highest of these, so the time of the restore stands for it
+// (versionAt). The keys keep their versions, for whoever knows the version of a key knows
+// its value.
 func (s *store) beginVersions(now time.Time) error {
 	first := versionAt(now)
 	if now.Before(firstClock) {
-		return fmt.Errorf("this machine's clock says %s, so it was never set: versions begin with the time of a restore; set the clock", clockText(now))
+		return fmt.Errorf("this machine's clock says %s, so it was never set: "+
+			"versions begin with the time of a restore; set the clock", clockText(now))
 	}
 	if first >= maxFirstVersion {
-		return fmt.Errorf("this machine's clock says %s: versions begin with the time of a restore, and would exceed 2^53; set the clock", clockText(now))
+		return fmt.Errorf("this machine's clock says %s: versions begin with the time of a restore, "+
+			"and would exceed 2^53; set the clock", clockText(now))
 	}
 	if s.version >= first {
 		return fmt.Errorf("this machine's clock says %s, and the backup is of version %d, which is reached by %s: "+
@@ -242,57 +227,51 @@ func (s *store) beginCluster(id *kvpb.Identity, self *kvpb.Node, now time.Time) 
 	return nil
 }
 
-// versionAt is the version with which a cluster begins that is restored at a time
-// since 1970.
+// versionAt returns the version with which a cluster begins that is restored at a time, which
+// is not before 1970.
 func versionAt(t time.Time) uint64 {
 	return uint64(t.Unix())*versionsPerSecond + uint64(t.Nanosecond())*versionsPerSecond/uint64(time.Second)
 }
 
-// timeOf is when a cluster begins with a version, rounded up to a second.
+// timeOf returns the time, in whole seconds, from which on versionAt is above a version.
 func timeOf(version uint64) time.Time { return time.Unix(int64(version/versionsPerSecond+1), 0) }
 
 func clockText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }
 
-// fresh reports whether a batch is to be applied, and remembers that it was.
-// A proposal may come twice: its proposer repeats what seems lost.
-func (s *store) fresh(proposer, sequence uint64) bool {
-	if s.members[proposer] == nil || sequence <= s.proposers[proposer] {
-		return false
-	}
-	s.proposers[proposer] = sequence
-	return true
-}
-
-// set makes it the item of a key, and keeps neither.
+// set stores a copy of an item under a key, and reports whether the key was there before.
 func (s *store) set(key []byte, it item) (found bool) {
-	i, hash := shardOf(key), hashOf(key)
+	i := shardOf(key)
+	hash := hashOf(key)
 	sh := &s.shards[i]
 	old, at, found := sh.find(hash, key)
 	s.bytes += uint64(len(it.value)) - uint64(len(old.value))
 	if found {
 		s.preserve(i, key, old)
 		sh.replace(hash, key, at, old, it)
-	} else {
-		s.keys++
-		s.bytes += uint64(len(key))
-		sh.add(hash, key, it)
+		return true
 	}
-	return found
+	s.keys++
+	s.bytes += uint64(len(key))
+	sh.add(hash, key, it)
+	return false
 }
 
+// delete removes a key, and reports whether it was there.
 func (s *store) delete(key []byte) (found bool) {
-	i, hash := shardOf(key), hashOf(key)
+	i := shardOf(key)
+	hash := hashOf(key)
 	old, at, found := s.shards[i].find(hash, key)
-	if found {
-		s.preserve(i, key, old)
-		s.keys--
-		s.bytes -= uint64(len(key) + len(old.value))
-		s.shards[i].remove(hash, key, at)
+	if !found {
+		return false
 	}
-	return found
+	s.preserve(i, key, old)
+	s.keys--
+	s.bytes -= uint64(len(key) + len(old.value))
+	s.shards[i].remove(hash, key, at)
+	return true
 }
 
-// preserve keeps what is about to be replaced for the views that show it.
+// preserve copies an item that is about to be replaced to the views that show it.
 func (s *store) preserve(shard uint64, key []byte, old item) {
 	var kept keyItem
 	for _, v := range s.views {
@@ -306,33 +285,34 @@ func (s *store) preserve(shard uint64, key []byte, old item) {
 	}
 }
 
-// configure makes cs the configuration. Members are those that it names: the
-// present ones and the given ones; whoever it leaves out has been removed.
+// configure makes cs the configuration. It takes the nodes that cs names from the present
+// members and from changed; members that cs does not name have been removed.
 func (s *store) configure(cs *raftpb.ConfState, changed []*kvpb.Member) {
 	s.conf = cs
 	members := maps.Clone(s.members)
 	for _, m := range changed {
 		members[m.RaftId] = m.Node
 	}
+	named := confIDs(cs)
 	for _, id := range slices.Sorted(maps.Keys(members)) {
-		if !slices.Contains(confIDs(cs), id) {
+		if !slices.Contains(named, id) {
 			delete(members, id)
 			delete(s.proposers, id)
 			s.removed = append(s.removed, id)
 		}
 	}
+	s.removed = slices.Clone(s.removed[max(0, len(s.removed)-maxRemoved):])
 	before := s.members
 	s.members = members // a new map: the old one may have been published
-	s.removed = slices.Clone(s.removed[max(0, len(s.removed)-maxRemoved):])
 	for _, m := range sortedMembers(before) {
 		if len(s.raftIDsOf(m.Node.Id)) == 0 {
-			s.remember(m.Node.Id)
+			s.addFormer(m.Node.Id)
 		}
 	}
 }
 
-// remember notes that a node is no member any more.
-func (s *store) remember(nodeID uint64) {
+// addFormer notes that a node is no member any more.
+func (s *store) addFormer(nodeID uint64) {
 	others := slices.DeleteFunc(slices.Clone(s.former), func(id uint64) bool { return id == nodeID })
 	s.former = append(others[max(0, len(others)+1-maxRemoved):], nodeID)
 }
@@ -362,16 +342,27 @@ func (s *store) raftIDsOf(nodeID uint64) []uint64 {
 // install replaces the state by that of another store, which must not be used
 // any more. Open views keep what they have.
 func (s *store) install(t *store) {
-	s.index, s.term, s.version = t.index, t.term, t.version
-	s.conf, s.members, s.removed, s.proposers, s.file = t.conf, t.members, t.removed, t.proposers, t.file
+	s.index = t.index
+	s.term = t.term
+	s.version = t.version
+	s.conf = t.conf
+	s.members = t.members
+	s.removed = t.removed
 	s.former = t.former
-	s.sessions, s.unused, s.recent = t.sessions, t.unused, t.recent
+	s.proposers = t.proposers
+	s.sessions.replace(t.sessions)
+	s.file = t.file
+
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.clusterID, s.shards, s.keys, s.bytes, s.views = t.clusterID, t.shards, t.keys, t.bytes, nil
+	s.clusterID = t.clusterID
+	s.shards = t.shards
+	s.keys = t.keys
+	s.bytes = t.bytes
+	s.views = nil // they are of the shards before
 }
 
-// members sorted by node id, then raft ID: the order in which people see them.
+// sortedMembers returns members by node id, then raft ID: the order in which people see them.
 func sortedMembers(members map[uint64]*kvpb.Node) []*kvpb.Member {
 	var ms []*kvpb.Member
 	for id, n := range members {
@@ -383,16 +374,16 @@ func sortedMembers(members map[uint64]*kvpb.Node) []*kvpb.Member {
 	return ms
 }
 
-// describeMembers is the membership in one line of a log.
+// describeMembers returns the membership as one line for a message.
 func describeMembers(cs *raftpb.ConfState, members map[uint64]*kvpb.Node) string {
 	var parts []string
 	for _, m := range sortedMembers(members) {
 		role := "learner"
-		switch in, out := slices.Contains(cs.GetVoters(), m.RaftId), slices.Contains(cs.GetVotersOutgoing(), m.RaftId); {
-		case in:
-			role = "voter"
-		case out:
+		if slices.Contains(cs.GetVotersOutgoing(), m.RaftId) {
 			role = "leaving"
+		}
+		if slices.Contains(cs.GetVoters(), m.RaftId) {
+			role = "voter"
 		}
 		parts = append(parts, fmt.Sprintf("%d=%s %s", m.Node.Id, m.Node.Address, role))
 	}

@@ -7,7 +7,6 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"container/list"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -57,12 +56,7 @@ type view struct {
 // open opens a view. Only the loop may call it.
 func (s *store) open() *view {
 	v := s.openKeys()
-	v.sessions = make([]session, 0, len(s.sessions))
-	for _, l := range []*list.List{s.unused, s.recent} {
-		for e := l.Front(); e != nil; e = e.Next() {
-			v.sessions = append(v.sessions, *e.Value.(*session))
-		}
-	}
+	v.sessions = s.sessions.all()
 	return v
 }
 
@@ -163,7 +157,7 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		Removed:   slices.Clone(s.removed),
 		Former:    slices.Clone(s.former),
 		Keys:      s.keys,
-		Sessions:  uint64(len(s.sessions)),
+		Sessions:  uint64(s.sessions.count()),
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.proposers)) {
 		h.Proposers = append(h.Proposers, &kvpb.Proposer{RaftId: id, Sequence: s.proposers[id]})
@@ -333,11 +327,11 @@ func scanSnapshot(r io.Reader, keep bool, say func(keys, all uint64)) (*store, e
 		}
 		switch rec := rec.Record.(type) {
 		case *kvpb.SnapshotRecord_Session:
-			if err := s.restoreSession(rec.Session); err != nil || keys > 0 {
-				return nil, fmt.Errorf("snapshot: session %d: %w", len(s.sessions)+1, cmp.Or(err, errors.New("it follows a key")))
+			if err := s.sessions.restore(rec.Session, s.version); err != nil || keys > 0 {
+				return nil, fmt.Errorf("snapshot: session %d: %w", s.sessions.count()+1, cmp.Or(err, errors.New("it follows a key")))
 			}
 		case *kvpb.SnapshotRecord_Footer:
-			if n := uint64(len(s.sessions)); rec.Footer.Keys != keys || header.Keys != keys || header.Sessions != n {
+			if n := uint64(s.sessions.count()); rec.Footer.Keys != keys || header.Keys != keys || header.Sessions != n {
 				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
 			}
 			if _, err := br.ReadByte(); err != io.EOF {
