@@ -17,9 +17,9 @@
 //
 // The first segment's rename cannot decide in place of identity's: the log drops its
 // first segments, so each later one would have to repeat the identity; and a snapshot
-// precedes the log that names it, so identity.tmp would be needed all the same. What the
-// two earn is that a directory that was never finished is told from one that has lost
-// its identity or its log, which is never emptied.
+// precedes the log that names it, so identity.tmp would be needed all the same. Together
+// they tell a directory that was never finished, which is emptied, from one that has lost
+// its identity or its log, which is refused and left as it is.
 //
 // The space in use is bounded. A snapshot is begun once log-bytes are logged behind the
 // last one. Once twice as much is logged, it is written without pauses; at four times,
@@ -70,8 +70,8 @@ const (
 		"If it does not, restore a backup"
 )
 
-// ownName matches the names of the files that a node makes, but for LOCK. It leaves all
-// others alone.
+// ownName matches the names of the files that a node makes, but for LOCK. A node leaves
+// all other files alone.
 var ownName = regexp.MustCompile(`^(identity(\.tmp)?|[0-9a-f]{16}(\.tmp|\.wal|\.wal\.tmp|-[0-9a-f]{16}\.snap))$`)
 
 // disk is an open data directory. The loop queues jobs, the writer does them.
@@ -93,13 +93,13 @@ type disk struct {
 	// goroutine may call it.
 	markBegun func() error
 
-	wal *wal // the writer's; nil: the directory is empty
+	wal  *wal // the writer's; nil: the directory is empty
+	wake bell // rung when there may be work for the writer
 
 	mu        sync.Mutex // guards the fields below
 	queue     []diskJob
 	suspended bool // the queue has to wait
 	noPause   bool // the snapshot that is being saved is waited for, or soon will be
-	wake      bell // rung when there may be work for the writer
 }
 
 // diskJob is a batch to be made durable. The first job of a new directory has an
@@ -129,8 +129,8 @@ func adviceOn(err error) string {
 	return whatToDo
 }
 
-// openDisk locks a directory, and makes it if it is not there. It refuses one that
-// has an identity of nobody and files that no node makes.
+// openDisk locks a directory, and makes it if it is not there. It refuses one that has no
+// identity and files that no node makes: it is somebody else's.
 func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger) (*disk, error) {
 	quarter := int(min(max(logBytes/4, sectorBytes), segmentBytes))
 	d := &disk{

@@ -13,10 +13,12 @@ import (
 )
 
 const (
-	// maxSessions is how many sessions are kept, maxAnswers how many sequences
-	// of each are told from new ones, and how far above the highest the next may
-	// be. All nodes of a cluster have to agree.
-	maxSessions, maxAnswers = 10_000, 1024
+	// maxSessions is how many sessions are kept. All nodes of a cluster have to agree on
+	// it, and on maxAnswers.
+	maxSessions = 10_000
+	// maxAnswers is how many sequences of a session, from the highest down, are told from
+	// new ones, and how far above the highest the next one may be.
+	maxAnswers = 1024
 	// One in unusedDivisor sessions may be one that was never used, before a new session
 	// takes the place of such a one. So a client has time to use the session that it
 	// opened, and whoever opens many pushes out at most this part of the used ones.
@@ -25,10 +27,14 @@ const (
 
 // What a write that carries a request_id can end with besides an answer.
 var (
-	errSessionUnknown = errors.New("the session was never opened, or has been dropped: the write was not applied now")
-	errSequenceTooOld = errors.New("the sequence is too far below the highest of its session: the write was not applied now")
-	errSequenceTooFar = errors.New("the sequence is too far above the highest of its session: the write was not applied; open another session")
-	errSessionTaken   = errors.New("the number drawn for the session is another's: none was opened, the next call draws another")
+	errSessionUnknown = errors.New("the session was never opened, or has been dropped: " +
+		"the write was not applied now")
+	errSequenceTooOld = errors.New("the sequence is too far below the highest of its session: " +
+		"the write was not applied now")
+	errSequenceTooFar = errors.New("the sequence is too far above the highest of its session: " +
+		"the write was not applied; open another session")
+	errSessionTaken = errors.New("the number drawn for the session is another's: " +
+		"none was opened, the next call draws another")
 )
 
 // sessions are the sessions that a store knows. Nothing but the log determines them, so
@@ -152,7 +158,8 @@ func (s *sessions) replace(t *sessions) {
 // restore adds a session of a snapshot whose last version this is. It refuses one that
 // no store can have, or not at this place: the order is that of all.
 func (s *sessions) restore(m *kvpb.Session, version uint64) error {
-	if m.Id == 0 || s.byID[m.Id] != nil || len(s.byID) >= s.limit {
+	isNew := m.Id != 0 && s.byID[m.Id] == nil
+	if !isNew || len(s.byID) >= s.limit {
 		return errors.New("its id is invalid, or it is out of place")
 	}
 	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}

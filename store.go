@@ -125,7 +125,8 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	}
 	b, err := parseBatch(data, s.room)
 	if err != nil {
-		return 0, 0, nil, fmt.Errorf("decoding a batch: %w: if this node is older than its cluster, start a newer one", err)
+		return 0, 0, nil, fmt.Errorf("decoding a batch: %w: "+
+			"if this node is older than its cluster, start a newer one", err)
 	}
 	isMember := s.members[b.proposer] != nil
 	if !isMember || b.sequence <= s.proposers[b.proposer] {
