@@ -117,8 +117,8 @@ type result struct {
 }
 
 // apply applies the data of a normal entry and says which batch it was and how
-// each of its writes went. A batch that was applied before has no results: its proposer
-// repeats what seems lost, so it may come twice.
+// each of its writes went. A batch that was applied before, or whose proposer is no member
+// any more, has no results: proposers repeat what seems lost, so a batch may come twice.
 func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome, err error) {
 	if len(data) == 0 {
 		return 0, 0, nil, nil // the first entry of a term
