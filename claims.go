@@ -1,11 +1,44 @@
-// Claims: what a node in no cluster promises to those who want it as a member. The
-// head of init.go says why that keeps two clusters apart.
+// Claims: what a node in no cluster promises to the founders that want it as a member.
+//
+// # What a claim is
+//
+// A claim is a node's promise to one founder: for as long as it holds, the node makes
+// no such promise to another founder, and joins no cluster but this founder's. Only a
+// node that is in no cluster makes it, and it has made one at a time. A claim is for one
+// try of one Init (initTry): it has the try's id, a random number that is used once; the
+// members that the Init names; and the founder, in the life in which it asked.
+//
+// A claim is in the memory of the claimed node's loop, and nowhere else: a node in no
+// cluster has no durable state. So a process that starts again has promised nothing, and
+// as a founder it holds no claims.
+//
+// A claim ends when
+//   - the founder withdraws it;
+//   - the founder claims the node in another life, so the process that had the claim is gone;
+//   - the node becomes a member of a cluster;
+//   - or it is claimTime old. A founder that has its cluster calls each node that it adds,
+//     again and again, until the node is a member. The claim holds throughout such a call,
+//     and begins a new claimTime as it ends.
+//
+// The head of init.go says why claims keep two founders from making a cluster each.
+//
+// # What keeps a node from making a claim
+//
+// Besides the claim of another founder, there are two things, which an Init by force
+// ignores. Both are for a member in memory that has restarted: it is in no cluster until
+// its leader takes it back, and no Init may take it for a new node.
+//   - A node that has just started is fresh: it makes no claim until the other members
+//     would have called it, if there were any (redialTime).
+//   - A node is named while a cluster calls it as its member, by its id or address, and
+//     for redialTime after that.
 
 package main
 
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -13,6 +46,10 @@ import (
 
 	"raft-key-value/kvpb"
 )
+
+// claimTime is how long a claim holds that its founder neither withdraws nor keeps. A
+// founder makes its cluster within half of it, or tries again.
+const claimTime = 20 * time.Second
 
 // redialTime is the longest time that a running peer needs to reach a node that is
 // back: the pause in peer.run, the longest back-off with its jitter, and one dial.
@@ -27,8 +64,8 @@ func (n *node) redialTime() time.Duration {
 type claim struct {
 	id        uint64 // of the try
 	founder   *kvpb.Peer
-	members   []*kvpb.Node
-	clusterID uint64 // that the founder has made; 0: none, as far as this node knows
+	members   []*kvpb.Node // that the founder's Init names
+	clusterID uint64       // that the founder has made; 0: none, as far as this node knows
 }
 
 // excludes reports whether a claim forbids its node to listen to the sender of a hello:
@@ -41,80 +78,198 @@ func (c *claim) excludes(h *kvpb.Hello) bool {
 	return c.clusterID == 0 || h.ClusterId != c.clusterID
 }
 
-// isPastLife reports whether two lives are one node's. The one that is heard now is
-// the later one: only one process has the address.
+// refuses reports whether a claim that holds keeps its node from granting a request: one
+// that is of another try, and not of a later life of the same founder.
+func (c *claim) refuses(req *kvpb.ClaimRequest) bool {
+	return c.id != req.Id && !isPastLife(c.founder, req.Founder)
+}
+
+// isPastLife reports whether before and now are two lives of one node, which has one
+// address. Then before has ended: only one process has the address, and now is heard.
 func isPastLife(before, now *kvpb.Peer) bool {
 	return proto.Equal(before.Node, now.GetNode()) && before.Life != now.GetLife()
 }
 
-// claims is what a node in no cluster knows of those who want it as a member.
+// claims is the part of a node that knows who wants it as a member: the claim that it
+// has made, and the clusters that call it. The loop owns it, and hands in the tick.
 type claims struct {
-	bornAt    uint64        // tick in which this life began
-	current   *claim        // the last that was made; currentClaim says whether it holds
-	currentAt uint64        // tick in which current was made, or was last wanted
-	foreign   *foreignHello // the last hello of a cluster that meant this node; nil: none
-	founding  []*kvpb.Node  // of the Init that this node has made its cluster for, while it is not done
-}
+	self        *kvpb.Node // constant
+	claimTicks  uint64     // claimTime; constant
+	redialTicks uint64     // redialTime; constant
 
-func (c *claims) forget(now uint64) {
-	c.bornAt = now
-	c.current = nil
-	c.founding = nil
+	bornAt    uint64        // tick in which this life of the node began
+	current   *claim        // the last claim that was made; held says whether it still holds
+	currentAt uint64        // tick in which current was made, or was last kept
+	foreign   *foreignHello // the last hello of a cluster that meant this node; nil: none
+
+	// founding are the members of the Init for which this node has made its cluster,
+	// while the Init is not done; nil: there is no such Init.
+	founding []*kvpb.Node
 }
 
 // foreignHello is a hello of a cluster that took this node for its member.
 type foreignHello struct {
 	clusterID uint64
 	by        *kvpb.Node
-	tick      uint64 // of the hello, or of the last message behind it
+	tick      uint64 // of the hello, or of the last message on its stream
 }
 
-// claimed returns the claim that holds, or nil.
-func (n *node) currentClaim() *claim {
-	if n.claims.current == nil || n.store.clusterID != 0 {
-		return nil
-	}
-	if n.clock.now-n.claims.currentAt > n.ticksOf(claimTime) {
-		return nil
-	}
-	return n.claims.current
+func newClaims(self *kvpb.Node, claimTicks, redialTicks uint64) claims {
+	return claims{self: self, claimTicks: claimTicks, redialTicks: redialTicks}
 }
 
-// means reports whether a hello is a cluster's that means this node, in whatever
-// life.
-func (n *node) isForeignHello(h *kvpb.Hello) bool {
+// forget begins a new life, which has promised nothing and founded nothing.
+func (c *claims) forget(now uint64) {
+	c.bornAt = now
+	c.current = nil
+	c.founding = nil
+}
+
+// held returns the claim that holds, or nil, while the node is in no cluster.
+func (c *claims) held(now uint64) *claim {
+	if c.current == nil || now-c.currentAt > c.claimTicks {
+		return nil
+	}
+	return c.current
+}
+
+// answer says whether the node, which is in no cluster, can be claimed, and makes the
+// claim if the request has the id of a try.
+func (c *claims) answer(req *kvpb.ClaimRequest, now uint64) *kvpb.ClaimResponse {
+	held := c.held(now)
+	if held != nil && held.refuses(req) {
+		return &kvpb.ClaimResponse{
+			Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED,
+			Members: held.members,
+			By:      held.founder.Node,
+		}
+	}
+	named := c.recentForeign(now)
+	if named != nil && !req.Force {
+		return &kvpb.ClaimResponse{
+			Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED,
+			ClusterId: named.clusterID,
+			By:        named.by,
+		}
+	}
+	if c.isFresh(now) && !req.Force {
+		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH}
+	}
+	if req.Id != 0 {
+		c.current = &claim{id: req.Id, founder: req.Founder, members: req.Members}
+		c.currentAt = now
+	}
+	return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED}
+}
+
+// answerAsMember is answer once the node is in a cluster.
+func (c *claims) answerAsMember(clusterID uint64, voters []*kvpb.Node) *kvpb.ClaimResponse {
+	return &kvpb.ClaimResponse{
+		Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER,
+		ClusterId: clusterID,
+		Voters:    voters,
+		Members:   c.founding,
+	}
+}
+
+// withdraw ends the claim of a try, if the node has made it.
+func (c *claims) withdraw(id uint64) {
+	if c.current != nil && c.current.id == id {
+		c.current = nil
+	}
+}
+
+// keep has the claim of a try begin a new claimTime, now that its founder has made a
+// cluster. A claim that has ended by another's is not made again.
+func (c *claims) keep(id, clusterID, now uint64) {
+	if c.current == nil || c.current.id != id {
+		return
+	}
+	c.currentAt = now
+	if c.current.clusterID != clusterID {
+		kept := *c.current // others may be reading the claim
+		kept.clusterID = clusterID
+		c.current = &kept
+	}
+}
+
+// noteForeign remembers a hello if its sender is in a cluster that takes this node for
+// its member.
+func (c *claims) noteForeign(h *kvpb.Hello, now uint64) {
+	if isForeignHello(h, c.self) {
+		c.foreign = &foreignHello{clusterID: h.ClusterId, by: h.GetFrom().GetNode(), tick: now}
+	}
+}
+
+// isForeignHello reports whether a hello is of a member of a cluster, and meant for
+// self, in whatever life.
+func isForeignHello(h *kvpb.Hello, self *kvpb.Node) bool {
 	to := h.GetTo().GetNode()
-	return h.ClusterId != 0 && (to.GetId() == n.self.Id || to.GetAddress() == n.self.Address)
+	meansSelf := to.GetId() == self.Id || to.GetAddress() == self.Address
+	return h.ClusterId != 0 && meansSelf
 }
 
-// called remembers a hello of a cluster that takes this node for its member.
-func (n *node) noteForeign(h *kvpb.Hello) {
-	if n.isForeignHello(h) {
-		n.claims.foreign = &foreignHello{clusterID: h.ClusterId, by: h.GetFrom().GetNode(), tick: n.clock.now}
-	}
-}
-
-// namedBy returns who named this node lately, or nil.
-func (n *node) lastForeign() *foreignHello {
-	if n.claims.foreign == nil || n.clock.now-n.claims.foreign.tick > n.ticksOf(n.redialTime()) {
+// recentForeign returns the last hello of a cluster that takes this node for its member,
+// or nil if that was longer ago than redialTime.
+func (c *claims) recentForeign(now uint64) *foreignHello {
+	if c.foreign == nil || now-c.foreign.tick > c.redialTicks {
 		return nil
 	}
-	return n.claims.foreign
+	return c.foreign
 }
 
 // isFresh reports whether a cluster might have this node as a member and have had no
 // time to call it.
-func (n *node) isFresh() bool { return n.clock.now-n.claims.bornAt <= n.ticksOf(n.redialTime()) }
+func (c *claims) isFresh(now uint64) bool {
+	return now-c.bornAt <= c.redialTicks
+}
+
+// beginFounding remembers that this node has made a cluster for an Init of these members.
+// That ends its own claim.
+func (c *claims) beginFounding(members []*kvpb.Node) {
+	c.current = nil
+	c.founding = members
+}
+
+// endFounding forgets the members of the Init once they are the voters, or once an
+// operator has added a node that is not among them. From then on the same Init changes
+// nothing: it compares. The loop calls endFounding whenever no change of membership is
+// halfway.
+func (c *claims) endFounding(members, voters []*kvpb.Node) {
+	addedByOperator := func(m *kvpb.Node) bool { return !containsNode(c.founding, m) }
+	if slices.ContainsFunc(members, addedByOperator) || sameNodes(voters, c.founding) {
+		c.founding = nil
+	}
+}
+
+// currentClaim returns the claim of this node that holds, or nil.
+func (n *node) currentClaim() *claim {
+	if n.store.clusterID != 0 {
+		return nil
+	}
+	return n.claims.held(n.clock.now)
+}
+
+// endFounding hands the configuration to claims.endFounding.
+func (n *node) endFounding() {
+	if isJoint(n.store.conf) {
+		return
+	}
+	n.claims.endFounding(slices.Collect(maps.Values(n.store.members)), n.voterNodes())
+}
 
 // Claim implements RaftService.
 func (nw *network) Claim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
 	return nw.receiver.receiveClaim(ctx, req)
 }
 
-// receiveClaim does what a founder asks. Any goroutine may call it.
+// receiveClaim does what a founder asks by RaftService.Claim: it says whether this node
+// can be claimed, claims it, waits until it is a member, or withdraws a claim. Any
+// goroutine may call it.
 func (n *node) receiveClaim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
 	if req.Withdraw {
-		n.in.event(func() { n.withdraw(req.Id) }) // also if the founder does not wait for the answer
+		// Not by do: the claim ends also if the founder does not wait for the answer.
+		n.in.event(func() { n.claims.withdraw(req.Id) })
 		return &kvpb.ClaimResponse{}, nil
 	}
 	ctx, cancel := inTime(ctx)
@@ -132,7 +287,7 @@ func (n *node) receiveClaim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.
 		return resp != nil, nil
 	})
 	if err != nil {
-		return nil, err // the loop may still call f
+		return nil, err // without resp: the loop may still write to it
 	}
 	return resp, nil
 }
@@ -141,8 +296,11 @@ func (n *node) checkClaim(req *kvpb.ClaimRequest) error {
 	if err := validateNode("to", req.To); err != nil {
 		return err
 	}
-	if err := n.checkMeant(req.To); err != nil || req.Id == 0 {
+	if err := n.checkMeant(req.To); err != nil {
 		return err
+	}
+	if req.Id == 0 {
+		return nil // nothing is promised to the founder
 	}
 	if err := validateNode("founder", req.Founder.GetNode()); err != nil {
 		return err
@@ -162,72 +320,26 @@ func (n *node) checkMeant(to *kvpb.Node) error {
 		fmt.Sprintf("%s was asked for, but %s answers", formatNode(to), formatNode(n.self)))
 }
 
-// answerClaim says whether this node can be claimed, and makes the promise if it is
-// asked for one.
+// answerClaim says whether this node can be claimed, and makes the claim if it is asked
+// for one.
 func (n *node) answerClaim(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 	if n.store.clusterID != 0 {
-		return &kvpb.ClaimResponse{
-			Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER,
-			ClusterId: n.store.clusterID,
-			Voters:    n.voterNodes(),
-			Members:   n.claims.founding,
-		}
+		return n.claims.answerAsMember(n.store.clusterID, n.voterNodes())
 	}
-	if c := n.currentClaim(); c != nil && c.id != req.Id && !isPastLife(c.founder, req.Founder) {
-		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED, Members: c.members, By: c.founder.Node}
-	}
-	if named := n.lastForeign(); named != nil && !req.Force {
-		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED, ClusterId: named.clusterID, By: named.by}
-	}
-	if n.isFresh() && !req.Force {
-		return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH}
-	}
-	if req.Id != 0 {
-		n.claims.current = &claim{id: req.Id, founder: req.Founder, members: req.Members}
-		n.claims.currentAt = n.clock.now
-	}
-	return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED}
+	return n.claims.answer(req, n.clock.now)
 }
 
-// voterNodes are the voters once no change of membership is running, by id.
-func (n *node) voterNodes() []*kvpb.Node {
-	var voters []*kvpb.Node
-	for _, m := range sortedMembers(n.store.members) {
-		if n.isVoter(m.RaftId) {
-			voters = append(voters, m.Node)
-		}
-	}
-	return voters
-}
-
-// withdraw ends a claim.
-func (n *node) withdraw(id uint64) {
-	if n.claims.current != nil && n.claims.current.id == id {
-		n.claims.current = nil
-	}
-}
-
-// awaitMember keeps a claim while its founder waits for this node to become a
-// member. It answers once it is one, durably.
+// awaitMember answers a founder that waits for this node to become a member, of its
+// cluster or any other: nil, not yet, and the claim is kept. The loop calls it after
+// every turn while the founder waits.
 func (n *node) awaitMember(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 	if n.store.clusterID == 0 {
-		if n.claims.current != nil && n.claims.current.id == req.Id {
-			n.keepClaim(req.ClusterId)
-		}
+		n.claims.keep(req.Id, req.ClusterId, n.clock.now)
 		return nil
 	}
-	if n.durable.queued > 0 {
+	isDurable := n.durable.queued == 0
+	if !isDurable {
 		return nil
 	}
 	return n.answerClaim(req)
-}
-
-// keepClaim makes the claim last, now that its founder has a cluster.
-func (n *node) keepClaim(clusterID uint64) {
-	n.claims.currentAt = n.clock.now
-	if n.claims.current.clusterID != clusterID {
-		c := *n.claims.current
-		c.clusterID = clusterID
-		n.claims.current = &c
-	}
 }

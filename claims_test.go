@@ -77,9 +77,9 @@ func TestClaim(t *testing.T) {
 			t.Errorf("it does not say by whom it is claimed: %v", resp)
 		}
 		ask(by(8, 2, 2), claimed) // another call at the same founder
-		l.n.withdraw(8)
+		l.n.claims.withdraw(8)
 		ask(by(8, 3, 3), claimed)
-		l.n.withdraw(7)
+		l.n.claims.withdraw(7)
 		ask(by(8, 3, 3), granted)
 	})
 	t.Run("until it expires", func(t *testing.T) {
@@ -126,7 +126,7 @@ func TestClaim(t *testing.T) {
 			force := by(7, 2, 2)
 			force.Force = true
 			ask(force, granted)
-			l.n.withdraw(7)
+			l.n.claims.withdraw(7)
 			l.ticks(l.n.ticksOf(l.n.redialTime()))
 			ask(by(7, 2, 2), named)
 			l.ticks(1)
@@ -226,8 +226,10 @@ func (s *claimSim) after(f func()) {
 
 // start starts a process, which has no memory.
 func (s *claimSim) start(id uint64, list []*kvpb.Node) {
-	n := newNode(defaultOptions(), plainNode(id), quiet())
-	n.net, n.opts.redial = deafNetwork{}, time.Millisecond
+	o := defaultOptions()
+	o.redial = time.Millisecond
+	n := newNode(o, plainNode(id), quiet())
+	n.net = deafNetwork{}
 	p := &claimNode{node: n, born: s.now, rate: .1 + 4*s.r.Float64(), list: list}
 	s.nodes[id] = p
 	s.after(func() { s.try(p) })
@@ -243,7 +245,7 @@ func (s *claimSim) look(p *claimNode) bool {
 	return s.nodes[p.self.Id] == p
 }
 
-// try is founder.claim.
+// try is founder.claimAndFound.
 func (s *claimSim) try(p *claimNode) {
 	if !s.look(p) || p.store.clusterID != 0 {
 		return
@@ -254,7 +256,7 @@ func (s *claimSim) try(p *claimNode) {
 		for _, m := range p.list[:claimed] {
 			s.after(func() {
 				if q := s.nodes[m.Id]; s.look(q) {
-					q.withdraw(t.id)
+					q.claims.withdraw(t.id)
 				}
 			})
 		}
@@ -265,7 +267,7 @@ func (s *claimSim) try(p *claimNode) {
 			if !s.look(p) {
 				return
 			}
-			id, err := p.found(t, p.list)
+			id, err := p.foundCluster(t, p.list)
 			if err != nil {
 				s.t.Fatal(err)
 			}

@@ -28,8 +28,8 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	if inNoCluster && slices.Contains(h.Removed, p.raftID) {
 		n.in.event(func() { n.takeNewID(p.raftID) })
 	}
-	if inNoCluster && n.isForeignHello(h) {
-		n.in.event(func() { n.noteForeign(h) })
+	if inNoCluster && isForeignHello(h, n.self) {
+		n.in.event(func() { n.claims.noteForeign(h, n.clock.now) })
 	}
 	return &kvpb.Welcome{Verdict: n.verdictOn(h, p), Peer: n.peer(p), ClusterId: p.clusterID}
 }

@@ -1,55 +1,82 @@
-// How a cluster is made: Init, and the claims that keep two of them apart.
+// How a cluster is made: Init, and why two Inits do not both make one.
 //
-// The called node is the founder. It asks all members whether they can take part
-// (survey), claims each of them in ascending order of ids, itself at its place
-// (claim), and makes a cluster of itself alone in the turn in which it sees that it
-// may (found). Then it adds the others (complete). One that finds a member claimed
-// withdraws its own claims, waits, and begins again: nobody holds a claim and waits
-// for another one, so there is no deadlock, and of those who want the same members
-// the first one to claim the lowest gets all.
+// The node that is called is the founder. An Init goes through these states:
 //
-// # What a claim is
+//	       all can be claimed     has all claims
+//	survey -----------------> claim ----------> found ---> add ---> done
+//	|  |  ^                     |                 |         |
+//	|  |  |             a claim is refused  the try is old  +--> failed halfway
+//	|  |  |                     |                 |
+//	|  |  +---- pause <---------+--- withdraw <---+
+//	|  |          ^
+//	|  +----------+ a member is claimed, or fresh
+//	|
+//	+--> refused, or forwarded to a member of the cluster that the Init wants
 //
-// A promise of a node in no cluster, for one try of one founder: it is bound to the
-// try's id, a random number that is used once, to the list of members, and to the
-// lives of both ends. A node has promised itself to one try at most. While it has,
-// no other try gets it, and no cluster but the founder's can add it. The promise is
-// in the loop's memory: a node in no cluster has no durable state, and a process
-// that restarts has made no promise, nor holds one.
+//   - survey: the founder asks all members whether they can be claimed.
+//   - claim: it claims one member after another, in ascending order of ids, itself at
+//     its place.
+//   - found: in one turn of its loop, it sees that it may, and makes a cluster of itself
+//     alone.
+//   - add: it makes the others learners and then voters, and waits until they are. An
+//     Init that has failed in this state says so; the same one again carries on with it.
 //
-// A claim ends when the founder withdraws it, or claims under another life (so the
-// one before is dead), when the node becomes a member, or claimTime after it was
-// made. Once the founder has its cluster, it calls each node that is to be added
-// again and again until it is, and the claim lasts as long as that.
+// A founder that is in a cluster already does not begin with a survey: it carries on with
+// its Init, or compares the voters with the members that the Init names.
+//
+// A founder that finds a member claimed withdraws its own claims before it pauses. So
+// nobody holds a claim and waits for another one, and there is no deadlock. Of the
+// founders that want the same members, the first to claim the lowest id gets all.
 //
 // # Why two Inits do not both make a cluster
 //
-// Say that F and G both found, that F is in G's list and G in F's, as always if the
-// lists are equal. Then F has promised itself to G's try and to its own. The promise
-// to G came first: F keeps the one to itself until it founds, and makes none from
-// then on. G did not withdraw, so it had expired when F made its own: claimTime had
-// passed on F's clock. But when F founds, its try is younger than half of that on
-// the same clock (found looks). So F's try began after the promise to G, and thus
-// after G's try. For the same reasons G's try began after F's: a contradiction. It
-// compares no two clocks. Nor does a restart help: the promise is gone, but who has
-// restarted begins its try after that.
+// The head of claims.go says what a claim is. This is what the argument needs of it: a
+// node that has made a claim for one try makes none for the try of another node until the
+// claim has ended. It ends if the founder withdraws it or has died, if the claimed node
+// has begun a new life, or once it is claimTime old on the clock of the claimed node.
 //
-// If F is not in G's list, they meet only in members that both name. Such a member
-// promises itself to G at least claimTime after it did to F, on its own clock, and F
-// founds within half of that, on F's: as long as no clock runs twice as fast as
-// another, F's cluster exists by then. If the member is not in it yet, because F has
-// died or lost the connection to it, or if the member restarts, then G may have it.
-// There are two clusters then, as two different lists have asked for. No node is in
-// both, and F's Init ends with an error that names the node.
+// Say that F and G have both made a cluster, and each of them is in the other's list, as
+// it is if the lists are equal. Both have had all claims. So F has made two: one for G's
+// try, and one for its own.
+//
+//  1. F made the claim for G first. It held its own until it made its cluster, so that it
+//     made no other meanwhile; and a member of a cluster makes no claims.
+//  2. When F made its own, the claim for G had ended. G did not withdraw it: G's try has
+//     not failed. So it had become claimTime old on F's clock, or F had begun a new life.
+//  3. Thus F's try began after F had made the claim for G. With a new life that is plain:
+//     a try is of one life. Without, compare two ages on F's clock, in the moment in
+//     which F claimed itself. The claim for G was at least claimTime old. F's try was at
+//     most half as old: it was not older when F made its cluster (foundCluster looks).
+//  4. So F's try began after G's, since G's had begun before F made a claim for it.
+//
+// For the same reasons G's try began after F's: a contradiction.
+//
+// The argument compares no two clocks. Where F's loop is too busy to make all of its
+// ticks, both ages err on the safe side: the claim's counts the ticks that the loop has
+// made (clock.now), and so the claim holds longer; the try's counts those that it has
+// missed, too (clock.wall), and so the try fails sooner.
+//
+// A founder that has died leaves a claim behind, and one that claims again in its next
+// life has the old claim replaced (step 2 is silent about that). Say that G made its
+// cluster before it died. If G is durable, it is still a member, and makes no claims. If
+// it is in memory, its cluster is lost with it, or has other members: they call G, so that
+// F does not get a claim from it (see below).
+//
+// If F is not in G's list, they meet only in members that both name. Such a member makes
+// its claim for G at least claimTime after the one for F, on its own clock, and F makes its
+// cluster within half of that, on F's. As long as no clock runs twice as fast as another,
+// F's cluster exists by then, and F keeps the claim until the member is added. G gets the
+// member only if F has died or lost the connection to it, or if the member restarts. There
+// are two clusters then, as two different lists have asked for. No node is in both, and
+// F's Init ends with an error that names the node.
 //
 // # A member that has lost its memory
 //
-// A member in memory that restarts is in no cluster until its leader takes it back.
-// Init must not take it for a new node. So a fresh node makes no promise until its
-// peers would have called it, if it had any (redialTime); and it makes none while it
-// hears a cluster that names it by its id or address, or has heard one that recently.
-// An operator who knows that cluster to be lost says so by force. Whoever reaches a
-// node's port can name it in a hello, and so keep an Init from succeeding; no more.
+// A member in memory that restarts is in no cluster until its leader takes it back. Init
+// must not take it for a new node. So a node makes no claim while it is fresh, or while a
+// cluster names it (claims.go says what that means), unless the Init is by force: an
+// operator uses that who knows the cluster to be lost. Whoever reaches a node's port can
+// name it in a hello, and so keep an Init from succeeding; no more.
 
 package main
 
@@ -73,9 +100,6 @@ import (
 )
 
 const (
-	// claimTime is how long a claim lasts that nobody withdraws. A founder founds
-	// within half of it, or tries again.
-	claimTime = 20 * time.Second
 	// withdrawTimeout bounds the wait for members to hear that a try has failed.
 	withdrawTimeout = 500 * time.Millisecond
 	// maxSurveying and maxWatching are how many of the maxAsking connections that serve
@@ -88,34 +112,6 @@ const (
 	watchTime = time.Second
 )
 
-// initTry is one try of a founder to claim all members. A survey has one, too, for its
-// founder field alone.
-type initTry struct {
-	id      uint64
-	begun   uint64 // on the loop's clock
-	founder *kvpb.Peer
-}
-
-// found makes this node the first member of a cluster, if its try still has all
-// claims; 0: it has not, and may try again.
-func (n *node) found(t *initTry, members []*kvpb.Node) (clusterID uint64, err error) {
-	own := n.currentClaim()
-	if own == nil || own.id != t.id {
-		return 0, nil
-	}
-	if n.clock.wall-t.begun > n.ticksOf(claimTime)/2 {
-		return 0, nil
-	}
-	clusterID, err = n.bootstrap()
-	if err != nil {
-		return 0, err
-	}
-	n.claims.current, n.claims.founding = nil, members
-	n.endFounding()
-	n.logger.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
-	return clusterID, nil
-}
-
 // Init implements ClusterService.
 func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitResponse, error) {
 	ctx, cancel := inTime(ctx)
@@ -124,7 +120,7 @@ func (s *server) Init(ctx context.Context, req *kvpb.InitRequest) (*kvpb.InitRes
 		return nil, err
 	}
 	f := newFounder(s, req)
-	clusterID, err := f.init(ctx)
+	clusterID, err := f.run(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -135,15 +131,20 @@ func (s *server) checkInit(members []*kvpb.Node) error {
 	if err := checkMembers(members); err != nil {
 		return err
 	}
+	self := s.n.self
 	named := false
 	for _, m := range members {
-		if (m.Id == s.n.self.Id) != (m.Address == s.n.self.Address) {
-			return invalid("members", "%s: this node is %s", formatNode(m), formatNode(s.n.self))
+		sameID := m.Id == self.Id
+		sameAddress := m.Address == self.Address
+		if sameID != sameAddress {
+			return invalid("members", "%s: this node is %s", formatNode(m), formatNode(self))
 		}
-		named = named || m.Id == s.n.self.Id
+		if sameID {
+			named = true
+		}
 	}
 	if !named {
-		return invalid("members", "the called node, %s, is not among them", formatNode(s.n.self))
+		return invalid("members", "the called node, %s, is not among them", formatNode(self))
 	}
 	return nil
 }
@@ -153,7 +154,8 @@ func checkMembers(members []*kvpb.Node) error {
 	if len(members) == 0 || len(members) > maxMembers {
 		return invalid("members", "there are %d, there have to be 1 to %d", len(members), maxMembers)
 	}
-	ids, addresses := map[uint64]bool{}, map[string]bool{}
+	ids := map[uint64]bool{}
+	addresses := map[string]bool{}
 	for _, m := range members {
 		if err := validateNode("members", m); err != nil {
 			return err
@@ -161,19 +163,20 @@ func checkMembers(members []*kvpb.Node) error {
 		if ids[m.Id] || addresses[m.Address] {
 			return invalid("members", "%s has the id or the address of another", formatNode(m))
 		}
-		ids[m.Id], addresses[m.Address] = true, true
+		ids[m.Id] = true
+		addresses[m.Address] = true
 	}
 	return nil
 }
 
-// founder is one call of Init at the node that was called.
+// founder is one call of Init, at the node that was called.
 type founder struct {
 	s       *server
 	members []*kvpb.Node // by id
 	force   bool
 
-	waitsFor error // what to say if it waits in vain
-	doubted  bool  // the survey before this one has found a cluster
+	waitsFor error // what the Init is waiting for, as it says if it has waited in vain
+	doubted  bool  // the survey before this one has found a cluster that refuses
 }
 
 func newFounder(s *server, req *kvpb.InitRequest) *founder {
@@ -185,8 +188,138 @@ func newFounder(s *server, req *kvpb.InitRequest) *founder {
 	return f
 }
 
-// connected calls another node on a connection that is closed again.
-func (f *founder) connected(ctx context.Context, m *kvpb.Node, call func(*grpc.ClientConn) error) error {
+// initOutcome is how a step of an Init ended.
+type initOutcome int
+
+const (
+	initWaiting initOutcome = iota // not yet: the step is to be made again after a pause
+	initDone
+	initFailed // and the Init with it
+)
+
+// initResult is what a step of an Init came to.
+type initResult struct {
+	outcome   initOutcome
+	clusterID uint64 // initDone: the cluster
+	err       error  // initFailed: why; initWaiting: what the Init waits for, or nil
+}
+
+// run goes through the states of the Init, and returns the cluster that has its members.
+func (f *founder) run(ctx context.Context) (clusterID uint64, err error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	forwarded := len(md.Get(forwardMetadata)) > 0
+	heartbeat := f.s.n.opts.heartbeat
+	for ctx.Err() == nil {
+		result := f.attempt(ctx, forwarded)
+		switch result.outcome {
+		case initDone:
+			return result.clusterID, nil
+		case initFailed:
+			return 0, result.err
+		}
+		f.waitsFor = result.err
+		sleep(ctx, heartbeat/2+rand.N(heartbeat))
+	}
+	return 0, f.inVain(ctx.Err())
+}
+
+// inVain is the error of an Init that ends because of err: it says what the Init was
+// waiting for, if it was.
+func (f *founder) inVain(err error) error {
+	if f.waitsFor != nil {
+		return f.waitsFor
+	}
+	return err
+}
+
+// attempt goes through the states once: a member of a cluster carries on or compares, any
+// other node begins with a survey.
+func (f *founder) attempt(ctx context.Context, forwarded bool) initResult {
+	isMember := f.s.n.status.latest.Load().clusterID != 0
+	if !forwarded && !isMember {
+		return f.makeCluster(ctx, nil)
+	}
+	clusterID, err := f.carryOnOrCompare(ctx)
+	if err == nil {
+		return initResult{outcome: initDone, clusterID: clusterID}
+	}
+	hasOtherVoters := errors.Is(err, errInCluster)
+	if forwarded || !hasOtherVoters {
+		return initResult{outcome: initFailed, err: err}
+	}
+	// Another member may be the founder, and about to change the voters: a survey sees that.
+	return f.makeCluster(ctx, err)
+}
+
+// makeCluster surveys the members when it is the turn of this Init, and goes on as their
+// answers demand. A founder that is in a cluster of other voters says so by otherVoters,
+// which is then what a refusal says.
+func (f *founder) makeCluster(ctx context.Context, otherVoters error) initResult {
+	endTurn, err := f.waitForTurn(ctx, f.s.surveying)
+	if err != nil {
+		return initResult{outcome: initFailed, err: f.inVain(cmp.Or(otherVoters, err))}
+	}
+	defer endTurn()
+	answers, err := f.survey(ctx)
+	if err != nil {
+		return initResult{outcome: initFailed, err: f.inVain(err)}
+	}
+	found := judgeSurvey(f.members, answers)
+	if err := ctx.Err(); err != nil {
+		return initResult{outcome: initFailed, err: f.inVain(cmp.Or(found.refusal, err))}
+	}
+	if found.refusedByCluster && !f.doubted {
+		// The answers are not of one moment: another Init may have made the
+		// cluster between two of them. A second survey sees that.
+		f.doubted = true
+		return initResult{outcome: initWaiting, err: f.waitsFor}
+	}
+	f.doubted = false
+	if found.refusal != nil {
+		return initResult{outcome: initFailed, err: cmp.Or(otherVoters, found.refusal)}
+	}
+	if found.waitsFor != nil {
+		return initResult{outcome: initWaiting, err: found.waitsFor}
+	}
+	if found.member != nil && found.member.Id == f.s.n.self.Id {
+		return initResult{outcome: initWaiting} // this node has become a member meanwhile
+	}
+	if found.member != nil {
+		return f.forward(ctx, found.member)
+	}
+
+	try, err := f.newTry(ctx)
+	if err != nil {
+		return initResult{outcome: initFailed, err: err}
+	}
+	founded := f.claimAndFound(ctx, try)
+	if founded.outcome != initDone {
+		return founded
+	}
+	endTurn() // an Init of other members need not wait until these are added
+	if err := f.addOthers(ctx, try, founded.clusterID); err != nil {
+		return initResult{outcome: initFailed, err: err}
+	}
+	return founded
+}
+
+// waitForTurn waits until this Init has the only place of a kind of work, and keeps it
+// until endTurn. An Init that waits for its turn has no other place: those that it waits
+// for never wait for it.
+func (f *founder) waitForTurn(ctx context.Context, place chan struct{}) (endTurn func(), err error) {
+	select {
+	case place <- struct{}{}:
+		return sync.OnceFunc(func() { <-place }), nil
+	case <-ctx.Done():
+		self := f.s.n.self
+		return nil, apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
+			fmt.Sprintf("other inits were running at node %d at %s until the deadline", self.Id, self.Address))
+	}
+}
+
+// withConnection has call use a connection to a member of its own, which is closed after
+// that.
+func (f *founder) withConnection(ctx context.Context, m *kvpb.Node, call func(*grpc.ClientConn) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -200,99 +333,52 @@ func (f *founder) connected(ctx context.Context, m *kvpb.Node, call func(*grpc.C
 	return call(conn)
 }
 
-// waitForTurn takes the only place of a kind of work, until done. An Init that waits for
-// its turn has none: what it waits for never waits for it.
-func (f *founder) waitForTurn(ctx context.Context, place chan struct{}) (done func(), err error) {
-	select {
-	case place <- struct{}{}:
-		return sync.OnceFunc(func() { <-place }), nil
-	case <-ctx.Done():
-		return nil, apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
-			fmt.Sprintf("other inits were running at node %d at %s until the deadline", f.s.n.self.Id, f.s.n.self.Address))
-	}
-}
-
-// init returns the cluster that has the members, if there is one in the end.
-func (f *founder) init(ctx context.Context) (clusterID uint64, err error) {
-	md, _ := metadata.FromIncomingContext(ctx)
-	forwarded := len(md.Get(forwardMetadata)) > 0
-	for ctx.Err() == nil {
-		var otherVoters error
-		if forwarded || f.s.n.status.latest.Load().clusterID != 0 {
-			clusterID, err = f.atMember(ctx)
-			if forwarded || !errors.Is(err, errInCluster) {
-				return clusterID, err
-			}
-			otherVoters = err // unless another member is about to change them
-		}
-		clusterID, ended, err := f.round(ctx, otherVoters)
-		if ended || err != nil {
-			return clusterID, err
-		}
-		sleep(ctx, f.s.n.opts.heartbeat/2+rand.N(f.s.n.opts.heartbeat))
-	}
-	return 0, cmp.Or(f.waitsFor, ctx.Err())
-}
-
-// round asks the members, when it is the turn of this Init, and goes on as they answer:
-// to the end; or not yet, if it has to wait.
-func (f *founder) round(ctx context.Context, otherVoters error) (clusterID uint64, ended bool, err error) {
-	done, err := f.waitForTurn(ctx, f.s.surveying)
-	if err != nil {
-		return 0, true, cmp.Or(f.waitsFor, otherVoters, err)
-	}
-	defer done()
-	answers, err := f.survey(ctx)
-	if err != nil {
-		return 0, true, cmp.Or(f.waitsFor, err)
-	}
-	found := outcomeOf(f.members, answers)
-	if ctx.Err() != nil {
-		return 0, true, cmp.Or(f.waitsFor, found.refusal, ctx.Err())
-	}
-	if found.byCluster && !f.doubted {
-		// The answers are not of one moment: another Init may have made the
-		// cluster between two of them. A second survey sees that.
-		f.doubted = true
-		return 0, false, nil
-	}
-	f.doubted = false
-	if found.refusal != nil {
-		return 0, true, cmp.Or(otherVoters, found.refusal)
-	}
-	f.waitsFor = found.waitsFor
-	if found.made != nil && found.made.Id != f.s.n.self.Id {
-		clusterID, err = f.forward(ctx, found.made)
-		if errorReason(err) == "NOT_INITIALIZED" {
-			return 0, false, nil
-		}
-		return clusterID, true, err
-	}
-	if f.waitsFor != nil || found.made != nil {
-		return 0, false, nil
-	}
-	var t *initTry
-	t, clusterID, f.waitsFor, err = f.claim(ctx)
-	if clusterID == 0 || err != nil {
-		return 0, err != nil, err
-	}
-	done() // whoever has other members need not wait to hear that
-	clusterID, err = f.complete(ctx, t, clusterID)
-	return clusterID, true, err
-}
-
-// each calls f for all members, some of them at a time.
-func each(members []*kvpb.Node, f func(i int, m *kvpb.Node)) {
-	room := make(chan struct{}, maxSurveying)
-	var asking sync.WaitGroup
+// forEachMember calls f for each member, for maxSurveying of them at a time, and returns
+// when all calls have.
+func forEachMember(members []*kvpb.Node, f func(i int, m *kvpb.Node)) {
+	places := make(chan struct{}, maxSurveying)
+	var calls sync.WaitGroup
 	for i, m := range members {
-		room <- struct{}{}
-		asking.Go(func() {
-			defer func() { <-room }()
+		places <- struct{}{}
+		calls.Go(func() {
+			defer func() { <-places }()
 			f(i, m)
 		})
 	}
-	asking.Wait()
+	calls.Wait()
+}
+
+// sendClaim calls a member's RaftService.Claim: to ask whether it can be claimed, to claim
+// it, or to withdraw a claim. An error says that the member does not answer, that another
+// node answers in its place, or that this node makes too many calls.
+func (f *founder) sendClaim(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
+	req.To = m
+	var resp *kvpb.ClaimResponse
+	err := f.withConnection(ctx, m, func(conn *grpc.ClientConn) (err error) {
+		short, cancel := context.WithTimeout(ctx, f.s.n.opts.probeTimeout())
+		defer cancel()
+		resp, err = kvpb.NewRaftServiceClient(conn).Claim(short, req)
+		timedOut := status.Code(err) == codes.DeadlineExceeded
+		if timedOut && sameDeadline(short, ctx) {
+			<-ctx.Done() // the member may see the end of the whole Init a little earlier
+		}
+		return err
+	})
+	if err == nil {
+		return resp, nil
+	}
+	switch errorReason(err) {
+	case "WRONG_NODE", "OVERLOADED":
+		return nil, err
+	}
+	return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
+		fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
+}
+
+func sameDeadline(a, b context.Context) bool {
+	endOfA, _ := a.Deadline()
+	endOfB, _ := b.Deadline()
+	return endOfA.Equal(endOfB)
 }
 
 // surveyAnswer is what a member said to a survey.
@@ -303,111 +389,108 @@ type surveyAnswer struct {
 
 // survey asks all members whether they can be claimed.
 func (f *founder) survey(ctx context.Context) ([]surveyAnswer, error) {
-	t, err := f.begin(ctx)
+	asks, err := f.newTry(ctx) // for its founder: a survey claims nothing
 	if err != nil {
 		return nil, err
 	}
 	answers := make([]surveyAnswer, len(f.members))
-	each(f.members, func(i int, m *kvpb.Node) {
-		resp, err := f.ask(ctx, m, &kvpb.ClaimRequest{Founder: t.founder, Force: f.force})
+	forEachMember(f.members, func(i int, m *kvpb.Node) {
+		resp, err := f.sendClaim(ctx, m, &kvpb.ClaimRequest{Founder: asks.founder, Force: f.force})
 		answers[i] = surveyAnswer{resp, err}
 	})
 	return answers, nil
 }
 
-// begin draws a try's id, and notes the time and this node's life.
-func (f *founder) begin(ctx context.Context) (*initTry, error) {
-	n, t := f.s.n, &initTry{id: randomID()}
-	err := n.do(ctx, func() error {
-		t.begun = n.clock.wall
-		t.founder = &kvpb.Peer{Node: n.self, RaftId: n.id.raftID, Life: n.id.life}
-		return nil
-	})
-	return t, err
+// surveyOutcome is what a survey comes to. If nothing is set, all members can be claimed.
+type surveyOutcome struct {
+	member           *kvpb.Node // of the cluster that the Init wants, made or being made
+	refusal          error      // why the Init fails
+	refusedByCluster bool       // the refusal is that a cluster has a member, or names it
+	waitsFor         error      // what the Init has to wait for
 }
 
-// ask has a member do something with a claim.
-func (f *founder) ask(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
-	req.To = m
-	var resp *kvpb.ClaimResponse
-	err := f.connected(ctx, m, func(conn *grpc.ClientConn) (err error) {
-		short, cancel := context.WithTimeout(ctx, f.s.n.opts.probeTimeout())
-		defer cancel()
-		resp, err = kvpb.NewRaftServiceClient(conn).Claim(short, req)
-		end, _ := ctx.Deadline()
-		if shortEnd, _ := short.Deadline(); status.Code(err) == codes.DeadlineExceeded && end.Equal(shortEnd) {
-			<-ctx.Done() // the member may see the end of the whole Init a little earlier
-		}
-		return err
-	})
-	if err == nil || errorReason(err) == "WRONG_NODE" || errorReason(err) == "OVERLOADED" {
-		return resp, err
-	}
-	return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
-		fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
-}
-
-// finding is what a survey comes to. If nothing is set, the members can be claimed.
-type finding struct {
-	made      *kvpb.Node // a member of a cluster that is made, or being made, of these members
-	refusal   error
-	byCluster bool  // there is a cluster that refuses
-	waitsFor  error // what to say if it waits in vain
-}
-
-// outcomeOf says what the members' answers mean for an Init.
-func outcomeOf(members []*kvpb.Node, answers []surveyAnswer) finding {
-	var found finding
-	var silent, claimed, named, fresh error
-	var clusters []string
-	ids := map[uint64]bool{}
+// judgeSurvey says what the members' answers mean for an Init.
+func judgeSurvey(members []*kvpb.Node, answers []surveyAnswer) surveyOutcome {
+	tally := surveyTally{clusterIDs: map[uint64]bool{}}
 	for i, a := range answers {
-		m := members[i]
-		if a.err != nil {
-			silent = cmp.Or(silent, a.err)
-			continue
-		}
-		switch a.resp.Verdict {
-		case kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER:
-			ids[a.resp.ClusterId] = true
-			clusters = append(clusters, fmt.Sprintf("node %d at %s is in another cluster, %016x, of the voters %s",
-				m.Id, m.Address, a.resp.ClusterId, formatNodes(a.resp.Voters)))
-			if sameNodes(a.resp.Members, members) {
-				found.made = m // it carries on with what is left
-			} else if found.made == nil && sameNodes(a.resp.Voters, members) {
-				found.made = m
-			}
-		case kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED:
-		case kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED:
-			named = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
-				fmt.Sprintf("cluster %016x calls node %d at %s, through its member %d at %s: wait until it has taken the node in; "+
-					"if that cluster is known to be lost, init --force makes another",
-					a.resp.ClusterId, m.Id, m.Address, a.resp.By.GetId(), a.resp.By.GetAddress()))
-		case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
-			fresh = waitsForMember(m, a.resp)
-		default:
-			claimed = waitsForMember(m, a.resp)
-		}
+		tally.add(members, members[i], a)
 	}
-	switch {
-	case len(ids) > 1, len(ids) == 1 && found.made == nil:
-		found.made, found.byCluster = nil, true
-		found.refusal = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
-			strings.Join(clusters, ", and "))
-	case found.made != nil:
-	case silent != nil:
-		found.refusal = silent
-	case claimed != nil: // and a cluster that names one may be the founder's
-		found.waitsFor = claimed
-	case named != nil:
-		found.refusal, found.byCluster = named, true
-	default:
-		found.waitsFor = fresh
-	}
-	return found
+	return tally.outcome()
 }
 
-// waitsForMember is what to say if a member cannot be claimed until the deadline.
+// surveyTally has the members' answers by their kind.
+type surveyTally struct {
+	clusterIDs map[uint64]bool // that members are in
+	memberOf   []string        // says who is in which cluster
+	member     *kvpb.Node      // of a cluster that the Init wants; nil: none
+
+	silent  error // the first member that does not answer
+	claimed error // what to wait for, of members claimed
+	fresh   error // what to wait for, of members that have just started
+	named   error // a member that a cluster calls, and why that is a refusal
+}
+
+// add takes in the answer of m, one of the members.
+func (t *surveyTally) add(members []*kvpb.Node, m *kvpb.Node, a surveyAnswer) {
+	if a.err != nil {
+		t.silent = cmp.Or(t.silent, a.err)
+		return
+	}
+	switch a.resp.Verdict {
+	case kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER:
+		t.addMember(members, m, a.resp)
+	case kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED:
+		// It can be claimed.
+	case kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED:
+		t.named = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+			fmt.Sprintf("cluster %016x calls node %d at %s, through its member %d at %s: wait until it has taken the node in; "+
+				"if that cluster is known to be lost, init --force makes another",
+				a.resp.ClusterId, m.Id, m.Address, a.resp.By.GetId(), a.resp.By.GetAddress()))
+	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
+		t.fresh = waitsForMember(m, a.resp)
+	default:
+		t.claimed = waitsForMember(m, a.resp)
+	}
+}
+
+// addMember takes in the answer of a member of a cluster. One that has begun the same Init
+// is best: it carries on with what is left.
+func (t *surveyTally) addMember(members []*kvpb.Node, m *kvpb.Node, resp *kvpb.ClaimResponse) {
+	t.clusterIDs[resp.ClusterId] = true
+	t.memberOf = append(t.memberOf, fmt.Sprintf("node %d at %s is in another cluster, %016x, of the voters %s",
+		m.Id, m.Address, resp.ClusterId, formatNodes(resp.Voters)))
+	if sameNodes(resp.Members, members) {
+		t.member = m
+	} else if t.member == nil && sameNodes(resp.Voters, members) {
+		t.member = m
+	}
+}
+
+// outcome judges what was taken in. The order of its conditions is that in which what
+// they find matters.
+func (t *surveyTally) outcome() surveyOutcome {
+	isInOthers := len(t.clusterIDs) > 0 && t.member == nil
+	if isInOthers || len(t.clusterIDs) > 1 {
+		refusal := apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+			strings.Join(t.memberOf, ", and "))
+		return surveyOutcome{refusal: refusal, refusedByCluster: true}
+	}
+	if t.member != nil {
+		return surveyOutcome{member: t.member}
+	}
+	if t.silent != nil {
+		return surveyOutcome{refusal: t.silent}
+	}
+	if t.claimed != nil {
+		return surveyOutcome{waitsFor: t.claimed} // a cluster that names a member may be that founder's
+	}
+	if t.named != nil {
+		return surveyOutcome{refusal: t.named, refusedByCluster: true}
+	}
+	return surveyOutcome{waitsFor: t.fresh}
+}
+
+// waitsForMember is what an Init says if it cannot claim a member until the deadline.
 func waitsForMember(m *kvpb.Node, resp *kvpb.ClaimResponse) error {
 	switch resp.Verdict {
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
@@ -423,202 +506,239 @@ func waitsForMember(m *kvpb.Node, resp *kvpb.ClaimResponse) error {
 		fmt.Sprintf("node %d at %s could be claimed, and then no more", m.Id, m.Address))
 }
 
-// claim claims the members one after another and makes a cluster of this node
-// alone. If it cannot have them all it has none in the end, and says what it would
-// have to wait for.
-func (f *founder) claim(ctx context.Context) (t *initTry, clusterID uint64, waitsFor, err error) {
-	t, err = f.begin(ctx)
-	if err != nil {
-		return nil, 0, nil, err
-	}
-	claimed := 0
-	for ; claimed < len(f.members) && waitsFor == nil; claimed++ {
-		m := f.members[claimed]
-		req := &kvpb.ClaimRequest{Id: t.id, Founder: t.founder, Members: f.members, Force: f.force}
-		resp, err := f.ask(ctx, m, req)
-		if err != nil {
-			waitsFor = err // the next survey says more
-		} else if resp.Verdict != kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED {
-			waitsFor = waitsForMember(m, resp)
-		}
-	}
-	if waitsFor == nil {
-		waitsFor = apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE,
-			fmt.Sprintf("the members took more than %v to answer", claimTime/2))
-		// In any case: whether it has founded has to be known.
-		err = f.s.n.do(context.WithoutCancel(ctx), func() (err error) {
-			clusterID, err = f.s.n.found(t, f.members)
-			return err
-		})
-	}
-	if clusterID == 0 {
-		f.withdraw(ctx, t, f.members[:claimed])
-	}
-	return t, clusterID, waitsFor, err
-}
-
-// withdraw gives claims back, as far as members hear of it: else they expire.
-func (f *founder) withdraw(ctx context.Context, t *initTry, members []*kvpb.Node) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawTimeout)
-	defer cancel()
-	each(members, func(_ int, m *kvpb.Node) {
-		_, _ = f.ask(ctx, m, &kvpb.ClaimRequest{Id: t.id, Withdraw: true})
-	})
-}
-
-// forward has a member of the cluster say whether it has these voters, or make it so.
-func (f *founder) forward(ctx context.Context, m *kvpb.Node) (clusterID uint64, err error) {
+// forward sends this Init to a member of the cluster that it wants.
+func (f *founder) forward(ctx context.Context, m *kvpb.Node) initResult {
 	ctx = metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1")
 	req := &kvpb.InitRequest{Members: f.members, Force: f.force}
 	var resp *kvpb.InitResponse
-	err = f.connected(ctx, m, func(conn *grpc.ClientConn) (err error) {
+	err := f.withConnection(ctx, m, func(conn *grpc.ClientConn) (err error) {
 		resp, err = kvpb.NewClusterServiceClient(conn).Init(ctx, req)
 		return err
 	})
 	if err == nil {
-		return resp.ClusterId, nil
+		return initResult{outcome: initDone, clusterID: resp.ClusterId}
 	}
-	if errorReason(err) != "" {
-		return 0, err
+	switch errorReason(err) {
+	case "NOT_INITIALIZED":
+		return initResult{outcome: initWaiting} // the member has restarted since the survey
+	case "":
+		err = fmt.Errorf("%w: node %d at %s, which carries on with this init: %s",
+			errChangeUnknown, m.Id, m.Address, status.Convert(err).Message())
 	}
-	return 0, fmt.Errorf("%w: node %d at %s, which carries on with this init: %s",
-		errChangeUnknown, m.Id, m.Address, status.Convert(err).Message())
+	return initResult{outcome: initFailed, err: err}
 }
 
-// atMember is Init at a member of a cluster: it is done, or is carried on, or has
-// other members than the cluster.
-func (f *founder) atMember(ctx context.Context) (uint64, error) {
+// initTry is one try of a founder to claim all members.
+type initTry struct {
+	id      uint64
+	begun   uint64 // on the founder's clock.wall
+	founder *kvpb.Peer
+}
+
+// newTry draws a try's id, and notes the time and this node's life.
+func (f *founder) newTry(ctx context.Context) (*initTry, error) {
 	n := f.s.n
-	var clusterID uint64
-	founding := false
+	try := &initTry{id: randomID()}
 	err := n.do(ctx, func() error {
+		try.begun = n.clock.wall
+		try.founder = &kvpb.Peer{Node: n.self, RaftId: n.id.raftID, Life: n.id.life}
+		return nil
+	})
+	return try, err
+}
+
+// claimAndFound claims all members and makes a cluster of this node alone. If it cannot,
+// it withdraws the claims, and its result says what the Init has to wait for.
+func (f *founder) claimAndFound(ctx context.Context, try *initTry) initResult {
+	claimed, waitsFor := f.claimMembers(ctx, try)
+	if waitsFor != nil {
+		f.withdraw(ctx, try, claimed)
+		return initResult{outcome: initWaiting, err: waitsFor}
+	}
+	var clusterID uint64
+	// Also if ctx has ended: the founder has to know whether it has made a cluster.
+	err := f.s.n.do(context.WithoutCancel(ctx), func() (err error) {
+		clusterID, err = f.s.n.foundCluster(try, f.members)
+		return err
+	})
+	if clusterID != 0 {
+		return initResult{outcome: initDone, clusterID: clusterID}
+	}
+	f.withdraw(ctx, try, claimed)
+	if err != nil {
+		return initResult{outcome: initFailed, err: err}
+	}
+	waitsFor = apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE,
+		fmt.Sprintf("the members took more than %v to answer", claimTime/2))
+	return initResult{outcome: initWaiting, err: waitsFor}
+}
+
+// claimMembers claims one member after another, until one is refused. It returns those
+// that may be claimed now, and what to wait for; nil: it has all claims.
+func (f *founder) claimMembers(ctx context.Context, try *initTry) (claimed []*kvpb.Node, waitsFor error) {
+	for i, m := range f.members {
+		claimed = f.members[:i+1] // the last one, too: its answer may be lost
+		req := &kvpb.ClaimRequest{Id: try.id, Founder: try.founder, Members: f.members, Force: f.force}
+		resp, err := f.sendClaim(ctx, m, req)
+		if err != nil {
+			return claimed, err // the next survey says more
+		}
+		if resp.Verdict != kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED {
+			return claimed, waitsForMember(m, resp)
+		}
+	}
+	return claimed, nil
+}
+
+// withdraw gives the claims of a try back, as far as the members hear of it; the others
+// expire.
+func (f *founder) withdraw(ctx context.Context, try *initTry, members []*kvpb.Node) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawTimeout)
+	defer cancel()
+	forEachMember(members, func(_ int, m *kvpb.Node) {
+		_, _ = f.sendClaim(ctx, m, &kvpb.ClaimRequest{Id: try.id, Withdraw: true})
+	})
+}
+
+// foundCluster makes this node a cluster of itself alone, for an Init of these members, if
+// this node still holds its own claim for the try, and the try is young enough that the
+// others hold theirs. The head of this file says what hangs on both. 0: the try has
+// failed, and nothing has changed.
+func (n *node) foundCluster(try *initTry, members []*kvpb.Node) (clusterID uint64, err error) {
+	own := n.currentClaim()
+	if own == nil || own.id != try.id {
+		return 0, nil
+	}
+	age := n.clock.wall - try.begun
+	if age > n.ticksOf(claimTime)/2 {
+		return 0, nil
+	}
+	clusterID, err = n.bootstrap()
+	if err != nil {
+		return 0, err
+	}
+	n.claims.beginFounding(members)
+	n.endFounding() // if there are no others
+	n.logger.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
+	return clusterID, nil
+}
+
+// carryOnOrCompare is the Init of a node that is a member of a cluster. If the node has
+// made the cluster for an Init of the same members, it adds those that are missing. If
+// not, it compares the voters with the members, and changes nothing.
+func (f *founder) carryOnOrCompare(ctx context.Context) (clusterID uint64, err error) {
+	n := f.s.n
+	carriesOn := false
+	err = n.do(ctx, func() error {
 		clusterID = n.store.clusterID
-		founding = n.claims.founding != nil && sameNodes(n.claims.founding, f.members)
+		carriesOn = n.claims.founding != nil && sameNodes(n.claims.founding, f.members)
 		return nil
 	})
 	if err != nil {
 		return 0, err
 	}
-	if founding {
-		return f.complete(ctx, nil, clusterID)
+	if !carriesOn {
+		return f.compareVoters(ctx)
 	}
-	return f.compare(ctx)
-}
-
-// compare returns this node's cluster if its voters are the members of this Init.
-func (f *founder) compare(ctx context.Context) (uint64, error) {
-	n := f.s.n
-	var clusterID uint64
-	if _, err := f.s.call(ctx, nil); err != nil { // what it knows of the voters may be old
+	if err := f.addOthers(ctx, nil, clusterID); err != nil {
 		return 0, err
 	}
-	err := n.do(ctx, func() error {
+	return clusterID, nil
+}
+
+// compareVoters returns this node's cluster if its voters are the members of this Init,
+// and else an error: errInCluster, with what to do to have those members.
+func (f *founder) compareVoters(ctx context.Context) (clusterID uint64, err error) {
+	// A linearizable read: what this node knows of the voters may be old.
+	if _, err := f.s.call(ctx, nil); err != nil {
+		return 0, err
+	}
+	n := f.s.n
+	err = n.do(ctx, func() error {
 		clusterID = n.store.clusterID
 		if clusterID == 0 {
 			return errNotInitialized
 		}
-		if sameNodes(n.voterNodes(), f.members) {
+		voters := n.voterNodes()
+		if sameNodes(voters, f.members) {
 			return nil
 		}
 		return fmt.Errorf("%w, %016x, of the voters %s; to have those that were named: %s",
-			errInCluster, clusterID, formatNodes(n.voterNodes()), n.toDo(f.members))
+			errInCluster, clusterID, formatNodes(voters), n.commandsFor(f.members))
 	})
 	if err != nil {
-		return 0, err // the loop may still call f
+		return 0, err // without clusterID: the loop may still write to it
 	}
 	return clusterID, nil
 }
 
-// complete adds the other members to the cluster that this node has made, as far as
-// they are not in it, and makes them voters. With a try, their claims last meanwhile.
-func (f *founder) complete(ctx context.Context, t *initTry, clusterID uint64) (uint64, error) {
+// addOthers adds the other members to the cluster that this node has made, as far as they
+// are not in it, and makes them voters. It returns nil once all members of the Init, and
+// no others, vote; an error says what is left to do. With a try, it keeps the try's claims
+// meanwhile.
+func (f *founder) addOthers(ctx context.Context, try *initTry, clusterID uint64) error {
 	n := f.s.n
-	if err := n.await(ctx, func() (bool, error) { return n.store.index > 1, nil }); err != nil {
-		return 0, f.notMade(ctx, clusterID, err)
+	firstIsCommitted := func() (bool, error) { return n.store.index > 1, nil }
+	if err := n.await(ctx, firstIsCommitted); err != nil {
+		return f.notFounded(ctx, clusterID, err)
 	}
-	done, err := f.waitForTurn(ctx, f.s.adding)
+	endTurn, err := f.waitForTurn(ctx, f.s.adding)
 	if err != nil {
-		return 0, f.halfWay(err, clusterID)
+		return f.failedHalfway(err, clusterID)
 	}
-	defer done()
-	err = f.addOthers(ctx, t, clusterID)
-	for errorReason(err) == "NOT_CAUGHT_UP" && ctx.Err() == nil { // any more
+	defer endTurn()
+	err = f.addAndWatch(ctx, try, clusterID)
+	for errorReason(err) == "NOT_CAUGHT_UP" && ctx.Err() == nil {
+		// A learner had caught up, and fell behind before it became a voter.
 		sleep(ctx, n.opts.heartbeat)
-		err = f.addOthers(ctx, t, clusterID)
+		err = f.addAndWatch(ctx, try, clusterID)
 	}
 	if err != nil {
-		return 0, f.halfWay(err, clusterID)
+		return f.failedHalfway(err, clusterID)
 	}
-	_, err = f.compare(ctx)
+	_, err = f.compareVoters(ctx)
 	if errors.Is(err, errInCluster) {
-		return 0, err // an operator has made others voters meanwhile
+		return err // an operator has made others voters meanwhile
 	}
 	if err != nil {
-		return 0, f.halfWay(err, clusterID)
+		return f.failedHalfway(err, clusterID)
 	}
-	return clusterID, nil
+	return nil
 }
 
-// endFounding forgets which members Init was told, once they all vote, or once an
-// operator has added another. From then on, the same Init compares: it changes nothing.
-func (n *node) endFounding() {
-	if n.claims.founding == nil || isJoint(n.store.conf) {
-		return
-	}
-	for _, m := range n.store.members {
-		if !containsNode(n.claims.founding, m) {
-			n.claims.founding = nil
-			return
-		}
-	}
-	if sameNodes(n.voterNodes(), n.claims.founding) {
-		n.claims.founding = nil
-	}
-}
-
-// notMade says that this node has not become a cluster: its first entry was not
-// committed.
-func (f *founder) notMade(ctx context.Context, clusterID uint64, err error) error {
-	self := f.s.n.self
-	if ctx.Err() != nil {
-		return fmt.Errorf("%w: node %d at %s is still writing the first entry of cluster %016x",
-			errChangeUnknown, self.Id, self.Address, clusterID)
-	}
-	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NODE_FAILED,
-		fmt.Sprintf("node %d at %s could not make the cluster: %s. Once the cause is gone, start it and init again",
-			self.Id, self.Address, err))
-}
-
-// addOthers makes the other members learners and then voters, by requests as an
-// operator would make them: this node need not lead any more.
-func (f *founder) addOthers(ctx context.Context, t *initTry, clusterID uint64) error {
+// addAndWatch adds the members (addMembers), and watches each of them meanwhile: if one
+// fails, the adding ends with that error.
+func (f *founder) addAndWatch(ctx context.Context, try *initTry, clusterID uint64) error {
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	room := make(chan struct{}, maxWatching)
+	places := make(chan struct{}, maxWatching)
 	for _, m := range f.members {
 		if m.Id == f.s.n.self.Id {
 			continue
 		}
 		watching.Go(func() {
-			if err := f.watch(ctx, t, clusterID, m, room); err != nil {
+			if err := f.watchMember(ctx, try, clusterID, m, places); err != nil {
 				cancel(err)
 			}
 		})
 	}
-	err := f.connected(ctx, f.s.n.self, func(conn *grpc.ClientConn) error {
-		return f.addAll(ctx, kvpb.NewClusterServiceClient(conn))
+	err := f.withConnection(ctx, f.s.n.self, func(conn *grpc.ClientConn) error {
+		return f.addMembers(ctx, kvpb.NewClusterServiceClient(conn))
 	})
-	if cause := context.Cause(ctx); err != nil && cause != ctx.Err() {
-		return cause // of a member that has failed
+	cause := context.Cause(ctx)
+	aMemberFailed := cause != ctx.Err()
+	if err != nil && aMemberFailed {
+		return cause
 	}
 	return err
 }
 
-// addAll makes the members learners one after another, and then voters. It removes
-// nobody: meanwhile, an operator may have made others voters.
-func (f *founder) addAll(ctx context.Context, self kvpb.ClusterServiceClient) error {
+// addMembers makes the other members learners one after another, and then all of them
+// voters. It makes the requests that an operator would make, of this node, which need not
+// lead any more. It removes nobody: an operator may have made others voters meanwhile.
+func (f *founder) addMembers(ctx context.Context, self kvpb.ClusterServiceClient) error {
 	var ids []uint64
 	for _, m := range f.members {
 		ids = append(ids, m.Id)
@@ -633,36 +753,43 @@ func (f *founder) addAll(ctx context.Context, self kvpb.ClusterServiceClient) er
 	return err
 }
 
-// watch returns once a member is in a cluster, durably, or ctx has ended; or, with an
-// error, once it has failed.
-func (f *founder) watch(ctx context.Context, t *initTry, clusterID uint64, m *kvpb.Node, room chan struct{}) error {
+// watchMember waits until a member is in a cluster, durably, and keeps the member's claim
+// meanwhile. It returns nil then, or when ctx has ended, and an error if the member has
+// failed. Those that wait share the places.
+func (f *founder) watchMember(
+	ctx context.Context, try *initTry, clusterID uint64, m *kvpb.Node, places chan struct{},
+) error {
 	req := &kvpb.ClaimRequest{To: m, ClusterId: clusterID}
-	if t != nil {
-		req.Id, req.Founder, req.Members = t.id, t.founder, f.members
+	if try != nil {
+		req.Id = try.id
+		req.Founder = try.founder
+		req.Members = f.members
 	}
 	for ctx.Err() == nil {
 		select {
-		case room <- struct{}{}:
+		case places <- struct{}{}:
 		case <-ctx.Done():
 			return nil
 		}
-		isMember, err := f.watchOnce(ctx, m, req)
-		<-room
-		if isMember || ctx.Err() != nil {
+		joined := f.awaitJoin(ctx, m, req)
+		<-places
+		if joined.outcome == initDone || ctx.Err() != nil {
 			return nil
 		}
-		if err != nil {
+		if joined.outcome == initFailed {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
-				fmt.Sprintf("node %d at %s has failed while it was added: %s", m.Id, m.Address, status.Convert(err).Message()))
+				fmt.Sprintf("node %d at %s has failed while it was added: %s",
+					m.Id, m.Address, status.Convert(joined.err).Message()))
 		}
 		sleep(ctx, f.s.n.opts.heartbeat)
 	}
 	return nil
 }
 
-// watchOnce waits for a member to be in a cluster, until it is the turn of another one.
-func (f *founder) watchOnce(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) (isMember bool, err error) {
-	err = f.connected(ctx, m, func(conn *grpc.ClientConn) error {
+// awaitJoin calls a member, which answers once it is in a cluster. It waits no longer than
+// watchTime if there are more members than may be watched at a time.
+func (f *founder) awaitJoin(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRequest) initResult {
+	err := f.withConnection(ctx, m, func(conn *grpc.ClientConn) error {
 		short := ctx
 		if len(f.members)-1 > maxWatching {
 			var cancel context.CancelFunc
@@ -672,53 +799,87 @@ func (f *founder) watchOnce(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRe
 		_, err := kvpb.NewRaftServiceClient(conn).Claim(short, req)
 		return err
 	})
+	if err == nil {
+		return initResult{outcome: initDone}
+	}
 	switch errorReason(err) {
 	case "DEADLINE":
-		return false, nil
-	case "": // a connection that broke need not be more than that
-		if err != nil {
-			_, err = f.ask(ctx, m, &kvpb.ClaimRequest{})
-			return false, err
+		return initResult{outcome: initWaiting}
+	case "":
+		// The connection has broken. The member has failed only if it does not answer on
+		// another one.
+		if _, err := f.sendClaim(ctx, m, &kvpb.ClaimRequest{}); err != nil {
+			return initResult{outcome: initFailed, err: err}
 		}
+		return initResult{outcome: initWaiting}
 	}
-	return err == nil, err
+	return initResult{outcome: initFailed, err: err}
 }
 
-// halfWay says how far Init got, and what is left to type.
-func (f *founder) halfWay(err error, clusterID uint64) error {
+// notFounded is the error of an Init whose cluster has not committed its first entry: the
+// node has failed, or has had no time to write it.
+func (f *founder) notFounded(ctx context.Context, clusterID uint64, err error) error {
+	self := f.s.n.self
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: node %d at %s is still writing the first entry of cluster %016x",
+			errChangeUnknown, self.Id, self.Address, clusterID)
+	}
+	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NODE_FAILED,
+		fmt.Sprintf("node %d at %s could not make the cluster: %s. Once the cause is gone, start it and init again",
+			self.Id, self.Address, err))
+}
+
+// failedHalfway is the error of an Init that has made the cluster and could not add all
+// members: err, and the commands that do what is left.
+func (f *founder) failedHalfway(err error, clusterID uint64) error {
 	n := f.s.n
-	todo := ""
+	left := ""
 	_ = n.do(context.Background(), func() error { // unless the node has ended
-		todo = fmt.Sprintf("; what is left, with --endpoints %s: %s", n.self.Address, n.toDo(f.members))
+		left = fmt.Sprintf("; what is left, with --endpoints %s: %s", n.self.Address, n.commandsFor(f.members))
 		if n.claims.founding != nil {
-			todo += "; or the same init, which carries on"
+			left += "; or the same init, which carries on"
 		}
 		return nil
 	})
 	st := status.Convert(toStatus(err, false)).Proto()
-	st.Message = fmt.Sprintf("cluster %016x was made, but: %s%s", clusterID, st.Message, todo)
+	st.Message = fmt.Sprintf("cluster %016x was made, but: %s%s", clusterID, st.Message, left)
 	return status.FromProto(st).Err()
 }
 
-// toDo is what to type to have these members as the voters.
-func (n *node) toDo(members []*kvpb.Node) string {
-	var todo, ids []string
-	var ready []*kvpb.Node
+// commandsFor returns the commands that an operator types to have these members as the
+// voters.
+func (n *node) commandsFor(members []*kvpb.Node) string {
+	var ready []*kvpb.Node // who can vote at once
 	progress := n.progressOf()
 	for raftID, m := range n.store.members {
 		if n.isVoter(raftID) || n.isCaughtUp(progress[raftID]) {
 			ready = append(ready, m)
 		}
 	}
+	var commands []string
+	var ids []string
 	for _, m := range members {
 		ids = append(ids, fmt.Sprint(m.Id))
 		if !containsNode(ready, m) {
-			todo = append(todo, "add-learner "+formatNode(m))
+			commands = append(commands, "add-learner "+formatNode(m))
 		}
 	}
-	return strings.Join(append(todo, "change-membership "+strings.Join(ids, " ")), ", then ")
+	commands = append(commands, "change-membership "+strings.Join(ids, " "))
+	return strings.Join(commands, ", then ")
 }
 
+// voterNodes are the voters once no change of membership is running, by id.
+func (n *node) voterNodes() []*kvpb.Node {
+	var voters []*kvpb.Node
+	for _, m := range sortedMembers(n.store.members) {
+		if n.isVoter(m.RaftId) {
+			voters = append(voters, m.Node)
+		}
+	}
+	return voters
+}
+
+// containsNode reports whether a list has a node, by its id and address.
 func containsNode(nodes []*kvpb.Node, m *kvpb.Node) bool {
 	return slices.ContainsFunc(nodes, func(o *kvpb.Node) bool { return o.Id == m.Id && o.Address == m.Address })
 }

@@ -556,11 +556,15 @@ func TestInitGivesClaimsBack(t *testing.T) {
 	others := &kvpb.ClaimRequest{Id: 7, Founder: &kvpb.Peer{Node: plainNode(9), RaftId: 9, Life: 9}, Force: true}
 	c.inLoop(3, func(n *node) error { n.answerClaim(others); return nil })
 	f := newFounder(c.nodes[1].server, &kvpb.InitRequest{Members: c.proto(1, 2, 3), Force: true})
-	_, clusterID, waitsFor, err := f.claim(c.ctx)
-	if clusterID != 0 || err != nil {
-		t.Errorf("cluster %x, %v", clusterID, err)
+	try, err := f.newTry(c.ctx)
+	if err != nil {
+		t.Fatal(err)
 	}
-	wantError(t, waitsFor, codes.Aborted, "INIT_IN_PROGRESS")
+	founded := f.claimAndFound(c.ctx, try)
+	if founded.outcome != initWaiting || founded.clusterID != 0 {
+		t.Errorf("%+v", founded)
+	}
+	wantError(t, founded.err, codes.Aborted, "INIT_IN_PROGRESS")
 	for id := uint64(1); id <= 3; id++ {
 		n := c.nodes[id].server.n
 		want := uint64(0)
@@ -625,12 +629,12 @@ func TestInitJudges(t *testing.T) {
 		"another list is being made":           {answers: []surveyAnswer{free, in(9, members[1:2], members[:2]), free}, refusal: exists, byCluster: true},
 		"there are two":                        {answers: []surveyAnswer{in(9, members, nil), in(8, members[1:2], nil), free}, refusal: exists, byCluster: true},
 	} {
-		found := outcomeOf(members, tt.answers)
-		if found.made.GetId() != tt.made || errorReason(found.refusal) != tt.refusal || errorReason(found.waitsFor) != tt.waitsFor ||
-			found.byCluster != tt.byCluster {
+		found := judgeSurvey(members, tt.answers)
+		if found.member.GetId() != tt.made || errorReason(found.refusal) != tt.refusal || errorReason(found.waitsFor) != tt.waitsFor ||
+			found.refusedByCluster != tt.byCluster {
 			t.Errorf("%s: %+v", name, found)
 		}
-		if claimAll := found.made == nil && found.refusal == nil && found.waitsFor == nil; claimAll != tt.claimAll {
+		if claimAll := found.member == nil && found.refusal == nil && found.waitsFor == nil; claimAll != tt.claimAll {
 			t.Errorf("%s: they are claimed: %v", name, claimAll)
 		}
 	}
@@ -689,9 +693,9 @@ func TestFound(t *testing.T) {
 		"just in time":          {func(l *lone) { l.ticks(l.n.ticksOf(claimTime) / 2) }, true},
 		"too late":              {func(l *lone) { l.ticks(l.n.ticksOf(claimTime)/2 + 1) }, false},
 		"after a pause":         {func(l *lone) { l.n.clock.wall += l.n.ticksOf(claimTime) }, false},
-		"its own claim is lost": {func(l *lone) { l.n.withdraw(7) }, false},
+		"its own claim is lost": {func(l *lone) { l.n.claims.withdraw(7) }, false},
 		"it is another's": {func(l *lone) {
-			l.n.withdraw(7)
+			l.n.claims.withdraw(7)
 			l.n.answerClaim(&kvpb.ClaimRequest{Id: 8, Founder: &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2}})
 		}, false},
 	} {
@@ -700,7 +704,7 @@ func TestFound(t *testing.T) {
 		try := &initTry{id: 7, begun: l.n.clock.wall, founder: me}
 		l.n.answerClaim(&kvpb.ClaimRequest{Id: 7, Founder: me, Members: members})
 		tt.between(l)
-		id, err := l.n.found(try, members)
+		id, err := l.n.foundCluster(try, members)
 		if err != nil || (id != 0) != tt.founds || (l.n.store.clusterID != 0) != tt.founds {
 			t.Errorf("%s: cluster %x, %v", name, id, err)
 		}

@@ -148,6 +148,7 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	n.in.wake = newBell()
 	n.clock = clock{now: firstTick, wall: firstTick}
 	n.catchup.written = newMeter(o.heartbeat)
+	n.claims = newClaims(self, n.ticksOf(claimTime), n.ticksOf(n.redialTime()))
 	n.newLife()
 	n.status.latest.Store(&published{})
 	n.publish()
@@ -421,7 +422,7 @@ func (n *node) receive(in inbound) {
 		return
 	}
 	if n.rn == nil {
-		n.noteForeign(in.hello)
+		n.claims.noteForeign(in.hello, n.clock.now)
 		n.receiveUninitialized(m)
 		return
 	}
