@@ -601,10 +601,13 @@ func (f *founder) withdraw(ctx context.Context, try *initTry, members []*kvpb.No
 }
 
 // foundCluster makes this node a cluster of itself alone, for an Init of these members, if
-// this node still holds its own claim for the try, and the try is young enough that the
-// others hold theirs. The head of this file says what hangs on both. 0: the try has
-// failed, and nothing has changed.
+// the try is of this life, its claim of this node holds, and it is young enough that all
+// other claims hold, too. The head of this file says what hangs on these three. 0: the try
+// has failed, and nothing has changed.
 func (n *node) foundCluster(try *initTry, members []*kvpb.Node) (clusterID uint64, err error) {
+	if try.founder.Life != n.id.life {
+		return 0, nil // what this node promised in the life of the try is forgotten
+	}
 	own := n.currentClaim()
 	if own == nil || own.id != try.id {
 		return 0, nil

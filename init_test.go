@@ -694,6 +694,10 @@ func TestFound(t *testing.T) {
 		"too late":              {func(l *lone) { l.ticks(l.n.ticksOf(claimTime)/2 + 1) }, false},
 		"after a pause":         {func(l *lone) { l.n.clock.wall += l.n.ticksOf(claimTime) }, false},
 		"its own claim is lost": {func(l *lone) { l.n.claims.withdraw(7) }, false},
+		"in another life": {func(l *lone) {
+			l.n.newLife()
+			l.n.answerClaim(&kvpb.ClaimRequest{Id: 7, Founder: me, Members: members, Force: true})
+		}, false},
 		"it is another's": {func(l *lone) {
 			l.n.claims.withdraw(7)
 			l.n.answerClaim(&kvpb.ClaimRequest{Id: 8, Founder: &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2}})
