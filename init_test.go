@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -68,8 +67,51 @@ func (c *testCluster) failWhen(id uint64, cond func(*node) bool) (held chan stru
 // holdOnceClaimed keeps a node busy once it has answered a claim.
 func (c *testCluster) holdOnceClaimed(id uint64) (release func()) {
 	c.t.Helper()
-	_, release = c.holdWhen(id, func(n *node) bool { return n.claims.current != nil })
+	_, release = c.holdWhen(id, hasClaim)
 	return release
+}
+
+func hasClaim(n *node) bool { return n.claims.current != nil }
+
+// beginInit calls the first member's Init. The channel gets what it returns.
+func (c *testCluster) beginInit(members ...uint64) (ended chan error) {
+	ended = make(chan error, 1)
+	founder := c.nodes[members[0]]
+	req := &kvpb.InitRequest{Members: c.proto(members...)}
+	go func() {
+		_, err := founder.Init(c.ctx, req)
+		ended <- err
+	}()
+	return ended
+}
+
+// joins waits until a node is in a cluster.
+func (c *testCluster) joins(id uint64) {
+	c.t.Helper()
+	eventually(c.t, func() error {
+		if c.clusterOf(id) == 0 {
+			return fmt.Errorf("node %d is in no cluster", id)
+		}
+		return nil
+	})
+}
+
+// failHalfway has an Init of nodes 1, 2 and 3 fail when nodes 1 and 2 are in a cluster,
+// since node 3 has ended. It returns the error, and node 3's address.
+func (c *testCluster) failHalfway() (failed error, address string) {
+	c.t.Helper()
+	node3 := c.nodes[3]
+	held, fail := c.failWhen(3, hasClaim)
+	ended := c.beginInit(1, 2, 3)
+	<-held
+	c.joins(2)
+	fail()
+	<-node3.ended
+	_ = node3.conn.Close()
+	delete(c.nodes, 3)
+	failed = <-ended
+	wantError(c.t, failed, codes.Unavailable, "UNREACHABLE")
+	return failed, node3.address
 }
 
 // TestInitAgain: an Init that is true already succeeds, wherever it is called; one of
@@ -186,7 +228,9 @@ func TestInitSurveyTakesTime(t *testing.T) {
 	for round := range times(3) {
 		t.Run(fmt.Sprint(round), func(t *testing.T) {
 			c := newCluster(t, 3)
-			members, slow, node2 := c.proto(1, 2, 3), c.proto(3, 2), c.nodes[2].server.n
+			members := c.proto(1, 2, 3)
+			slow := c.proto(3, 2)
+			node2 := c.nodes[2].server.n
 			asked := make(chan struct{})
 			ask := sync.OnceFunc(func() { close(asked) })
 			c.wires.mu.Lock()
@@ -259,34 +303,17 @@ func TestInitCarriesOn(t *testing.T) {
 		t.Run(fmt.Sprint(via), func(t *testing.T) {
 			c := newCluster(t, 3)
 			members := c.proto(1, 2, 3)
-			address := c.nodes[3].address
-			held, fail := c.failWhen(3, func(n *node) bool { return n.claims.current != nil })
-			ended := make(chan error, 1)
-			go func() {
-				_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members})
-				ended <- err
-			}()
-			<-held
-			eventually(t, func() error {
-				if c.clusterOf(2) == 0 {
-					return fmt.Errorf("node 2 is in no cluster")
-				}
-				return nil
-			})
-			failed := c.nodes[3]
-			fail()
-			<-failed.ended
-			_ = failed.conn.Close()
-			delete(c.nodes, 3)
-			err := <-ended
-			wantError(t, err, codes.Unavailable, "UNREACHABLE")
+			err, address := c.failHalfway()
 			wantPart(t, err.Error(), fmt.Sprintf("cluster %s was made, but: node 3 at %s ", hex(c.clusterOf(1)), address))
 			// The founder's next question to it may be the first to meet the failure.
-			if s := err.Error(); !strings.Contains(s, "the test has ended it") && !strings.Contains(s, "does not answer") {
-				t.Errorf("%q does not say what has become of node 3", s)
+			saysCause := strings.Contains(err.Error(), "the test has ended it")
+			saysSilent := strings.Contains(err.Error(), "does not answer")
+			if !saysCause && !saysSilent {
+				t.Errorf("%q does not say what has become of node 3", err)
 			}
 			wantPart(t, err.Error(), "change-membership 1 2 3; or the same init")
-			if resp, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members[:2]}); reasonOf(err) != "ALREADY_INITIALIZED" {
+			resp, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members[:2]})
+			if reasonOf(err) != "ALREADY_INITIALIZED" {
 				t.Errorf("an Init of other members at the founder: %v, %v", resp, err)
 			}
 			c.start(3, address)
@@ -309,33 +336,6 @@ func TestInitCarriesOn(t *testing.T) {
 	}
 }
 
-// failedHalfWay has an Init of nodes 1, 2 and 3 fail when nodes 1 and 2 are in a cluster,
-// and starts node 3 again.
-func (c *testCluster) failedHalfWay() {
-	c.t.Helper()
-	address := c.nodes[3].address
-	held, fail := c.failWhen(3, func(n *node) bool { return n.claims.current != nil })
-	ended := make(chan error, 1)
-	go func() {
-		_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
-		ended <- err
-	}()
-	<-held
-	eventually(c.t, func() error {
-		if c.clusterOf(2) == 0 {
-			return fmt.Errorf("node 2 is in no cluster")
-		}
-		return nil
-	})
-	failed := c.nodes[3]
-	fail()
-	<-failed.ended
-	_ = failed.conn.Close()
-	delete(c.nodes, 3)
-	wantError(c.t, <-ended, codes.Unavailable, "UNREACHABLE")
-	c.start(3, address)
-}
-
 // TestInitRemovesNobody: an Init undoes nothing that an operator has done, neither if it
 // is repeated after that, nor if it was running. It says that there are other voters.
 func TestInitRemovesNobody(t *testing.T) {
@@ -350,7 +350,8 @@ func TestInitRemovesNobody(t *testing.T) {
 	for name, promote := range map[string]bool{"who votes": true, "who is a learner": false} {
 		t.Run("repeated after the others were added by hand, and one more "+name, func(t *testing.T) {
 			c := newCluster(t, 4)
-			c.failedHalfWay()
+			_, address := c.failHalfway()
+			c.start(3, address)
 			c.addLearner(1, 4)
 			if !promote { // the list is not carried on with, either
 				_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
@@ -365,7 +366,8 @@ func TestInitRemovesNobody(t *testing.T) {
 	}
 	t.Run("repeated after a member was demoted", func(t *testing.T) {
 		c := newCluster(t, 3)
-		c.failedHalfWay()
+		_, address := c.failHalfway()
+		c.start(3, address)
 		c.addLearner(1, 3)
 		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{2, 3}})
 		c.change(1, &kvpb.ChangeMembershipRequest{Demote: []uint64{3}})
@@ -374,19 +376,10 @@ func TestInitRemovesNobody(t *testing.T) {
 	})
 	t.Run("running", func(t *testing.T) {
 		c := newCluster(t, 4)
-		held, release := c.holdWhen(3, func(n *node) bool { return n.claims.current != nil })
-		ended := make(chan error, 1)
-		go func() {
-			_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
-			ended <- err
-		}()
+		held, release := c.holdWhen(3, hasClaim)
+		ended := c.beginInit(1, 2, 3)
 		<-held
-		eventually(t, func() error {
-			if c.clusterOf(2) == 0 {
-				return fmt.Errorf("node 2 is in no cluster")
-			}
-			return nil
-		})
+		c.joins(2)
 		c.addLearner(1, 4)
 		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{4}})
 		release()
@@ -425,7 +418,8 @@ func TestInitsShareConnections(t *testing.T) {
 		<-ctx.Done()
 		mu.Lock()
 		defer mu.Unlock()
-		if called[from][to]--; called[from][to] == 0 {
+		called[from][to]--
+		if called[from][to] == 0 {
 			delete(called[from], to)
 		}
 	}
@@ -498,13 +492,8 @@ func TestInitOfMany(t *testing.T) {
 	for i := range ids {
 		ids[i] = uint64(i) + 1
 	}
-	members := c.proto(ids...)
-	held, release := c.holdWhen(2, func(n *node) bool { return n.claims.current != nil }) // the first to be added
-	ended := make(chan error, 1)
-	go func() {
-		_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: members})
-		ended <- err
-	}()
+	held, release := c.holdWhen(2, hasClaim) // the first to be added
+	ended := c.beginInit(ids...)
 	<-held
 	asking := c.nodes[1].server.net.callPlaces
 	most := 0
@@ -512,12 +501,12 @@ func TestInitOfMany(t *testing.T) {
 		n := c.nodes[id].server.n
 		eventually(t, func() error {
 			most = max(most, len(asking))
-			kept := false
-			err := n.do(c.ctx, func() error { kept = n.claims.current != nil && n.claims.current.clusterID != 0; return nil })
-			if !kept {
-				return cmp.Or(err, fmt.Errorf("the claim of node %d is not kept", id))
-			}
-			return nil
+			return n.do(c.ctx, func() error {
+				if !hasClaim(n) || n.claims.current.clusterID == 0 {
+					return fmt.Errorf("the claim of node %d is not kept", id)
+				}
+				return nil
+			})
 		})
 	}
 	release()
@@ -554,7 +543,10 @@ func TestInitGivesClaimsBack(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3)
 	others := &kvpb.ClaimRequest{Id: 7, Founder: &kvpb.Peer{Node: plainNode(9), RaftId: 9, Life: 9}, Force: true}
-	c.inLoop(3, func(n *node) error { n.answerClaim(others); return nil })
+	c.inLoop(3, func(n *node) error {
+		n.answerClaim(others)
+		return nil
+	})
 	f := newFounder(c.nodes[1].server, &kvpb.InitRequest{Members: c.proto(1, 2, 3), Force: true})
 	try, err := f.newTry(c.ctx)
 	if err != nil {
@@ -571,17 +563,15 @@ func TestInitGivesClaimsBack(t *testing.T) {
 		if id == 3 {
 			want = 9
 		}
-		if err := n.do(c.ctx, func() error { // withdraw has been answered
-			got := uint64(0)
+		got := uint64(0)
+		err := n.do(c.ctx, func() error { // withdraw has been answered
 			if c := n.currentClaim(); c != nil {
 				got = c.founder.RaftId
 			}
-			if got != want {
-				t.Errorf("node %d is claimed by %x, want %x", id, got, want)
-			}
 			return nil
-		}); err != nil {
-			t.Error(err)
+		})
+		if err != nil || got != want {
+			t.Errorf("node %d is claimed by %x, want %x: %v", id, got, want, err)
 		}
 	}
 	eventually(t, func() error { // on a busy machine even the answer may be late
@@ -597,45 +587,76 @@ func TestInitGivesClaimsBack(t *testing.T) {
 	wantPart(t, err.Error(), "node 3 at "+c.nodes[3].address+" is claimed by another init, at node 9")
 }
 
+// judged is a surveyOutcome, with reasons in place of errors.
+type judged struct {
+	member    uint64
+	refusal   string
+	byCluster bool
+	waitsFor  string
+	claimAll  bool
+}
+
 // TestInitJudges: what the answers of the members to a survey come to.
 func TestInitJudges(t *testing.T) {
+	const (
+		exists = "ALREADY_INITIALIZED"
+		wait   = "INIT_IN_PROGRESS"
+		late   = "DEADLINE"
+	)
 	members := []*kvpb.Node{plainNode(1), plainNode(2), plainNode(3)}
-	free := surveyAnswer{resp: &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED}}
-	fresh := surveyAnswer{resp: &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH}}
-	claimed := surveyAnswer{resp: &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED, By: plainNode(3)}}
-	named := surveyAnswer{resp: &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED, By: plainNode(9), ClusterId: 9}}
+	answer := func(resp *kvpb.ClaimResponse) surveyAnswer { return surveyAnswer{resp: resp} }
 	in := func(clusterID uint64, voters, founding []*kvpb.Node) surveyAnswer {
-		return surveyAnswer{resp: &kvpb.ClaimResponse{
-			Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER, ClusterId: clusterID, Voters: voters, Members: founding,
-		}}
+		return answer(&kvpb.ClaimResponse{
+			Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER,
+			ClusterId: clusterID,
+			Voters:    voters,
+			Members:   founding,
+		})
 	}
+	free := answer(&kvpb.ClaimResponse{Verdict: claimGranted})
+	fresh := answer(&kvpb.ClaimResponse{Verdict: claimFresh})
+	claimed := answer(&kvpb.ClaimResponse{Verdict: claimRefused, By: plainNode(3)})
+	named := answer(&kvpb.ClaimResponse{Verdict: claimNamed, By: plainNode(9), ClusterId: 9})
 	silent := surveyAnswer{err: apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "nobody")}
-	const exists, wait, late = "ALREADY_INITIALIZED", "INIT_IN_PROGRESS", "DEADLINE"
+	refused := func(reason string) judged { return judged{refusal: reason, byCluster: reason == exists} }
+
 	for name, tt := range map[string]struct {
-		answers             []surveyAnswer
-		made                uint64
-		refusal, waitsFor   string
-		byCluster, claimAll bool
+		answers []surveyAnswer
+		want    judged
 	}{
-		"all can be claimed":                   {answers: []surveyAnswer{free, free, free}, claimAll: true},
-		"one is fresh":                         {answers: []surveyAnswer{free, fresh, free}, waitsFor: late},
-		"one is claimed":                       {answers: []surveyAnswer{fresh, claimed, free}, waitsFor: wait},
-		"one is named":                         {answers: []surveyAnswer{fresh, named, free}, refusal: exists, byCluster: true},
-		"one is named, perhaps by the founder": {answers: []surveyAnswer{claimed, named, free}, waitsFor: wait},
-		"one does not answer":                  {answers: []surveyAnswer{claimed, free, silent}, refusal: "UNREACHABLE"},
-		"one is in a cluster":                  {answers: []surveyAnswer{free, in(9, members[1:], nil), silent}, refusal: exists, byCluster: true},
-		"the cluster is made":                  {answers: []surveyAnswer{named, in(9, members, nil), silent}, made: 2},
-		"the cluster is being made":            {answers: []surveyAnswer{in(9, members[1:2], nil), in(9, members[1:2], members), free}, made: 2},
-		"another list is being made":           {answers: []surveyAnswer{free, in(9, members[1:2], members[:2]), free}, refusal: exists, byCluster: true},
-		"there are two":                        {answers: []surveyAnswer{in(9, members, nil), in(8, members[1:2], nil), free}, refusal: exists, byCluster: true},
+		"all can be claimed": {[]surveyAnswer{free, free, free}, judged{claimAll: true}},
+		"one is fresh":       {[]surveyAnswer{free, fresh, free}, judged{waitsFor: late}},
+		"one is claimed":     {[]surveyAnswer{fresh, claimed, free}, judged{waitsFor: wait}},
+		"one is named":       {[]surveyAnswer{fresh, named, free}, refused(exists)},
+		"one is named, perhaps by the founder": {
+			[]surveyAnswer{claimed, named, free}, judged{waitsFor: wait},
+		},
+		"one does not answer": {[]surveyAnswer{claimed, free, silent}, refused("UNREACHABLE")},
+		"one is in a cluster": {[]surveyAnswer{free, in(9, members[1:], nil), silent}, refused(exists)},
+		"the cluster is made": {[]surveyAnswer{named, in(9, members, nil), silent}, judged{member: 2}},
+		"the cluster is being made": {
+			[]surveyAnswer{in(9, members[1:2], nil), in(9, members[1:2], members), free}, judged{member: 2},
+		},
+		"a founder is better than another member": {
+			[]surveyAnswer{in(9, members, nil), in(9, members, members), in(9, members, nil)}, judged{member: 2},
+		},
+		"another list is being made": {
+			[]surveyAnswer{free, in(9, members[1:2], members[:2]), free}, refused(exists),
+		},
+		"there are two": {
+			[]surveyAnswer{in(9, members, nil), in(8, members[1:2], nil), free}, refused(exists),
+		},
 	} {
 		found := judgeSurvey(members, tt.answers)
-		if found.member.GetId() != tt.made || errorReason(found.refusal) != tt.refusal || errorReason(found.waitsFor) != tt.waitsFor ||
-			found.refusedByCluster != tt.byCluster {
-			t.Errorf("%s: %+v", name, found)
+		got := judged{
+			member:    found.member.GetId(),
+			refusal:   errorReason(found.refusal),
+			byCluster: found.refusedByCluster,
+			waitsFor:  errorReason(found.waitsFor),
 		}
-		if claimAll := found.member == nil && found.refusal == nil && found.waitsFor == nil; claimAll != tt.claimAll {
-			t.Errorf("%s: they are claimed: %v", name, claimAll)
+		got.claimAll = got == (judged{})
+		if got != tt.want {
+			t.Errorf("%s: %+v, want %+v", name, got, tt.want)
 		}
 	}
 }
