@@ -2,11 +2,11 @@
 //
 // # What a claim is
 //
-// A claim is a node's promise to one founder: for as long as it holds, the node makes
-// no such promise to another founder, and joins no cluster but this founder's. Only a
-// node that is in no cluster makes it, and it has made one at a time. A claim is for one
-// try of one Init (initTry): it has the try's id, a random number that is used once; the
-// members that the Init names; and the founder, in the life in which it asked.
+// A claim is a node's promise to one founder: for as long as the claim holds, the node
+// makes none to another founder, and joins no cluster but this founder's. Only a node in
+// no cluster makes claims, one at a time. A claim is for one try of one Init (initTry): it
+// has the try's id, a random number that is used once; the members that the Init names;
+// and the founder, in the life in which it asked.
 //
 // A claim is in the memory of the claimed node's loop, and nowhere else: a node in no
 // cluster has no durable state. So a process that starts again has promised nothing, and
@@ -16,9 +16,9 @@
 //   - the founder withdraws it;
 //   - the founder claims the node in another life, so the process that had the claim is gone;
 //   - the node becomes a member of a cluster;
-//   - or it is claimTime old. A founder that has its cluster calls each node that it adds,
-//     again and again, until the node is a member. The claim holds throughout such a call,
-//     and begins a new claimTime as it ends.
+//   - or the claim is claimTime old. A founder that has its cluster calls each node that it
+//     adds, again and again, until the node is a member. Throughout such a call the claim
+//     is as good as new (keep): its claimTime begins when the call ends.
 //
 // The head of init.go says why claims keep two founders from making a cluster each.
 //
@@ -180,7 +180,7 @@ func (c *claims) withdraw(id uint64) {
 }
 
 // keep has the claim of a try begin a new claimTime, now that its founder has made a
-// cluster. A claim that has ended by another's is not made again.
+// cluster. It does nothing if that claim was withdrawn, or another one made since.
 func (c *claims) keep(id, clusterID, now uint64) {
 	if c.current == nil || c.current.id != id {
 		return
@@ -229,6 +229,12 @@ func (c *claims) isFresh(now uint64) bool {
 func (c *claims) beginFounding(members []*kvpb.Node) {
 	c.current = nil
 	c.founding = members
+}
+
+// carriesOn reports whether this node has made its cluster for an Init of these members
+// that is not done: the same Init carries on with it.
+func (c *claims) carriesOn(members []*kvpb.Node) bool {
+	return c.founding != nil && sameNodes(c.founding, members)
 }
 
 // endFounding forgets the members of the Init once they are the voters, or once an

@@ -6,8 +6,8 @@
 //	survey -----------------> claim ----------> found ---> add ---> done
 //	|  |  ^                     |                 |         |
 //	|  |  |             a claim is refused  the try is old  +--> failed halfway
-//	|  |  |                     |                 |
-//	|  |  +---- pause <---------+--- withdraw <---+
+//	|  |  |                     v                 |
+//	|  |  +---- pause <----- withdraw <-----------+
 //	|  |          ^
 //	|  +----------+ a member is claimed, or fresh
 //	|
@@ -16,8 +16,8 @@
 //   - survey: the founder asks all members whether they can be claimed.
 //   - claim: it claims one member after another, in ascending order of ids, itself at
 //     its place.
-//   - found: in one turn of its loop, it sees that it may, and makes a cluster of itself
-//     alone.
+//   - found: in one turn of its loop, it sees that all claims still hold, and makes a
+//     cluster of itself alone.
 //   - add: it makes the others learners and then voters, and waits until they are. An
 //     Init that has failed in this state says so; the same one again carries on with it.
 //
@@ -56,19 +56,18 @@
 // made (clock.now), and so the claim holds longer; the try's counts those that it has
 // missed, too (clock.wall), and so the try fails sooner.
 //
-// A founder that has died leaves a claim behind, and one that claims again in its next
-// life has the old claim replaced (step 2 is silent about that). Say that G made its
-// cluster before it died. If G is durable, it is still a member, and makes no claims. If
-// it is in memory, its cluster is lost with it, or has other members: they call G, so that
-// F does not get a claim from it (see below).
+// Step 2 leaves out one way in which a claim ends: its founder dies, and claims again in
+// its next life. Say that G has made its cluster before it died. If G is durable, it is
+// still a member, and makes no claims. If G is in memory, the cluster is lost with it, or
+// has other members: they call G, so that G makes no claim for F (see below).
 //
-// If F is not in G's list, they meet only in members that both name. Such a member makes
-// its claim for G at least claimTime after the one for F, on its own clock, and F makes its
-// cluster within half of that, on F's. As long as no clock runs twice as fast as another,
-// F's cluster exists by then, and F keeps the claim until the member is added. G gets the
-// member only if F has died or lost the connection to it, or if the member restarts. There
-// are two clusters then, as two different lists have asked for. No node is in both, and
-// F's Init ends with an error that names the node.
+// If one of them is not in the other's list, both Inits may succeed: two different lists
+// ask for two clusters. No node is in both. Say that a member of both lists makes its claim
+// for F first. It makes the one for G at least claimTime later, on its own clock, and F
+// makes its cluster within half of that, on F's. As long as no clock runs twice as fast as
+// another, F's cluster exists by then, and F keeps the claim until the member is added. G
+// gets the member only if F has died or lost the connection to it, or if the member
+// restarts. Then F's Init ends with an error that names the member.
 //
 // # A member that has lost its memory
 //
@@ -443,7 +442,8 @@ func (t *surveyTally) add(members []*kvpb.Node, m *kvpb.Node, a surveyAnswer) {
 		// It can be claimed.
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED:
 		t.named = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
-			fmt.Sprintf("cluster %016x calls node %d at %s, through its member %d at %s: wait until it has taken the node in; "+
+			fmt.Sprintf("cluster %016x calls node %d at %s, through its member %d at %s: "+
+				"wait until it has taken the node in; "+
 				"if that cluster is known to be lost, init --force makes another",
 				a.resp.ClusterId, m.Id, m.Address, a.resp.By.GetId(), a.resp.By.GetAddress()))
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
@@ -634,7 +634,7 @@ func (f *founder) carryOnOrCompare(ctx context.Context) (clusterID uint64, err e
 	carriesOn := false
 	err = n.do(ctx, func() error {
 		clusterID = n.store.clusterID
-		carriesOn = n.claims.founding != nil && sameNodes(n.claims.founding, f.members)
+		carriesOn = n.claims.carriesOn(f.members)
 		return nil
 	})
 	if err != nil {
@@ -839,7 +839,7 @@ func (f *founder) failedHalfway(err error, clusterID uint64) error {
 	left := ""
 	_ = n.do(context.Background(), func() error { // unless the node has ended
 		left = fmt.Sprintf("; what is left, with --endpoints %s: %s", n.self.Address, n.commandsFor(f.members))
-		if n.claims.founding != nil {
+		if n.claims.carriesOn(f.members) {
 			left += "; or the same init, which carries on"
 		}
 		return nil

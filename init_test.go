@@ -97,8 +97,8 @@ func (c *testCluster) joins(id uint64) {
 }
 
 // failHalfway has an Init of nodes 1, 2 and 3 fail when nodes 1 and 2 are in a cluster,
-// since node 3 has ended. It returns the error, and node 3's address.
-func (c *testCluster) failHalfway() (failed error, address string) {
+// since node 3 has ended. It returns node 3's address, and the error.
+func (c *testCluster) failHalfway() (address string, failed error) {
 	c.t.Helper()
 	node3 := c.nodes[3]
 	held, fail := c.failWhen(3, hasClaim)
@@ -111,7 +111,7 @@ func (c *testCluster) failHalfway() (failed error, address string) {
 	delete(c.nodes, 3)
 	failed = <-ended
 	wantError(c.t, failed, codes.Unavailable, "UNREACHABLE")
-	return failed, node3.address
+	return node3.address, failed
 }
 
 // TestInitAgain: an Init that is true already succeeds, wherever it is called; one of
@@ -303,7 +303,7 @@ func TestInitCarriesOn(t *testing.T) {
 		t.Run(fmt.Sprint(via), func(t *testing.T) {
 			c := newCluster(t, 3)
 			members := c.proto(1, 2, 3)
-			err, address := c.failHalfway()
+			address, err := c.failHalfway()
 			wantPart(t, err.Error(), fmt.Sprintf("cluster %s was made, but: node 3 at %s ", hex(c.clusterOf(1)), address))
 			// The founder's next question to it may be the first to meet the failure.
 			saysCause := strings.Contains(err.Error(), "the test has ended it")
@@ -350,7 +350,7 @@ func TestInitRemovesNobody(t *testing.T) {
 	for name, promote := range map[string]bool{"who votes": true, "who is a learner": false} {
 		t.Run("repeated after the others were added by hand, and one more "+name, func(t *testing.T) {
 			c := newCluster(t, 4)
-			_, address := c.failHalfway()
+			address, _ := c.failHalfway()
 			c.start(3, address)
 			c.addLearner(1, 4)
 			if !promote { // the list is not carried on with, either
@@ -366,7 +366,7 @@ func TestInitRemovesNobody(t *testing.T) {
 	}
 	t.Run("repeated after a member was demoted", func(t *testing.T) {
 		c := newCluster(t, 3)
-		_, address := c.failHalfway()
+		address, _ := c.failHalfway()
 		c.start(3, address)
 		c.addLearner(1, 3)
 		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{2, 3}})
