@@ -24,7 +24,7 @@
 //     a new store that nobody else sees before the loop installs it.
 //   - A snapshot sender (peer.sendSnapshot, or network.serve for a backup), one for
 //     each snapshot on its way out: it reads a view, which nobody changes.
-//   - A founder (founder.init), in the goroutine of an Init, asks several members at
+//   - A founder (founder.run), in the goroutine of an Init, asks several members at
 //     once, each in a goroutine that ends with the request.
 //   - gRPC's own: one for each call, streamWorkers of which serve the next one
 //     too. A call waits in server.call or node.await, reads the store under its

@@ -71,10 +71,10 @@ type store struct {
 	bytes     uint64 // of all keys and values
 
 	// Not part of the state.
-	views       []*view // that are open, of these shards: mu guards them, too
-	file        string  // the snapshot in the data directory that it was read from, if it was
-	room        []operation  // memory for the writes of an entry
-	sameVersion bool    // a bug that the simulator plants: all writes of an entry share a version
+	views       []*view     // that are open, of these shards: mu guards them, too
+	file        string      // the snapshot in the data directory that it was read from, if it was
+	room        []operation // memory for the writes of an entry
+	sameVersion bool        // a bug that the simulator plants: all writes of an entry share a version
 }
 
 func newStore() *store {
