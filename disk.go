@@ -65,7 +65,8 @@ const (
 	syncEvery = 1 << 20
 	// whatToDo tells the operator what can be done about a directory that is damaged.
 	whatToDo = "Nothing was changed. If a file was moved or altered, put it back as it was. " +
-		"Else move the data directory away, all of it, and keep it until the cluster is known to be healthy without it. " +
+		"Else move the data directory away, all of it, and keep it until the cluster is known to be " +
+		"healthy without it. " +
 		"If the cluster works without this node, start the node with an empty directory: the cluster takes it back. " +
 		"If it does not, restore a backup"
 )
@@ -621,16 +622,6 @@ func (d *disk) finishBegin() error {
 		return err
 	}
 	return d.syncDir()
-}
-
-// ifNot takes the steps that follow if nothing has failed.
-func ifNot(err error, steps ...func() error) error {
-	for _, step := range steps {
-		if err == nil {
-			err = step()
-		}
-	}
-	return err
 }
 
 // restore makes an empty directory that of a new cluster of one voter, with the content

@@ -73,7 +73,9 @@ func (f *fields) next() bool {
 	if !isTag || f.seen&(1<<num) != 0 {
 		return false
 	}
-	f.num, f.v, f.b = num, 0, nil
+	f.num = num
+	f.v = 0
+	f.b = nil
 	size := -1
 	switch typ {
 	case protowire.VarintType:

@@ -122,9 +122,12 @@ func (l *raftLog) append(entries []*raftpb.Entry) error {
 // reset drops all entries: the log starts behind a snapshot.
 func (l *raftLog) reset(snap *raftpb.Snapshot) {
 	m := snap.GetMetadata()
-	l.prevIndex, l.prevTerm = m.GetIndex(), m.GetTerm()
+	l.prevIndex = m.GetIndex()
+	l.prevTerm = m.GetTerm()
 	l.conf = m.GetConfState()
-	l.entries, l.bytes, l.dropped = nil, 0, 0
+	l.entries = nil
+	l.bytes = 0
+	l.dropped = 0
 }
 
 // compact drops the oldest entries, none after index, until the log has at
@@ -133,14 +136,15 @@ func (l *raftLog) compact(limit, index uint64) {
 	n := 0
 	for n < len(l.entries) && l.bytes > limit && l.prevIndex < index {
 		l.bytes -= memoryBytes(l.entries[n])
-		l.prevIndex, l.prevTerm = l.entries[n].GetIndex(), l.entries[n].GetTerm()
+		l.prevIndex = l.entries[n].GetIndex()
+		l.prevTerm = l.entries[n].GetTerm()
 		n++
 	}
-	if n > 0 {
-		l.entries, l.dropped = l.entries[n:], l.dropped+n
-	}
+	l.entries = l.entries[n:]
+	l.dropped += n
 	if l.dropped > len(l.entries)/8 { // not each time: the log may be long
-		l.entries, l.dropped = slices.Clone(l.entries), 0 // frees the dropped ones
+		l.entries = slices.Clone(l.entries) // frees the dropped ones
+		l.dropped = 0
 	}
 }
 

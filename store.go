@@ -206,7 +206,8 @@ func (s *store) beginVersions(now time.Time) error {
 	if s.version >= first {
 		return fmt.Errorf("this machine's clock says %s, and the backup is of version %d, which is reached by %s: "+
 			"versions begin with the time of a restore, and would be given out again; set the clock. "+
-			"If it is right, the one that the cluster was restored by was ahead: set this one beyond that time for as long as it takes",
+			"If it is right, the one that the cluster was restored by was ahead: "+
+			"set this one beyond that time for as long as it takes",
 			clockText(now), s.version, clockText(timeOf(s.version)))
 	}
 	s.version = first
