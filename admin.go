@@ -146,7 +146,7 @@ func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 		case err != nil:
 			return err
 		}
-		err = s.awaitChange(ctx, func() (bool, error) { return s.n.stepLearner(raftID, m) })
+		err = s.awaitChange(ctx, func(l *leaderState) nextStep { return l.learnerStep(raftID, m) })
 		if err != errPastLife {
 			return err
 		}
@@ -208,13 +208,13 @@ func validateChange(req *kvpb.ChangeMembershipRequest) error {
 }
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	return s.awaitChange(ctx, func() (bool, error) { return s.n.stepMembership(req) })
+	return s.awaitChange(ctx, func(l *leaderState) nextStep { return l.membershipStep(req) })
 }
 
-// awaitChange waits on the leader until step, which changes the membership, is done.
-func (s *server) awaitChange(ctx context.Context, step func() (bool, error)) error {
-	r := &request{n: s.n, step: step}
-	err := s.n.await(ctx, r.advance)
+// awaitChange waits on the leader until a rule that changes the membership is done.
+func (s *server) awaitChange(ctx context.Context, next func(*leaderState) nextStep) error {
+	r := &request{n: s.n, next: next}
+	err := s.n.await(ctx, r.poll)
 	open := false
 	switch status.Code(toStatus(err, false)) {
 	case codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted:
@@ -237,9 +237,9 @@ func (s *server) TransferLeader(ctx context.Context, req *kvpb.TransferLeaderReq
 	}
 	resp := &kvpb.TransferLeaderResponse{}
 	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error {
-		var start uint64
-		r := &request{n: s.n, step: func() (bool, error) { return s.n.stepTransfer(req.NodeId, &start) }}
-		return s.n.await(ctx, r.advance)
+		t := &leaderTransfer{to: req.NodeId}
+		r := &request{n: s.n, next: t.step}
+		return s.n.await(ctx, r.poll)
 	})
 }
 

@@ -159,8 +159,7 @@ func TestWhoMayVote(t *testing.T) {
 	n := l.n
 	req := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}}
 	reason := func() string {
-		_, err := n.stepMembership(req)
-		return errorReason(err)
+		return errorReason(n.perform(n.leaderState().membershipStep(req)).err)
 	}
 	l.n.peerUp(4, 4, true)
 	l.turn(0)
@@ -181,11 +180,11 @@ func TestWhoMayVote(t *testing.T) {
 			t.Errorf("heard of %v, it says %q, want %q", test.heard, r, test.want)
 		}
 	}
-	n.change.at = n.clock.now // this one, perhaps
+	n.change.startedAt = n.clock.now // this one, perhaps
 	if r := reason(); r != "" {
 		t.Errorf("while a change is on its way, it says %q", r)
 	}
-	n.change.at = 0
+	n.change.startedAt = 0
 	req.Members = []uint64{1, 2}
 	clear(n.peers.heard)
 	if r := reason(); r != "UNREACHABLE" {
@@ -208,7 +207,7 @@ func TestBegunIsUnknown(t *testing.T) {
 	eventually(t, func() error {
 		l.turn(0)
 		l.n.peers.heard[2], l.n.peers.heard[3] = l.n.clock.now, l.n.clock.now
-		if l.n.change.at == 0 {
+		if l.n.change.startedAt == 0 {
 			l.turn(1)
 			return errors.New("nothing is proposed")
 		}
@@ -244,12 +243,12 @@ func TestBegunIsUnknown(t *testing.T) {
 	for _, code := range []codes.Code{codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted, codes.NotFound} {
 		steps := 0
 		go func() {
-			ended <- s.awaitChange(t.Context(), func() (bool, error) {
+			ended <- s.awaitChange(t.Context(), func(*leaderState) nextStep {
 				if steps++; steps == 1 {
-					l.n.change.at++
-					return false, nil
+					l.n.change.startedAt++
+					return nextStep{kind: stepWait}
 				}
-				return false, apiError(code, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, "")
+				return fails(apiError(code, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, ""))
 			})
 		}()
 		eventually(t, func() error {
@@ -276,22 +275,23 @@ func expectedOf(voters, learners []uint64) *kvpb.Membership {
 
 // operatorsRequests are what operators may want of a node that leads, and has added
 // the learner 4, that it can answer at once; and with what.
-func operatorsRequests(n *node) map[string]struct {
-	step   func() (bool, error)
+func operatorsRequests() map[string]struct {
+	next   func(*leaderState) nextStep
 	reason string
 } {
 	type request = struct {
-		step   func() (bool, error)
+		next   func(*leaderState) nextStep
 		reason string
 	}
-	change := func(req *kvpb.ChangeMembershipRequest) func() (bool, error) {
-		return func() (bool, error) { return n.stepMembership(req) }
+	change := func(req *kvpb.ChangeMembershipRequest) func(*leaderState) nextStep {
+		return func(l *leaderState) nextStep { return l.membershipStep(req) }
 	}
-	transfer := func(to uint64) func() (bool, error) {
-		return func() (bool, error) { return n.stepTransfer(to, new(uint64)) }
+	lead := func(to uint64) func(*leaderState) nextStep {
+		t := &leaderTransfer{to: to}
+		return t.step
 	}
-	add := func(raftID uint64, m *kvpb.Node) func() (bool, error) {
-		return func() (bool, error) { return n.stepLearner(raftID, m) }
+	add := func(raftID uint64, m *kvpb.Node) func(*leaderState) nextStep {
+		return func(l *leaderState) nextStep { return l.learnerStep(raftID, m) }
 	}
 	return map[string]request{
 		"the present voters":        {change(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}}), ""},
@@ -303,9 +303,9 @@ func operatorsRequests(n *node) map[string]struct {
 		"no voter":                  {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{1, 2, 3}}), "INVALID_FIELD"},
 		"a voter that is behind":    {change(&kvpb.ChangeMembershipRequest{Promote: []uint64{4}}), "UNREACHABLE"},
 		"another membership":        {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{2}, Expected: expectedOf([]uint64{1, 2, 3}, nil)}), "MEMBERSHIP_CHANGED"},
-		"the leader as the leader":  {transfer(1), ""},
-		"a learner as the leader":   {transfer(4), "NOT_CAUGHT_UP"},
-		"an unknown leader":         {transfer(99), "UNKNOWN_MEMBER"},
+		"the leader as the leader":  {lead(1), ""},
+		"a learner as the leader":   {lead(4), "NOT_CAUGHT_UP"},
+		"an unknown leader":         {lead(99), "UNKNOWN_MEMBER"},
 		"the leader as a learner":   {add(1, plainNode(1)), ""},
 		"who is in another's place": {add(9, &kvpb.Node{Id: 9, Address: plainNode(2).Address}), "MEMBER_EXISTS"},
 	}
@@ -325,14 +325,14 @@ func TestNoAnswerWithoutMajority(t *testing.T) {
 		}
 		return l
 	}
-	for what := range operatorsRequests(newLeader().n) {
+	for what := range operatorsRequests() {
 		l := newLeader()
-		first, second := l.ask(operatorsRequests(l.n)[what].step), (<-chan error)(nil)
+		first, second := l.ask(operatorsRequests()[what].next), (<-chan error)(nil)
 		l.turn(1)
 		if l.ack(2); len(first) != 1 {
 			t.Fatalf("%s: with a majority it is not answered", what)
 		}
-		second = l.ask(operatorsRequests(l.n)[what].step)
+		second = l.ask(operatorsRequests()[what].next)
 		for range l.n.electionTicks() / 2 { // and hears of nobody
 			l.turn(1)
 		}
@@ -345,13 +345,13 @@ func TestNoAnswerWithoutMajority(t *testing.T) {
 			t.Errorf("%s: a majority is back, and it is not answered", what)
 			continue
 		}
-		want := operatorsRequests(l.n)[what].reason
+		want := operatorsRequests()[what].reason
 		for _, err := range []error{<-first, <-second} {
 			if errorReason(err) != want || (err == nil) != (want == "") {
 				t.Errorf("%s: it is answered with %v, want %q", what, err, want)
 			}
 		}
-		third := l.ask(operatorsRequests(l.n)[what].step)
+		third := l.ask(operatorsRequests()[what].next)
 		l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.raft.term+1))
 		if err := <-third; err != errNotLeader {
 			t.Errorf("%s: a follower answers with %v", what, err)
@@ -360,9 +360,9 @@ func TestNoAnswerWithoutMajority(t *testing.T) {
 }
 
 // ask makes an operator's request.
-func (l *lone) ask(step func() (bool, error)) <-chan error {
-	r := &request{n: l.n, step: step}
-	c := &condition{ctx: l.t.Context(), f: r.advance, done: make(chan error, 1)}
+func (l *lone) ask(next func(*leaderState) nextStep) <-chan error {
+	r := &request{n: l.n, next: next}
+	c := &condition{ctx: l.t.Context(), f: r.poll, done: make(chan error, 1)}
 	l.n.in.event(func() { l.n.calls.conditions = append(l.n.calls.conditions, c) })
 	l.turn(0)
 	return c.done
@@ -496,15 +496,15 @@ func TestLostChangeIsForOneMembership(t *testing.T) {
 		l.hears(1, message(raftpb.MsgHeartbeatResp, 3, n.raft.term))
 	}
 	beat()
-	first := l.ask(func() (bool, error) {
-		return n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Expected: expected})
+	first := l.ask(func(l *leaderState) nextStep {
+		return l.membershipStep(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Expected: expected})
 	})
 	proposed := n.log.last()
-	if n.change.at == 0 {
+	if n.change.startedAt == 0 {
 		t.Fatal("nothing is proposed")
 	}
-	second := l.ask(func() (bool, error) {
-		return n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, Expected: expected})
+	second := l.ask(func(l *leaderState) nextStep {
+		return l.membershipStep(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, Expected: expected})
 	})
 	if n.log.last() != proposed {
 		t.Error("another one is proposed at once")
@@ -535,20 +535,21 @@ func TestLostChangeIsForOneMembership(t *testing.T) {
 func TestExpectedWhileHealing(t *testing.T) {
 	l := newLone(t, leading)
 	s := l.n.store
-	whole := s.roles()
+	whole := rolesOf(s.conf, s.members)
 	life := plainMembers(9)
 	life[0].Node = plainNode(3)
 	s.configure(&raftpb.ConfState{Voters: []uint64{1, 2, 3}, Learners: []uint64{9}}, life)
-	if now := s.roles(); !maps.Equal(now, whole) {
+	if now := rolesOf(s.conf, s.members); !maps.Equal(now, whole) {
 		t.Errorf("while node 3 is taken back, the roles are %v, before %v", now, whole)
 	}
 	life[0].Node = &kvpb.Node{Id: 3, Address: "moved:1"}
 	s.configure(s.conf, life)
-	moved := map[uint64]role{1: whole[1], 2: whole[2], 3: {"moved:1", true}}
-	if now := s.roles(); !maps.Equal(now, moved) {
+	moved := map[uint64]memberRole{1: whole[1], 2: whole[2], 3: {"moved:1", true}}
+	if now := rolesOf(s.conf, s.members); !maps.Equal(now, moved) {
 		t.Errorf("while node 3 moves, the roles are %v", now)
 	}
-	if sent := expectedRoles(membershipOf(newTwoLives(t, 3).n.metrics())); !maps.Equal(sent, newTwoLives(t, 3).n.store.roles()) {
+	two := newTwoLives(t, 3).n
+	if sent := expectedRoles(membershipOf(two.metrics())); !maps.Equal(sent, rolesOf(two.store.conf, two.store.members)) {
 		t.Errorf("the command line says of a node with two lives %v", sent)
 	}
 	rows := []*kvpb.ExpectedMember{{Node: plainNode(3), Voter: true}, {Node: life[0].Node}, {Node: plainNode(1), Voter: true}, {Node: plainNode(2), Voter: true}}
@@ -597,9 +598,9 @@ func TestPromoteAndDemote(t *testing.T) {
 func TestPastLifeIsNeeded(t *testing.T) {
 	l := newLoneWithLearner(t)
 	n := l.n
-	r := &request{n: n, step: func() (bool, error) { return n.stepLearner(4, plainNode(4)) }}
-	step := func() error {
-		ok, err := r.advance()
+	r := &request{n: n, next: func(l *leaderState) nextStep { return l.learnerStep(4, plainNode(4)) }}
+	advance := func() error {
+		ok, err := r.poll()
 		l.turn(0)
 		if ok {
 			t.Fatal("it is a learner")
@@ -613,13 +614,13 @@ func TestPastLifeIsNeeded(t *testing.T) {
 		t.Fatal("it is not removed")
 	}
 	for range 3 {
-		if err := step(); err != nil {
+		if err := advance(); err != nil {
 			t.Fatalf("nobody else knows, and it says %v", err)
 		}
 	}
 	l.ack(2)
 	for range 3 {
-		if err := step(); err != errPastLife {
+		if err := advance(); err != errPastLife {
 			t.Fatalf("the others know, and it says %v", err)
 		}
 	}
@@ -734,13 +735,13 @@ func TestNobodyIsReplacedWhoAnswers(t *testing.T) {
 		l := newLone(t, leading)
 		clear(l.n.peers.heard)
 		test.change(l.n)
-		_, err := l.n.stepLearner(9, &kvpb.Node{Id: 3, Address: test.address})
-		if errorReason(err) != test.reason || l.n.change.at != 0 != test.begins {
-			t.Errorf("%s: %v, begun %v", test.name, err, l.n.change.at != 0)
+		err := l.n.perform(l.n.leaderState().learnerStep(9, &kvpb.Node{Id: 3, Address: test.address})).err
+		if errorReason(err) != test.reason || l.n.change.startedAt != 0 != test.begins {
+			t.Errorf("%s: %v, begun %v", test.name, err, l.n.change.startedAt != 0)
 		}
 	}
 	l := newLone(t, leading)
-	_, err := l.n.stepLearner(9, &kvpb.Node{Id: 1, Address: "other:1"})
+	err := l.n.perform(l.n.leaderState().learnerStep(9, &kvpb.Node{Id: 1, Address: "other:1"})).err
 	wantError(t, err, codes.AlreadyExists, "MEMBER_EXISTS")
 }
 
@@ -758,7 +759,8 @@ func newTwoLives(t *testing.T, node uint64) *twoLives {
 	n := l.n
 	n.logger = slog.New(slog.NewTextHandler(&l.logs, nil))
 	l.live(2*n.electionTicks(), 2, 3)
-	if err := n.addIncarnation(&kvpb.Peer{RaftId: 9, Node: &kvpb.Node{Id: node, Address: "other:1"}}); err != nil {
+	other := &kvpb.Peer{RaftId: 9, Node: &kvpb.Node{Id: node, Address: "other:1"}}
+	if err := n.perform(n.clusterState().addMember(other)).err; err != nil {
 		t.Fatal(err)
 	}
 	l.ack(2, 3)
@@ -808,12 +810,13 @@ func TestOneLifeStays(t *testing.T) {
 			t.Fatal(l.n.err)
 		}
 		l.wants("does not answer where it has moved", node)
-		if r := &(request{n: l.n, step: func() (bool, error) { return l.n.stepLearner(node, plainNode(node)) }}); node == l.n.id.raftID {
-			if done, err := r.advance(); err != nil || done {
+		if node == l.n.id.raftID {
+			r := &request{n: l.n, next: func(l *leaderState) nextStep { return l.learnerStep(node, plainNode(node)) }}
+			if done, err := r.poll(); err != nil || done {
 				t.Errorf("added again, it is %v, %v", done, err)
 			}
 			l.ack(2)
-			if done, err := r.advance(); err != nil || !done || strings.Contains(l.n.whyUnhealthy(), "role") {
+			if done, err := r.poll(); err != nil || !done || strings.Contains(l.n.whyUnhealthy(), "role") {
 				t.Errorf("added again, it is %v, %v; it is unhealthy: %q", done, err, l.n.whyUnhealthy())
 			}
 		}
@@ -857,7 +860,7 @@ func TestOneLifeStays(t *testing.T) {
 
 	l = newTwoLives(t, 3)
 	l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
-	l.n.change.sights[9].term-- // as if it had led before, too
+	l.n.change.healing.duplicates[9].term-- // as if it had led before, too
 	l.live(long(l.n)-4*ticksPerHeartbeat, 2, 3)
 	l.wants("has a leader that is new", 3, 9)
 }
@@ -906,12 +909,12 @@ func TestNobodyWaitsForWhoIsGone(t *testing.T) {
 	}
 	live(2 * l.n.electionTicks())
 	req := &kvpb.ChangeMembershipRequest{Promote: []uint64{4}}
-	l.n.peers.met[3] = &meeting{&kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}, l.n.clock.now}
-	if done, err := l.n.stepMembership(req); done || err != nil || l.n.change.at != 0 {
+	l.n.peers.reborn[3] = &rebirth{Peer: &kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}, seen: l.n.clock.now}
+	if done, err := l.n.perform(l.n.leaderState().membershipStep(req)).answer(); done || err != nil || l.n.change.startedAt != 0 {
 		t.Errorf("3 is about to be taken back, and it is done %v, %v", done, err)
 	}
-	l.n.peers.met[3].tick -= l.n.ticksOf(leaderWait)
-	if _, err := l.n.stepMembership(req); err != nil || l.n.change.at == 0 {
+	l.n.peers.reborn[3].seen -= l.n.ticksOf(leaderWait)
+	if err := l.n.perform(l.n.leaderState().membershipStep(req)).err; err != nil || l.n.change.startedAt == 0 {
 		t.Errorf("3 is gone, and the change is not begun: %v", err)
 	}
 }
@@ -924,7 +927,7 @@ func TestStrayLearner(t *testing.T) {
 			l := newLoneWithLearner(t)
 			l.n.refused(1, raftID, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_OTHER_CLUSTER, ClusterId: cluster, Peer: &kvpb.Peer{RaftId: raftID, Life: 4, Node: plainNode(raftID)}})
 			l.turn(0)
-			if begun := l.n.change.at != 0; begun != (stray && learner) {
+			if begun := l.n.change.startedAt != 0; begun != (stray && learner) {
 				t.Errorf("raft ID %d says that it is in cluster %d: a change is begun %v", raftID, cluster, begun)
 			}
 		}
@@ -990,7 +993,7 @@ func TestTransferToSilent(t *testing.T) {
 		_, err := c.nodes[leader].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
 		wantError(t, err, codes.Unavailable, "UNREACHABLE")
 		c.inLoop(leader, func(n *node) error {
-			if n.change.at != 0 || n.raft.role != raft.StateLeader {
+			if n.change.startedAt != 0 || n.raft.role != raft.StateLeader {
 				t.Errorf("raft was asked to make node %d the leader", to)
 			}
 			return nil

@@ -1081,17 +1081,17 @@ func TestDiskChangeAnswered(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		step := func(f func() (bool, error)) *request { return &request{n: p.n, step: f} }
+		ask := func(next func(*leaderState) nextStep) *request { return &request{n: p.n, next: next} }
 		waiting := map[string]*request{
-			"the voters": step(func() (bool, error) {
-				return p.n.stepMembership(&kvpb.ChangeMembershipRequest{Members: []uint64{1}})
+			"the voters": ask(func(l *leaderState) nextStep {
+				return l.membershipStep(&kvpb.ChangeMembershipRequest{Members: []uint64{1}})
 			}),
-			"the leader as a member":   step(func() (bool, error) { return p.n.stepLearner(p.n.id.raftID, p.n.self) }),
-			"the leader as the leader": step(func() (bool, error) { return p.n.stepTransfer(1, new(uint64)) }),
+			"the leader as a member":   ask(func(l *leaderState) nextStep { return l.learnerStep(p.n.id.raftID, p.n.self) }),
+			"the leader as the leader": ask((&leaderTransfer{to: 1}).step),
 		}
 		if kind == raftpb.ConfChangeRemoveNode {
-			waiting["the removal, again"] = step(func() (bool, error) {
-				return p.n.stepMembership(&kvpb.ChangeMembershipRequest{Remove: []uint64{learner}})
+			waiting["the removal, again"] = ask(func(l *leaderState) nextStep {
+				return l.membershipStep(&kvpb.ChangeMembershipRequest{Remove: []uint64{learner}})
 			})
 		}
 		waited := false
@@ -1108,7 +1108,7 @@ func TestDiskChangeAnswered(t *testing.T) {
 				continue
 			}
 			for what, r := range waiting {
-				done, err := r.advance()
+				done, err := r.poll()
 				if err != nil {
 					t.Fatalf("%v, %s: %v", kind, what, err)
 				}
@@ -1132,13 +1132,13 @@ func TestDiskChangeAnswered(t *testing.T) {
 			t.Errorf("%v: all is answered at once", kind)
 		}
 		last.witness.term-- // as if it had led before, too: what it proposed then may be gone
-		if last.witnessed() {
+		if last.seekWitness() {
 			t.Error("an entry of an earlier term counts")
 		}
 		if err := p.settle(); err != nil {
 			t.Fatal(err)
 		}
-		if !last.witnessed() {
+		if !last.seekWitness() {
 			t.Error("there is no entry of this term")
 		}
 	}

@@ -1,126 +1,174 @@
 // Nodes that come back without their memory: how a leader takes them back.
+//
+// Such a node has another raft ID: under the old one it could vote twice. A node that
+// says hello at the address of a member under another raft ID is reborn. The leader adds
+// the new raft ID as a learner, so the node has two for a while, and the configuration
+// has two members for one node. Once one of them is known to be gone, the leader removes
+// that one.
 
 package main
 
 import (
+	"log/slog"
 	"slices"
 
 	"go.etcd.io/raft/v3/raftpb"
-	"go.etcd.io/raft/v3/tracker"
 
 	"raft-key-value/kvpb"
 )
 
-// meeting is a life of a node that is not the one its members know.
-type meeting struct {
+// rebirth is a raft ID without memory that answered in place of a member.
+type rebirth struct {
 	*kvpb.Peer
-	tick uint64
+	seen uint64 // tick of its last answer
 }
 
-// meet remembers that a member has lost its memory and waits to be taken back.
-func (n *node) meet(raftID uint64, p *kvpb.Peer) {
-	if old := n.peers.met[raftID]; old == nil || old.RaftId != p.RaftId {
+// noteRebirth remembers that a member has lost its memory and waits to be taken back.
+func (n *node) noteRebirth(raftID uint64, p *kvpb.Peer) {
+	old := n.peers.reborn[raftID]
+	if old == nil || old.RaftId != p.RaftId {
 		n.logger.Warn("a node has lost its memory", "peer", p.Node.Id, "address", p.Node.Address)
 	}
-	n.peers.met[raftID] = &meeting{p, n.clock.now}
+	n.peers.reborn[raftID] = &rebirth{Peer: p, seen: n.clock.now}
 }
 
-// isComingBack reports whether a life without memory has just answered in place of a
-// member, and waits to be taken back.
-func (n *node) isComingBack(raftID uint64) bool {
-	met := n.peers.met[raftID]
-	return met != nil && n.clock.now-met.tick < n.ticksOf(leaderWait)
+// heal takes the next step of healing. The loop calls it at each heartbeat in which it
+// may begin a change.
+func (n *node) heal() { n.perform(n.change.healing.step(n.leaderState(), n.logger)) }
+
+// healing is what a leader has seen of nodes that have two raft IDs.
+type healing struct {
+	duplicates map[uint64]*duplicate // by raft ID of the learner
 }
 
-// heal takes back nodes that came back without their memory, one step at a
-// time: as a learner, under the raft ID of its new life; then, once that has
-// caught up, in the role that the node had, in place of its earlier lives.
-func (n *node) heal() {
-	progress := n.progressOf()
-	for _, m := range sortedMembers(n.store.members) {
-		ids, met := n.store.raftIDsOf(m.Node.Id), n.peers.met[m.RaftId]
-		switch {
-		case n.isComingBack(m.RaftId) &&
-			n.store.members[met.RaftId] == nil && !slices.Contains(n.store.removed, met.RaftId):
-			_ = n.addIncarnation(met.Peer)
-			return
-		case len(ids) > 1 && slices.Contains(n.store.conf.GetLearners(), m.RaftId):
-			if n.oneLife(m, ids, progress[m.RaftId]) {
-				return
-			}
+// duplicate is a learner whose node is a member by an older raft ID, too.
+type duplicate struct {
+	term   uint64 // in which this leader has seen it
+	since  uint64 // tick in which this leader first saw it
+	warned bool   // the log says that both raft IDs answer
+}
+
+// isComingBack reports whether the node of a member has just answered without memory,
+// and waits to be taken back.
+func (c *clusterState) isComingBack(raftID uint64) bool {
+	r := c.reborn[raftID]
+	return r != nil && c.now-r.seen < c.ticksOf(leaderWait)
+}
+
+// mustTakeBack reports whether the node of a member waits to be taken back, and its new
+// raft ID is not a member yet.
+func (c *clusterState) mustTakeBack(raftID uint64) bool {
+	if !c.isComingBack(raftID) {
+		return false
+	}
+	newID := c.reborn[raftID].RaftId
+	return c.members[newID] == nil && !slices.Contains(c.removed, newID)
+}
+
+// step takes back nodes that came back without their memory, one step at a time: as a
+// learner, under the new raft ID; then, once that has caught up, in the role that the
+// node had, in place of its older raft IDs.
+func (h *healing) step(l *leaderState, logger *slog.Logger) nextStep {
+	for _, m := range sortedMembers(l.members) {
+		if l.mustTakeBack(m.RaftId) {
+			return l.addMember(l.reborn[m.RaftId].Peer)
+		}
+		if !l.isLearner(m.RaftId) {
+			continue
+		}
+		ids := l.raftIDsOf(m.Node.Id)
+		if len(ids) == 1 {
+			continue
+		}
+		s := h.duplicateStep(l, m, ids, logger)
+		if s.kind != stepWait {
+			return s
 		}
 	}
+	return nextStep{kind: stepWait}
 }
 
-// sight is when a leader first saw that a node has a learner beside an older life.
-type sight struct {
-	term, tick uint64
-	said       bool // that both of them answer
-}
-
-// oneLife takes the next step towards a single life of a node that has a learner beside
-// an older life; true: it has taken one. If the learner answers alone and has caught
-// up, it replaces the older lives. If an older life answers, and nobody has heard the
-// learner for as long as a new process needs to connect, the learner's process has
-// ended, and the learner is removed. If both answer, an operator has to stop one.
-func (n *node) oneLife(m *kvpb.Member, ids []uint64, pr tracker.Progress) bool {
-	seen := n.change.sights[m.RaftId]
-	if seen == nil || seen.term != n.raft.term {
-		seen = &sight{term: n.raft.term, tick: n.clock.now}
-		n.change.sights[m.RaftId] = seen
-	}
+// duplicateStep takes the next step towards a single raft ID of a node that has ids, of
+// which m is a learner.
+func (h *healing) duplicateStep(l *leaderState, m *kvpb.Member, ids []uint64, logger *slog.Logger) nextStep {
+	d := h.duplicateOf(m.RaftId, l)
 	older := slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool { return id == m.RaftId })
-	answers := n.alive(m.RaftId)
-	olderAnswers := slices.ContainsFunc(older, n.alive)
-	isGone := func(id uint64) bool { // no process can be there any more
-		there := n.nodeOf(id).Address == n.nodeOf(m.RaftId).Address // where the learner answers
-		return !n.alive(id) && (there || n.hasGoneSilent(id, seen))
-	}
-	olderIsGone := !n.isNewLeader() && !slices.ContainsFunc(older, func(id uint64) bool { return !isGone(id) })
+	answers := l.isAlive(m.RaftId)
+	olderAnswers := slices.ContainsFunc(older, l.isAlive)
+	mayBeThere := func(id uint64) bool { return !l.isGone(id, m.RaftId, d.since) }
+	olderIsGone := !l.isNewLeader() && !slices.ContainsFunc(older, mayBeThere)
 	switch {
 	case answers && olderAnswers:
-		if !seen.said {
-			n.logger.Warn("two processes go by the id of one node: stop one of them", "peer", m.Node.Id, "at", n.addresses(ids))
+		// There are two processes. Only an operator knows which of them shall stay.
+		if !d.warned {
+			d.warned = true
+			logger.Warn("two processes go by the id of one node: stop one of them",
+				"peer", m.Node.Id, "at", l.addresses(ids))
 		}
-		seen.said = true
-	case answers && olderIsGone && n.isCaughtUp(pr):
-		_ = n.proposeChange(nil, n.replaceBy(m.RaftId, ids)...)
-		return true
-	case olderAnswers && n.hasGoneSilent(m.RaftId, seen):
-		n.logger.Warn("a life of a node that answers in an older one is given up", "peer", m.Node.Id, "address", m.Node.Address)
-		_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
-		return true
+	case answers && olderIsGone && l.isCaughtUp(m.RaftId):
+		// The node is back: the learner gets the role of the older ones.
+		return proposes(nil, l.replaceBy(m.RaftId, ids)...)
+	case olderAnswers && l.isSilentSince(m.RaftId, d.since):
+		// The learner's process has ended, and the node runs with its old memory.
+		logger.Warn("a life of a node that answers in an older one is given up",
+			"peer", m.Node.Id, "address", m.Node.Address)
+		return proposes(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
 	}
-	return false
+	// The learner has yet to catch up, or somebody was silent for too short a time to be
+	// gone, or nobody answers at all: then either could come back.
+	return nextStep{kind: stepWait}
 }
 
-// hasGoneSilent reports whether a life of a node was not heard for as long as a process
-// needs to connect, since this leader has seen that the node has two.
-func (n *node) hasGoneSilent(id uint64, seen *sight) bool {
-	return n.clock.now-max(seen.tick, n.peers.heard[id]) > n.ticksOf(leaderWait)+2*n.electionTicks()
+// duplicateOf returns what this leader has seen of a learner. What it saw when it led in
+// an earlier term is too old.
+func (h *healing) duplicateOf(raftID uint64, l *leaderState) *duplicate {
+	d := h.duplicates[raftID]
+	if d == nil || d.term != l.raft.term {
+		d = &duplicate{term: l.raft.term, since: l.now}
+		h.duplicates[raftID] = d
+	}
+	return d
 }
 
-// replaceBy returns what gives a life of a node the role that its others have, and
+// isGone reports whether no process can go by an older raft ID of a node any more: it
+// does not answer, and the learner answers from its address, or it was silent for long.
+func (l *leaderState) isGone(older, learner, since uint64) bool {
+	if l.isAlive(older) {
+		return false
+	}
+	isReplaced := l.nodeOf(older).Address == l.nodeOf(learner).Address
+	return isReplaced || l.isSilentSince(older, since)
+}
+
+// isSilentSince reports whether a raft ID was not heard for as long as a process needs to
+// connect, from a tick on.
+func (c *clusterState) isSilentSince(raftID, tick uint64) bool {
+	silent := c.now - max(tick, c.heard[raftID])
+	return silent > c.ticksOf(leaderWait)+2*c.electionTicks
+}
+
+// replaceBy returns what gives one raft ID of a node the role that its others have, and
 // removes them.
-func (n *node) replaceBy(life uint64, ids []uint64) (changes []*raftpb.ConfChangeSingle) {
+func (c *clusterState) replaceBy(raftID uint64, ids []uint64) []*raftpb.ConfChangeSingle {
+	var changes []*raftpb.ConfChangeSingle
 	for _, id := range ids {
-		if n.isVoter(id) {
-			changes = append(changes, confChange(raftpb.ConfChangeAddNode, life))
+		if c.isVoter(id) {
+			changes = append(changes, confChange(raftpb.ConfChangeAddNode, raftID))
 		}
-		if id != life {
+		if id != raftID {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
 	return changes
 }
 
-// addIncarnation adds a life of a node as a learner, in place of its learners.
-func (n *node) addIncarnation(p *kvpb.Peer) error {
+// addMember adds a raft ID of a node as a learner, in place of other learners of the node.
+func (c *clusterState) addMember(p *kvpb.Peer) nextStep {
 	changes := []*raftpb.ConfChangeSingle{confChange(raftpb.ConfChangeAddLearnerNode, p.RaftId)}
-	for _, id := range n.store.raftIDsOf(p.Node.Id) {
-		if slices.Contains(n.store.conf.GetLearners(), id) {
+	for _, id := range c.raftIDsOf(p.Node.Id) {
+		if c.isLearner(id) {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
-	return n.proposeChange([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
+	return proposes([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
 }

@@ -15,132 +15,137 @@ import (
 )
 
 // lag is how far this node is behind its leader. A leader says with each heartbeat what
-// it has applied: that is the mark, until this node has applied it, too. It keeps up if
-// it applies each mark within an election timeout.
+// it has applied: that is the goal, until this node has applied it, too. It keeps up if
+// it reaches each goal within an election timeout.
 type lag struct {
-	mark   uint64 // never: the leader has not said yet what it has applied
-	since  uint64 // tick in which the mark was set
-	inTime bool   // the mark before this one was applied in time
+	goal   uint64 // index; never: the leader has not said yet what it has applied
+	since  uint64 // tick in which the goal was set
+	inTime bool   // the goal before this one was reached in time
 }
 
-// follow takes in what the leader has applied. All but the indexes is in ticks.
+// follow takes in what the leader, and this node, have applied. All but these indexes is
+// in ticks.
 func (l *lag) follow(leader, applied, now, limit uint64) {
-	if l.mark != never && applied < l.mark {
+	if l.goal != never && applied < l.goal {
 		return
 	}
-	l.inTime = l.mark != never && now-l.since <= limit
-	l.mark, l.since = leader, now
+	l.inTime = l.goal != never && now-l.since <= limit
+	l.goal = leader
+	l.since = now
 }
 
-func (l *lag) caughtUp(applied, now, limit uint64) bool {
-	if l.mark == never || now-l.since > limit {
+func (l *lag) isCaughtUp(applied, now, limit uint64) bool {
+	if l.goal == never || now-l.since > limit {
 		return false
 	}
-	return l.inTime || applied >= l.mark
+	return l.inTime || applied >= l.goal
 }
 
-// nodeHealth is what the loop's judgement of this node's health rests on.
+// nodeHealth is what a node remembers in order to judge its health.
 type nodeHealth struct {
-	lag         lag
-	readyVoters []uint64 // that answered this leader at the last heartbeat, and had caught up
-	// dispensableUntil is the tick up to which the cluster can do without this
-	// node, says the leader.
+	lag lag
+	// readyVoters are the voters that answered this leader at the last heartbeat, and had
+	// caught up. Empty, if this node does not lead.
+	readyVoters []uint64
+	// dispensableUntil is the tick up to which the cluster can do without this node, says
+	// the leader.
 	dispensableUntil uint64
 }
 
 // forgetLeader drops what the last leader said. now is the tick in which it stopped to
 // be the leader.
 func (h *nodeHealth) forgetLeader(now uint64) {
-	h.lag = lag{mark: never, since: now}
+	h.lag = lag{goal: never, since: now}
 	h.dispensableUntil = 0
 }
 
-// caughtUp reports whether this node's state is that of its leader, but for what was
+// isCaughtUp reports whether this node's state is that of its leader, but for what was
 // committed in the last election timeout.
-func (n *node) caughtUp() bool {
-	if n.raft.role == raft.StateLeader {
-		return n.leads()
+func (h *nodeHealth) isCaughtUp(c *clusterState) bool {
+	if c.raft.role == raft.StateLeader {
+		return c.leads
 	}
-	return n.health.lag.caughtUp(n.store.index, n.clock.now, n.electionTicks())
+	return h.lag.isCaughtUp(c.applied, c.now, c.electionTicks)
 }
 
 // whyUnhealthy says why this node should get no calls; empty: it should.
-func (n *node) whyUnhealthy() string {
+func (h *nodeHealth) whyUnhealthy(c *clusterState) string {
 	switch {
-	case n.rn == nil:
+	case !c.inCluster:
 		return "in no cluster"
-	case n.store.members[n.id.raftID] == nil:
+	case c.members[c.raftID] == nil:
 		return "not a member, as far as it knows"
-	case len(n.store.raftIDsOf(n.self.Id)) > 1:
-		return n.whyTwoLives()
-	case n.raft.lead == 0:
-		return n.noLeader().Error()
-	case !n.caughtUp():
+	case len(c.raftIDsOf(c.self.Id)) > 1:
+		return c.whyNotBack()
+	case c.raft.lead == 0:
+		return c.noLeader().Error()
+	case !h.isCaughtUp(c):
 		return "not yet caught up"
 	}
 	return ""
 }
 
-// whyTwoLives says of a node that is a member twice where its other lives are. It does
-// not connect to them, so only the leader's log tells whether one of them answers.
-func (n *node) whyTwoLives() string {
+// whyNotBack says of a node that is being taken back where its other members are. This
+// node does not connect to them, so only the leader's log tells whether one answers.
+func (c *clusterState) whyNotBack() string {
 	var at []string
-	for _, id := range n.store.raftIDsOf(n.self.Id) {
-		if id != n.id.raftID {
-			at = append(at, n.store.members[id].Address)
+	for _, id := range c.raftIDsOf(c.self.Id) {
+		if id != c.raftID {
+			at = append(at, c.members[id].Address)
 		}
 	}
 	return fmt.Sprintf("not yet back in its role: the members know node %d at %s, too; "+
-		"if another process runs there, stop one of the two", n.self.Id, strings.Join(at, " and "))
+		"if another process runs there, stop one of the two", c.self.Id, strings.Join(at, " and "))
 }
 
 // whyNotRestart says why this node should not be stopped for a restart; empty: the
 // cluster can do without it for a while.
-func (n *node) whyNotRestart() string {
-	if why := n.whyUnhealthy(); why != "" {
+func (h *nodeHealth) whyNotRestart(c *clusterState) string {
+	if why := h.whyUnhealthy(c); why != "" {
 		return why
 	}
-	switch {
-	case isJoint(n.store.conf):
+	if isJoint(c.conf) {
 		return "a change of membership is half way"
-	case !n.isVoter(n.id.raftID):
-		return "" // a learner's vote is not missed
-	case n.isDispensable():
+	}
+	isMissed := c.isVoter(c.raftID) && !h.isDispensable(c)
+	if !isMissed {
 		return ""
-	case n.raft.role == raft.StateLeader && !n.mayChange():
+	}
+	if c.raft.role != raft.StateLeader {
+		return fmt.Sprintf("its leader, %s, does not say that the cluster can do without it; "+
+			"that node's own health tells why", c.locate(c.raft.lead))
+	}
+	if !c.mayChange {
 		return "a change of membership, or of leadership, is running"
-	case n.raft.role == raft.StateLeader:
-		missing := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool {
-			return slices.Contains(n.health.readyVoters, id)
-		})
-		return "the cluster could not go on without it: " + n.silent(missing) + ", or is too far behind"
 	}
-	return fmt.Sprintf("its leader, %s, does not say that the cluster can do without it; "+
-		"that node's own health tells why", n.locate(n.raft.lead))
+	missing := slices.DeleteFunc(slices.Clone(c.conf.GetVoters()), func(id uint64) bool {
+		return slices.Contains(h.readyVoters, id)
+	})
+	return "the cluster could not go on without it: " + c.doNotAnswer(missing) + ", or is too far behind"
 }
 
-// isSpared reports whether the leader says that the cluster can do without this voter.
-// It said so at most an election timeout ago.
-func (n *node) isDispensable() bool {
-	if n.raft.role == raft.StateLeader {
-		return n.canDoWithout(n.id.raftID)
+// isDispensable reports whether the leader says that the cluster can do without this
+// voter. It said so at most an election timeout ago.
+func (h *nodeHealth) isDispensable(c *clusterState) bool {
+	if c.raft.role == raft.StateLeader {
+		return h.canDoWithout(c, c.raftID)
 	}
-	return n.raft.lead != 0 && n.clock.now < n.health.dispensableUntil
+	return c.raft.lead != 0 && c.now < h.dispensableUntil
 }
 
-// canSpare reports whether the cluster goes on without a voter, as long as no other
+// canDoWithout reports whether the cluster goes on without a voter, as long as no other
 // voter fails: the other voters that answer and have caught up are a majority, and no
 // change of membership runs. A cluster of one or two voters cannot go on without any:
 // there, it reports whether all others are up, because a restart loses least then.
-func (n *node) canDoWithout(id uint64) bool {
-	voters := n.store.conf.GetVoters()
+func (h *nodeHealth) canDoWithout(c *clusterState, raftID uint64) bool {
+	voters := c.conf.GetVoters()
 	others := 0
-	for _, up := range n.health.readyVoters {
-		if up != id && slices.Contains(voters, up) {
+	for _, up := range h.readyVoters {
+		if up != raftID && slices.Contains(voters, up) {
 			others++
 		}
 	}
-	if !n.mayChange() {
+	if !c.mayChange {
 		return false
 	}
 	if len(voters) <= 2 {
@@ -149,64 +154,93 @@ func (n *node) canDoWithout(id uint64) bool {
 	return others >= len(voters)/2+1
 }
 
-// countUp notes the voters that answer this leader and have caught up.
-func (n *node) countUp() {
-	n.health.readyVoters = n.health.readyVoters[:0]
-	if !n.leads() {
+// countReady notes the voters that answer this leader and have caught up.
+func (h *nodeHealth) countReady(l *leaderState) {
+	h.readyVoters = nil
+	if !l.leads {
 		return
 	}
-	progress := n.progressOf()
-	for _, id := range n.store.conf.GetVoters() {
-		if id == n.id.raftID || n.alive(id) && n.isCaughtUp(progress[id]) {
-			n.health.readyVoters = append(n.health.readyVoters, id)
+	for _, id := range l.conf.GetVoters() {
+		isReady := id == l.raftID || l.isCaughtUp(id)
+		if isReady && l.isAlive(id) {
+			h.readyVoters = append(h.readyVoters, id)
 		}
+	}
+}
+
+// followHeartbeat takes from a heartbeat of the leader what the leader adds to it.
+func (h *nodeHealth) followHeartbeat(c *clusterState, m *raftpb.Message) {
+	if m.GetFrom() != c.raft.lead || m.GetTerm() != c.raft.term {
+		return
+	}
+	if m.GetIndex() != 0 {
+		h.lag.follow(m.GetIndex(), c.applied, c.now, c.electionTicks)
+	}
+	h.dispensableUntil = 0
+	if m.GetRejectHint() != 0 {
+		h.dispensableUntil = c.now + c.electionTicks
+	}
+}
+
+// addToHeartbeat adds to a leader's heartbeat what the follower wants to know besides:
+// what is applied, if that is no less than was ever acknowledged, and whether the
+// cluster can do without the follower. Raft does not look at these fields of a heartbeat.
+func (h *nodeHealth) addToHeartbeat(c *clusterState, m *raftpb.Message) {
+	if !c.leads {
+		return
+	}
+	m.Index = new(c.applied)
+	if h.canDoWithout(c, m.GetTo()) {
+		m.RejectHint = new(uint64(1))
 	}
 }
 
 // noLeader is what to say to a call that finds no leader: who is needed and does not
 // answer, and for how long. For the first two election timeouts without a leader only
 // broken streams tell.
-func (n *node) noLeader() error {
-	if err := n.quorumLost(); err != nil {
+func (c *clusterState) noLeader() error {
+	if err := c.quorumLost(); err != nil {
 		return err
 	}
-	voters := n.store.conf.GetVoters()
+	voters := c.conf.GetVoters()
 	var silent []string
 	for _, id := range voters {
-		if id != n.id.raftID && !n.answers(id) {
-			silent = append(silent, cmp.Or(n.peers.refusals[id], n.silence(id)))
+		if id != c.raftID && !c.mayAnswer(id) {
+			silent = append(silent, cmp.Or(c.refusals[id], c.describeSilence(id)))
 		}
 	}
 	if len(silent) == 0 {
 		return errNoLeader
 	}
 	slices.Sort(silent)
+	all := strings.Join(silent, ", ")
 	needed := len(voters)/2 + 1
 	if len(voters)-len(silent) >= needed {
-		return fmt.Errorf("%w that this node hears: %s", errNoLeader, strings.Join(silent, ", "))
+		return fmt.Errorf("%w that this node hears: %s", errNoLeader, all)
 	}
-	return fmt.Errorf("%w: %d of %d voters are needed, but %s", errNoLeader, needed, len(voters), strings.Join(silent, ", "))
+	return fmt.Errorf("%w: %d of %d voters are needed, but %s", errNoLeader, needed, len(voters), all)
 }
 
-// answers reports whether a voter is connected and, as far as this node can know yet,
-// answers. While there is no leader a voter calls for votes once in two election
-// timeouts, and hears from whoever is there.
-func (n *node) answers(id uint64) bool {
-	if !n.peers.connected[id] {
+// mayAnswer reports whether a voter is connected and, as far as this node can know yet
+// without a leader, answers. Followers need not hear each other while there is a leader.
+// Without one, a voter calls for votes once in two election timeouts, and hears from
+// whoever is there.
+func (c *clusterState) mayAnswer(raftID uint64) bool {
+	if !c.connected[raftID] {
 		return false
 	}
-	asks := n.isVoter(n.id.raftID) && n.election.leaderless > 2*n.electionTicks()
-	return !asks || n.clock.now-n.peers.heard[id] <= 2*n.electionTicks()
+	hasAsked := c.isVoter(c.raftID) && c.leaderless > 2*c.electionTicks
+	return !hasAsked || c.now-c.heard[raftID] <= 2*c.electionTicks
 }
 
-// silence says that a member does not answer, since when and where.
-func (n *node) silence(id uint64) string {
-	ticks := n.election.leaderless // followers need not hear each other while there is a leader
-	if heard, ok := n.peers.heard[id]; ok {
-		ticks = min(ticks, n.clock.now-heard)
+// describeSilence says that a member does not answer, since when and where.
+func (c *clusterState) describeSilence(raftID uint64) string {
+	ticks := c.leaderless // before, it need not have said anything to this node
+	if heard, ok := c.heard[raftID]; ok {
+		ticks = min(ticks, c.now-heard)
 	}
-	text := fmt.Sprintf("%s has not answered for %v", n.locate(id), n.durationOf(ticks))
-	if !n.peers.connected[id] {
+	text := fmt.Sprintf("%s has not answered for %v", c.locate(raftID), c.durationOf(ticks))
+	if !c.connected[raftID] {
 		text += " and is not connected"
 	}
 	return text
@@ -215,50 +249,39 @@ func (n *node) silence(id uint64) string {
 // quorumLost says so if too many voters have lost their memory for the cluster
 // ever to go on: what they knew cannot be made up. Only a newer configuration
 // than this node has applied could make it untrue.
-func (n *node) quorumLost() error {
-	for _, voters := range [][]uint64{n.store.conf.GetVoters(), n.store.conf.GetVotersOutgoing()} {
-		lost := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return !n.hasLostMemory(id) })
-		need := len(voters)/2 + 1
-		if len(voters) > 0 && len(voters)-len(lost) < need {
-			return fmt.Errorf("%w: %d of %d voters are needed, but %s restarted without memory, or with an empty data directory "+
-				"(the old directory, put back, brings such a node back)", errNoLeader, need, len(voters), n.names(lost))
+func (c *clusterState) quorumLost() error {
+	for _, voters := range [][]uint64{c.conf.GetVoters(), c.conf.GetVotersOutgoing()} {
+		lost := slices.DeleteFunc(slices.Clone(voters), func(id uint64) bool { return !c.hasLostMemory(id) })
+		needed := len(voters)/2 + 1
+		if len(voters) == 0 || len(voters)-len(lost) >= needed {
+			continue
 		}
+		return fmt.Errorf("%w: %d of %d voters are needed, but %s restarted without memory, or with an empty data "+
+			"directory (the old directory, put back, brings such a node back)",
+			errNoLeader, needed, len(voters), c.names(lost))
 	}
 	return nil
 }
 
-// hasLostMemory reports whether another life answers in place of a member: one that
-// this node has met, or this node itself, at the address of an older life of its own.
-func (n *node) hasLostMemory(id uint64) bool {
-	if n.peers.met[id] != nil {
+// hasLostMemory reports whether the node of a member runs under another raft ID: because
+// that one has answered, or because that node is this one.
+func (c *clusterState) hasLostMemory(raftID uint64) bool {
+	if c.reborn[raftID] != nil {
 		return true
 	}
-	return id != n.id.raftID && proto.Equal(n.store.members[id], n.self)
+	return raftID != c.raftID && proto.Equal(c.members[raftID], c.self)
 }
 
-// followHeartbeat takes from a heartbeat of the leader what the leader adds to it.
-func (n *node) followHeartbeat(m *raftpb.Message) {
-	if m.GetFrom() != n.raft.lead || m.GetTerm() != n.raft.term {
-		return
-	}
-	if m.GetIndex() != 0 {
-		n.health.lag.follow(m.GetIndex(), n.store.index, n.clock.now, n.electionTicks())
-	}
-	n.health.dispensableUntil = 0
-	if m.GetRejectHint() != 0 {
-		n.health.dispensableUntil = n.clock.now + n.electionTicks()
-	}
-}
+// What the rest of the loop asks of its health.
 
-// addToHeartbeat adds to a leader's heartbeat what the follower wants to know besides:
-// what is applied, if that is no less than was ever acknowledged, and whether the
-// cluster can do without the follower. Raft does not look at these fields of a heartbeat.
-func (n *node) addToHeartbeat(m *raftpb.Message) {
-	if !n.leads() {
-		return
-	}
-	m.Index = new(n.store.index)
-	if n.canDoWithout(m.GetTo()) {
-		m.RejectHint = new(uint64(1))
-	}
-}
+func (n *node) caughtUp() bool { return n.health.isCaughtUp(n.clusterState()) }
+
+func (n *node) whyUnhealthy() string { return n.health.whyUnhealthy(n.clusterState()) }
+
+func (n *node) whyNotRestart() string { return n.health.whyNotRestart(n.clusterState()) }
+
+func (n *node) isDispensable() bool { return n.health.isDispensable(n.clusterState()) }
+
+func (n *node) noLeader() error { return n.clusterState().noLeader() }
+
+func (n *node) quorumLost() error { return n.clusterState().quorumLost() }

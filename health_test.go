@@ -26,7 +26,7 @@ func (l *lone) beats(applied uint64, spared bool) {
 // election timeout, here 30 ticks, and not because it once did.
 func TestLag(t *testing.T) {
 	const limit = 30
-	l, now, applied := lag{mark: never}, uint64(1000), uint64(1)
+	l, now, applied := lag{goal: never}, uint64(1000), uint64(1)
 	beatFor := func(ticks, leader uint64) {
 		for range ticks {
 			now++
@@ -35,7 +35,7 @@ func TestLag(t *testing.T) {
 	}
 	want := func(what string, caughtUp bool) {
 		t.Helper()
-		if l.caughtUp(applied, now, limit) != caughtUp {
+		if l.isCaughtUp(applied, now, limit) != caughtUp {
 			t.Errorf("%s: caught up %v", what, !caughtUp)
 		}
 	}
@@ -141,22 +141,22 @@ func TestRestartCounts(t *testing.T) {
 		n.store.conf = &raftpb.ConfState{Voters: test.voters}
 		n.health.readyVoters = test.up
 		for _, id := range test.spared {
-			if !n.canDoWithout(id) {
+			if !n.health.canDoWithout(n.clusterState(), id) {
 				t.Errorf("%s: %d is needed", test.what, id)
 			}
 		}
 		for _, id := range test.needed {
-			if n.canDoWithout(id) {
+			if n.health.canDoWithout(n.clusterState(), id) {
 				t.Errorf("%s: %d is spared", test.what, id)
 			}
 		}
-		n.change.at = n.clock.now
+		n.change.startedAt = n.clock.now
 		for _, id := range test.spared {
-			if n.canDoWithout(id) {
+			if n.health.canDoWithout(n.clusterState(), id) {
 				t.Errorf("%s, and a change runs: %d is spared", test.what, id)
 			}
 		}
-		n.change.at = 0
+		n.change.startedAt = 0
 	}
 }
 
@@ -272,7 +272,7 @@ func TestLostMemoryIsSaid(t *testing.T) {
 	n := l.n
 	n.store.members[9] = n.store.members[2]
 	n.self, n.id.raftID = plainNode(2), 9
-	delete(n.peers.met, 2)
+	delete(n.peers.reborn, 2)
 	if err := n.noLeader(); !strings.Contains(err.Error(), want) {
 		t.Errorf("the learner says %q", err)
 	}
@@ -283,10 +283,10 @@ func TestLostMemoryIsSaid(t *testing.T) {
 func TestWhoSaysHelloIsNotLost(t *testing.T) {
 	n := newLone(t, following).n
 	for _, outbound := range []bool{false, true} {
-		n.meet(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
+		n.noteRebirth(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
 		n.peerUp(2, 2, outbound)
 		n.turn(n.in.take())
-		if n.hasLostMemory(2) {
+		if n.clusterState().hasLostMemory(2) {
 			t.Errorf("node 2 has said hello, and counts as lost (outbound %v)", outbound)
 		}
 	}

@@ -423,15 +423,15 @@ func (l *lone) do(what byte, data []byte) {
 	case 9:
 		var req kvpb.ChangeMembershipRequest
 		if proto.Unmarshal(data, &req) == nil && validateChange(&req) == nil {
-			l.admin(func() (bool, error) { return l.n.stepMembership(&req) })
+			l.admin(func(l *leaderState) nextStep { return l.membershipStep(&req) })
 		}
 	case 10:
 		var m kvpb.Member
 		if proto.Unmarshal(data, &m) == nil && validateNode("node", m.Node) == nil && m.RaftId != 0 && m.RaftId < maxRaftID {
-			l.admin(func() (bool, error) { return l.n.stepLearner(m.RaftId, m.Node) })
+			l.admin(func(l *leaderState) nextStep { return l.learnerStep(m.RaftId, m.Node) })
 		}
 	case 11:
-		l.admin(func() (bool, error) { return l.n.stepTransfer(uint64(len(data)), new(uint64)) })
+		l.admin((&leaderTransfer{to: uint64(len(data))}).step)
 	default:
 		l.turn(1 + len(data)%40)
 	}
@@ -445,11 +445,11 @@ func (l *lone) call(record []byte) {
 }
 
 // admin makes an operator's request, which may wait for ever.
-func (l *lone) admin(f func() (bool, error)) {
-	r := &request{n: l.n, step: f}
+func (l *lone) admin(next func(*leaderState) nextStep) {
+	r := &request{n: l.n, next: next}
 	l.n.in.event(func() {
 		if len(l.n.calls.conditions) < 8 {
-			l.n.calls.conditions = append(l.n.calls.conditions, &condition{ctx: context.Background(), f: r.advance, done: make(chan error, 1)})
+			l.n.calls.conditions = append(l.n.calls.conditions, &condition{ctx: context.Background(), f: r.poll, done: make(chan error, 1)})
 		}
 	})
 }

@@ -1,9 +1,12 @@
-// Who is a member: the changes of membership that operators ask for, as the loop makes them.
+// Who is a member: the changes of membership and leadership that operators ask for, as
+// the loop makes them.
+//
+// The rules (functions of clusterState and leaderState) say what comes next, and
+// node.perform does it: one step after each turn, until what was asked for is so.
 
 package main
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -23,317 +26,335 @@ import (
 // hear of it.
 var errPastLife = errors.New("the node has yet to hear that it was removed")
 
-// stepLearner takes the next step of making a life of a node a member, if one
-// can be taken; true: it is one, and has caught up.
-func (n *node) stepLearner(raftID uint64, m *kvpb.Node) (bool, error) {
-	present := n.store.members[raftID]
-	elsewhere := slices.DeleteFunc(n.store.raftIDsOf(m.Id), func(id uint64) bool { // where it was, another life may answer by now
-		return id != n.id.raftID && (!n.peers.connected[id] || n.nodeOf(id).Address == m.Address)
-	})
-	for id, other := range n.store.members {
-		if other.Id != m.Id && (id == raftID || other.Address == m.Address) {
-			return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
-				fmt.Sprintf("node %d is at %s", other.Id, other.Address))
-		}
-	}
-	switch {
-	case slices.Contains(n.store.removed, raftID):
-		return false, errPastLife
-	case proto.Equal(present, m) && len(n.store.raftIDsOf(m.Id)) == 1:
-		return raftID == n.id.raftID || n.isCaughtUp(n.progressOf()[raftID]), nil
-	case !n.mayChange() || proto.Equal(present, m): // which heal makes the only one
-		return false, nil
-	case present != nil:
-		return false, n.proposeChange([]*kvpb.Member{{RaftId: raftID, Node: m}}, confChange(raftpb.ConfChangeUpdateNode, raftID))
-	case slices.ContainsFunc(elsewhere, n.alive):
-		return false, apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS,
-			fmt.Sprintf("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
-	case len(elsewhere) > 0 && n.isNewLeader():
-		return false, nil
-	case len(n.store.members) >= maxMembers:
-		return false, invalid("node", "the cluster has %d members, which is the limit", maxMembers)
-	}
-	return false, n.addIncarnation(&kvpb.Peer{RaftId: raftID, Node: m})
+// nextStep is what comes next on the way to what an operator, or the leader itself, wants.
+type nextStep struct {
+	kind    stepKind
+	err     error                      // of stepFailed
+	changes []*raftpb.ConfChangeSingle // of stepPropose
+	members []*kvpb.Member             // of stepPropose: those that are new, or have moved
+	to      uint64                     // of stepHandOver: raft ID
 }
+
+// stepKind is the outcome of a rule.
+type stepKind int
+
+const (
+	stepWait       stepKind = iota // there is nothing to do until the state is another
+	stepDone                       // what was asked for is so
+	stepFailed                     // it cannot be done
+	stepPropose                    // propose a change of the configuration
+	stepHandOver                   // have another voter lead
+	stepAnnounce                   // append an entry from which followers learn what is committed
+	stepLeaveJoint                 // propose to leave the joint configuration
+)
+
+func fails(err error) nextStep { return nextStep{kind: stepFailed, err: err} }
+
+func proposes(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) nextStep {
+	return nextStep{kind: stepPropose, members: members, changes: changes}
+}
+
+// handsOver has the first of some successors lead, if there is one.
+func handsOver(successors []uint64) nextStep {
+	if len(successors) == 0 {
+		return nextStep{kind: stepWait}
+	}
+	return nextStep{kind: stepHandOver, to: successors[0]}
+}
+
+// answer returns a step as node.await wants it: done, or failed, or neither.
+func (s nextStep) answer() (done bool, err error) { return s.kind == stepDone, s.err }
 
 func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle {
 	return &raftpb.ConfChangeSingle{Type: t.Enum(), NodeId: new(raftID)}
 }
 
-// request is what an operator asks of the leader, on its way through the loop there.
-type request struct {
-	n *node
-	// step takes the next step, if one can be taken; true: what was asked for is so.
-	step    func() (bool, error)
-	witness witness
-	begun   atomic.Bool // it has proposed a change, or a transfer of leadership
-	busy    atomic.Bool // it waits until somebody else's change is done
-}
-
-// witness is an empty entry that the leader proposes after a configuration has come
-// into force.
-type witness struct {
-	conf        *raftpb.ConfState
-	term, index uint64
-}
-
-// advance is called after each turn. An answer, also that something cannot be done,
-// waits for the request's witness: a leader that has been deposed must not give one.
-func (r *request) advance() (bool, error) {
-	n := r.n
-	if !n.leads() {
-		return false, errNotLeader
+// learnerStep takes the next step of making a raft ID of a node a member. It is done
+// when that is the node's only one, and has caught up.
+func (l *leaderState) learnerStep(raftID uint64, m *kvpb.Node) nextStep {
+	if err := l.checkFree(raftID, m); err != nil {
+		return fails(err)
 	}
-	was := n.change.at
-	done, err := r.step()
-	if n.change.at > was {
-		r.begun.Store(true)
+	if slices.Contains(l.removed, raftID) {
+		return fails(errPastLife)
 	}
-	r.busy.Store(!r.begun.Load() && !n.mayChange())
-	if !done && err == nil {
-		return false, nil
-	}
-	if !r.witnessed() {
-		return false, nil
-	}
-	return done, err
-}
-
-// witnessed reports whether an entry is applied that this leader has proposed since
-// the request came, behind the present configuration. Then a majority still followed
-// it, and that configuration was in force, after the request came. And most voters know
-// that it is committed, also after a restart: they have stored an entry that came with
-// word of it. Before, they might need the votes of those who were removed, if this
-// leader is lost. Raft itself asks for no more than that a change is committed.
-func (r *request) witnessed() bool {
-	n := r.n
-	w := witness{conf: n.store.conf, term: n.raft.term}
-	if r.witness.conf != w.conf || r.witness.term != w.term {
-		w.index = n.proposeEmpty()
-		if w.index == 0 {
-			return false
+	present := l.members[raftID]
+	isAsWanted := proto.Equal(present, m)
+	if isAsWanted && len(l.raftIDsOf(m.Id)) == 1 {
+		if raftID == l.raftID || l.isCaughtUp(raftID) {
+			return nextStep{kind: stepDone}
 		}
-		r.witness = w
+		return nextStep{kind: stepWait}
 	}
-	w = r.witness
-	return w.conf == n.store.conf && w.term == n.raft.term && w.index <= n.store.index
+	if isAsWanted {
+		return nextStep{kind: stepWait} // the leader heals it: then it is the only one
+	}
+	if !l.mayChange {
+		return nextStep{kind: stepWait}
+	}
+	if present != nil {
+		moved := []*kvpb.Member{{RaftId: raftID, Node: m}}
+		return proposes(moved, confChange(raftpb.ConfChangeUpdateNode, raftID))
+	}
+	others := l.rivals(m)
+	if slices.ContainsFunc(others, l.isAlive) {
+		return fails(memberExists("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
+	}
+	if len(others) > 0 && l.isNewLeader() {
+		return nextStep{kind: stepWait} // it may hear from them yet
+	}
+	if len(l.members) >= maxMembers {
+		return fails(invalid("node", "the cluster has %d members, which is the limit", maxMembers))
+	}
+	return l.addMember(&kvpb.Peer{RaftId: raftID, Node: m})
 }
 
-// stepMembership takes the next step towards the voters that a request names,
-// if one can be taken; true: it is there. Nothing can come between what it compares
-// and the change that it proposes: raft takes no second change before the first is
-// applied.
-func (n *node) stepMembership(req *kvpb.ChangeMembershipRequest) (bool, error) {
-	if isJoint(n.store.conf) {
-		return false, nil
+// checkFree refuses a raft ID or an address that another node has.
+func (c *clusterState) checkFree(raftID uint64, m *kvpb.Node) error {
+	for id, other := range c.members {
+		isTaken := id == raftID || other.Address == m.Address
+		if other.Id != m.Id && isTaken {
+			return memberExists("node %d is at %s", other.Id, other.Address)
+		}
 	}
-	want, refusal := n.votersToBe(req)
+	return nil
+}
+
+// rivals are the members that are the same node as m, and run elsewhere if they run. One
+// that is not connected, or was where m is, has made way for m.
+func (c *clusterState) rivals(m *kvpb.Node) []uint64 {
+	return slices.DeleteFunc(c.raftIDsOf(m.Id), func(id uint64) bool {
+		hasMadeWay := !c.connected[id] || c.nodeOf(id).Address == m.Address
+		return id != c.raftID && hasMadeWay
+	})
+}
+
+func memberExists(format string, args ...any) error {
+	return apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf(format, args...))
+}
+
+func unknownMember(nodeID uint64) error {
+	return apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER,
+		fmt.Sprintf("no member has the id %d", nodeID))
+}
+
+func notCaughtUp(format string, args ...any) error {
+	return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf(format, args...))
+}
+
+func unreachable(message string) error {
+	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, message)
+}
+
+// membershipStep takes the next step towards the voters that a request names. Nothing
+// can come between what it compares and the change that it proposes: raft takes no second
+// change before the first is applied.
+func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep {
+	if isJoint(l.conf) {
+		return nextStep{kind: stepWait}
+	}
+	voters, refusal := l.votersToBe(req)
 	var changes []*raftpb.ConfChangeSingle
-	var notReady error // which a new leader may say too early: it has yet to hear from the members
+	var notReady error // what a new leader may find only because it has yet to hear from the members
 	if refusal == nil {
-		changes, notReady = n.changesTo(want, req)
-		if notReady == nil && len(changes) == 0 {
-			return true, nil
-		}
+		changes, notReady = l.changesTo(voters, req)
 	}
-	if !n.mayChange() {
-		return false, nil // perhaps it is made just now
+	isSo := refusal == nil && notReady == nil && len(changes) == 0
+	if isSo {
+		return nextStep{kind: stepDone}
 	}
-	if req.Expected != nil && !maps.Equal(expectedRoles(req.Expected), n.store.roles()) {
-		return false, apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED,
-			"the membership is another than the change was made for: "+describeMembers(n.store.conf, n.store.members))
+	if !l.mayChange {
+		return nextStep{kind: stepWait} // perhaps the change in flight makes it so
+	}
+	if req.Expected != nil && !maps.Equal(expectedRoles(req.Expected), rolesOf(l.conf, l.members)) {
+		return fails(apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED,
+			"the membership is another than the change was made for: "+describeMembers(l.conf, l.members)))
 	}
 	if refusal != nil {
-		return false, refusal
+		return fails(refusal)
 	}
 	if notReady == nil {
-		notReady = n.checkMajority(want)
+		notReady = l.checkMajority(voters)
 	}
-	if notReady != nil && n.isNewLeader() {
-		return false, nil
+	if notReady != nil && l.isNewLeader() {
+		return nextStep{kind: stepWait}
 	}
 	if notReady != nil {
-		return false, notReady
+		return fails(notReady)
 	}
-	if slices.ContainsFunc(want, n.isComingBack) {
-		return false, nil // a node that lost its memory is taken back first
+	if slices.ContainsFunc(voters, l.isComingBack) {
+		return nextStep{kind: stepWait} // a node that lost its memory is taken back first
 	}
-	if !slices.Contains(want, n.id.raftID) && n.handOver(want) {
-		return false, nil // this node leaves: who stays, and votes already, makes the change
+	if !slices.Contains(voters, l.raftID) {
+		// This node leaves: a voter that stays makes the change, if there is one already.
+		successors := l.successors(voters)
+		if len(successors) > 0 {
+			return handsOver(successors)
+		}
 	}
-	return false, n.proposeChange(nil, changes...)
+	return proposes(nil, changes...)
 }
 
 // checkMajority refuses voters of which no majority answers.
-func (n *node) checkMajority(voters []uint64) error {
-	silent := slices.DeleteFunc(slices.Clone(voters), n.alive)
+func (c *clusterState) checkMajority(voters []uint64) error {
+	silent := slices.DeleteFunc(slices.Clone(voters), c.isAlive)
 	if len(silent) <= (len(voters)-1)/2 {
 		return nil
 	}
-	return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
-		fmt.Sprintf("of these %d voters %s: they could not go on", len(voters), n.silent(silent)))
+	return unreachable(fmt.Sprintf("of these %d voters %s: they could not go on", len(voters), c.doNotAnswer(silent)))
 }
 
-// role is what operators know of a member.
-type role struct {
+// memberRole is what operators know of a member.
+type memberRole struct {
 	address string
 	voter   bool
 }
 
-// addRole adds a life of a node to roles by node id. While a node is taken back it
-// has two: it keeps the role of the older one, and is at the address of the newer.
-func addRole(roles map[uint64]role, m *kvpb.Node, voter bool) {
+// addRole adds a member to roles by node id. A node that is taken back has two members:
+// it keeps the role of the older one, and is at the address of the newer one.
+func addRole(roles map[uint64]memberRole, m *kvpb.Node, voter bool) {
 	other, twice := roles[m.Id]
 	address := m.Address
 	if twice && voter {
 		address = other.address
 	}
-	roles[m.Id] = role{address, voter || other.voter}
+	roles[m.Id] = memberRole{address: address, voter: voter || other.voter}
 }
 
-// roles returns the roles of all members by node id.
-func (s *store) roles() map[uint64]role {
-	roles := map[uint64]role{}
-	for id, m := range s.members {
-		addRole(roles, m, slices.Contains(s.conf.GetVoters(), id))
+// rolesOf returns the roles of all members by node id.
+func rolesOf(conf *raftpb.ConfState, members map[uint64]*kvpb.Node) map[uint64]memberRole {
+	roles := map[uint64]memberRole{}
+	for id, m := range members {
+		addRole(roles, m, slices.Contains(conf.GetVoters(), id))
 	}
 	return roles
 }
 
-func expectedRoles(expected *kvpb.Membership) map[uint64]role {
-	roles := map[uint64]role{}
+// expectedRoles returns the roles that a request expects, by node id.
+func expectedRoles(expected *kvpb.Membership) map[uint64]memberRole {
+	roles := map[uint64]memberRole{}
 	for _, m := range expected.Members {
 		addRole(roles, m.Node, m.Voter)
 	}
 	return roles
 }
 
-// votersToBe returns the raft IDs of the voters that a request wants. Who is to be
-// removed need not be a member any more: the request may have been made already, by
-// a leader that had no time to answer.
-func (n *node) votersToBe(req *kvpb.ChangeMembershipRequest) ([]uint64, error) {
-	present := slices.DeleteFunc(slices.Clone(req.Remove), func(id uint64) bool { return slices.Contains(n.store.former, id) })
-	if _, err := n.resolve(present); err != nil {
+// votersToBe returns the raft IDs of the voters that a request wants. A node that is to
+// be removed need not be a member any more: the request may have been made already, by a
+// leader that had no time to answer.
+func (c *clusterState) votersToBe(req *kvpb.ChangeMembershipRequest) ([]uint64, error) {
+	present := slices.DeleteFunc(slices.Clone(req.Remove), func(nodeID uint64) bool {
+		return slices.Contains(c.former, nodeID)
+	})
+	if _, err := c.resolve(present); err != nil {
 		return nil, err
 	}
 	if len(req.Members) > 0 {
-		return n.resolve(req.Members)
+		return c.resolve(req.Members)
 	}
-	if _, err := n.resolve(req.Demote); err != nil {
+	if _, err := c.resolve(req.Demote); err != nil {
 		return nil, err
 	}
-	promoted, err := n.resolve(req.Promote)
+	promoted, err := c.resolve(req.Promote)
 	if err != nil {
 		return nil, err
 	}
 	stops := slices.Concat(req.Demote, req.Remove)
-	want := slices.DeleteFunc(slices.Clone(n.store.conf.GetVoters()), func(id uint64) bool {
-		return slices.Contains(stops, n.store.members[id].Id)
+	voters := slices.DeleteFunc(slices.Clone(c.conf.GetVoters()), func(id uint64) bool {
+		return slices.Contains(stops, c.members[id].Id)
 	})
 	for _, id := range promoted {
-		if !slices.Contains(want, id) {
-			want = append(want, id)
+		if !slices.Contains(voters, id) {
+			voters = append(voters, id)
 		}
 	}
-	if len(want) == 0 {
-		return nil, invalid(oneOf(len(req.Remove) > 0, "remove", "demote"), "no voter would be left")
+	if len(voters) > 0 {
+		return voters, nil
 	}
-	return want, nil
+	field := "demote"
+	if len(req.Remove) > 0 {
+		field = "remove"
+	}
+	return nil, invalid(field, "no voter would be left")
 }
 
-// resolve returns the raft IDs of nodes. Of a node that is just being taken
-// back, it is the one that votes.
-func (n *node) resolve(nodeIDs []uint64) ([]uint64, error) {
-	var ids []uint64
-	for _, nodeID := range nodeIDs {
-		of := n.store.raftIDsOf(nodeID)
-		if len(of) == 0 {
-			return nil, apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER, fmt.Sprintf("no member has the id %d", nodeID))
-		}
-		i := slices.IndexFunc(of, func(id uint64) bool { return n.isVoter(id) })
-		ids = append(ids, of[max(i, 0)])
-	}
-	return ids, nil
-}
-
-// changesTo returns what changes the configuration to one with the wanted
-// voters; nothing, if that is so already.
-func (n *node) changesTo(want []uint64, req *kvpb.ChangeMembershipRequest) (changes []*raftpb.ConfChangeSingle, err error) {
-	leaves := func(id uint64) bool { return n.isVoter(id) && !slices.Contains(want, id) }
-	progress := n.progressOf()
-	for _, m := range sortedMembers(n.store.members) {
-		id, removed := m.RaftId, slices.Contains(req.Remove, m.Node.Id)
-		switch wanted := slices.Contains(want, id); {
-		case wanted && n.isVoter(id):
-		case wanted && !n.alive(id):
-			return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, n.silent([]uint64{id}))
-		case wanted && !n.isCaughtUp(progress[id]):
-			return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP,
-				fmt.Sprintf("node %d is too far behind to vote: it has entry %d of %d", m.Node.Id, progress[id].Match, n.store.index))
-		case wanted:
+// changesTo returns what changes the configuration to one with these voters; nothing, if
+// that is so already. A member that is to vote has to answer, and to have caught up.
+func (l *leaderState) changesTo(voters []uint64, req *kvpb.ChangeMembershipRequest) ([]*raftpb.ConfChangeSingle, error) {
+	var changes []*raftpb.ConfChangeSingle
+	stops := func(id uint64) bool { return l.isVoter(id) && !slices.Contains(voters, id) }
+	for _, m := range sortedMembers(l.members) {
+		id := m.RaftId
+		nodeID := m.Node.Id
+		if slices.Contains(voters, id) {
+			if l.isVoter(id) {
+				continue
+			}
+			if err := l.checkMayVote(m); err != nil {
+				return nil, err
+			}
 			changes = append(changes, confChange(raftpb.ConfChangeAddNode, id))
-		case leaves(id) && !removed && (req.Retain || slices.Contains(req.Demote, m.Node.Id)):
+			continue
+		}
+		isRemoved := slices.Contains(req.Remove, nodeID)
+		isRetained := req.Retain || slices.Contains(req.Demote, nodeID)
+		if stops(id) && isRetained && !isRemoved {
 			changes = append(changes, confChange(raftpb.ConfChangeAddLearnerNode, id))
-		case removed || slices.ContainsFunc(n.store.raftIDsOf(m.Node.Id), leaves): // a life that was to take the place of one that leaves
+			continue
+		}
+		// With a voter that leaves goes the learner that was to take its place.
+		if isRemoved || slices.ContainsFunc(l.raftIDsOf(nodeID), stops) {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
 	return changes, nil
 }
 
-// stepTransfer has raft make a node the leader; true: it is this one. A leader that
-// has handed over does not know for sure who leads now: that one is asked next. start is
-// the tick of the first try.
-func (n *node) stepTransfer(nodeID uint64, start *uint64) (bool, error) {
-	if nodeID == n.self.Id {
-		return true, nil
+// checkMayVote refuses a learner that does not answer, or is behind.
+func (l *leaderState) checkMayVote(m *kvpb.Member) error {
+	if !l.isAlive(m.RaftId) {
+		return unreachable(l.doNotAnswer([]uint64{m.RaftId}))
 	}
-	ids, err := n.resolve([]uint64{nodeID})
-	if err != nil {
-		return false, err
-	}
-	if !n.isVoter(ids[0]) {
-		return false, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, fmt.Sprintf("node %d is no voter", nodeID))
-	}
-	if !n.peers.connected[ids[0]] || *start != 0 && n.clock.now-*start > 2*n.electionTicks() {
-		return false, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
-			fmt.Sprintf("node %d does not answer, or did not take over", nodeID))
-	}
-	if n.mayChange() {
-		*start = cmp.Or(*start, n.clock.now)
-		if n.alive(ids[0]) { // else raft would take no writes for nothing
-			n.handOver(ids)
-		}
-	}
-	return false, nil
-}
-
-// mayChange reports whether a change of membership or leadership may start.
-// One that was lost without a word blocks others for an election timeout only.
-func (n *node) mayChange() bool {
-	return n.leads() && !isJoint(n.store.conf) && (n.change.at == 0 || n.clock.now-n.change.at > n.electionTicks())
-}
-
-// proposeChange proposes a change of the configuration. Whether it was applied
-// shows in the configuration.
-func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) error {
-	who := &kvpb.ConfChangeContext{Members: members}
-	ctx, err := proto.Marshal(who)
-	if err != nil {
-		return err
-	}
-	// Explicit: raft would leave the joint configuration without looking who leads.
-	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx, Transition: raftpb.ConfChangeTransitionJointExplicit.Enum()}
-	if c := changes[0]; len(changes) == 1 && (c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())) {
-		cc.Transition = raftpb.ConfChangeTransitionAuto.Enum() // no voter leaves
-	}
-	if _, err := n.store.checkConfChange(cc, who); err != nil {
-		return err
-	}
-	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
-		n.change.at = n.clock.now
+	if !l.isCaughtUp(m.RaftId) {
+		return notCaughtUp("node %d is too far behind to vote: it has entry %d of %d",
+			m.Node.Id, l.progress[m.RaftId].Match, l.applied)
 	}
 	return nil
+}
+
+// leaderTransfer is an operator's wish that a node lead.
+type leaderTransfer struct {
+	to    uint64 // node id
+	began uint64 // tick of the first try; 0: there was none
+}
+
+// step has raft make the node the leader; it is done when that is this one. A leader that
+// has handed over does not know for sure which node leads now: that node is asked next.
+func (t *leaderTransfer) step(l *leaderState) nextStep {
+	if t.to == l.self.Id {
+		return nextStep{kind: stepDone}
+	}
+	ids, err := l.resolve([]uint64{t.to})
+	if err != nil {
+		return fails(err)
+	}
+	if !l.isVoter(ids[0]) {
+		return fails(notCaughtUp("node %d is no voter", t.to))
+	}
+	isLate := t.began != 0 && l.now-t.began > 2*l.electionTicks
+	if isLate || !l.connected[ids[0]] {
+		return fails(unreachable(fmt.Sprintf("node %d does not answer, or did not take over", t.to)))
+	}
+	if !l.mayChange {
+		return nextStep{kind: stepWait}
+	}
+	if t.began == 0 {
+		t.began = l.now
+	}
+	if !l.isAlive(ids[0]) {
+		return nextStep{kind: stepWait} // raft would take no writes for nothing
+	}
+	return handsOver(l.successors(ids))
 }
 
 // jointStay is a leader's stay in a joint configuration.
@@ -347,57 +368,253 @@ type jointStay struct {
 	notice uint64
 }
 
-// leaveJoint takes the next step to end a change of membership that is half way. It is
-// called in every turn. What can get lost is tried again after a heartbeat.
-func (n *node) leaveJoint() {
-	if n.err != nil || !n.leads() || !isJoint(n.store.conf) {
-		return
+// step takes the next step to end a change of membership that is half way. What can get
+// lost is tried again after a heartbeat.
+//
+// The voters that are to leave, and answer, have to know first that they are. If several
+// leave at once, one that does not know would wait for ever for a majority of its old
+// voters to tell it: the others that leave forget all they knew. Nobody is waited for
+// longer than two election timeouts.
+func (j *jointStay) step(l *leaderState) nextStep {
+	if j.conf != l.conf || j.term != l.raft.term {
+		*j = jointStay{conf: l.conf, term: l.raft.term, began: l.now}
 	}
-	stay := &n.change.stay
-	if stay.conf != n.store.conf || stay.term != n.raft.term {
-		*stay = jointStay{conf: n.store.conf, term: n.raft.term, began: n.clock.now}
+	if j.tried != 0 && l.now-j.tried < ticksPerHeartbeat {
+		return nextStep{kind: stepWait}
 	}
-	if stay.tried != 0 && n.clock.now-stay.tried < ticksPerHeartbeat {
-		return
-	}
-	if !n.isVoter(n.id.raftID) {
+	if !l.isVoter(l.raftID) {
 		// A leader that is to leave hands over first: it would step down before
 		// the others know that they may do without it.
-		stay.tried = n.clock.now
-		n.handOver(n.store.conf.GetVoters())
-		return
+		j.tried = l.now
+		return handsOver(l.successors(l.conf.GetVoters()))
 	}
-	if !n.leaversKnow(stay) {
-		return
+	leavers := l.leavers()
+	if len(leavers) > 0 && l.now-j.began <= 2*l.electionTicks {
+		if j.notice == 0 {
+			return nextStep{kind: stepAnnounce}
+		}
+		isUntold := func(id uint64) bool { return l.progress[id].Match < j.notice }
+		if slices.ContainsFunc(leavers, isUntold) {
+			return nextStep{kind: stepWait}
+		}
 	}
-	stay.tried = n.clock.now
-	_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{})
-}
-
-// leaversKnow reports whether the voters that are to leave, and answer, know that they
-// are. If several leave at once, one that does not know would wait for ever for a
-// majority of its old voters to tell it: the others that leave forget all they knew.
-// Nobody is waited for longer than two election timeouts.
-func (n *node) leaversKnow(stay *jointStay) bool {
-	leavers := n.leavers()
-	if len(leavers) == 0 || n.clock.now-stay.began > 2*n.electionTicks() {
-		return true
-	}
-	if stay.notice == 0 {
-		stay.notice = n.proposeEmpty()
-		return false
-	}
-	progress := n.progressOf()
-	return !slices.ContainsFunc(leavers, func(id uint64) bool { return progress[id].Match < stay.notice })
+	j.tried = l.now
+	return nextStep{kind: stepLeaveJoint}
 }
 
 // leavers are the other voters that the change in flight removes, and that answer.
-func (n *node) leavers() []uint64 {
-	conf := n.store.conf
-	stayers := slices.Concat(conf.GetVoters(), conf.GetLearners(), conf.GetLearnersNext())
-	return slices.DeleteFunc(slices.Clone(conf.GetVotersOutgoing()), func(id uint64) bool {
-		return id == n.id.raftID || slices.Contains(stayers, id) || !n.alive(id)
+func (c *clusterState) leavers() []uint64 {
+	stayers := slices.Concat(c.conf.GetVoters(), c.conf.GetLearners(), c.conf.GetLearnersNext())
+	return slices.DeleteFunc(slices.Clone(c.conf.GetVotersOutgoing()), func(id uint64) bool {
+		stays := id == c.raftID || slices.Contains(stayers, id)
+		return stays || !c.isAlive(id)
 	})
+}
+
+// membershipChange is the change of membership, or of leadership, in flight, and what a
+// leader has seen of nodes that have two raft IDs.
+type membershipChange struct {
+	startedAt uint64 // tick of the change in flight; 0: none
+	healing   healing
+	joint     jointStay // in a joint configuration, the last one
+}
+
+// start notes that a change was proposed.
+func (c *membershipChange) start(now uint64) { c.startedAt = now }
+
+// end notes that the change in flight is made, or may be lost with its leader.
+func (c *membershipChange) end() { c.startedAt = 0 }
+
+// mayStart reports whether no change is in flight. One that was lost without a word
+// blocks others for an election timeout only.
+func (c *membershipChange) mayStart(now, electionTicks uint64) bool {
+	return c.startedAt == 0 || now-c.startedAt > electionTicks
+}
+
+func (c *membershipChange) forget() {
+	c.healing.duplicates = map[uint64]*duplicate{}
+}
+
+// forgetMembers drops what was seen of members that were removed.
+func (c *membershipChange) forgetMembers(removed []uint64) {
+	for _, id := range removed {
+		delete(c.healing.duplicates, id)
+	}
+}
+
+// request is what an operator asks of the leader, on its way through the loop there.
+type request struct {
+	n       *node
+	next    func(*leaderState) nextStep // the rule
+	witness witness
+	begun   atomic.Bool // it has proposed a change, or a transfer of leadership
+	busy    atomic.Bool // it waits until another change is done
+}
+
+// witness is an empty entry that the leader proposes after a configuration has come
+// into force.
+type witness struct {
+	conf  *raftpb.ConfState
+	term  uint64
+	index uint64
+}
+
+// advance takes the next step after a turn; it answers that the request waits, is done,
+// or has failed. An answer, also that something cannot be done, waits for the request's
+// witness: a leader that has been deposed must not give one.
+func (r *request) advance() nextStep {
+	n := r.n
+	if !n.leads() {
+		return fails(errNotLeader)
+	}
+	before := n.change.startedAt
+	s := n.perform(r.next(n.leaderState()))
+	if n.change.startedAt > before {
+		r.begun.Store(true)
+	}
+	r.busy.Store(!r.begun.Load() && !n.mayChange())
+	if s.kind != stepWait && !r.seekWitness() {
+		return nextStep{kind: stepWait}
+	}
+	return s
+}
+
+// poll is advance as a condition for node.await.
+func (r *request) poll() (done bool, err error) { return r.advance().answer() }
+
+// seekWitness reports whether an entry is applied that this leader has proposed since the
+// request came, behind the present configuration. If there is none, it proposes one. Once
+// it is applied, a majority has followed this leader, and that configuration was in force,
+// after the request came. And most voters know that the configuration is committed, also
+// after a restart: they have stored an entry that came with word of that. Before, they
+// might need the votes of those who were removed, if this leader is lost. Raft itself asks
+// for no more than that a change is committed.
+func (r *request) seekWitness() bool {
+	n := r.n
+	now := witness{conf: n.store.conf, term: n.raft.term}
+	if r.witness.conf != now.conf || r.witness.term != now.term {
+		now.index = n.proposeEmpty()
+		if now.index == 0 {
+			return false
+		}
+		r.witness = now
+	}
+	// To propose has perhaps ended the term.
+	isOfNow := r.witness.conf == n.store.conf && r.witness.term == n.raft.term
+	return isOfNow && r.witness.index <= n.store.index
+}
+
+// clusterState gathers the facts that rules go by.
+func (n *node) clusterState() *clusterState {
+	return &clusterState{
+		now:           n.clock.now,
+		tick:          n.tickDuration(),
+		electionTicks: n.electionTicks(),
+		self:          n.self,
+		raftID:        n.id.raftID,
+		inCluster:     n.rn != nil,
+		raft:          n.raft,
+		leads:         n.leads(),
+		mayChange:     n.mayChange(),
+		leadHeard:     n.election.leadHeard,
+		leaderless:    n.election.leaderless,
+		conf:          n.store.conf,
+		members:       n.store.members,
+		removed:       n.store.removed,
+		former:        n.store.former,
+		applied:       n.store.index,
+		connected:     n.peers.connected,
+		heard:         n.peers.heard,
+		moved:         n.peers.moved,
+		reborn:        n.peers.reborn,
+		refusals:      n.peers.refusals,
+	}
+}
+
+// leaderState gathers what a leader knows besides.
+func (n *node) leaderState() *leaderState {
+	return &leaderState{clusterState: *n.clusterState(), progress: n.progressOf(), upToDate: n.upToDate()}
+}
+
+// upToDate is the index that a member that has caught up has.
+func (n *node) upToDate() uint64 { return n.catchup.commitAt[len(n.catchup.commitAt)-1] }
+
+// progressOf returns the leader's knowledge of all members, by raft ID.
+func (n *node) progressOf() map[uint64]tracker.Progress {
+	m := map[uint64]tracker.Progress{}
+	if n.rn != nil && n.raft.role == raft.StateLeader {
+		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) { m[id] = pr })
+	}
+	return m
+}
+
+// isCaughtUp reports whether a member has what was committed two heartbeats ago.
+func (n *node) isCaughtUp(pr tracker.Progress) bool { return isCaughtUp(pr, n.upToDate()) }
+
+// alive reports whether a member answers: see isAlive.
+func (n *node) alive(raftID uint64) bool { return n.clusterState().isAlive(raftID) }
+
+// isVoter reports whether a raft ID votes, once no change is half way.
+func (n *node) isVoter(raftID uint64) bool { return slices.Contains(n.store.conf.GetVoters(), raftID) }
+
+// mayChange reports whether a change of membership or leadership may start.
+func (n *node) mayChange() bool {
+	isSettled := n.leads() && !isJoint(n.store.conf)
+	return isSettled && n.change.mayStart(n.clock.now, n.electionTicks())
+}
+
+// perform does what a step says. It answers that the step is done or has failed, or that
+// what comes of it has to be waited for.
+func (n *node) perform(s nextStep) nextStep {
+	switch s.kind {
+	case stepPropose:
+		if err := n.proposeChange(s.members, s.changes...); err != nil {
+			return fails(err)
+		}
+	case stepHandOver:
+		n.change.start(n.clock.now)
+		n.rn.TransferLeader(s.to)
+	case stepAnnounce:
+		n.change.joint.notice = n.proposeEmpty()
+	case stepLeaveJoint:
+		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{}) // if refused, it is tried again
+	default:
+		return s
+	}
+	return nextStep{kind: stepWait}
+}
+
+// handOver asks raft to make one of these voters the leader, if one can lead.
+func (n *node) handOver(voters []uint64) {
+	n.perform(handsOver(n.leaderState().successors(voters)))
+}
+
+// proposeChange proposes a change of the configuration. Whether it was applied
+// shows in the configuration.
+func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) error {
+	who := &kvpb.ConfChangeContext{Members: members}
+	ctx, err := proto.Marshal(who)
+	if err != nil {
+		return err
+	}
+	// Explicit: raft would leave the joint configuration without looking who leads.
+	transition := raftpb.ConfChangeTransitionJointExplicit
+	if len(changes) == 1 && n.keepsVoters(changes[0]) {
+		transition = raftpb.ConfChangeTransitionAuto
+	}
+	cc := &raftpb.ConfChangeV2{Changes: changes, Context: ctx, Transition: transition.Enum()}
+	if _, err := n.store.checkConfChange(cc, who); err != nil {
+		return err
+	}
+	if n.rn.ProposeConfChange(cc) == nil { // else leadership is being transferred
+		n.change.start(n.clock.now)
+	}
+	return nil
+}
+
+// keepsVoters reports whether no voter leaves by a change.
+func (n *node) keepsVoters(c *raftpb.ConfChangeSingle) bool {
+	return c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())
 }
 
 // proposeEmpty has this leader append an empty entry, and returns its index; 0: it
@@ -414,70 +631,12 @@ func (n *node) proposeEmpty() uint64 {
 	return log.last()
 }
 
-// membershipChange is the change of membership, or of leadership, in flight, and what a
-// leader has seen of members that have two lives.
-type membershipChange struct {
-	at     uint64            // tick of the change in flight; 0: none
-	sights map[uint64]*sight // by raft ID: learners whose node has an older life, too
-	stay   jointStay         // in a joint configuration, the last one
-}
-
-func (c *membershipChange) forget() {
-	c.sights = map[uint64]*sight{}
-}
-
-// forgetMembers drops what was seen of members that were removed.
-func (c *membershipChange) forgetMembers(removed []uint64) {
-	for _, id := range removed {
-		delete(c.sights, id)
+// leaveJoint takes the next step to end a change of membership that is half way. It is
+// called in every turn.
+func (n *node) leaveJoint() {
+	isHalfWay := n.leads() && isJoint(n.store.conf)
+	if n.err != nil || !isHalfWay {
+		return
 	}
-}
-
-// alive reports whether a member is connected, and was heard within an election
-// timeout: a stream can outlive whoever is at its other end for a while.
-func (n *node) alive(id uint64) bool {
-	return id == n.id.raftID || n.peers.connected[id] && n.clock.now-n.peers.heard[id] <= n.electionTicks()
-}
-
-// isNewLeader reports whether a leader has perhaps not heard from everybody yet.
-func (n *node) isNewLeader() bool { return n.clock.now-n.election.leadHeard <= n.electionTicks() }
-
-// isVoter reports whether a raft ID votes once no change is running.
-func (n *node) isVoter(id uint64) bool { return slices.Contains(n.store.conf.GetVoters(), id) }
-
-// isCaughtUp reports whether a member has what was committed two heartbeats ago.
-func (n *node) isCaughtUp(pr tracker.Progress) bool {
-	return pr.State == tracker.StateReplicate && pr.Match >= n.catchup.commitAt[len(n.catchup.commitAt)-1] && pr.Match > 0
-}
-
-// progressOf returns the leader's knowledge of all members, by raft ID.
-func (n *node) progressOf() map[uint64]tracker.Progress {
-	m := map[uint64]tracker.Progress{}
-	if n.rn != nil && n.raft.role == raft.StateLeader {
-		n.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) { m[id] = pr })
-	}
-	return m
-}
-
-// heirs are the voters among ids that could lead in place of this node, the one
-// that has most of the log first.
-func (n *node) heirs(ids []uint64) []uint64 {
-	progress := n.progressOf()
-	ids = slices.DeleteFunc(slices.Clone(ids), func(id uint64) bool {
-		pr, ok := progress[id]
-		return !ok || id == n.id.raftID || pr.IsLearner || !n.alive(id)
-	})
-	slices.SortStableFunc(ids, func(a, b uint64) int { return cmp.Compare(progress[b].Match, progress[a].Match) })
-	return ids
-}
-
-// handOver asks raft to make the first heir among ids the leader; false: there is
-// none.
-func (n *node) handOver(ids []uint64) bool {
-	if ids = n.heirs(ids); len(ids) == 0 {
-		return false
-	}
-	n.change.at = n.clock.now
-	n.rn.TransferLeader(ids[0])
-	return true
+	n.perform(n.change.joint.step(n.leaderState()))
 }

@@ -20,7 +20,7 @@ type peerStates struct {
 	lives     map[uint64]uint64   // the life that we talk to; replaced, never changed
 	connected map[uint64]bool     // our stream to it is open
 	heard     map[uint64]uint64   // tick of its last message
-	met       map[uint64]*meeting // a life without memory that answered in place of this member
+	reborn    map[uint64]*rebirth // a life without memory that answered in place of this member
 	// moved is where our stream to a member goes, if that is not where the
 	// configuration had it.
 	moved map[uint64]*kvpb.Node
@@ -35,7 +35,7 @@ func newPeerStates() peerStates {
 		lives:      map[uint64]uint64{},
 		connected:  map[uint64]bool{},
 		heard:      map[uint64]uint64{},
-		met:        map[uint64]*meeting{},
+		reborn:     map[uint64]*rebirth{},
 		moved:      map[uint64]*kvpb.Node{},
 		disownedBy: map[uint64]bool{},
 		refusals:   map[uint64]string{},
@@ -47,7 +47,7 @@ func (p *peerStates) forget(removed []uint64) {
 	p.lives = maps.Clone(p.lives)
 	for _, id := range removed {
 		delete(p.lives, id) // never to be heard again
-		delete(p.met, id)
+		delete(p.reborn, id)
 		delete(p.heard, id)
 		delete(p.moved, id)
 		delete(p.refusals, id)
@@ -98,7 +98,7 @@ func (p *peerStates) heardOf(raftID, life uint64, members map[uint64]*kvpb.Node)
 		maps.DeleteFunc(p.lives, func(id, _ uint64) bool { return members[id] == nil })
 	}
 	p.lives[raftID] = life
-	delete(p.met, raftID) // this life is there, whoever answered in its place before
+	delete(p.reborn, raftID) // this life is there, whoever answered in its place before
 }
 
 // connect notes that this node's stream to a peer is open, at the known address.
@@ -211,7 +211,7 @@ func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
 			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
 		}
 	case n.isWithoutMemory(raftID, w):
-		n.meet(raftID, w.Peer)
+		n.noteRebirth(raftID, w.Peer)
 	}
 }
 

@@ -343,7 +343,7 @@ func TestRemovedByMost(t *testing.T) {
 		l := voted(t, []uint64{1, 2, 3})
 		l.n.refused(1, 2, saysRemoved(2))
 		l.n.refused(1, 3, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_NOT_ME, Peer: &kvpb.Peer{Node: plainNode(3), RaftId: 33, Life: 33}})
-		if l.turn(0); l.n.id.raftID != 1 || l.n.peers.met[3] == nil {
+		if l.turn(0); l.n.id.raftID != 1 || l.n.peers.reborn[3] == nil {
 			t.Error("it has dropped its state, or has not met the blank one")
 		}
 	})
@@ -416,7 +416,7 @@ func TestRemovedBeforeItHadState(t *testing.T) {
 			return nil
 		}
 		if n.mayChange() {
-			_ = n.addIncarnation(&kvpb.Peer{RaftId: m.RaftId, Node: m.Node})
+			n.perform(n.clusterState().addMember(&kvpb.Peer{RaftId: m.RaftId, Node: m.Node}))
 		}
 		return errors.New("it is not added")
 	})

@@ -398,7 +398,7 @@ func (n *node) tick() {
 // heartbeat is what a node does as often as a leader sends heartbeats.
 func (n *node) heartbeat() {
 	n.catchup.noteCommit(n.rn.BasicStatus().GetCommit())
-	n.countUp()
+	n.health.countReady(n.leaderState())
 	if n.raft.role == raft.StateLeader {
 		n.followMembers()
 	}
@@ -437,7 +437,7 @@ func (n *node) receive(in inbound) {
 	n.step(m)
 	switch m.GetType() {
 	case raftpb.MsgHeartbeat:
-		n.followHeartbeat(m)
+		n.health.followHeartbeat(n.clusterState(), m)
 	case raftpb.MsgPreVote:
 		n.answerAlive(m)
 	}
@@ -636,7 +636,7 @@ func (n *node) ready(rd raft.Ready) {
 func (n *node) syncSoftState() {
 	st := n.rn.BasicStatus()
 	if st.GetTerm() != n.raft.term || st.Lead != n.raft.lead {
-		n.change.at = 0
+		n.change.end()
 		n.outbox.readContext = 0
 		n.outbox.askedAt = n.clock.now // peers may wait for what they asked of the leader before
 		n.health.forgetLeader(n.clock.now)
@@ -761,7 +761,7 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 // applyConfChange makes a committed change of membership the configuration. A
 // change that does not fit the configuration is skipped, on every node alike.
 func (n *node) applyConfChange(e *raftpb.Entry) error {
-	n.change.at = 0
+	n.change.end()
 	cc, ctx, err := decodeConfChange(e)
 	if err != nil {
 		return err

@@ -405,6 +405,6 @@ func (s *server) handOver(ctx context.Context) {
 		if n.mayChange() {
 			n.handOver(voters)
 		}
-		return n.raft.role != raft.StateLeader || len(n.heirs(voters)) == 0, nil
+		return n.raft.role != raft.StateLeader || len(n.leaderState().successors(voters)) == 0, nil
 	})
 }

@@ -1943,7 +1943,7 @@ func (s *sim) readLocal(p *proc, key string) {
 // until it is answered, as server.onLeader has it.
 type admin struct {
 	what     string
-	steps    func(n *node) func() (bool, error)
+	steps    func(n *node) func(*leaderState) nextStep
 	done     func(p *proc)        // called in the loop that answers
 	again    func(err error) bool // whether it is asked again; nil: it is not
 	isTrue   func(err error) bool // whether an answer is; nil: any is
@@ -2021,23 +2021,23 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 	n := a.p.n
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
-	r := &request{n: n, step: a.steps(n)}
+	r := &request{n: n, next: a.steps(n)}
 	a.c = &condition{ctx: ctx, done: make(chan error, 1), f: func() (bool, error) { return a.advance(r) }}
 	n.in.event(func() { n.calls.conditions = append(n.calls.conditions, a.c) })
 	a.p.wake()
 	return false, nil
 }
 
-// advance is request.advance, with the bugs of answering too early.
+// advance is request.poll, with the bugs of answering too early.
 func (a *admin) advance(r *request) (done bool, err error) {
 	p := a.p
 	if p.s.cfg.cached {
 		r.witness = p.witness
 	}
 	if p.s.cfg.unsettled && r.n.leads() {
-		done, err = r.step()
+		done, err = r.n.perform(r.next(r.n.leaderState())).answer()
 	} else {
-		done, err = r.advance()
+		done, err = r.poll()
 	}
 	p.witness = r.witness
 	a.term = r.n.raft.term
@@ -2066,16 +2066,16 @@ func (s *sim) addLearner(st *site, then func(error)) {
 	var raftID uint64
 	at := st.node
 	a := &admin{what: fmt.Sprintf("add learner %d", st.node.Id), then: then}
-	a.steps = func(n *node) func() (bool, error) {
-		return func() (bool, error) {
+	a.steps = func(n *node) func(*leaderState) nextStep {
+		return func(l *leaderState) nextStep {
 			if raftID == 0 || n.store.members[raftID] == nil && s.rng.IntN(50) == 0 { // he asks once, or again
 				if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
-					return false, errNotNow
+					return fails(errNotNow)
 				}
 				raftID, at = st.cur.n.accept(n.hello()).Peer.RaftId, st.node
 				st.cur.wake()
 			}
-			return n.stepLearner(raftID, at)
+			return l.learnerStep(raftID, at)
 		}
 	}
 	a.again = func(err error) bool {
@@ -2101,12 +2101,12 @@ func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(erro
 	}
 	a := &admin{what: fmt.Sprintf("have voters %v, retain %v, without %v, promote %v, demote %v, expecting %v",
 		req.Members, req.Retain, req.Remove, req.Promote, req.Demote, describeExpected(req.Expected))}
-	a.steps = func(n *node) func() (bool, error) {
-		return func() (bool, error) {
-			if want, err := n.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
-				return false, errNotNow // an operator would not
+	a.steps = func(n *node) func(*leaderState) nextStep {
+		return func(l *leaderState) nextStep {
+			if want, err := l.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
+				return fails(errNotNow) // an operator would not
 			}
-			return n.stepMembership(req)
+			return l.membershipStep(req)
 		}
 	}
 	a.done = func(p *proc) {
@@ -2174,10 +2174,7 @@ func (s *sim) dismiss() {
 // transferLeader is server.TransferLeader.
 func (s *sim) transferLeader(nodeID uint64) {
 	a := &admin{what: fmt.Sprintf("have %d lead", nodeID), then: func(error) {}}
-	a.steps = func(n *node) func() (bool, error) {
-		var start uint64
-		return func() (bool, error) { return n.stepTransfer(nodeID, &start) }
-	}
+	a.steps = func(*node) func(*leaderState) nextStep { return (&leaderTransfer{to: nodeID}).step }
 	a.isTrue = func(err error) bool { return err != nil || a.p.n.self.Id == nodeID }
 	s.request(a, 100)
 }

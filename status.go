@@ -95,7 +95,7 @@ func (n *node) glance() glance {
 		leading:     n.leads(),
 		caughtUp:    n.caughtUp(),
 		dispensable: n.rn != nil && n.isDispensable(),
-		lost:        len(n.peers.met),
+		lost:        len(n.peers.reborn),
 		connected:   len(n.peers.connected),
 		leaderless:  n.election.leaderless / n.ticksOf(time.Second),
 		claim:       n.currentClaim(),
@@ -204,24 +204,6 @@ func (n *node) names(ids []uint64) string {
 	}
 	slices.Sort(names)
 	return strings.Join(names, " and ")
-}
-
-// silent says which members do not answer.
-func (n *node) silent(ids []uint64) string {
-	if len(ids) > 1 {
-		return n.names(ids) + " do not answer"
-	}
-	return n.names(ids) + " does not answer"
-}
-
-// addresses lists where members are.
-func (n *node) addresses(ids []uint64) string {
-	var at []string
-	for _, id := range ids {
-		at = append(at, n.store.members[id].Address)
-	}
-	slices.Sort(at)
-	return strings.Join(slices.Compact(at), " and ")
 }
 
 func (n *node) durationOf(ticks uint64) time.Duration {
