@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -28,9 +29,6 @@ func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, adminTimeout)
 }
 
-// unsettled are the codes with which the fate of what was begun is open.
-var unsettled = []codes.Code{codes.Unavailable, codes.DeadlineExceeded, codes.Aborted}
-
 // onLeader has the leader do the request that ctx came with: here by local, or
 // where the leader is. A request is forwarded once: what arrives forwarded at a
 // node that does not lead goes back. All these requests state what shall be, so
@@ -39,35 +37,65 @@ var unsettled = []codes.Code{codes.Unavailable, codes.DeadlineExceeded, codes.Ab
 func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local func(context.Context) error) error {
 	ctx, cancel := inTime(ctx)
 	defer cancel()
-	md, _ := metadata.FromIncomingContext(ctx)
-	forwarded := len(md.Get(forwardMetadata)) > 0
-	begun := false
-	for leaderless := time.Duration(0); ; sleep(ctx, s.n.opts.heartbeat) {
+	isForwarded := wasForwarded(ctx)
+	hasBegun := false
+	leaderless := time.Duration(0)
+	for {
 		p := s.n.status.latest.Load()
-		err := errNotLeader
-		switch {
-		case p.clusterID == 0:
-			err = errNotInitialized
-		case p.leading:
-			err = local(ctx)
-		case forwarded:
-		case p.leader == nil || p.lead == p.raftID: // none, or this node has not settled
-			err = p.noLeader
+		err := s.tryOnLeader(ctx, p, req, resp, local)
+		if errors.Is(err, errNoLeader) {
 			leaderless += s.n.opts.heartbeat
-		default:
-			err = s.forward(ctx, p.leader, req, resp)
 		}
-		begun = begun || errors.Is(err, errChangeUnknown)
-		waits := leaderless <= leaderWait && !p.longLeaderless()
-		again := errors.Is(err, errNotLeader) || errors.Is(err, errNoLeader) && waits
-		switch {
-		case again && !forwarded && ctx.Err() == nil:
-		case begun && !errors.Is(err, errChangeUnknown) && slices.Contains(unsettled, status.Code(toStatus(err, true))):
+		isUnknown := errors.Is(err, errChangeUnknown)
+		hasBegun = hasBegun || isUnknown
+		mayFindLeader := leaderless <= leaderWait && !p.longLeaderless()
+		isTransient := errors.Is(err, errNotLeader) || mayFindLeader && errors.Is(err, errNoLeader)
+		if isTransient && !isForwarded && ctx.Err() == nil {
+			sleep(ctx, s.n.opts.heartbeat)
+			continue
+		}
+		if hasBegun && !isUnknown && leavesOpen(err) {
 			return fmt.Errorf("%w: %w", errChangeUnknown, err)
-		default:
-			return err
 		}
+		return err
 	}
+}
+
+// wasForwarded reports whether a request comes from another node.
+func wasForwarded(ctx context.Context) bool {
+	md, _ := metadata.FromIncomingContext(ctx)
+	return len(md.Get(forwardMetadata)) > 0
+}
+
+// leavesOpen reports whether, after an error, a change that an earlier try has begun may
+// still be made. It may, if a node answers that it is in no cluster: for toStatus, that
+// is one more way in which a node is unavailable.
+func leavesOpen(err error) bool {
+	switch status.Code(toStatus(err, true)) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Aborted:
+		return true
+	}
+	return false
+}
+
+// tryOnLeader has the leader do a request, once, if p says who leads.
+func (s *server) tryOnLeader(
+	ctx context.Context, p *published, req, resp proto.Message, local func(context.Context) error,
+) error {
+	if p.clusterID == 0 {
+		return errNotInitialized
+	}
+	if p.leading {
+		return local(ctx)
+	}
+	if wasForwarded(ctx) {
+		return errNotLeader
+	}
+	isUnsettled := p.lead == p.raftID // this node is to lead, and has yet to apply an entry of its term
+	if p.leader == nil || isUnsettled {
+		return p.noLeader
+	}
+	return s.forward(ctx, p.leader, req, resp)
 }
 
 // forward has the leader do a request. An error that wraps errNotLeader means that
@@ -81,19 +109,38 @@ func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto
 	conn := s.net.dial(leader.Address)
 	defer func() { _ = conn.Close() }()
 	method, _ := grpc.Method(ctx)
-	err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp)
-	st := status.Convert(err)
-	switch reason := errorReason(err); {
-	case err == nil:
+	var by grpcpeer.Peer // set by gRPC if the request has got a connection to be sent off by
+	err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp, grpc.Peer(&by))
+	if err == nil {
 		return nil
-	case reason == "" && ctx.Err() != nil:
+	}
+	return forwardError(ctx, leader, err, by.Addr != nil)
+}
+
+// forwardError says what the error means that a request to the leader ended with.
+func forwardError(ctx context.Context, leader *kvpb.Node, err error, isSentOff bool) error {
+	message := status.Convert(err).Message()
+	isUnavailable := status.Code(err) == codes.Unavailable
+	isFromGRPC := errorReason(err) == "" // else the leader has said so
+	if isFromGRPC && ctx.Err() != nil {
 		return ctx.Err()
-	case reason == "OUTCOME_UNKNOWN", reason == "" && st.Code() == codes.Unavailable && !strings.Contains(st.Message(), "while dialing"): // it was sent off
-		return fmt.Errorf("%w: %w: node %d, which led: %s", errChangeUnknown, errNotLeader, leader.Id, st.Message())
-	case reason == "NOT_INITIALIZED", st.Code() == codes.Unavailable && reason != "UNREACHABLE": // perhaps of another life by now
-		return fmt.Errorf("%w: node %d, which led: %s", errNotLeader, leader.Id, st.Message())
+	}
+	isLost := isFromGRPC && isUnavailable && isSentOff
+	if isLost || hasReason(err, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN) {
+		return fmt.Errorf("%w: %w: node %d, which led: %s", errChangeUnknown, errNotLeader, leader.Id, message)
+	}
+	// A node in no cluster is perhaps a later life of the leader. One that is unavailable
+	// has stopped, or leads no more; unless it says that a member is unreachable.
+	isGone := isUnavailable && !hasReason(err, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE)
+	if isGone || hasReason(err, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED) {
+		return fmt.Errorf("%w: node %d, which led: %s", errNotLeader, leader.Id, message)
 	}
 	return err
+}
+
+// hasReason reports whether a node gave this reason for an error.
+func hasReason(err error, reason kvpb.ErrorReason) bool {
+	return errorReason(err) == strings.TrimPrefix(reason.String(), "ERROR_REASON_")
 }
 
 // probe asks a node for its raft ID in this life. It has to be the one that is
@@ -104,8 +151,8 @@ func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
 	defer cancel()
 	w, err := s.net.probe(ctx, m.Address)
 	if err != nil {
-		return 0, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
-			fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
+		cause := status.Convert(err).Message()
+		return 0, unreachable(fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, cause))
 	}
 	if there := w.Peer.Node; there.Id != m.Id || there.Address != m.Address {
 		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
@@ -125,36 +172,44 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 		return nil, err
 	}
 	resp := &kvpb.AddLearnerResponse{}
-	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.addLearner(ctx, req.Node) })
+	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+		return s.addLearner(ctx, req.Node)
+	})
+	return resp, err
 }
 
 // addLearner adds a node on the leader and waits until it has caught up.
 func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 	m = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
-	for past := false; ; past = true {
-		raftID, err := s.probe(ctx, m)
-		if past && err != nil {
-			sleep(ctx, s.n.opts.heartbeat) // or the deadline, which ends the probe, could be a moment ahead
-		}
-		switch {
-		case err != nil && past && ctx.Err() != nil:
-			return hasPast(m)
-		case err != nil && past && errorReason(err) == "UNREACHABLE":
-			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, status.Convert(err).Message()+
-				": it was removed, and stops when it hears of that, if it has a data directory, as its log then says; "+
-				"move that away, start it without, and add it again")
-		case err != nil:
-			return err
-		}
-		err = s.awaitChange(ctx, func(l *leaderState) nextStep { return l.learnerStep(raftID, m) })
+	raftID, err := s.probe(ctx, m)
+	if err != nil {
+		return err
+	}
+	for {
+		err := s.awaitChange(ctx, func(l *leaderState) nextStep { return l.learnerStep(raftID, m) })
 		if err != errPastLife {
 			return err
 		}
-		// Most of the voters that it knows will tell it; then it is somebody new, or stops.
+		// Most of the voters that the node knows will tell it that it was removed. Then it
+		// has another raft ID, or stops.
 		sleep(ctx, s.n.opts.heartbeat)
 		if ctx.Err() != nil {
 			return hasPast(m)
 		}
+		raftID, err = s.probe(ctx, m)
+		if err == nil {
+			continue
+		}
+		sleep(ctx, s.n.opts.heartbeat) // the probe ends by ctx's deadline, perhaps a moment before ctx does
+		if ctx.Err() != nil {
+			return hasPast(m)
+		}
+		if !hasReason(err, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE) {
+			return err
+		}
+		return unreachable(status.Convert(err).Message() +
+			": it was removed, and stops when it hears of that, if it has a data directory, as its log then says; " +
+			"move that away, start it without, and add it again")
 	}
 }
 
@@ -167,12 +222,17 @@ func hasPast(m *kvpb.Node) error {
 }
 
 // ChangeMembership implements ClusterService.
-func (s *server) ChangeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) (*kvpb.ChangeMembershipResponse, error) {
+func (s *server) ChangeMembership(
+	ctx context.Context, req *kvpb.ChangeMembershipRequest,
+) (*kvpb.ChangeMembershipResponse, error) {
 	if err := validateChange(req); err != nil {
 		return nil, err
 	}
 	resp := &kvpb.ChangeMembershipResponse{}
-	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error { return s.changeMembership(ctx, req) })
+	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+		return s.changeMembership(ctx, req)
+	})
+	return resp, err
 }
 
 // validateChange checks what can be checked of a request without the membership.
@@ -196,8 +256,9 @@ func validateChange(req *kvpb.ChangeMembershipRequest) error {
 	if req.Expected == nil {
 		return nil
 	}
-	if n := len(req.Expected.Members); n == 0 || n > 2*maxMembers {
-		return invalid("expected.members", "there are %d, there have to be 1 to %d", n, 2*maxMembers)
+	expected := len(req.Expected.Members)
+	if expected == 0 || expected > 2*maxMembers {
+		return invalid("expected.members", "there are %d, there have to be 1 to %d", expected, 2*maxMembers)
 	}
 	for _, m := range req.Expected.Members {
 		if err := validateNode("expected.members.node", m.GetNode()); err != nil {
@@ -215,13 +276,8 @@ func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 func (s *server) awaitChange(ctx context.Context, next func(*leaderState) nextStep) error {
 	r := &request{n: s.n, next: next}
 	err := s.n.await(ctx, r.poll)
-	open := false
-	switch status.Code(toStatus(err, false)) {
-	case codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted:
-		open = err != errPastLife
-	}
-	if r.begun.Load() && open {
-		return fmt.Errorf("%w: %w", errChangeUnknown, err) // it may be made yet
+	if r.begun.Load() && err != errPastLife && mayBeMade(err) {
+		return fmt.Errorf("%w: %w", errChangeUnknown, err)
 	}
 	if r.busy.Load() && errors.Is(err, context.DeadlineExceeded) {
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
@@ -230,23 +286,37 @@ func (s *server) awaitChange(ctx context.Context, next func(*leaderState) nextSt
 	return err
 }
 
+// mayBeMade reports whether a change that was begun, and ended with an error, may still
+// be made.
+func mayBeMade(err error) bool {
+	switch status.Code(toStatus(err, false)) {
+	case codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted:
+		return true
+	}
+	return false
+}
+
 // TransferLeader implements ClusterService.
-func (s *server) TransferLeader(ctx context.Context, req *kvpb.TransferLeaderRequest) (*kvpb.TransferLeaderResponse, error) {
+func (s *server) TransferLeader(
+	ctx context.Context, req *kvpb.TransferLeaderRequest,
+) (*kvpb.TransferLeaderResponse, error) {
 	if req.NodeId == 0 {
 		return nil, invalid("node_id", "it is 0")
 	}
 	resp := &kvpb.TransferLeaderResponse{}
-	return resp, s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error {
 		t := &leaderTransfer{to: req.NodeId}
 		r := &request{n: s.n, next: t.step}
 		return s.n.await(ctx, r.poll)
 	})
+	return resp, err
 }
 
 // Backup implements ClusterService. It gives up a caller who does not read.
 func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_BackupServer) error {
+	running := s.backups.Add(1)
 	defer s.backups.Add(-1)
-	if s.backups.Add(1) > maxBackups {
+	if running > maxBackups {
 		return toStatus(errOverloaded, false)
 	}
 	err := s.net.serve(stream, func(ctx context.Context, _ context.CancelCauseFunc, silent *time.Timer) error {
@@ -269,7 +339,10 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 // Metrics implements ClusterService.
 func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.MetricsResponse, error) {
 	var m *kvpb.MetricsResponse
-	err := s.n.do(ctx, func() error { m = s.n.metrics(); return nil })
+	err := s.n.do(ctx, func() error {
+		m = s.n.metrics()
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}

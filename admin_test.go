@@ -942,6 +942,31 @@ func (methodOf) SetHeader(metadata.MD) error  { return nil }
 func (methodOf) SendHeader(metadata.MD) error { return nil }
 func (methodOf) SetTrailer(metadata.MD) error { return nil }
 
+// listenAndClose takes connections, and closes them before a request can be sent off.
+func listenAndClose(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_ = conn.Close()
+		}
+	}()
+	t.Cleanup(func() {
+		_ = l.Close()
+		<-ended
+	})
+	return l.Addr().String()
+}
+
 // TestForwardFails: what a leader that fails has done with a request is unknown,
 // unless it never got it; each error has a reason.
 func TestForwardFails(t *testing.T) {
@@ -957,6 +982,9 @@ func TestForwardFails(t *testing.T) {
 	}
 	if err := forward(pollDeadline, deadAddress(t)); errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
 		t.Errorf("nobody is there: %v", err)
+	}
+	if err := forward(pollDeadline, listenAndClose(t)); errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it takes connections, and closes them at once: %v", err)
 	}
 	if err := forward(100*time.Millisecond, listenSilently(t)); err != context.DeadlineExceeded {
 		t.Errorf("nobody answers: %v", err)
