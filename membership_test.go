@@ -209,7 +209,7 @@ func TestMembershipRule(t *testing.T) {
 		{"a voter comes back without memory", without1, func(l *leaderState) {
 			l.reborn[3] = &rebirth{Peer: &kvpb.Peer{RaftId: 33, Node: plainNode(3)}, seen: l.now}
 		}, "wait"},
-		{"with a voter goes its new learner", change(&kvpb.ChangeMembershipRequest{Remove: []uint64{3}}),
+		{"with a voter goes its new learner", change(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}}),
 			(*leaderState).hasTwo, "without 3, without 9"},
 	})
 }
