@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
@@ -157,6 +158,64 @@ func TestRestartCounts(t *testing.T) {
 			}
 		}
 		n.change.startedAt = 0
+	}
+}
+
+// TestHealthRule: what a node says of itself goes by facts alone.
+func TestHealthRule(t *testing.T) {
+	follows := func(c *clusterState) {
+		c.raft = raftState{term: 2, lead: 2, role: raft.StateFollower}
+		c.leads = false
+		c.mayChange = false
+	}
+	for _, test := range []struct {
+		what               string
+		but                func(*clusterState)
+		unhealthy, restart string // parts of why; empty: it is healthy, it may be restarted
+	}{
+		{"a leader", func(*clusterState) {}, "", ""},
+		{"a leader, during a change", func(c *clusterState) { c.mayChange = false }, "", "is running"},
+		{"half way", func(c *clusterState) { c.conf.VotersOutgoing = []uint64{1} }, "", "half way"},
+		{"a leader that has yet to apply its entry", func(c *clusterState) { c.leads = false }, "not yet caught up", "not yet"},
+		{"two are silent", func(c *clusterState) { c.conf.Voters = []uint64{1, 2, 3, 5, 6} }, "",
+			"node with raft ID 5 and node with raft ID 6 do not answer"},
+		{"a follower", follows, "", ""},
+		{"a follower that is behind", func(c *clusterState) {
+			follows(c)
+			c.applied = 10
+		}, "not yet caught up", "not yet"},
+		{"a voter that is not spared", func(c *clusterState) {
+			follows(c)
+			c.now += 10
+		}, "", "does not say"},
+		{"a learner that is not spared", func(c *clusterState) {
+			follows(c)
+			c.now += 10
+			c.raftID = 4
+			c.self = plainNode(4)
+		}, "", ""},
+		{"in no cluster", func(c *clusterState) { c.inCluster = false }, "in no cluster", "in no cluster"},
+		{"no member", func(c *clusterState) { c.raftID = 8 }, "not a member", "not a member"},
+		{"taken back", func(c *clusterState) { c.members[9] = &kvpb.Node{Id: 1, Address: "other:1"} }, "other:1, too", "too"},
+		{"no leader", func(c *clusterState) {
+			follows(c)
+			c.raft.lead = 0
+		}, errNoLeader.Error(), errNoLeader.Error()},
+	} {
+		c := &newFacts().clusterState
+		h := &nodeHealth{
+			lag:              lag{goal: c.applied, since: c.now},
+			readyVoters:      []uint64{1, 2, 3},
+			dispensableUntil: c.now + 5,
+		}
+		test.but(c)
+		says := func(what, why, want string) {
+			if (why == "") != (want == "") || !strings.Contains(why, want) {
+				t.Errorf("%s: it is not %s because %q, want %q", test.what, what, why, want)
+			}
+		}
+		says("healthy", h.whyUnhealthy(c), test.unhealthy)
+		says("to be restarted", h.whyNotRestart(c), test.restart)
 	}
 }
 
