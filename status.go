@@ -3,9 +3,7 @@
 package main
 
 import (
-	"fmt"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -181,31 +179,12 @@ func (n *node) memberStatus(m *kvpb.Member) *kvpb.MemberStatus {
 }
 
 // describe names a raft ID in a log.
-func (n *node) describe(raftID uint64) string {
-	if m := n.store.members[raftID]; m != nil {
-		return fmt.Sprintf("%d", m.Id)
-	}
-	return fmt.Sprintf("with raft ID %x", raftID)
-}
+func (n *node) describe(raftID uint64) string { return n.clusterState().describe(raftID) }
 
 // locate names a raft ID, and says where it is.
-func (n *node) locate(raftID uint64) string {
-	if at := n.nodeOf(raftID); at != nil {
-		return fmt.Sprintf("node %d at %s", at.Id, at.Address)
-	}
-	return "a node " + n.describe(raftID)
-}
+func (n *node) locate(raftID uint64) string { return n.clusterState().locate(raftID) }
 
 // names lists members.
-func (n *node) names(ids []uint64) string {
-	var names []string
-	for _, id := range ids {
-		names = append(names, "node "+n.describe(id))
-	}
-	slices.Sort(names)
-	return strings.Join(names, " and ")
-}
+func (n *node) names(ids []uint64) string { return n.clusterState().names(ids) }
 
-func (n *node) durationOf(ticks uint64) time.Duration {
-	return (time.Duration(ticks) * n.tickDuration()).Round(100 * time.Millisecond)
-}
+func (n *node) durationOf(ticks uint64) time.Duration { return n.clusterState().durationOf(ticks) }
