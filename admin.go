@@ -50,11 +50,13 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 		hasBegun = hasBegun || isUnknown
 		mayFindLeader := leaderless <= leaderWait && !p.longLeaderless()
 		isTransient := errors.Is(err, errNotLeader) || mayFindLeader && errors.Is(err, errNoLeader)
-		if isTransient && !isForwarded && ctx.Err() == nil {
+		mayTryAgain := !isForwarded && ctx.Err() == nil
+		if isTransient && mayTryAgain {
 			sleep(ctx, s.n.opts.heartbeat)
 			continue
 		}
-		if hasBegun && !isUnknown && leavesOpen(err) {
+		isOpen := !isUnknown && leavesOpen(err)
+		if hasBegun && isOpen {
 			return fmt.Errorf("%w: %w", errChangeUnknown, err)
 		}
 		return err
@@ -276,7 +278,7 @@ func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 func (s *server) awaitChange(ctx context.Context, next func(*leaderState) nextStep) error {
 	r := &request{n: s.n, next: next}
 	err := s.n.await(ctx, r.poll)
-	if r.begun.Load() && err != errPastLife && mayBeMade(err) {
+	if r.begun.Load() && mayBeMade(err) {
 		return fmt.Errorf("%w: %w", errChangeUnknown, err)
 	}
 	if r.busy.Load() && errors.Is(err, context.DeadlineExceeded) {
@@ -289,6 +291,9 @@ func (s *server) awaitChange(ctx context.Context, next func(*leaderState) nextSt
 // mayBeMade reports whether a change that was begun, and ended with an error, may still
 // be made.
 func mayBeMade(err error) bool {
+	if err == errPastLife {
+		return false // the request is made again, with the node's next raft ID
+	}
 	switch status.Code(toStatus(err, false)) {
 	case codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted:
 		return true

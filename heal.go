@@ -97,6 +97,7 @@ func (h *healing) duplicateStep(l *leaderState, m *kvpb.Member, ids []uint64, lo
 	olderAnswers := slices.ContainsFunc(older, l.isAlive)
 	mayBeThere := func(id uint64) bool { return !l.isGone(id, m.RaftId, d.since) }
 	olderIsGone := !l.isNewLeader() && !slices.ContainsFunc(older, mayBeThere)
+	mayTakeOver := olderIsGone && l.isCaughtUp(m.RaftId)
 	switch {
 	case answers && olderAnswers:
 		// There are two processes. Only an operator knows which of them shall stay.
@@ -105,7 +106,7 @@ func (h *healing) duplicateStep(l *leaderState, m *kvpb.Member, ids []uint64, lo
 			logger.Warn("two processes go by the id of one node: stop one of them",
 				"peer", m.Node.Id, "at", l.addresses(ids))
 		}
-	case answers && olderIsGone && l.isCaughtUp(m.RaftId):
+	case answers && mayTakeOver:
 		// The node is back: the learner gets the role of the older ones.
 		return proposes(nil, l.replaceBy(m.RaftId, ids)...)
 	case olderAnswers && l.isSilentSince(m.RaftId, d.since):

@@ -280,7 +280,9 @@ func (c *clusterState) votersToBe(req *kvpb.ChangeMembershipRequest) ([]uint64, 
 
 // changesTo returns what changes the configuration to one with these voters; nothing, if
 // that is so already. A member that is to vote has to answer, and to have caught up.
-func (l *leaderState) changesTo(voters []uint64, req *kvpb.ChangeMembershipRequest) ([]*raftpb.ConfChangeSingle, error) {
+func (l *leaderState) changesTo(
+	voters []uint64, req *kvpb.ChangeMembershipRequest,
+) ([]*raftpb.ConfChangeSingle, error) {
 	var changes []*raftpb.ConfChangeSingle
 	stops := func(id uint64) bool { return l.isVoter(id) && !slices.Contains(voters, id) }
 	for _, m := range sortedMembers(l.members) {
@@ -297,8 +299,9 @@ func (l *leaderState) changesTo(voters []uint64, req *kvpb.ChangeMembershipReque
 			continue
 		}
 		isRemoved := slices.Contains(req.Remove, nodeID)
-		isRetained := req.Retain || slices.Contains(req.Demote, nodeID)
-		if stops(id) && isRetained && !isRemoved {
+		isKept := req.Retain || slices.Contains(req.Demote, nodeID)
+		becomesLearner := isKept && !isRemoved
+		if stops(id) && becomesLearner {
 			changes = append(changes, confChange(raftpb.ConfChangeAddLearnerNode, id))
 			continue
 		}
