@@ -121,7 +121,11 @@ func (h *nodeHealth) whyNotRestart(c *clusterState) string {
 	missing := slices.DeleteFunc(slices.Clone(c.conf.GetVoters()), func(id uint64) bool {
 		return slices.Contains(h.readyVoters, id)
 	})
-	return "the cluster could not go on without it: " + c.doNotAnswer(missing) + ", or is too far behind"
+	behind := ", or is too far behind"
+	if len(missing) > 1 {
+		behind = ", or are too far behind"
+	}
+	return "the cluster could not go on without it: " + c.doNotAnswer(missing) + behind
 }
 
 // isDispensable reports whether the leader says that the cluster can do without this
@@ -273,8 +277,6 @@ func (c *clusterState) hasLostMemory(raftID uint64) bool {
 }
 
 // What the rest of the loop asks of its health.
-
-func (n *node) caughtUp() bool { return n.health.isCaughtUp(n.clusterState()) }
 
 func (n *node) whyUnhealthy() string { return n.health.whyUnhealthy(n.clusterState()) }
 

@@ -59,6 +59,8 @@
 //   - Rivals are two processes that go by one raft ID: one is a copy.
 //   - A witness is an entry behind a configuration: whoever stores it knows that the
 //     configuration is committed.
+//   - A rule looks at facts (clusterState) and says the next step; the node performs it.
+//   - A rebirth: the node of a member has answered under another raft ID, without memory.
 //   - A node is dispensable if the cluster can do without it for a restart.
 package main
 

@@ -83,16 +83,17 @@ func (n *node) publish() {
 }
 
 func (n *node) glance() glance {
+	c := n.clusterState()
 	return glance{
 		clusterID:   n.store.clusterID,
 		raftID:      n.id.raftID,
 		life:        n.id.life,
 		term:        n.raft.term,
 		lead:        n.raft.lead,
-		leaderAt:    n.nodeOf(n.raft.lead).GetAddress(),
-		leading:     n.leads(),
-		caughtUp:    n.caughtUp(),
-		dispensable: n.rn != nil && n.isDispensable(),
+		leaderAt:    c.nodeOf(n.raft.lead).GetAddress(),
+		leading:     c.leads,
+		caughtUp:    n.health.isCaughtUp(c),
+		dispensable: n.rn != nil && n.health.isDispensable(c),
 		lost:        len(n.peers.reborn),
 		connected:   len(n.peers.connected),
 		leaderless:  n.election.leaderless / n.ticksOf(time.Second),
