@@ -831,8 +831,18 @@ func TestClientHealth(t *testing.T) {
 	out, _ = runCommand(t, 0, "", "health", "--endpoints", f.addr, "--service", restartHealth, "-o", "json")
 	wantText(t, "health", out, `{"status":"SERVING"}`+"\n")
 	runCommand(t, exitNotDone, "", "health", "--endpoints", closedAddress, "--wait", "--timeout", "500ms")
-	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--wait", "--timeout", "1s")
-	wantPart(t, errs, "NOT_SERVING: node 2 at h:2: it is new")
+	// A command that is interrupted says what it heard before.
+	waiting, interrupt := context.WithCancel(t.Context())
+	f.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 2, Address: "h:2"}, UnhealthyReason: "it is new"})
+	go func() { // ends with the command, or the test
+		f.awaitAsked(waiting)
+		interrupt()
+	}()
+	var waited bytes.Buffer
+	if got := runClient(waiting, []string{"health", "--endpoints", f.addr, "--wait"}, nil, io.Discard, &waited); got != 1 {
+		t.Errorf("health --wait: exit status %d, want 1; stderr %q", got, &waited)
+	}
+	wantPart(t, waited.String(), "NOT_SERVING: node 2 at h:2: it is new")
 	f.setMetrics(&kvpb.MetricsResponse{Joint: true, NoRestartReason: "a change of membership is half way"})
 	set(restartHealth, healthpb.HealthCheckResponse_NOT_SERVING)
 	_, errs = runCommand(t, 1, "", "health", "--endpoints", f.addr, "--service", restartHealth)
