@@ -325,7 +325,7 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 		return toStatus(errOverloaded, false)
 	}
 	err := s.net.serve(stream, func(ctx context.Context, _ context.CancelCauseFunc, silent *time.Timer) error {
-		v, err := s.openView(ctx, false, (*store).open)
+		v, err := s.openView(ctx, false, (*store).openView)
 		if err != nil {
 			return toStatus(err, false)
 		}

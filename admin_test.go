@@ -31,7 +31,7 @@ import (
 func (c *testCluster) hold(id uint64) (release func()) {
 	c.t.Helper()
 	held, goOn := make(chan struct{}), make(chan struct{})
-	c.nodes[id].server.n.in.event(func() { close(held); <-goOn })
+	c.nodes[id].server.n.inbox.event(func() { close(held); <-goOn })
 	<-held
 	release = sync.OnceFunc(func() { close(goOn) })
 	c.t.Cleanup(release) // before the nodes are stopped
@@ -117,7 +117,7 @@ func TestNewLeaderJudgesLater(t *testing.T) {
 		return err
 	})
 	c.inLoop(2, func(n *node) error { // until it waits
-		if len(n.calls.conditions) == 0 && len(ended) == 0 {
+		if len(n.calls.requests) == 0 && len(ended) == 0 {
 			return errors.New("node 2 has no request yet")
 		}
 		return nil
@@ -248,7 +248,7 @@ func TestBegunIsUnknown(t *testing.T) {
 					l.n.change.startedAt++
 					return nextStep{kind: stepWait}
 				}
-				return fails(apiError(code, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, ""))
+				return failStep(apiError(code, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, ""))
 			})
 		}()
 		eventually(t, func() error {
@@ -362,8 +362,8 @@ func TestNoAnswerWithoutMajority(t *testing.T) {
 // ask makes an operator's request.
 func (l *lone) ask(next func(*leaderState) nextStep) <-chan error {
 	r := &request{n: l.n, next: next}
-	c := &condition{ctx: l.t.Context(), f: r.poll, done: make(chan error, 1)}
-	l.n.in.event(func() { l.n.calls.conditions = append(l.n.calls.conditions, c) })
+	c := &pendingRequest{ctx: l.t.Context(), poll: r.poll, done: make(chan error, 1)}
+	l.n.inbox.event(func() { l.n.calls.requests = append(l.n.calls.requests, c) })
 	l.turn(0)
 	return c.done
 }
@@ -632,8 +632,8 @@ func TestStrangersAreForgotten(t *testing.T) {
 	for id := uint64(1000); id < 2000; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(9), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
 		n.peerUp(id, id, false)
-		n.in.deliver([]inbound{{message(raftpb.MsgPreVoteResp, id, 1), h}})
-		n.turn(n.in.take())
+		n.inbox.deliver([]inbound{{message(raftpb.MsgPreVoteResp, id, 1), h}})
+		n.turn(n.inbox.take())
 	}
 	if len(n.peers.heard) > maxMembers || len(n.peers.lives) > maxMembers+maxStrangers {
 		t.Errorf("it was heard of %d, and talks to %d", len(n.peers.heard), len(n.peers.lives))
@@ -1161,14 +1161,14 @@ func TestNodeFails(t *testing.T) {
 		ended <- err
 	}()
 	eventually(t, func() error {
-		if n.in.mu.Lock(); n.in.callCount == 0 {
-			defer n.in.mu.Unlock()
+		if n.inbox.mu.Lock(); n.inbox.callCount == 0 {
+			defer n.inbox.mu.Unlock()
 			return errors.New("no call yet")
 		}
-		n.in.mu.Unlock()
+		n.inbox.mu.Unlock()
 		return nil
 	})
-	n.in.event(func() { n.err = errors.New("the disk is gone") })
+	n.inbox.event(func() { n.err = errors.New("the disk is gone") })
 	if err := n.run(t.Context()); err == nil || err.Error() != "the disk is gone" {
 		t.Error(err)
 	}

@@ -61,7 +61,7 @@ func BenchmarkSnapshotStall(b *testing.B) {
 			var without, with, open, shard longest
 			for b.Loop() {
 				var v *view
-				open.time(func() { v = s.open() })
+				open.time(func() { v = s.openView() })
 				written := make(chan error, 1)
 				go func() { written <- v.writeTo(io.Discard) }()
 				n := 0

@@ -42,10 +42,10 @@ var (
 // proposal is this node's own entry in flight. There is one at most: what is
 // written meanwhile forms the next.
 type proposal struct {
-	sequence uint64
-	data     []byte
-	calls    []*call
-	again    uint64 // tick from which it is to be proposed, again perhaps
+	sequence  uint64
+	data      []byte
+	calls     []*call
+	proposeAt uint64 // tick from which it is to be proposed, again perhaps
 }
 
 // readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
@@ -67,7 +67,7 @@ type callsInFlight struct {
 	readWait  uint64      // ticks after which a round is asked for again
 	sequence  uint64      // of the last proposal or round
 
-	conditions []*condition // steps of operators' requests
+	requests []*pendingRequest // steps of operators' requests
 
 	// What has ended in this turn, and the inbox is owed.
 	endedCalls int
@@ -85,19 +85,19 @@ func (c *callsInFlight) add(call *call, wall uint64) {
 }
 
 // leaderlessness is what calls need to know of the lack of a leader.
-type leaderlessness struct {
-	why  error // nil: there is a leader
-	long bool  // calls do not wait for one any more
+type leaderAbsence struct {
+	why     error // nil: there is a leader
+	tooLong bool  // calls do not wait for one any more
 }
 
 // expire ends calls whose deadline is near, and those that found no leader for too long.
 // A write that was proposed may still be applied: it goes on until its deadline.
-func (c *callsInFlight) expire(wall uint64, leaderless leaderlessness) {
+func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 	why := leaderless.why
 	if why == nil {
 		why = context.DeadlineExceeded
 	}
-	isOver := func(call *call) bool { return leaderless.long || call.isLate(wall) }
+	isOver := func(call *call) bool { return leaderless.tooLong || call.isLate(wall) }
 	endSome := func(calls []*call) []*call {
 		return slices.DeleteFunc(calls, func(call *call) bool {
 			if !isOver(call) {
@@ -175,10 +175,10 @@ func (c *callsInFlight) failAll(err error) {
 	c.reads = nil
 	c.writes = nil
 	c.confirmed = nil
-	for _, waiting := range c.conditions {
+	for _, waiting := range c.requests {
 		waiting.done <- err
 	}
-	c.conditions = nil
+	c.requests = nil
 }
 
 // takeEnded returns how many calls have ended since it was last called, and the bytes of
@@ -190,16 +190,16 @@ func (c *callsInFlight) takeEnded() (calls, bytes int) {
 }
 
 // hasNext reports whether writes wait that no proposal has yet.
-func (c *callsInFlight) hasNext() bool { return c.own == nil && len(c.writes) > 0 }
+func (c *callsInFlight) canPropose() bool { return c.own == nil && len(c.writes) > 0 }
 
 // nextProposal returns what is to be proposed now, in the name of a raft ID: the
 // proposal in flight if it may have got lost, or a new one of the writes at the head of
 // the queue, as many as fit into an entry. nil: nothing.
 func (c *callsInFlight) nextProposal(raftID, now uint64) *proposal {
-	if c.hasNext() {
+	if c.canPropose() {
 		c.own = c.newProposal(raftID)
 	}
-	if c.own == nil || now < c.own.again {
+	if c.own == nil || now < c.own.proposeAt {
 		return nil
 	}
 	return c.own
@@ -317,35 +317,35 @@ func (c *callsInFlight) releaseReads(applied uint64) uint64 {
 func (c *callsInFlight) askAgain(now uint64) {
 	c.retryReads()
 	if c.own != nil {
-		c.own.again = now
+		c.own.proposeAt = now
 	}
 }
 
 // checkConditions takes the steps of operators' requests. A step may add conditions.
-func (c *callsInFlight) checkConditions() {
-	waiting := c.conditions
-	c.conditions = nil
+func (c *callsInFlight) pollRequests() {
+	waiting := c.requests
+	c.requests = nil
 	for _, w := range waiting {
 		if w.ctx.Err() != nil {
 			continue
 		}
-		done, err := w.f()
+		done, err := w.poll()
 		if done || err != nil {
 			w.done <- err
 			continue
 		}
-		c.conditions = append(c.conditions, w)
+		c.requests = append(c.requests, w)
 	}
 }
 
 // expireCalls ends calls that have waited long enough.
 func (n *node) expireCalls() {
-	var leaderless leaderlessness
+	var leaderless leaderAbsence
 	switch {
 	case n.rn == nil:
-		leaderless = leaderlessness{why: errNotInitialized, long: true}
+		leaderless = leaderAbsence{why: errNotInitialized, tooLong: true}
 	case n.raft.lead == 0:
-		leaderless = leaderlessness{why: n.noLeader(), long: n.election.leaderless >= n.ticksOf(leaderWait)}
+		leaderless = leaderAbsence{why: n.noLeader(), tooLong: n.election.leaderlessTicks >= n.ticksOf(leaderWait)}
 	}
 	n.calls.expire(n.clock.wall, leaderless)
 }
@@ -360,15 +360,15 @@ func (n *node) propose() {
 		return
 	}
 	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
-		p.again = n.clock.now + 1
+		p.proposeAt = n.clock.now + 1
 		return
 	}
 	n.catchup.pace.count(len(p.data) + entryOverhead)
 	n.catchup.pace.ownNext = false
 	if n.raft.lead == n.id.raftID {
-		p.again = never // it is lost only if leadership is: then syncSoftState says so
+		p.proposeAt = never // it is lost only if leadership is: then syncSoftState says so
 	} else {
-		p.again = n.clock.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
+		p.proposeAt = n.clock.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
 	}
 }
 
@@ -396,7 +396,7 @@ func (n *node) releaseReads() {
 // input is what one turn of the loop works on.
 type input struct {
 	ticks    int
-	clock    uint64 // how many ticks the time since the start is long
+	elapsed  uint64 // how many ticks the time since the start is long
 	calls    []*call
 	messages []inbound
 	events   []func()
@@ -434,9 +434,9 @@ type outcome struct {
 }
 
 // condition is a step of an operator's request that waits for the state to be so.
-type condition struct {
+type pendingRequest struct {
 	ctx  context.Context
-	f    func() (bool, error)
+	poll func() (bool, error)
 	done chan error
 }
 
@@ -541,8 +541,8 @@ func (b *inbox) close() {
 // await waits until f, called in the loop after every turn, returns true or an
 // error. Any goroutine may call it.
 func (n *node) await(ctx context.Context, f func() (bool, error)) error {
-	c := &condition{ctx: ctx, f: f, done: make(chan error, 1)}
-	if !n.in.event(func() { n.calls.conditions = append(n.calls.conditions, c) }) {
+	c := &pendingRequest{ctx: ctx, poll: f, done: make(chan error, 1)}
+	if !n.inbox.event(func() { n.calls.requests = append(n.calls.requests, c) }) {
 		return errStopping
 	}
 	select {

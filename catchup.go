@@ -278,7 +278,7 @@ func (n *node) heartbeatNumber() uint64 { return n.clock.wall / ticksPerHeartbea
 func (n *node) proposeHeld() {
 	p := &n.catchup.pace
 	for {
-		m := p.next(n.clock.wall, n.calls.hasNext())
+		m := p.next(n.clock.wall, n.calls.canPropose())
 		if m == nil {
 			return
 		}

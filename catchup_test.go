@@ -255,7 +255,7 @@ func TestTransferIsKept(t *testing.T) {
 	}
 	b.n.snapshotSent(3, b.views[0], nil)
 	b.turn(0)
-	b.n.in.event(b.n.compact) // before the next heartbeat
+	b.n.inbox.event(b.n.compact) // before the next heartbeat
 	b.turn(0)
 	b.ack(3, index)
 	for i := 0; b.isSlow(); i++ {
@@ -407,7 +407,7 @@ func TestNobodyRests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.n.in.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
 	if err := p.lead(); err != nil {
 		t.Fatal(err)
 	}
@@ -502,7 +502,7 @@ func TestGivenUpTransferEnds(t *testing.T) {
 	var v *view
 	var id, life uint64
 	err := s.n.do(c.ctx, func() error {
-		v = s.n.store.open()
+		v = s.n.store.openView()
 		for raftID := range s.n.peers.connected {
 			id, life = raftID, s.n.peers.lives[raftID]
 		}

@@ -49,7 +49,7 @@ type peerCheck struct {
 	log          *raftLog
 	leading      bool
 	lead         uint64
-	readBeat     uint64 // highest read context sent with a heartbeat in this term
+	readContext  uint64 // highest read context sent with a heartbeat in this term
 }
 
 // check returns nil if raft may see the message, an error wrapping
@@ -122,7 +122,7 @@ func (c *peerCheck) checkHeartbeat(m *raftpb.Message) error {
 		return fmt.Errorf("its context has %d bytes", len(ctx))
 	}
 	isAnswer := !isOfLeader && m.GetTerm() == c.term
-	if isAnswer && binary.LittleEndian.Uint64(ctx) > c.readBeat { // readOnly.maybeAdvance
+	if isAnswer && binary.LittleEndian.Uint64(ctx) > c.readContext { // readOnly.maybeAdvance
 		return errors.New("it acknowledges a read that was not sent")
 	}
 	return nil

@@ -195,7 +195,7 @@ func (p *rawPeer) apply(e *raftpb.Entry) {
 func (p *rawPeer) check(m *raftpb.Message) error {
 	p.drain()
 	st := p.rn.BasicStatus()
-	c := &peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: p.log, leading: st.RaftState == raft.StateLeader, lead: st.Lead, readBeat: p.readBeat}
+	c := &peerCheck{term: st.GetTerm(), commit: st.GetCommit(), log: p.log, leading: st.RaftState == raft.StateLeader, lead: st.Lead, readContext: p.readBeat}
 	return c.check(m)
 }
 

@@ -275,7 +275,7 @@ func (nw *network) Claim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.Cla
 func (n *node) receiveClaim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
 	if req.Withdraw {
 		// Not by do: the claim ends also if the founder does not wait for the answer.
-		n.in.event(func() { n.claims.withdraw(req.Id) })
+		n.inbox.event(func() { n.claims.withdraw(req.Id) })
 		return &kvpb.ClaimResponse{}, nil
 	}
 	ctx, cancel := inTime(ctx)

@@ -379,7 +379,7 @@ func (c *testCluster) dump(id uint64) (*kvpb.SnapshotHeader, []byte) {
 	c.t.Helper()
 	n := c.nodes[id].server.n
 	var v *view
-	if err := n.do(c.ctx, func() error { v = n.store.open(); return nil }); err != nil {
+	if err := n.do(c.ctx, func() error { v = n.store.openView(); return nil }); err != nil {
 		c.t.Fatal(err)
 	}
 	defer v.close()

@@ -24,14 +24,14 @@ type clusterState struct {
 	tick          time.Duration // how long a tick is
 	electionTicks uint64
 
-	self       *kvpb.Node // this node
-	raftID     uint64     // its own
-	inCluster  bool
-	raft       raftState
-	leads      bool   // it is the leader, and has applied an entry of its term
-	mayChange  bool   // it may begin a change of membership or leadership
-	leadHeard  uint64 // tick of the leader's last message; in the leader, of its election
-	leaderless uint64 // ticks without a leader
+	self            *kvpb.Node // this node
+	raftID          uint64     // its own
+	inCluster       bool
+	raft            raftState
+	leads           bool   // it is the leader, and has applied an entry of its term
+	mayChange       bool   // it may begin a change of membership or leadership
+	leadHeard       uint64 // tick of the leader's last message; in the leader, of its election
+	leaderlessTicks uint64 // ticks without a leader
 
 	conf    *raftpb.ConfState
 	members map[uint64]*kvpb.Node // by raft ID

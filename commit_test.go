@@ -75,7 +75,7 @@ func (b *bus) join(id uint64, ids []uint64) {
 		from = ids[1]
 	}
 	n := b.nodes[id]
-	n.in.event(func() {
+	n.inbox.event(func() {
 		if err := n.stepSnapshot(b.hello(from, id), 1, s); err != nil {
 			b.t.Fatal(err)
 		}
@@ -95,7 +95,7 @@ func (b *bus) hello(from, to uint64) *kvpb.Hello {
 
 func (b *bus) turn(id uint64, ticks int) {
 	n := b.nodes[id]
-	in := n.in.take()
+	in := n.inbox.take()
 	in.ticks = ticks
 	n.turn(in)
 }
@@ -127,7 +127,7 @@ func (b *bus) deliver(from, to uint64, most int) bool {
 		ms = ms[:min(most, len(ms))]
 	}
 	b.wire[link] = b.wire[link][len(ms):]
-	return len(ms) > 0 && b.nodes[to].in.deliver(fromWire(toWire(ms), b.hello(from, to)))
+	return len(ms) > 0 && b.nodes[to].inbox.deliver(fromWire(toWire(ms), b.hello(from, to)))
 }
 
 func (b *bus) lose(from, to uint64) { delete(b.wire, busLink{from, to}) }
@@ -154,7 +154,7 @@ func (b *bus) write(id uint64, key, value string) *call {
 		b.t.Fatal(err)
 	}
 	c := &call{write: record, done: make(chan outcome, 1)}
-	if err := b.nodes[id].in.call(c); err != nil {
+	if err := b.nodes[id].inbox.call(c); err != nil {
 		b.t.Fatal(err)
 	}
 	b.turn(id, 0)
@@ -468,7 +468,7 @@ func TestLeaversKnow(t *testing.T) {
 		b.elect(3, 1, 2)
 		b.beat(3, 1, 2)
 		leader := b.nodes[3]
-		leader.in.event(func() {
+		leader.inbox.event(func() {
 			err := leader.proposeChange(nil,
 				confChange(raftpb.ConfChangeRemoveNode, 1), confChange(raftpb.ConfChangeRemoveNode, 2))
 			if err != nil {

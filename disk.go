@@ -92,7 +92,7 @@ type disk struct {
 
 	// markBegun makes identity.tmp, once, unless the directory has an identity. Any
 	// goroutine may call it.
-	markBegun func() error
+	beginOnce func() error
 
 	wal  *wal // the writer's; nil: the directory is empty
 	wake bell // rung when there may be work for the writer
@@ -142,7 +142,7 @@ func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger)
 		wake:         newBell(),
 	}
 	d.start = d.running.Go
-	d.markBegun = sync.OnceValue(d.createMark)
+	d.beginOnce = sync.OnceValue(d.createTempIdentity)
 	names, _ := fsys.readDir(dir) // lock finds the cause of an error, too, and names it better
 	stranger := slices.IndexFunc(names, isForeign)
 	if stranger >= 0 && !slices.Contains(names, "identity") {
@@ -217,7 +217,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	if !slices.Contains(names, "identity") {
 		return nil, d.recoverEmpty(names)
 	}
-	d.markBegun = func() error { return nil }
+	d.beginOnce = func() error { return nil }
 	id, err := d.readIdentity()
 	if err != nil {
 		return nil, err
@@ -377,7 +377,7 @@ type snapshotWriter struct {
 // finish.
 func (d *disk) newSnapshot() *snapshotWriter {
 	w := &snapshotWriter{d: d, name: fmt.Sprintf("%016x.tmp", randomID())}
-	w.err = d.markBegun()
+	w.err = d.beginOnce()
 	if w.err != nil {
 		return w
 	}
@@ -564,7 +564,7 @@ func (d *disk) persist(jobs []diskJob) error {
 // createMark marks an empty directory as one that is being begun. Whatever is put there
 // afterwards does not count until finishBegin. Once the mark is there, only begin may
 // write to it.
-func (d *disk) createMark() error {
+func (d *disk) createTempIdentity() error {
 	f, err := d.fs.create(d.path("identity.tmp"))
 	if err != nil {
 		return err
@@ -577,7 +577,7 @@ func (d *disk) createMark() error {
 
 // begin puts identity, snapshot and an empty log into an empty directory.
 func (d *disk) begin(j diskJob) error {
-	if err := d.markBegun(); err != nil {
+	if err := d.beginOnce(); err != nil {
 		return err
 	}
 	if err := d.writeIdentity(j.identity); err != nil {
@@ -654,7 +654,7 @@ func (d *disk) restore(self *kvpb.Node, now time.Time, read func() (*store, erro
 		return nil, err
 	}
 	hard := &kvpb.HardState{Term: s.term, Commit: s.index}
-	first := diskJob{identity: id, view: s.open(), batch: &kvpb.LogBatch{HardState: hard}}
+	first := diskJob{identity: id, view: s.openView(), batch: &kvpb.LogBatch{HardState: hard}}
 	if err := d.persist([]diskJob{first}); err != nil {
 		return nil, err
 	}

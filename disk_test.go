@@ -81,14 +81,14 @@ func (p *diskNode) later(f func()) { p.beside = append(p.beside, f) }
 // settle lets loop and writer work until nothing is left to do.
 func (p *diskNode) settle() error {
 	for p.n.err == nil {
-		in := p.n.in.take()
+		in := p.n.inbox.take()
 		if len(in.events)+len(in.calls)+len(in.messages) > 0 {
 			p.n.turn(in)
 		} else if len(p.beside) > 0 {
 			f := p.beside[0]
 			p.beside = p.beside[1:]
 			f()
-		} else if p.d.write() == nil && len(p.n.in.next.events) == 0 {
+		} else if p.d.write() == nil && len(p.n.inbox.next.events) == 0 {
 			return nil
 		}
 	}
@@ -140,7 +140,7 @@ func (p *diskNode) slowDown() {
 
 // lead makes a cluster's only voter its leader.
 func (p *diskNode) lead() error {
-	p.n.in.event(func() { _ = p.n.rn.Campaign() })
+	p.n.inbox.event(func() { _ = p.n.rn.Campaign() })
 	if err := p.settle(); err != nil {
 		return err
 	}
@@ -167,7 +167,7 @@ func (p *diskNode) call(op diskOp) (*call, error) {
 		return nil, err
 	}
 	c := &call{write: record, done: make(chan outcome, 1)}
-	return c, p.n.in.call(c)
+	return c, p.n.inbox.call(c)
 }
 
 // do makes a write. It was acknowledged if the error is nil.
@@ -361,7 +361,7 @@ func TestDiskFaults(t *testing.T) {
 				return r, cmp.Or(checkFailed(p, fs.failAt), err)
 			}
 		}
-		if p.n.durable.mark < 14 {
+		if p.n.durable.snapshotIndex < 14 {
 			return r, fmt.Errorf("%w: hardly a snapshot", errModel)
 		}
 		return r, nil
@@ -530,7 +530,7 @@ func (f *diskFollower) entries(ops ...diskOp) *raftpb.Message {
 
 // snapshot lets the leader's state arrive.
 func (f *diskFollower) snapshot() error {
-	v := f.leader.open()
+	v := f.leader.openView()
 	defer v.close()
 	var b bytes.Buffer
 	if err := v.writeTo(&b); err != nil {
@@ -541,7 +541,7 @@ func (f *diskFollower) snapshot() error {
 		return cmp.Or(f.settle(), err)
 	}
 	var stepped error
-	f.n.in.event(func() { stepped = f.n.stepSnapshot(f.hello, f.term, s) })
+	f.n.inbox.event(func() { stepped = f.n.stepSnapshot(f.hello, f.term, s) })
 	err = f.settle()
 	f.note()
 	return cmp.Or(err, stepped)
@@ -584,7 +584,7 @@ func TestDiskFollowerFaults(t *testing.T) {
 			}
 		}
 		received := uint64(0)
-		steps := []func() error{f.snapshot, follow(func() bool { return f.n.durable.mark > 10 }), func() error { f.slowDown(); return nil },
+		steps := []func() error{f.snapshot, follow(func() bool { return f.n.durable.snapshotIndex > 10 }), func() error { f.slowDown(); return nil },
 			follow(func() bool { // and there are entries before, and room after, the mark in its segment
 				g := f.d.wal.segments
 				return f.n.durable.saving != 0 && g[len(g)-1].last > 0 && f.d.wal.offset <= f.d.wal.at.size/2
@@ -619,8 +619,8 @@ func TestDiskFollowerFaults(t *testing.T) {
 				return f.acked, cmp.Or(failed, err)
 			}
 		}
-		if f.acked.index != f.last || f.n.durable.mark <= received {
-			return f.acked, fmt.Errorf("%w: acknowledged %d of %d, last snapshot %d", errModel, f.acked.index, f.last, f.n.durable.mark)
+		if f.acked.index != f.last || f.n.durable.snapshotIndex <= received {
+			return f.acked, fmt.Errorf("%w: acknowledged %d of %d, last snapshot %d", errModel, f.acked.index, f.last, f.n.durable.snapshotIndex)
 		}
 		return f.acked, nil
 	}
@@ -782,7 +782,7 @@ func TestDiskDiscards(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	old := f.leader.open()
+	old := f.leader.openView()
 	defer old.close()
 	f.entries(diskOp{"k", []byte("v")})
 	if err := f.snapshot(); err != nil {
@@ -799,7 +799,7 @@ func TestDiskDiscards(t *testing.T) {
 	}
 	newer := f.leader
 	newer.index++
-	v := newer.open()
+	v := newer.openView()
 	defer v.close()
 	stranger := proto.CloneOf(f.hello)
 	stranger.From.Life++
@@ -1019,13 +1019,13 @@ func TestDiskRemovalTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	change := func(kind raftpb.ConfChangeType, members ...*kvpb.Member) {
-		p.n.in.event(func() {
+		p.n.inbox.event(func() {
 			if err := p.n.proposeChange(members, confChange(kind, learner)); err != nil {
 				t.Error(err)
 			}
 		})
 	}
-	p.n.in.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
 	if err := p.settle(); err != nil {
 		t.Fatal(err)
 	}
@@ -1039,7 +1039,7 @@ func TestDiskRemovalTold(t *testing.T) {
 		if applied++; applied > 20 {
 			t.Fatal("it is never told")
 		}
-		if p.n.turn(p.n.in.take()); len(p.n.in.next.events) > 0 {
+		if p.n.turn(p.n.inbox.take()); len(p.n.inbox.next.events) > 0 {
 			continue
 		}
 		if slices.Contains(p.n.hello().Removed, learner) {
@@ -1064,7 +1064,7 @@ func TestDiskChangeAnswered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.n.in.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
 	if err := p.settle(); err != nil {
 		t.Fatal(err)
 	}
@@ -1076,7 +1076,7 @@ func TestDiskChangeAnswered(t *testing.T) {
 		if kind == raftpb.ConfChangeAddLearnerNode {
 			members = plainMembers(learner)
 		}
-		p.n.in.event(func() {
+		p.n.inbox.event(func() {
 			if err := p.n.proposeChange(members, confChange(kind, learner)); err != nil {
 				t.Error(err)
 			}
@@ -1100,7 +1100,7 @@ func TestDiskChangeAnswered(t *testing.T) {
 			if i > 40 {
 				t.Fatalf("%v: never answered: %v", kind, waiting)
 			}
-			if p.n.turn(p.n.in.take()); len(p.n.in.next.events) > 0 {
+			if p.n.turn(p.n.inbox.take()); len(p.n.inbox.next.events) > 0 {
 				continue
 			}
 			if !changed(p.n) {
@@ -1257,7 +1257,7 @@ func BenchmarkStart(b *testing.B) {
 			s.clusterID, s.index, s.term = 9, 1, 1
 			s.configure(&raftpb.ConfState{Voters: []uint64{1}}, []*kvpb.Member{{RaftId: 1, Node: n.self}})
 			d.enqueue(diskJob{
-				identity: &kvpb.Identity{Format: identityFormat, ClusterId: 9, NodeId: 1, RaftId: 1, LogId: 1}, view: s.open(),
+				identity: &kvpb.Identity{Format: identityFormat, ClusterId: 9, NodeId: 1, RaftId: 1, LogId: 1}, view: s.openView(),
 				batch: &kvpb.LogBatch{HardState: &kvpb.HardState{Term: 1, Commit: 1}}, done: func(error) {},
 			})
 			var data []byte

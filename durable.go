@@ -13,11 +13,11 @@ import (
 // durable is how much of the loop's state the data directory has. The loop alone
 // uses it.
 type durable struct {
-	disk   *disk  // nil: in memory only
-	mark   uint64 // index of the last snapshot on disk; 0: the directory is nobody's
-	queued int    // jobs that the disk has not done
-	logged uint64 // bytes of the entries on disk that the last snapshot there does not cover
-	saving uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
+	disk          *disk  // nil: in memory only
+	snapshotIndex uint64 // index of the last snapshot on disk; 0: the directory is nobody's
+	queued        int    // jobs that the disk has not done
+	logged        uint64 // bytes of the entries on disk that the last snapshot there does not cover
+	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 	// removed are the raft IDs whom this node tells that they were removed: it must know
 	// so after a restart, too, or it might need the vote of one that has left for good.
 	removed []uint64
@@ -53,8 +53,8 @@ func (n *node) persist(j diskJob, done func()) {
 		done()
 		return
 	}
-	if n.durable.mark == 0 {
-		n.durable.mark = n.store.index
+	if n.durable.snapshotIndex == 0 {
+		n.durable.snapshotIndex = n.store.index
 		j.identity = &kvpb.Identity{
 			Format:    identityFormat,
 			ClusterId: n.store.clusterID,
@@ -77,7 +77,7 @@ func (n *node) persist(j diskJob, done func()) {
 			n.removeBefore(mark)
 		}
 	}
-	j.done = func(err error) { n.in.event(func() { written(err) }) }
+	j.done = func(err error) { n.inbox.event(func() { written(err) }) }
 	n.durable.queued++
 	n.durable.disk.enqueue(j)
 }
@@ -90,12 +90,12 @@ func (n *node) diskFailed(err error) {
 
 // save writes a snapshot of the state to the disk, beside the loop.
 func (n *node) save() {
-	v := n.store.open()
+	v := n.store.openView()
 	v.rest = n.durable.disk.pause
 	n.durable.saving = n.durable.logged
 	n.durable.disk.start(func() {
 		mark, err := n.durable.disk.save(v)
-		n.in.event(func() { n.saved(v, mark, err) })
+		n.inbox.event(func() { n.saved(v, mark, err) })
 	})
 }
 
@@ -106,11 +106,11 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 	switch {
 	case err != nil:
 		n.diskFailed(err)
-	case mark.Index <= n.durable.mark: // a leader's has overtaken it
+	case mark.Index <= n.durable.snapshotIndex: // a leader's has overtaken it
 		n.durable.disk.start(func() { _ = n.durable.disk.remove(mark.File) })
 	default:
 		n.logger.Info("saved a snapshot", "index", mark.Index)
-		n.durable.mark = mark.Index
+		n.durable.snapshotIndex = mark.Index
 		n.durable.logged -= n.durable.saving
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
@@ -121,7 +121,7 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 func (n *node) removeBefore(mark *kvpb.SnapshotMark) {
 	n.durable.disk.start(func() {
 		if err := n.durable.disk.removeBefore(mark); err != nil {
-			n.in.event(func() { n.diskFailed(err) })
+			n.inbox.event(func() { n.diskFailed(err) })
 		}
 	})
 }

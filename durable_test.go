@@ -314,9 +314,9 @@ func TestDurableMoved(t *testing.T) {
 func TestBrokenNodeServesNobody(t *testing.T) {
 	n := turnNode()
 	n.err = errRemoved
-	n.calls.conditions = []*condition{{ctx: t.Context(), done: make(chan error, 1), f: func() (bool, error) { t.Error("called"); return true, nil }}}
+	n.calls.requests = []*pendingRequest{{ctx: t.Context(), done: make(chan error, 1), poll: func() (bool, error) { t.Error("called"); return true, nil }}}
 	n.turn(input{})
-	if c := n.calls.conditions[0]; len(c.done) != 0 {
+	if c := n.calls.requests[0]; len(c.done) != 0 {
 		t.Fatal("ended too early")
 	}
 }

@@ -9,22 +9,22 @@ import (
 
 // election is when and how this node looks for another leader.
 type election struct {
-	leadHeard  uint64        // tick of the leader's last message
-	leaderless uint64        // ticks without a leader
-	campaignAt uint64        // tick in which to call an election, if there is no leader then; 0: none
-	deafTo     uint64        // raft ID of a leader whose stream broke, not heard until deafUntil; 0: none
-	deafUntil  uint64        // tick
-	learned    learnedCommit // what a peer knows to be committed, and this node does not know yet
+	leadHeard       uint64        // tick of the leader's last message
+	leaderlessTicks uint64        // ticks without a leader
+	campaignAt      uint64        // tick in which to call an election, if there is no leader then; 0: none
+	deafTo          uint64        // raft ID of a leader whose stream broke, not heard until deafUntil; 0: none
+	deafUntil       uint64        // tick
+	learned         learnedCommit // what a peer knows to be committed, and this node does not know yet
 }
 
 // missLeader is called in every tick; it says once that there is no leader.
-func (n *node) missLeader() {
+func (n *node) countLeaderless() {
 	if n.raft.lead != 0 {
-		n.election.leaderless = 0
+		n.election.leaderlessTicks = 0
 		return
 	}
-	n.election.leaderless++
-	if n.election.leaderless == 2*n.electionTicks() {
+	n.election.leaderlessTicks++
+	if n.election.leaderlessTicks == 2*n.electionTicks() {
 		n.logger.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.peers.connected),
 			"members", describeMembers(n.store.conf, n.store.members))
 	}

@@ -108,12 +108,12 @@ func (h *healing) duplicateStep(l *leaderState, m *kvpb.Member, ids []uint64, lo
 		}
 	case answers && mayTakeOver:
 		// The node is back: the learner gets the role of the older ones.
-		return proposes(nil, l.replaceBy(m.RaftId, ids)...)
+		return proposeStep(nil, l.replaceBy(m.RaftId, ids)...)
 	case olderAnswers && l.isSilentSince(m.RaftId, d.since):
 		// The learner's process has ended, and the node runs with its old memory.
 		logger.Warn("a life of a node that answers in an older one is given up",
 			"peer", m.Node.Id, "address", m.Node.Address)
-		return proposes(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
+		return proposeStep(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
 	}
 	// The learner has yet to catch up, or somebody was silent for too short a time to be
 	// gone, or nobody answers at all: then either could come back.
@@ -171,5 +171,5 @@ func (c *clusterState) addMember(p *kvpb.Peer) nextStep {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
-	return proposes([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
+	return proposeStep([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
 }

@@ -60,14 +60,14 @@ func (c *testCluster) when(cond func(*node) bool) func(then func()) {
 	reached, goOn := make(chan struct{}), make(chan struct{})
 	for _, tn := range c.nodes {
 		n := tn.server.n
-		wait := &condition{ctx: ctx, done: make(chan error, 1), f: func() (bool, error) {
+		wait := &pendingRequest{ctx: ctx, done: make(chan error, 1), poll: func() (bool, error) {
 			if !n.leads() || !cond(n) {
 				return false, nil
 			}
 			once.Do(func() { close(reached); <-goOn })
 			return true, nil
 		}}
-		n.in.event(func() { n.calls.conditions = append(n.calls.conditions, wait) })
+		n.inbox.event(func() { n.calls.requests = append(n.calls.requests, wait) })
 	}
 	return func(then func()) {
 		c.t.Helper()
@@ -892,7 +892,7 @@ func TestSnapshotTransfer(t *testing.T) {
 				setWrite(fmt.Sprint(k, strings.Repeat("k", maxKeyBytes-1)), strings.Repeat("x", 1<<20)))
 		}
 		applyBatch(t, s, 1, 1, ws...)
-		v := s.open()
+		v := s.openView()
 		defer v.close()
 		var got bytes.Buffer
 		chunks := 0
@@ -997,7 +997,7 @@ func TestSnapshotHeap(t *testing.T) {
 		t.Fatal(err)
 	}
 	var v *view
-	if err := n.do(c.ctx, func() error { v = n.store.open(); return nil }); err != nil {
+	if err := n.do(c.ctx, func() error { v = n.store.openView(); return nil }); err != nil {
 		t.Fatal(err)
 	}
 	defer v.close()

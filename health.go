@@ -233,13 +233,13 @@ func (c *clusterState) mayAnswer(raftID uint64) bool {
 	if !c.connected[raftID] {
 		return false
 	}
-	hasAsked := c.isVoter(c.raftID) && c.leaderless > 2*c.electionTicks
+	hasAsked := c.isVoter(c.raftID) && c.leaderlessTicks > 2*c.electionTicks
 	return !hasAsked || c.now-c.heard[raftID] <= 2*c.electionTicks
 }
 
 // describeSilence says that a member does not answer, since when and where.
 func (c *clusterState) describeSilence(raftID uint64) string {
-	ticks := c.leaderless // before, it need not have said anything to this node
+	ticks := c.leaderlessTicks // before, it need not have said anything to this node
 	if heard, ok := c.heard[raftID]; ok {
 		ticks = min(ticks, c.now-heard)
 	}

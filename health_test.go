@@ -254,7 +254,7 @@ func TestRestartNeedsTheOthers(t *testing.T) {
 func TestSilentVotersAreNamed(t *testing.T) {
 	l := newLone(t, following)
 	n := l.n
-	for n.election.leaderless < n.ticksOf(leaderWait) {
+	for n.election.leaderlessTicks < n.ticksOf(leaderWait) {
 		l.turn(1)
 	}
 	says := func(parts ...string) {
@@ -321,7 +321,7 @@ func TestLostMemoryIsSaid(t *testing.T) {
 	l := newLone(t, following)
 	l.n.refused(1, 2, newLife(2, 9, 7)) // a learner
 	l.n.refused(1, 3, newLife(3, 8, 0))
-	for l.n.election.leaderless < l.n.ticksOf(leaderWait) {
+	for l.n.election.leaderlessTicks < l.n.ticksOf(leaderWait) {
 		l.turn(1)
 	}
 	if err := l.n.noLeader(); !strings.Contains(err.Error(), want) {
@@ -344,7 +344,7 @@ func TestWhoSaysHelloIsNotLost(t *testing.T) {
 	for _, outbound := range []bool{false, true} {
 		n.noteRebirth(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
 		n.peerUp(2, 2, outbound)
-		n.turn(n.in.take())
+		n.turn(n.inbox.take())
 		if n.clusterState().hasLostMemory(2) {
 			t.Errorf("node 2 has said hello, and counts as lost (outbound %v)", outbound)
 		}
@@ -365,7 +365,7 @@ func TestHopelessCallsEndAtOnce(t *testing.T) {
 		}
 		for _, record := range [][]byte{nil, []byte("a write")} {
 			c := &call{write: record, done: make(chan outcome, 1)}
-			if err := l.n.in.call(c); err != nil {
+			if err := l.n.inbox.call(c); err != nil {
 				t.Fatal(err)
 			}
 			l.turn(0)
@@ -408,7 +408,7 @@ func TestRefusalsAreNamed(t *testing.T) {
 		ClusterId: 7,
 		Peer:      &kvpb.Peer{RaftId: 3, Life: 3, Node: plainNode(3)},
 	})
-	for n.election.leaderless < n.ticksOf(leaderWait) {
+	for n.election.leaderlessTicks < n.ticksOf(leaderWait) {
 		l.turn(1)
 	}
 	text := n.noLeader().Error()

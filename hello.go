@@ -26,10 +26,10 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	p := n.status.latest.Load()
 	inNoCluster := p.clusterID == 0
 	if inNoCluster && slices.Contains(h.Removed, p.raftID) {
-		n.in.event(func() { n.takeNewID(p.raftID) })
+		n.inbox.event(func() { n.takeNewID(p.raftID) })
 	}
 	if inNoCluster && isForeignHello(h, n.self) {
-		n.in.event(func() { n.claims.noteForeign(h, n.clock.now) })
+		n.inbox.event(func() { n.claims.noteForeign(h, n.clock.now) })
 	}
 	return &kvpb.Welcome{Verdict: n.verdictOn(h, p), Peer: n.peer(p), ClusterId: p.clusterID}
 }

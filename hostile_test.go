@@ -104,14 +104,14 @@ func newLone(t *testing.T, state int) *lone {
 	l.turn(0)
 	switch state {
 	case following, leading:
-		l.n.in.event(func() {
+		l.n.inbox.event(func() {
 			if err := l.n.stepSnapshot(l.hellos[0], 1, newTestStore()); err != nil {
 				t.Fatal(err)
 			}
 		})
 		l.turn(0)
 	case alone:
-		l.n.in.event(func() { _, _ = l.n.bootstrap() })
+		l.n.inbox.event(func() { _, _ = l.n.bootstrap() })
 		l.turn(0)
 	}
 	if state == leading {
@@ -130,7 +130,7 @@ func newLone(t *testing.T, state int) *lone {
 
 // hears takes messages of a stream in.
 func (l *lone) hears(stream int, ms ...*raftpb.Message) {
-	l.n.in.deliver(fromWire(toWire(ms), l.hellos[stream]))
+	l.n.inbox.deliver(fromWire(toWire(ms), l.hellos[stream]))
 	l.turn(0)
 }
 
@@ -167,7 +167,7 @@ func TestLeaderLost(t *testing.T) {
 	if l.hears(0, heartbeat); l.n.raft.lead != 2 {
 		t.Error("it does not follow a leader that is back")
 	}
-	if err := l.n.in.call(&call{done: make(chan outcome, 1)}); err != nil {
+	if err := l.n.inbox.call(&call{done: make(chan outcome, 1)}); err != nil {
 		t.Fatal(err)
 	}
 	l.turn(0)
@@ -197,7 +197,7 @@ func TestSlowReads(t *testing.T) {
 		l.n.net = p
 		l.n.peerUp(2, 2, true)
 		c := &call{done: make(chan outcome, 1)}
-		if err := l.n.in.call(c); err != nil {
+		if err := l.n.inbox.call(c); err != nil {
 			t.Fatal(err)
 		}
 		due := map[int][]*raftpb.Message{}
@@ -226,7 +226,7 @@ func TestLeaderGoneAfterAWait(t *testing.T) {
 	l := newLone(t, following)
 	wait := int(l.n.ticksOf(leaderWait))
 	c := &call{done: make(chan outcome, 1)}
-	if err := l.n.in.call(c); err != nil {
+	if err := l.n.inbox.call(c); err != nil {
 		t.Fatal(err)
 	}
 	for range wait + 10 {
@@ -278,7 +278,7 @@ func TestCommitsWait(t *testing.T) {
 	l.n.net = p
 	acked := l.n.log.last()
 	write := func() {
-		if err := l.n.in.call(&call{write: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}); err != nil {
+		if err := l.n.inbox.call(&call{write: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}); err != nil {
 			t.Fatal(err)
 		}
 		l.turn(0)
@@ -333,12 +333,12 @@ func (l *lone) turn(ticks int) bool {
 	l.t.Helper()
 	n := l.n
 	asked := func() bool {
-		n.in.mu.Lock()
-		defer n.in.mu.Unlock()
-		return len(n.in.next.events) > 0
+		n.inbox.mu.Lock()
+		defer n.inbox.mu.Unlock()
+		return len(n.inbox.next.events) > 0
 	}
 	for i := 0; i == 0 || asked(); i++ {
-		in := n.in.take()
+		in := n.inbox.take()
 		in.ticks, ticks = ticks, 0
 		n.turn(in)
 	}
@@ -382,7 +382,7 @@ func (l *lone) do(what byte, data []byte) {
 	case 0, 1:
 		var req kvpb.StreamRequest
 		if proto.Unmarshal(data, &req) == nil {
-			l.n.in.deliver(fromWire(req.Messages, h))
+			l.n.inbox.deliver(fromWire(req.Messages, h))
 		}
 	case 2:
 		var hello kvpb.Hello
@@ -402,7 +402,7 @@ func (l *lone) do(what byte, data []byte) {
 		var req kvpb.InstallSnapshotRequest
 		if proto.Unmarshal(data, &req) == nil {
 			if s, err := readSnapshot(bytes.NewReader(framed(req.Data))); err == nil {
-				l.n.in.event(func() { _ = l.n.stepSnapshot(h, req.Term, s) })
+				l.n.inbox.event(func() { _ = l.n.stepSnapshot(h, req.Term, s) })
 			}
 		}
 	case 5:
@@ -439,7 +439,7 @@ func (l *lone) do(what byte, data []byte) {
 
 func (l *lone) call(record []byte) {
 	c := &call{write: record, done: make(chan outcome, 1)}
-	if l.n.in.call(c) == nil {
+	if l.n.inbox.call(c) == nil {
 		l.calls = append(l.calls, c)
 	}
 }
@@ -447,9 +447,9 @@ func (l *lone) call(record []byte) {
 // admin makes an operator's request, which may wait for ever.
 func (l *lone) admin(next func(*leaderState) nextStep) {
 	r := &request{n: l.n, next: next}
-	l.n.in.event(func() {
-		if len(l.n.calls.conditions) < 8 {
-			l.n.calls.conditions = append(l.n.calls.conditions, &condition{ctx: context.Background(), f: r.poll, done: make(chan error, 1)})
+	l.n.inbox.event(func() {
+		if len(l.n.calls.requests) < 8 {
+			l.n.calls.requests = append(l.n.calls.requests, &pendingRequest{ctx: context.Background(), poll: r.poll, done: make(chan error, 1)})
 		}
 	})
 }
@@ -457,7 +457,7 @@ func (l *lone) admin(next func(*leaderState) nextStep) {
 // ended ends the node as run does: every call has to have an outcome.
 func (l *lone) ended() {
 	l.n.rn = nil
-	in := l.n.in.take()
+	in := l.n.inbox.take()
 	l.n.turn(input{calls: in.calls, events: in.events})
 	l.n.calls.failAll(errStopping)
 	for _, c := range l.calls {

@@ -39,7 +39,7 @@ func (c *testCluster) holdWhen(id uint64, cond func(*node) bool) (held chan stru
 	held = make(chan struct{})
 	goOn := make(chan struct{})
 	n := c.nodes[id].server.n
-	wait := &condition{ctx: c.ctx, done: make(chan error, 1), f: func() (bool, error) {
+	wait := &pendingRequest{ctx: c.ctx, done: make(chan error, 1), poll: func() (bool, error) {
 		if !cond(n) {
 			return false, nil
 		}
@@ -47,7 +47,7 @@ func (c *testCluster) holdWhen(id uint64, cond func(*node) bool) (held chan stru
 		<-goOn
 		return true, nil
 	}}
-	n.in.event(func() { n.calls.conditions = append(n.calls.conditions, wait) })
+	n.inbox.event(func() { n.calls.requests = append(n.calls.requests, wait) })
 	release = sync.OnceFunc(func() { close(goOn) })
 	c.t.Cleanup(release) // before the nodes are stopped
 	return held, release
@@ -59,7 +59,7 @@ func (c *testCluster) failWhen(id uint64, cond func(*node) bool) (held chan stru
 	n := c.nodes[id].server.n
 	held, release := c.holdWhen(id, cond)
 	return held, func() {
-		n.in.event(func() { n.err = errors.New("the test has ended it") }) // before what else waits
+		n.inbox.event(func() { n.err = errors.New("the test has ended it") }) // before what else waits
 		release()
 	}
 }

@@ -29,7 +29,7 @@ func (s *server) watchLoop(ctx context.Context) {
 	}
 	for ctx.Err() == nil {
 		turned := make(chan struct{})
-		if !s.n.in.event(func() { close(turned) }) {
+		if !s.n.inbox.event(func() { close(turned) }) {
 			return
 		}
 		select {

@@ -36,7 +36,7 @@ func TestClockLiveness(t *testing.T) {
 
 		release := make(chan struct{})
 		start := time.Now()
-		b.nodes[leader].server.n.in.event(func() { <-release })
+		b.nodes[leader].server.n.inbox.event(func() { <-release })
 		time.Sleep(time.Minute)
 		w.wants(t, "stuck", false, start, livenessTimeout, livenessTimeout+livenessInterval)
 

@@ -266,11 +266,11 @@ func TestFullQueue(t *testing.T) {
 	calls := make([]*call, maxQueuedCalls)
 	for i := range calls {
 		calls[i] = &call{done: make(chan outcome, 1)}
-		if err := n.in.call(calls[i]); err != nil {
+		if err := n.inbox.call(calls[i]); err != nil {
 			t.Fatal(i, err)
 		}
 	}
-	err := n.in.call(&call{done: make(chan outcome, 1)})
+	err := n.inbox.call(&call{done: make(chan outcome, 1)})
 	if !errors.Is(err, errOverloaded) {
 		t.Fatal(err)
 	}
@@ -282,8 +282,8 @@ func TestFullQueue(t *testing.T) {
 	}) {
 		t.Error("it does not say when to try again")
 	}
-	n.turn(n.in.take())
-	if err := n.in.call(&call{done: make(chan outcome, 1)}); !errors.Is(err, errOverloaded) {
+	n.turn(n.inbox.take())
+	if err := n.inbox.call(&call{done: make(chan outcome, 1)}); !errors.Is(err, errOverloaded) {
 		t.Fatal("they still wait in the loop: ", err)
 	}
 	n.turn(input{ticks: int(n.ticksOf(leaderWait)) + 1})
@@ -293,10 +293,10 @@ func TestFullQueue(t *testing.T) {
 		}
 	}
 	big := &call{write: make([]byte, maxQueuedBytes/2+1), done: make(chan outcome, 1)}
-	if err := n.in.call(big); err != nil {
+	if err := n.inbox.call(big); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.in.call(big); !errors.Is(err, errOverloaded) {
+	if err := n.inbox.call(big); !errors.Is(err, errOverloaded) {
 		t.Fatal("bytes are not bounded: ", err)
 	}
 }
@@ -318,7 +318,7 @@ func TestInboundWaits(t *testing.T) {
 	}
 	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
 	for done := false; !done; {
-		n.turn(n.in.take())
+		n.turn(n.inbox.take())
 		select {
 		case err := <-delivered:
 			if err != nil {
@@ -328,7 +328,7 @@ func TestInboundWaits(t *testing.T) {
 		case <-time.After(time.Millisecond):
 		}
 	}
-	n.in.deliver(big) // if there is room
+	n.inbox.deliver(big) // if there is room
 	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
 	n.err = errStopping
 	if err := n.run(ctx); err != nil {
@@ -380,23 +380,23 @@ func TestWhatWasProposedIsUnknown(t *testing.T) {
 // leaderWait, whenever it came.
 func TestExpireNeedsNoLeader(t *testing.T) {
 	l := newLone(t, following)
-	for l.n.election.leaderless == 0 {
+	for l.n.election.leaderlessTicks == 0 {
 		l.turn(1)
 	}
 	wait := l.n.ticksOf(leaderWait)
 	var calls []*call
-	for l.n.election.leaderless < wait {
-		if l.n.election.leaderless == 1 || l.n.election.leaderless == wait/2 {
+	for l.n.election.leaderlessTicks < wait {
+		if l.n.election.leaderlessTicks == 1 || l.n.election.leaderlessTicks == wait/2 {
 			c := &call{done: make(chan outcome, 1)}
 			calls = append(calls, c)
-			if err := l.n.in.call(c); err != nil {
+			if err := l.n.inbox.call(c); err != nil {
 				t.Fatal(err)
 			}
 		}
 		l.turn(1)
 		for i, c := range calls {
 			if len(c.done) != 0 {
-				t.Fatalf("call %d ends after %d ticks: %v", i, l.n.election.leaderless, (<-c.done).err)
+				t.Fatalf("call %d ends after %d ticks: %v", i, l.n.election.leaderlessTicks, (<-c.done).err)
 			}
 		}
 	}

@@ -48,14 +48,14 @@ const (
 	stepLeaveJoint                 // propose to leave the joint configuration
 )
 
-func fails(err error) nextStep { return nextStep{kind: stepFailed, err: err} }
+func failStep(err error) nextStep { return nextStep{kind: stepFailed, err: err} }
 
-func proposes(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) nextStep {
+func proposeStep(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) nextStep {
 	return nextStep{kind: stepPropose, members: members, changes: changes}
 }
 
 // handsOver has the first of some successors lead, if there is one.
-func handsOver(successors []uint64) nextStep {
+func transferStep(successors []uint64) nextStep {
 	if len(successors) == 0 {
 		return nextStep{kind: stepWait}
 	}
@@ -73,10 +73,10 @@ func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle
 // when that is the node's only one, and has caught up.
 func (l *leaderState) learnerStep(raftID uint64, m *kvpb.Node) nextStep {
 	if err := l.checkFree(raftID, m); err != nil {
-		return fails(err)
+		return failStep(err)
 	}
 	if slices.Contains(l.removed, raftID) {
-		return fails(errPastLife)
+		return failStep(errPastLife)
 	}
 	present := l.members[raftID]
 	isAsWanted := proto.Equal(present, m)
@@ -94,17 +94,17 @@ func (l *leaderState) learnerStep(raftID uint64, m *kvpb.Node) nextStep {
 	}
 	if present != nil {
 		moved := []*kvpb.Member{{RaftId: raftID, Node: m}}
-		return proposes(moved, confChange(raftpb.ConfChangeUpdateNode, raftID))
+		return proposeStep(moved, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	}
 	others := l.rivals(m)
 	if slices.ContainsFunc(others, l.isAlive) {
-		return fails(memberExists("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
+		return failStep(memberExists("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
 	}
 	if len(others) > 0 && l.isNewLeader() {
 		return nextStep{kind: stepWait} // it may hear from them yet
 	}
 	if len(l.members) >= maxMembers {
-		return fails(invalid("node", "the cluster has %d members, which is the limit", maxMembers))
+		return failStep(invalid("node", "the cluster has %d members, which is the limit", maxMembers))
 	}
 	return l.addMember(&kvpb.Peer{RaftId: raftID, Node: m})
 }
@@ -167,11 +167,11 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 		return nextStep{kind: stepWait} // perhaps the change in flight makes it so
 	}
 	if req.Expected != nil && !maps.Equal(expectedRoles(req.Expected), rolesOf(l.conf, l.members)) {
-		return fails(apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED,
+		return failStep(apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_MEMBERSHIP_CHANGED,
 			"the membership is another than the change was made for: "+describeMembers(l.conf, l.members)))
 	}
 	if refusal != nil {
-		return fails(refusal)
+		return failStep(refusal)
 	}
 	if notReady == nil {
 		notReady = l.checkMajority(voters)
@@ -180,7 +180,7 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 		return nextStep{kind: stepWait}
 	}
 	if notReady != nil {
-		return fails(notReady)
+		return failStep(notReady)
 	}
 	if slices.ContainsFunc(voters, l.isComingBack) {
 		return nextStep{kind: stepWait} // a node that lost its memory is taken back first
@@ -189,10 +189,10 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 		// This node leaves: a voter that stays makes the change, if there is one already.
 		successors := l.successors(voters)
 		if len(successors) > 0 {
-			return handsOver(successors)
+			return transferStep(successors)
 		}
 	}
-	return proposes(nil, changes...)
+	return proposeStep(nil, changes...)
 }
 
 // checkMajority refuses voters of which no majority answers.
@@ -339,14 +339,14 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 	}
 	ids, err := l.resolve([]uint64{t.to})
 	if err != nil {
-		return fails(err)
+		return failStep(err)
 	}
 	if !l.isVoter(ids[0]) {
-		return fails(notCaughtUp("node %d is no voter", t.to))
+		return failStep(notCaughtUp("node %d is no voter", t.to))
 	}
 	isLate := t.began != 0 && l.now-t.began > 2*l.electionTicks
 	if isLate || !l.connected[ids[0]] {
-		return fails(unreachable(fmt.Sprintf("node %d does not answer, or did not take over", t.to)))
+		return failStep(unreachable(fmt.Sprintf("node %d does not answer, or did not take over", t.to)))
 	}
 	if !l.mayChange {
 		return nextStep{kind: stepWait}
@@ -355,7 +355,7 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 		t.began = l.now
 	}
 	// A silent node is no successor: raft would take no writes for nothing.
-	return handsOver(l.successors(ids))
+	return transferStep(l.successors(ids))
 }
 
 // jointStay is a leader's stay in a joint configuration.
@@ -387,7 +387,7 @@ func (j *jointStay) step(l *leaderState) nextStep {
 		// A leader that is to leave hands over first: it would step down before
 		// the others know that they may do without it.
 		j.tried = l.now
-		return handsOver(l.successors(l.conf.GetVoters()))
+		return transferStep(l.successors(l.conf.GetVoters()))
 	}
 	leavers := l.leavers()
 	if len(leavers) > 0 && l.now-j.began <= 2*l.electionTicks {
@@ -466,7 +466,7 @@ type witness struct {
 func (r *request) advance() nextStep {
 	n := r.n
 	if !n.leads() {
-		return fails(errNotLeader)
+		return failStep(errNotLeader)
 	}
 	before := n.change.startedAt
 	s := n.perform(r.next(n.leaderState()))
@@ -508,27 +508,27 @@ func (r *request) seekWitness() bool {
 // clusterState gathers the facts that rules go by.
 func (n *node) clusterState() *clusterState {
 	return &clusterState{
-		now:           n.clock.now,
-		tick:          n.tickDuration(),
-		electionTicks: n.electionTicks(),
-		self:          n.self,
-		raftID:        n.id.raftID,
-		inCluster:     n.rn != nil,
-		raft:          n.raft,
-		leads:         n.leads(),
-		mayChange:     n.mayChange(),
-		leadHeard:     n.election.leadHeard,
-		leaderless:    n.election.leaderless,
-		conf:          n.store.conf,
-		members:       n.store.members,
-		removed:       n.store.removed,
-		former:        n.store.former,
-		applied:       n.store.index,
-		connected:     n.peers.connected,
-		heard:         n.peers.heard,
-		moved:         n.peers.moved,
-		reborn:        n.peers.reborn,
-		refusals:      n.peers.refusals,
+		now:             n.clock.now,
+		tick:            n.tickDuration(),
+		electionTicks:   n.electionTicks(),
+		self:            n.self,
+		raftID:          n.id.raftID,
+		inCluster:       n.rn != nil,
+		raft:            n.raft,
+		leads:           n.leads(),
+		mayChange:       n.mayChange(),
+		leadHeard:       n.election.leadHeard,
+		leaderlessTicks: n.election.leaderlessTicks,
+		conf:            n.store.conf,
+		members:         n.store.members,
+		removed:         n.store.removed,
+		former:          n.store.former,
+		applied:         n.store.index,
+		connected:       n.peers.connected,
+		heard:           n.peers.heard,
+		moved:           n.peers.moved,
+		reborn:          n.peers.reborn,
+		refusals:        n.peers.refusals,
 	}
 }
 
@@ -570,7 +570,7 @@ func (n *node) perform(s nextStep) nextStep {
 	switch s.kind {
 	case stepPropose:
 		if err := n.proposeChange(s.members, s.changes...); err != nil {
-			return fails(err)
+			return failStep(err)
 		}
 	case stepHandOver:
 		n.change.start(n.clock.now)
@@ -587,7 +587,7 @@ func (n *node) perform(s nextStep) nextStep {
 
 // handOver asks raft to make one of these voters the leader, if one can lead.
 func (n *node) handOver(voters []uint64) {
-	n.perform(handsOver(n.leaderState().successors(voters)))
+	n.perform(transferStep(n.leaderState().successors(voters)))
 }
 
 // proposeChange proposes a change of the configuration. Whether it was applied
@@ -624,7 +624,7 @@ func (n *node) proposeEmpty() uint64 {
 	if err := n.rn.Propose(nil); err != nil {
 		return 0
 	}
-	n.log.behind = true
+	n.log.stale = true
 	log := n.drainedLog()
 	if log == nil {
 		return 0

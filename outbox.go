@@ -112,5 +112,5 @@ func (n *node) flush(all bool) {
 		n.net.send(p.to, p.life, p.ms)
 	}
 	n.snapshots.closeUnread()
-	n.in.release(n.calls.takeEnded())
+	n.inbox.release(n.calls.takeEnded())
 }

@@ -57,7 +57,7 @@ func (p *peerStates) forget(removed []uint64) {
 // receiveMessages queues a peer's messages; it waits while the queue is full.
 // Any goroutine may call it.
 func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
-	for !n.in.deliver(ms) {
+	for !n.inbox.deliver(ms) {
 		if err := n.do(ctx, func() error { return nil }); err != nil { // the loop takes what is queued first
 			return err
 		}
@@ -68,7 +68,7 @@ func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
 // peerUp learns of a stream between this process and a life of a peer. Any
 // goroutine may call it, before any message of that stream.
 func (n *node) peerUp(raftID, life uint64, outbound bool) {
-	n.in.event(func() { n.followUp(raftID, life, outbound) })
+	n.inbox.event(func() { n.followUp(raftID, life, outbound) })
 }
 
 // followUp is peerUp in the loop. outbound: the stream is this node's to the peer.
@@ -121,7 +121,7 @@ func (p *peerStates) disconnect(raftID uint64) bool {
 // peerMoved learns that the stream of which peerUp has just told goes to another
 // address than the one that is known. Any goroutine may call it.
 func (n *node) peerMoved(raftID uint64, to *kvpb.Node) {
-	n.in.event(func() {
+	n.inbox.event(func() {
 		if n.peers.connected[raftID] {
 			n.peers.moved[raftID] = to
 		}
@@ -130,7 +130,7 @@ func (n *node) peerMoved(raftID uint64, to *kvpb.Node) {
 
 // peerDown learns that messages to a peer were lost. Any goroutine may call it.
 func (n *node) peerDown(raftID uint64, lost bool) {
-	n.in.event(func() { n.followDown(raftID, lost) })
+	n.inbox.event(func() { n.followDown(raftID, lost) })
 }
 
 // followDown is peerDown in the loop. lost: the stream is lost, or else its queue is full.
@@ -191,7 +191,7 @@ func (n *node) isTaken(address string, nodeID uint64) bool {
 // refused learns that whoever answered at the known address of a member would not
 // talk to this node, which was myRaftID then. Any goroutine may call it.
 func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
-	n.in.event(func() {
+	n.inbox.event(func() {
 		if n.rn != nil && myRaftID == n.id.raftID {
 			n.followRefusal(raftID, w)
 		}
@@ -268,7 +268,7 @@ func (n *node) disowned(by uint64) {
 // endRemoved ends a node that is no member any more, as most of the others say. One
 // without a data directory drops its state and may be added again, as somebody new.
 func (n *node) endRemoved(by []uint64) {
-	if n.durable.mark != 0 {
+	if n.durable.snapshotIndex != 0 {
 		n.logger.Error("this node was removed from its cluster", "say", n.names(by))
 		n.err = errRemoved
 		return

@@ -350,13 +350,13 @@ func TestRemovedByMost(t *testing.T) {
 
 	t.Run("with a directory", func(t *testing.T) {
 		l := voted(t, []uint64{1, 2, 3})
-		l.n.durable.mark = 1
+		l.n.durable.snapshotIndex = 1
 		l.n.refused(1, 2, saysRemoved(2))
 		if l.turn(0); l.n.err != nil {
 			t.Fatal(l.n.err)
 		}
 		l.n.refused(1, 3, saysRemoved(3))
-		l.n.turn(l.n.in.take())
+		l.n.turn(l.n.inbox.take())
 		if l.n.err != errRemoved || l.n.store.clusterID != 7 {
 			t.Errorf("it has ended with %v, or dropped its state", l.n.err)
 		}
@@ -384,7 +384,7 @@ func TestHelloToBlank(t *testing.T) {
 	}
 	// It has joined between hello and event.
 	l := newLone(t, inNoCluster)
-	l.n.in.event(func() {
+	l.n.inbox.event(func() {
 		if err := l.n.stepSnapshot(l.hellos[0], 1, newTestStore()); err != nil {
 			t.Error(err)
 		}

@@ -157,7 +157,7 @@ func (p *pipeline) read(ctx context.Context) error {
 		}
 		p.calls.Add(int64(len(r.calls)))
 		p.bytes.Add(int64(r.bytes))
-		r.start(&p.s.n.in)
+		r.start(&p.s.n.inbox)
 		select {
 		case p.requests <- r:
 		case <-ctx.Done():

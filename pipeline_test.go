@@ -163,7 +163,7 @@ func TestPipelineBounds(t *testing.T) {
 		}
 	}()
 	var calls int64
-	in := &c.nodes[1].server.n.in
+	in := &c.nodes[1].server.n.inbox
 	eventually(t, func() error {
 		in.mu.Lock()
 		defer in.mu.Unlock()

@@ -96,7 +96,7 @@ type node struct {
 	self   *kvpb.Node   // constant
 	logger *slog.Logger // constant
 	net    transport    // constant
-	in     inbox        // any goroutine
+	inbox  inbox        // any goroutine
 
 	id    identity
 	rn    *raft.RawNode // nil: in no cluster
@@ -145,7 +145,7 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 		n.opts.onApply = func(*raftpb.Entry) {}
 	}
 	n.status.onChange = func(*published) {}
-	n.in.wake = newBell()
+	n.inbox.wake = newBell()
 	n.clock = clock{now: firstTick, wall: firstTick}
 	n.catchup.written = newMeter(o.heartbeat)
 	n.claims = newClaims(self, n.ticksOf(claimTime), n.ticksOf(n.redialTime()))
@@ -228,7 +228,7 @@ func (n *node) restore(r *recovered) error {
 	}
 	h := r.batch.GetHardState()
 	n.log.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
-	n.durable.mark = r.store.index
+	n.durable.snapshotIndex = r.store.index
 	n.durable.removed = r.store.removed
 	n.durable.logged = n.log.bytes + sectorBytes*uint64(len(entries))
 	return nil
@@ -249,7 +249,7 @@ func (n *node) bootstrap() (clusterID uint64, err error) {
 	n.store.install(s)
 	n.log.reset(raftSnapshot(n.store.index, n.store.term, n.store.conf))
 	n.log.hard = &raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(0)), Commit: new(uint64(1))}
-	v := n.store.open()
+	v := n.store.openView()
 	n.persist(diskJob{view: v, batch: &kvpb.LogBatch{HardState: wireHardState(n.log.hard)}}, v.close)
 	if err := n.start(); err != nil {
 		return 0, err
@@ -300,12 +300,12 @@ func (n *node) run(ctx context.Context) error {
 			continue
 		case <-ticker.C:
 			ticks = 1
-		case <-n.in.wake:
+		case <-n.inbox.wake:
 			runtime.Gosched() // let those who are about to queue something do so
 		}
-		in := n.in.take()
+		in := n.inbox.take()
 		in.ticks = ticks
-		in.clock = uint64(time.Since(start) / n.tickDuration())
+		in.elapsed = uint64(time.Since(start) / n.tickDuration())
 		n.turn(in)
 	}
 	n.end()
@@ -317,9 +317,9 @@ func (n *node) run(ctx context.Context) error {
 
 // end ends all that waits. Raft may be broken: nothing more is asked of it.
 func (n *node) end() {
-	n.in.close()
+	n.inbox.close()
 	n.rn = nil
-	in := n.in.take()
+	in := n.inbox.take()
 	n.turn(input{calls: in.calls, events: in.events})
 	n.calls.failAll(n.err)
 }
@@ -336,7 +336,7 @@ func (n *node) turn(in input) {
 	for _, msg := range in.messages {
 		n.receive(msg)
 	}
-	n.clock.wall = max(n.clock.wall, firstTick+in.clock)
+	n.clock.wall = max(n.clock.wall, firstTick+in.elapsed)
 	for range in.ticks {
 		n.tick()
 	}
@@ -347,7 +347,7 @@ func (n *node) turn(in input) {
 	// What follows from it.
 	n.drain()
 	if n.err == nil { // a broken node has nothing to say: end ends what waits
-		n.calls.checkConditions()
+		n.calls.pollRequests()
 		n.leaveJoint()
 	}
 	n.drain()
@@ -382,7 +382,7 @@ func (n *node) tick() {
 		return
 	}
 	n.rn.Tick()
-	n.missLeader()
+	n.countLeaderless()
 	n.commitLearned()
 	if !n.isRunning() {
 		return
@@ -426,15 +426,15 @@ func (n *node) receive(in inbound) {
 		n.receiveUninitialized(m)
 		return
 	}
-	if !n.check(m) {
+	if !n.admits(m) {
 		return
 	}
 	n.noteHeard(m)
-	if n.mustWait(m) {
+	if n.holdBack(m) {
 		return
 	}
 	n.learnCommit(m)
-	n.step(m)
+	n.stepRaft(m)
 	switch m.GetType() {
 	case raftpb.MsgHeartbeat:
 		n.health.followHeartbeat(n.clusterState(), m)
@@ -459,7 +459,7 @@ func (n *node) noteHeard(m *raftpb.Message) {
 }
 
 // mustWait reports whether raft may not see a message now: it is sent again, or held.
-func (n *node) mustWait(m *raftpb.Message) bool {
+func (n *node) holdBack(m *raftpb.Message) bool {
 	switch m.GetType() {
 	case raftpb.MsgReadIndex:
 		// The only voter would answer before it knows what is committed. Who asked
@@ -475,8 +475,8 @@ func (n *node) mustWait(m *raftpb.Message) bool {
 }
 
 // step gives a peer's message to raft.
-func (n *node) step(m *raftpb.Message) {
-	n.log.behind = n.log.behind || m.GetType() == raftpb.MsgApp
+func (n *node) stepRaft(m *raftpb.Message) {
+	n.log.stale = n.log.stale || m.GetType() == raftpb.MsgApp
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
 		n.logger.Debug("raft refused a message", "type", m.GetType(), "from", m.GetFrom(), "err", err)
 	}
@@ -487,7 +487,7 @@ func (n *node) step(m *raftpb.Message) {
 // Whoever looks at the log between two Readys has to look here: n.raft can still
 // hold entries that raft has replaced.
 func (n *node) drainedLog() *raftLog {
-	if n.log.behind {
+	if n.log.stale {
 		n.drain()
 	}
 	if !n.isRunning() {
@@ -514,14 +514,14 @@ func (n *node) receiveUninitialized(m *raftpb.Message) {
 }
 
 // check guards raft against a peer's message; false: raft must not see it.
-func (n *node) check(m *raftpb.Message) bool {
+func (n *node) admits(m *raftpb.Message) bool {
 	if n.mustDrainFor(m) {
 		n.drain()
 	}
 	if !n.isRunning() {
 		return false
 	}
-	err := n.checkNow(m)
+	err := n.checkAgainstRaft(m)
 	if err != nil && n.rn.HasReady() {
 		// The role and the log that it was checked against are perhaps not raft's
 		// own: once more.
@@ -529,7 +529,7 @@ func (n *node) check(m *raftpb.Message) bool {
 		if !n.isRunning() {
 			return false
 		}
-		err = n.checkNow(m)
+		err = n.checkAgainstRaft(m)
 	}
 	if err == nil {
 		return true
@@ -555,25 +555,25 @@ func (n *node) mustDrainFor(m *raftpb.Message) bool {
 		return true // raft ignores it while it has a change of membership to apply
 	case raftpb.MsgApp:
 		// Entries after the last committed one cannot contradict it.
-		return n.log.behind && m.GetIndex() <= n.rn.BasicStatus().GetCommit()
+		return n.log.stale && m.GetIndex() <= n.rn.BasicStatus().GetCommit()
 	case raftpb.MsgHeartbeat:
-		return n.log.behind || m.GetCommit() > n.store.index
+		return n.log.stale || m.GetCommit() > n.store.index
 	case raftpb.MsgAppResp:
-		return n.log.behind
+		return n.log.stale
 	}
 	return false
 }
 
 // checkNow checks a message against the present log and role.
-func (n *node) checkNow(m *raftpb.Message) error {
+func (n *node) checkAgainstRaft(m *raftpb.Message) error {
 	st := n.rn.BasicStatus()
 	c := &peerCheck{
-		term:     st.GetTerm(),
-		commit:   st.GetCommit(),
-		log:      n.log,
-		leading:  n.raft.role == raft.StateLeader,
-		lead:     n.raft.lead,
-		readBeat: n.outbox.readContext,
+		term:        st.GetTerm(),
+		commit:      st.GetCommit(),
+		log:         n.log,
+		leading:     n.raft.role == raft.StateLeader,
+		lead:        n.raft.lead,
+		readContext: n.outbox.readContext,
 	}
 	return c.check(m)
 }
@@ -585,11 +585,11 @@ func (n *node) drain() {
 		n.propose()
 		n.askRead()
 		if !n.rn.HasReady() {
-			n.log.behind = false
+			n.log.stale = false
 			return
 		}
 		rd := n.rn.Ready()
-		n.log.behind = false // ready appends before it asks the log for anything
+		n.log.stale = false // ready appends before it asks the log for anything
 		n.ready(rd)
 	}
 }

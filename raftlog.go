@@ -27,7 +27,7 @@ type raftLog struct {
 	snapshot  func() *raftpb.Snapshot
 	// behind: raft has taken in entries, or a snapshot, since its last Ready, which
 	// the log lacks. They may have replaced what it holds.
-	behind bool
+	stale bool
 }
 
 // InitialState implements raft.Storage.

@@ -244,7 +244,7 @@ func (s *server) confirmRead(ctx context.Context) error {
 // until it has ended or ctx has.
 func (s *server) call(ctx context.Context, write []byte) (result, error) {
 	c := &call{write: write, wait: s.ticksLeft(ctx), done: make(chan outcome, 1)}
-	if err := s.n.in.call(c); err != nil {
+	if err := s.n.inbox.call(c); err != nil {
 		return result{}, err
 	}
 	select {

@@ -366,7 +366,7 @@ func TestSessionModel(t *testing.T) {
 		for batch := range uint64(600) {
 			switch r.IntN(25) {
 			case 0:
-				v := s.open()
+				v := s.openView()
 				views = append(views, open{v, viewBytes(t, v)})
 			case 1:
 				closeOne()
@@ -479,7 +479,7 @@ func TestDeadlines(t *testing.T) {
 		n := leaderless()
 		c := &call{write: []byte{1}, wait: 10, done: make(chan outcome, 1)}
 		n.turn(input{ticks: 3, calls: []*call{c}})
-		n.turn(input{ticks: 1, clock: 3 + missed})
+		n.turn(input{ticks: 1, elapsed: 3 + missed})
 		if (len(c.done) == 1) != (missed == 9) {
 			t.Errorf("with %d ticks missed: %d calls have ended", missed, len(c.done))
 		}
@@ -556,7 +556,7 @@ func TestUnknownOutcomes(t *testing.T) {
 			}()
 			var in input
 			eventually(t, func() error {
-				if in = n.in.take(); len(in.calls) == 0 {
+				if in = n.inbox.take(); len(in.calls) == 0 {
 					return errors.New("it has not come")
 				}
 				return nil

@@ -193,7 +193,7 @@ func TestValuesAreKept(t *testing.T) {
 	s := newTestStore()
 	applyBatch(t, s, 1, 1, setWrite("k", "old"))
 	it, _, _ := s.get([]byte("k"))
-	v := s.open()
+	v := s.openView()
 	defer v.close()
 	i := shardOf("k")
 	everything := func([]byte) bool { return true }
@@ -223,7 +223,7 @@ func TestValuesAreKept(t *testing.T) {
 			sets, deletes = append(sets, setWrite(key, key)), append(deletes, deleteWrite(key))
 		}
 		applyBatch(t, s, 1, 10+2*uint64(n), sets...)
-		v := s.open()
+		v := s.openView()
 		items := v.shard(shardOf(keys[0]), room, everything)
 		v.close()
 		applyBatch(t, s, 1, 11+2*uint64(n), append(deletes, sets[5], sets[4])...)
@@ -248,7 +248,7 @@ func TestViewPageSizes(t *testing.T) {
 		}
 		applyBatch(t, s, 1, uint64(i)+1, ws...)
 	}
-	v := s.open()
+	v := s.openView()
 	defer v.close()
 	const maxBytes = 100 << 10
 	size := maxPacked + len(keys[0])
@@ -272,7 +272,7 @@ func TestViewPageSizes(t *testing.T) {
 		sizes[key] = []int{10, maxPacked, 30 << 10}[r.IntN(3)]
 		applyBatch(t, s, 1, 100+uint64(i), setWrite(key, strings.Repeat("v", sizes[key])))
 	}
-	w := s.open()
+	w := s.openView()
 	defer w.close()
 	keys = slices.Sorted(maps.Keys(sizes))
 	for after := ""; len(keys) > 0; {
@@ -296,7 +296,7 @@ func TestLargeKeysAreNotCopied(t *testing.T) {
 	for i := range uint64(400) {
 		applyBatch(t, s, 1, 1+i, setWrite(fmt.Sprintf("%s%04d", long, i), strings.Repeat("v", maxPacked+1)))
 	}
-	v := s.open()
+	v := s.openView()
 	defer v.close()
 	page := func(prefix string, limit int) func() {
 		return func() {

@@ -425,7 +425,7 @@ func (s *sim) start(st *site) {
 			p.acknowledge(e)
 		}
 	}
-	p.n.store.sessions.limit, p.n.store.sessions.answerLimit, p.n.store.sameVersion = s.cfg.sessions, uint64(s.cfg.answers), s.cfg.sameCount
+	p.n.store.sessions.limit, p.n.store.sessions.answerLimit, p.n.store.plantedSameVersion = s.cfg.sessions, uint64(s.cfg.answers), s.cfg.sameCount
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
 		p.n.id.raftID = old
@@ -459,7 +459,7 @@ func (p *proc) identify() {
 	}
 	p.site.lives++
 	name := fmt.Sprintf("%d.%d", n.self.Id, p.site.lives)
-	if was, ok := s.names[n.id.raftID]; ok && n.durable.mark != 0 && was[0] == name[0] { // it has kept its memory
+	if was, ok := s.names[n.id.raftID]; ok && n.durable.snapshotIndex != 0 && was[0] == name[0] { // it has kept its memory
 		delete(s.lives, n.id.raftID)
 	}
 	for _, id := range []uint64{n.id.raftID, n.id.life} {
@@ -517,7 +517,7 @@ func (p *proc) wake() {
 // turn runs the loop's body once and checks what it has done.
 func (p *proc) turn(ticks int) {
 	p.soon, p.inTurn = false, true
-	in := p.n.in.take()
+	in := p.n.inbox.take()
 	in.ticks = ticks
 	if p.s.cfg.twice {
 		clear(p.n.store.proposers)
@@ -564,7 +564,7 @@ func (p *proc) readBadly() {
 func (p *proc) acknowledge(e *raftpb.Entry) {
 	n := p.n
 	var b kvpb.Batch
-	if n.calls.own == nil || n.clock.now >= n.calls.own.again || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.id.raftID {
+	if n.calls.own == nil || n.clock.now >= n.calls.own.proposeAt || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.id.raftID {
 		return
 	}
 	for i, c := range n.calls.own.calls {
@@ -655,7 +655,7 @@ func (p *proc) write() {
 
 // promises checks that what a message promises is on the disk (I7).
 func (p *proc) promises(m *raftpb.Message) {
-	if p.disk == nil || p.n.durable.mark == 0 || m.GetReject() {
+	if p.disk == nil || p.n.durable.snapshotIndex == 0 || m.GetReject() {
 		return
 	}
 	h := p.written.HardState
@@ -745,7 +745,7 @@ func (p *proc) entry(i uint64) *raftpb.Entry {
 
 // stateOf hashes what a snapshot of a node would hold.
 func stateOf(n *node) uint64 {
-	v := n.store.open()
+	v := n.store.openView()
 	defer v.close()
 	h := fnv.New64a()
 	_ = v.writeTo(h)
@@ -1581,7 +1581,7 @@ func (t *transfer) install() {
 		st.sessions = newSessions()
 	}
 	delete(p.receiving, t.hello.From.RaftId)
-	p.n.in.event(func() {
+	p.n.inbox.event(func() {
 		err := p.n.stepSnapshot(t.hello, t.term, st)
 		s.trace("%v → %v snapshot of %d, term %d: %v", t.from, p, t.v.header.Index, t.term, err)
 		s.after(s.latency(), nil, func() {
@@ -1753,7 +1753,7 @@ func (c *caller) send(o *op) {
 			return
 		}
 	}
-	if err := p.n.in.call(a.c); err != nil {
+	if err := p.n.inbox.call(a.c); err != nil {
 		c.finish(a, outcome{err: err})
 		return
 	}
@@ -1952,7 +1952,7 @@ type admin struct {
 	deadline int64
 	p        *proc
 	term     uint64 // of whoever answered
-	c        *condition
+	c        *pendingRequest
 	cancel   func()
 }
 
@@ -2022,8 +2022,8 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
 	r := &request{n: n, next: a.steps(n)}
-	a.c = &condition{ctx: ctx, done: make(chan error, 1), f: func() (bool, error) { return a.advance(r) }}
-	n.in.event(func() { n.calls.conditions = append(n.calls.conditions, a.c) })
+	a.c = &pendingRequest{ctx: ctx, done: make(chan error, 1), poll: func() (bool, error) { return a.advance(r) }}
+	n.inbox.event(func() { n.calls.requests = append(n.calls.requests, a.c) })
 	a.p.wake()
 	return false, nil
 }
@@ -2070,7 +2070,7 @@ func (s *sim) addLearner(st *site, then func(error)) {
 		return func(l *leaderState) nextStep {
 			if raftID == 0 || n.store.members[raftID] == nil && s.rng.IntN(50) == 0 { // he asks once, or again
 				if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
-					return fails(errNotNow)
+					return failStep(errNotNow)
 				}
 				raftID, at = st.cur.n.accept(n.hello()).Peer.RaftId, st.node
 				st.cur.wake()
@@ -2104,7 +2104,7 @@ func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(erro
 	a.steps = func(n *node) func(*leaderState) nextStep {
 		return func(l *leaderState) nextStep {
 			if want, err := l.votersToBe(req); err == nil && !s.cfg.reckless && !isJoint(n.store.conf) && !s.remain(want, nil) {
-				return fails(errNotNow) // an operator would not
+				return failStep(errNotNow) // an operator would not
 			}
 			return l.membershipStep(req)
 		}
@@ -2182,7 +2182,7 @@ func (s *sim) transferLeader(nodeID uint64) {
 // boot makes the cluster, as server.Init does: no faults before that is done.
 func (s *sim) boot() {
 	p := s.sites[0].cur
-	p.n.in.event(func() {
+	p.n.inbox.event(func() {
 		if _, err := p.n.bootstrap(); err != nil {
 			s.failf("bootstrap: %v", err)
 		}
@@ -2599,7 +2599,7 @@ func (p *proc) die(length float64) {
 func (p *proc) stop(length float64) {
 	s, n := p.s, p.n
 	if n.leads() && n.mayChange() {
-		n.in.event(func() { n.handOver(n.store.conf.GetVoters()) })
+		n.inbox.event(func() { n.handOver(n.store.conf.GetVoters()) })
 		p.wake()
 	}
 	s.after(5, p, func() {
@@ -2607,7 +2607,7 @@ func (p *proc) stop(length float64) {
 			return
 		}
 		n.err = errStopping
-		n.in.close()
+		n.inbox.close()
 		p.turn(0)
 		n.calls.failAll(errStopping)
 		p.poll()
@@ -2737,7 +2737,7 @@ func (s *sim) until(ticks float64, f func() string) {
 // ask makes a call that must succeed.
 func (s *sim) ask(p *proc, record []byte) (r result) {
 	c := &call{write: record, done: make(chan outcome, 1)}
-	if err := p.n.in.call(c); err != nil {
+	if err := p.n.inbox.call(c); err != nil {
 		s.failf("I9: %v", err)
 	}
 	p.wake()
@@ -2746,7 +2746,7 @@ func (s *sim) ask(p *proc, record []byte) (r result) {
 		case o := <-c.done:
 			if errors.Is(o.err, errNoLeader) { // it was stopped until now: not applied, so once more
 				c = &call{write: record, done: make(chan outcome, 1)}
-				_ = p.n.in.call(c)
+				_ = p.n.inbox.call(c)
 				return "nobody leads"
 			}
 			if o.err != nil {
@@ -2793,7 +2793,7 @@ func (s *sim) restartStray(p, leader *proc) {
 	isFound := slices.ContainsFunc(members.raftIDsOf(p.site.node.Id), func(id uint64) bool {
 		return proto.Equal(members.members[id], p.site.node) // one that has moved is not, without what it has
 	})
-	if !isFound || p.n.rn == nil || p.n.election.leaderless < 4*p.n.electionTicks() {
+	if !isFound || p.n.rn == nil || p.n.election.leaderlessTicks < 4*p.n.electionTicks() {
 		return
 	}
 	s.count["strays restarted"]++

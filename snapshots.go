@@ -74,7 +74,7 @@ func (n *node) snapshot() *raftpb.Snapshot {
 			return raftSnapshot(v.header.Index, v.header.Term, v.conf)
 		}
 	}
-	v := n.store.open()
+	v := n.store.openView()
 	v.rest = n.catchup.pause
 	n.snapshots.views = append(n.snapshots.views, v)
 	return raftSnapshot(v.header.Index, v.header.Term, v.conf)
@@ -104,7 +104,7 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 
 // snapshotSent ends a transfer. Any goroutine may call it.
 func (n *node) snapshotSent(to uint64, v *view, err error) {
-	n.in.event(func() { n.endTransfer(to, v, err) })
+	n.inbox.event(func() { n.endTransfer(to, v, err) })
 }
 
 // endTransfer is snapshotSent in the loop.
@@ -144,7 +144,7 @@ func (n *node) readSnapshot(r io.Reader) (*store, error) {
 	}
 	name, err := w.finish(index, err)
 	if w.err != nil { // not the sender's fault
-		n.in.event(func() { n.diskFailed(w.err) })
+		n.inbox.event(func() { n.diskFailed(w.err) })
 	}
 	if err != nil {
 		return nil, err
@@ -157,7 +157,7 @@ func (n *node) readSnapshot(r io.Reader) (*store, error) {
 // once raft has taken or ignored it. Any goroutine may call it.
 func (n *node) receiveSnapshot(ctx context.Context, h *kvpb.Hello, term uint64, s *store) error {
 	err := n.do(ctx, func() error { return n.stepSnapshot(h, term, s) })
-	n.in.event(func() { n.discard(s) }) // if ctx ended first
+	n.inbox.event(func() { n.discard(s) }) // if ctx ended first
 	return err
 }
 
@@ -180,7 +180,7 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 		Snapshot: raftSnapshot(s.index, s.term, s.conf),
 	}
 	err := errors.New("raft refused the snapshot")
-	if n.check(m) {
+	if n.admits(m) {
 		n.snapshots.pending = s
 		err = n.rn.Step(m)
 		n.drain()
@@ -219,8 +219,8 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 	n.snapshots.pending.file = "" // it is the store's
 	n.snapshots.pending = nil
 	n.log.reset(snap)
-	if n.durable.mark != 0 { // else there is no disk, or persist makes the directory, and the mark
-		n.durable.mark = n.store.index
+	if n.durable.snapshotIndex != 0 { // else there is no disk, or persist makes the directory, and the mark
+		n.durable.snapshotIndex = n.store.index
 	}
 	n.durable.logged = 0
 	n.status.count.SnapshotsInstalled++

@@ -96,7 +96,7 @@ func (n *node) glance() glance {
 		dispensable: n.rn != nil && n.health.isDispensable(c),
 		lost:        len(n.peers.reborn),
 		connected:   len(n.peers.connected),
-		leaderless:  n.election.leaderless / n.ticksOf(time.Second),
+		leaderless:  n.election.leaderlessTicks / n.ticksOf(time.Second),
 		claim:       n.currentClaim(),
 		conf:        n.store.conf,
 	}

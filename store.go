@@ -71,10 +71,10 @@ type store struct {
 	bytes     uint64 // of all keys and values
 
 	// Not part of the state.
-	views       []*view     // that are open, of these shards: mu guards them, too
-	file        string      // the snapshot in the data directory that it was read from, if it was
-	room        []operation // memory for the writes of an entry
-	sameVersion bool        // a bug that the simulator plants: all writes of an entry share a version
+	views              []*view     // that are open, of these shards: mu guards them, too
+	file               string      // the snapshot in the data directory that it was read from, if it was
+	room               []operation // memory for the writes of an entry
+	plantedSameVersion bool        // a bug that the simulator plants: all writes of an entry share a version
 }
 
 func newStore() *store {
@@ -138,7 +138,7 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	defer s.mu.Unlock()
 	results = make([]outcome, len(b.writes))
 	for i := range b.writes {
-		if s.sameVersion && i > 0 {
+		if s.plantedSameVersion && i > 0 {
 			s.version--
 		}
 		results[i] = s.applyOnce(&b.writes[i])

@@ -99,7 +99,7 @@ func viewBytes(t testing.TB, v *view) []byte {
 
 func snapshotBytes(t testing.TB, s *store) []byte {
 	t.Helper()
-	v := s.open()
+	v := s.openView()
 	defer v.close()
 	return viewBytes(t, v)
 }
@@ -174,7 +174,7 @@ func TestStoreModel(t *testing.T) {
 		for range 1000 {
 			switch r.IntN(40) { // views must change nothing
 			case 0:
-				views = append(views, s.open())
+				views = append(views, s.openView())
 			case 1:
 				if len(views) > 0 {
 					views[0].close()
@@ -359,7 +359,7 @@ func TestViews(t *testing.T) {
 		}
 	}
 	add := func() {
-		v := s.open()
+		v := s.openView()
 		views = append(views, open{v, viewBytes(t, v)})
 	}
 	add()
@@ -434,7 +434,7 @@ func TestViewCosts(t *testing.T) {
 			s.delete([]byte(keys[1]))
 		})
 	}
-	v := s.open()
+	v := s.openView()
 	write(deleteWrite(keys[5]), setWrite(keys[4], "new"))
 	if n := preserved(v); n != 0 {
 		t.Errorf("%d items are preserved, none was replaced", n)
@@ -446,7 +446,7 @@ func TestViewCosts(t *testing.T) {
 	if n := allocations(); n != 0 {
 		t.Errorf("a write of what was replaced already allocates: %v", n)
 	}
-	w := s.open()
+	w := s.openView()
 	write(set)
 	if preserved(v) != 2 || preserved(w) != 1 {
 		t.Errorf("%d and %d items are preserved, want 2 and 1", preserved(v), preserved(w))
@@ -457,7 +457,7 @@ func TestViewCosts(t *testing.T) {
 		t.Errorf("with the first closed, %d and %d items are preserved, want 2 and 2", preserved(v), preserved(w))
 	}
 	v.close() // again
-	u := s.open()
+	u := s.openView()
 	w.close()
 	s.install(newStore()) // u shows what was before, for nothing
 	if len(s.views) != 0 {
@@ -477,7 +477,7 @@ func TestViewPage(t *testing.T) {
 		ws = append(ws, setWrite(fmt.Sprintf("%c%05d", "ab"[i%2], r.IntN(50000)), strings.Repeat("v", i%7)))
 	}
 	applyBatch(t, s, 1, 1, ws...)
-	v := s.open()
+	v := s.openView()
 	defer v.close()
 	all := contents(t, s)
 	keys := slices.Sorted(maps.Keys(all))
@@ -554,7 +554,7 @@ func TestStoreConcurrently(t *testing.T) {
 		}
 		applyBatch(t, s, 1, i+1, w)
 		if i%100 == 50 {
-			v := s.open()
+			v := s.openView()
 			want := viewBytes(t, v)
 			wg.Go(func() {
 				defer v.close()
@@ -715,7 +715,7 @@ func TestSnapshotDeterministic(t *testing.T) {
 				t.Fatal(err)
 			}
 			b.install(s)
-			v := b.open()
+			v := b.openView()
 			defer v.close()
 		}
 		applyBatch(t, a, 1, uint64(i)+2, deleteWrite("junk"), setWrite(key, key))

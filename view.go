@@ -54,7 +54,7 @@ type view struct {
 }
 
 // open opens a view. Only the loop may call it.
-func (s *store) open() *view {
+func (s *store) openView() *view {
 	v := s.openKeys()
 	v.sessions = s.sessions.all()
 	return v
