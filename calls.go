@@ -42,13 +42,16 @@ var (
 // proposal is this node's own entry in flight. There is one at most: what is
 // written meanwhile forms the next.
 type proposal struct {
-	sequence  uint64
-	data      []byte
-	calls     []*call
-	proposeAt uint64 // tick from which it is to be proposed, again perhaps
+	sequence uint64
+	data     []byte
+	calls    []*call
+	// proposeAt is the tick from which it is to be proposed, for the first time or again;
+	// never: not before the leader changes.
+	proposeAt uint64
 }
 
-// readRound is a ReadIndex in flight, or confirmed and waiting to be applied.
+// readRound is a ReadIndex in flight, or one that is confirmed, until this node has
+// applied its index.
 type readRound struct {
 	ctx   []byte // of the ReadIndex; nil: there is no round
 	tick  uint64 // of the question
@@ -63,7 +66,7 @@ type callsInFlight struct {
 	reads     []*call     // that wait for a round
 	own       *proposal   // this node's entry in flight; nil: none
 	round     readRound   // in flight, if it has a context
-	confirmed []readRound // that wait to be applied
+	confirmed []readRound // whose index this node has yet to apply
 	readWait  uint64      // ticks after which a round is asked for again
 	sequence  uint64      // of the last proposal or round
 
@@ -84,14 +87,15 @@ func (c *callsInFlight) add(call *call, wall uint64) {
 	}
 }
 
-// leaderlessness is what calls need to know of the lack of a leader.
+// leaderAbsence is what calls need to know of the lack of a leader.
 type leaderAbsence struct {
 	why     error // nil: there is a leader
 	tooLong bool  // calls do not wait for one any more
 }
 
 // expire ends calls whose deadline is near, and those that found no leader for too long.
-// A write that was proposed may still be applied: it goes on until its deadline.
+// A write that was proposed may still be applied: it goes on until its deadline is near,
+// or there has been no leader for too long. Then its outcome is unknown.
 func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 	why := leaderless.why
 	if why == nil {
@@ -116,16 +120,17 @@ func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 	if c.own == nil {
 		return
 	}
-	isWanted := false
+	// Without a leader, what no caller waits for any more need not be proposed again.
+	someoneWaits := false
 	for _, call := range c.own.calls {
 		if call.isLate(wall) {
 			c.finish(call, outcome{err: errUnknownInTime})
 		}
 		if !isOver(call) {
-			isWanted = true
+			someoneWaits = true
 		}
 	}
-	if leaderless.why != nil && !isWanted {
+	if leaderless.why != nil && !someoneWaits {
 		c.failOwn()
 	}
 }
@@ -189,7 +194,7 @@ func (c *callsInFlight) takeEnded() (calls, bytes int) {
 	return calls, bytes
 }
 
-// hasNext reports whether writes wait that no proposal has yet.
+// canPropose reports whether writes wait and no proposal is in flight.
 func (c *callsInFlight) canPropose() bool { return c.own == nil && len(c.writes) > 0 }
 
 // nextProposal returns what is to be proposed now, in the name of a raft ID: the
@@ -243,7 +248,7 @@ func (c *callsInFlight) finishOwn(sequence uint64, results []outcome) {
 	for i := range min(len(results), len(c.own.calls)) {
 		c.finish(c.own.calls[i], results[i])
 	}
-	c.failOwn()
+	c.failOwn() // ends only the calls that got no result
 }
 
 // failApplied gives up the proposal in flight if a snapshot has it, which does not have
@@ -321,7 +326,7 @@ func (c *callsInFlight) askAgain(now uint64) {
 	}
 }
 
-// checkConditions takes the steps of operators' requests. A step may add conditions.
+// pollRequests has each request of an operator take a step. A step may add requests.
 func (c *callsInFlight) pollRequests() {
 	waiting := c.requests
 	c.requests = nil
@@ -368,7 +373,9 @@ func (n *node) propose() {
 	if n.raft.lead == n.id.raftID {
 		p.proposeAt = never // it is lost only if leadership is: then syncSoftState says so
 	} else {
-		p.proposeAt = n.clock.now + n.electionTicks() + 1 // on its way to the leader, it can be lost without a word
+		// On its way to the leader it can be lost without a word: if it is not
+		// applied for longer than an election takes, it is proposed again.
+		p.proposeAt = n.clock.now + n.electionTicks() + 1
 	}
 }
 
@@ -410,8 +417,8 @@ type inbound struct {
 
 // call is a write or a read on its way through the loop.
 type call struct {
-	write   []byte // an encoded Write; nil: a read
-	state   atomic.Int32
+	write   []byte           // an encoded Write; nil: a read
+	state   atomic.Int32     // callQueued, callProposed or callGivenUp
 	since   uint64           // when the loop took it, by its clock
 	wait    uint64           // ticks until its deadline is near; 0: it has none
 	ended   bool             // the loop's
@@ -433,7 +440,8 @@ type outcome struct {
 	err error
 }
 
-// condition is a step of an operator's request that waits for the state to be so.
+// pendingRequest is an operator's request on its way. poll is called in every turn, until
+// it answers that the request is done, or returns an error.
 type pendingRequest struct {
 	ctx  context.Context
 	poll func() (bool, error)
@@ -538,7 +546,7 @@ func (b *inbox) close() {
 	b.closed = true
 }
 
-// await waits until f, called in the loop after every turn, returns true or an
+// await waits until f, called in the loop in every turn, returns true or an
 // error. Any goroutine may call it.
 func (n *node) await(ctx context.Context, f func() (bool, error)) error {
 	c := &pendingRequest{ctx: ctx, poll: f, done: make(chan error, 1)}

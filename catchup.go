@@ -1,7 +1,7 @@
 // Catching up: what of the log the leader keeps for members that are behind, and
 // how it slows writes so that they come back.
 //
-// A member that is behind needs the log behind the snapshot that is on its way to
+// A member that is behind needs the log after the snapshot that is on its way to
 // it, and then the log from what it has stored on. The leader keeps that as long as
 // the member gets on. Once the log is twice log-bytes long, writes are slowed to half
 // of the rate that they had, until everybody has caught up. Once it is as long as
@@ -78,7 +78,7 @@ func stored(pr tracker.Progress) uint64 {
 	return pr.Match
 }
 
-// catchUpOf returns what is known of a member.
+// followerOf returns what is known of a member.
 func (n *node) followerOf(id uint64) *follower {
 	c := n.catchup.followers[id]
 	if c == nil {
@@ -150,7 +150,7 @@ func (n *node) keepsFor(id uint64, pr tracker.Progress) bool {
 	return !c.givenUp && !isSilent && !isStuck
 }
 
-// needed returns the index behind which the log is kept, and whether it is for
+// needed returns the index after which the log is kept, and whether it is for
 // somebody who has yet to catch up.
 func (n *node) needed() (index uint64, behind bool) {
 	index = n.store.index
@@ -205,7 +205,7 @@ func (n *node) compactLog() {
 	}
 }
 
-// giveUp gives up those whom the log behind an index is kept for; false: nobody.
+// giveUp gives up those whom the log after an index is kept for; false: nobody.
 func (n *node) giveUp(index uint64) bool {
 	some := n.snapshots.giveUp(index)
 	var slow []uint64

@@ -21,7 +21,7 @@
 // they tell a directory that was never finished, which is emptied, from one that has lost
 // its identity or its log, which is refused and left as it is.
 //
-// The space in use is bounded. A snapshot is begun once log-bytes are logged behind the
+// The space in use is bounded. A snapshot is begun once log-bytes are logged after the
 // last one. Once twice as much is logged, it is written without pauses; at four times,
 // the writer of the log waits until the snapshot is there. To this come
 //   - what was queued, which raft bounds to 64 MiB;
@@ -90,7 +90,7 @@ type disk struct {
 	closing atomic.Bool // a snapshot that is being written need not be finished
 	failed  atomic.Bool // nothing more may be written
 
-	// markBegun makes identity.tmp, once, unless the directory has an identity. Any
+	// beginOnce makes identity.tmp, once, unless the directory has an identity. Any
 	// goroutine may call it.
 	beginOnce func() error
 
@@ -561,7 +561,7 @@ func (d *disk) persist(jobs []diskJob) error {
 	return d.wal.truncateFront(batch.Snapshot.Index)
 }
 
-// createMark marks an empty directory as one that is being begun. Whatever is put there
+// createTempIdentity marks an empty directory as one that is being begun. Whatever is put there
 // afterwards does not count until finishBegin. Once the mark is there, only begin may
 // write to it.
 func (d *disk) createTempIdentity() error {

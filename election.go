@@ -17,7 +17,7 @@ type election struct {
 	learned         learnedCommit // what a peer knows to be committed, and this node does not know yet
 }
 
-// missLeader is called in every tick; it says once that there is no leader.
+// countLeaderless is called in every tick; it says once that there is no leader.
 func (n *node) countLeaderless() {
 	if n.raft.lead != 0 {
 		n.election.leaderlessTicks = 0

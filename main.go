@@ -50,6 +50,8 @@
 //   - A turn is one pass of the loop: input in, effects out. Draining is to handle
 //     Readys until raft has none.
 //   - A view is the store as of one index, which stays as it is while writes go on.
+//   - A Batch is the writes of one entry; a proposal is this node's Batch in flight.
+//   - A session remembers what its client's writes were answered, by request_id.
 //   - A round is one ReadIndex for all reads that wait.
 //   - The mark is the index of the snapshot on disk that counts.
 //   - A claim is what a node in no cluster promises to an Init, whose node is the
@@ -57,7 +59,7 @@
 //   - A hint says that a peer is at another address than the configuration has. It
 //     is believed once the peer answers there.
 //   - Rivals are two processes that go by one raft ID: one is a copy.
-//   - A witness is an entry behind a configuration: whoever stores it knows that the
+//   - A witness is an entry after a configuration: whoever stores it knows that the
 //     configuration is committed.
 //   - A rule looks at facts (clusterState) and says the next step; the node performs it.
 //   - A rebirth: the node of a member has answered under another raft ID, without memory.

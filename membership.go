@@ -54,7 +54,8 @@ func proposeStep(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) ne
 	return nextStep{kind: stepPropose, members: members, changes: changes}
 }
 
-// handsOver has the first of some successors lead, if there is one.
+// transferStep is the step that makes the first of some successors lead; it waits if
+// there is none.
 func transferStep(successors []uint64) nextStep {
 	if len(successors) == 0 {
 		return nextStep{kind: stepWait}
@@ -120,8 +121,9 @@ func (c *clusterState) checkFree(raftID uint64, m *kvpb.Node) error {
 	return nil
 }
 
-// rivals are the members that are the same node as m, and run elsewhere if they run. One
-// that is not connected, or was where m is, has made way for m.
+// rivals are the raft IDs of m's node that may be another process than m: those that this
+// node is connected to at another address, and its own. Of these, only one that is alive,
+// heard lately too, forbids m.
 func (c *clusterState) rivals(m *kvpb.Node) []uint64 {
 	return slices.DeleteFunc(c.raftIDsOf(m.Id), func(id uint64) bool {
 		hasMadeWay := !c.connected[id] || c.nodeOf(id).Address == m.Address
@@ -153,6 +155,10 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 	if isJoint(l.conf) {
 		return nextStep{kind: stepWait}
 	}
+	// In this order: what is so already is done, whatever else is wrong; a change in
+	// flight is waited for; a wrong expectation and a wrong request are refused; members
+	// that are not ready are refused, but by a new leader, which waits for them; whoever
+	// comes back is taken back first. Then the change is made.
 	voters, refusal := l.votersToBe(req)
 	var changes []*raftpb.ConfChangeSingle
 	var notReady error // what a new leader may find only because it has yet to hear from the members
@@ -176,10 +182,10 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 	if notReady == nil {
 		notReady = l.checkMajority(voters)
 	}
-	if notReady != nil && l.isNewLeader() {
-		return nextStep{kind: stepWait}
-	}
 	if notReady != nil {
+		if l.isNewLeader() {
+			return nextStep{kind: stepWait}
+		}
 		return failStep(notReady)
 	}
 	if slices.ContainsFunc(voters, l.isComingBack) {
@@ -211,7 +217,8 @@ type memberRole struct {
 }
 
 // addRole adds a member to roles by node id. A node that is taken back has two members:
-// it keeps the role of the older one, and is at the address of the newer one.
+// it keeps the role of the older one, and is at the address of the newer one. The older
+// one is the one that votes: no change leaves two learners of one node.
 func addRole(roles map[uint64]memberRole, m *kvpb.Node, voter bool) {
 	other, twice := roles[m.Id]
 	address := m.Address
@@ -331,8 +338,8 @@ type leaderTransfer struct {
 	began uint64 // tick of the first try; 0: there was none
 }
 
-// step has raft make the node the leader; it is done when that is this one. A leader that
-// has handed over does not know for sure which node leads now: that node is asked next.
+// step makes the node the leader. Only the new leader knows for sure that it leads: the
+// request is repeated there, and is done there.
 func (t *leaderTransfer) step(l *leaderState) nextStep {
 	if t.to == l.self.Id {
 		return nextStep{kind: stepDone}
@@ -354,17 +361,18 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 	if t.began == 0 {
 		t.began = l.now
 	}
-	// A silent node is no successor: raft would take no writes for nothing.
+	// A silent node is no successor: raft takes no writes during a transfer, and this
+	// one would fail.
 	return transferStep(l.successors(ids))
 }
 
 // jointStay is a leader's stay in a joint configuration.
 type jointStay struct {
-	conf  *raftpb.ConfState // nil: there was none
+	conf  *raftpb.ConfState // nil: there was none; each configuration is a new pointer
 	term  uint64            // in which this node leads
 	began uint64            // tick
 	tried uint64            // tick in which the leader last tried to leave; 0: not yet
-	// notice is an entry behind conf: whoever has stored it knows that conf is committed.
+	// notice is an entry after conf: whoever has stored it knows that conf is committed.
 	// 0: it is not proposed yet.
 	notice uint64
 }
@@ -432,8 +440,9 @@ func (c *membershipChange) mayStart(now, electionTicks uint64) bool {
 	return c.startedAt == 0 || now-c.startedAt > electionTicks
 }
 
+// forget drops all that a node without memory does not know.
 func (c *membershipChange) forget() {
-	c.healing.duplicates = map[uint64]*duplicate{}
+	*c = membershipChange{healing: healing{duplicates: map[uint64]*duplicate{}}}
 }
 
 // forgetMembers drops what was seen of members that were removed.
@@ -484,7 +493,7 @@ func (r *request) advance() nextStep {
 func (r *request) poll() (done bool, err error) { return r.advance().answer() }
 
 // seekWitness reports whether an entry is applied that this leader has proposed since the
-// request came, behind the present configuration. If there is none, it proposes one. Once
+// request came, after the present configuration. If there is none, it proposes one. Once
 // it is applied, a majority has followed this leader, and that configuration was in force,
 // after the request came. And most voters know that the configuration is committed, also
 // after a restart: they have stored an entry that came with word of that. Before, they
@@ -492,15 +501,15 @@ func (r *request) poll() (done bool, err error) { return r.advance().answer() }
 // for no more than that a change is committed.
 func (r *request) seekWitness() bool {
 	n := r.n
-	now := witness{conf: n.store.conf, term: n.raft.term}
-	if r.witness.conf != now.conf || r.witness.term != now.term {
-		now.index = n.proposeEmpty()
-		if now.index == 0 {
+	want := witness{conf: n.store.conf, term: n.raft.term}
+	if r.witness.conf != want.conf || r.witness.term != want.term {
+		want.index = n.proposeEmpty()
+		if want.index == 0 {
 			return false
 		}
-		r.witness = now
+		r.witness = want
 	}
-	// To propose has perhaps ended the term.
+	// Proposing may have ended the term.
 	isOfNow := r.witness.conf == n.store.conf && r.witness.term == n.raft.term
 	return isOfNow && r.witness.index <= n.store.index
 }
@@ -613,7 +622,7 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	return nil
 }
 
-// keepsVoters reports whether no voter leaves by a change.
+// keepsVoters reports whether a single change neither removes nor demotes a voter.
 func (n *node) keepsVoters(c *raftpb.ConfChangeSingle) bool {
 	return c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())
 }

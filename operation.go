@@ -35,7 +35,7 @@ const (
 	opNewSession  protowire.Number = 5 // not of Operation
 )
 
-// kvOp is an Operation or a Write. Its slices are parts of the bytes that it was
+// operation is an Operation or a Write. Its slices are parts of the bytes that it was
 // parsed from.
 type operation struct {
 	kind              protowire.Number

@@ -42,7 +42,8 @@ func newPeerStates() peerStates {
 	}
 }
 
-// forget drops what is known of members that were removed.
+// forget drops what is known of members that were removed. connected ends with the
+// stream, and disownedBy is asked for voters only.
 func (p *peerStates) forget(removed []uint64) {
 	p.lives = maps.Clone(p.lives)
 	for _, id := range removed {
@@ -128,17 +129,18 @@ func (n *node) peerMoved(raftID uint64, to *kvpb.Node) {
 	})
 }
 
-// peerDown learns that messages to a peer were lost. Any goroutine may call it.
-func (n *node) peerDown(raftID uint64, lost bool) {
-	n.inbox.event(func() { n.followDown(raftID, lost) })
+// peerDown learns that messages to a peer were lost. broken: its stream is, or else its
+// queue is full. Any goroutine may call it.
+func (n *node) peerDown(raftID uint64, broken bool) {
+	n.inbox.event(func() { n.followDown(raftID, broken) })
 }
 
-// followDown is peerDown in the loop. lost: the stream is lost, or else its queue is full.
-func (n *node) followDown(raftID uint64, lost bool) {
-	if !lost {
+// followDown is peerDown in the loop.
+func (n *node) followDown(raftID uint64, broken bool) {
+	if !broken {
 		n.logger.Debug("peer's queue is full", "peer", n.describe(raftID))
 	}
-	wasConnected := lost && n.peers.disconnect(raftID)
+	wasConnected := broken && n.peers.disconnect(raftID)
 	if n.rn == nil {
 		return
 	}
@@ -178,7 +180,7 @@ func (n *node) commitMove() bool {
 	return false
 }
 
-// isTaken reports whether another node than this one is known to be at an address.
+// isTaken reports whether another node than nodeID is known to be at an address.
 func (n *node) isTaken(address string, nodeID uint64) bool {
 	for id, m := range n.store.members {
 		if m.Id != nodeID && n.nodeOf(id).Address == address {

@@ -56,8 +56,8 @@ const (
 const (
 	// never is a tick, and an index, that does not come.
 	never = math.MaxUint64
-	// firstTick is where a node's clock starts: so that tick 0, which is what a field
-	// says of what has not happened, was longer ago than anything waits.
+	// firstTick is where a node's clock starts. A field that is 0 says "never": because
+	// the clock starts so high, that was longer ago than anything waits.
 	firstTick = 1 << 32
 )
 
@@ -101,7 +101,7 @@ type node struct {
 	id    identity
 	rn    *raft.RawNode // nil: in no cluster
 	raft  raftState
-	log   *raftLog // raft's Storage; between two Readys it is read by drainedLog
+	log   *raftLog // raft's Storage; it may lag raft between two Readys: see stale, drainedLog
 	store *store   // the loop writes, others get
 	clock clock
 	err   error // why the loop must end
@@ -350,9 +350,9 @@ func (n *node) turn(in input) {
 		n.calls.pollRequests()
 		n.leaveJoint()
 	}
-	n.drain()
+	n.drain() // what the requests and leaveJoint have proposed
 
-	// What goes out.
+	// What goes out; with a tick, what can wait for one, too.
 	n.flush(in.ticks > 0)
 	n.publish()
 }
@@ -458,12 +458,12 @@ func (n *node) noteHeard(m *raftpb.Message) {
 	}
 }
 
-// mustWait reports whether raft may not see a message now: it is sent again, or held.
+// holdBack keeps a message from raft that raft may not see now; false: it may. A
+// proposal is held, and a question for a read is dropped: who asked will ask again.
 func (n *node) holdBack(m *raftpb.Message) bool {
 	switch m.GetType() {
 	case raftpb.MsgReadIndex:
-		// The only voter would answer before it knows what is committed. Who asked
-		// will ask again.
+		// The only voter would answer before it knows what is committed.
 		return !n.leads() && len(n.store.conf.GetVoters()) == 1
 	case raftpb.MsgProp:
 		if n.catchup.pace.isSlow() {
@@ -474,7 +474,7 @@ func (n *node) holdBack(m *raftpb.Message) bool {
 	return false
 }
 
-// step gives a peer's message to raft.
+// stepRaft gives a peer's message to raft.
 func (n *node) stepRaft(m *raftpb.Message) {
 	n.log.stale = n.log.stale || m.GetType() == raftpb.MsgApp
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
@@ -484,7 +484,7 @@ func (n *node) stepRaft(m *raftpb.Message) {
 }
 
 // drainedLog returns the log as raft itself has it, or nil if the node has broken.
-// Whoever looks at the log between two Readys has to look here: n.raft can still
+// Whoever looks at the log between two Readys has to look here: n.log can still
 // hold entries that raft has replaced.
 func (n *node) drainedLog() *raftLog {
 	if n.log.stale {
@@ -513,7 +513,7 @@ func (n *node) receiveUninitialized(m *raftpb.Message) {
 	n.send(resp)
 }
 
-// check guards raft against a peer's message; false: raft must not see it.
+// admits guards raft against a peer's message; false: raft must not see it.
 func (n *node) admits(m *raftpb.Message) bool {
 	if n.mustDrainFor(m) {
 		n.drain()
@@ -536,7 +536,7 @@ func (n *node) admits(m *raftpb.Message) bool {
 	}
 	if errors.Is(err, errContradiction) {
 		n.err = fmt.Errorf("stopped by a message of %s: %w. "+
-			"Here the term is %d, the log ends at entry %d, and what is committed at %d. %s",
+			"Here the term is %d, the log ends at entry %d, and entry %d is committed. %s",
 			n.locate(m.GetFrom()), err, n.raft.term, n.log.last(), n.rn.BasicStatus().GetCommit(), whichIsWrong)
 		return false
 	}
@@ -564,7 +564,7 @@ func (n *node) mustDrainFor(m *raftpb.Message) bool {
 	return false
 }
 
-// checkNow checks a message against the present log and role.
+// checkAgainstRaft checks a message against the present log and role.
 func (n *node) checkAgainstRaft(m *raftpb.Message) error {
 	st := n.rn.BasicStatus()
 	c := &peerCheck{
@@ -599,8 +599,9 @@ func (n *node) drain() {
 // written; and to the state machine.
 //
 // Raft lets a call for votes go at once, too, and its candidate can win by the
-// votes of others before its own is durable. Without power then, it would lead
-// the same term again, with other entries. So the call waits for the log (Raft
+// votes of others before its own is durable. After a loss of power it would have
+// forgotten its vote, and could lead the same term a second time, with other entries.
+// So the call waits for the log (Raft
 // thesis, section 3.8).
 func (n *node) ready(rd raft.Ready) {
 	n.syncSoftState()
@@ -608,16 +609,15 @@ func (n *node) ready(rd raft.Ready) {
 		n.calls.confirm(rs, n.clock.now, n.electionTicks()/2)
 		n.releaseReads()
 	}
-	// The calls for votes: the term and this node's own vote are in the append that
-	// follows them.
-	var votes []*raftpb.Message
+	// The term and this node's own vote are in the append that follows these.
+	var callsForVotes []*raftpb.Message
 	for _, m := range rd.Messages {
 		to := m.GetTo()
 		switch {
 		case m.GetType() == raftpb.MsgVote:
-			votes = append(votes, m)
+			callsForVotes = append(callsForVotes, m)
 		case to == raft.LocalAppendThread:
-			m.Responses = append(votes, m.GetResponses()...)
+			m.Responses = append(callsForVotes, m.GetResponses()...)
 			n.append(m)
 		case to == raft.LocalApplyThread:
 			n.flush(false) // somebody waits for the answer to an append
@@ -675,13 +675,14 @@ func (n *node) append(m *raftpb.Message) {
 	if m.Term != nil {
 		n.log.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
-	promises := batch.Discards || raft.MustSync(n.log.hard, old, len(m.GetEntries()))
-	isDurable := !promises && n.durable.queued == 0 // what is committed, others know too
-	if n.durable.disk == nil || isDurable {
+	mustSync := batch.Discards || raft.MustSync(n.log.hard, old, len(m.GetEntries()))
+	// If only the commit index has changed, others know that, too.
+	mayAnswerNow := !mustSync && n.durable.queued == 0
+	if n.durable.disk == nil || mayAnswerNow {
 		n.respond(m.GetResponses(), nil)
 		return
 	}
-	if promises {
+	if mustSync {
 		batch.HardState = wireHardState(n.log.hard)
 	}
 	for _, e := range m.GetEntries() {
@@ -689,13 +690,14 @@ func (n *node) append(m *raftpb.Message) {
 	}
 	n.durable.noteLogged(batch, n.opts.logBytes)
 	responses := m.GetResponses()
-	lives := n.peers.lives
+	lives := n.peers.lives // never changed in place
 	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
 }
 
-// respond lets answers go, but not to another life than they are for, which lives
-// tells if they had to wait: it may count on what this node promised to the one
-// before.
+// respond sends answers. Those that waited for the disk come with the lives that peers
+// had when the answers were made: one whose peer has another life by now is dropped, for
+// that life could count on a promise made to the one before. lives is nil if nothing
+// waited.
 func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
 	for _, r := range responses {
 		if n.rn == nil {
@@ -775,6 +777,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 	n.rn.ApplyConfChange(cc)
 	n.configured()
 	// The change is committed. Once that is durable, the removed may be told.
+	// persist lets the removed be told when that is done: durable.removed.
 	n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.log.hard)}}, func() {})
 	return nil
 }

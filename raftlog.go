@@ -25,8 +25,8 @@ type raftLog struct {
 	bytes     uint64 // that the entries take in memory
 	dropped   int    // entries that still take memory, though they are compacted
 	snapshot  func() *raftpb.Snapshot
-	// behind: raft has taken in entries, or a snapshot, since its last Ready, which
-	// the log lacks. They may have replaced what it holds.
+	// stale: raft has taken in entries since its last Ready, and the log lacks them. They
+	// may replace some that it holds. (A snapshot is drained at once: stepSnapshot.)
 	stale bool
 }
 
@@ -119,7 +119,7 @@ func (l *raftLog) append(entries []*raftpb.Entry) error {
 	return nil
 }
 
-// reset drops all entries: the log starts behind a snapshot.
+// reset drops all entries: the log starts after a snapshot.
 func (l *raftLog) reset(snap *raftpb.Snapshot) {
 	m := snap.GetMetadata()
 	l.prevIndex = m.GetIndex()

@@ -214,9 +214,9 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	return resp, nil
 }
 
-// write takes a write through the log: the request, in the field of Write that its kind
-// is the number of. The parser of the log checks it, and so refuses fields which this
-// node does not know, too.
+// write takes a request through the log, as the field of kvpb.Write whose number is kind.
+// The parser of the log checks it, and so refuses fields which this node does not know,
+// too.
 func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Message) (result, error) {
 	encoded, err := encodeAsWrite(kind, req)
 	if err != nil {

@@ -209,7 +209,7 @@ func (n *node) checkSnapshot(h *kvpb.Hello, s *store) error {
 }
 
 // installPending makes the pending snapshot the state, and the log start
-// behind it.
+// after it.
 func (n *node) installPending(snap *raftpb.Snapshot) {
 	if n.snapshots.pending == nil || n.snapshots.pending.index != snap.GetMetadata().GetIndex() {
 		n.err = errors.New("raft wants a snapshot that it was not given")

@@ -278,7 +278,7 @@ func (s *store) preserve(shard uint64, key []byte, old item) {
 	var kept keyItem
 	for _, v := range s.views {
 		if old.version > v.header.Version {
-			continue
+			continue // written after the view was opened
 		}
 		if kept.key == nil { // one copy for all
 			kept = keyItem{bytes.Clone(key), old.kept()}

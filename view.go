@@ -45,7 +45,7 @@ type view struct {
 	readers  int               // snapshots that are being sent from it; the loop's
 	givenUp  atomic.Bool       // set by the loop: the log behind it is dropped, so it need not be sent
 	header   *kvpb.SnapshotHeader
-	sessions []session // as in unused, and then in recent
+	sessions []session // as in unused, and then in used
 	shards   []shard
 	replaced map[uint64][]keyItem // by shard
 	// rest, if writeTo is not to take all that it can get of processor and disk,
@@ -53,7 +53,7 @@ type view struct {
 	rest func(worked time.Duration)
 }
 
-// open opens a view. Only the loop may call it.
+// openView opens a view. Only the loop may call it.
 func (s *store) openView() *view {
 	v := s.openKeys()
 	v.sessions = s.sessions.all()
