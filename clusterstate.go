@@ -109,7 +109,7 @@ func (l *leaderState) successors(raftIDs []uint64) []uint64 {
 	return able
 }
 
-// raftIDsOf returns the raft IDs of a node: two, while the node is taken back.
+// raftIDsOf returns the raft IDs of a node: one, or two while the node is taken back.
 func (c *clusterState) raftIDsOf(nodeID uint64) []uint64 {
 	var ids []uint64
 	for id, m := range c.members {

@@ -25,8 +25,9 @@
 // last one. Once twice as much is logged, it is written without pauses; at four times,
 // the writer of the log waits until the snapshot is there. To this come
 //   - what was queued, which raft bounds to 64 MiB;
-//   - three segments, one that is being written, one that is being filled and one that
-//     is needed in part, each of log-bytes / 4 at most;
+//   - three segments: the one that is appended to, the next one, which is filled with
+//     zeros beforehand, and the oldest one, of which a part is still needed; each has
+//     log-bytes / 4 at most;
 //   - the gaps at the ends of segments, together no larger than all of these.
 //
 // There are at most two snapshots of the node's own, one that is being removed, and one
@@ -133,17 +134,19 @@ func adviceOn(err error) string {
 // openDisk locks a directory, and makes it if it is not there. It refuses one that has no
 // identity and files that no node makes: it is somebody else's.
 func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger) (*disk, error) {
-	quarter := int(min(max(logBytes/4, sectorBytes), segmentBytes))
+	size := int(min(max(logBytes/4, sectorBytes), segmentBytes))
 	d := &disk{
 		fs:           fsys,
 		dir:          dir,
 		logger:       logger,
-		segmentBytes: quarter / sectorBytes * sectorBytes,
+		segmentBytes: size / sectorBytes * sectorBytes,
 		wake:         newBell(),
 	}
 	d.start = d.running.Go
 	d.beginOnce = sync.OnceValue(d.createTempIdentity)
-	names, _ := fsys.readDir(dir) // lock finds the cause of an error, too, and names it better
+	// Before lock puts a file into a directory that is somebody else's. An error is found
+	// by lock, too, which names it better.
+	names, _ := fsys.readDir(dir)
 	stranger := slices.IndexFunc(names, isForeign)
 	if stranger >= 0 && !slices.Contains(names, "identity") {
 		return nil, d.refuse("it is not empty: there is %s. Nothing was changed", names[stranger])
@@ -163,7 +166,8 @@ func isForeign(name string) bool {
 	return !mayBeThere && !ownName.MatchString(name)
 }
 
-// close ends all writing and unlocks the directory. Unless writing has failed, it
+// close drops what is queued, waits for what is being written, and unlocks the directory.
+// Unless writing has failed, it
 // appends an empty batch to the log: a damaged last batch can pass for one that a loss
 // of power has cut, and is cut away, so the last batch must not be one that matters.
 func (d *disk) close() {
@@ -230,7 +234,7 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	}
 	r := &recovered{identity: id}
 	o := d.walOptions(id)
-	o.verify = func(b *kvpb.LogBatch) error {
+	o.verify = func(b *kvpb.LogBatch) error { // it loads the snapshot, too, for only the log names it
 		last := b.Snapshot.GetIndex() + uint64(len(b.Entries))
 		if commit := b.HardState.GetCommit(); commit > last {
 			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s",
@@ -632,8 +636,8 @@ func (d *disk) restore(self *kvpb.Node, now time.Time, read func() (*store, erro
 	if err != nil {
 		return nil, err
 	}
-	finished := slices.Contains(names, "identity") || !slices.Contains(names, "identity.tmp")
-	if finished && len(names) > 0 {
+	isLeftover := slices.Contains(names, "identity.tmp") && !slices.Contains(names, "identity")
+	if len(names) > 0 && !isLeftover {
 		return nil, d.refuse("it is not empty: there is %s. Nothing was changed", names[len(names)-1])
 	}
 	if err := d.recoverEmpty(names); err != nil {

@@ -550,16 +550,17 @@ func (n *node) admits(m *raftpb.Message) bool {
 func (n *node) mustDrainFor(m *raftpb.Message) bool {
 	switch m.GetType() {
 	case raftpb.MsgProp:
-		return true
+		return true // who leads, and may take it, a Ready may change
 	case raftpb.MsgTimeoutNow:
 		return true // raft ignores it while it has a change of membership to apply
 	case raftpb.MsgApp:
 		// Entries after the last committed one cannot contradict it.
 		return n.log.stale && m.GetIndex() <= n.rn.BasicStatus().GetCommit()
 	case raftpb.MsgHeartbeat:
+		// A commit index that is not applied yet is compared with the end of the log.
 		return n.log.stale || m.GetCommit() > n.store.index
 	case raftpb.MsgAppResp:
-		return n.log.stale
+		return n.log.stale // as is an acknowledgement
 	}
 	return false
 }

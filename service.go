@@ -44,8 +44,8 @@ const (
 	maxMembers = 64
 	// maxAddressBytes bounds the address of a node.
 	maxAddressBytes = 256
-	// maxStreamsPerConnection bounds the calls that run on one connection: a fleet of
-	// callers behind one connection, and 20 MiB of goroutines if nobody else is.
+	// maxStreamsPerConnection bounds the calls that run on one connection: enough for a
+	// proxy with many callers. A connection that has so many costs 20 MiB of goroutines.
 	maxStreamsPerConnection = 1024
 	// streamWorkers keep their stacks from call to call, 8 MiB of them: a new
 	// goroutine grows its own first. Calls beyond them get new ones.

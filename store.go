@@ -33,7 +33,8 @@ const (
 	maxRoom = 16 << 10
 )
 
-// item is a value and the version of the write that set it.
+// item is a value and the version of the write that set it. A new field has to go through
+// shard.go and view.go, too.
 type item struct {
 	value   []byte
 	version uint64
@@ -45,12 +46,12 @@ type keyItem struct {
 	item
 }
 
-// firstClock is the earliest time that a clock can show that was ever set: this program is
-// younger.
+// firstClock is before this program was written: a clock that shows an earlier time was
+// never set.
 var firstClock = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
 
-// store is the state machine. The log alone determines its state, of which a snapshot
-// holds all. The loop alone changes it, under mu whatever other goroutines read.
+// store is the state machine. The log alone determines its state, and a snapshot holds all
+// of it. Only the loop changes it; what other goroutines read, it changes under mu.
 type store struct {
 	// The state that the loop alone reads, and so without a lock.
 	index     uint64 // of the last entry applied
@@ -329,7 +330,7 @@ func confIDs(cs *raftpb.ConfState) []uint64 {
 // isJoint reports whether a change of membership is half way.
 func isJoint(cs *raftpb.ConfState) bool { return len(cs.GetVotersOutgoing()) > 0 }
 
-// raftIDsOf returns the raft IDs of a node: one, but while a node is replaced.
+// raftIDsOf returns the raft IDs of a node: one, or two while the node is taken back.
 func (s *store) raftIDsOf(nodeID uint64) []uint64 {
 	var ids []uint64
 	for id, n := range s.members {
@@ -381,11 +382,11 @@ func describeMembers(cs *raftpb.ConfState, members map[uint64]*kvpb.Node) string
 	var parts []string
 	for _, m := range sortedMembers(members) {
 		role := "learner"
-		if slices.Contains(cs.GetVotersOutgoing(), m.RaftId) {
-			role = "leaving"
-		}
-		if slices.Contains(cs.GetVoters(), m.RaftId) {
+		switch {
+		case slices.Contains(cs.GetVoters(), m.RaftId):
 			role = "voter"
+		case slices.Contains(cs.GetVotersOutgoing(), m.RaftId):
+			role = "leaving" // or becoming a learner
 		}
 		parts = append(parts, fmt.Sprintf("%d=%s %s", m.Node.Id, m.Node.Address, role))
 	}

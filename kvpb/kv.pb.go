@@ -3627,6 +3627,8 @@ func (x *Batch) GetWrites() []*Write {
 	return nil
 }
 
+// Write is a write as the log has it. A node stops at a write with a field that it does not
+// know: no client may use a new field before all nodes of the cluster know it.
 type Write struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Operation:
