@@ -161,7 +161,7 @@ func TestWhoMayVote(t *testing.T) {
 	reason := func() string {
 		return errorReason(n.perform(n.leaderState().membershipStep(req)).err)
 	}
-	l.n.peerUp(4, 4, true)
+	l.n.peerUp(4, true)
 	l.turn(0)
 	n.peers.heard[2], n.peers.heard[3], n.peers.heard[4] = n.clock.now, n.clock.now, n.clock.now
 	if r := reason(); r != "" {
@@ -631,12 +631,12 @@ func TestStrangersAreForgotten(t *testing.T) {
 	n := newLone(t, following).n
 	for id := uint64(1000); id < 2000; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(9), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
-		n.peerUp(id, id, false)
+		n.peerUp(id, false)
 		n.inbox.deliver([]inbound{{message(raftpb.MsgPreVoteResp, id, 1), h}})
 		n.turn(n.inbox.take())
 	}
-	if len(n.peers.heard) > maxMembers || len(n.peers.lives) > maxMembers+maxStrangers {
-		t.Errorf("it was heard of %d, and talks to %d", len(n.peers.heard), len(n.peers.lives))
+	if len(n.peers.heard) > maxMembers {
+		t.Errorf("it has heard %d", len(n.peers.heard))
 	}
 }
 
@@ -646,7 +646,7 @@ type snapBox struct {
 	views []*view
 }
 
-func (b *snapBox) sendSnapshot(_, _, _ uint64, v *view) { b.views = append(b.views, v) }
+func (b *snapBox) sendSnapshot(_, _ uint64, v *view) { b.views = append(b.views, v) }
 
 // TestSnapshotOfChange: a follower whose log has to be sent anew makes raft ask for
 // a snapshot while it takes a change of membership in. That has to be in it.
@@ -656,7 +656,7 @@ func TestSnapshotOfChange(t *testing.T) {
 	n.net = box
 	n.opts.logBytes = 1 << 20
 	l.hellos = append(l.hellos, &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}})
-	n.peerUp(4, 4, true)
+	n.peerUp(4, true)
 	l.turn(0)
 	ack := func(from, index uint64) {
 		l.hears(int(from-2), message(raftpb.MsgAppResp, from, n.raft.term, func(m *raftpb.Message) { *m.Index = index }))
@@ -768,7 +768,7 @@ func newTwoLives(t *testing.T, node uint64) *twoLives {
 		t.Fatal("there is one life")
 	}
 	l.hellos = append(l.hellos, &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: n.store.members[9], RaftId: 9, Life: 9}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}})
-	n.peerUp(9, 9, true)
+	n.peerUp(9, true)
 	return l
 }
 
@@ -891,7 +891,7 @@ func TestNewLeaderReplacesNoLivingVoter(t *testing.T) {
 // without its memory once, and is gone again.
 func TestNobodyWaitsForWhoIsGone(t *testing.T) {
 	l := newLoneWithLearner(t)
-	l.n.peerUp(4, 4, true)
+	l.n.peerUp(4, true)
 	l.turn(0)
 	l.hellos = append(l.hellos, &kvpb.Hello{
 		ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1},

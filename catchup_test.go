@@ -238,7 +238,7 @@ func TestTransferIsKept(t *testing.T) {
 	for range 2000 {
 		b.tick()
 	}
-	b.n.peerUp(3, 3, true)
+	b.n.peerUp(3, true)
 	b.tick()
 	for range 10 {
 		b.tick()
@@ -354,7 +354,7 @@ func TestLogIsNotKept(t *testing.T) {
 		after time.Duration
 	}{
 		"away":   {func(b *busyLeader) { b.n.peerDown(3, true) }, 0},
-		"silent": {func(b *busyLeader) { b.hellos[1].From.Life++ }, silentTooLong},
+		"silent": {func(b *busyLeader) { b.hellos[1].To.RaftId++ }, silentTooLong},
 		"stuck":  {func(*busyLeader) {}, helloTimeout},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -500,11 +500,11 @@ func TestGivenUpTransferEnds(t *testing.T) {
 	leader := c.settled(1, 2)
 	s := c.nodes[leader].server
 	var v *view
-	var id, life uint64
+	var id uint64
 	err := s.n.do(c.ctx, func() error {
 		v = s.n.store.openView()
 		for raftID := range s.n.peers.connected {
-			id, life = raftID, s.n.peers.lives[raftID]
+			id = raftID
 		}
 		return nil
 	})
@@ -516,7 +516,7 @@ func TestGivenUpTransferEnds(t *testing.T) {
 	p := s.net.peers[id]
 	s.net.mu.Unlock()
 	v.givenUp.Store(true)
-	if err := p.sendSnapshot(life, 1, v); !errors.Is(err, errTooSlow) {
+	if err := p.sendSnapshot(1, v); !errors.Is(err, errTooSlow) {
 		t.Errorf("it ends with %v", err)
 	}
 }

@@ -990,6 +990,33 @@ func badHello(name string, want kvpb.Verdict, change func(*kvpb.Hello)) badCall 
 	}}
 }
 
+// badSnapshotOfPeer is a badSnapshot of somebody who has a stream to the node, too: of
+// all others none is read.
+func badSnapshotOfPeer(name string, code codes.Code, change func(*kvpb.InstallSnapshotRequest, *kvpb.SnapshotHeader)) badCall {
+	bad := badSnapshot(name, code, change)
+	sends := bad.call
+	bad.call = func(ctx context.Context, n *testNode) error {
+		h, err := stranger(n)
+		if err != nil {
+			return err
+		}
+		peer, hangUp := callAsPeer(n)
+		defer hangUp()
+		s, err := peer.Stream(ctx)
+		if err != nil {
+			return err
+		}
+		if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil {
+			return err
+		}
+		if _, err := s.Recv(); err != nil {
+			return err
+		}
+		return sends(ctx, n)
+	}
+	return bad
+}
+
 // badSnapshot would erase a node that took it.
 func badSnapshot(name string, code codes.Code, change func(*kvpb.InstallSnapshotRequest, *kvpb.SnapshotHeader)) badCall {
 	return badCall{name, code, "", func(ctx context.Context, n *testNode) error {
@@ -1160,8 +1187,8 @@ func TestBadInput(t *testing.T) {
 		badSnapshot("a snapshot from nobody to nobody", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) {
 			r.Hello.From, r.Hello.To.RaftId = nil, 0
 		}),
-		badSnapshot("a damaged snapshot", codes.DataLoss, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Data = []byte("a checksum")[:4] }),
-		badSnapshot("a snapshot without index", codes.DataLoss, func(_ *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.Index = 0 }),
+		badSnapshotOfPeer("a damaged snapshot", codes.DataLoss, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Data = []byte("a checksum")[:4] }),
+		badSnapshotOfPeer("a snapshot without index", codes.DataLoss, func(_ *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.Index = 0 }),
 	}
 	for i, b := range bad {
 		t.Run(b.name, func(t *testing.T) {

@@ -31,12 +31,12 @@ type busEnd struct {
 	id uint64
 }
 
-func (e busEnd) send(to, _ uint64, ms []*raftpb.Message) {
+func (e busEnd) send(to uint64, ms []*raftpb.Message) {
 	link := busLink{e.id, to}
 	e.b.wire[link] = append(e.b.wire[link], ms...)
 }
 
-func (e busEnd) sendSnapshot(to, _, _ uint64, v *view) {
+func (e busEnd) sendSnapshot(to, _ uint64, v *view) {
 	e.b.nodes[e.id].snapshotSent(to, v, fmt.Errorf("the bus carries no snapshots"))
 }
 
@@ -55,7 +55,7 @@ func newBus(t *testing.T, ids ...uint64) *bus {
 		b.nodes[id] = n
 		for _, other := range ids {
 			if other != id {
-				n.peerUp(other, other, true)
+				n.peerUp(other, true)
 			}
 		}
 		b.turn(id, 0)
@@ -102,7 +102,7 @@ func (b *bus) turn(id uint64, ticks int) {
 
 // connect and disconnect tell a node that its stream to a peer is up, or down.
 func (b *bus) connect(id, peer uint64) {
-	b.nodes[id].peerUp(peer, peer, true)
+	b.nodes[id].peerUp(peer, true)
 	b.turn(id, 0)
 }
 

@@ -43,8 +43,8 @@ type diskNode struct {
 	slow   []func() // the same, if it is slow
 }
 
-func (d *diskNode) send(_, _ uint64, ms []*raftpb.Message)     { d.sent = append(d.sent, ms...) }
-func (d *diskNode) sendSnapshot(uint64, uint64, uint64, *view) {}
+func (d *diskNode) send(_ uint64, ms []*raftpb.Message) { d.sent = append(d.sent, ms...) }
+func (d *diskNode) sendSnapshot(uint64, uint64, *view)  {}
 func (d *diskNode) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {
 	d.masked = d.masked || d.n.hello().From.RaftId != d.n.id.raftID
 }
@@ -466,8 +466,8 @@ func openFollower(fs *simFS) (*diskFollower, error) {
 // connect opens a stream from the leader, and one from node 3.
 func (f *diskFollower) connect() {
 	f.hello = &kvpb.Hello{ClusterId: 9, From: &kvpb.Peer{RaftId: leaderID, Life: 1}, To: &kvpb.Peer{RaftId: f.n.id.raftID, Life: f.n.id.life}}
-	f.n.peerUp(leaderID, 1, false)
-	f.n.peerUp(1<<40, 1, false)
+	f.n.peerUp(leaderID, false)
+	f.n.peerUp(1<<40, false)
 }
 
 // hears lets messages of the leader, or of node 3, arrive, and notes what the
@@ -802,7 +802,7 @@ func TestDiskDiscards(t *testing.T) {
 	v := newer.openView()
 	defer v.close()
 	stranger := proto.CloneOf(f.hello)
-	stranger.From.Life++
+	stranger.To.RaftId++
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	for name, receive := range map[string]func(){

@@ -962,7 +962,7 @@ func transferTo(t *testing.T, v *view, take func(*kvpb.InstallSnapshotRequest) e
 		<-served
 	}()
 	nw.setMembers(1, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: l.Addr().String()}}, nil)
-	nw.sendSnapshot(2, 2, 1, v)
+	nw.sendSnapshot(2, 1, v)
 	return <-r.sent
 }
 

@@ -343,7 +343,7 @@ func TestWhoSaysHelloIsNotLost(t *testing.T) {
 	n := newLone(t, following).n
 	for _, outbound := range []bool{false, true} {
 		n.noteRebirth(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
-		n.peerUp(2, 2, outbound)
+		n.peerUp(2, outbound)
 		n.turn(n.inbox.take())
 		if n.clusterState().hasLostMemory(2) {
 			t.Errorf("node 2 has said hello, and counts as lost (outbound %v)", outbound)
@@ -416,7 +416,7 @@ func TestRefusalsAreNamed(t *testing.T) {
 	if !strings.Contains(text, rival) || !strings.Contains(text, "node 2 at "+plainNode(2).Address+" has not answered") {
 		t.Errorf("it says %q", text)
 	}
-	n.peerUp(3, 3, true)
+	n.peerUp(3, true)
 	l.turn(0)
 	if strings.Contains(n.noLeader().Error(), "another process") {
 		t.Errorf("3 talks to it again, and it says %q", n.noLeader())

@@ -88,9 +88,19 @@ func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello)
 	return clusterID == 0 || clusterID == h.ClusterId
 }
 
-// hears reports whether what came by a stream may be listened to: not if it is
-// of or to another life, of another cluster, or of somebody who has left.
+// hears reports whether what came by a stream may be listened to: not if it is to
+// another raft ID than this node's, of another cluster, or of somebody who has left.
+//
+// It may come late, from a process of the peer that has ended. Whoever goes by the same
+// raft ID has lost nothing, so that message is to raft one that was late, and raft takes
+// messages late, twice or never. What it promises was durable before it left: a vote, an
+// answer to an append, and the term of whoever calls for votes or leads (ready, append).
+// A batch of writes takes effect once: a later process numbers its own from above
+// (restore). An answer to a read names the life that has asked (askRead).
 func (n *node) hears(h *kvpb.Hello) bool {
-	isPresentLife := n.peers.lives[h.From.RaftId] == h.From.Life && h.To.RaftId == n.id.raftID
-	return isPresentLife && sameCluster(n.store.clusterID, n.store.members, h)
+	hasLeft := slices.Contains(n.store.removed, h.From.RaftId)
+	if hasLeft || h.To.RaftId != n.id.raftID {
+		return false
+	}
+	return sameCluster(n.store.clusterID, n.store.members, h)
 }

@@ -73,8 +73,8 @@ type lone struct {
 	terms                         map[uint64]uint64 // of committed entries, by index
 }
 
-func (*lone) send(uint64, uint64, []*raftpb.Message) {}
-func (l *lone) sendSnapshot(to, _, _ uint64, v *view) {
+func (*lone) send(uint64, []*raftpb.Message) {}
+func (l *lone) sendSnapshot(to, _ uint64, v *view) {
 	l.n.snapshotSent(to, v, errors.New("nobody is there"))
 }
 func (*lone) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
@@ -99,7 +99,7 @@ func newLone(t *testing.T, state int) *lone {
 	for id := uint64(2); id <= 3; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(id), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
 		l.hellos = append(l.hellos, h)
-		l.n.peerUp(id, id, true)
+		l.n.peerUp(id, true)
 	}
 	l.turn(0)
 	switch state {
@@ -163,7 +163,7 @@ func TestLeaderLost(t *testing.T) {
 	if l.hears(0, heartbeat); l.n.raft.lead != 0 {
 		t.Error("it follows the dead leader again")
 	}
-	l.n.peerUp(2, 2, false)
+	l.n.peerUp(2, false)
 	if l.hears(0, heartbeat); l.n.raft.lead != 2 {
 		t.Error("it does not follow a leader that is back")
 	}
@@ -175,7 +175,7 @@ func TestLeaderLost(t *testing.T) {
 	if asked == nil {
 		t.Fatal("it does not ask the leader")
 	}
-	l.n.peerUp(2, 2, true)
+	l.n.peerUp(2, true)
 	if l.turn(0); bytes.Equal(l.n.calls.round.ctx, asked) {
 		t.Error("it does not ask again what it could not send")
 	}
@@ -187,7 +187,7 @@ type postbox struct {
 	sent []*raftpb.Message
 }
 
-func (p *postbox) send(_, _ uint64, ms []*raftpb.Message) { p.sent = append(p.sent, ms...) }
+func (p *postbox) send(_ uint64, ms []*raftpb.Message) { p.sent = append(p.sent, ms...) }
 
 // TestSlowReads: a read ends however far away the leader is, if it is one.
 func TestSlowReads(t *testing.T) {
@@ -195,7 +195,7 @@ func TestSlowReads(t *testing.T) {
 		l := newLone(t, following)
 		p := &postbox{lone: l}
 		l.n.net = p
-		l.n.peerUp(2, 2, true)
+		l.n.peerUp(2, true)
 		c := &call{done: make(chan outcome, 1)}
 		if err := l.n.inbox.call(c); err != nil {
 			t.Fatal(err)
@@ -389,7 +389,7 @@ func (l *lone) do(what byte, data []byte) {
 		if proto.Unmarshal(data, &hello) == nil {
 			// As network.Stream does.
 			if w := l.n.accept(&hello); w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && hello.GetTo().GetRaftId() != 0 && len(l.hellos) < 8 {
-				l.n.peerUp(hello.From.RaftId, hello.From.Life, false)
+				l.n.peerUp(hello.From.RaftId, false)
 				l.hellos = append(l.hellos, &hello)
 			}
 		}
@@ -408,7 +408,7 @@ func (l *lone) do(what byte, data []byte) {
 	case 5:
 		l.n.peerDown(h.From.RaftId, stream%2 == 0)
 	case 6:
-		l.n.peerUp(h.From.RaftId, h.From.Life, true)
+		l.n.peerUp(h.From.RaftId, true)
 	case 7:
 		var w kvpb.SetRequest
 		if proto.Unmarshal(data, &w) == nil && (&operation{kind: opGet, key: []byte(w.Key)}).check() == nil && (&operation{kind: opSet, key: []byte("k"), value: w.Value}).check() == nil && len(l.calls) < 64 {

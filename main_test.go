@@ -414,6 +414,6 @@ func TestExpireNeedsNoLeader(t *testing.T) {
 // deafNetwork is a network without anybody in it.
 type deafNetwork struct{}
 
-func (deafNetwork) send(uint64, uint64, []*raftpb.Message)                     {}
-func (deafNetwork) sendSnapshot(uint64, uint64, uint64, *view)                 {}
+func (deafNetwork) send(uint64, []*raftpb.Message)                             {}
+func (deafNetwork) sendSnapshot(uint64, uint64, *view)                         {}
 func (deafNetwork) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}

@@ -50,9 +50,9 @@ type receiver interface {
 	// refused learns that whoever is at a peer's known address does not talk to this
 	// node, which had said hello as myRaftID.
 	refused(myRaftID, raftID uint64, w *kvpb.Welcome)
-	// peerUp learns, before any message of it, of a stream to a life of a peer
-	// (outbound) or from it.
-	peerUp(raftID, life uint64, outbound bool)
+	// peerUp learns, before any message of it, of a stream to a peer (outbound) or
+	// from it.
+	peerUp(raftID uint64, outbound bool)
 	// peerMoved learns that the stream to a peer, of which peerUp has just told, goes to
 	// another address than the known one.
 	peerMoved(raftID uint64, to *kvpb.Node)
@@ -228,17 +228,17 @@ func (nw *network) messagesFrom(raftID uint64) *inboundStream {
 }
 
 // send implements transport.
-func (nw *network) send(to, life uint64, ms []*raftpb.Message) {
+func (nw *network) send(to uint64, ms []*raftpb.Message) {
 	nw.mu.Lock()
 	p := nw.peers[to]
 	nw.mu.Unlock()
-	if p == nil || !p.enqueue(life, ms) {
+	if p == nil || !p.enqueue(ms) {
 		nw.dropped.Add(uint64(len(ms)))
 	}
 }
 
-// streamBegan lets messages to a life of a peer in and tells the receiver; false: another
-// peer has taken this one's place.
+// streamBegan lets messages to a peer, whose process is life, in and tells the receiver;
+// false: another peer has taken this one's place.
 func (nw *network) streamBegan(p *peer, life uint64, target peerTarget) bool {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
@@ -246,7 +246,7 @@ func (nw *network) streamBegan(p *peer, life uint64, target peerTarget) bool {
 		return false
 	}
 	p.connected(life, target.node)
-	nw.receiver.peerUp(p.raftID, life, true)
+	nw.receiver.peerUp(p.raftID, true)
 	if target.hint != nil {
 		nw.receiver.peerMoved(p.raftID, target.node)
 	}
@@ -458,7 +458,8 @@ func (nw *network) serve(s grpc.ServerStream, handle streamHandler) error {
 
 // addInbound lets a stream from a peer, for messages or a snapshot, take the place of an
 // earlier one, until remove is called. If there is no stream to the peer, as to one that
-// the configuration does not name yet, it starts one: answers go there.
+// the configuration does not name yet, it starts one: answers go there. A snapshot is
+// taken only from a peer that has a stream for messages.
 func (nw *network) addInbound(
 	h *kvpb.Hello, snapshot bool, cancel context.CancelCauseFunc,
 ) (remove func(), err error) {
@@ -467,6 +468,9 @@ func (nw *network) addInbound(
 	id := h.From.RaftId
 	if slices.Contains(nw.removed, id) {
 		return nil, status.Error(codes.Unavailable, "its removal is about to be known")
+	}
+	if snapshot && nw.messagesFrom(id) == nil {
+		return nil, status.Error(codes.FailedPrecondition, "there is no stream for messages from its sender")
 	}
 	if nw.peers[id] == nil {
 		if len(nw.peers) >= nw.maxPeers {
@@ -487,7 +491,7 @@ func (nw *network) addInbound(
 	if !snapshot {
 		p.watchTurns(h.From)
 		p.takeHint(&moveHint{h.ClusterId, h.From})
-		nw.receiver.peerUp(id, h.From.Life, false)
+		nw.receiver.peerUp(id, false)
 	}
 	return func() { nw.removeInbound(key, s) }, nil
 }

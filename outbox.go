@@ -16,20 +16,19 @@ type outbox struct {
 	askedAt     uint64 // tick in which a peer last asked this leader for something
 }
 
-// peerMessages is what one turn sends to one life of a peer.
+// peerMessages is what one turn sends to one peer.
 type peerMessages struct {
-	to   uint64 // raft ID
-	life uint64
-	ms   []*raftpb.Message
+	to uint64 // raft ID
+	ms []*raftpb.Message
 }
 
-// add queues a message to a life of a peer. A message that covers the one before it
-// takes its place.
-func (o *outbox) add(m *raftpb.Message, life uint64) {
+// add queues a message to a peer. A message that covers the one before it takes its
+// place.
+func (o *outbox) add(m *raftpb.Message) {
 	to := m.GetTo()
-	i := slices.IndexFunc(o.messages, func(p peerMessages) bool { return p.to == to && p.life == life })
+	i := slices.IndexFunc(o.messages, func(p peerMessages) bool { return p.to == to })
 	if i < 0 {
-		o.messages = append(o.messages, peerMessages{to: to, life: life, ms: []*raftpb.Message{m}})
+		o.messages = append(o.messages, peerMessages{to: to, ms: []*raftpb.Message{m}})
 		return
 	}
 	p := &o.messages[i]
@@ -101,7 +100,7 @@ func (n *node) send(m *raftpb.Message) {
 	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
 		n.tellCommit(m)
 	}
-	n.outbox.add(m, n.peers.lives[m.GetTo()])
+	n.outbox.add(m)
 }
 
 // flush gives each peer its messages, all of them or all that cannot wait, and ends what
@@ -109,7 +108,7 @@ func (n *node) send(m *raftpb.Message) {
 func (n *node) flush(all bool) {
 	eager := n.clock.now-n.outbox.askedAt <= n.electionTicks()
 	for _, p := range n.outbox.take(all, eager) {
-		n.net.send(p.to, p.life, p.ms)
+		n.net.send(p.to, p.ms)
 	}
 	n.snapshots.closeUnread()
 	n.inbox.release(n.calls.takeEnded())

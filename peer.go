@@ -71,11 +71,11 @@ func newPeer(nw *network, raftID uint64, node *kvpb.Node) *peer {
 	return p
 }
 
-// enqueue queues messages for a life of the peer; false: they were dropped.
-func (p *peer) enqueue(life uint64, ms []*raftpb.Message) bool {
+// enqueue queues messages for the peer; false: they were dropped.
+func (p *peer) enqueue(ms []*raftpb.Message) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.life != life || life == 0 {
+	if p.life == 0 {
 		return false // raft has learned of it, or will, from peerDown
 	}
 	wasDropping := p.queue.dropping
@@ -96,7 +96,7 @@ func (p *peer) takeBatch() []*raftpb.Message {
 	return p.queue.takeBatch()
 }
 
-// connected begins to queue messages for a life of the peer, whose stream goes to at.
+// connected begins to queue messages for the peer, whose process is life, at at.
 func (p *peer) connected(life uint64, at *kvpb.Node) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -124,14 +124,15 @@ func (p *peer) isConnected() bool {
 	return p.life != 0
 }
 
-// nodeOf returns where a life of the peer is, as far as this node knows.
-func (p *peer) nodeOf(life uint64) *kvpb.Node {
+// location returns where the peer is, as far as this node knows, and the life of its
+// process; 0: there is no stream to it.
+func (p *peer) location() (at *kvpb.Node, life uint64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.life == life {
-		return p.at
+	if p.life == 0 {
+		return p.addresses.known, 0
 	}
-	return p.addresses.known
+	return p.at, p.life
 }
 
 // sendQueue is what waits to be sent to a peer. Its zero value is empty.

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -17,7 +16,6 @@ import (
 
 // peerStates is what the network told the loop of peers. All maps go by raft ID.
 type peerStates struct {
-	lives     map[uint64]uint64   // the life that we talk to; replaced, never changed
 	connected map[uint64]bool     // our stream to it is open
 	heard     map[uint64]uint64   // tick of its last message
 	reborn    map[uint64]*rebirth // a life without memory that answered in place of this member
@@ -32,7 +30,6 @@ type peerStates struct {
 
 func newPeerStates() peerStates {
 	return peerStates{
-		lives:      map[uint64]uint64{},
 		connected:  map[uint64]bool{},
 		heard:      map[uint64]uint64{},
 		reborn:     map[uint64]*rebirth{},
@@ -45,9 +42,7 @@ func newPeerStates() peerStates {
 // forget drops what is known of members that were removed. connected ends with the
 // stream, and disownedBy is asked for voters only.
 func (p *peerStates) forget(removed []uint64) {
-	p.lives = maps.Clone(p.lives)
 	for _, id := range removed {
-		delete(p.lives, id) // never to be heard again
 		delete(p.reborn, id)
 		delete(p.heard, id)
 		delete(p.moved, id)
@@ -66,18 +61,18 @@ func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
 	return nil
 }
 
-// peerUp learns of a stream between this process and a life of a peer. Any
-// goroutine may call it, before any message of that stream.
-func (n *node) peerUp(raftID, life uint64, outbound bool) {
-	n.inbox.event(func() { n.followUp(raftID, life, outbound) })
+// peerUp learns of a stream between this process and one of a peer. Any goroutine
+// may call it, before any message of that stream.
+func (n *node) peerUp(raftID uint64, outbound bool) {
+	n.inbox.event(func() { n.followUp(raftID, outbound) })
 }
 
 // followUp is peerUp in the loop. outbound: the stream is this node's to the peer.
-func (n *node) followUp(raftID, life uint64, outbound bool) {
+func (n *node) followUp(raftID uint64, outbound bool) {
 	if slices.Contains(n.store.removed, raftID) {
 		return
 	}
-	n.peers.heardOf(raftID, life, n.store.members)
+	delete(n.peers.reborn, raftID) // the member is there, whoever answered in its place before
 	if raftID == n.election.deafTo {
 		n.election.deafTo = 0 // it is alive, or again
 	}
@@ -88,18 +83,6 @@ func (n *node) followUp(raftID, life uint64, outbound bool) {
 	if raftID == n.raft.lead {
 		n.calls.askAgain(n.clock.now) // what was on its way may be lost
 	}
-}
-
-// heardOf notes the life that goes by a raft ID now. Those that are no members, and came
-// and went, are forgotten when there are too many.
-func (p *peerStates) heardOf(raftID, life uint64, members map[uint64]*kvpb.Node) {
-	p.lives = maps.Clone(p.lives)
-	isStranger := members[raftID] == nil
-	if isStranger && len(p.lives) >= maxMembers+maxStrangers {
-		maps.DeleteFunc(p.lives, func(id, _ uint64) bool { return members[id] == nil })
-	}
-	p.lives[raftID] = life
-	delete(p.reborn, raftID) // this life is there, whoever answered in its place before
 }
 
 // connect notes that this node's stream to a peer is open, at the known address.

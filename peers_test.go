@@ -645,7 +645,7 @@ func TestMoveIsCommitted(t *testing.T) {
 		{"it was found", func(n *node) { n.peerMoved(3, other) }, other},
 		{"it is not heard", func(n *node) { n.peerMoved(3, other); delete(n.peers.heard, 3) }, nil},
 		{"it is not connected any more", func(n *node) { n.peerMoved(3, other); n.peerDown(3, true) }, nil},
-		{"it is where it was", func(n *node) { n.peerMoved(3, other); n.peerUp(3, 3, true) }, nil},
+		{"it is where it was", func(n *node) { n.peerMoved(3, other); n.peerUp(3, true) }, nil},
 		{"another member is there", func(n *node) { n.peerMoved(3, &kvpb.Node{Id: 3, Address: plainNode(2).Address}) }, nil},
 		{"another member was there", func(n *node) {
 			n.peerMoved(2, &kvpb.Node{Id: 2, Address: "elsewhere:1"})
@@ -698,7 +698,8 @@ func TestMoveClaimsAreTriedBriefly(t *testing.T) {
 		served := make(chan error, 1)
 		go func() { served <- g.Serve(l) }()
 		var known, claimed atomic.Int64
-		nw := newNetwork(&recorder{}, quiet(), func(ctx context.Context, address string) (net.Conn, error) {
+		r := &recorder{}
+		nw := newNetwork(r, quiet(), func(ctx context.Context, address string) (net.Conn, error) {
 			if address == "known:1" {
 				known.Add(1)
 				return nil, errors.New("no route")
@@ -706,6 +707,7 @@ func TestMoveClaimsAreTriedBriefly(t *testing.T) {
 			claimed.Add(1)
 			return l.DialContext(ctx)
 		})
+		r.nw = nw
 		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: "known:1"}}, nil)
 		if _, err := hearFrom(nw, &kvpb.Node{Id: 2, Address: "claimed:1"}, 5); err != nil {
 			t.Fatal(err)
@@ -724,7 +726,7 @@ func TestMoveClaimsAreTriedBriefly(t *testing.T) {
 func TestLeaderIsNamedWhereItIs(t *testing.T) {
 	l := newLone(t, leading)
 	l.n.self = &kvpb.Node{Id: 1, Address: "self:1"}
-	l.n.peerUp(2, 2, true) // so that something is new
+	l.n.peerUp(2, true) // so that something is new
 	l.n.peers.connected = map[uint64]bool{}
 	if l.turn(0); l.n.status.latest.Load().leader.GetAddress() != "self:1" || l.n.metrics().Leader.GetAddress() != "self:1" {
 		t.Errorf("a leader names itself as %v", l.n.status.latest.Load().leader)
@@ -748,6 +750,7 @@ func TestLeaderIsNamedWhereItIs(t *testing.T) {
 // recorder is what a network needs of a node, and keeps what it is told.
 type recorder struct {
 	receiver
+	nw   *network // whose mu is held while it tells of a stream
 	mu   sync.Mutex
 	told []string
 }
@@ -770,9 +773,15 @@ func (r *recorder) all() (told []string) {
 func (r *recorder) hello() *kvpb.Hello {
 	return &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(1), RaftId: 1, Life: 1}}
 }
-func (r *recorder) peerUp(id, life uint64, outbound bool) { r.tell("up %d %d %v", id, life, outbound) }
-func (r *recorder) peerMoved(id uint64, to *kvpb.Node)    { r.tell("moved %d %s", id, to.Address) }
-func (r *recorder) peerDown(id uint64, _ bool)            { r.tell("down %d", id) }
+func (r *recorder) peerUp(id uint64, outbound bool) {
+	_, life := r.nw.peers[id].location()
+	if !outbound {
+		life = r.nw.messagesFrom(id).hello.From.Life
+	}
+	r.tell("up %d %d %v", id, life, outbound)
+}
+func (r *recorder) peerMoved(id uint64, to *kvpb.Node) { r.tell("moved %d %s", id, to.Address) }
+func (r *recorder) peerDown(id uint64, _ bool)         { r.tell("down %d", id) }
 func (r *recorder) refused(_, raftID uint64, w *kvpb.Welcome) {
 	r.tell("refused %d %v", raftID, w.Verdict)
 }
@@ -820,6 +829,7 @@ func testNetwork(t *testing.T, log io.Writer, known *kvpb.Node) (*network, *reco
 	t.Helper()
 	r := &recorder{}
 	nw := newNetwork(r, slog.New(slog.NewTextHandler(log, nil)), nil)
+	r.nw = nw
 	t.Cleanup(nw.close)
 	nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: known}, nil)
 	return nw, r

@@ -63,12 +63,11 @@ const (
 
 // transport is what the loop needs of the network. Nothing in it blocks.
 type transport interface {
-	// send queues messages for a life of a peer and drops them if its stream is
-	// down, full or to another life; life 0 is nobody.
-	send(to, life uint64, ms []*raftpb.Message)
+	// send queues messages for a peer and drops them if its stream is down or full.
+	send(to uint64, ms []*raftpb.Message)
 	// sendSnapshot sends a view in the background and reports by the receiver's
 	// snapshotSent.
-	sendSnapshot(to, life, term uint64, v *view)
+	sendSnapshot(to, term uint64, v *view)
 	// setMembers says whom to keep a stream to, by raft ID, and whom never to
 	// hear again.
 	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
@@ -680,7 +679,7 @@ func (n *node) append(m *raftpb.Message) {
 	// If only the commit index has changed, others know that, too.
 	mayAnswerNow := !mustSync && n.durable.queued == 0
 	if n.durable.disk == nil || mayAnswerNow {
-		n.respond(m.GetResponses(), nil)
+		n.respond(m.GetResponses())
 		return
 	}
 	if mustSync {
@@ -691,25 +690,18 @@ func (n *node) append(m *raftpb.Message) {
 	}
 	n.durable.noteLogged(batch, n.opts.logBytes)
 	responses := m.GetResponses()
-	lives := n.peers.lives // never changed in place
-	n.persist(diskJob{batch: batch}, func() { n.respond(responses, lives) })
+	n.persist(diskJob{batch: batch}, func() { n.respond(responses) })
 }
 
-// respond sends answers. Those that waited for the disk come with the lives that peers
-// had when the answers were made: one whose peer has another life by now is dropped, for
-// that life could count on a promise made to the one before. lives is nil if nothing
-// waited.
-func (n *node) respond(responses []*raftpb.Message, lives map[uint64]uint64) {
+// respond lets answers go that had to wait until what they depend on was done.
+func (n *node) respond(responses []*raftpb.Message) {
 	for _, r := range responses {
 		if n.rn == nil {
 			return
 		}
 		if r.GetTo() == n.id.raftID {
 			n.respondToRaft(r)
-			continue
-		}
-		isSameLife := lives == nil || lives[r.GetTo()] == n.peers.lives[r.GetTo()]
-		if isSameLife {
+		} else {
 			n.send(r)
 		}
 	}
@@ -733,7 +725,7 @@ func (n *node) apply(m *raftpb.Message) {
 		}
 	}
 	n.status.count.EntriesApplied += uint64(len(m.GetEntries()))
-	n.respond(m.GetResponses(), nil)
+	n.respond(m.GetResponses())
 	n.releaseReads()
 	n.compact()
 }

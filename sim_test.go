@@ -1240,7 +1240,7 @@ func (st *simStream) greet() {
 			s.after(s.latency(), nil, old.broken)
 		}
 		p.inbound[from.RaftId] = st
-		p.n.peerUp(from.RaftId, from.Life, false)
+		p.n.peerUp(from.RaftId, false)
 		p.wake()
 	}
 	s.after(s.latency(), nil, func() {
@@ -1270,7 +1270,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	p.s.trace("%v has a stream to %v", p, st.to)
 	p.s.count["streams"]++
 	peer.life, peer.at = w.Peer.Life, st.target.node
-	p.n.peerUp(peer.raftID, w.Peer.Life, true)
+	p.n.peerUp(peer.raftID, true)
 	if st.target.hint != nil {
 		p.s.count["found elsewhere"]++
 		p.n.peerMoved(peer.raftID, st.target.node)
@@ -1330,9 +1330,9 @@ func (st *simStream) breakBoth() {
 }
 
 // send implements transport.
-func (p *proc) send(to, life uint64, ms []*raftpb.Message) {
+func (p *proc) send(to uint64, ms []*raftpb.Message) {
 	s, peer := p.s, p.peers[to]
-	if peer == nil || peer.life != life || peer.stream == nil {
+	if peer == nil || peer.life == 0 || peer.stream == nil {
 		s.count["messages unsent"] += len(ms)
 		return
 	}
@@ -1419,6 +1419,9 @@ func (st *simStream) deliver(to *proc, m *raftpb.Message) {
 		return
 	}
 	h := st.hello
+	if st.from.dead && st.from.site.cur != nil && st.from.site.cur.raftID == st.from.raftID {
+		s.count["messages of ended processes"]++
+	}
 	if to != st.to {
 		h = &kvpb.Hello{ClusterId: h.ClusterId, From: h.From, To: &kvpb.Peer{Node: h.To.Node, RaftId: to.raftID}}
 		s.count["messages across lives"]++
@@ -1456,7 +1459,6 @@ func (m messageText) String() string {
 type transfer struct {
 	from, to *proc
 	peer     *simPeer
-	life     uint64
 	term     uint64
 	hello    *kvpb.Hello
 	v        *view
@@ -1466,14 +1468,14 @@ type transfer struct {
 }
 
 // sendSnapshot implements transport.
-func (p *proc) sendSnapshot(to, life, term uint64, v *view) {
+func (p *proc) sendSnapshot(to, term uint64, v *view) {
 	s, peer := p.s, p.peers[to]
 	if peer == nil {
 		p.n.snapshotSent(to, v, errors.New("no stream to the peer"))
 		s.after(0, p, p.wake)
 		return
 	}
-	t := &transfer{from: p, peer: peer, life: life, term: term, v: v}
+	t := &transfer{from: p, peer: peer, term: term, v: v}
 	p.sending = append(p.sending, t)
 	s.count["snapshots"]++
 	s.after(s.latency(), p, t.start)
@@ -1488,10 +1490,10 @@ func bytesOf(v *view) []byte {
 // start dials and sends the first chunk.
 func (t *transfer) start() {
 	p, s := t.from, t.from.s
-	node := oneOf(t.peer.life == t.life, t.peer.at, t.peer.node)
+	node := oneOf(t.peer.life != 0, t.peer.at, t.peer.node)
 	st := s.siteOf(node)
 	t.data, t.hello = bytesOf(t.v), p.n.hello()
-	t.hello.To = &kvpb.Peer{Node: node, RaftId: t.peer.raftID, Life: t.life}
+	t.hello.To = &kvpb.Peer{Node: node, RaftId: t.peer.raftID, Life: t.peer.life}
 	s.after(500, nil, func() { t.end(errors.New("the receiver is silent")) })
 	if st != nil {
 		t.to = st.cur
@@ -1516,11 +1518,11 @@ func (t *transfer) lose(why string) {
 // arrive is the first chunk at the receiver; the rest takes some time.
 func (t *transfer) arrive() {
 	p, s := t.to, t.to.s
-	if w := p.n.accept(t.hello); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || t.hello.To.Life != w.Peer.Life {
+	from := t.hello.From.RaftId
+	if w := p.n.accept(t.hello); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED || p.inbound[from] == nil {
 		t.lose("as it was refused")
 		return
 	}
-	from := t.hello.From.RaftId
 	if old := p.receiving[from]; old != nil {
 		old.replaced = true
 		old.lose("to a newer one")
@@ -3183,23 +3185,26 @@ func TestSimulatorFindsBugs(t *testing.T) {
 	}
 }
 
-// TestMessagesAcrossLives lets the network break its promise: what was sent to
-// a process reaches the next one, addressed to it. With a new raft ID in each life,
-// or with all that was promised on disk, that does no harm.
+// TestMessagesAcrossLives has what was sent to a process reach the next one, addressed
+// to it, and what a process sent arrive when the next one is there. With a new raft ID
+// in each life, or with all that was promised on disk, that does no harm.
 func TestMessagesAcrossLives(t *testing.T) {
-	across := 0
+	across, ended := 0, 0
 	for seed := range uint64(80) {
 		t.Run(fmt.Sprint(seed+1), func(t *testing.T) {
 			s, err := simulate(t, seed+1, 4000, nil, func(c *simConfig) {
 				c.crossLife, c.late, c.durable, c.faults = true, 1, float64(seed%2), append(c.faults, "kill", "kill")
+				c.outage = 3 // so that the next process is there soon
 			})
 			if err != nil {
 				t.Error(err)
 			}
 			across += s.count["messages across lives"]
+			ended += s.count["messages of ended processes"]
 		})
 	}
-	if across == 0 {
-		t.Error("there was none")
+	if across == 0 || ended == 0 {
+		t.Errorf("there were %d to the next process, and %d of the one before", across, ended)
 	}
+	t.Logf("%d to the next process, %d of the one before", across, ended)
 }

@@ -90,8 +90,7 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 		return
 	}
 	v := n.snapshots.at(m.GetSnapshot().GetMetadata().GetIndex())
-	life := n.peers.lives[to]
-	if v == nil || life == 0 {
+	if v == nil {
 		n.rn.ReportSnapshot(to, raft.SnapshotFailure)
 		return
 	}
@@ -99,7 +98,7 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 	c.givenUp = false
 	c.began = n.clock.now
 	n.logger.Info("sending a snapshot", "to", n.describe(to), "index", v.header.Index, "keys", v.header.Keys)
-	n.net.sendSnapshot(to, life, m.GetTerm(), v)
+	n.net.sendSnapshot(to, m.GetTerm(), v)
 }
 
 // snapshotSent ends a transfer. Any goroutine may call it.
@@ -197,7 +196,7 @@ func (n *node) stepSnapshot(h *kvpb.Hello, term uint64, s *store) error {
 // checkSnapshot refuses a snapshot that is not for this node as it is now.
 func (n *node) checkSnapshot(h *kvpb.Hello, s *store) error {
 	if !n.hears(h) || h.ClusterId != s.clusterID {
-		return errors.New("the snapshot is of or to another life, or another cluster")
+		return errors.New("the snapshot is to another raft ID, of another cluster, or of a node that was removed")
 	}
 	if s.members[n.id.raftID].GetId() != n.self.Id { // its address may be another since
 		return errors.New("the snapshot does not name this node")

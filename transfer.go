@@ -16,7 +16,7 @@ import (
 )
 
 // sendSnapshot implements transport.
-func (nw *network) sendSnapshot(to, life, term uint64, v *view) {
+func (nw *network) sendSnapshot(to, term uint64, v *view) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	p := nw.peers[to]
@@ -24,13 +24,14 @@ func (nw *network) sendSnapshot(to, life, term uint64, v *view) {
 		nw.receiver.snapshotSent(to, v, errors.New("no stream to the peer"))
 		return
 	}
-	nw.start(func() { nw.receiver.snapshotSent(to, v, p.sendSnapshot(life, term, v)) })
+	nw.start(func() { nw.receiver.snapshotSent(to, v, p.sendSnapshot(term, v)) })
 }
 
-// sendSnapshot sends a view to a life of the peer and waits until raft has taken it
-// there. It has a connection of its own, so as to delay no heartbeat.
-func (p *peer) sendSnapshot(life, term uint64, v *view) error {
-	node := p.nodeOf(life)
+// sendSnapshot sends a view to the peer, to the process that the stream for messages
+// goes to if there is one, and waits until raft has taken it there. It has a connection
+// of its own, so as to delay no heartbeat.
+func (p *peer) sendSnapshot(term uint64, v *view) error {
+	node, life := p.location()
 	conn := p.nw.dial(node.Address)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(p.ctx)
@@ -96,8 +97,8 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 			return errNoHello
 		}
 		w := nw.receiver.accept(h)
-		isForMe := h.GetTo().GetRaftId() != 0 && h.GetTo().GetLife() == w.Peer.Life
-		if !isForMe || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
+		isProbe := h.GetTo().GetRaftId() == 0
+		if isProbe || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
 			return status.Error(codes.FailedPrecondition, "refused: "+refusal(w).Error())
 		}
 		remove, err := nw.addInbound(h, true, cancel)

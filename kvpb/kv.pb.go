@@ -2798,7 +2798,7 @@ type Hello struct {
 	ClusterId uint64                 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	From      *Peer                  `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
 	// Whom the caller means. raft_id 0: it asks who is there and sends nothing
-	// else. life 0: it does not know yet.
+	// else. life 0: any process that goes by this raft ID.
 	To *Peer `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
 	// Raft IDs that the caller's cluster has removed. A node in no cluster that
 	// goes by one of them takes another: it could never be added. A node in a
@@ -2872,8 +2872,8 @@ type Peer struct {
 	Node  *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	// A node's name in raft. New whenever the node has lost its memory.
 	RaftId uint64 `protobuf:"varint,2,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
-	// A random number that each process draws when it starts. What was sent to
-	// one life is never delivered to another.
+	// A random number that each process draws when it starts: it tells two that go
+	// by the same raft ID from each other. Raft's messages do not depend on it.
 	Life          uint64 `protobuf:"varint,3,opt,name=life,proto3" json:"life,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
