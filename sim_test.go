@@ -118,7 +118,11 @@ type simConfig struct {
 	cached    bool // an operator's request is answered on the word of an earlier one's entry
 }
 
-var simFaults = []string{"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power", "all", "disk", "stall", "wipe", "freeze", "freeze", "forget", "unplug", "move", "move"}
+// simFaults are the kinds of faults, those twice that are to come more often.
+var simFaults = []string{
+	"kill", "kill", "stop", "pause", "isolate", "split", "one-way", "drop", "loss", "slow", "rate", "power", "power",
+	"all", "disk", "stall", "wipe", "freeze", "freeze", "forget", "unplug", "move", "move",
+}
 
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
@@ -2355,7 +2359,7 @@ func (s *sim) mayLose(p *proc) bool {
 	return true
 }
 
-// fault makes something go wrong.
+// fault makes something go wrong, some time after the last fault.
 func (s *sim) fault() {
 	if s.calm {
 		return
@@ -2366,85 +2370,147 @@ func (s *sim) fault() {
 	if p == nil {
 		return
 	}
-	length := s.expo(s.cfg.outage)
-	fired := true
+	if s.cause(kind, p, s.expo(s.cfg.outage)) {
+		s.count["fault: "+kind]++
+	} else {
+		s.count["fault not allowed: "+kind]++
+	}
+}
+
+// cause makes something go wrong with a process, or with the whole network. A fault that
+// would lose the cluster by right, or that finds nothing to break, is not allowed.
+func (s *sim) cause(kind string, p *proc, length float64) (allowed bool) {
+	switch kind {
+	case "kill", "stop", "pause", "rate":
+		return s.disturb(kind, p, length)
+	case "power", "all", "disk", "stall", "wipe", "forget":
+		return s.breakMemory(kind, p, length)
+	case "move":
+		return p.move(length)
+	default:
+		return s.breakNetwork(kind, p, length)
+	}
+}
+
+// disturb ends a process, or has it run badly.
+func (s *sim) disturb(kind string, p *proc, length float64) (allowed bool) {
 	switch kind {
 	case "kill":
-		if fired = p.site.keeps() != 0 || s.mayLose(p); fired {
-			p.die(length)
+		if p.site.keeps() == 0 && !s.mayLose(p) {
+			return false
 		}
+		p.die(length)
+	case "stop":
+		if p.site.keeps() == 0 && !s.mayLose(p) || p.paused {
+			return false
+		}
+		p.stop(length)
+	case "pause":
+		if p.paused {
+			return false
+		}
+		s.trace("FAULT: %v is stopped for %.0f ticks", p, length)
+		p.paused = true
+		s.after(length, nil, p.goOn)
+	case "rate":
+		p.rate = .3 + 2*s.rng.Float64()
+		s.trace("FAULT: a tick of %v takes %.2f", p, p.rate)
+	}
+	return true
+}
+
+// breakMemory has something happen to disks, or to all that was not on them.
+func (s *sim) breakMemory(kind string, p *proc, length float64) (allowed bool) {
+	durable := p.site.keeps() != 0
+	switch kind {
 	case "power":
-		if fired = p.site.keeps() != 0; fired {
-			if s.rng.IntN(2) == 0 {
-				p.losePower(length)
-			} else {
-				p.doomed = length
-			}
+		if !durable {
+			return false
+		}
+		if s.rng.IntN(2) == 0 {
+			p.losePower(length)
+		} else {
+			p.doomed = length
 		}
 	case "all":
-		fired = false
+		found := false
 		for _, p := range s.alive() {
 			if p.site.keeps() != 0 {
-				fired = true
+				found = true
 				p.losePower(length)
 			}
 		}
+		return found
 	case "disk":
-		if fired = p.disk != nil; fired {
-			p.breakDisk(s.rng.IntN(40), simFault(s.rng.IntN(int(faultCrash))))
+		if p.disk == nil {
+			return false
 		}
+		p.breakDisk(s.rng.IntN(40), simFault(s.rng.IntN(int(faultCrash))))
 	case "stall":
-		if fired = p.disk != nil; fired {
-			s.trace("FAULT: the disk of %v stalls for %.0f ticks", p, length)
-			p.site.slow = s.now + int64(length*simTick)
+		if p.disk == nil {
+			return false
 		}
+		s.trace("FAULT: the disk of %v stalls for %.0f ticks", p, length)
+		p.site.slow = s.now + int64(length*simTick)
 	case "wipe":
-		if fired = p.site.keeps() != 0 && !s.cfg.anchored() && s.mayLose(p); fired { // one that has moved would not be found
-			s.trace("FAULT: %v loses its disk", p)
-			p.site.fs = newSimFS()
-			p.die(length)
+		if !durable || !s.mayForget(p) {
+			return false
 		}
+		s.trace("FAULT: %v loses its disk", p)
+		p.site.fs = newSimFS()
+		p.die(length)
 	case "forget":
-		if fired = p.site.keeps() != 0 && !s.cfg.anchored() && s.mayLose(p); fired { // as with wipe
-			s.trace("FAULT: %v is started without its disk", p)
-			p.site.forgets = true
-			p.die(length)
-			s.after(length+s.expo(s.cfg.outage), nil, func() { s.remember(p.site) })
+		if !durable || !s.mayForget(p) {
+			return false
 		}
+		s.trace("FAULT: %v is started without its disk", p)
+		p.site.forgets = true
+		p.die(length)
+		s.after(length+s.expo(s.cfg.outage), nil, func() { s.remember(p.site) })
+	}
+	return true
+}
+
+// mayForget reports whether a process with a disk may be started without what is on
+// it. Where members move it may not, for one that has moved would not be found.
+func (s *sim) mayForget(p *proc) bool { return !s.cfg.anchored() && s.mayLose(p) }
+
+// move has a node be started at another address.
+func (p *proc) move(length float64) (allowed bool) {
+	st := p.site
+	if st.i == 0 || st.keeps() == 0 {
+		return false
+	}
+	p.die(length)
+	if st.keeps() != 0 {
+		st.moves++
+		st.node = &kvpb.Node{Id: st.node.Id, Address: fmt.Sprintf("node%d:%d", st.node.Id, st.moves+1)}
+		p.s.trace("node %d moves to %s", st.node.Id, st.node.Address)
+	}
+	return true
+}
+
+// breakNetwork has messages be lost or late, or streams break.
+func (s *sim) breakNetwork(kind string, p *proc, length float64) (allowed bool) {
+	switch kind {
 	case "freeze":
-		fired = false
+		found := false
 		for _, id := range slices.Sorted(maps.Keys(p.peers)) {
-			if st := p.peers[id].stream; st != nil && !st.frozen && s.rng.IntN(2) == 0 {
-				fired = true
+			st := p.peers[id].stream
+			if st != nil && !st.frozen && s.rng.IntN(2) == 0 {
+				found = true
 				st.freeze(length)
 			}
 		}
-	case "move":
-		st := p.site
-		if fired = st.i != 0 && st.keeps() != 0; fired {
-			p.die(length)
-			if st.keeps() != 0 {
-				st.moves++
-				st.node = &kvpb.Node{Id: st.node.Id, Address: fmt.Sprintf("node%d:%d", st.node.Id, st.moves+1)}
-				s.trace("node %d moves to %s", st.node.Id, st.node.Address)
-			}
-		}
-	case "stop":
-		if fired = (p.site.keeps() != 0 || s.mayLose(p)) && !p.paused; fired {
-			p.stop(length)
-		}
-	case "pause":
-		if fired = !p.paused; fired {
-			s.trace("FAULT: %v is stopped for %.0f ticks", p, length)
-			p.paused = true
-			s.after(length, nil, p.goOn)
-		}
+		return found
 	case "drop":
-		if ids := slices.Sorted(maps.Keys(p.peers)); len(ids) > 0 {
-			if st := p.peers[ids[s.rng.IntN(len(ids))]].stream; st != nil {
-				s.trace("FAULT: the stream from %v to %v breaks", st.from, st.to)
-				st.breakBoth()
-			}
+		ids := slices.Sorted(maps.Keys(p.peers))
+		if len(ids) == 0 {
+			break
+		}
+		if st := p.peers[ids[s.rng.IntN(len(ids))]].stream; st != nil {
+			s.trace("FAULT: the stream from %v to %v breaks", st.from, st.to)
+			st.breakBoth()
 		}
 	case "loss":
 		s.trace("FAULT: messages are lost for %.0f ticks", length)
@@ -2454,9 +2520,6 @@ func (s *sim) fault() {
 		s.trace("FAULT: the network is slow for %.0f ticks", length)
 		s.slowNow = .3
 		s.after(length, nil, func() { s.slowNow = 0 })
-	case "rate":
-		p.rate = .3 + 2*s.rng.Float64()
-		s.trace("FAULT: a tick of %v takes %.2f", p, p.rate)
 	case "unplug":
 		for _, q := range s.alive() {
 			if q.n.raft.role == raft.StateLeader {
@@ -2467,11 +2530,7 @@ func (s *sim) fault() {
 	default:
 		s.partition(kind, p.site, length)
 	}
-	if fired {
-		s.count["fault: "+kind]++
-	} else {
-		s.count["fault not allowed: "+kind]++
-	}
+	return true
 }
 
 // remember has a site be started with its disk again, once its process may go.
@@ -2496,19 +2555,29 @@ func (s *sim) partition(kind string, one *site, length float64) {
 	var pairs [][2]int
 	side := make([]bool, len(s.sites))
 	for i := range side {
-		side[i] = kind == "split" && s.rng.IntN(2) == 0 || kind != "split" && i == one.i
+		if kind == "split" {
+			side[i] = s.rng.IntN(2) == 0
+		} else {
+			side[i] = i == one.i
+		}
 	}
-	out, in := true, kind != "one-way"
-	if !in {
+	oneWay := kind == "one-way"
+	out, in := true, true
+	if oneWay {
 		out = s.rng.IntN(2) == 0
 		in = !out
 	}
 	for i := range side {
 		for j := range side {
-			if i != j && (side[i] && !side[j] && out || side[j] && !side[i] && in) && (kind != "one-way" || s.rng.IntN(3) > 0) {
-				pairs = append(pairs, [2]int{i, j})
-				s.cut[i][j]++
+			leaves, enters := side[i] && !side[j], side[j] && !side[i]
+			if (!leaves || !out) && (!enters || !in) {
+				continue
 			}
+			if oneWay && s.rng.IntN(3) == 0 { // some still get through
+				continue
+			}
+			pairs = append(pairs, [2]int{i, j})
+			s.cut[i][j]++
 		}
 	}
 	s.trace("FAULT: nothing gets from → to: %v for %.0f ticks", pairs, length)
