@@ -66,37 +66,45 @@ const (
 
 // simConfig is what a seed draws before its run starts. Times are in ticks.
 type simConfig struct {
-	steps         int
+	steps         int // before all faults end
 	nodes, voters int
-	election      int
-	logBytes      uint64
-	latency       float64 // mean
-	spike         float64 // probability of a latency 20 times as long
-	lag           float64 // most that a node's loop rests with work in its inbox
-	loss, dup     float64
-	reorder       bool
-	late          float64 // probability that a message outlives its stream
-	queue         int     // messages that a stream holds
-	snapshotDies  float64
-	transfer      float64 // how much longer than a message a snapshot takes, on average
-	durable       float64 // probability that a site has a disk
-	disk          float64 // mean time of a write to it
-	clients, keys int
-	valueBytes    int
-	think         float64 // mean, between two calls of a client
-	timeout       float64 // mean, of a call
-	faultEvery    float64
-	outage        float64 // mean, of a fault that lasts
-	faults        []string
-	adminEvery    float64
-	operators     int // requests at a time
-	sessions      int // that are kept
-	answers       int // that each keeps
+	election      int    // election timeout
+	logBytes      uint64 // after which a node compacts its log
 	limits        raftLimits
 
-	reckless bool // operators ask for voters of whom a majority is dead
+	latency      float64 // mean
+	spike        float64 // probability of a latency 20 times as long
+	lag          float64 // most that a node's loop rests with work in its inbox
+	loss, dup    float64 // probability that a message is lost, that it comes twice
+	reorder      bool    // messages of a stream may overtake each other
+	late         float64 // probability that a message outlives its stream
+	queue        int     // messages that a stream holds
+	snapshotDies float64 // probability that a snapshot is lost half way
+	transfer     float64 // how much longer than a message a snapshot takes, on average
 
-	// Bugs that tests plant.
+	durable float64 // probability that a site has a disk
+	disk    float64 // mean time of a write to it
+
+	clients, keys int
+	valueBytes    int     // at most
+	think         float64 // mean, between two calls of a client
+	timeout       float64 // mean, of a call
+	sessions      int     // that are kept
+	answers       int     // that each session keeps
+
+	faultEvery float64 // mean, between two faults
+	outage     float64 // mean, of a fault that lasts
+	faults     []string
+
+	adminEvery float64 // mean, between two requests of operators
+	operators  int     // requests at a time
+	reckless   bool    // operators ask for voters of whom a majority is dead
+
+	plantedBugs
+}
+
+// plantedBugs are those that tests plant, to see that they are found.
+type plantedBugs struct {
 	reuseID   bool // a restarted process has its old raft ID
 	crossLife bool // messages reach the next life
 	readNow   bool // a read is answered without asking anybody
@@ -124,26 +132,49 @@ var simFaults = []string{
 	"all", "disk", "stall", "wipe", "freeze", "freeze", "forget", "unplug", "move", "move",
 }
 
+// drawConfig draws what a run is like. Whoever adds a draw adds it at the end, or every
+// seed becomes another run.
 func drawConfig(rng *rand.Rand, steps int) simConfig {
 	pick := func(vs ...float64) float64 { return vs[rng.IntN(len(vs))] }
 	c := simConfig{
-		steps: steps, nodes: 3 + rng.IntN(3), election: int(pick(10, 15, 30)), logBytes: uint64(pick(8<<10, 16<<10, 64<<10)),
-		latency: pick(.05, .3, 1, 2), spike: pick(0, 0, .01, .05), lag: pick(0, 0, .5, 2),
-		loss: pick(0, 0, .01, .05), dup: pick(0, .02, .1), reorder: rng.IntN(3) == 0, late: pick(0, .5, 1), queue: int(pick(20, 1000)),
-		snapshotDies: pick(0, .2, .5), clients: 1 + rng.IntN(6), keys: 1 + rng.IntN(8), valueBytes: int(pick(0, 700, 3000)),
-		think: pick(.5, 2, 10), timeout: pick(30, 100, 300), faultEvery: pick(3, 20, 60, 200), outage: pick(5, 20, 60, 150), adminEvery: pick(15, 60, 200, 1000),
+		steps:        steps,
+		nodes:        3 + rng.IntN(3),
+		election:     int(pick(10, 15, 30)),
+		logBytes:     uint64(pick(8<<10, 16<<10, 64<<10)),
+		latency:      pick(.05, .3, 1, 2),
+		spike:        pick(0, 0, .01, .05),
+		lag:          pick(0, 0, .5, 2),
+		loss:         pick(0, 0, .01, .05),
+		dup:          pick(0, .02, .1),
+		reorder:      rng.IntN(3) == 0,
+		late:         pick(0, .5, 1),
+		queue:        int(pick(20, 1000)),
+		snapshotDies: pick(0, .2, .5),
+		clients:      1 + rng.IntN(6),
+		keys:         1 + rng.IntN(8),
+		valueBytes:   int(pick(0, 700, 3000)),
+		think:        pick(.5, 2, 10),
+		timeout:      pick(30, 100, 300),
+		faultEvery:   pick(3, 20, 60, 200),
+		outage:       pick(5, 20, 60, 150),
+		adminEvery:   pick(15, 60, 200, 1000),
+		sessions:     int(pick(2, 4, 20)),
+		answers:      int(pick(1, 4, 20)),
+		limits:       defaultRaftLimits(),
 	}
-	c.sessions, c.answers = int(pick(2, 4, 20)), int(pick(1, 4, 20))
-	c.limits = defaultRaftLimits()
 	if rng.IntN(2) == 0 {
 		c.limits = raftLimits{
-			message: uint64(pick(0, 500, 4000)), ready: uint64(pick(500, 4000)), uncommitted: uint64(pick(2000, 20000)),
-			inflight: int(pick(1, 2, 10)), inflightBytes: 1 << 20,
+			message:       uint64(pick(0, 500, 4000)),
+			ready:         uint64(pick(500, 4000)),
+			uncommitted:   uint64(pick(2000, 20000)),
+			inflight:      int(pick(1, 2, 10)),
+			inflightBytes: 1 << 20,
 		}
 	}
 	c.operators = int(pick(2, 2, 8))
 	c.voters = min(c.nodes, int(pick(1, 2, 3, 3, 3, 5)))
-	c.durable, c.disk = pick(0, 0, .5, 1, 1, 1), pick(.01, .1, .5, 2)
+	c.durable = pick(0, 0, .5, 1, 1, 1)
+	c.disk = pick(.01, .1, .5, 2)
 	if rng.IntN(4) == 0 { // soon too much is needed of the log
 		c.logBytes = 2 << 10
 	}
@@ -334,8 +365,18 @@ func (s *sim) tail() string {
 
 func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 	s := &sim{
-		cfg: cfg, seed: seed, rng: rng, sink: sink, leaders: map[uint64]uint64{}, lives: map[uint64]string{},
-		states: map[uint64]uint64{}, names: map[uint64]string{}, values: map[string]*op{}, ids: map[[2]uint64]*op{}, seen: map[string]uint64{}, count: map[string]int{},
+		cfg:     cfg,
+		seed:    seed,
+		rng:     rng,
+		sink:    sink,
+		leaders: map[uint64]uint64{},
+		lives:   map[uint64]string{},
+		states:  map[uint64]uint64{},
+		names:   map[uint64]string{},
+		values:  map[string]*op{},
+		ids:     map[[2]uint64]*op{},
+		seen:    map[string]uint64{},
+		count:   map[string]int{},
 	}
 	for i := range cfg.nodes {
 		st := &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}}
@@ -412,11 +453,18 @@ func (p *proc) String() string { return p.s.name(p.raftID) }
 // start starts a process at a site.
 func (s *sim) start(st *site) {
 	o := defaultOptions()
-	o.heartbeat, o.election = 100*time.Millisecond, time.Duration(s.cfg.election)*20*time.Millisecond
-	o.logBytes, o.id = s.cfg.logBytes, st.node.Id
+	o.heartbeat = 100 * time.Millisecond
+	o.election = time.Duration(s.cfg.election) * 20 * time.Millisecond
+	o.logBytes = s.cfg.logBytes
+	o.id = st.node.Id
 	p := &proc{
-		s: s, site: st, peers: map[uint64]*simPeer{}, inbound: map[uint64]*simStream{}, receiving: map[uint64]*transfer{},
-		rate: .8 + .4*s.rng.Float64(), fresh: map[uint64]*raftpb.Entry{},
+		s:         s,
+		site:      st,
+		peers:     map[uint64]*simPeer{},
+		inbound:   map[uint64]*simStream{},
+		receiving: map[uint64]*transfer{},
+		rate:      .8 + .4*s.rng.Float64(),
+		fresh:     map[uint64]*raftpb.Entry{},
 	}
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
@@ -452,7 +500,11 @@ func (p *proc) identify() {
 		return
 	}
 	s, n := p.s, p.n
-	p.raftID, p.term, p.commit, p.applied, p.version = n.id.raftID, 0, 0, 0, map[string]uint64{}
+	p.raftID = n.id.raftID
+	p.term = 0
+	p.commit = 0
+	p.applied = 0
+	p.version = map[string]uint64{}
 	s.count["lives"]++
 	p.site.old = n.id.raftID
 	if p.disk != nil {
@@ -782,6 +834,22 @@ type oracle struct {
 	terms    map[uint64]int64 // when an entry of each was first applied
 }
 
+// newOracle is the oracle once the cluster is made: the entry of bootstrap is applied.
+func newOracle(now int64, st *store) oracle {
+	return oracle{
+		entries:  []*raftpb.Entry{nil, nil},
+		conf:     st.conf,
+		last:     map[uint64]uint64{},
+		keys:     map[string][]change{},
+		versions: map[uint64]change{},
+		opened:   map[uint64]bool{},
+		tooFar:   map[[2]uint64]bool{},
+		first:    map[[2]uint64]result{},
+		eras:     []era{{now, st.conf, st.members}},
+		terms:    map[uint64]int64{},
+	}
+}
+
 // era is a membership, which holds from when it was first applied until the next is.
 type era struct {
 	from    int64
@@ -820,8 +888,7 @@ func (s *sim) observe(p *proc, from, to uint64) {
 		case e == nil && i > 1:
 			s.failf("the simulator has not seen entry %d before %v has applied and compacted it", i, p)
 		case e == nil:
-			*o = oracle{entries: []*raftpb.Entry{nil, nil}, conf: p.n.store.conf, last: map[uint64]uint64{}, keys: map[string][]change{}, versions: map[uint64]change{}, opened: map[uint64]bool{}, tooFar: map[[2]uint64]bool{}, first: map[[2]uint64]result{}}
-			o.eras, o.terms = []era{{s.tock(), o.conf, p.n.store.members}}, map[uint64]int64{}
+			*o = newOracle(s.tock(), p.n.store)
 		default:
 			o.entries = append(o.entries, proto.CloneOf(e))
 			s.commit(e)
@@ -3192,7 +3259,20 @@ func TestSameRaftIDLosesWrite(t *testing.T) {
 	for _, reuse := range []bool{false, true} {
 		t.Run(fmt.Sprintf("reuse=%v", reuse), func(t *testing.T) {
 			cryptotest.SetGlobalRandom(t, 1)
-			cfg := simConfig{nodes: 3, voters: 3, election: 10, logBytes: 64 << 10, latency: .1, queue: 1000, keys: 1, adminEvery: 1e9, sessions: 4, answers: 4, limits: defaultRaftLimits(), reuseID: reuse}
+			cfg := simConfig{
+				nodes:       3,
+				voters:      3,
+				election:    10,
+				logBytes:    64 << 10,
+				limits:      defaultRaftLimits(),
+				latency:     .1,
+				queue:       1000,
+				keys:        1,
+				sessions:    4,
+				answers:     4,
+				adminEvery:  1e9,
+				plantedBugs: plantedBugs{reuseID: reuse},
+			}
 			s := newSim(1, cfg, rand.New(rand.NewPCG(1, 1)), nil)
 			err := s.try(s.loseMemory)
 			if !reuse && err != nil {
