@@ -1907,11 +1907,7 @@ func (c *caller) finish(a *attempt, out outcome) {
 		c.again(a, false)
 	case out.err == errSessionUnknown, out.err == errSequenceTooOld, out.err == errSequenceTooFar:
 		s.count["writes refused by session"]++
-		_, ses := s.oracle.sessionOf(o.id.Session)
-		if in := a.p.n.rn != nil; in && out.err == errSessionUnknown && ses != nil || in && out.err == errSequenceTooOld && ses != nil && !s.tooOld(ses, o.id.Sequence) {
-			s.failf("I8: %v is refused: %v", o, out.err)
-		}
-		if a.p.n.rn != nil && out.err == errSequenceTooFar && !s.oracle.tooFar[o.key2()] {
+		if a.p.n.rn != nil && !s.mayRefuse(o, out.err) {
 			s.failf("I8: %v is refused: %v", o, out.err)
 		}
 		if out.err != errSequenceTooOld && o.id.Session == c.session && o.id.Sequence < farAway {
@@ -1945,6 +1941,19 @@ func (c *caller) finish(a *attempt, out outcome) {
 	}
 }
 
+// mayRefuse reports whether a write's session is a reason to refuse it.
+func (s *sim) mayRefuse(o *op, err error) bool {
+	_, ses := s.oracle.sessionOf(o.id.Session)
+	switch err {
+	case errSessionUnknown:
+		return ses == nil
+	case errSequenceTooOld:
+		return ses == nil || s.tooOld(ses, o.id.Sequence)
+	default: // errSequenceTooFar
+		return s.oracle.tooFar[o.key2()]
+	}
+}
+
 // finishWrite compares what was acknowledged with what is committed, and with
 // what was acknowledged before.
 func (s *sim) finishWrite(o *op, r result) {
@@ -1955,17 +1964,33 @@ func (s *sim) finishWrite(o *op, r result) {
 		s.count["answers repeated"]++
 		return
 	}
-	o.ended, o.version, o.found, o.compare = s.tock(), r.version, r.found, r.compareFailed
-	ch := s.oracle.versions[r.version]
+	o.ended = s.tock()
+	o.version = r.version
+	o.found = r.found
+	o.compare = r.compareFailed
 	if r.version > s.oracle.version {
 		s.count["acknowledged before seen"]++ // by a node that then left: checked at the end
-	} else if first, ok := s.oracle.first[o.key2()]; o.id != nil && (!ok || r != first) {
-		s.failf("I8: %v was acknowledged with %+v, its first answer is %+v, %v", o, r, first, ok)
-	} else if !o.compare && (ch.key != o.key || ch.value != o.value || ch.present != (o.kind == "set") || ch.found != r.found) {
-		s.failf("I2: %v was acknowledged with version %d, found %v; committed is %+v", o, r.version, r.found, ch)
+	} else {
+		s.checkAcknowledged(o, r)
 	}
 	s.seen[o.key] = max(s.seen[o.key], r.version)
 	s.count["writes acknowledged"]++
+}
+
+// checkAcknowledged compares the answer to a write with what the oracle has of it.
+func (s *sim) checkAcknowledged(o *op, r result) {
+	first, ok := s.oracle.first[o.key2()]
+	if o.id != nil && (!ok || r != first) {
+		s.failf("I8: %v was acknowledged with %+v, its first answer is %+v, %v", o, r, first, ok)
+	}
+	if o.compare {
+		return
+	}
+	ch := s.oracle.versions[r.version]
+	isIts := ch.key == o.key && ch.value == o.value && ch.present == (o.kind == "set")
+	if !isIts || ch.found != r.found {
+		s.failf("I2: %v was acknowledged with version %d, found %v; committed is %+v", o, r.version, r.found, ch)
+	}
 }
 
 // key2 is the id as the key of a map.
@@ -1982,20 +2007,42 @@ func (s *sim) finishRead(a *attempt) {
 		o.failed = true
 		return
 	}
-	o.ended, o.version, o.found, o.value = s.tock(), it.version, ok, string(it.value)
-	h := s.oracle.keys[o.key]
-	for i := len(h) - 1; i >= -1; i-- {
-		if i >= 0 && (h[i].present != ok || ok && (h[i].version != it.version || h[i].value != o.value)) || i < 0 && ok {
+	o.ended = s.tock()
+	o.version = it.version
+	o.found = ok
+	o.value = string(it.value)
+	if !s.oracle.wasSo(o) {
+		s.failf("I1: %v through %v is %.12q (%v) of version %d; when it began, version %d of the key was known",
+			o, a.p, it.value, ok, it.version, o.atLeast)
+	}
+	s.seen[o.key] = max(s.seen[o.key], it.version)
+	s.count["reads"]++
+}
+
+// wasSo reports whether a key was as a read has it, at a moment after which the version
+// that was known when the read began had not been replaced yet.
+func (o *oracle) wasSo(read *op) bool {
+	history := o.keys[read.key]
+	for i := len(history) - 1; i >= -1; i-- {
+		state := change{} // before the first change: no such key
+		if i >= 0 {
+			state = history[i]
+		}
+		if !state.isReadAs(read) {
 			continue
 		}
-		if i+1 < len(h) && h[i+1].version <= o.atLeast {
-			break
-		}
-		s.seen[o.key] = max(s.seen[o.key], it.version)
-		s.count["reads"]++
-		return
+		next := i + 1
+		return next == len(history) || history[next].version > read.atLeast
 	}
-	s.failf("I1: %v through %v is %.12q (%v) of version %d; when it began, version %d of the key was known", o, a.p, it.value, ok, it.version, o.atLeast)
+	return false
+}
+
+// isReadAs reports whether a read finds what a change has left.
+func (c change) isReadAs(read *op) bool {
+	if !c.present || !read.found {
+		return c.present == read.found
+	}
+	return c.version == read.version && c.value == read.value
 }
 
 // readLocal reads without asking anybody: something committed, and on one node
@@ -2005,8 +2052,11 @@ func (s *sim) readLocal(p *proc, key string) {
 	if err != nil || !ok {
 		return
 	}
-	if ch := s.oracle.versions[it.version]; ch.key != key || ch.value != string(it.value) || it.version < p.version[key] {
-		s.failf("I2: a local read of %s at %v is %.12q of version %d, committed is %+v; before it was version %d", key, p, it.value, it.version, ch, p.version[key])
+	ch := s.oracle.versions[it.version]
+	isCommitted := ch.key == key && ch.value == string(it.value)
+	if !isCommitted || it.version < p.version[key] {
+		s.failf("I2: a local read of %s at %v is %.12q of version %d, committed is %+v; before it was version %d",
+			key, p, it.value, it.version, ch, p.version[key])
 	}
 	p.version[key] = it.version
 	s.count["local reads"]++
