@@ -544,12 +544,23 @@ func (l *simLog) Handle(_ context.Context, r slog.Record) error {
 		l.s.count["log: "+r.Message]++
 	}
 	l.s.trace("  %v logs: %s", l.p, b.String())
-	if r.Message == "the cluster cannot go on" && slices.ContainsFunc(l.s.sites, func(st *site) bool { return st.most > l.p.n.store.index && (st.cur != nil || st.keeps() != 0) }) {
-		l.s.count["alarms of nodes that lag"]++
-	} else if r.Message == "the cluster cannot go on" {
-		l.s.failf("%v says that too much memory is lost, and that is not so:%s", l.p, l.s.overview())
+	if r.Message == "the cluster cannot go on" {
+		l.checkAlarm()
 	}
 	return nil
+}
+
+// checkAlarm is called when a node says that too much memory is lost. In the simulator
+// that is never so, but a node that lags cannot know.
+func (l *simLog) checkAlarm() {
+	knowsMore := func(st *site) bool {
+		hasMemory := st.cur != nil || st.keeps() != 0
+		return hasMemory && st.most > l.p.n.store.index
+	}
+	if !slices.ContainsFunc(l.s.sites, knowsMore) {
+		l.s.failf("%v says that too much memory is lost, and that is not so:%s", l.p, l.s.overview())
+	}
+	l.s.count["alarms of nodes that lag"]++
 }
 
 // tick is the process's clock.
@@ -715,18 +726,23 @@ func (p *proc) promises(m *raftpb.Message) {
 		return
 	}
 	h := p.written.HardState
+	hasVoted := func(candidate uint64) bool {
+		return h.GetTerm() > m.GetTerm() || h.GetTerm() == m.GetTerm() && h.GetVote() == candidate
+	}
 	switch m.GetType() {
 	case raftpb.MsgVote: // it goes for this node's own vote, too
-		if h.GetTerm() < m.GetTerm() || h.GetTerm() == m.GetTerm() && h.GetVote() != m.GetFrom() {
+		if !hasVoted(m.GetFrom()) {
 			p.s.failf("I7: %v calls for votes in term %d, the disk has %v", p, m.GetTerm(), h)
 		}
 	case raftpb.MsgVoteResp:
-		if h.GetTerm() < m.GetTerm() || h.GetTerm() == m.GetTerm() && h.GetVote() != m.GetTo() {
+		if !hasVoted(m.GetTo()) {
 			p.s.failf("I7: %v grants a vote in term %d, the disk has %v", p, m.GetTerm(), h)
 		}
 	case raftpb.MsgAppResp:
-		if m.GetIndex() > p.written.FirstSegment && h.GetTerm() == m.GetTerm() || h.GetTerm() < m.GetTerm() {
-			p.s.failf("I7: %v acknowledges entry %d in term %d, the disk has entry %d, %v", p, m.GetIndex(), m.GetTerm(), p.written.FirstSegment, h)
+		last := p.written.FirstSegment // a later term may have replaced what is acknowledged
+		hasEntry := h.GetTerm() > m.GetTerm() || h.GetTerm() == m.GetTerm() && last >= m.GetIndex()
+		if !hasEntry {
+			p.s.failf("I7: %v acknowledges entry %d in term %d, the disk has entry %d, %v", p, m.GetIndex(), m.GetTerm(), last, h)
 		}
 	}
 }
@@ -759,27 +775,7 @@ func (p *proc) check() {
 	}
 	p.identify()
 	if n.rn != nil {
-		st := n.rn.BasicStatus()
-		term, commit := st.GetTerm(), st.GetCommit()
-		if term < p.term || commit < p.commit || n.store.index < p.applied {
-			s.failf("I6: %v goes back from term %d, commit %d, applied %d to %d, %d, %d", p, p.term, p.commit, p.applied, term, commit, n.store.index)
-		}
-		if n.store.index > commit || n.log.prevIndex > n.store.index {
-			s.failf("I6: %v has compacted %d, applied %d, committed %d", p, n.log.prevIndex, n.store.index, commit)
-		}
-		if term > p.term || st.RaftState == raft.StateLeader {
-			if leader, ok := s.leaders[term]; st.RaftState == raft.StateLeader && !ok {
-				s.leaders[term] = n.id.life
-				s.count["elections"]++
-				s.trace("%v leads term %d", p, term)
-			} else if st.RaftState == raft.StateLeader && leader != n.id.life {
-				s.failf("I3: %v leads term %d, as another has, or it before it was started again", p, term)
-			}
-		}
-		p.term, p.commit = term, commit
-		if kept := n.log.bytesTo(n.store.index); n.leads() && n.store.index > p.applied && kept > max(n.opts.logBytes, n.keptBytes()) {
-			s.failf("%v keeps %d bytes of its log, more than %d", p, kept, n.keptBytes())
-		}
+		p.checkProgress()
 	}
 	if n.store.index > p.applied {
 		s.observe(p, p.applied+1, n.store.index)
@@ -788,6 +784,45 @@ func (p *proc) check() {
 		if p.applied%stateEvery == 0 {
 			s.compareState(p)
 		}
+	}
+}
+
+// checkProgress checks that a node in a cluster does not go back (I6), leads a term that
+// is its own (I3), and keeps no more of its log than it may.
+func (p *proc) checkProgress() {
+	s, n := p.s, p.n
+	st := n.rn.BasicStatus()
+	term, commit, applied := st.GetTerm(), st.GetCommit(), n.store.index
+	if term < p.term || commit < p.commit || applied < p.applied {
+		s.failf("I6: %v goes back from term %d, commit %d, applied %d to %d, %d, %d",
+			p, p.term, p.commit, p.applied, term, commit, applied)
+	}
+	if applied > commit || n.log.prevIndex > applied {
+		s.failf("I6: %v has compacted %d, applied %d, committed %d", p, n.log.prevIndex, applied, commit)
+	}
+	p.term = term
+	p.commit = commit
+	if st.RaftState == raft.StateLeader {
+		p.leads(term)
+	}
+	hasApplied := applied > p.applied
+	kept := n.log.bytesTo(applied)
+	if n.leads() && hasApplied && kept > max(n.opts.logBytes, n.keptBytes()) {
+		s.failf("%v keeps %d bytes of its log, more than %d", p, kept, n.keptBytes())
+	}
+}
+
+// leads notes that a process leads a term, which nobody else may have led (I3).
+func (p *proc) leads(term uint64) {
+	s, life := p.s, p.n.id.life
+	leader, ok := s.leaders[term]
+	if ok && leader != life {
+		s.failf("I3: %v leads term %d, as another has, or it before it was started again", p, term)
+	}
+	if !ok {
+		s.leaders[term] = life
+		s.count["elections"]++
+		s.trace("%v leads term %d", p, term)
 	}
 }
 
@@ -808,11 +843,14 @@ func stateOf(n *node) uint64 {
 	return h.Sum64()
 }
 
+// compareState compares a node's state with that of all others at the same index (I5).
 func (s *sim) compareState(p *proc) {
 	h := stateOf(p.n)
-	if other, ok := s.states[p.applied]; ok && other != h {
+	other, ok := s.states[p.applied]
+	if ok && other != h {
 		s.failf("I5: %v has another state at index %d than others had", p, p.applied)
-	} else if ok {
+	}
+	if ok {
 		s.count["states compared"]++
 	}
 	s.states[p.applied] = h
@@ -882,7 +920,8 @@ func (s *sim) observe(p *proc, from, to uint64) {
 		delete(p.fresh, i)
 		switch {
 		case i < uint64(len(o.entries)):
-			if was := o.entries[i]; e != nil && was != nil && (was.GetTerm() != e.GetTerm() || was.GetType() != e.GetType() || !bytes.Equal(was.GetData(), e.GetData())) {
+			was := o.entries[i]
+			if e != nil && was != nil && !sameEntry(was, e) {
 				s.failf("I4: %v has applied entry %d as %s, it was %s", p, i, entryText(e), entryText(was))
 			}
 		case e == nil && i > 1:
@@ -894,6 +933,10 @@ func (s *sim) observe(p *proc, from, to uint64) {
 			s.commit(e)
 		}
 	}
+}
+
+func sameEntry(a, b *raftpb.Entry) bool {
+	return a.GetTerm() == b.GetTerm() && a.GetType() == b.GetType() && bytes.Equal(a.GetData(), b.GetData())
 }
 
 func entryText(e *raftpb.Entry) string {
