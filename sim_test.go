@@ -2418,45 +2418,58 @@ func (s *sim) wish() {
 	case 1, 2:
 		s.addLearner(st, func(error) {})
 	default:
-		req := &kvpb.ChangeMembershipRequest{Retain: s.rng.IntN(2) == 0}
-		some := s.anyProc()
-		for _, st := range s.sites {
-			if some == nil || len(some.n.store.raftIDsOf(st.node.Id)) == 0 && s.rng.IntN(10) > 0 {
-				continue
-			}
-			if s.rng.IntN(3) > 0 {
-				req.Members = append(req.Members, st.node.Id)
-			} else if s.rng.IntN(4) == 0 {
-				req.Remove = append(req.Remove, st.node.Id)
-			}
-		}
-		if s.rng.IntN(4) == 0 { // all but some
-			req.Remove, req.Members = append(req.Remove, st.node.Id), nil
-			slices.Sort(req.Remove)
-			req.Remove = slices.Compact(req.Remove)
-		}
-		if anchor := s.sites[0].node.Id; s.cfg.anchored() {
-			req.Remove = slices.DeleteFunc(req.Remove, func(id uint64) bool { return id == anchor })
-			if len(req.Members) > 0 && req.Members[0] != anchor {
-				req.Members = slices.Insert(req.Members, 0, anchor)
-			}
-		}
-		if s.rng.IntN(3) == 0 { // in terms of what changes
-			req.Promote, req.Members, req.Retain = req.Members, nil, false
-			if n := len(req.Promote); n > 1 && s.rng.IntN(2) == 0 {
-				req.Demote, req.Promote = req.Promote[:1], req.Promote[1:]
-			}
-		}
-		if some != nil && s.rng.IntN(2) == 0 {
-			req.Expected = era{conf: some.n.store.conf, members: some.n.store.members}.membership()
-		}
-		if req.Expected != nil && len(req.Expected.Members) == 0 {
-			return
-		}
-		if len(req.Members)+len(req.Promote)+len(req.Demote)+len(req.Remove) > 0 {
+		req := s.drawChange(st)
+		isNothing := len(req.Members)+len(req.Promote)+len(req.Demote)+len(req.Remove) == 0
+		expectsNobody := req.Expected != nil && len(req.Expected.Members) == 0
+		if !isNothing && !expectsNobody {
 			s.changeMembership(req, func(error) {})
 		}
 	}
+}
+
+// drawChange draws a change of membership, some of which are about one site.
+func (s *sim) drawChange(one *site) *kvpb.ChangeMembershipRequest {
+	req := &kvpb.ChangeMembershipRequest{Retain: s.rng.IntN(2) == 0}
+	some := s.anyProc()
+	for _, st := range s.sites {
+		if some == nil {
+			continue
+		}
+		isMember := len(some.n.store.raftIDsOf(st.node.Id)) > 0
+		if !isMember && s.rng.IntN(10) > 0 {
+			continue
+		}
+		if s.rng.IntN(3) > 0 {
+			req.Members = append(req.Members, st.node.Id)
+		} else if s.rng.IntN(4) == 0 {
+			req.Remove = append(req.Remove, st.node.Id)
+		}
+	}
+	if s.rng.IntN(4) == 0 { // all but some
+		req.Members = nil
+		req.Remove = append(req.Remove, one.node.Id)
+		slices.Sort(req.Remove)
+		req.Remove = slices.Compact(req.Remove)
+	}
+	if s.cfg.anchored() {
+		anchor := s.sites[0].node.Id
+		req.Remove = slices.DeleteFunc(req.Remove, func(id uint64) bool { return id == anchor })
+		if len(req.Members) > 0 && req.Members[0] != anchor {
+			req.Members = slices.Insert(req.Members, 0, anchor)
+		}
+	}
+	if s.rng.IntN(3) == 0 { // in terms of what changes
+		req.Promote = req.Members
+		req.Members = nil
+		req.Retain = false
+		if len(req.Promote) > 1 && s.rng.IntN(2) == 0 {
+			req.Demote, req.Promote = req.Promote[:1], req.Promote[1:]
+		}
+	}
+	if some != nil && s.rng.IntN(2) == 0 {
+		req.Expected = era{conf: some.n.store.conf, members: some.n.store.members}.membership()
+	}
+	return req
 }
 
 // remain reports whether a majority of voters still has its memory once a
@@ -2464,8 +2477,14 @@ func (s *sim) wish() {
 func (s *sim) remain(voters []uint64, without *proc) bool {
 	n := 0
 	for _, st := range s.sites {
-		p := st.cur
-		if p != nil && p != without && p.n.rn != nil && slices.Contains(voters, p.n.id.raftID) || p == nil && slices.Contains(voters, st.keeps()) {
+		raftID := st.keeps()
+		if p := st.cur; p != nil {
+			raftID = p.n.id.raftID
+			if p == without || p.n.rn == nil {
+				continue
+			}
+		}
+		if slices.Contains(voters, raftID) {
 			n++
 		}
 	}
@@ -2484,10 +2503,13 @@ func (s *sim) mayLose(p *proc) bool {
 	}
 	newest := &store{}
 	for _, q := range s.alive() {
-		if q.site.keeps() != 0 && q.n.rn != nil && q.confAt > max(s.told.index, q.written.HardState.GetCommit()) {
+		if q.n.rn == nil {
+			continue
+		}
+		if q.site.keeps() != 0 && q.confAt > max(s.told.index, q.written.HardState.GetCommit()) {
 			return false // started again, it may count on who votes no more
 		}
-		if q.n.rn != nil && q.n.store.index > newest.index {
+		if q.n.store.index > newest.index {
 			newest = q.n.store
 		}
 	}
@@ -2495,28 +2517,40 @@ func (s *sim) mayLose(p *proc) bool {
 		if q.n.rn == nil || newest.members[q.n.id.raftID] == nil {
 			continue
 		}
-		from, cs := q.n.store.index, q.n.store.conf
-		if s.told.index > from {
-			from, cs = s.told.index, s.told.conf
-		}
-		for i := from; i <= max(from, q.n.log.last()); i++ {
-			if i > from {
-				e := q.entry(i)
-				if e.GetType() == raftpb.EntryNormal {
-					continue
-				}
-				if cc, _, err := decodeConfChange(e); err == nil {
-					if next, err := tryConfChange(cs, cc); err == nil {
-						cs = next
-					}
-				}
-			}
+		for _, cs := range s.configurations(q) {
 			if !s.remain(cs.GetVoters(), p) || !s.remain(cs.GetVotersOutgoing(), p) {
 				return false
 			}
 		}
 	}
 	return true
+}
+
+// configurations are the one that a member has applied, or that operators were told of
+// since, and those that follow if all of its log is committed.
+func (s *sim) configurations(p *proc) []*raftpb.ConfState {
+	from, cs := p.n.store.index, p.n.store.conf
+	if s.told.index > from {
+		from, cs = s.told.index, s.told.conf
+	}
+	all := []*raftpb.ConfState{cs}
+	for i := from + 1; i <= p.n.log.last(); i++ {
+		e := p.entry(i)
+		if e.GetType() == raftpb.EntryNormal {
+			continue
+		}
+		cc, _, err := decodeConfChange(e)
+		if err != nil {
+			continue
+		}
+		next, err := tryConfChange(cs, cc)
+		if err != nil {
+			continue
+		}
+		cs = next
+		all = append(all, cs)
+	}
+	return all
 }
 
 // fault makes something go wrong, some time after the last fault.
@@ -2891,29 +2925,7 @@ func (s *sim) try(f func()) (err error) {
 
 // settle ends all faults and checks that everything heals (I9).
 func (s *sim) settle() {
-	s.trace("all faults end")
-	s.calm = true
-	s.cfg.latency = min(s.cfg.latency, .3)
-	s.cfg.transfer = min(s.cfg.transfer, 20) // or a member is too slow for the writes that go on
-	for _, st := range s.sites {
-		if st.fs != nil {
-			s.late = max(s.late, st.slow) // what a disk is at, it goes on with
-			st.fs.failAt, st.slow = 0, 0
-		}
-		if st.cur == nil {
-			s.start(st)
-		}
-		st.cur.rate, st.cur.doomed = 1, 0
-		st.cur.goOn()
-	}
-	s.begin()
-	if s.late > s.now+int64(6*s.cfg.latency*simTick) {
-		// What is sent now waits behind what comes late: an election can be due that
-		// nothing shows yet.
-		for end := s.late + int64(2*s.cfg.election*simTick); s.now < end; {
-			s.next()
-		}
-	}
+	s.endFaults()
 	s.until(settleTicks, s.unsettled)
 	s.quiet = true
 	s.until(settleTicks, func() string {
@@ -2924,15 +2936,53 @@ func (s *sim) settle() {
 		}
 		return s.unsettled()
 	})
+	s.checkFreshCalls()
+	s.until(settleTicks, s.unequal)
+}
+
+// endFaults ends all faults, starts all processes, and lets what is late arrive.
+func (s *sim) endFaults() {
+	s.trace("all faults end")
+	s.calm = true
+	s.cfg.latency = min(s.cfg.latency, .3)
+	s.cfg.transfer = min(s.cfg.transfer, 20) // or a member is too slow for the writes that go on
+	for _, st := range s.sites {
+		if st.fs != nil {
+			s.late = max(s.late, st.slow) // what a disk is at, it goes on with
+			st.fs.failAt = 0
+			st.slow = 0
+		}
+		if st.cur == nil {
+			s.start(st)
+		}
+		st.cur.rate = 1
+		st.cur.doomed = 0
+		st.cur.goOn()
+	}
+	s.begin()
+	if s.late <= s.now+int64(6*s.cfg.latency*simTick) {
+		return
+	}
+	// What is sent now waits behind what comes late: an election can be due that
+	// nothing shows yet.
+	for end := s.late + int64(2*s.cfg.election*simTick); s.now < end; {
+		s.next()
+	}
+}
+
+// checkFreshCalls makes calls that have to succeed, now that all has healed.
+func (s *sim) checkFreshCalls() {
 	// A fresh write through any member, and a read of it through all.
 	members := s.members()
 	o := &op{client: -1, kind: "set", key: "fresh", value: "fresh", begun: s.tock()}
 	s.values[o.value] = o
-	w, _ := encodeWrite(&kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: o.key, Value: []byte(o.value)}}})
+	w, _ := encodeWrite(setWrite(o.key, o.value))
 	s.finishWrite(o, s.ask(members[s.rng.IntN(len(members))], w))
 	for _, p := range members {
 		s.ask(p, nil)
-		if it, ok, err := p.n.store.get([]byte("fresh")); err != nil || !ok || it.version != o.version {
+		it, ok, err := p.n.store.get([]byte("fresh"))
+		isFresh := ok && it.version == o.version
+		if err != nil || !isFresh {
 			s.failf("I9: a fresh read through %v: %v, %v, %v; want version %d", p, it, ok, err, o.version)
 		}
 	}
@@ -2940,13 +2990,13 @@ func (s *sim) settle() {
 	id := randomID()
 	w, _ = encodeWrite(openWrite(id))
 	s.ask(members[0], w)
-	o = &op{client: -1, kind: "set", key: "once", value: "once", begun: s.tock(), id: &kvpb.RequestId{Session: id, Sequence: 1}}
+	o = &op{client: -1, kind: "set", key: "once", value: "once", begun: s.tock()}
+	o.id = &kvpb.RequestId{Session: id, Sequence: 1}
 	s.values[o.value] = o
 	w, _ = encodeWrite(withID(id, 1, setWrite(o.key, o.value)))
 	for _, p := range members {
 		s.finishWrite(o, s.ask(p, w))
 	}
-	s.until(settleTicks, s.unequal)
 }
 
 // until runs until f has nothing to complain about.
@@ -2957,9 +3007,11 @@ func (s *sim) until(ticks float64, f func() string) {
 			continue
 		}
 		next += 10 * simTick
-		if why := f(); why == "" {
+		why := f()
+		if why == "" {
 			return
-		} else if s.now > deadline {
+		}
+		if s.now > deadline {
 			s.failf("I9: after %v ticks without a fault %s", ticks, why)
 		}
 	}
@@ -3324,7 +3376,7 @@ func (s *sim) loseMemory() {
 	s.cutOff(three, 1)
 	o := &op{kind: "set", key: "k0", value: "acknowledged", begun: s.tock()}
 	s.values[o.value] = o
-	w, _ := encodeWrite(&kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: o.key, Value: []byte(o.value)}}})
+	w, _ := encodeWrite(setWrite(o.key, o.value))
 	s.finishWrite(o, s.ask(one.cur, w))
 	s.history = append(s.history, o)
 	one.cur.die(1)
