@@ -618,7 +618,12 @@ func (p *proc) readBadly() {
 		}
 		n.calls.confirmed = nil
 	}
-	if p.s.cfg.early && n.rn != nil && n.raft.role == raft.StateLeader && !n.leads() && n.calls.round.ctx == nil && len(n.calls.reads) > 0 {
+	if !p.s.cfg.early || n.rn == nil {
+		return
+	}
+	isNewLeader := n.raft.role == raft.StateLeader && !n.leads()
+	mayAsk := n.calls.round.ctx == nil && len(n.calls.reads) > 0
+	if isNewLeader && mayAsk {
 		term := n.store.term
 		n.store.term = n.raft.term // as if
 		n.askRead()
@@ -630,8 +635,12 @@ func (p *proc) readBadly() {
 // acknowledge takes another node's entry for that of the writes in flight.
 func (p *proc) acknowledge(e *raftpb.Entry) {
 	n := p.n
+	if n.calls.own == nil || n.clock.now >= n.calls.own.proposeAt || e.GetType() != raftpb.EntryNormal {
+		return
+	}
 	var b kvpb.Batch
-	if n.calls.own == nil || n.clock.now >= n.calls.own.proposeAt || e.GetType() != raftpb.EntryNormal || proto.Unmarshal(e.GetData(), &b) != nil || len(b.Writes) == 0 || b.Proposer == n.id.raftID {
+	err := proto.Unmarshal(e.GetData(), &b)
+	if err != nil || len(b.Writes) == 0 || b.Proposer == n.id.raftID {
 		return
 	}
 	for i, c := range n.calls.own.calls {
@@ -742,7 +751,8 @@ func (p *proc) promises(m *raftpb.Message) {
 		last := p.written.FirstSegment // a later term may have replaced what is acknowledged
 		hasEntry := h.GetTerm() > m.GetTerm() || h.GetTerm() == m.GetTerm() && last >= m.GetIndex()
 		if !hasEntry {
-			p.s.failf("I7: %v acknowledges entry %d in term %d, the disk has entry %d, %v", p, m.GetIndex(), m.GetTerm(), last, h)
+			p.s.failf("I7: %v acknowledges entry %d in term %d, the disk has entry %d, %v",
+				p, m.GetIndex(), m.GetTerm(), last, h)
 		}
 	}
 }
@@ -864,7 +874,9 @@ type oracle struct {
 	version  uint64
 	keys     map[string][]change
 	versions map[uint64]change
-	sessions []*modelSession      // those never used, the oldest first, and then the others, the one used the longest ago first
+	// sessions are those never used, the oldest first, and then the others, the one used
+	// the longest ago first.
+	sessions []*modelSession
 	opened   map[uint64]bool      // all sessions ever
 	tooFar   map[[2]uint64]bool   // all writes ever that were, by session and sequence
 	first    map[[2]uint64]result // all answers ever, likewise
@@ -1022,12 +1034,16 @@ func (e era) fulfils(req *kvpb.ChangeMembershipRequest) bool {
 		return !slices.ContainsFunc(ids, func(id uint64) bool { return !f(e.livesOf(id)) })
 	}
 	isVoter := func(_, votes int) bool { return votes == 1 }
+	isLearner := func(lives, votes int) bool { return lives > 0 && votes == 0 }
+	isGone := func(lives, _ int) bool { return lives == 0 }
+	if isJoint(e.conf) {
+		return false
+	}
 	if len(req.Members) > 0 && len(req.Members) != len(e.conf.GetVoters()) {
 		return false
 	}
-	return !isJoint(e.conf) && all(req.Members, isVoter) && all(req.Promote, isVoter) &&
-		all(req.Demote, func(lives, votes int) bool { return lives > 0 && votes == 0 }) &&
-		all(req.Remove, func(lives, _ int) bool { return lives == 0 })
+	haveVotes := all(req.Members, isVoter) && all(req.Promote, isVoter)
+	return haveVotes && all(req.Demote, isLearner) && all(req.Remove, isGone)
 }
 
 // lacks reports whether a node that a request names is no member.
@@ -1042,7 +1058,8 @@ func (e era) lacks(req *kvpb.ChangeMembershipRequest) bool {
 func (e era) membership() *kvpb.Membership {
 	m := &kvpb.Membership{}
 	for _, member := range sortedMembers(e.members) {
-		m.Members = append(m.Members, &kvpb.ExpectedMember{Node: member.Node, Voter: slices.Contains(e.conf.GetVoters(), member.RaftId)})
+		isVoter := slices.Contains(e.conf.GetVoters(), member.RaftId)
+		m.Members = append(m.Members, &kvpb.ExpectedMember{Node: member.Node, Voter: isVoter})
 	}
 	return m
 }
@@ -1058,11 +1075,17 @@ func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 	var id *kvpb.RequestId
 	var expected *uint64
 	if set := w.GetSet(); set != nil {
-		c.key, c.value, c.present, id, expected = set.Key, string(set.Value), true, set.RequestId, set.ExpectedVersion
+		id = set.RequestId
+		expected = set.ExpectedVersion
+		c.key = set.Key
+		c.value = string(set.Value)
+		c.present = true
 		c.op = s.values[c.value]
 	} else {
 		del := w.GetDelete()
-		c.key, id, expected = del.Key, del.RequestId, del.ExpectedVersion
+		id = del.RequestId
+		expected = del.ExpectedVersion
+		c.key = del.Key
 		c.op = s.ids[[2]uint64{id.GetSession(), id.GetSequence()}] // nil without an id
 	}
 	if id != nil && !s.isNew(id) {
@@ -1079,7 +1102,9 @@ func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 		}
 		return
 	}
-	if (c.present || id != nil) && (c.op == nil || c.op.key != c.key || c.op.committed != 0) {
+	isWanted := c.op != nil && c.op.key == c.key && c.op.committed == 0
+	isNamed := c.present || id != nil // of a delete without an id, ownDeletes finds the call
+	if isNamed && !isWanted {
 		s.failf("I2: entry %d sets %q to %q, which nobody wrote, or again", index, c.key, c.value)
 	}
 	o.version++
@@ -1156,7 +1181,8 @@ func (s *sim) isNew(id *kvpb.RequestId) bool {
 		s.count["writes repeated"]++
 		return false
 	}
-	ses.highest, ses.answers[id.Sequence] = max(ses.highest, id.Sequence), true
+	ses.highest = max(ses.highest, id.Sequence)
+	ses.answers[id.Sequence] = true
 	return true
 }
 
@@ -1799,22 +1825,28 @@ func (c *caller) newOp() *op {
 	w := &kvpb.Write{}
 	switch k := s.rng.IntN(10); {
 	case k < 6 && (c.session == 0 || s.rng.IntN(30) == 0):
-		o.kind, o.key, o.session = "open", "", randomID()
+		o.kind = "open"
+		o.key = ""
+		o.session = randomID()
 		w = openWrite(o.session)
 	case k < 5:
-		o.kind, o.value = "set", fmt.Sprintf("%d.%d.%s", c.id, c.n, strings.Repeat(".", s.rng.IntN(s.cfg.valueBytes+1)))
+		o.kind = "set"
+		o.value = fmt.Sprintf("%d.%d.%s", c.id, c.n, strings.Repeat(".", s.rng.IntN(s.cfg.valueBytes+1)))
 		s.values[o.value] = o
 		c.identify(o)
 		if s.rng.IntN(4) == 0 {
 			o.expected = new(s.seen[o.key] * uint64(min(1, s.rng.IntN(4))))
 		}
-		w.Operation = &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: o.key, Value: []byte(o.value), RequestId: o.id, ExpectedVersion: o.expected}}
+		set := &kvpb.SetRequest{Key: o.key, Value: []byte(o.value), RequestId: o.id, ExpectedVersion: o.expected}
+		w.Operation = &kvpb.Write_Set{Set: set}
 	case k < 6:
 		o.kind = "delete"
-		if c.identify(o); o.id != nil && o.atLeast != 0 && s.rng.IntN(2) == 0 {
+		c.identify(o)
+		if o.id != nil && o.atLeast != 0 && s.rng.IntN(2) == 0 {
 			o.expected = &o.atLeast
 		}
-		w.Operation = &kvpb.Write_Delete{Delete: &kvpb.DeleteRequest{Key: o.key, RequestId: o.id, ExpectedVersion: o.expected}}
+		del := &kvpb.DeleteRequest{Key: o.key, RequestId: o.id, ExpectedVersion: o.expected}
+		w.Operation = &kvpb.Write_Delete{Delete: del}
 	default:
 		o.kind = "get"
 		return o
@@ -1843,7 +1875,8 @@ func (c *caller) identify(o *op) {
 	c.sequence += uint64(min(1+s.rng.IntN(2)*s.rng.IntN(3), s.cfg.answers))
 	o.id = &kvpb.RequestId{Session: c.session, Sequence: c.sequence}
 	s.ids[[2]uint64{c.session, c.sequence}] = o
-	if c.past = append(c.past, o); len(c.past) > 6 {
+	c.past = append(c.past, o)
+	if len(c.past) > 6 {
 		c.past = c.past[1:]
 	}
 }
@@ -1895,14 +1928,21 @@ func (p *proc) poll() {
 		case out := <-a.c.done:
 			p.s.clients[a.o.client].finish(a, out)
 		default:
-			if o := a.o; p.s.cfg.ackEarly && o.kind == "set" && o.sent == a && a.c.state.Load() == callProposed {
-				o.ended, o.version, o.sent = p.s.tock(), 0, nil
-				p.s.clients[o.client].rest()
+			if p.s.cfg.ackEarly && a.isProposedSet() {
+				a.o.ended = p.s.tock()
+				a.o.version = 0
+				a.o.sent = nil
+				p.s.clients[a.o.client].rest()
 				continue
 			}
 			p.calls = append(p.calls, a)
 		}
 	}
+}
+
+// isProposedSet reports whether a client waits for a Set that raft has taken.
+func (a *attempt) isProposedSet() bool {
+	return a.o.kind == "set" && a.o.sent == a && a.c.state.Load() == callProposed
 }
 
 // timeout gives a call up, as server.call does.
@@ -2071,7 +2111,7 @@ func (o *oracle) wasSo(read *op) bool {
 		if i >= 0 {
 			state = history[i]
 		}
-		if !state.isReadAs(read) {
+		if !state.isFoundAs(read.found, read.version, read.value) {
 			continue
 		}
 		next := i + 1
@@ -2080,12 +2120,12 @@ func (o *oracle) wasSo(read *op) bool {
 	return false
 }
 
-// isReadAs reports whether a read finds what a change has left.
-func (c change) isReadAs(read *op) bool {
-	if !c.present || !read.found {
-		return c.present == read.found
+// isFoundAs reports whether a read finds what a change has left.
+func (c change) isFoundAs(found bool, version uint64, value string) bool {
+	if !c.present || !found {
+		return c.present == found
 	}
-	return c.version == read.version && c.value == read.value
+	return c.version == version && c.value == value
 }
 
 // readLocal reads without asking anybody: something committed, and on one node
@@ -2160,11 +2200,13 @@ func (s *sim) pursue(a *admin) (done bool, err error) {
 	if a.c != nil {
 		select {
 		case err := <-a.c.done:
-			if err == nil || !errors.Is(err, errNotLeader) && !errors.Is(err, errStopping) && !errors.Is(err, errNotInitialized) {
-				s.judge(a, err)
-				if a.again == nil || !a.again(err) {
-					return true, err
-				}
+			asksAnother := errors.Is(err, errNotLeader) || errors.Is(err, errStopping) || errors.Is(err, errNotInitialized)
+			if asksAnother {
+				break
+			}
+			s.judge(a, err)
+			if a.again == nil || !a.again(err) {
+				return true, err
 			}
 		default:
 			if !a.p.dead {
@@ -2217,8 +2259,10 @@ func (a *admin) advance(r *request) (done bool, err error) {
 // taken the place of when he asked, and true of some moment since.
 func (s *sim) judge(a *admin, err error) {
 	for _, term := range slices.Sorted(maps.Keys(s.oracle.terms)) {
-		if at := s.oracle.terms[term]; term > a.term && at < a.begun {
-			s.failf("the request to %s is answered with %v in term %d, when one of term %d had committed before", a.what, err, a.term, term)
+		committedAt := s.oracle.terms[term]
+		if term > a.term && committedAt < a.begun {
+			s.failf("the request to %s is answered with %v in term %d, when one of term %d had committed before",
+				a.what, err, a.term, term)
 		}
 	}
 	if a.isTrue != nil && !a.isTrue(err) {
@@ -3062,7 +3106,10 @@ func (p *proc) astray() bool {
 		others++
 		node := n.store.members[id]
 		st := p.s.siteOf(node)
-		if st != nil && st.cur != nil && st.node.Id == node.Id && slices.Contains(st.cur.n.store.removed, p.raftID) {
+		if st == nil || st.cur == nil || st.node.Id != node.Id {
+			continue
+		}
+		if slices.Contains(st.cur.n.store.removed, p.raftID) {
 			told++
 		}
 	}
@@ -3117,8 +3164,10 @@ func (s *sim) unsettled() string {
 			return fmt.Sprintf("%v is unhealthy, %s: %s", p, why, s.overview())
 		}
 	}
-	if n := len(s.members()); n != len(members) || isJoint(leader.n.store.conf) || len(s.admins) > 0 {
-		return fmt.Sprintf("there are %d members, %d of them alive, requests %v: %s", len(members), n, len(s.admins), s.overview())
+	n := len(s.members())
+	if n != len(members) || isJoint(leader.n.store.conf) || len(s.admins) > 0 {
+		return fmt.Sprintf("there are %d members, %d of them alive, requests %v: %s",
+			len(members), n, len(s.admins), s.overview())
 	}
 	return ""
 }
@@ -3140,9 +3189,11 @@ func (s *sim) overview() string {
 			return out
 		}
 		cs := n.store.conf
-		fmt.Fprintf(&b, "\n  %v %v term %d lead %s applied %d commit %d log %d-%d; voters %v outgoing %v learners %v next %v; connected", p, st.RaftState, st.GetTerm(), s.name(st.Lead),
-			n.store.index, st.GetCommit(), n.log.prevIndex+1, n.log.last(), names(cs.GetVoters()), names(cs.GetVotersOutgoing()), names(cs.GetLearners()), names(cs.GetLearnersNext()))
-		fmt.Fprintf(&b, " %v", names(slices.Sorted(maps.Keys(n.peers.connected))))
+		fmt.Fprintf(&b, "\n  %v %v term %d lead %s", p, st.RaftState, st.GetTerm(), s.name(st.Lead))
+		fmt.Fprintf(&b, " applied %d commit %d log %d-%d;", n.store.index, st.GetCommit(), n.log.prevIndex+1, n.log.last())
+		fmt.Fprintf(&b, " voters %v outgoing %v", names(cs.GetVoters()), names(cs.GetVotersOutgoing()))
+		fmt.Fprintf(&b, " learners %v next %v;", names(cs.GetLearners()), names(cs.GetLearnersNext()))
+		fmt.Fprintf(&b, " connected %v", names(slices.Sorted(maps.Keys(n.peers.connected))))
 	}
 	return b.String()
 }
@@ -3160,7 +3211,7 @@ func (s *sim) unequal() string {
 		for _, key := range slices.Sorted(maps.Keys(o.keys)) {
 			want := o.keys[key][len(o.keys[key])-1]
 			it, ok, err := st.get([]byte(key))
-			if err != nil || ok != want.present || ok && (it.version != want.version || string(it.value) != want.value) {
+			if err != nil || !want.isFoundAs(ok, it.version, string(it.value)) {
 				s.failf("I5: %s at %v is %v, %v, %v; want %+v", key, p, it, ok, err, want)
 			}
 			if ok {
@@ -3174,8 +3225,9 @@ func (s *sim) unequal() string {
 		if !slices.EqualFunc(o.sessions, kept, func(ses *modelSession, id uint64) bool { return ses.id == id }) {
 			s.failf("I5: %v has sessions %d", p, kept)
 		}
-		if keys := st.keys; keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
-			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v", p, keys, st.version, st.conf, present, o.version, o.conf)
+		if st.keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
+			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v",
+				p, st.keys, st.version, st.conf, present, o.version, o.conf)
 		}
 	}
 	return ""
@@ -3188,32 +3240,32 @@ type keyState struct {
 	version uint64 // of the last write
 }
 
-// linearizable checks the history of each key, by porcupine. Whether a write
+// linearizable checks the history of each key, by porcupine (I1). Whether a write
 // without an outcome took effect, and by when, the oracle knows.
 func (s *sim) linearizable() {
 	s.ownDeletes()
 	histories := map[string][]porcupine.Operation{}
 	for _, o := range s.history {
+		if o.kind == "open" {
+			continue
+		}
+		s.checkOutcome(o)
+		tookEffect := o.compare || o.committed != 0
+		if o.kind == "get" {
+			tookEffect = o.ended != 0
+		}
+		if !tookEffect {
+			continue
+		}
 		end := o.ended
-		switch {
-		case o.kind == "open":
-			continue
-		case o.id != nil && end != 0 && !s.cfg.ackEarly && s.oracle.first[o.key2()] != result{o.version, o.found, o.compare}:
-			s.failf("I8: %v was acknowledged with version %d, its first answer is %+v", o, o.version, s.oracle.first[o.key2()])
-		case o.kind != "get" && o.committed == 0 && end != 0 && !o.compare:
-			s.failf("I2: %v was acknowledged, but never committed", o)
-		case o.kind == "set" && end != 0 && !o.compare && !s.cfg.ackEarly && (o.version != o.committed || o.found != s.oracle.versions[o.committed].found):
-			s.failf("I2: %v was acknowledged with version %d, but is version %d", o, o.version, o.committed)
-		case (o.failed || o.compare) && o.committed != 0:
-			s.failf("%v was refused, but committed", o)
-		case o.kind == "get" && end == 0, o.kind != "get" && o.committed == 0 && !o.compare:
-			continue
-		case o.kind != "get" && !o.compare:
+		if o.kind != "get" && !o.compare {
 			ch := s.oracle.versions[o.committed]
 			end = cmp.Or(end, ch.at)
-			o.version, o.found = ch.version, ch.found
+			o.version = ch.version
+			o.found = ch.found
 		}
-		histories[o.key] = append(histories[o.key], porcupine.Operation{ClientId: o.client, Input: o, Call: o.begun, Return: end})
+		call := porcupine.Operation{ClientId: o.client, Input: o, Call: o.begun, Return: end}
+		histories[o.key] = append(histories[o.key], call)
 		s.count["calls checked"]++
 	}
 	model := porcupine.Model{Init: func() any { return keyState{} }, Step: stepKey}
@@ -3221,6 +3273,30 @@ func (s *sim) linearizable() {
 		if !porcupine.CheckOperations(model, histories[key]) {
 			s.failf("I1: the history of %s is not linearizable", key)
 		}
+	}
+}
+
+// checkOutcome compares what a client was told of its call in the end with what the
+// oracle has of it.
+func (s *sim) checkOutcome(o *op) {
+	isAnswered := o.ended != 0
+	if isAnswered && o.id != nil && !s.cfg.ackEarly {
+		first := s.oracle.first[o.key2()]
+		if first != (result{o.version, o.found, o.compare}) {
+			s.failf("I8: %v was acknowledged with version %d, its first answer is %+v", o, o.version, first)
+		}
+	}
+	if isAnswered && o.kind != "get" && !o.compare {
+		if o.committed == 0 {
+			s.failf("I2: %v was acknowledged, but never committed", o)
+		}
+		isIts := o.version == o.committed && o.found == s.oracle.versions[o.committed].found
+		if o.kind == "set" && !isIts && !s.cfg.ackEarly {
+			s.failf("I2: %v was acknowledged with version %d, but is version %d", o, o.version, o.committed)
+		}
+	}
+	if (o.failed || o.compare) && o.committed != 0 {
+		s.failf("%v was refused, but committed", o)
 	}
 }
 
@@ -3256,6 +3332,8 @@ func (s *sim) ownDeletes() {
 	}
 }
 
+// stepKey is a step of porcupine's model: whether a call may have had this answer, and
+// what the key is then.
 func stepKey(state, in, _ any) (bool, any) {
 	k, o := state.(keyState), in.(*op)
 	present := uint64(0)
@@ -3264,7 +3342,8 @@ func stepKey(state, in, _ any) (bool, any) {
 	}
 	switch {
 	case o.kind == "get":
-		return o.found == k.present && (!k.present || o.value == k.value && o.version == k.version), k
+		isSame := o.value == k.value && o.version == k.version
+		return o.found == k.present && (!k.present || isSame), k
 	case o.compare:
 		return o.version == present && *o.expected != present, k
 	case o.expected != nil && *o.expected != present:
@@ -3420,11 +3499,12 @@ func TestSameRaftIDLosesWrite(t *testing.T) {
 			}
 			s := newSim(1, cfg, rand.New(rand.NewPCG(1, 1)), nil)
 			err := s.try(s.loseMemory)
-			if !reuse && err != nil {
+			switch {
+			case !reuse && err != nil:
 				t.Error(err)
-			} else if reuse && err == nil {
+			case reuse && err == nil:
 				t.Error("nothing was lost")
-			} else if reuse {
+			case reuse:
 				t.Log(err)
 			}
 		})
@@ -3448,8 +3528,17 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a vote that does not get to the disk", func(c *simConfig) { c.noVote, c.durable = true, 1 }},
 		{"a read answered before it is applied", func(c *simConfig) { c.hasty = true }},
 		{"a read of a leader that is not sure of its commits", func(c *simConfig) {
-			c.early, c.durable, c.voters, c.faults = true, 1, 1, []string{"kill", "power"}
-			c.faultEvery, c.outage, c.disk, c.think, c.adminEvery, c.clients, c.keys = 20, 3, .5, .5, 1e9, 6, 1
+			c.early = true
+			c.voters = 1
+			c.durable = 1
+			c.disk = .5
+			c.clients = 6
+			c.keys = 1
+			c.think = .5
+			c.faults = []string{"kill", "power"}
+			c.faultEvery = 20
+			c.outage = 3
+			c.adminEvery = 1e9
 		}},
 		{"a write acknowledged for another's entry", func(c *simConfig) { c.byIndex = true }},
 		{"snapshots without a voter", func(c *simConfig) { c.wrongConf = true }},
@@ -3458,12 +3547,23 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a retry applied twice", func(c *simConfig) { c.careless = true }},
 		{"writes of one entry with one version", func(c *simConfig) { c.sameCount = true }},
 		{"a change of membership answered before most know it", func(c *simConfig) {
-			c.unsettled, c.nodes, c.voters, c.faults = true, 5, 3, []string{"kill", "wipe", "drop", "isolate"}
-			c.adminEvery, c.faultEvery, c.latency = 20, 3, 2
+			c.unsettled = true
+			c.nodes = 5
+			c.voters = 3
+			c.latency = 2
+			c.faults = []string{"kill", "wipe", "drop", "isolate"}
+			c.faultEvery = 3
+			c.adminEvery = 20
 		}},
 		{"an operator answered on the word of an earlier entry", func(c *simConfig) {
-			c.cached, c.nodes, c.voters, c.faults = true, 4, 3, []string{"unplug"}
-			c.adminEvery, c.operators, c.faultEvery, c.election = 2, 8, 60, 30
+			c.cached = true
+			c.nodes = 4
+			c.voters = 3
+			c.election = 30
+			c.faults = []string{"unplug"}
+			c.faultEvery = 60
+			c.adminEvery = 2
+			c.operators = 8
 		}},
 	}
 	for _, tt := range bugs {
