@@ -219,16 +219,15 @@ type site struct {
 	i     int
 	node  *kvpb.Node // another one whenever it has moved
 	moves int
-	cur   *proc  // nil: dead
-	old   uint64 // the last raft ID
-	lives int
+	cur   *proc  // the process that runs; nil: none does
+	old   uint64 // the raft ID of the last process
+	lives int    // how many raft IDs its processes have had
 	most  uint64 // index of the last entry that it ever applied
-	fs    *simFS // nil: it has no disk
-	slow  int64  // until then the disk does nothing
-	// forgets: processes are started without the disk. onDisk is whose the disk is, by
-	// raft ID.
-	forgets bool
-	onDisk  uint64
+
+	fs      *simFS // nil: it has no disk
+	slow    int64  // until then the disk does nothing
+	forgets bool   // processes are started without the disk
+	onDisk  uint64 // the raft ID of the node whose data directory is on the disk
 }
 
 // keeps is the raft ID that a process will have again that starts here; 0: a
@@ -243,38 +242,42 @@ func (st *site) keeps() uint64 {
 // proc is a process: a node from its start to its death. It is the node's
 // transport, and has the state that the real one has.
 type proc struct {
-	s      *sim
-	site   *site
-	n      *node
-	dead   bool
-	paused bool
-	held   []*event // for when it goes on
-	inTurn bool
-	soon   bool // a turn is scheduled
-	rate   float64
+	s    *sim
+	site *site
+	n    *node
 
-	raftID       uint64 // as last seen, and below it what belongs to it
+	dead   bool
+	paused bool     // as by SIGSTOP
+	held   []*event // what would have happened while it was paused
+	inTurn bool
+	soon   bool    // a turn is scheduled
+	rate   float64 // how long its tick takes
+
+	// What the node had after its last turn. All but the raft ID belongs to that.
+	raftID       uint64
 	term, commit uint64
 	applied      uint64
 	confAt       uint64                   // index of the last change of membership applied
-	version      map[string]uint64        // of local reads
+	version      map[string]uint64        // by key: what a local read has seen
 	fresh        map[uint64]*raftpb.Entry // applied, and not yet observed
 
+	// The transport.
 	members   map[uint64]*kvpb.Node
 	removed   []uint64
 	peers     map[uint64]*simPeer
 	inbound   map[uint64]*simStream
 	receiving map[uint64]*transfer
 	sending   []*transfer
-	calls     []*attempt
 	hellos    []*simStream // on their way to here
-	witness   witness      // of the last operator's request
+
+	calls   []*attempt // that have not ended
+	witness witness    // of the last operator's request
 
 	disk    *disk
 	writing bool          // the disk is at work
-	written kvpb.LogBatch // what it has of the log, in short: hard state and the last index
-	broken  bool          // it has failed
-	doomed  float64       // not 0: how long the power is lost once it writes
+	written kvpb.LogBatch // what the disk has of the log, in short: hard state and the last index
+	broken  bool          // the disk has failed
+	doomed  float64       // not 0: how long the power is lost once the disk writes
 }
 
 // established is the last membership that an operator was told of.
@@ -286,42 +289,55 @@ type established struct {
 
 // sim is a run.
 type sim struct {
-	cfg     simConfig
-	seed    uint64
-	rng     *rand.Rand
-	now     int64
-	seq     uint64
-	step    uint64
-	queue   eventQueue
-	sites   []*site
-	cut     [][]int // by site, from and to: partitions in force
-	lossNow float64 // while a burst lasts
-	slowNow float64
-	late    int64 // when all has arrived that the network was given
-	calm    bool  // no more faults
-	running bool  // faults have begun
-	quiet   bool  // no more calls
+	cfg  simConfig
+	seed uint64
+	rng  *rand.Rand
 
+	// Time and what will happen.
+	now   int64 // in units of which a tick has simTick
+	seq   uint64
+	step  uint64
+	queue eventQueue
+
+	// The world.
+	sites   []*site
+	cut     [][]int // by site, from and to: how many partitions in force cut them
+	lossNow float64 // probability that a message is lost, while a burst lasts
+	slowNow float64 // probability that it is late
+	late    int64   // when all has arrived that the network was given
+
+	// How far the run is.
+	running bool // faults have begun
+	calm    bool // no more faults
+	quiet   bool // no more calls
+
+	// What nodes have done, to be compared with the oracle and with each other.
 	oracle  oracle
-	leaders map[uint64]uint64 // by term, their lives
-	lives   map[uint64]string // by raft ID and by life: whose it was
-	states  map[uint64]uint64 // by index: hash
+	leaders map[uint64]uint64 // by term: the life of its leader
+	lives   map[uint64]string // by raft ID and by life: the name of whose it was
+	states  map[uint64]uint64 // by index: the hash of the state
 	names   map[uint64]string // of raft IDs
+
+	// Clients.
 	clients []*caller
-	admins  []*admin
-	told    established
-	values  map[string]*op
+	values  map[string]*op    // by the value that they set
 	ids     map[[2]uint64]*op // by session and sequence
 	seen    map[string]uint64 // by key: the newest version that a client has been told of
 	history []*op
-	clock   int64
+	clock   int64 // orders begins and ends of calls, see tock
 
+	// Operators.
+	admins []*admin
+	told   established
+
+	// What a run prints.
 	count map[string]int
 	lines int
-	lazy  [traceLines]traceLine
-	sink  io.Writer // gets the whole trace
+	lazy  [traceLines]traceLine // the last lines of the trace
+	sink  io.Writer             // gets the whole trace
 }
 
+// traceLine is a line of the trace. It is formatted only if it is printed.
 type traceLine struct {
 	step   uint64
 	now    int64
@@ -336,6 +352,7 @@ func (l traceLine) String() string {
 // simFailure is what a run that went wrong panics with.
 type simFailure string
 
+// failf ends a run that went wrong.
 func (s *sim) failf(format string, args ...any) {
 	panic(simFailure(fmt.Sprintf(format, args...)))
 }
@@ -355,6 +372,7 @@ func (s *sim) trace(format string, args ...any) {
 	}
 }
 
+// tail is the end of the trace.
 func (s *sim) tail() string {
 	var b strings.Builder
 	for i := max(0, s.lines-traceLines); i < s.lines; i++ {
@@ -363,6 +381,7 @@ func (s *sim) tail() string {
 	return b.String()
 }
 
+// newSim makes the world, and starts a process at each site.
 func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 	s := &sim{
 		cfg:     cfg,
@@ -398,6 +417,7 @@ func (s *sim) after(ticks float64, p *proc, f func()) {
 	s.schedule(s.now+int64(ticks*simTick), p, f)
 }
 
+// schedule has f happen at a time, at a process unless that is nil.
 func (s *sim) schedule(at int64, p *proc, f func()) {
 	s.seq++
 	heap.Push(&s.queue, &event{at: at, seq: s.seq, p: p, f: f})
@@ -417,7 +437,7 @@ func (s *sim) next() {
 	}
 }
 
-// expo is an exponentially distributed time.
+// expo draws a time that is exponentially distributed, but for its longest values.
 func (s *sim) expo(mean float64) float64 { return mean * min(s.rng.ExpFloat64(), 6) }
 
 func (s *sim) chance(p float64) bool { return p > 0 && s.rng.Float64() < p }
@@ -433,6 +453,7 @@ func (s *sim) alive() []*proc {
 	return ps
 }
 
+// anyProc draws one of them; nil: there is none.
 func (s *sim) anyProc() *proc {
 	ps := s.alive()
 	if len(ps) == 0 {
@@ -441,6 +462,7 @@ func (s *sim) anyProc() *proc {
 	return ps[s.rng.IntN(len(ps))]
 }
 
+// name is how the trace calls a node: by its id, and the how manieth raft ID it has.
 func (s *sim) name(raftID uint64) string {
 	if n, ok := s.names[raftID]; ok {
 		return n
@@ -571,12 +593,15 @@ func (p *proc) tick() {
 
 // wake has the process take a turn, at once or soon.
 func (p *proc) wake() {
-	if lag := p.s.cfg.lag; p.inTurn || p.s.chance(min(lag, .7)) {
-		if !p.soon {
-			p.soon = true
-			p.s.after(lag*p.s.rng.Float64(), p, func() { p.turn(0) })
-		}
-	} else if !p.soon && !p.paused {
+	lag := p.s.cfg.lag
+	isLate := p.inTurn || p.s.chance(min(lag, .7))
+	if p.soon {
+		return
+	}
+	if isLate {
+		p.soon = true
+		p.s.after(lag*p.s.rng.Float64(), p, func() { p.turn(0) })
+	} else if !p.paused {
 		p.turn(0)
 	}
 }
@@ -669,6 +694,7 @@ func (p *proc) openDisk() {
 	}
 }
 
+// diskTime draws how long a disk takes for what it is to do next.
 func (s *sim) diskTime(st *site) float64 {
 	return s.expo(s.cfg.disk) + max(0, float64(st.slow-s.now)/simTick)
 }
@@ -770,6 +796,7 @@ func (p *proc) giveUp() {
 	p.die(p.s.expo(20))
 }
 
+// errorClass is why a node has stopped by itself, as counts call it.
 func errorClass(err error) string {
 	if err == errRemoved {
 		return "removed"
@@ -1500,6 +1527,7 @@ func (p *proc) send(to uint64, ms []*raftpb.Message) {
 	}
 }
 
+// transmit gives a message to the network, which delivers it some time.
 func (st *simStream) transmit(m *raftpb.Message) {
 	s := st.from.s
 	st.queued++
@@ -1817,6 +1845,7 @@ func (c *caller) act() {
 	c.send(c.op)
 }
 
+// newOp draws a call.
 func (c *caller) newOp() *op {
 	s := c.s
 	c.n++
@@ -1973,6 +2002,8 @@ func (c *caller) again(a *attempt, refused bool) {
 	c.giveUp(o)
 }
 
+// giveUp has the client go on without an answer. If all attempts were refused, nothing
+// was or will be applied.
 func (c *caller) giveUp(o *op) {
 	o.failed = !o.unknown && o.ended == 0
 	c.rest()
@@ -2162,6 +2193,7 @@ type admin struct {
 	cancel   func()
 }
 
+// errNotNow is of requests that an operator would not make now.
 var errNotNow = errors.New("not now")
 
 // request starts an operator's request.
@@ -2943,6 +2975,7 @@ func (p *proc) goOn() {
 // run runs it all. An error is an invariant that did not hold.
 func (s *sim) run() (err error) { return s.try(s.all) }
 
+// all runs a cluster from its making to its healing.
 func (s *sim) all() {
 	s.boot()
 	for s.step < uint64(s.cfg.steps) {
