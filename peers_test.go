@@ -747,6 +747,45 @@ func TestLeaderIsNamedWhereItIs(t *testing.T) {
 	}
 }
 
+// TestRemovedIsNotHeard: what a member had sent before it was removed, and what a node
+// gets for another raft ID or from another cluster, is dropped.
+func TestRemovedIsNotHeard(t *testing.T) {
+	l := newLoneWithLearner(t)
+	of := func(from, to, clusterID uint64) *kvpb.Hello {
+		return &kvpb.Hello{
+			ClusterId: clusterID,
+			From:      &kvpb.Peer{Node: plainNode(from), RaftId: from, Life: from},
+			To:        &kvpb.Peer{Node: plainNode(1), RaftId: to},
+		}
+	}
+	isHeard := func(h *kvpb.Hello) bool {
+		before := l.n.status.count.MessagesDropped
+		answer := message(raftpb.MsgHeartbeatResp, h.From.RaftId, l.n.raft.term)
+		l.n.in.deliver(fromWire(toWire([]*raftpb.Message{answer}), h))
+		l.turn(0)
+		return l.n.status.count.MessagesDropped == before
+	}
+	if !isHeard(of(4, 1, 7)) {
+		t.Error("a member is not heard")
+	}
+	if isHeard(of(4, 9, 7)) {
+		t.Error("what is for another raft ID is heard")
+	}
+	if isHeard(of(4, 1, 8)) {
+		t.Error("somebody of another cluster is heard")
+	}
+	if err := l.n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, 4)); err != nil {
+		t.Fatal(err)
+	}
+	l.ack(2)
+	if !slices.Contains(l.n.store.removed, 4) {
+		t.Fatal("it is not removed")
+	}
+	if isHeard(of(4, 1, 7)) {
+		t.Error("who was removed is heard")
+	}
+}
+
 // recorder is what a network needs of a node, and keeps what it is told.
 type recorder struct {
 	receiver
