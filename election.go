@@ -33,8 +33,13 @@ func (n *node) countLeaderless() {
 // leaderLost brings an election forward: the stream to the leader broke, which
 // it does at once if the process has died. If the leader lives, PreVote and the
 // others, who hear of it, keep an election from succeeding. Voters take turns,
-// so as not to split the vote. For a moment, whatever this voter's turn, what the
-// leader sent last is not heard, or it would be the leader again.
+// so as not to split the vote.
+//
+// For a moment, whatever this voter's turn, what the leader sent last is not heard:
+// it would make the leader the leader again, and cost a whole election timeout. That
+// ends with time and not only with the next stream, for perhaps this node alone cannot
+// connect to the leader: as long as the leader's own stream goes on, this node applies
+// what it commits, and does not serve local reads that are ever older.
 func (n *node) leaderLost() {
 	rank := uint64(0)
 	for _, id := range n.store.conf.GetVoters() {
