@@ -59,21 +59,17 @@ func (o *outbox) take(all, eager bool) []peerMessages {
 	return out
 }
 
-// covers reports whether a message says all that the one before it says: a
-// later answer to an append, or an append from the same place in the log.
+// covers reports whether a message says all that the one before it says: both are appends
+// from the same place in the log, and that one, which waited for this one or is of the
+// same turn, has no entries. So it is with four of ten messages of a leader under load:
+// to send them, too, would cost a call of a single client a tenth more CPU.
 func covers(m, before *raftpb.Message) bool {
-	isAlike := m.GetType() == before.GetType() && m.GetTerm() == before.GetTerm()
-	if !isAlike || m.GetReject() || before.GetReject() {
+	areAppends := m.GetType() == raftpb.MsgApp && before.GetType() == raftpb.MsgApp
+	if !areAppends || len(before.GetEntries()) > 0 {
 		return false
 	}
-	switch m.GetType() {
-	case raftpb.MsgAppResp:
-		return m.GetIndex() >= before.GetIndex()
-	case raftpb.MsgApp:
-		isLater := m.GetIndex() == before.GetIndex() && m.GetCommit() >= before.GetCommit()
-		return isLater && len(before.GetEntries()) == 0
-	}
-	return false
+	isSamePlace := m.GetTerm() == before.GetTerm() && m.GetIndex() == before.GetIndex()
+	return isSamePlace && m.GetCommit() >= before.GetCommit()
 }
 
 // onlyCommits reports whether messages say only what is committed: the next append
