@@ -761,7 +761,7 @@ func TestRemovedIsNotHeard(t *testing.T) {
 	isHeard := func(h *kvpb.Hello) bool {
 		before := l.n.status.count.MessagesDropped
 		answer := message(raftpb.MsgHeartbeatResp, h.From.RaftId, l.n.raft.term)
-		l.n.in.deliver(fromWire(toWire([]*raftpb.Message{answer}), h))
+		l.n.inbox.deliver(fromWire(toWire([]*raftpb.Message{answer}), h))
 		l.turn(0)
 		return l.n.status.count.MessagesDropped == before
 	}
