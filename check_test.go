@@ -1,3 +1,5 @@
+// Tests of check.go: raft panics over exactly what is refused, and nothing else.
+
 package main
 
 import (
@@ -204,18 +206,6 @@ func (p *rawPeer) step(ms ...*raftpb.Message) {
 		_ = p.rn.Step(proto.Clone(m).(*raftpb.Message))
 		p.drain()
 	}
-}
-
-// message has all fields set, as fromWire leaves them.
-func message(typ raftpb.MessageType, from, term uint64, change ...func(m *raftpb.Message)) *raftpb.Message {
-	m := &raftpb.Message{
-		Type: new(typ), From: new(from), To: new(uint64(1)), Term: new(term), LogTerm: new(uint64(0)),
-		Index: new(uint64(0)), Commit: new(uint64(0)), Reject: new(false), RejectHint: new(uint64(0)),
-	}
-	for _, f := range change {
-		f(m)
-	}
-	return m
 }
 
 func appendMessage(term, logTerm, index, commit uint64, es ...*raftpb.Entry) *raftpb.Message {

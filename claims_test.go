@@ -1,5 +1,5 @@
-// Tests of claims.go: to whom a node in no cluster promises itself, and that claims keep
-// two founders apart.
+// Tests of claims.go: what a node in no cluster promises, and a small simulator of claims
+// alone.
 
 package main
 
@@ -314,13 +314,6 @@ func TestClaimedNode(t *testing.T) {
 			t.Errorf("it is a member: %v", resp)
 		}
 	})
-}
-
-// ticks lets time pass.
-func (l *lone) ticks(n uint64) {
-	for range n {
-		l.turn(1)
-	}
 }
 
 // claimSim is nodes whose founders claim each other while messages take as long as

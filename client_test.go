@@ -1,6 +1,6 @@
-// Tests of the command line's client half against fake nodes: what each
-// sub-command sends and prints, its exit status, and which failed calls go on
-// to another node.
+// Tests of the command line, against fake nodes and real ones: what is taken as
+// arguments, what each command sends and prints, its exit status, which endpoint is
+// called, and which failed calls go on to another one.
 
 package main
 
@@ -262,20 +262,6 @@ func runCommand(t *testing.T, want int, stdin string, args ...string) (stdout, s
 		t.Errorf("%q: stdout %q, stderr %q, want one line of stderr", args, out.String(), errs.String())
 	}
 	return out.String(), errs.String()
-}
-
-func wantText(t *testing.T, what, got, want string) {
-	t.Helper()
-	if got != want {
-		t.Errorf("%s: %q, want %q", what, got, want)
-	}
-}
-
-func wantPart(t *testing.T, got, part string) {
-	t.Helper()
-	if !strings.Contains(got, part) {
-		t.Errorf("%q lacks %q", got, part)
-	}
 }
 
 func TestClientUsageErrors(t *testing.T) {
@@ -1005,4 +991,878 @@ func TestClientOutputFails(t *testing.T) {
 		t.Errorf("exit status %d, want %d", exit, exitNotDone)
 	}
 	wantPart(t, errs.String(), "no space left")
+}
+
+func (f *fakeNode) Backup(_ *kvpb.BackupRequest, s kvpb.ClusterService_BackupServer) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return s.Send(&kvpb.BackupResponse{Data: f.backup})
+}
+
+// wrongArguments are some that are not what they should be, by what that is.
+var wrongArguments = map[argument][]string{
+	keyArgument:    {"", "\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
+	valueArgument:  {strings.Repeat("v", maxValueBytes+1)},
+	prefixArgument: {"\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
+	fileArgument:   {"", "-"},
+	idArgument:     {"", "0", "x", "1=a:1", "1.5", "18446744073709551616", " 1"},
+	memberArgument: {
+		"", "1", "0=a:1", "x=a:1", "1=", "1=a", "1=a:", "1=:1", "1=a:0", "1=a:x", "1=a:http", "1=a:65536", "1=a:-1",
+		"1=a b:1", "1=a\xff:1", "1=0.0.0.0:1", "1=[::]:1", "1=" + strings.Repeat("a", maxAddressBytes) + ":1",
+	},
+	commandArgument: {"", "nosuch"},
+}
+
+var rightArguments = map[argument]string{
+	keyArgument: "k", valueArgument: "v", prefixArgument: "p", fileArgument: "f", idArgument: "7",
+	memberArgument: "7=a:1", commandArgument: "get",
+}
+
+// TestArgumentsAreCheckedByWhatTheyAre: in each place of each sub-command, and
+// before a node is called or a file made.
+func TestArgumentsAreCheckedByWhatTheyAre(t *testing.T) {
+	f := newFakeNode(t)
+	t.Setenv(endpointVariable, f.addr)
+	t.Chdir(t.TempDir())
+	for name, cmd := range commands() {
+		for i, kind := range cmd.args {
+			if len(wrongArguments[kind]) == 0 {
+				t.Errorf("%s: no %v is wrong", name, kind)
+			}
+			for _, wrong := range wrongArguments[kind] {
+				line := []string{name}
+				if name == "restore" {
+					line = append(line, "--data-dir", "d", "--id", "1", "--addr", "a:1")
+				}
+				line = append(line, "--")
+				for _, before := range cmd.args[:i] {
+					line = append(line, rightArguments[before])
+				}
+				line = append(line, wrong)
+				for _, after := range cmd.args[i+1:] {
+					line = append(line, rightArguments[after])
+				}
+				runCommand(t, exitUsage, "", line...)
+				if cmd.repeated {
+					runCommand(t, exitUsage, "", name, rightArguments[kind], wrong)
+				}
+			}
+		}
+		if cmd.repeated {
+			arg := rightArguments[cmd.args[0]]
+			_, errs := runCommand(t, exitUsage, "", name, arg, arg)
+			wantPart(t, errs, "the id 7 stands there twice")
+		}
+	}
+	if _, n := f.take(); n != 0 || f.asked != 0 || f.opened != 0 {
+		t.Errorf("a node was called %d times, asked %d times, and opened %d sessions", n, f.asked, f.opened)
+	}
+	if names, err := os.ReadDir("."); err != nil || len(names) > 0 {
+		t.Error(names, err)
+	}
+}
+
+// TestEndpointsAreChecked: of the flag and of the environment; blanks at commas
+// do not matter.
+func TestEndpointsAreChecked(t *testing.T) {
+	f := newFakeNode(t)
+	for _, list := range []string{
+		"a", "a:", ":1", "a:x", "a:http", "a:65536", "a:0", "a b:1", ",", "a:1,", "a:1,,b:1", "a:1;b:1", "a:1 b:1", " ",
+	} {
+		_, errs := runCommand(t, exitUsage, "", "get", "k", "--endpoints", list)
+		wantPart(t, errs, "get: --endpoints: address ")
+		t.Setenv(endpointVariable, list)
+		_, errs = runCommand(t, exitUsage, "", "get", "k")
+		wantPart(t, errs, "get: "+endpointVariable+": address ")
+	}
+	for _, list := range []string{f.addr + ", " + closedAddress, "  " + f.addr + " ,\t" + f.addr + "\n"} {
+		t.Setenv(endpointVariable, list)
+		runCommand(t, exitYes, "", "set", "k", "v")
+	}
+}
+
+func TestFlagsAreChecked(t *testing.T) {
+	t.Setenv(endpointVariable, closedAddress)
+	for line, hint := range map[string]string{
+		"delete k --if-version 0":                                     "no key has it",
+		"change-membership 1 --retain --remove-others":                "want one of them",
+		"restore f --id 1 --data-dir d --addr a:0":                    "--addr address \"a:0\": want where",
+		"restore f --id 1 --data-dir d --addr a:x":                    "want a port from 0 to 65535, not \"x\"",
+		"restore f --id 1 --data-dir d":                               "are needed",
+		"get k ---":                                                   "bad flag syntax",
+		"init 1=a:1 --force=x":                                        "invalid boolean value",
+		"get --endpoints a:1 --endpoints a:99999 k":                   "want a port",
+		"change-membership " + strings.Repeat("1 ", maxMembers) + "1": "wrong number of arguments: 65",
+		"change-membership --remove-others=maybe 1":                   "invalid boolean value",
+		"change-membership --retain=maybe 1":                          "-retain: want true or false",
+		"set k --if-version --nosuch v":                               "want a version",
+		"get --nosuch k":                                              "not defined: -nosuch",
+		"get k --timeout":                                             "needs an argument",
+		"get k --nosuch=1":                                            "goes behind --",
+		"health --service ":                                           "needs an argument",
+		"status --endpoints a:1 x":                                    "want: none",
+		"list a b":                                                    "want: [PREFIX]",
+		"set k":                                                       "want: KEY VALUE",
+		"init":                                                        "want: ID=ADDR [ID=ADDR ...]",
+		"help --endpoints a:1":                                        "flag provided but not defined: -endpoints",
+		"restore --endpoints a:1 f --id 1 --data-dir d --addr 0.0.0.0:1": "flag provided but not defined: -endpoints",
+	} {
+		_, errs := runCommand(t, exitUsage, "", strings.Fields(line)...)
+		wantPart(t, errs, hint)
+	}
+}
+
+// TestErrorsAsJSON: wherever -o json stands, an error is one object, with the
+// exit status, and what each endpoint said.
+func TestErrorsAsJSON(t *testing.T) {
+	f, fresh := newFakeNode(t), newFakeNode(t)
+	fresh.setMetrics(&kvpb.MetricsResponse{})
+	parse := func(errs string) (e commandError) {
+		t.Helper()
+		if err := json.Unmarshal([]byte(errs), &e); err != nil {
+			t.Fatalf("%v: %s", err, errs)
+		}
+		return e
+	}
+	for _, line := range []string{"get --nosuch -o json k", "-o=json", "--timeout x -o json k", "-o json --timeout 0s k", "--- k -o json"} {
+		_, errs := runCommand(t, exitUsage, "", append([]string{"get"}, strings.Fields(line)...)...)
+		if e := parse(errs); e.Status != exitUsage || !strings.Contains(e.Text, "; see raft-key-value help get") {
+			t.Errorf("%q: %+v", line, e)
+		}
+	}
+	_, errs := runCommand(t, exitUsage, "", "get", "-o", "yaml", "k")
+	wantPart(t, errs, "raft-key-value: get: -o \"yaml\"")
+
+	endpoints := strings.Join([]string{closedAddress, fresh.addr}, ",")
+	_, errs = runCommand(t, exitNotDone, "", "transfer-leader", "2", "-o", "json", "--endpoints", endpoints)
+	e := parse(errs)
+	want := []reply{{closedAddress, "", "UNAVAILABLE", ""}, {fresh.addr, "", "FAILED_PRECONDITION", "NOT_INITIALIZED"}}
+	for i := range e.Endpoints {
+		wantPart(t, e.Text, e.Endpoints[i].Endpoint+": "+e.Endpoints[i].Error)
+		e.Endpoints[i].Error = ""
+	}
+	if !slices.Equal(e.Endpoints, want) || e.Reason != "NOT_INITIALIZED" {
+		t.Errorf("%+v", e)
+	}
+	t.Setenv(variablePrefix+"ENDPONTS", "x")
+	_, errs = runCommand(t, exitYes, "", "set", "k", "v", "-o", "json", "--endpoints", f.addr)
+	wantText(t, "stderr", errs, `{"warning":"no flag has the environment variable RAFT_KEY_VALUE_ENDPONTS"}`+"\n")
+	_, errs = runCommand(t, exitYes, "", "set", "k", "v", "--endpoints", f.addr)
+	wantText(t, "stderr", errs, "raft-key-value: warning: no flag has the environment variable RAFT_KEY_VALUE_ENDPONTS\n")
+}
+
+func TestUnknownVariables(t *testing.T) {
+	environ := []string{
+		"RAFT_KEY_VALUE_IDD=1", "RAFT_KEY_VALUE_ID=1", "RAFT_KEY_VALUE_ELECTION_TIMEOUT=1s", "RAFT_KEY_VALUE_ENDPOINTS=a:1",
+		"RAFT_KEY_VALUE_TIMEOUT=1s", "RAFT_KEY_VALUE_VERSION=", "OTHER=1", "RAFT_KEY_VALUE_",
+	}
+	want := []string{"RAFT_KEY_VALUE_", "RAFT_KEY_VALUE_IDD", "RAFT_KEY_VALUE_TIMEOUT", "RAFT_KEY_VALUE_VERSION"}
+	if got := unknownVariables(environ); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestFlagsBeforeTheCommand(t *testing.T) {
+	for line, want := range map[string]string{
+		"get k":                 "get k",
+		"--endpoints a:1 get k": "get -endpoints=a:1 k",
+		"-o json --timeout=1s get k --endpoints b": "get -o=json -timeout=1s k --endpoints b",
+		"--endpoints a:1 -o json version":          "version -o=json",
+		"--endpoints a:1 restore f":                "restore f",
+		"-o get get k":                             "get -o=get k",
+		"--id 1 get k":                             "",
+		"-- get k":                                 "",
+		"--endpoints a:1":                          "",
+		"--endpoints a:1 nosuch":                   "",
+		"":                                         "",
+	} {
+		found, err := findCommand(strings.Fields(line))
+		if got := strings.Join(found, " "); got != want || err != nil {
+			t.Errorf("%q: %q, %v, want %q", line, got, err, want)
+		}
+	}
+}
+
+// TestFlagsBeforeTheCommandAreBlamed: the one that may not stand there, not one that
+// may.
+func TestFlagsBeforeTheCommandAreBlamed(t *testing.T) {
+	for line, blamed := range map[string]string{
+		"--endpoints a:1 --local get a":    "-local stands before the sub-command",
+		"-o json --if-version=1 set k v":   "-if-version stands before the sub-command",
+		"--timeout 1s --nosuch --id 1 get": "-nosuch stands before the sub-command",
+	} {
+		found, err := findCommand(strings.Fields(line))
+		if found != nil || err == nil {
+			t.Errorf("%q: %q, %v", line, found, err)
+		}
+		wantPart(t, fmt.Sprint(err), blamed)
+	}
+	for _, line := range []string{"--local get a", "--timeout 1s --id 1", "--endpoints", "-o ---"} {
+		found, err := findCommand(strings.Fields(line)) // A node's line says what is wrong with it.
+		if found != nil || err != nil {
+			t.Errorf("%q: %q, %v", line, found, err)
+		}
+	}
+	found, err := findCommand([]string{"--endpoints", "a:1", "--help"})
+	if err != nil || !slices.Equal(found, []string{"help"}) {
+		t.Errorf("help: %q, %v", found, err)
+	}
+}
+
+// TestExitStatuses of the process: what stands before a sub-command, --version,
+// and variables that nothing reads.
+func TestExitStatuses(t *testing.T) {
+	f := newFakeNode(t)
+	f.put("k", "v")
+	for _, test := range []struct {
+		line, env      string
+		status         int
+		stdout, stderr string // parts
+	}{
+		{"--version", "", exitYes, "raft-key-value ", ""},
+		{"-version", "", exitYes, "raft-key-value ", ""},
+		{"--version x", "", exitUsage, "", "unknown sub-command"},
+		{"--endpoints " + f.addr + " -o json get k", "", exitYes, `{"value":"dg==","version":"7"}`, ""},
+		{"--endpoints " + f.addr + " get nosuch", "", exitNo, "", "not found"},
+		{"--endpoints " + closedAddress + " transfer-leader 1", "", exitNotDone, "", "UNAVAILABLE"},
+		{"--endpoints " + f.addr + " nosuch", "", exitUsage, "", "-endpoints"},
+		{"--endpoints " + f.addr + " --local get k", "", exitUsage, "", "-local stands before"},
+		{"get k", endpointVariable + "=" + f.addr, exitYes, "v", ""},
+		{"get k --endpoints " + f.addr, "RAFT_KEY_VALUE_ENDPOINT=x", exitYes, "v", "the environment variable RAFT_KEY_VALUE_ENDPOINT\n"},
+		{"--id 1", "RAFT_KEY_VALUE_ADRESS=x", exitUsage, "", "the environment variable RAFT_KEY_VALUE_ADRESS\n"},
+		{"--id 1 --addr " + f.addr, "RAFT_KEY_VALUE_ADRESS=x", 1, "", "name=RAFT_KEY_VALUE_ADRESS"},
+	} {
+		log, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = log.Close() }()
+		cmd := commandOf(log, strings.Fields(test.line)...)
+		if test.env != "" {
+			cmd.Env = append(cmd.Env, test.env)
+		}
+		var stdout bytes.Buffer
+		cmd.Stdout = &stdout
+		if err := cmd.Run(); cmd.ProcessState.ExitCode() != test.status {
+			t.Errorf("%q: %v, want status %d", test.line, err, test.status)
+		}
+		stderr, err := os.ReadFile(log.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantPart(t, stdout.String(), test.stdout)
+		wantPart(t, string(stderr), test.stderr)
+		if test.stderr == "" && len(stderr) > 0 {
+			t.Errorf("%q: stderr %q", test.line, stderr)
+		}
+	}
+}
+
+// TestChangesWhoseAnswerIsNotPrinted: the status must not say that nothing was
+// done.
+func TestChangesWhoseAnswerIsNotPrinted(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer func() { _ = full.Close() }()
+	f := newFakeNode(t)
+	f.put("k", "v")
+	for line, want := range map[string]int{"remove 2": exitUnknown, "set k v -o json": exitUnknown, "get k": exitNotDone, "status": exitNotDone} {
+		var errs bytes.Buffer
+		args := append(strings.Fields(line), "--endpoints", f.addr)
+		if got := runClient(t.Context(), args, nil, full, &errs); got != want {
+			t.Errorf("%q: exit status %d, want %d: %s", line, got, want, &errs)
+		}
+		wantPart(t, errs.String(), "no space left")
+		if strings.Contains(errs.String(), "it is done") != (want == exitUnknown) {
+			t.Errorf("%q: %s", line, &errs)
+		}
+	}
+}
+
+func memberStatus(id uint64, role string) *kvpb.MemberStatus {
+	return &kvpb.MemberStatus{
+		Node:  &kvpb.Node{Id: id, Address: fmt.Sprintf("h:%d", id)},
+		Voter: role == "voter", Learner: role == "learner", VoterOutgoing: role == "leaving",
+	}
+}
+
+// TestChangesOfMembership: what is sent; voters are dropped only by who says so.
+func TestChangesOfMembership(t *testing.T) {
+	follower, leader := newFakeNode(t), newFakeNode(t)
+	t.Setenv(endpointVariable, follower.addr)
+	expected := func(members ...*kvpb.MemberStatus) *kvpb.Membership {
+		m := &kvpb.Membership{}
+		for _, s := range members {
+			m.Members = append(m.Members, &kvpb.ExpectedMember{Node: s.Node, Voter: s.Voter})
+		}
+		return m
+	}
+	one, two, three, four := memberStatus(1, "voter"), memberStatus(2, "voter"), memberStatus(3, "voter"), memberStatus(4, "learner")
+	// The follower lags behind: it knows neither node 3 nor 4.
+	follower.setMetrics(&kvpb.MetricsResponse{
+		ClusterId: 10, Role: kvpb.Role_ROLE_FOLLOWER, Leader: &kvpb.Node{Id: 2, Address: leader.addr},
+		Members: []*kvpb.MemberStatus{one, two},
+	})
+	leaderHas := func(members ...*kvpb.MemberStatus) {
+		leader.setMetrics(&kvpb.MetricsResponse{ClusterId: 10, Role: kvpb.Role_ROLE_LEADER, Members: members})
+	}
+	leaderHas(four, three, two, one)
+	all := expected(one, two, three, four)
+	for _, test := range []struct {
+		line string
+		sent *kvpb.ChangeMembershipRequest // nil: none
+		out  string
+	}{
+		{"change-membership 4", nil, "it would remove nodes 1, 2 and 3 from the cluster: --remove-others does that, --retain keeps them as learners"},
+		{"change-membership 1 2 4", nil, "it would remove node 3 from the cluster: --remove-others does that, --retain keeps it as a learner"},
+		{"change-membership 1 2 3 4", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}, Expected: all}, "voters: [1 2 3 4]\n"},
+		{"change-membership 2 1 --remove-others", &kvpb.ChangeMembershipRequest{Members: []uint64{2, 1}, Expected: all}, "voters: [2 1]\n"},
+		{"change-membership 4 --retain", &kvpb.ChangeMembershipRequest{Members: []uint64{4}, Retain: true, Expected: all}, "voters: [4]\n"},
+		{"promote 4", &kvpb.ChangeMembershipRequest{Promote: []uint64{4}}, "node 4 is a voter\n"},
+		{"promote 4 5", &kvpb.ChangeMembershipRequest{Promote: []uint64{4, 5}}, "nodes 4 and 5 are voters\n"},
+		{"demote 3", &kvpb.ChangeMembershipRequest{Demote: []uint64{3}}, "node 3 is a learner\n"},
+		{"demote 3 2 1", &kvpb.ChangeMembershipRequest{Demote: []uint64{3, 2, 1}}, "nodes 3, 2 and 1 are learners\n"},
+		{"remove 2", &kvpb.ChangeMembershipRequest{Remove: []uint64{2}}, "node 2 is removed\n"},
+	} {
+		exit := exitYes
+		calls := 1
+		if test.sent == nil {
+			exit = exitUsage
+			calls = 0
+		}
+		out, errs := runCommand(t, exit, "", strings.Fields(test.line)...)
+		wantPart(t, out+errs, test.out)
+		sent, n := follower.take()
+		if n != calls || test.sent != nil && !proto.Equal(sent, test.sent) {
+			t.Errorf("%s: sent %d times, %v, want %v", test.line, n, sent, test.sent)
+		}
+	}
+	// Who is on its way out is no voter to be kept; a node of two lives is sent as it is.
+	old := memberStatus(2, "learner")
+	for _, lives := range [][]*kvpb.MemberStatus{{old, two}, {two, old}} {
+		leaderHas(append(lives, memberStatus(1, "leaving"), three)...)
+		runCommand(t, exitYes, "", "change-membership", "2", "3")
+		want := &kvpb.ChangeMembershipRequest{Members: []uint64{2, 3}, Expected: expected(append(lives, three)...)}
+		if sent, _ := follower.take(); !proto.Equal(sent, want) {
+			t.Errorf("sent %v, want %v", sent, want)
+		}
+	}
+	runCommand(t, exitYes, "", "init", "1=h:1", "--force")
+	if sent, _ := follower.take(); !sent.(*kvpb.InitRequest).Force {
+		t.Errorf("sent %v", sent)
+	}
+}
+
+// callingCommands are lines that call a node of a cluster. FILE stands for a new
+// file.
+var callingCommands = []string{
+	"get k", "get k --local", "list", "list --local", "set k v", "delete k",
+	"add-learner 3=h:3", "promote 3", "demote 2", "change-membership 1 2", "remove 2", "transfer-leader 2",
+	"health", "status", "backup FILE",
+}
+
+// commandLine splits a line into words, with a new file in the place of FILE.
+func commandLine(t *testing.T, line, endpoints string) []string {
+	t.Helper()
+	line = strings.ReplaceAll(line, "FILE", filepath.Join(t.TempDir(), "file"))
+	return append(strings.Fields(line), "--endpoints", endpoints)
+}
+
+// together runs a test for each line, all at the same time: they wait more than they
+// work. t.Parallel would run as many as there are cores.
+func together(t *testing.T, lines []string, test func(*testing.T, string)) {
+	t.Helper()
+	var all sync.WaitGroup
+	for _, line := range lines {
+		all.Go(func() { t.Run(line, func(t *testing.T) { test(t, line) }) })
+	}
+	all.Wait()
+}
+
+// TestEndpointsThatAreNoHelp: endpoints that hang, that refuse, and that are in no
+// cluster hold no command up. Those that hang take half of the timeout together:
+// one after another they would take all of it.
+func TestEndpointsThatAreNoHelp(t *testing.T) {
+	t.Parallel()
+	for name := range commands() {
+		isOther := name == "init" || commands()[name].offline
+		named := false
+		for _, line := range callingCommands {
+			named = named || strings.Fields(line)[0] == name
+		}
+		if named == isOther {
+			t.Errorf("%s calls a node of a cluster %v, but it is tested %v", name, !isOther, named)
+		}
+	}
+	together(t, callingCommands, func(t *testing.T, line string) {
+		fresh, live := newFakeNode(t), newFakeNode(t)
+		fresh.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 9, Address: fresh.addr}, Healthy: true})
+		fresh.put("k", "wrong")
+		live.put("k", "v")
+		_, backup := backupOf(t, 1)
+		live.do(func() { live.backup = backup })
+		fresh.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_NOT_SERVING)
+		live.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+		endpoints := []string{listenSilently(t), fresh.addr, listenSilently(t), closedAddress, listenSilently(t), live.addr}
+		args := commandLine(t, line, strings.Join(endpoints, ","))
+		out, _ := runCommand(t, exitYes, "", append(args, "--timeout", "4s")...)
+		if strings.HasPrefix(line, "get") {
+			wantText(t, line, out, "v")
+		}
+		if _, n := fresh.take(); n > 0 || fresh.opened > 0 {
+			t.Errorf("the node in no cluster was called %d times, and opened %d sessions", n, fresh.opened)
+		}
+	})
+}
+
+// TestNoEndpointIsAHelp: the error says what each one said.
+func TestNoEndpointIsAHelp(t *testing.T) {
+	t.Parallel()
+	lines := slices.DeleteFunc(slices.Clone(callingCommands), func(line string) bool {
+		return line == "status" || line == "health" // they take the word of a node in no cluster
+	})
+	together(t, lines, func(t *testing.T, line string) {
+		fresh, live := newFakeNode(t), newFakeNode(t)
+		fresh.setMetrics(&kvpb.MetricsResponse{})
+		live.failWith(func(context.Context) error {
+			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none leads")
+		})
+		live.do(func() {
+			live.barred = live.fail(t.Context())
+			live.backup = []byte("no backup")
+		})
+		silent := listenSilently(t)
+		args := commandLine(t, line, strings.Join([]string{silent, fresh.addr, live.addr}, ","))
+		timeout := "10s"
+		if strings.Contains(line, "k") || line == "list" { // What is read or written is tried until then.
+			timeout = "1s"
+		}
+		saidByLive := "none leads (UNAVAILABLE NO_LEADER)"
+		if strings.HasPrefix(line, "backup") {
+			saidByLive = "snapshot"
+		}
+		_, errs := runCommand(t, exitNotDone, "", append(args, "--timeout", timeout, "-o", "json")...)
+		var e commandError
+		if err := json.Unmarshal([]byte(errs), &e); err != nil || len(e.Endpoints) != 3 {
+			t.Fatal(err, errs)
+		}
+		for address, want := range map[string]string{
+			silent:     "no answer in ",
+			fresh.addr: errNotInitialized.Error() + " (FAILED_PRECONDITION NOT_INITIALIZED)",
+			live.addr:  saidByLive,
+		} {
+			i := slices.IndexFunc(e.Endpoints, func(r reply) bool { return r.Endpoint == address })
+			if i < 0 {
+				t.Fatalf("%s is not named: %s", address, errs)
+			}
+			wantPart(t, e.Endpoints[i].Error, want)
+			wantPart(t, e.Text, address+": "+want)
+		}
+	})
+}
+
+// TestBackupBeginsAnew: what an endpoint sent that broke off is not in the file.
+func TestBackupBeginsAnew(t *testing.T) {
+	t.Parallel()
+	broken, live := newFakeNode(t), newFakeNode(t)
+	_, whole := backupOf(t, 100)
+	broken.do(func() { broken.backup = whole[:len(whole)/2] })
+	live.do(func() { live.backup = whole })
+	file := filepath.Join(t.TempDir(), "backup")
+	runCommand(t, exitYes, "", "backup", file, "--endpoints", broken.addr+","+live.addr)
+	if got, err := os.ReadFile(file); err != nil || !bytes.Equal(got, whole) {
+		t.Errorf("%d bytes, %v, want the %d that were sent last", len(got), err, len(whole))
+	}
+}
+
+// TestInitWantsNodesInNoCluster: the first endpoint that answers is called, and
+// one that hangs is passed over.
+func TestInitWantsNodesInNoCluster(t *testing.T) {
+	t.Parallel()
+	fresh, other := newFakeNode(t), newFakeNode(t)
+	fresh.setMetrics(&kvpb.MetricsResponse{})
+	endpoints := strings.Join([]string{listenSilently(t), fresh.addr, other.addr}, ",")
+	runCommand(t, exitYes, "", "init", "1="+fresh.addr, "--endpoints", endpoints, "--timeout", "2s")
+	if _, n := fresh.take(); n != 1 {
+		t.Errorf("it was called %d times", n)
+	}
+}
+
+// TestHealthOfNodesInNoCluster: they are NOT_SERVING, and alive.
+func TestHealthOfNodesInNoCluster(t *testing.T) {
+	t.Parallel()
+	fresh, hangs := newFakeNode(t), listenSilently(t)
+	fresh.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 9, Address: fresh.addr}, UnhealthyReason: "it is in none"})
+	fresh.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_NOT_SERVING)
+	fresh.health.SetServingStatus(livenessHealth, healthpb.HealthCheckResponse_SERVING)
+	endpoints := hangs + "," + fresh.addr
+	_, errs := runCommand(t, exitNo, "", "health", "--timeout", "2s", "--endpoints", endpoints)
+	wantPart(t, errs, "NOT_SERVING: node 9 at "+fresh.addr+": it is in none")
+	live := newFakeNode(t)
+	live.health.SetServingStatus(livenessHealth, healthpb.HealthCheckResponse_NOT_SERVING)
+	out, _ := runCommand(t, exitYes, "", "health", "--service", "", "--endpoints", fresh.addr+","+live.addr)
+	wantText(t, "health", out, "SERVING, says "+fresh.addr+"\n")
+	_, errs = runCommand(t, exitNo, "", "health", "--service", "", "--endpoints", live.addr)
+	wantPart(t, errs, "NOT_SERVING: the node at "+live.addr+" answers, but its loop is stuck")
+}
+
+// TestWritesStayInOneCluster: a write that may have been applied in one cluster is
+// not sent to another one, where nobody knows of its session.
+func TestWritesStayInOneCluster(t *testing.T) {
+	t.Parallel()
+	together(t, []string{"set k v", "delete k", "get k"}, func(t *testing.T, line string) {
+		one, other := newFakeNode(t), newFakeNode(t)
+		one.setMetrics(&kvpb.MetricsResponse{ClusterId: 10})
+		other.setMetrics(&kvpb.MetricsResponse{ClusterId: 11})
+		one.failWith(func(context.Context) error {
+			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
+		})
+		exit := exitUnknown
+		if line == "get k" {
+			exit = exitNotDone
+		}
+		args := commandLine(t, line, one.addr+","+other.addr)
+		_, errs := runCommand(t, exit, "", append(args, "--timeout", "1s")...)
+		wantPart(t, errs, other.addr+": it is in another cluster, 000000000000000b, not in 000000000000000a")
+		if _, n := other.take(); n != 0 || other.opened != 0 {
+			t.Errorf("the other cluster was called %d times, and opened %d sessions", n, other.opened)
+		}
+	})
+}
+
+// freezer passes bytes on to an address until it freezes. It keeps its connections
+// open, as the kernel of a node that hangs does.
+type freezer struct {
+	address string
+	frozen  chan struct{}
+	once    sync.Once
+}
+
+func newFreezer(t *testing.T, to string) *freezer {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &freezer{address: l.Addr().String(), frozen: make(chan struct{})}
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	var conns []net.Conn
+	pass := func(from, to net.Conn) {
+		buffer := make([]byte, 4096)
+		for {
+			n, err := from.Read(buffer)
+			select {
+			case <-f.frozen:
+				return
+			default:
+			}
+			if err != nil {
+				_ = to.Close()
+				return
+			}
+			_, _ = to.Write(buffer[:n])
+		}
+	}
+	all.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			node, err := net.Dial("tcp", to)
+			if err != nil {
+				_ = conn.Close()
+				continue
+			}
+			mu.Lock()
+			conns = append(conns, conn, node)
+			mu.Unlock()
+			all.Go(func() { pass(conn, node) })
+			all.Go(func() { pass(node, conn) })
+		}
+	})
+	t.Cleanup(func() {
+		_ = l.Close()
+		mu.Lock()
+		for _, conn := range conns {
+			_ = conn.Close()
+		}
+		mu.Unlock()
+		all.Wait()
+	})
+	return f
+}
+
+func (f *freezer) freeze() { f.once.Do(func() { close(f.frozen) }) }
+
+// TestCallsAreLeftWhenTheConnectionBreaks: that of a node that hangs while the call
+// runs is found to be broken, long before the timeout. What takes effect once goes
+// on; what does not is not sent again.
+func TestCallsAreLeftWhenTheConnectionBreaks(t *testing.T) {
+	t.Parallel()
+	together(t, []string{"set k v", "get k", "transfer-leader 2"}, func(t *testing.T, line string) {
+		exit := exitYes
+		calls := 1
+		if line == "transfer-leader 2" {
+			exit = exitUnknown
+			calls = 0
+		}
+		hangs, live := newFakeNode(t), newFakeNode(t)
+		live.put("k", "v")
+		freezer := newFreezer(t, hangs.addr)
+		hangs.failWith(func(ctx context.Context) error {
+			freezer.freeze()
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		args := append(commandLine(t, line, freezer.address+","+live.addr), "--timeout", "10m")
+		ctx, cancel := context.WithTimeout(t.Context(), 2*pollDeadline)
+		defer cancel()
+		var errs bytes.Buffer
+		if got := runClient(ctx, args, nil, io.Discard, &errs); got != exit || ctx.Err() != nil {
+			t.Errorf("exit status %d, want %d, in time %v: %s", got, exit, ctx.Err() == nil, &errs)
+		}
+		if _, n := live.take(); n != calls {
+			t.Errorf("the second endpoint was called %d times", n)
+		}
+		hangs.server.Stop()
+	})
+}
+
+// TestNodeThatIsStopped: a process that hangs, the leader at first, and one in no
+// cluster, both named before all others, hold no command up.
+func TestNodeThatIsStopped(t *testing.T) {
+	t.Parallel()
+	ps := startProcesses(t, 3)
+	fresh := &process{tb: t, id: 9, address: "127.0.0.1:0", log: filepath.Join(t.TempDir(), "log")}
+	fresh.start()
+	t.Cleanup(func() { fresh.signal(syscall.SIGKILL) })
+	stopped := leaderOf(t, ps)
+	endpoints := []string{stopped.address, fresh.address}
+	var others []*process
+	for _, p := range ps {
+		if p != stopped {
+			others = append(others, p)
+			endpoints = append(endpoints, p.address)
+		}
+	}
+	if err := stopped.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = stopped.cmd.Process.Signal(syscall.SIGCONT) }()
+	run := func(args ...string) string {
+		t.Helper()
+		args = append(args, "--timeout=30s", "--endpoints", strings.Join(endpoints, ","))
+		out, _ := runCommand(t, exitYes, "", args...)
+		return out
+	}
+	run("set", "k", "v")
+	wantText(t, "get", run("get", "k"), "v")
+	run("health", "--wait")
+	run("backup", filepath.Join(t.TempDir(), "backup"))
+	leader := leaderOf(t, others)
+	to := others[0]
+	if leader == to {
+		to = others[1]
+	}
+	run("transfer-leader", fmt.Sprint(to.id))
+	run("remove", fmt.Sprint(stopped.id))
+	run("add-learner", fmt.Sprintf("9=%s", fresh.address))
+	eventually(t, func() error { // a learner learns that it has caught up with its leader's next heartbeat
+		row := fmt.Sprintf("\n9     %s  ok           no     learner", fresh.address)
+		if out := run("status"); !strings.Contains(out, row) {
+			return fmt.Errorf("%q lacks %q", out, row)
+		}
+		return nil
+	})
+}
+
+// inCluster has a fake node say that it is in a cluster with these members.
+func (f *fakeNode) inCluster(cluster, id uint64, role kvpb.Role, members ...*kvpb.MemberStatus) {
+	f.setMetrics(&kvpb.MetricsResponse{
+		Node: &kvpb.Node{Id: id, Address: f.addr}, ClusterId: cluster, RaftId: cluster<<8 | id, Role: role, Term: 1,
+		Members: members, Healthy: true,
+	})
+}
+
+func memberAt(cluster, id uint64, address string, voter bool) *kvpb.MemberStatus {
+	return &kvpb.MemberStatus{
+		Node: &kvpb.Node{Id: id, Address: address}, RaftId: cluster<<8 | id, Voter: voter, Learner: !voter,
+	}
+}
+
+// rowsOf are the first words of the rows of status: up to the role, and the
+// cluster.
+func rowsOf(t *testing.T, table string) []string {
+	t.Helper()
+	var rows []string
+	for _, line := range strings.Split(strings.TrimSpace(table), "\n")[1:] {
+		words := strings.Fields(line)
+		rows = append(rows, strings.Join(append(words[:5], words[11]), " "))
+	}
+	return rows
+}
+
+// TestStatusOfTwoClusters: each row is judged by its own cluster, and the error says
+// who is in which.
+func TestStatusOfTwoClusters(t *testing.T) {
+	t.Parallel()
+	a, b, c, d := newFakeNode(t), newFakeNode(t), newFakeNode(t), newFakeNode(t)
+	// Node 1 was a voter of 0xa, was restarted, and has founded 0xb. To 0xa it is node
+	// 1 still, at the same address. Both have a node 3 that does not answer; to 0xb it
+	// is a learner. Node 4 is in no cluster yet, but 0xb has it as a voter.
+	of := func(cluster uint64, voter3 bool) []*kvpb.MemberStatus {
+		return []*kvpb.MemberStatus{memberAt(cluster, 1, b.addr, true), memberAt(cluster, 3, closedAddress, voter3)}
+	}
+	a.inCluster(0xa, 2, kvpb.Role_ROLE_FOLLOWER, append(of(0xa, true), memberAt(0xa, 2, a.addr, false))...)
+	b.inCluster(0xb, 1, kvpb.Role_ROLE_LEADER, append(of(0xb, false), memberAt(0xb, 4, c.addr, true))...)
+	c.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 4, Address: c.addr}, Role: kvpb.Role_ROLE_UNINITIALIZED, RaftId: 4})
+	d.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 5, Address: d.addr}, Role: kvpb.Role_ROLE_UNINITIALIZED, RaftId: 5})
+	endpoints := strings.Join([]string{a.addr, d.addr}, ",") // b is a member of 0xa, c of 0xb
+	out, errs := runCommand(t, exitNotDone, "", "status", "--endpoints", endpoints)
+	want := []string{
+		"1 " + b.addr + " unreachable yes - 000000000000000a", // by 0xa
+		"2 " + a.addr + " ok no follower 000000000000000a",
+		"3 " + closedAddress + " unreachable yes - 000000000000000a",
+		"1 " + b.addr + " ok yes leader 000000000000000b",
+		"3 " + closedAddress + " unreachable no - 000000000000000b",
+		"4 " + c.addr + " unhealthy yes uninitialized 000000000000000b",
+		"5 " + d.addr + " unhealthy no uninitialized -",
+	}
+	if got := rowsOf(t, out); strings.Join(got, "\n") != strings.Join(want, "\n") {
+		t.Errorf("%s\nwant:\n%s\nout:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"), out)
+	}
+	wantPart(t, out, "node 1 of cluster 000000000000000b answers there")
+	wantPart(t, errs, fmt.Sprintf("these nodes are in 2 clusters, not in one: in cluster 000000000000000a: 2=%s; in cluster 000000000000000b: 1=%s",
+		a.addr, b.addr))
+
+	out, _ = runCommand(t, exitNotDone, "", "status", "--endpoints", endpoints, "-o", "json")
+	var answer struct {
+		Members []struct {
+			Cluster string `json:"cluster_id"`
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &answer); err != nil || len(answer.Members) != len(want) {
+		t.Fatal(err, out)
+	}
+	for i, cluster := range []string{"10", "10", "10", "11", "11", "11", "0"} {
+		wantText(t, "cluster_id", answer.Members[i].Cluster, cluster)
+	}
+}
+
+// TestHealthOfTwoClusters: it is said at once, whoever is SERVING. A node in no
+// cluster is not in another one.
+func TestHealthOfTwoClusters(t *testing.T) {
+	t.Parallel()
+	a, b, fresh := newFakeNode(t), newFakeNode(t), newFakeNode(t)
+	a.inCluster(0xa, 1, kvpb.Role_ROLE_LEADER)
+	b.inCluster(0xb, 1, kvpb.Role_ROLE_LEADER)
+	fresh.setMetrics(&kvpb.MetricsResponse{})
+	for _, f := range []*fakeNode{a, b} {
+		f.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+	}
+	_, errs := runCommand(t, exitNotDone, "", "health", "--wait", "--timeout", "10m", "--endpoints", a.addr+","+b.addr)
+	wantPart(t, errs, fmt.Sprintf("in 2 clusters, not in one: in cluster 000000000000000a: 1=%s; in cluster 000000000000000b: 1=%s", a.addr, b.addr))
+	runCommand(t, exitYes, "", "health", "--endpoints", fresh.addr+","+a.addr)
+}
+
+// TestClusterSplitIsSeen: two real nodes, each a cluster of its own.
+func TestClusterSplitIsSeen(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	c.init(1)
+	c.init(2)
+	endpoints := c.nodes[1].address + "," + c.nodes[2].address
+	for _, command := range []string{"status", "health"} {
+		_, errs := runCommand(t, exitNotDone, "", command, "--endpoints", endpoints)
+		for id := uint64(1); id <= 2; id++ {
+			m, err := c.metrics(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantPart(t, errs, fmt.Sprintf("in cluster %016x: %d=%s", m.ClusterId, id, c.nodes[id].address))
+		}
+	}
+	_, errs := runCommand(t, exitYes, "", "status", "--endpoints", c.nodes[1].address)
+	wantText(t, "stderr", errs, "")
+}
+
+// votersOf are the ids of a cluster's voters, and of its learners, as a node has
+// them.
+func votersOf(t *testing.T, c *testCluster, id uint64) (voters, learners []uint64) {
+	t.Helper()
+	m, err := c.metrics(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range membershipOf(m).Members {
+		if s.Voter {
+			voters = append(voters, s.Node.Id)
+		} else {
+			learners = append(learners, s.Node.Id)
+		}
+	}
+	return voters, learners
+}
+
+// TestOperatorsPromoteAndDemote: all others stay as they are.
+func TestOperatorsPromoteAndDemote(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 5)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.addLearner(1, 5)
+	for _, test := range []struct {
+		line             string
+		voters, learners []uint64
+	}{
+		{"promote 4", []uint64{1, 2, 3, 4}, []uint64{5}},
+		{"promote 4", []uint64{1, 2, 3, 4}, []uint64{5}},
+		{"demote 2", []uint64{1, 3, 4}, []uint64{2, 5}},
+		{"promote 2 5", []uint64{1, 2, 3, 4, 5}, nil},
+		{"demote 4 5", []uint64{1, 2, 3}, []uint64{4, 5}},
+	} {
+		runCommand(t, exitYes, "", append(strings.Fields(test.line), "--endpoints", c.nodes[2].address)...)
+		leader := c.nodes[2].server.n.status.latest.Load().leader
+		voters, learners := votersOf(t, c, leader.Id)
+		if fmt.Sprint(voters) != fmt.Sprint(test.voters) || fmt.Sprint(learners) != fmt.Sprint(test.learners) {
+			t.Errorf("%s: voters %v, learners %v, want %v and %v", test.line, voters, learners, test.voters, test.learners)
+		}
+	}
+	_, errs := runCommand(t, exitNotDone, "", "promote", "9", "--endpoints", c.nodes[1].address)
+	wantPart(t, errs, "UNKNOWN_MEMBER")
+}
+
+// TestTwoOperators: each adds a voter at the same time; who is told that it is done
+// is told the truth, and the other one why not.
+func TestTwoOperators(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 5)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.addLearner(1, 5)
+	for range 5 {
+		runCommand(t, exitYes, "", "change-membership", "1", "2", "3", "--retain", "--endpoints", c.nodes[1].address)
+		var both sync.WaitGroup
+		exits, errs := make([]int, 2), make([]bytes.Buffer, 2)
+		for i, id := range []uint64{4, 5} {
+			args := []string{"change-membership", "1", "2", "3", fmt.Sprint(id), "--endpoints", c.nodes[uint64(i)+2].address}
+			both.Go(func() { exits[i] = runClient(t.Context(), args, nil, &bytes.Buffer{}, &errs[i]) })
+		}
+		both.Wait()
+		for i := range exits {
+			// Who read the membership after the other's change would drop that one's voter.
+			told := exits[i] == exitNotDone && strings.Contains(errs[i].String(), "MEMBERSHIP_CHANGED") ||
+				exits[i] == exitUsage && strings.Contains(errs[i].String(), "it would remove node")
+			if exits[i] != exitYes && !told {
+				t.Errorf("exit status %d: %s", exits[i], &errs[i])
+			}
+		}
+		if exits[0] == exitYes && exits[1] == exitYes {
+			t.Fatal("both are told that it is done")
+		}
+	}
 }

@@ -1,5 +1,6 @@
-// Integration tests: nodes in one process, each started by run as main starts
-// it, that talk over loopback.
+// Nodes in one process, each started by run as main starts it, that talk over
+// loopback: the clusters that many tests use, the load on them, and the check that what
+// clients saw is linearizable. And tests of a whole cluster.
 
 package main
 
@@ -9,7 +10,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -17,8 +17,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net"
-	"os"
-	"runtime"
+	"path/filepath"
 	"runtime/pprof"
 	"slices"
 	"strings"
@@ -27,59 +26,17 @@ import (
 	"time"
 
 	"github.com/anishathalye/porcupine"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protodelim"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
-
-const (
-	// pollDeadline is generous: it says that something never happens.
-	pollDeadline = 30 * time.Second
-	// rpcTimeout bounds calls that a test gives no deadline.
-	rpcTimeout = 20 * time.Second
-)
-
-// TestMain runs more tests at once than there are processors, unless told how
-// many: clusters mostly wait.
-func TestMain(m *testing.M) {
-	flag.Parse()
-	given := false
-	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
-	if !given {
-		_ = flag.Set("test.parallel", fmt.Sprint(max(4, runtime.GOMAXPROCS(0))))
-	}
-	m.Run()
-}
-
-// eventually polls f until it returns nil. Nothing else sleeps.
-func eventually(t testing.TB, f func() error) {
-	t.Helper()
-	within(t, pollDeadline, f)
-}
-
-// within is eventually with another deadline.
-func within(t testing.TB, limit time.Duration, f func() error) {
-	t.Helper()
-	for deadline := time.Now().Add(limit); ; time.Sleep(5 * time.Millisecond) {
-		err := f()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("still after %v: %v", limit, err)
-		}
-	}
-}
 
 // testCluster is a set of nodes that may form one cluster, or several.
 type testCluster struct {
@@ -158,6 +115,14 @@ func newCluster(t *testing.T, n uint64, set ...func(*options)) *testCluster {
 	return c
 }
 
+// newDurable starts nodes 1 to n, each with a directory of its own below dir.
+func newDurable(t *testing.T, n uint64, set ...func(*options)) (c *testCluster, dir func(uint64) string) {
+	t.Helper()
+	parent := t.TempDir()
+	dir = func(id uint64) string { return filepath.Join(parent, fmt.Sprint(id)) }
+	return newCluster(t, n, append(set, func(o *options) { o.durable, o.dataDir = true, dir(o.id) })...), dir
+}
+
 // start runs a node on an address.
 func (c *testCluster) start(id uint64, address string) *testNode {
 	c.t.Helper()
@@ -225,6 +190,46 @@ func (c *testCluster) restart(id uint64) {
 	c.start(id, address)
 }
 
+// kill ends a node without a word to anybody, as far as that can be had in one
+// process: its connections close, and it does not hand over.
+func (c *testCluster) kill(id uint64) {
+	c.t.Helper()
+	n := c.nodes[id]
+	n.server.grpc.Stop()
+	err := <-n.ended
+	if errors.Is(err, grpc.ErrServerStopped) {
+		err = nil // it had only begun
+	}
+	n.ended <- err // for stop
+	c.stop(id)
+}
+
+// killed kills a node and starts another process with its id and address.
+func (c *testCluster) killed(id uint64) {
+	c.t.Helper()
+	address := c.nodes[id].address
+	c.kill(id)
+	c.start(id, address)
+}
+
+// hold keeps a node's loop busy: its streams stay open, but it answers nothing.
+func (c *testCluster) hold(id uint64) (release func()) {
+	c.t.Helper()
+	held, goOn := make(chan struct{}), make(chan struct{})
+	c.nodes[id].server.n.inbox.event(func() { close(held); <-goOn })
+	<-held
+	release = sync.OnceFunc(func() { close(goOn) })
+	c.t.Cleanup(release) // before the nodes are stopped
+	return release
+}
+
+// inLoop polls a condition in a node's loop.
+func (c *testCluster) inLoop(id uint64, f func(*node) error) {
+	c.t.Helper()
+	n := c.nodes[id].server.n
+	eventually(c.t, func() error { return n.do(c.ctx, func() error { return f(n) }) })
+}
+
 // proto returns nodes as the API names them.
 func (c *testCluster) proto(ids ...uint64) []*kvpb.Node {
 	var nodes []*kvpb.Node
@@ -276,9 +281,39 @@ func (c *testCluster) done(f func() error) {
 	})
 }
 
+// transfer makes a voter the leader.
+func (c *testCluster) transfer(via, to uint64) {
+	c.t.Helper()
+	c.done(func() error {
+		_, err := c.nodes[via].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
+		return err
+	})
+	eventually(c.t, func() error {
+		if m, err := c.metrics(to); err != nil || m.Role != kvpb.Role_ROLE_LEADER {
+			return fmt.Errorf("node %d does not lead: %v, %v", to, m, err)
+		}
+		return nil
+	})
+}
+
+// patient keeps the cluster from electing another leader by itself.
+func patient(o *options) { o.election = o.heartbeat * 500 }
+
 // metrics returns a node's metrics, or nil.
 func (c *testCluster) metrics(id uint64) (*kvpb.MetricsResponse, error) {
 	return c.nodes[id].Metrics(c.ctx, &kvpb.MetricsRequest{})
+}
+
+// health waits until a node's health service says so of a name.
+func (c *testCluster) health(id uint64, name string, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
+	c.t.Helper()
+	eventually(c.t, func() error {
+		resp, err := grpc_health_v1.NewHealthClient(c.nodes[id].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: name})
+		if err == nil && resp.Status != want {
+			err = fmt.Errorf("node %d says %v of %q", id, resp.Status, name)
+		}
+		return err
+	})
 }
 
 // settled waits until the nodes are the voters of one cluster, agree on the
@@ -307,19 +342,6 @@ func (c *testCluster) settled(ids ...uint64) (leader uint64) {
 	return leader
 }
 
-// membersOf returns the ids of voters and learners, sorted.
-func membersOf(m *kvpb.MetricsResponse) (voters, learners []uint64) {
-	for _, ms := range m.Members {
-		if ms.Voter {
-			voters = append(voters, ms.Node.Id)
-		}
-		if ms.Learner {
-			learners = append(learners, ms.Node.Id)
-		}
-	}
-	return voters, learners
-}
-
 // uninitialized waits until nodes are in no cluster.
 func (c *testCluster) uninitialized(ids ...uint64) {
 	c.t.Helper()
@@ -334,6 +356,104 @@ func (c *testCluster) uninitialized(ids ...uint64) {
 	}
 }
 
+// when waits for a leader for which cond holds. What the function that it
+// returns is given happens before that leader does anything else.
+func (c *testCluster) when(cond func(*node) bool) func(then func()) {
+	ctx, cancel := context.WithTimeout(c.ctx, pollDeadline)
+	var once sync.Once
+	reached, goOn := make(chan struct{}), make(chan struct{})
+	for _, tn := range c.nodes {
+		n := tn.server.n
+		wait := &pendingRequest{ctx: ctx, done: make(chan error, 1), poll: func() (bool, error) {
+			if !n.leads() || !cond(n) {
+				return false, nil
+			}
+			once.Do(func() { close(reached); <-goOn })
+			return true, nil
+		}}
+		n.inbox.event(func() { n.calls.requests = append(n.calls.requests, wait) })
+	}
+	return func(then func()) {
+		c.t.Helper()
+		defer cancel()
+		defer close(goOn)
+		select {
+		case <-reached:
+			then()
+		case <-ctx.Done():
+			c.t.Fatal("it never came to that")
+		}
+	}
+}
+
+// livesOf is a condition for when: so many raft IDs are a node's.
+func livesOf(id uint64, want int) func(*node) bool {
+	return func(n *node) bool { return len(n.store.raftIDsOf(id)) == want }
+}
+
+// membersOf returns the ids of voters and learners, sorted.
+func membersOf(m *kvpb.MetricsResponse) (voters, learners []uint64) {
+	for _, ms := range m.Members {
+		if ms.Voter {
+			voters = append(voters, ms.Node.Id)
+		}
+		if ms.Learner {
+			learners = append(learners, ms.Node.Id)
+		}
+	}
+	return voters, learners
+}
+
+// raftIDs returns the raft IDs that nodes go by.
+func (c *testCluster) raftIDs(ids ...uint64) (raftIDs []uint64) {
+	c.t.Helper()
+	for _, id := range ids {
+		m, err := c.metrics(id)
+		if err != nil || !m.Durable {
+			c.t.Fatal(m, err)
+		}
+		raftIDs = append(raftIDs, m.RaftId)
+	}
+	return raftIDs
+}
+
+// addressOf returns the address at which the others know a node.
+func (c *testCluster) addressOf(via, id uint64) (address string) {
+	c.t.Helper()
+	m, err := c.metrics(via)
+	for _, member := range m.GetMembers() {
+		if member.Node.Id == id {
+			address = member.Node.Address
+		}
+	}
+	if address == "" {
+		c.t.Fatalf("node %d does not know node %d: %v, %v", via, id, m, err)
+	}
+	return address
+}
+
+// ends waits until a node has stopped by itself, and checks that it says so.
+func (c *testCluster) ends(id uint64, cause error, words ...string) {
+	c.t.Helper()
+	n := c.nodes[id]
+	defer n.conn.Close()
+	delete(c.nodes, id)
+	select {
+	case err := <-n.ended:
+		if !errors.Is(err, cause) {
+			c.t.Fatalf("it ended with %v", err)
+		}
+		for _, w := range words {
+			if !strings.Contains(err.Error(), w) {
+				c.t.Errorf("%v\ndoes not say %q", err, w)
+			}
+		}
+	case <-time.After(pollDeadline):
+		n.cancel()
+		c.t.Fatal("it goes on")
+	}
+}
+
 // set writes through a node and returns the version.
 func (c *testCluster) set(via uint64, key, value string) uint64 {
 	c.t.Helper()
@@ -342,6 +462,20 @@ func (c *testCluster) set(via uint64, key, value string) uint64 {
 		c.t.Fatalf("Set(%q) through node %d: %v", key, via, err)
 	}
 	return resp.Version
+}
+
+// fill writes n values of 64 KiB.
+func (c *testCluster) fill(via uint64, n int) {
+	c.t.Helper()
+	value := strings.Repeat("x", 64<<10)
+	for i := range n {
+		c.set(via, fmt.Sprint("large ", i), value)
+	}
+}
+
+func getError(c *testCluster, via uint64, local bool) error {
+	_, err := c.nodes[via].Get(c.ctx, &kvpb.GetRequest{Key: "k", Local: local})
+	return err
 }
 
 // wants reads through a node, at once and once only.
@@ -371,6 +505,38 @@ func (c *testCluster) works(ids ...uint64) {
 		c.wants(id, true, "works", value, version)
 		c.wants(ids[(i+1)%len(ids)], false, "works", value, version)
 	}
+}
+
+// listAll lists page by page.
+func (c *testCluster) listAll(via uint64, req *kvpb.ListRequest) (items []*kvpb.KeyValue, pages int, err error) {
+	req = proto.CloneOf(req)
+	for {
+		resp, err := c.nodes[via].List(c.ctx, req)
+		if err != nil {
+			return nil, 0, err
+		}
+		items, pages = append(items, resp.Items...), pages+1
+		if resp.NextPageToken == "" {
+			return items, pages, nil
+		}
+		if len(resp.Items) == 0 || resp.NextPageToken < req.PageToken {
+			return nil, 0, fmt.Errorf("page %d goes back to %q: %v", pages, resp.NextPageToken, resp)
+		}
+		req.PageToken = resp.NextPageToken
+	}
+}
+
+// sentSnapshots is what all nodes that live count together.
+func (c *testCluster) sentSnapshots() (sent uint64) {
+	c.t.Helper()
+	for id := range c.nodes {
+		m, err := c.metrics(id)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		sent += m.SnapshotsSent
+	}
+	return sent
 }
 
 // dump returns a node's state: what the snapshot of it would say. This is the
@@ -416,18 +582,6 @@ func (c *testCluster) sameStates(ids ...uint64) {
 		}
 		return nil
 	})
-}
-
-// picture is all of the cluster's state but the position in the log, which
-// elections move, too.
-func (c *testCluster) picture(via uint64) string {
-	c.t.Helper()
-	if _, err := c.nodes[via].Get(c.ctx, &kvpb.GetRequest{Key: "k"}); err != nil { // be up to date
-		c.t.Fatal(err)
-	}
-	h, rest := c.dump(via)
-	h.Index, h.Term = 0, 0
-	return h.String() + string(rest)
 }
 
 // wires are the connections between nodes, which tests can cut.
@@ -486,215 +640,6 @@ func (c *testCluster) heal() {
 	c.wires.isCut = nil
 }
 
-// infoOf returns what the API says of an error; nil if it is another's: gRPC's.
-func infoOf(err error) *errdetails.ErrorInfo {
-	for _, d := range status.Convert(err).Details() {
-		if info, ok := d.(*errdetails.ErrorInfo); ok && info.Domain == "raftkv.v1" {
-			return info
-		}
-	}
-	return nil
-}
-
-func reasonOf(err error) string { return infoOf(err).GetReason() }
-
-func wantError(t *testing.T, err error, code codes.Code, reason string) {
-	t.Helper()
-	if status.Code(err) != code || reasonOf(err) != reason {
-		t.Errorf("got %v (%s %q), want %s %q", err, status.Code(err), reasonOf(err), code, reason)
-	} else if reason == "INVALID_FIELD" && infoOf(err).Metadata["field"] == "" {
-		t.Errorf("%v names no field", err)
-	}
-}
-
-func TestCluster(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3)
-	c.init(1)
-	alone := c.set(1, "alone", "1")
-	for id := uint64(2); id <= 3; id++ {
-		c.addLearner(id-1, id)
-		if m, err := c.metrics(id); err != nil || m.Role != kvpb.Role_ROLE_LEARNER || m.Version < alone {
-			t.Fatalf("AddLearner %d has not waited for it: %v, %v", id, m, err)
-		}
-		m, err := c.metrics(1)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if voters, learners := membersOf(m); !slices.Equal(voters, []uint64{1}) || !slices.Contains(learners, id) {
-			t.Fatalf("after AddLearner %d: %v", id, m)
-		}
-	}
-	c.wants(3, false, "alone", "1", alone)
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
-	c.settled(1, 2, 3)
-
-	// A write through any node is seen at once: there locally, elsewhere by a
-	// linearizable read. Often enough for a node that has not applied it yet.
-	version := alone
-	for i := range 30 {
-		via := uint64(1 + i%3)
-		value := fmt.Sprint(i)
-		if got := c.set(via, "k", value); got != version+1 {
-			t.Fatalf("write %d has version %d, the one before %d", i, got, version)
-		}
-		version++
-		c.wants(via, true, "k", value, version)
-		for reader := uint64(1); reader <= 3; reader++ {
-			c.wants(reader, false, "k", value, version)
-		}
-	}
-	version = c.set(2, "empty", "")
-	for id := uint64(1); id <= 3; id++ {
-		c.wants(id, false, "empty", "", version)
-		c.wantsAbsent(id, "absent")
-	}
-	listed := &kvpb.ListResponse{Items: []*kvpb.KeyValue{{Key: "empty", Version: version}}}
-	for id := uint64(1); id <= 3; id++ {
-		if got, err := c.nodes[id].List(c.ctx, &kvpb.ListRequest{Prefix: "e"}); err != nil || !proto.Equal(got, listed) {
-			t.Fatalf("List through node %d = %v, %v, want %v", id, got, err, listed)
-		}
-	}
-	for i, want := range []*kvpb.DeleteResponse{{Deleted: true, Version: version + 1}, {Version: version + 2}} {
-		if got, err := c.nodes[uint64(1+i)].Delete(c.ctx, &kvpb.DeleteRequest{Key: "empty"}); err != nil || !proto.Equal(got, want) {
-			t.Fatalf("Delete = %v, %v, want %v", got, err, want)
-		}
-	}
-	c.wantsAbsent(3, "empty")
-	// The limits themselves are within them.
-	big := strings.Repeat("x", 1<<20)
-	c.wants(1, false, big[:64<<10], big, c.set(3, big[:64<<10], big))
-
-	for _, to := range []uint64{2, 1} {
-		c.transfer(1+to%3, to)
-		c.works(1, 2, 3)
-	}
-
-	// Remove, add again. Whom its cluster has removed knows nothing any more.
-	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
-	c.uninitialized(2)
-	wantError(t, getError(c, 2, true), codes.Unavailable, "NOT_INITIALIZED")
-	c.works(1, 3)
-	c.addLearner(3, 2)
-	c.change(3, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
-	c.works(1, 2, 3)
-	// A voter becomes a learner, a learner leaves.
-	c.settled(1, 2, 3)
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, Retain: true})
-	if m, err := c.metrics(c.settled(1, 3)); err != nil {
-		t.Fatal(err)
-	} else if _, learners := membersOf(m); !slices.Equal(learners, []uint64{2}) {
-		t.Fatalf("a retained voter is no learner: %v", m)
-	}
-	c.works(1, 2, 3)
-	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
-	c.uninitialized(2)
-	c.addLearner(1, 2)
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
-
-	// A leader that removes itself hands over: had it not, it could not answer.
-	leader := c.settled(1, 2, 3)
-	c.sameStates(1, 2, 3)
-	rest := slices.DeleteFunc([]uint64{1, 2, 3}, func(id uint64) bool { return id == leader })
-	c.change(leader, &kvpb.ChangeMembershipRequest{Remove: []uint64{leader}})
-	c.uninitialized(leader)
-	c.settled(rest...)
-	c.works(rest...)
-	c.addLearner(rest[0], leader)
-	c.change(rest[1], &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
-	c.settled(1, 2, 3)
-
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{3}})
-	c.uninitialized(1, 2)
-	c.settled(3)
-	c.works(3)
-	c.addLearner(3, 1)
-	c.addLearner(3, 2)
-	c.works(1, 2, 3)
-	c.wants(2, false, "k", "29", alone+30)
-	c.sameStates(1, 2, 3)
-}
-
-// transfer makes a voter the leader.
-func (c *testCluster) transfer(via, to uint64) {
-	c.t.Helper()
-	c.done(func() error {
-		_, err := c.nodes[via].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
-		return err
-	})
-	eventually(c.t, func() error {
-		if m, err := c.metrics(to); err != nil || m.Role != kvpb.Role_ROLE_LEADER {
-			return fmt.Errorf("node %d does not lead: %v, %v", to, m, err)
-		}
-		return nil
-	})
-}
-
-func getError(c *testCluster, via uint64, local bool) error {
-	_, err := c.nodes[via].Get(c.ctx, &kvpb.GetRequest{Key: "k", Local: local})
-	return err
-}
-
-func TestInitThree(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3)
-	resp, err := c.nodes[2].Init(t.Context(), &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.settled(1, 2, 3)
-	for id := range c.nodes {
-		if m, err := c.metrics(id); err != nil || m.ClusterId != resp.ClusterId {
-			t.Errorf("node %d: %v, %v; want cluster %x", id, m, err, resp.ClusterId)
-		}
-	}
-	c.works(1, 2, 3)
-	c.sameStates(1, 2, 3)
-}
-
-func TestInitRefusals(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 4)
-	c.init(4)
-	n := func(id uint64, address string) *kvpb.Node { return &kvpb.Node{Id: id, Address: address} }
-	me, other := c.proto(1)[0], c.proto(2)[0]
-	for _, tt := range []struct {
-		name    string
-		members []*kvpb.Node
-		code    codes.Code
-		reason  string
-	}{
-		{"nobody", nil, codes.InvalidArgument, "INVALID_FIELD"},
-		{"id 0", []*kvpb.Node{me, n(0, other.Address)}, codes.InvalidArgument, "INVALID_FIELD"},
-		{"no address", []*kvpb.Node{me, n(2, "")}, codes.InvalidArgument, "INVALID_FIELD"},
-		{"without the called node", []*kvpb.Node{other}, codes.InvalidArgument, "INVALID_FIELD"},
-		{"the called node by another id", []*kvpb.Node{n(5, me.Address), other}, codes.InvalidArgument, "INVALID_FIELD"},
-		{"the called node at another address", []*kvpb.Node{n(1, other.Address)}, codes.InvalidArgument, "INVALID_FIELD"},
-		{"an id twice", []*kvpb.Node{me, other, n(2, c.nodes[3].address)}, codes.InvalidArgument, "INVALID_FIELD"},
-		{"an address twice", []*kvpb.Node{me, other, n(3, other.Address)}, codes.InvalidArgument, "INVALID_FIELD"},
-		{"unreachable", []*kvpb.Node{me, other, n(3, deadAddress(t))}, codes.Unavailable, "UNREACHABLE"},
-		{"another id there", []*kvpb.Node{me, other, n(5, c.nodes[3].address)}, codes.FailedPrecondition, "WRONG_NODE"},
-		{"in a cluster already", []*kvpb.Node{me, other, c.proto(4)[0]}, codes.FailedPrecondition, "ALREADY_INITIALIZED"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: tt.members})
-			wantError(t, err, tt.code, tt.reason)
-			c.uninitialized(1, 2, 3)
-		})
-	}
-	before := c.picture(4)
-	_, err := c.nodes[4].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(4, 1)})
-	wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
-	if _, err := c.nodes[4].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(4)}); err != nil {
-		t.Errorf("an Init that is true already: %v", err)
-	}
-	if c.picture(4) != before {
-		t.Error("the second Init has changed something")
-	}
-	c.init(1, 2, 3) // nothing is left of the attempts
-	c.works(1, 2, 3)
-}
-
 // deadAddress returns an address where nobody listens.
 func deadAddress(t *testing.T) string {
 	t.Helper()
@@ -704,627 +649,6 @@ func deadAddress(t *testing.T) string {
 	}
 	defer func() { _ = l.Close() }()
 	return l.Addr().String()
-}
-
-func TestTwoInitsAtOnce(t *testing.T) {
-	t.Parallel()
-	// In each order the two meet at another point.
-	for _, orders := range [][2][]uint64{{{1, 2, 3}, {2, 1, 3}}, {{1, 3, 2}, {2, 3, 1}}} {
-		t.Run(fmt.Sprint(orders), func(t *testing.T) {
-			c := newCluster(t, 3)
-			ctx, cancel := context.WithCancel(c.ctx)
-			defer cancel()
-			ended := make(chan error, 2)
-			for _, order := range orders {
-				go func() {
-					req := &kvpb.InitRequest{Members: c.proto(order...)}
-					_, err := c.nodes[order[0]].Init(ctx, req)
-					for reasonOf(err) == "UNREACHABLE" && ctx.Err() == nil { // on a busy machine; it carries on
-						_, err = c.nodes[order[0]].Init(ctx, req)
-					}
-					if err != nil && reasonOf(err) != "ALREADY_INITIALIZED" && status.Code(err) != codes.Canceled {
-						t.Errorf("Init through node %d: %v", order[0], err)
-					}
-					ended <- err
-				}()
-			}
-			for range 2 {
-				select {
-				case <-ended:
-				case <-time.After(pollDeadline): // for a node that is in the other's cluster
-					t.Error("one of them waits")
-					cancel()
-				}
-			}
-
-			// Nobody whom a cluster names is on its way to it any more, or in another.
-			clusters := map[uint64]uint64{}
-			eventually(t, func() error {
-				ms := map[uint64]*kvpb.MetricsResponse{}
-				for id := range c.nodes {
-					m, err := c.metrics(id)
-					if err != nil {
-						return err
-					}
-					ms[id], clusters[id] = m, m.ClusterId
-				}
-				for id, m := range ms {
-					if m.ClusterId != 0 && !m.Healthy {
-						return fmt.Errorf("node %d: %s", id, m.UnhealthyReason)
-					}
-					for _, member := range m.Members {
-						if clusters[member.Node.Id] == 0 {
-							return fmt.Errorf("node %d is to join node %d", member.Node.Id, id)
-						}
-						if in := clusters[member.Node.Id]; in != m.ClusterId {
-							if member.GetProgress().GetCaughtUp() {
-								t.Fatalf("node %d, of cluster %x, counts on node %d, of cluster %x", id, m.ClusterId, member.Node.Id, in)
-							}
-							return fmt.Errorf("node %d, of cluster %x, names node %d, of cluster %x", id, m.ClusterId, member.Node.Id, in)
-						}
-					}
-				}
-				if clusters[1] == 0 && clusters[2] == 0 {
-					t.Fatal("nobody has made a cluster")
-				}
-				return nil
-			})
-			// What one writes, exactly the members of its cluster see.
-			for writer, cluster := range clusters {
-				if cluster == 0 {
-					continue
-				}
-				key := fmt.Sprint("written through ", writer)
-				version := c.set(writer, key, "v")
-				for reader, other := range clusters {
-					if other == cluster {
-						c.wants(reader, false, key, "v", version)
-					} else if other != 0 {
-						c.wantsAbsent(reader, key)
-					}
-				}
-			}
-			for id, cluster := range clusters {
-				if m, err := c.metrics(id); err != nil || m.ClusterId != cluster {
-					t.Errorf("node %d was in cluster %x: %v, %v", id, cluster, m, err)
-				}
-			}
-		})
-	}
-}
-
-// TestAddAgainAtOnce: a node that has been removed and does not know it yet is
-// added again, as somebody new.
-func TestAddAgainAtOnce(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3)
-	c.init(1, 2, 3)
-	for id := uint64(1); id <= 3; id++ {
-		via := 1 + id%3
-		c.change(via, &kvpb.ChangeMembershipRequest{Members: slices.DeleteFunc([]uint64{1, 2, 3}, func(other uint64) bool { return other == id })})
-		c.addLearner(via, id)
-		c.change(via, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
-		c.settled(1, 2, 3)
-		c.works(1, 2, 3)
-	}
-	c.sameStates(1, 2, 3)
-}
-
-// TestAddAgainBeforeItJoined: a learner is removed before it has heard of the
-// cluster at all, and then added again.
-func TestAddAgainBeforeItJoined(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 2)
-	c.init(1)
-	c.fill(1, 24) // its snapshot takes a while
-	ctx, cancel := context.WithCancel(c.ctx)
-	defer cancel()
-	ended := make(chan error, 1)
-	go func() {
-		_, err := c.nodes[1].AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.proto(2)[0]})
-		ended <- err
-	}()
-	eventually(t, func() error {
-		m, err := c.metrics(1)
-		if err == nil && len(m.Members) < 2 {
-			err = errors.New("not added yet")
-		}
-		return err
-	})
-	cancel()
-	<-ended
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1}, Remove: []uint64{2}})
-	c.addLearner(1, 2)
-	c.works(1, 2)
-	c.sameStates(1, 2)
-}
-
-// stranger is a hello that a node would accept, from nobody that it knows.
-func stranger(n *testNode) (*kvpb.Hello, error) {
-	w, err := greetNode(n, &kvpb.Hello{To: &kvpb.Peer{}}) // asks who is there
-	if err != nil {
-		return nil, err
-	}
-	from := &kvpb.Peer{Node: &kvpb.Node{Id: 77, Address: "127.0.0.1:1"}, RaftId: 77, Life: 77}
-	return &kvpb.Hello{ClusterId: w.ClusterId, From: from, To: w.Peer}, nil
-}
-
-// callAsPeer makes a connection of its own, for one has only few hellos.
-func callAsPeer(n *testNode) (_ kvpb.RaftServiceClient, hangUp func()) {
-	conn := dial(n.address)
-	return kvpb.NewRaftServiceClient(conn), func() { _ = conn.Close() }
-}
-
-// greetNode says hello. A node that refuses has to end the stream.
-func greetNode(n *testNode, h *kvpb.Hello) (*kvpb.Welcome, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
-	defer cancel()
-	peer, hangUp := callAsPeer(n)
-	defer hangUp()
-	s, err := peer.Stream(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil && err != io.EOF {
-		return nil, err
-	}
-	resp, err := s.Recv()
-	if err != nil {
-		return nil, err
-	}
-	if _, err := s.Recv(); err != io.EOF {
-		return nil, fmt.Errorf("the stream goes on: %v", err)
-	}
-	return resp.Welcome, nil
-}
-
-// rawCodec sends bytes as they are.
-type rawCodec struct{}
-
-func (rawCodec) Marshal(v any) ([]byte, error) { return v.([]byte), nil }
-func (rawCodec) Unmarshal([]byte, any) error   { return nil }
-func (rawCodec) Name() string                  { return "proto" }
-
-// badCall is a call that a node has to refuse.
-type badCall struct {
-	name   string
-	code   codes.Code
-	reason string
-	call   func(context.Context, *testNode) error
-}
-
-func badSet(name, key string, value []byte) badCall {
-	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) error {
-		_, err := n.Set(ctx, &kvpb.SetRequest{Key: key, Value: value})
-		return err
-	}}
-}
-
-func badGet(name, key string, local bool) badCall {
-	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) error {
-		_, err := n.Get(ctx, &kvpb.GetRequest{Key: key, Local: local})
-		return err
-	}}
-}
-
-func badList(name string, req *kvpb.ListRequest) badCall {
-	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) error {
-		_, err := n.List(ctx, req)
-		return err
-	}}
-}
-
-func badDelete(name, key string) badCall {
-	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) error {
-		_, err := n.Delete(ctx, &kvpb.DeleteRequest{Key: key})
-		return err
-	}}
-}
-
-func badWrite(name string, w *kvpb.Write) badCall {
-	return badCall{name, codes.InvalidArgument, "INVALID_FIELD", func(ctx context.Context, n *testNode) (err error) {
-		if set := w.GetSet(); set != nil {
-			_, err = n.Set(ctx, set)
-		} else {
-			_, err = n.Delete(ctx, w.GetDelete())
-		}
-		return err
-	}}
-}
-
-func badLearner(name string, id uint64, address string, code codes.Code, reason string) badCall {
-	return badCall{name, code, reason, func(ctx context.Context, n *testNode) error {
-		_, err := n.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: id, Address: address}})
-		return err
-	}}
-}
-
-func badChange(name string, req *kvpb.ChangeMembershipRequest, code codes.Code, reason string) badCall {
-	return badCall{name, code, reason, func(ctx context.Context, n *testNode) error {
-		_, err := n.ChangeMembership(ctx, req)
-		return err
-	}}
-}
-
-func badTransfer(name string, to uint64, code codes.Code, reason string) badCall {
-	return badCall{name, code, reason, func(ctx context.Context, n *testNode) error {
-		_, err := n.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: to})
-		return err
-	}}
-}
-
-func badBytes(name, method, message string, code codes.Code, reason string) badCall {
-	return badCall{name, code, reason, func(ctx context.Context, n *testNode) error {
-		return n.conn.Invoke(ctx, method, []byte(message), nil, grpc.ForceCodec(rawCodec{}))
-	}}
-}
-
-// badStream is what is no gRPC at all: the node has to hang up.
-func badStream(name, text string) badCall {
-	return badCall{name, codes.OK, "", func(_ context.Context, n *testNode) error {
-		conn, err := net.Dial("tcp", n.address)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = conn.Close() }()
-		_, _ = io.WriteString(conn, text) // it may hang up before the end
-		_ = conn.SetReadDeadline(time.Now().Add(rpcTimeout))
-		if _, err = io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
-			return errors.New("the connection stays open")
-		}
-		return nil
-	}}
-}
-
-func badHello(name string, want kvpb.Verdict, change func(*kvpb.Hello)) badCall {
-	return badCall{name, codes.OK, "", func(_ context.Context, n *testNode) error {
-		h, err := stranger(n)
-		if err != nil {
-			return err
-		}
-		change(h)
-		if w, err := greetNode(n, h); err != nil || w.Verdict != want {
-			return fmt.Errorf("%v, %v, want %v", w, err, want)
-		}
-		return nil
-	}}
-}
-
-// badSnapshotOfPeer is a badSnapshot of somebody who has a stream to the node, too: of
-// all others none is read.
-func badSnapshotOfPeer(name string, code codes.Code, change func(*kvpb.InstallSnapshotRequest, *kvpb.SnapshotHeader)) badCall {
-	bad := badSnapshot(name, code, change)
-	sends := bad.call
-	bad.call = func(ctx context.Context, n *testNode) error {
-		h, err := stranger(n)
-		if err != nil {
-			return err
-		}
-		peer, hangUp := callAsPeer(n)
-		defer hangUp()
-		s, err := peer.Stream(ctx)
-		if err != nil {
-			return err
-		}
-		if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil {
-			return err
-		}
-		if _, err := s.Recv(); err != nil {
-			return err
-		}
-		return sends(ctx, n)
-	}
-	return bad
-}
-
-// badSnapshot would erase a node that took it.
-func badSnapshot(name string, code codes.Code, change func(*kvpb.InstallSnapshotRequest, *kvpb.SnapshotHeader)) badCall {
-	return badCall{name, code, "", func(ctx context.Context, n *testNode) error {
-		hello, err := stranger(n)
-		if err != nil {
-			return err
-		}
-		first := &kvpb.InstallSnapshotRequest{Hello: hello, Term: 1 << 20}
-		header := &kvpb.SnapshotHeader{
-			Format: 1, ClusterId: hello.ClusterId, Index: 1 << 30, Term: 1 << 20,
-			ConfState: &kvpb.ConfState{Voters: []uint64{77, hello.To.RaftId}},
-			Members:   []*kvpb.Member{{RaftId: 77, Node: hello.From.Node}, {RaftId: hello.To.RaftId, Node: hello.To.Node}},
-		}
-		change(first, header)
-		var b bytes.Buffer
-		for _, r := range []*kvpb.SnapshotRecord{{Record: &kvpb.SnapshotRecord_Header{Header: header}}, {Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{}}}} {
-			if _, err := protodelim.MarshalTo(&b, r); err != nil {
-				return err
-			}
-		}
-		damage := first.Data
-		first.Data = framed(b.Bytes())
-		copy(first.Data[8+4:], damage)
-		peer, hangUp := callAsPeer(n)
-		defer hangUp()
-		s, err := peer.InstallSnapshot(ctx)
-		if err != nil {
-			return err
-		}
-		if err := s.Send(first); err != nil && err != io.EOF {
-			return err
-		}
-		_, err = s.CloseAndRecv()
-		return err
-	}}
-}
-
-// forwarded makes a call look as if another node had passed it on.
-func forwarded(b badCall) badCall {
-	call := b.call
-	b.name = "forwarded: " + b.name
-	b.call = func(ctx context.Context, n *testNode) error {
-		return call(metadata.AppendToOutgoingContext(ctx, "x-raft-forwarded", "1"), n)
-	}
-	return b
-}
-
-func TestBadInput(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 4)
-	c.start(5, "127.0.0.1:0") // in no cluster
-	c.start(6, "127.0.0.1:0") // in another cluster
-	c.init(6)
-	c.init(1, 2, 3)
-	c.addLearner(1, 4)
-	was4 := c.nodes[4].address
-	c.stop(4)
-	c.start(7, was4)
-	c.works(1, 2, 3)
-	leader := c.settled(1, 2, 3)
-	follower := 1 + leader%3
-	eventually(t, func() error { // 4 will never have what is written now
-		m, err := c.metrics(leader)
-		for _, ms := range m.GetMembers() {
-			if ms.Node.Id == 4 && ms.GetProgress().GetCaughtUp() {
-				err = errors.New("node 4 counts as caught up")
-			}
-		}
-		return err
-	})
-
-	const invalid = codes.InvalidArgument
-	voters := func(ids ...uint64) *kvpb.ChangeMembershipRequest {
-		return &kvpb.ChangeMembershipRequest{Members: ids}
-	}
-	long := strings.Repeat("k", 64<<10+1)
-	address2 := c.nodes[2].address
-	bad := []badCall{
-		badSet("set of an empty key", "", nil),
-		badSet("set of a long key", long, nil),
-		badSet("a long value", "k", make([]byte, 1<<20+1)),
-		badGet("get of an empty key", "", false),
-		badGet("local get of a long key", long, true),
-		badDelete("delete of an empty key", ""),
-		badWrite("set with session 0", withID(0, 1, setWrite("k", "v"))),
-		badWrite("set with sequence 0", withID(1, 0, setWrite("k", "v"))),
-		badWrite("delete with session 0", withID(0, 1, deleteWrite("k"))),
-		badWrite("delete with sequence 0", withID(1, 0, deleteWrite("k"))),
-		badWrite("delete of what must not exist", deleteIf("k", 0)),
-		badDelete("delete of a long key", long),
-		badList("list of a long prefix", &kvpb.ListRequest{Prefix: long}),
-		badList("list from a long token", &kvpb.ListRequest{PageToken: long, Local: true}),
-		badList("list of too much", &kvpb.ListRequest{Limit: 10_001}),
-		badBytes("set of a key that is no UTF-8", kvpb.KVService_Set_FullMethodName, "\x0a\x01\xff", invalid, "INVALID_FIELD"),
-		badBytes("delete of a key that is no UTF-8", kvpb.KVService_Delete_FullMethodName, "\x0a\x01\xff", invalid, "INVALID_FIELD"),
-		badBytes("a message that is cut off", kvpb.KVService_Set_FullMethodName, "\x0a\x05k", invalid, "INVALID_FIELD"),
-		badBytes("a get with an unknown field", kvpb.KVService_Get_FullMethodName, "\x0a\x01k\x48\x01", invalid, "INVALID_FIELD"),
-		badBytes("a get with a key that is a number", kvpb.KVService_Get_FullMethodName, "\x08\x01", invalid, "INVALID_FIELD"),
-		badBytes("a message that is far too long", kvpb.KVService_Set_FullMethodName, strings.Repeat("x", 9<<20), codes.ResourceExhausted, ""),
-		badBytes("an unknown method", "/raftkv.v1.KVService/Steal", "", codes.Unimplemented, ""),
-
-		badLearner("learner with id 0", 0, c.nodes[5].address, invalid, "INVALID_FIELD"),
-		badLearner("learner without address", 5, "", invalid, "INVALID_FIELD"),
-		badLearner("learner without port", 5, "127.0.0.1", invalid, "INVALID_FIELD"),
-		badLearner("learner without host", 5, ":1", invalid, "INVALID_FIELD"),
-		badLearner("learner with an endless address", 5, strings.Repeat("h", 300)+":1", invalid, "INVALID_FIELD"),
-		badLearner("learner whose address has another node", 8, c.nodes[5].address, codes.FailedPrecondition, "WRONG_NODE"),
-		badLearner("learner with a member's id and another's address", 2, c.nodes[5].address, codes.FailedPrecondition, "WRONG_NODE"),
-		badLearner("learner at a member's address", 8, address2, codes.FailedPrecondition, "WRONG_NODE"),
-		badLearner("learner at the address of a member that has gone", 7, was4, codes.AlreadyExists, "MEMBER_EXISTS"),
-		badLearner("learner of another cluster", 6, c.nodes[6].address, codes.FailedPrecondition, "ALREADY_INITIALIZED"),
-		badLearner("unreachable learner", 8, deadAddress(t), codes.Unavailable, "UNREACHABLE"),
-
-		badChange("no voters", voters(), invalid, "INVALID_FIELD"),
-		badChange("voter 0", voters(0, 1, 2), invalid, "INVALID_FIELD"),
-		badChange("a voter twice", voters(1, 2, 2), invalid, "INVALID_FIELD"),
-		badChange("a voter that is to leave", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Remove: []uint64{2}}, invalid, "INVALID_FIELD"),
-		badChange("too many voters", voters(slices.Collect(func(yield func(uint64) bool) {
-			for i := uint64(1); i < 100 && yield(i); i++ {
-			}
-		})...), invalid, "INVALID_FIELD"),
-		badChange("an unknown voter", voters(1, 2, 3, 99), codes.NotFound, "UNKNOWN_MEMBER"),
-		badChange("a voter that is not there", voters(1, 2, 3, 4), codes.Unavailable, "UNREACHABLE"),
-		badChange("no voter left", &kvpb.ChangeMembershipRequest{Remove: []uint64{1, 2, 3}}, invalid, "INVALID_FIELD"),
-		badChange("an unknown member to be removed", &kvpb.ChangeMembershipRequest{Remove: []uint64{99}}, codes.NotFound, "UNKNOWN_MEMBER"),
-		badChange("a learner and an unknown one to be removed", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4, 99}}, codes.NotFound, "UNKNOWN_MEMBER"),
-		badChange("voters, and who is promoted", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Promote: []uint64{4}}, invalid, "INVALID_FIELD"),
-		badChange("voters, and who is demoted", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Demote: []uint64{3}}, invalid, "INVALID_FIELD"),
-		badChange("retained, and demoted", &kvpb.ChangeMembershipRequest{Demote: []uint64{3}, Retain: true}, invalid, "INVALID_FIELD"),
-		badChange("promoted and demoted", &kvpb.ChangeMembershipRequest{Promote: []uint64{3}, Demote: []uint64{3}}, invalid, "INVALID_FIELD"),
-		badChange("promoted and removed", &kvpb.ChangeMembershipRequest{Promote: []uint64{4}, Remove: []uint64{4}}, invalid, "INVALID_FIELD"),
-		badChange("nobody promoted", &kvpb.ChangeMembershipRequest{Promote: []uint64{0}}, invalid, "INVALID_FIELD"),
-		badChange("all demoted", &kvpb.ChangeMembershipRequest{Demote: []uint64{1, 2, 3}}, invalid, "INVALID_FIELD"),
-		badChange("an unknown one to be promoted", &kvpb.ChangeMembershipRequest{Promote: []uint64{99}}, codes.NotFound, "UNKNOWN_MEMBER"),
-		badChange("an unknown one to be demoted", &kvpb.ChangeMembershipRequest{Demote: []uint64{99}}, codes.NotFound, "UNKNOWN_MEMBER"),
-		badChange("a learner promoted that is not there", &kvpb.ChangeMembershipRequest{Promote: []uint64{4}}, codes.Unavailable, "UNREACHABLE"),
-		badChange("nobody expected", &kvpb.ChangeMembershipRequest{Remove: []uint64{4}, Expected: &kvpb.Membership{}}, invalid, "INVALID_FIELD"),
-		badChange("a member expected without node", &kvpb.ChangeMembershipRequest{Remove: []uint64{4}, Expected: &kvpb.Membership{Members: []*kvpb.ExpectedMember{{}}}}, invalid, "INVALID_FIELD"),
-		badChange("too many expected", &kvpb.ChangeMembershipRequest{Remove: []uint64{4}, Expected: &kvpb.Membership{Members: make([]*kvpb.ExpectedMember, 2*maxMembers+1)}}, invalid, "INVALID_FIELD"),
-		badChange("another membership expected", &kvpb.ChangeMembershipRequest{Remove: []uint64{4}, Expected: expectedOf([]uint64{1, 2, 3}, []uint64{4})}, codes.Aborted, "MEMBERSHIP_CHANGED"),
-		badTransfer("leader 0", 0, invalid, "INVALID_FIELD"),
-		badTransfer("an unknown leader", 99, codes.NotFound, "UNKNOWN_MEMBER"),
-		badTransfer("a learner as leader", 4, codes.FailedPrecondition, "NOT_CAUGHT_UP"),
-		{"init again", codes.FailedPrecondition, "ALREADY_INITIALIZED", func(ctx context.Context, n *testNode) error {
-			_, err := n.Init(ctx, &kvpb.InitRequest{Members: []*kvpb.Node{{Id: n.id, Address: n.address}}})
-			return err
-		}},
-
-		badStream("nothing but noise", strings.Repeat("\x00\xff\x16noise\r\n", 1000)),
-		badStream("HTTP/1", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
-		badStream("HTTP/2, then noise", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+strings.Repeat("\xff", 1000)),
-		{"a stream without hello", invalid, "", func(_ context.Context, n *testNode) error {
-			_, err := greetNode(n, nil)
-			return err
-		}},
-		badHello("hello from another cluster", kvpb.Verdict_VERDICT_OTHER_CLUSTER, func(h *kvpb.Hello) { h.ClusterId++ }),
-		badHello("hello from no cluster", kvpb.Verdict_VERDICT_OTHER_CLUSTER, func(h *kvpb.Hello) { h.ClusterId = 0 }),
-		badHello("hello to another raft ID", kvpb.Verdict_VERDICT_NOT_ME, func(h *kvpb.Hello) { h.To.RaftId++ }),
-		badHello("hello to another life", kvpb.Verdict_VERDICT_NOT_ME, func(h *kvpb.Hello) { h.To.Life++ }),
-		badHello("hello to another id", kvpb.Verdict_VERDICT_NOT_ME, func(h *kvpb.Hello) { h.To.Node.Id++ }),
-		badHello("hello to another address", kvpb.Verdict_VERDICT_NOT_ME, func(h *kvpb.Hello) { h.To.Node.Address = "127.0.0.1:1" }),
-		badHello("hello from itself", kvpb.Verdict_VERDICT_NOT_ME, func(h *kvpb.Hello) { h.From.RaftId = h.To.RaftId }),
-		badHello("hello from nobody", kvpb.Verdict_VERDICT_NOT_ME, func(h *kvpb.Hello) { h.From = nil }),
-		badSnapshot("a snapshot from a stranger", codes.FailedPrecondition, func(*kvpb.InstallSnapshotRequest, *kvpb.SnapshotHeader) {}),
-		badSnapshot("a snapshot of another cluster", codes.FailedPrecondition, func(_ *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.ClusterId++ }),
-		badSnapshot("a snapshot from another cluster", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.ClusterId++; r.Hello.ClusterId++ }),
-		badSnapshot("a snapshot for another life", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Hello.To.Life++ }),
-		badSnapshot("a snapshot from nobody to nobody", codes.FailedPrecondition, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) {
-			r.Hello.From, r.Hello.To.RaftId = nil, 0
-		}),
-		badSnapshotOfPeer("a damaged snapshot", codes.DataLoss, func(r *kvpb.InstallSnapshotRequest, _ *kvpb.SnapshotHeader) { r.Data = []byte("a checksum")[:4] }),
-		badSnapshotOfPeer("a snapshot without index", codes.DataLoss, func(_ *kvpb.InstallSnapshotRequest, h *kvpb.SnapshotHeader) { h.Index = 0 }),
-	}
-	for i, b := range bad {
-		t.Run(b.name, func(t *testing.T) {
-			before := c.picture(1)
-			for _, id := range []uint64{leader, follower} { // the leader then, at least
-				wantError(t, b.call(c.ctx, c.nodes[id]), b.code, b.reason)
-			}
-			if after := c.picture(1); after != before {
-				t.Errorf("the state was %q and is %q", before, after)
-			}
-			c.works(uint64(1+i%3), uint64(1+(i+1)%3))
-		})
-	}
-	// What was forwarded goes back, instead of round in circles, even if it
-	// could be done.
-	for _, b := range []badCall{
-		forwarded(badLearner("add-learner", 5, c.nodes[5].address, codes.Unavailable, "NOT_LEADER")),
-		forwarded(badChange("change-membership", &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}}, codes.Unavailable, "NOT_LEADER")),
-		forwarded(badTransfer("transfer-leader", 1, codes.Unavailable, "NOT_LEADER")),
-	} {
-		t.Run(b.name, func(t *testing.T) {
-			leader := c.settled(1, 2, 3)
-			before := c.picture(1)
-			for id := uint64(1); id <= 3; id++ {
-				if id != leader {
-					wantError(t, b.call(c.ctx, c.nodes[id]), b.code, b.reason)
-				}
-			}
-			if after := c.picture(1); after != before {
-				t.Errorf("the state was %q and is %q", before, after)
-			}
-		})
-	}
-	c.uninitialized(5, 7)
-	c.sameStates(1, 2, 3)
-}
-
-// named checks that an answer names the leader: in the header of a success, in
-// the trailer of an error.
-func (c *testCluster) named(id uint64, name string, f func(...grpc.CallOption) error) {
-	c.t.Helper()
-	eventually(c.t, func() error {
-		before, err := c.metrics(id)
-		if err != nil || before.Leader == nil {
-			return fmt.Errorf("node %d knows no leader: %v, %v", id, before, err)
-		}
-		var header, trailer metadata.MD
-		err = f(grpc.Header(&header), grpc.Trailer(&trailer))
-		md := header
-		if err != nil {
-			md = trailer
-		}
-		if after, err := c.metrics(id); err != nil || after.Term != before.Term {
-			return fmt.Errorf("the leader changes all the time: %v, %v", after, err)
-		}
-		if got, want := md.Get("x-raft-leader"), []string{before.Leader.Address}; !slices.Equal(got, want) {
-			c.t.Fatalf("%s: x-raft-leader is %q, want %q; %v", name, got, want, err)
-		}
-		return nil
-	})
-}
-
-func TestForwarding(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 4)
-	c.init(1, 2, 3)
-	learner := c.proto(4)[0]
-	for id := uint64(1); id <= 3; id++ {
-		n := c.nodes[id]
-		for name, f := range map[string]func(...grpc.CallOption) error{
-			"Set": func(o ...grpc.CallOption) error { _, err := n.Set(c.ctx, &kvpb.SetRequest{Key: "k"}, o...); return err },
-			"Get": func(o ...grpc.CallOption) error { _, err := n.Get(c.ctx, &kvpb.GetRequest{Key: "k"}, o...); return err },
-			"Delete": func(o ...grpc.CallOption) error {
-				_, err := n.Delete(c.ctx, &kvpb.DeleteRequest{Key: "k"}, o...)
-				return err
-			},
-			"List":    func(o ...grpc.CallOption) error { _, err := n.List(c.ctx, &kvpb.ListRequest{}, o...); return err },
-			"Metrics": func(o ...grpc.CallOption) error { _, err := n.Metrics(c.ctx, &kvpb.MetricsRequest{}, o...); return err },
-			"AddLearner": func(o ...grpc.CallOption) error {
-				_, err := n.AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: learner}, o...)
-				return err
-			},
-		} {
-			c.named(id, name, func(o ...grpc.CallOption) error {
-				err := f(o...)
-				if err != nil {
-					t.Errorf("%s on node %d: %v", name, id, err)
-				}
-				return err
-			})
-		}
-		eventually(t, func() error {
-			m, err := c.metrics(4)
-			if err == nil && m.Role != kvpb.Role_ROLE_LEARNER {
-				err = fmt.Errorf("node 4 is no learner: %v", m)
-			}
-			return err
-		})
-		c.named(id, "ChangeMembership", func(o ...grpc.CallOption) error {
-			_, err := n.ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}}, o...)
-			if err != nil {
-				t.Errorf("ChangeMembership on node %d: %v", id, err)
-			}
-			return err
-		})
-		c.uninitialized(4)
-		c.transfer(id, 1+id%3)
-		c.settled(1, 2, 3)
-
-		for name, f := range map[string]func(...grpc.CallOption) error{
-			"Set":    func(o ...grpc.CallOption) error { _, err := n.Set(c.ctx, nil, o...); return err },
-			"Get":    func(o ...grpc.CallOption) error { _, err := n.Get(c.ctx, nil, o...); return err },
-			"Delete": func(o ...grpc.CallOption) error { _, err := n.Delete(c.ctx, nil, o...); return err },
-			"List": func(o ...grpc.CallOption) error {
-				_, err := n.List(c.ctx, &kvpb.ListRequest{Limit: 1 << 20}, o...)
-				return err
-			},
-			"Init":             func(o ...grpc.CallOption) error { _, err := n.Init(c.ctx, nil, o...); return err },
-			"AddLearner":       func(o ...grpc.CallOption) error { _, err := n.AddLearner(c.ctx, nil, o...); return err },
-			"ChangeMembership": func(o ...grpc.CallOption) error { _, err := n.ChangeMembership(c.ctx, nil, o...); return err },
-			"TransferLeader":   func(o ...grpc.CallOption) error { _, err := n.TransferLeader(c.ctx, nil, o...); return err },
-		} {
-			c.named(id, name, func(o ...grpc.CallOption) error {
-				err := f(o...)
-				if err == nil {
-					t.Errorf("%s of nothing on node %d succeeds", name, id)
-				}
-				return err
-			})
-		}
-	}
-	var trailer metadata.MD
-	_, err := c.nodes[4].Get(c.ctx, &kvpb.GetRequest{Key: "k", Local: true}, grpc.Trailer(&trailer))
-	if wantError(t, err, codes.Unavailable, "NOT_INITIALIZED"); len(trailer.Get("x-raft-leader")) > 0 {
-		t.Errorf("a node in no cluster names a leader: %v", trailer)
-	}
 }
 
 // operation and answer are what a history consists of.
@@ -1526,6 +850,114 @@ func (c *testCluster) readAll(h *history, via uint64) {
 	}
 }
 
+func TestCluster(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.init(1)
+	alone := c.set(1, "alone", "1")
+	for id := uint64(2); id <= 3; id++ {
+		c.addLearner(id-1, id)
+		if m, err := c.metrics(id); err != nil || m.Role != kvpb.Role_ROLE_LEARNER || m.Version < alone {
+			t.Fatalf("AddLearner %d has not waited for it: %v, %v", id, m, err)
+		}
+		m, err := c.metrics(1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if voters, learners := membersOf(m); !slices.Equal(voters, []uint64{1}) || !slices.Contains(learners, id) {
+			t.Fatalf("after AddLearner %d: %v", id, m)
+		}
+	}
+	c.wants(3, false, "alone", "1", alone)
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
+	c.settled(1, 2, 3)
+
+	// A write through any node is seen at once: there locally, elsewhere by a
+	// linearizable read. Often enough for a node that has not applied it yet.
+	version := alone
+	for i := range 30 {
+		via := uint64(1 + i%3)
+		value := fmt.Sprint(i)
+		if got := c.set(via, "k", value); got != version+1 {
+			t.Fatalf("write %d has version %d, the one before %d", i, got, version)
+		}
+		version++
+		c.wants(via, true, "k", value, version)
+		for reader := uint64(1); reader <= 3; reader++ {
+			c.wants(reader, false, "k", value, version)
+		}
+	}
+	version = c.set(2, "empty", "")
+	for id := uint64(1); id <= 3; id++ {
+		c.wants(id, false, "empty", "", version)
+		c.wantsAbsent(id, "absent")
+	}
+	listed := &kvpb.ListResponse{Items: []*kvpb.KeyValue{{Key: "empty", Version: version}}}
+	for id := uint64(1); id <= 3; id++ {
+		if got, err := c.nodes[id].List(c.ctx, &kvpb.ListRequest{Prefix: "e"}); err != nil || !proto.Equal(got, listed) {
+			t.Fatalf("List through node %d = %v, %v, want %v", id, got, err, listed)
+		}
+	}
+	for i, want := range []*kvpb.DeleteResponse{{Deleted: true, Version: version + 1}, {Version: version + 2}} {
+		if got, err := c.nodes[uint64(1+i)].Delete(c.ctx, &kvpb.DeleteRequest{Key: "empty"}); err != nil || !proto.Equal(got, want) {
+			t.Fatalf("Delete = %v, %v, want %v", got, err, want)
+		}
+	}
+	c.wantsAbsent(3, "empty")
+	// The limits themselves are within them.
+	big := strings.Repeat("x", 1<<20)
+	c.wants(1, false, big[:64<<10], big, c.set(3, big[:64<<10], big))
+
+	for _, to := range []uint64{2, 1} {
+		c.transfer(1+to%3, to)
+		c.works(1, 2, 3)
+	}
+
+	// Remove, add again. Whom its cluster has removed knows nothing any more.
+	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
+	c.uninitialized(2)
+	wantError(t, getError(c, 2, true), codes.Unavailable, "NOT_INITIALIZED")
+	c.works(1, 3)
+	c.addLearner(3, 2)
+	c.change(3, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
+	c.works(1, 2, 3)
+	// A voter becomes a learner, a learner leaves.
+	c.settled(1, 2, 3)
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, Retain: true})
+	if m, err := c.metrics(c.settled(1, 3)); err != nil {
+		t.Fatal(err)
+	} else if _, learners := membersOf(m); !slices.Equal(learners, []uint64{2}) {
+		t.Fatalf("a retained voter is no learner: %v", m)
+	}
+	c.works(1, 2, 3)
+	c.change(2, &kvpb.ChangeMembershipRequest{Remove: []uint64{2}})
+	c.uninitialized(2)
+	c.addLearner(1, 2)
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
+
+	// A leader that removes itself hands over: had it not, it could not answer.
+	leader := c.settled(1, 2, 3)
+	c.sameStates(1, 2, 3)
+	rest := slices.DeleteFunc([]uint64{1, 2, 3}, func(id uint64) bool { return id == leader })
+	c.change(leader, &kvpb.ChangeMembershipRequest{Remove: []uint64{leader}})
+	c.uninitialized(leader)
+	c.settled(rest...)
+	c.works(rest...)
+	c.addLearner(rest[0], leader)
+	c.change(rest[1], &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
+	c.settled(1, 2, 3)
+
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{3}})
+	c.uninitialized(1, 2)
+	c.settled(3)
+	c.works(3)
+	c.addLearner(3, 1)
+	c.addLearner(3, 2)
+	c.works(1, 2, 3)
+	c.wants(2, false, "k", "29", alone+30)
+	c.sameStates(1, 2, 3)
+}
+
 // TestChecker shows that the checker finds what it is there to find.
 func TestChecker(t *testing.T) {
 	op := func(call, ret int64, name, value string, out answer) porcupine.Operation {
@@ -1710,170 +1142,41 @@ func TestNoLeader(t *testing.T) {
 	c.uninitialized(4)
 }
 
-// fill writes n values of 64 KiB.
-func (c *testCluster) fill(via uint64, n int) {
+// picture is all of the cluster's state but the position in the log, which
+// elections move, too.
+func (c *testCluster) picture(via uint64) string {
 	c.t.Helper()
-	value := strings.Repeat("x", 64<<10)
-	for i := range n {
-		c.set(via, fmt.Sprint("large ", i), value)
+	if _, err := c.nodes[via].Get(c.ctx, &kvpb.GetRequest{Key: "k"}); err != nil { // be up to date
+		c.t.Fatal(err)
 	}
+	h, rest := c.dump(via)
+	h.Index, h.Term = 0, 0
+	return h.String() + string(rest)
 }
 
-func TestSnapshots(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 4, func(o *options) { o.logBytes = 64 << 10 })
-	c.init(1, 2, 3)
-	c.fill(1, 24)
-
-	// A node that was cut off for so long that the log does not reach back to
-	// what it has.
-	leader := c.settled(1, 2, 3)
-	behind, other := 1+leader%3, 1+(leader+1)%3
-	c.cut(behind)
-	c.fill(leader, 24)
-	last, err := c.metrics(behind)
-	if err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, func() error {
-		m, err := c.metrics(leader)
-		if err == nil && m.FirstIndex <= last.LastIndex+1 {
-			err = fmt.Errorf("the log starts at %d, node %d has entry %d", m.FirstIndex, behind, last.LastIndex)
-		}
-		return err
-	})
-	c.heal()
-	c.settled(1, 2, 3)
-	c.wants(behind, false, "large 23", strings.Repeat("x", 64<<10), 48)
-	c.sameStates(1, 2, 3)
-	if m, err := c.metrics(behind); err != nil || m.SnapshotsInstalled <= last.SnapshotsInstalled {
-		t.Errorf("node %d has caught up without a snapshot: %v, %v", behind, m, err)
-	}
-
-	// A new node, while writes go on, which it gets from the log.
-	h := newHistory()
-	stop := c.load(h, rpcTimeout, false, 1, 2, 3)
-	defer stop()
-	c.addLearner(1, 4)
-	h.floor(t, 20)
-	stop()
-	c.sameStates(1, 2, 3, 4)
-	before, err := c.metrics(4)
-	if err != nil || before.SnapshotsInstalled == 0 {
-		t.Fatalf("node 4 has caught up without a snapshot: %v, %v", before, err)
-	}
-	for range 20 {
-		c.set(1, "small", "v")
-	}
-	c.sameStates(1, 2, 3, 4)
-	if m, err := c.metrics(4); err != nil || m.SnapshotsInstalled != before.SnapshotsInstalled || m.EntriesApplied <= before.EntriesApplied {
-		t.Errorf("node 4 has not followed the log: %v, %v", m, err)
-	}
-
-	// One that comes back with nothing.
-	c.restart(other)
-	c.settled(1, 2, 3)
-	c.works(1, 2, 3)
-	h.check(t)
-	c.sameStates(1, 2, 3, 4)
-	var sent uint64
-	for id := range c.nodes {
-		m, err := c.metrics(id)
+// badSnapshotOfPeer is a badSnapshot of somebody who has a stream to the node, too: of
+// all others none is read.
+func badSnapshotOfPeer(name string, code codes.Code, change func(*kvpb.InstallSnapshotRequest, *kvpb.SnapshotHeader)) badCall {
+	bad := badSnapshot(name, code, change)
+	sends := bad.call
+	bad.call = func(ctx context.Context, n *testNode) error {
+		h, err := stranger(n)
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
-		sent += m.SnapshotsSent
-	}
-	if sent < 2 {
-		t.Errorf("the nodes count %d snapshots", sent)
-	}
-}
-
-// health waits until a node's health service says so of a name.
-func (c *testCluster) health(id uint64, name string, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
-	c.t.Helper()
-	eventually(c.t, func() error {
-		resp, err := grpc_health_v1.NewHealthClient(c.nodes[id].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: name})
-		if err == nil && resp.Status != want {
-			err = fmt.Errorf("node %d says %v of %q", id, resp.Status, name)
+		peer, hangUp := callAsPeer(n)
+		defer hangUp()
+		s, err := peer.Stream(ctx)
+		if err != nil {
+			return err
 		}
-		return err
-	})
-}
-
-func TestHealth(t *testing.T) {
-	t.Parallel()
-	const serving, notServing = grpc_health_v1.HealthCheckResponse_SERVING, grpc_health_v1.HealthCheckResponse_NOT_SERVING
-	c := newCluster(t, 4)
-	// all checks that operators reach a node, whatever state it is in.
-	all := func(id uint64, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
-		t.Helper()
-		c.health(id, "raftkv.v1.KVService", want)
-		c.health(id, restartHealth, want)
-		resp, err := grpc_health_v1.NewHealthClient(c.nodes[id].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{})
-		if err != nil || resp.Status != serving {
-			t.Errorf("node %d says %v of the empty name: %v", id, resp, err)
+		if err := s.Send(&kvpb.StreamRequest{Hello: h}); err != nil {
+			return err
 		}
-	}
-	all(1, notServing)
-	c.init(1, 2, 3)
-	for id := uint64(1); id <= 3; id++ {
-		all(id, serving)
-	}
-	all(4, notServing)
-	c.addLearner(1, 4)
-	all(4, serving)
-
-	// Back in service means back up to date.
-	for i := range 2 {
-		leader := c.settled(1, 2, 3)
-		away := 1 + leader%3
-		c.cut(away)
-		all(away, notServing)
-		version := c.set(leader, "k", fmt.Sprint(i))
-		c.heal()
-		c.health(away, "raftkv.v1.KVService", serving)
-		c.wants(away, true, "k", fmt.Sprint(i), version)
-
-		version = c.set(leader, "k", fmt.Sprint("again ", i))
-		c.restart(4)
-		c.health(4, "raftkv.v1.KVService", serving)
-		c.wants(4, true, "k", fmt.Sprint("again ", i), version)
-	}
-	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}})
-	all(4, notServing)
-
-	for _, name := range []string{"nobody", "restart", "raftkv.v1.ClusterService"} {
-		resp, err := grpc_health_v1.NewHealthClient(c.nodes[1].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: name})
-		if status.Code(err) != codes.NotFound {
-			t.Errorf("health of an unknown service, %q: %v, %v", name, resp, err)
+		if _, err := s.Recv(); err != nil {
+			return err
 		}
+		return sends(ctx, n)
 	}
-}
-
-func TestReflection(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 1)
-	ctx, cancel := context.WithTimeout(c.ctx, rpcTimeout)
-	defer cancel()
-	s, err := grpc_reflection_v1.NewServerReflectionClient(c.nodes[1].conn).ServerReflectionInfo(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Send(&grpc_reflection_v1.ServerReflectionRequest{MessageRequest: &grpc_reflection_v1.ServerReflectionRequest_ListServices{}}); err != nil {
-		t.Fatal(err)
-	}
-	resp, err := s.Recv()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	for _, service := range resp.GetListServicesResponse().GetService() {
-		names = append(names, service.Name)
-	}
-	for _, want := range []string{"raftkv.v1.KVService", "raftkv.v1.ClusterService", "raftkv.v1.RaftService", "grpc.health.v1.Health"} {
-		if !slices.Contains(names, want) {
-			t.Errorf("reflection lists %q, not %s", names, want)
-		}
-	}
+	return bad
 }

@@ -1,27 +1,24 @@
+// Tests of health.go and of what a node says of itself.
+
 package main
 
 import (
-	"errors"
+	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
 )
-
-// beats gives a follower a heartbeat of its leader, which has applied an entry.
-func (l *lone) beats(applied uint64, spared bool) {
-	l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.raft.term, func(m *raftpb.Message) {
-		*m.Index = applied
-		if spared {
-			m.RejectHint = new(uint64(1))
-		}
-	}))
-}
 
 // TestLag: a follower keeps up while it applies what its leader has applied within an
 // election timeout, here 30 ticks, and not because it once did.
@@ -280,122 +277,6 @@ func TestSilentVotersAreNamed(t *testing.T) {
 	says("2 of 3 voters are needed", "node 3 at "+plainNode(3).Address, "is not connected")
 }
 
-// TestVoterBehindALeaderAnswers: a node that hears a leader lets whoever calls for votes
-// know that it is there.
-func TestVoterBehindALeaderAnswers(t *testing.T) {
-	b := newBus(t, 1, 2, 3)
-	b.elect(1, 2, 3)
-	b.beat(1, 2, 3)
-	b.loseAll()
-	// 2 is cut off from 1 alone.
-	b.disconnect(2, 1)
-	for range 10 * b.nodes[2].electionTicks() {
-		for _, id := range []uint64{1, 2, 3} {
-			b.turn(id, 1)
-		}
-		b.lose(1, 2)
-		b.lose(2, 1)
-		b.flow(1, 3)
-		b.flow(2, 3)
-	}
-	if !b.nodes[1].leads() || b.nodes[1].raft.term != 2 {
-		t.Fatalf("1 was disturbed: %s", b.state(1))
-	}
-	text := b.nodes[2].noLeader().Error()
-	if !strings.Contains(text, "node 1 at") || strings.Contains(text, "node 3") {
-		t.Errorf("node 2, which is cut off from node 1 alone, says %q", text)
-	}
-}
-
-// TestLostMemoryIsSaid: a cluster whose majority has restarted without memory says so,
-// also if one of them is a learner already: nobody says that they do not answer.
-func TestLostMemoryIsSaid(t *testing.T) {
-	const want = "node 2 and node 3 restarted without memory"
-	newLife := func(id, raftID, clusterID uint64) *kvpb.Welcome {
-		return &kvpb.Welcome{
-			Verdict:   kvpb.Verdict_VERDICT_NOT_ME,
-			ClusterId: clusterID,
-			Peer:      &kvpb.Peer{RaftId: raftID, Life: raftID, Node: plainNode(id)},
-		}
-	}
-	l := newLone(t, following)
-	l.n.refused(1, 2, newLife(2, 9, 7)) // a learner
-	l.n.refused(1, 3, newLife(3, 8, 0))
-	for l.n.election.leaderlessTicks < l.n.ticksOf(leaderWait) {
-		l.turn(1)
-	}
-	if err := l.n.noLeader(); !strings.Contains(err.Error(), want) {
-		t.Errorf("the voter that is left says %q", err)
-	}
-	// The learner knows of itself.
-	n := l.n
-	n.store.members[9] = n.store.members[2]
-	n.self, n.id.raftID = plainNode(2), 9
-	delete(n.peers.reborn, 2)
-	if err := n.noLeader(); !strings.Contains(err.Error(), want) {
-		t.Errorf("the learner says %q", err)
-	}
-}
-
-// TestWhoSaysHelloIsNotLost: a life that says hello has not lost its memory, although
-// another one has answered in its place before.
-func TestWhoSaysHelloIsNotLost(t *testing.T) {
-	n := newLone(t, following).n
-	for _, outbound := range []bool{false, true} {
-		n.noteRebirth(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
-		n.peerUp(2, outbound)
-		n.turn(n.inbox.take())
-		if n.clusterState().hasLostMemory(2) {
-			t.Errorf("node 2 has said hello, and counts as lost (outbound %v)", outbound)
-		}
-	}
-}
-
-// TestHopelessCallsEndAtOnce: a call does not wait for a leader on a node that is in no
-// cluster, or has been without one for long.
-func TestHopelessCallsEndAtOnce(t *testing.T) {
-	for _, test := range []struct {
-		what  string
-		state int
-		want  error
-	}{{"in no cluster", inNoCluster, errNotInitialized}, {"no leader", following, errNoLeader}} {
-		l := newLone(t, test.state)
-		for range 2 * l.n.ticksOf(leaderWait) {
-			l.turn(1)
-		}
-		for _, record := range [][]byte{nil, []byte("a write")} {
-			c := &call{write: record, done: make(chan outcome, 1)}
-			if err := l.n.inbox.call(c); err != nil {
-				t.Fatal(err)
-			}
-			l.turn(0)
-			l.turn(1)
-			select {
-			case o := <-c.done:
-				if !errors.Is(o.err, test.want) {
-					t.Errorf("%s: %v", test.what, o.err)
-				}
-			default:
-				t.Errorf("%s: it waits", test.what)
-			}
-		}
-	}
-}
-
-// TestHopelessRequestsEndAtOnce: so do operators' requests.
-func TestHopelessRequestsEndAtOnce(t *testing.T) {
-	l := newLone(t, following)
-	for range 2 * l.n.ticksOf(leaderWait) {
-		l.turn(1)
-	}
-	s := &server{n: l.n}
-	began := time.Now()
-	_, err := s.TransferLeader(t.Context(), &kvpb.TransferLeaderRequest{NodeId: 2})
-	if errorReason(toStatus(err, false)) != "NO_LEADER" || time.Since(began) > leaderWait {
-		t.Errorf("after %v: %v", time.Since(began), err)
-	}
-}
-
 // TestRefusalsAreNamed: a node that no voter talks to says what they say, not that they
 // do not answer.
 func TestRefusalsAreNamed(t *testing.T) {
@@ -420,5 +301,126 @@ func TestRefusalsAreNamed(t *testing.T) {
 	l.turn(0)
 	if strings.Contains(n.noLeader().Error(), "another process") {
 		t.Errorf("3 talks to it again, and it says %q", n.noLeader())
+	}
+}
+
+// TestHealthNames: a node has these three, and no other.
+func TestHealthNames(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	resp, err := grpc_health_v1.NewHealthClient(c.nodes[1].conn).List(c.ctx, &grpc_health_v1.HealthListRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := slices.Sorted(maps.Keys(resp.Statuses))
+	if want := []string{"", "raftkv.v1.KVService", "raftkv.v1.restart"}; !slices.Equal(names, want) {
+		t.Errorf("the health names are %q, want %q", names, want)
+	}
+}
+
+// TestClockLiveness: the empty name follows the loop, and nothing else.
+func TestClockLiveness(t *testing.T) {
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
+		leader, rest := b.leaderAndRest()
+		w := b.watch(leader, livenessHealth)
+		defer w.stop()
+		b.do(rest[0], black)
+		b.do(rest[1], black)
+		time.Sleep(time.Minute)
+		w.wants(t, "without a majority", true, time.Now(), -2*time.Minute, -59*time.Second)
+
+		release := make(chan struct{})
+		start := time.Now()
+		b.nodes[leader].server.n.inbox.event(func() { <-release })
+		time.Sleep(time.Minute)
+		w.wants(t, "stuck", false, start, livenessTimeout, livenessTimeout+livenessInterval)
+
+		start = time.Now()
+		close(release)
+		time.Sleep(time.Minute)
+		w.wants(t, "released", true, start, 0, livenessInterval)
+	})
+}
+
+func TestHealth(t *testing.T) {
+	t.Parallel()
+	const serving, notServing = grpc_health_v1.HealthCheckResponse_SERVING, grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	c := newCluster(t, 4)
+	// all checks that operators reach a node, whatever state it is in.
+	all := func(id uint64, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
+		t.Helper()
+		c.health(id, "raftkv.v1.KVService", want)
+		c.health(id, restartHealth, want)
+		resp, err := grpc_health_v1.NewHealthClient(c.nodes[id].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{})
+		if err != nil || resp.Status != serving {
+			t.Errorf("node %d says %v of the empty name: %v", id, resp, err)
+		}
+	}
+	all(1, notServing)
+	c.init(1, 2, 3)
+	for id := uint64(1); id <= 3; id++ {
+		all(id, serving)
+	}
+	all(4, notServing)
+	c.addLearner(1, 4)
+	all(4, serving)
+
+	// Back in service means back up to date.
+	for i := range 2 {
+		leader := c.settled(1, 2, 3)
+		away := 1 + leader%3
+		c.cut(away)
+		all(away, notServing)
+		version := c.set(leader, "k", fmt.Sprint(i))
+		c.heal()
+		c.health(away, "raftkv.v1.KVService", serving)
+		c.wants(away, true, "k", fmt.Sprint(i), version)
+
+		version = c.set(leader, "k", fmt.Sprint("again ", i))
+		c.restart(4)
+		c.health(4, "raftkv.v1.KVService", serving)
+		c.wants(4, true, "k", fmt.Sprint("again ", i), version)
+	}
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}})
+	all(4, notServing)
+
+	for _, name := range []string{"nobody", "restart", "raftkv.v1.ClusterService"} {
+		resp, err := grpc_health_v1.NewHealthClient(c.nodes[1].conn).Check(c.ctx, &grpc_health_v1.HealthCheckRequest{Service: name})
+		if status.Code(err) != codes.NotFound {
+			t.Errorf("health of an unknown service, %q: %v, %v", name, resp, err)
+		}
+	}
+}
+
+// TestCaughtUp: a node is healthy only once it has applied what its leader had
+// applied when that first said so.
+func TestCaughtUp(t *testing.T) {
+	l := newLone(t, following)
+	expect := func(when, why string) {
+		t.Helper()
+		if got := l.n.whyUnhealthy(); got != why {
+			t.Errorf("%s it is unhealthy because %q, not %q", when, got, why)
+		}
+	}
+	const behind = "not yet caught up"
+	l.hears(0, message(raftpb.MsgHeartbeat, 2, 1))
+	expect("before the leader says how far it is", behind)
+	last := l.n.log.last()
+	l.beats(last+1, false)
+	expect("with an entry to apply", behind)
+	term, _ := l.n.log.Term(last)
+	l.hears(0, message(raftpb.MsgApp, 2, 1, func(m *raftpb.Message) {
+		m.Index, m.LogTerm, m.Commit = &last, &term, new(last+1)
+		m.Entries = []*raftpb.Entry{{Term: new(uint64(1)), Index: new(last + 1)}}
+	}))
+	expect("with all applied", "")
+}
+
+// TestProgressStates checks that metrics name a state of raft's tracker as raft does.
+func TestProgressStates(t *testing.T) {
+	t.Parallel()
+	for _, state := range []tracker.StateType{tracker.StateProbe, tracker.StateReplicate, tracker.StateSnapshot} {
+		want := "PROGRESS_STATE_" + strings.ToUpper(strings.TrimPrefix(state.String(), "State"))
+		wantText(t, state.String(), kvpb.ProgressState(state+1).String(), want)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
 )
@@ -795,4 +796,151 @@ func TestInitNamed(t *testing.T) {
 		t.Error(err)
 	}
 	c.settled(1, 2)
+}
+
+func TestInitThree(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	resp, err := c.nodes[2].Init(t.Context(), &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.settled(1, 2, 3)
+	for id := range c.nodes {
+		if m, err := c.metrics(id); err != nil || m.ClusterId != resp.ClusterId {
+			t.Errorf("node %d: %v, %v; want cluster %x", id, m, err, resp.ClusterId)
+		}
+	}
+	c.works(1, 2, 3)
+	c.sameStates(1, 2, 3)
+}
+
+func TestInitRefusals(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 4)
+	c.init(4)
+	n := func(id uint64, address string) *kvpb.Node { return &kvpb.Node{Id: id, Address: address} }
+	me, other := c.proto(1)[0], c.proto(2)[0]
+	for _, tt := range []struct {
+		name    string
+		members []*kvpb.Node
+		code    codes.Code
+		reason  string
+	}{
+		{"nobody", nil, codes.InvalidArgument, "INVALID_FIELD"},
+		{"id 0", []*kvpb.Node{me, n(0, other.Address)}, codes.InvalidArgument, "INVALID_FIELD"},
+		{"no address", []*kvpb.Node{me, n(2, "")}, codes.InvalidArgument, "INVALID_FIELD"},
+		{"without the called node", []*kvpb.Node{other}, codes.InvalidArgument, "INVALID_FIELD"},
+		{"the called node by another id", []*kvpb.Node{n(5, me.Address), other}, codes.InvalidArgument, "INVALID_FIELD"},
+		{"the called node at another address", []*kvpb.Node{n(1, other.Address)}, codes.InvalidArgument, "INVALID_FIELD"},
+		{"an id twice", []*kvpb.Node{me, other, n(2, c.nodes[3].address)}, codes.InvalidArgument, "INVALID_FIELD"},
+		{"an address twice", []*kvpb.Node{me, other, n(3, other.Address)}, codes.InvalidArgument, "INVALID_FIELD"},
+		{"unreachable", []*kvpb.Node{me, other, n(3, deadAddress(t))}, codes.Unavailable, "UNREACHABLE"},
+		{"another id there", []*kvpb.Node{me, other, n(5, c.nodes[3].address)}, codes.FailedPrecondition, "WRONG_NODE"},
+		{"in a cluster already", []*kvpb.Node{me, other, c.proto(4)[0]}, codes.FailedPrecondition, "ALREADY_INITIALIZED"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := c.nodes[1].Init(c.ctx, &kvpb.InitRequest{Members: tt.members})
+			wantError(t, err, tt.code, tt.reason)
+			c.uninitialized(1, 2, 3)
+		})
+	}
+	before := c.picture(4)
+	_, err := c.nodes[4].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(4, 1)})
+	wantError(t, err, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+	if _, err := c.nodes[4].Init(c.ctx, &kvpb.InitRequest{Members: c.proto(4)}); err != nil {
+		t.Errorf("an Init that is true already: %v", err)
+	}
+	if c.picture(4) != before {
+		t.Error("the second Init has changed something")
+	}
+	c.init(1, 2, 3) // nothing is left of the attempts
+	c.works(1, 2, 3)
+}
+
+func TestTwoInitsAtOnce(t *testing.T) {
+	t.Parallel()
+	// In each order the two meet at another point.
+	for _, orders := range [][2][]uint64{{{1, 2, 3}, {2, 1, 3}}, {{1, 3, 2}, {2, 3, 1}}} {
+		t.Run(fmt.Sprint(orders), func(t *testing.T) {
+			c := newCluster(t, 3)
+			ctx, cancel := context.WithCancel(c.ctx)
+			defer cancel()
+			ended := make(chan error, 2)
+			for _, order := range orders {
+				go func() {
+					req := &kvpb.InitRequest{Members: c.proto(order...)}
+					_, err := c.nodes[order[0]].Init(ctx, req)
+					for reasonOf(err) == "UNREACHABLE" && ctx.Err() == nil { // on a busy machine; it carries on
+						_, err = c.nodes[order[0]].Init(ctx, req)
+					}
+					if err != nil && reasonOf(err) != "ALREADY_INITIALIZED" && status.Code(err) != codes.Canceled {
+						t.Errorf("Init through node %d: %v", order[0], err)
+					}
+					ended <- err
+				}()
+			}
+			for range 2 {
+				select {
+				case <-ended:
+				case <-time.After(pollDeadline): // for a node that is in the other's cluster
+					t.Error("one of them waits")
+					cancel()
+				}
+			}
+
+			// Nobody whom a cluster names is on its way to it any more, or in another.
+			clusters := map[uint64]uint64{}
+			eventually(t, func() error {
+				ms := map[uint64]*kvpb.MetricsResponse{}
+				for id := range c.nodes {
+					m, err := c.metrics(id)
+					if err != nil {
+						return err
+					}
+					ms[id], clusters[id] = m, m.ClusterId
+				}
+				for id, m := range ms {
+					if m.ClusterId != 0 && !m.Healthy {
+						return fmt.Errorf("node %d: %s", id, m.UnhealthyReason)
+					}
+					for _, member := range m.Members {
+						if clusters[member.Node.Id] == 0 {
+							return fmt.Errorf("node %d is to join node %d", member.Node.Id, id)
+						}
+						if in := clusters[member.Node.Id]; in != m.ClusterId {
+							if member.GetProgress().GetCaughtUp() {
+								t.Fatalf("node %d, of cluster %x, counts on node %d, of cluster %x", id, m.ClusterId, member.Node.Id, in)
+							}
+							return fmt.Errorf("node %d, of cluster %x, names node %d, of cluster %x", id, m.ClusterId, member.Node.Id, in)
+						}
+					}
+				}
+				if clusters[1] == 0 && clusters[2] == 0 {
+					t.Fatal("nobody has made a cluster")
+				}
+				return nil
+			})
+			// What one writes, exactly the members of its cluster see.
+			for writer, cluster := range clusters {
+				if cluster == 0 {
+					continue
+				}
+				key := fmt.Sprint("written through ", writer)
+				version := c.set(writer, key, "v")
+				for reader, other := range clusters {
+					if other == cluster {
+						c.wants(reader, false, key, "v", version)
+					} else if other != 0 {
+						c.wantsAbsent(reader, key)
+					}
+				}
+			}
+			for id, cluster := range clusters {
+				if m, err := c.metrics(id); err != nil || m.ClusterId != cluster {
+					t.Errorf("node %d was in cluster %x: %v, %v", id, cluster, m, err)
+				}
+			}
+		})
+	}
 }

@@ -1,4 +1,5 @@
-// Settings, signals, and the bounds of the inbox.
+// What all tests use: polling, comparing, measuring memory and goroutines. And tests of
+// main.go and options.go: settings, and a process's start and stop.
 
 package main
 
@@ -6,25 +7,189 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
-	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
+
+var soak = flag.Duration("soak", 3*time.Second, "how long TestSoak kills nodes")
+
+const (
+	// pollDeadline is generous: it says that something never happens.
+	pollDeadline = 30 * time.Second
+	// rpcTimeout bounds calls that a test gives no deadline.
+	rpcTimeout = 20 * time.Second
+)
+
+// TestMain runs more tests at once than there are processors, unless told how
+// many: clusters mostly wait.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		_ = flag.Set("test.parallel", fmt.Sprint(max(4, runtime.GOMAXPROCS(0))))
+	}
+	m.Run()
+}
+
+// eventually polls f until it returns nil. Nothing else sleeps.
+func eventually(t testing.TB, f func() error) {
+	t.Helper()
+	within(t, pollDeadline, f)
+}
+
+// within is eventually with another deadline.
+func within(t testing.TB, limit time.Duration, f func() error) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); ; time.Sleep(5 * time.Millisecond) {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("still after %v: %v", limit, err)
+		}
+	}
+}
+
+// infoOf returns what the API says of an error; nil if it is another's: gRPC's.
+func infoOf(err error) *errdetails.ErrorInfo {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.Domain == "raftkv.v1" {
+			return info
+		}
+	}
+	return nil
+}
+
+func reasonOf(err error) string { return infoOf(err).GetReason() }
+
+func wantError(t *testing.T, err error, code codes.Code, reason string) {
+	t.Helper()
+	if status.Code(err) != code || reasonOf(err) != reason {
+		t.Errorf("got %v (%s %q), want %s %q", err, status.Code(err), reasonOf(err), code, reason)
+	} else if reason == "INVALID_FIELD" && infoOf(err).Metadata["field"] == "" {
+		t.Errorf("%v names no field", err)
+	}
+}
+
+func wantText(t *testing.T, what, got, want string) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: %q, want %q", what, got, want)
+	}
+}
+
+func wantPart(t *testing.T, got, part string) {
+	t.Helper()
+	if !strings.Contains(got, part) {
+		t.Errorf("%q lacks %q", got, part)
+	}
+}
+
+func seededRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0)) }
+
+func mustMarshal(t testing.TB, m proto.Message) []byte {
+	t.Helper()
+	b, err := proto.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+// times is how often a test does something: more often with a longer -soak.
+func times(n int) int { return int(int64(n) * int64(max(*soak, 3*time.Second)) / int64(3*time.Second)) }
+
+// between fails the test unless d is.
+func between(t *testing.T, what string, d, low, high time.Duration) {
+	t.Helper()
+	if d < low || d > high {
+		t.Errorf("%s: %v, not between %v and %v", what, d, low, high)
+	}
+}
+
+// raceStep is every how manieth case is tried: the race detector makes the
+// tests slow, and has nothing to find in those that run in one goroutine.
+func raceStep(step int) int {
+	info, _ := debug.ReadBuildInfo()
+	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		return step
+	}
+	return 1
+}
+
+// sharedLog is a log that a test reads while nodes write it.
+type sharedLog struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *sharedLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *sharedLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func allocated(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// heapEver is the heap ever allocated, but for what small objects are still to
+// fill.
+func heapEver() uint64 {
+	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
+}
+
+// allocates reports whether f allocates no more than that.
+func allocates(most int, f func()) (n uint64, ok bool) {
+	before := heapEver()
+	f()
+	if n = heapEver() - before; n > uint64(most) { // or others' allocations were added up only now: exactly, but slowly
+		var from, to runtime.MemStats
+		runtime.ReadMemStats(&from)
+		f()
+		runtime.ReadMemStats(&to)
+		n = to.TotalAlloc - from.TotalAlloc
+	}
+	return n, n <= uint64(most)
+}
 
 func TestOptions(t *testing.T) {
 	for _, c := range []struct {
@@ -208,212 +373,3 @@ func TestSignals(t *testing.T) {
 		t.Errorf("%s, %v", text, err)
 	}
 }
-
-// TestNoLeaderIsLogged: once each time that there is none for long.
-func TestNoLeaderIsLogged(t *testing.T) {
-	var log bytes.Buffer
-	n := newNode(defaultOptions(), &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, slog.New(slog.NewTextHandler(&log, nil)))
-	n.net = deafNetwork{}
-	long := 5 * int(n.electionTicks())
-	n.turn(input{ticks: long}) // in no cluster, there is nothing to be missed
-	if _, err := n.bootstrap(); err != nil {
-		t.Fatal(err)
-	}
-	logged := func(want int) {
-		t.Helper()
-		for range long {
-			n.tick() // without what makes it the leader
-		}
-		if got := strings.Count(log.String(), `msg="no leader"`); got != want {
-			t.Fatalf("%d times, want %d: %s", got, want, &log)
-		}
-	}
-	logged(1)
-	n.turn(input{})
-	if n.raft.lead == 0 {
-		t.Fatal("it does not lead")
-	}
-	logged(1)
-	n.raft.lead = 0
-	logged(2)
-}
-
-// TestAcceptNeedsToKnowWhoItIs: a hello that does not say who calls is refused.
-func TestAcceptNeedsToKnowWhoItIs(t *testing.T) {
-	n := turnNode()
-	p := n.status.latest.Load()
-	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{RaftId: 5, Life: 5, Node: &kvpb.Node{Id: 2, Address: "127.0.0.1:2"}}, To: &kvpb.Peer{Node: n.self, RaftId: p.raftID}}
-	if w := n.accept(h); w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
-		t.Fatal(w)
-	}
-	for _, from := range []*kvpb.Peer{nil, {}, {RaftId: 5, Life: 5}, {RaftId: 5, Life: 5, Node: &kvpb.Node{Id: 2}}, {RaftId: 5, Life: 5, Node: &kvpb.Node{Address: "127.0.0.1:2"}}} {
-		h.From = from
-		if w := n.accept(h); w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED {
-			t.Errorf("%v is accepted", from)
-		}
-	}
-}
-
-// turnNode is a node without goroutines and network.
-func turnNode() *node {
-	return newNode(defaultOptions(), &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, slog.New(slog.DiscardHandler))
-}
-
-// TestFullQueue: calls that find no room are refused, and there is room again
-// once the others have ended.
-func TestFullQueue(t *testing.T) {
-	n := turnNode()
-	calls := make([]*call, maxQueuedCalls)
-	for i := range calls {
-		calls[i] = &call{done: make(chan outcome, 1)}
-		if err := n.inbox.call(calls[i]); err != nil {
-			t.Fatal(i, err)
-		}
-	}
-	err := n.inbox.call(&call{done: make(chan outcome, 1)})
-	if !errors.Is(err, errOverloaded) {
-		t.Fatal(err)
-	}
-	st := toStatus(err, true)
-	wantError(t, st, codes.ResourceExhausted, "OVERLOADED")
-	if !slices.ContainsFunc(status.Convert(st).Details(), func(d any) bool {
-		retry, ok := d.(*errdetails.RetryInfo)
-		return ok && retry.RetryDelay.AsDuration() > 0
-	}) {
-		t.Error("it does not say when to try again")
-	}
-	n.turn(n.inbox.take())
-	if err := n.inbox.call(&call{done: make(chan outcome, 1)}); !errors.Is(err, errOverloaded) {
-		t.Fatal("they still wait in the loop: ", err)
-	}
-	n.turn(input{ticks: int(n.ticksOf(leaderWait)) + 1})
-	for i, c := range calls {
-		if o := <-c.done; !errors.Is(o.err, errNotInitialized) {
-			t.Fatal(i, o.err)
-		}
-	}
-	big := &call{write: make([]byte, maxQueuedBytes/2+1), done: make(chan outcome, 1)}
-	if err := n.inbox.call(big); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.inbox.call(big); !errors.Is(err, errOverloaded) {
-		t.Fatal("bytes are not bounded: ", err)
-	}
-}
-
-// TestInboundWaits: messages of peers wait for room, and no longer than their
-// stream or the loop.
-func TestInboundWaits(t *testing.T) {
-	n := turnNode()
-	big := []inbound{{&raftpb.Message{Entries: []*raftpb.Entry{{Data: make([]byte, maxInboundBytes)}}}, &kvpb.Hello{From: &kvpb.Peer{}, To: &kvpb.Peer{}}}}
-	if err := n.receiveMessages(context.Background(), big); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	delivered := make(chan error)
-	go func() { delivered <- n.receiveMessages(ctx, big) }()
-	cancel()
-	if err := <-delivered; !errors.Is(err, context.Canceled) {
-		t.Fatal(err)
-	}
-	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
-	for done := false; !done; {
-		n.turn(n.inbox.take())
-		select {
-		case err := <-delivered:
-			if err != nil {
-				t.Fatal(err)
-			}
-			done = true
-		case <-time.After(time.Millisecond):
-		}
-	}
-	n.inbox.deliver(big) // if there is room
-	go func() { delivered <- n.receiveMessages(context.Background(), big) }()
-	n.err = errStopping
-	if err := n.run(ctx); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-delivered; !errors.Is(err, errStopping) {
-		t.Fatal(err)
-	}
-}
-
-// TestAGivenUpCallIsNotProposed: a caller that gave a queued write up was told
-// that it is not applied.
-func TestAGivenUpCallIsNotProposed(t *testing.T) {
-	n := turnNode()
-	n.net = deafNetwork{}
-	if _, err := n.bootstrap(); err != nil {
-		t.Fatal(err)
-	}
-	n.turn(input{})
-	record, err := encodeWrite(&kvpb.Write{Operation: &kvpb.Write_Set{Set: &kvpb.SetRequest{Key: "k", Value: []byte("v")}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	given, kept := &call{write: record, done: make(chan outcome, 1)}, &call{write: record, done: make(chan outcome, 1)}
-	given.state.Store(callGivenUp)
-	n.turn(input{calls: []*call{given, kept}})
-	if o := <-kept.done; o.err != nil || o.version != 1 || n.store.version != 1 {
-		t.Fatal(o, n.store.version)
-	}
-}
-
-// TestWhatWasProposedIsUnknown: a node that stops, or drops its state, says of
-// what is only queued that it was not applied, and of the rest that it is not
-// known.
-func TestWhatWasProposedIsUnknown(t *testing.T) {
-	n := turnNode()
-	proposed, queued := &call{write: []byte{1}, done: make(chan outcome, 1)}, &call{write: []byte{1}, done: make(chan outcome, 1)}
-	n.calls.own, n.calls.writes = &proposal{calls: []*call{proposed}}, []*call{queued}
-	n.calls.failAll(errStopping)
-	if o := <-proposed.done; o.err != errOutcomeUnknown {
-		t.Error(o.err)
-	}
-	if o := <-queued.done; o.err != errStopping {
-		t.Error(o.err)
-	}
-}
-
-// TestExpireNeedsNoLeader: a call waits for a leader until there has been none for
-// leaderWait, whenever it came.
-func TestExpireNeedsNoLeader(t *testing.T) {
-	l := newLone(t, following)
-	for l.n.election.leaderlessTicks == 0 {
-		l.turn(1)
-	}
-	wait := l.n.ticksOf(leaderWait)
-	var calls []*call
-	for l.n.election.leaderlessTicks < wait {
-		if l.n.election.leaderlessTicks == 1 || l.n.election.leaderlessTicks == wait/2 {
-			c := &call{done: make(chan outcome, 1)}
-			calls = append(calls, c)
-			if err := l.n.inbox.call(c); err != nil {
-				t.Fatal(err)
-			}
-		}
-		l.turn(1)
-		for i, c := range calls {
-			if len(c.done) != 0 {
-				t.Fatalf("call %d ends after %d ticks: %v", i, l.n.election.leaderlessTicks, (<-c.done).err)
-			}
-		}
-	}
-	l.turn(1)
-	for i, c := range calls {
-		if len(c.done) != 1 {
-			t.Fatalf("call %d does not end", i)
-		}
-	}
-	if len(calls) != 2 {
-		t.Fatalf("%d calls", len(calls))
-	}
-}
-
-// deafNetwork is a network without anybody in it.
-type deafNetwork struct{}
-
-func (deafNetwork) send(uint64, []*raftpb.Message)                             {}
-func (deafNetwork) sendSnapshot(uint64, uint64, *view)                         {}
-func (deafNetwork) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}

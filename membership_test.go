@@ -1,17 +1,28 @@
-// The rules of membership and healing, on facts that are made up.
+// Tests of membership.go and admin.go: what operators ask for, also at bad moments:
+// beside each other, of nodes that do not answer, and under a leader that is new.
 
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"maps"
+	"net"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/cryptotest"
 	"time"
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
 )
@@ -273,71 +284,6 @@ func TestLeaveJointRule(t *testing.T) {
 	want("the leader leaves, and nobody answers", "wait")
 }
 
-// TestHealingRule: a node that comes back without memory is taken back as a learner; of
-// its two members the one goes whose process has ended.
-func TestHealingRule(t *testing.T) {
-	long := newFacts().ticksOf(leaderWait) + 2*newFacts().electionTicks + 1
-	isReborn := func(l *leaderState) {
-		l.reborn[3] = &rebirth{Peer: &kvpb.Peer{RaftId: 33, Node: plainNode(3)}, seen: l.now}
-	}
-	two := func(but func(*leaderState)) func(*leaderState) {
-		return func(l *leaderState) {
-			l.hasTwo()
-			but(l)
-		}
-	}
-	// since is how long the leader has seen that the node has two.
-	heal := func(since uint64) func(*leaderState) nextStep {
-		return func(l *leaderState) nextStep {
-			h := &healing{duplicates: map[uint64]*duplicate{}}
-			h.duplicates[9] = &duplicate{term: l.raft.term, since: l.now - since}
-			return h.step(l, quiet())
-		}
-	}
-	checkRules(t, []ruleTest{
-		{"all is well", heal(long), nil, "wait"},
-		{"a voter is reborn", heal(long), isReborn, "learner 33"},
-		{"it was, long ago", heal(long), func(l *leaderState) {
-			isReborn(l)
-			l.reborn[3].seen = 1
-		}, "wait"},
-		{"and was removed since", heal(long), func(l *leaderState) {
-			isReborn(l)
-			l.removed = []uint64{33}
-		}, "wait"},
-		{"both answer", heal(long), (*leaderState).hasTwo, "wait"},
-		{"the learner alone answers", heal(long), two(func(l *leaderState) { l.isSilent(3) }), "voter 9, without 3"},
-		{"for a short time", heal(long - 1), two(func(l *leaderState) { l.isSilent(3) }), "wait"},
-		{"where the older one was", heal(0), two(func(l *leaderState) {
-			l.isSilent(3)
-			l.members[9] = plainNode(3)
-		}), "voter 9, without 3"},
-		{"it has yet to catch up", heal(long), two(func(l *leaderState) {
-			l.isSilent(3)
-			l.isBehind(9)
-		}), "wait"},
-		{"the leader is new", heal(long), two(func(l *leaderState) {
-			l.isSilent(3)
-			l.leadHeard = l.now
-		}), "wait"},
-		{"the older one alone answers", heal(long), two(func(l *leaderState) { l.isSilent(9) }), "without 9"},
-		{"the older one, for a short time", heal(long - 1), two(func(l *leaderState) { l.isSilent(9) }), "wait"},
-		{"none answers", heal(long), two(func(l *leaderState) {
-			l.isSilent(3)
-			l.isSilent(9)
-		}), "wait"},
-	})
-
-	// What was seen in an earlier term does not count.
-	l := newFacts()
-	l.hasTwo()
-	l.isSilent(9)
-	h := &healing{duplicates: map[uint64]*duplicate{9: {term: l.raft.term - 1, since: l.now - long}}}
-	if s := h.step(l, quiet()); s.kind != stepWait {
-		t.Errorf("seen in an earlier term: %q", describeStep(s))
-	}
-}
-
 // TestSuccessors: who could lead instead, the one with most of the log first.
 func TestSuccessors(t *testing.T) {
 	l := newFacts()
@@ -369,4 +315,787 @@ func TestLostChangeBlocksForAWhile(t *testing.T) {
 	if !c.mayStart(1000, 30) {
 		t.Error("it has ended, and blocks")
 	}
+}
+
+// call makes a request in the background, by way of a node.
+func (c *testCluster) call(f func() error) <-chan error {
+	ended := make(chan error, 1)
+	go func() { ended <- f() }()
+	return ended
+}
+
+func TestRemoveAtOnce(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 5, patient)
+	c.init(1, 2, 3, 4, 5)
+	var wg sync.WaitGroup
+	for id := uint64(4); id <= 5; id++ { // two operators
+		wg.Go(func() { c.change(id-3, &kvpb.ChangeMembershipRequest{Remove: []uint64{id}}) })
+	}
+	wg.Wait()
+	c.settled(1, 2, 3)
+}
+
+// TestMadeAlreadyIsNoError: a request that a leader has made, and had no time to
+// answer, succeeds when the next one gets it, however much of it is left to do. What
+// can never have been made fails as before.
+func TestMadeAlreadyIsNoError(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 5, patient)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.addLearner(1, 5)
+	both := &kvpb.ChangeMembershipRequest{Remove: []uint64{4, 5}}
+	c.change(2, both)
+	c.change(1, both)
+	c.transfer(1, 3)
+	c.change(2, both) // by a leader that learned of them in a snapshot or the log
+	c.addLearner(2, 5)
+	c.change(2, both) // one of them is left
+	c.uninitialized(4, 5)
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{5, 4}})
+	c.change(1, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}})
+	for _, req := range []*kvpb.ChangeMembershipRequest{
+		{Remove: []uint64{6}}, {Remove: []uint64{2, 6}}, {Remove: []uint64{4, 6}}, {Remove: []uint64{4}, Promote: []uint64{5}},
+		{Demote: []uint64{4}}, {Members: []uint64{1, 2, 3, 4}},
+	} {
+		_, err := c.nodes[2].ChangeMembership(c.ctx, req)
+		if st := status.Convert(err); st.Code() != codes.NotFound || reasonOf(err) != "UNKNOWN_MEMBER" {
+			t.Errorf("%v: %v", req, err)
+		}
+	}
+	c.settled(1, 2, 3)
+}
+
+// TestNewLeaderJudgesLater: a learner that has caught up is not refused because
+// the leader is new and has not heard from it.
+func TestNewLeaderJudgesLater(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 4, patient)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.cut(4)
+	c.transfer(1, 2)
+	ended := c.call(func() error {
+		_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}})
+		return err
+	})
+	c.inLoop(2, func(n *node) error { // until it waits
+		if len(n.calls.requests) == 0 && len(ended) == 0 {
+			return errors.New("node 2 has no request yet")
+		}
+		return nil
+	})
+	c.heal()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestWhoMayVote: a learner becomes a voter if it answers and has caught up, and a
+// change is made if most of those who then vote answer; but a leader that is new
+// waits until it has heard from them.
+func TestWhoMayVote(t *testing.T) {
+	l := newLoneWithLearner(t)
+	n := l.n
+	req := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, 4}}
+	reason := func() string {
+		return errorReason(n.perform(n.leaderState().membershipStep(req)).err)
+	}
+	l.n.peerUp(4, true)
+	l.turn(0)
+	n.peers.heard[2], n.peers.heard[3], n.peers.heard[4] = n.clock.now, n.clock.now, n.clock.now
+	if r := reason(); r != "" {
+		t.Errorf("a new leader says %s", r)
+	}
+	n.clock.now += n.electionTicks() + 1
+	for _, test := range []struct {
+		heard []uint64
+		want  string
+	}{{nil, "UNREACHABLE"}, {[]uint64{2, 3}, "UNREACHABLE"}, {[]uint64{4}, "NOT_CAUGHT_UP"}, {[]uint64{2, 3, 4}, "NOT_CAUGHT_UP"}} {
+		clear(n.peers.heard)
+		for _, id := range test.heard {
+			n.peers.heard[id] = n.clock.now
+		}
+		if r := reason(); r != test.want {
+			t.Errorf("heard of %v, it says %q, want %q", test.heard, r, test.want)
+		}
+	}
+	n.change.startedAt = n.clock.now // this one, perhaps
+	if r := reason(); r != "" {
+		t.Errorf("while a change is on its way, it says %q", r)
+	}
+	n.change.startedAt = 0
+	req.Members = []uint64{1, 2}
+	clear(n.peers.heard)
+	if r := reason(); r != "UNREACHABLE" {
+		t.Errorf("the other of two voters is silent, it says %q", r)
+	}
+	if n.peers.heard[2] = n.clock.now; reason() != "" {
+		t.Errorf("it says %q", reason())
+	}
+}
+
+// TestBegunIsUnknown: a change that was proposed, and whose leader then lost its
+// leadership for good, is not said to be none.
+func TestBegunIsUnknown(t *testing.T) {
+	l := newLone(t, leading)
+	s := &server{n: l.n}
+	ended := make(chan error, 1)
+	go func() {
+		ended <- s.changeMembership(t.Context(), &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}})
+	}()
+	eventually(t, func() error {
+		l.turn(0)
+		l.n.peers.heard[2], l.n.peers.heard[3] = l.n.clock.now, l.n.clock.now
+		if l.n.change.startedAt == 0 {
+			l.turn(1)
+			return errors.New("nothing is proposed")
+		}
+		return nil
+	})
+	l.hears(0, message(raftpb.MsgHeartbeat, 2, 9))
+	if err := <-ended; !errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it ends with %v", err)
+	}
+
+	l = newLone(t, leading)
+	s = &server{n: l.n}
+	for _, then := range []error{
+		errNotLeader, errNotInitialized, context.DeadlineExceeded,
+		apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE, "node 4 does not answer"),
+		apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS, "the change that was begun, perhaps"),
+	} {
+		tries := 0
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		err := s.onLeader(ctx, nil, nil, func(context.Context) error {
+			if tries++; tries == 1 {
+				return fmt.Errorf("%w: %w", errChangeUnknown, errNotLeader)
+			}
+			return then
+		})
+		wantError(t, toStatus(err, false), codes.DeadlineExceeded, "OUTCOME_UNKNOWN")
+		if tries < 2 {
+			t.Error("it is not made again")
+		}
+	}
+
+	for _, code := range []codes.Code{codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted, codes.NotFound} {
+		steps := 0
+		go func() {
+			ended <- s.awaitChange(t.Context(), func(*leaderState) nextStep {
+				if steps++; steps == 1 {
+					l.n.change.startedAt++
+					return nextStep{kind: stepWait}
+				}
+				return failStep(apiError(code, kvpb.ErrorReason_ERROR_REASON_NOT_CAUGHT_UP, ""))
+			})
+		}()
+		eventually(t, func() error {
+			l.ack(2)
+			if len(ended) == 0 {
+				return errors.New("it waits")
+			}
+			return nil
+		})
+		if err := toStatus(<-ended, false); (errorReason(err) == "OUTCOME_UNKNOWN") != (code != codes.NotFound) {
+			t.Errorf("%v, which ends one that was begun: %v", code, err)
+		}
+	}
+}
+
+// expectedOf is a membership of nodes that plainNode makes.
+func expectedOf(voters, learners []uint64) *kvpb.Membership {
+	m := &kvpb.Membership{}
+	for _, id := range slices.Concat(voters, learners) {
+		m.Members = append(m.Members, &kvpb.ExpectedMember{Node: plainNode(id), Voter: slices.Contains(voters, id)})
+	}
+	return m
+}
+
+// operatorsRequests are what operators may want of a node that leads, and has added
+// the learner 4, that it can answer at once; and with what.
+func operatorsRequests() map[string]struct {
+	next   func(*leaderState) nextStep
+	reason string
+} {
+	type request = struct {
+		next   func(*leaderState) nextStep
+		reason string
+	}
+	change := func(req *kvpb.ChangeMembershipRequest) func(*leaderState) nextStep {
+		return func(l *leaderState) nextStep { return l.membershipStep(req) }
+	}
+	lead := func(to uint64) func(*leaderState) nextStep {
+		t := &leaderTransfer{to: to}
+		return t.step
+	}
+	add := func(raftID uint64, m *kvpb.Node) func(*leaderState) nextStep {
+		return func(l *leaderState) nextStep { return l.learnerStep(raftID, m) }
+	}
+	return map[string]request{
+		"the present voters":        {change(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}}), ""},
+		"what is promoted already":  {change(&kvpb.ChangeMembershipRequest{Promote: []uint64{2}}), ""},
+		"what is demoted already":   {change(&kvpb.ChangeMembershipRequest{Demote: []uint64{4}}), ""},
+		"what is removed already":   {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{5}}), ""},
+		"an unknown voter":          {change(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 99}}), "UNKNOWN_MEMBER"},
+		"an unknown one to go":      {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{99}}), "UNKNOWN_MEMBER"},
+		"no voter":                  {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{1, 2, 3}}), "INVALID_FIELD"},
+		"a voter that is behind":    {change(&kvpb.ChangeMembershipRequest{Promote: []uint64{4}}), "UNREACHABLE"},
+		"another membership":        {change(&kvpb.ChangeMembershipRequest{Remove: []uint64{2}, Expected: expectedOf([]uint64{1, 2, 3}, nil)}), "MEMBERSHIP_CHANGED"},
+		"the leader as the leader":  {lead(1), ""},
+		"a learner as the leader":   {lead(4), "NOT_CAUGHT_UP"},
+		"an unknown leader":         {lead(99), "UNKNOWN_MEMBER"},
+		"the leader as a learner":   {add(1, plainNode(1)), ""},
+		"who is in another's place": {add(9, &kvpb.Node{Id: 9, Address: plainNode(2).Address}), "MEMBER_EXISTS"},
+	}
+}
+
+// TestNoAnswerWithoutMajority: a leader answers no operator, neither with a success nor
+// with a refusal, before a majority has followed it since he asked: it may have been
+// deposed, and membership is another. What another request was answered with tells nothing.
+func TestNoAnswerWithoutMajority(t *testing.T) {
+	newLeader := func() *lone {
+		l := newLoneWithLearner(t)
+		l.n.store.former = []uint64{5}
+		l.n.election.leadHeard = 0
+		for l.n.clock.now <= 2*l.n.electionTicks() { // it is no new leader, and has heard from 2 and 3, not 4
+			l.turn(1)
+			l.ack(2, 3)
+		}
+		return l
+	}
+	for what := range operatorsRequests() {
+		l := newLeader()
+		first, second := l.ask(operatorsRequests()[what].next), (<-chan error)(nil)
+		l.turn(1)
+		if l.ack(2); len(first) != 1 {
+			t.Fatalf("%s: with a majority it is not answered", what)
+		}
+		second = l.ask(operatorsRequests()[what].next)
+		for range l.n.electionTicks() / 2 { // and hears of nobody
+			l.turn(1)
+		}
+		if len(second) > 0 {
+			t.Errorf("%s: without a majority it is answered with %v", what, <-second)
+			continue
+		}
+		l.ack(3)
+		if len(second) != 1 {
+			t.Errorf("%s: a majority is back, and it is not answered", what)
+			continue
+		}
+		want := operatorsRequests()[what].reason
+		for _, err := range []error{<-first, <-second} {
+			if errorReason(err) != want || (err == nil) != (want == "") {
+				t.Errorf("%s: it is answered with %v, want %q", what, err, want)
+			}
+		}
+		third := l.ask(operatorsRequests()[what].next)
+		l.hears(0, message(raftpb.MsgHeartbeat, 2, l.n.raft.term+1))
+		if err := <-third; err != errNotLeader {
+			t.Errorf("%s: a follower answers with %v", what, err)
+		}
+	}
+}
+
+// TestDeposedLeaderAnswersNoOperator: a leader that was deposed, and does not know
+// yet, does not say that what was asked for is so. It is not so any more.
+func TestDeposedLeaderAnswersNoOperator(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 4)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	old := c.settled(1, 2, 3)
+	all := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}}
+	c.change(old, all) // he knows what is known of it, once
+	c.cut(old)
+	others := slices.DeleteFunc([]uint64{1, 2, 3}, func(id uint64) bool { return id == old })
+	var leader uint64
+	eventually(t, func() error {
+		for _, id := range others {
+			if m, err := c.metrics(id); err == nil && m.Role == kvpb.Role_ROLE_LEADER {
+				leader = id
+				return nil
+			}
+		}
+		return errors.New("no new leader")
+	})
+	c.change(leader, &kvpb.ChangeMembershipRequest{Members: append([]uint64{4}, others...)})
+	for what, f := range map[string]func(context.Context, *testNode) error{
+		"the voters that were": func(ctx context.Context, n *testNode) error {
+			_, err := n.ChangeMembership(ctx, all)
+			return err
+		},
+		"the leader that was": func(ctx context.Context, n *testNode) error {
+			_, err := n.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: old})
+			return err
+		},
+		"an unknown member": func(ctx context.Context, n *testNode) error {
+			_, err := n.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Remove: []uint64{99}})
+			return err
+		},
+	} {
+		ctx, cancel := context.WithTimeout(c.ctx, 100*time.Millisecond)
+		defer cancel()
+		switch err := f(ctx, c.nodes[old]); reasonOf(err) {
+		case "NO_LEADER", "NOT_LEADER", "DEADLINE", "OUTCOME_UNKNOWN":
+		case "":
+			if status.Code(err) != codes.DeadlineExceeded {
+				t.Errorf("%s: node %d, which was deposed, answers with %v", what, old, err)
+			}
+		default:
+			t.Errorf("%s: node %d, which was deposed, answers with %v", what, old, err)
+		}
+	}
+	c.heal()
+}
+
+// TestChangeIsForOneMembership: of two operators who change the same membership, one
+// succeeds, and the other hears of the membership as it is then. What is so already is
+// so, whatever he expected.
+func TestChangeIsForOneMembership(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 5, patient)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.addLearner(1, 5)
+	present := func() *kvpb.Membership {
+		m, err := c.metrics(1) // the leader
+		if err != nil {
+			t.Fatal(err)
+		}
+		expected := &kvpb.Membership{}
+		for _, ms := range m.Members {
+			expected.Members = append(expected.Members, &kvpb.ExpectedMember{Node: ms.Node, Voter: ms.Voter})
+		}
+		return expected
+	}
+	for range 3 {
+		before := present()
+		slices.Reverse(before.Members) // in any order
+		ended := map[uint64]<-chan error{}
+		for id := uint64(4); id <= 5; id++ {
+			ended[id] = c.call(func() error {
+				_, err := c.nodes[id-2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3, id}, Retain: true, Expected: before})
+				return err
+			})
+		}
+		won := uint64(0)
+		for id, ch := range ended {
+			err := <-ch
+			if err == nil && won == 0 {
+				won = id
+				continue
+			}
+			wantError(t, err, codes.Aborted, "MEMBERSHIP_CHANGED")
+			wantPart(t, err.Error(), fmt.Sprintf("%d=%s voter", 9-id, c.nodes[9-id].address))
+			wantPart(t, err.Error(), fmt.Sprintf("%d=%s learner", id, c.nodes[id].address))
+		}
+		if won == 0 {
+			t.Fatal("none of them has succeeded")
+		}
+		c.settled(1, 2, 3, won)
+		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{won}, Expected: before})
+		c.change(2, &kvpb.ChangeMembershipRequest{Demote: []uint64{9 - won}, Expected: before})
+		c.change(3, &kvpb.ChangeMembershipRequest{Demote: []uint64{won}, Expected: present()})
+		c.settled(1, 2, 3)
+	}
+	for what, change := range map[string]func(m *kvpb.ExpectedMember){
+		"another address": func(m *kvpb.ExpectedMember) { m.Node.Address = "127.0.0.1:1" },
+		"another id":      func(m *kvpb.ExpectedMember) { m.Node.Id = 9 },
+		"another role":    func(m *kvpb.ExpectedMember) { m.Voter = !m.Voter },
+	} {
+		expected := present()
+		change(expected.Members[2])
+		_, err := c.nodes[2].ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Remove: []uint64{4}, Expected: expected})
+		if reasonOf(err) != "MEMBERSHIP_CHANGED" {
+			t.Errorf("%s was expected: %v", what, err)
+		}
+	}
+}
+
+// TestLostChangeIsForOneMembership: a change that seems to be lost, and comes when
+// another for the same membership has been proposed, does not bring that one with it.
+func TestLostChangeIsForOneMembership(t *testing.T) {
+	l := newLone(t, leading)
+	n := l.n
+	expected := expectedOf([]uint64{1, 2, 3}, nil)
+	beat := func() { // followed, but nothing is committed
+		l.turn(1)
+		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, n.raft.term))
+		l.hears(1, message(raftpb.MsgHeartbeatResp, 3, n.raft.term))
+	}
+	beat()
+	first := l.ask(func(l *leaderState) nextStep {
+		return l.membershipStep(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Expected: expected})
+	})
+	proposed := n.log.last()
+	if n.change.startedAt == 0 {
+		t.Fatal("nothing is proposed")
+	}
+	second := l.ask(func(l *leaderState) nextStep {
+		return l.membershipStep(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 3}, Expected: expected})
+	})
+	if n.log.last() != proposed {
+		t.Error("another one is proposed at once")
+	}
+	for range 2 * n.electionTicks() {
+		beat()
+	}
+	if n.log.last() == proposed {
+		t.Fatal("it does not count as lost")
+	}
+	for range 10 {
+		l.turn(1)
+		l.ack(2, 3)
+	}
+	if len(first) != 1 || len(second) != 1 {
+		t.Fatalf("not both are answered: %d, %d", len(first), len(second))
+	}
+	if err := <-first; err != nil {
+		t.Errorf("the first ends with %v", err)
+	}
+	wantError(t, <-second, codes.Aborted, "MEMBERSHIP_CHANGED")
+	if voters := n.store.conf.GetVoters(); !slices.Equal(voters, []uint64{1, 2}) || isJoint(n.store.conf) {
+		t.Errorf("the configuration is %v", n.store.conf)
+	}
+}
+
+// TestExpectedWhileHealing: a node that is being taken back is expected as before.
+func TestExpectedWhileHealing(t *testing.T) {
+	l := newLone(t, leading)
+	s := l.n.store
+	whole := rolesOf(s.conf, s.members)
+	life := plainMembers(9)
+	life[0].Node = plainNode(3)
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 2, 3}, Learners: []uint64{9}}, life)
+	if now := rolesOf(s.conf, s.members); !maps.Equal(now, whole) {
+		t.Errorf("while node 3 is taken back, the roles are %v, before %v", now, whole)
+	}
+	life[0].Node = &kvpb.Node{Id: 3, Address: "moved:1"}
+	s.configure(s.conf, life)
+	moved := map[uint64]memberRole{1: whole[1], 2: whole[2], 3: {"moved:1", true}}
+	if now := rolesOf(s.conf, s.members); !maps.Equal(now, moved) {
+		t.Errorf("while node 3 moves, the roles are %v", now)
+	}
+	two := newTwoLives(t, 3).n
+	if sent := expectedRoles(membershipOf(two.metrics())); !maps.Equal(sent, rolesOf(two.store.conf, two.store.members)) {
+		t.Errorf("the command line says of a node with two lives %v", sent)
+	}
+	rows := []*kvpb.ExpectedMember{{Node: plainNode(3), Voter: true}, {Node: life[0].Node}, {Node: plainNode(1), Voter: true}, {Node: plainNode(2), Voter: true}}
+	for range 2 {
+		if got := expectedRoles(&kvpb.Membership{Members: rows}); !maps.Equal(got, moved) {
+			t.Errorf("as Metrics lists it, it is %v", got)
+		}
+		slices.Reverse(rows)
+	}
+}
+
+// TestPromoteAndDemote: who is not named stays as it is; the leader may be demoted,
+// and all of it is one change.
+func TestPromoteAndDemote(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := newCluster(t, 5)
+	c.init(1, 2, 3)
+	c.addLearner(1, 4)
+	c.addLearner(1, 5)
+	roles := func(voters, learners []uint64) {
+		t.Helper()
+		c.settled(voters...)
+		m, err := c.metrics(voters[0])
+		if _, got := membersOf(m); err != nil || !slices.Equal(got, learners) {
+			t.Errorf("learners are %v, want %v, %v", got, learners, err)
+		}
+	}
+	c.change(2, &kvpb.ChangeMembershipRequest{Promote: []uint64{4}})
+	roles([]uint64{1, 2, 3, 4}, []uint64{5})
+	leader := c.settled(1, 2, 3, 4)
+	rest := slices.DeleteFunc([]uint64{1, 2, 3, 4}, func(id uint64) bool { return id == leader })
+	c.change(leader, &kvpb.ChangeMembershipRequest{Promote: []uint64{5}, Demote: []uint64{leader}})
+	roles(append(rest, 5), []uint64{leader})
+	c.change(leader, &kvpb.ChangeMembershipRequest{Promote: []uint64{leader}, Remove: []uint64{5}})
+	roles([]uint64{1, 2, 3, 4}, nil)
+	c.uninitialized(5)
+	c.change(leader, &kvpb.ChangeMembershipRequest{Demote: rest}) // all but the leader
+	roles([]uint64{leader}, rest)
+	c.change(rest[0], &kvpb.ChangeMembershipRequest{Promote: rest[:1], Demote: []uint64{leader}}) // whom nobody can follow yet
+	roles(rest[:1], slices.Sorted(slices.Values(append([]uint64{leader}, rest[1:]...))))
+	c.works(1, 2, 3, 4)
+}
+
+// methodOf is a call of a method, as far as forward looks at it.
+type methodOf string
+
+func (m methodOf) Method() string { return string(m) }
+
+func (methodOf) SetHeader(metadata.MD) error { return nil }
+
+func (methodOf) SendHeader(metadata.MD) error { return nil }
+
+func (methodOf) SetTrailer(metadata.MD) error { return nil }
+
+// listenAndClose takes connections, and closes them before a request can be sent off.
+func listenAndClose(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_ = conn.Close()
+		}
+	}()
+	t.Cleanup(func() {
+		_ = l.Close()
+		<-ended
+	})
+	return l.Addr().String()
+}
+
+// TestForwardFails: what a leader that fails has done with a request is unknown,
+// unless it never got it; each error has a reason.
+func TestForwardFails(t *testing.T) {
+	l := newLone(t, following)
+	nw := newNetwork(l.n, quiet(), nil)
+	defer nw.close()
+	s := &server{n: l.n, net: nw}
+	forward := func(timeout time.Duration, address string) error {
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		ctx = grpc.NewContextWithServerTransportStream(ctx, methodOf(kvpb.ClusterService_TransferLeader_FullMethodName))
+		return s.forward(ctx, &kvpb.Node{Id: 2, Address: address}, &kvpb.TransferLeaderRequest{NodeId: 1}, &kvpb.TransferLeaderResponse{})
+	}
+	if err := forward(pollDeadline, deadAddress(t)); errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("nobody is there: %v", err)
+	}
+	if err := forward(pollDeadline, listenAndClose(t)); errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it takes connections, and closes them at once: %v", err)
+	}
+	if err := forward(100*time.Millisecond, listenSilently(t)); err != context.DeadlineExceeded {
+		t.Errorf("nobody answers: %v", err)
+	}
+	f := newFakeNode(t)
+	fails := func(code codes.Code, reason kvpb.ErrorReason) error {
+		f.failWith(func(context.Context) error { return apiError(code, reason, "") })
+		return forward(pollDeadline, f.addr)
+	}
+	if err := fails(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN); !errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it does not know: %v", err)
+	}
+	for reason, again := range map[kvpb.ErrorReason]bool{
+		kvpb.ErrorReason_ERROR_REASON_STOPPING: true, kvpb.ErrorReason_ERROR_REASON_NO_LEADER: true, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE: false,
+	} {
+		if err := fails(codes.Unavailable, reason); errors.Is(err, errNotLeader) != again || errors.Is(err, errChangeUnknown) {
+			t.Errorf("%v: %v", reason, err)
+		}
+	}
+	f.failWith(func(ctx context.Context) error { go f.server.Stop(); <-ctx.Done(); return ctx.Err() })
+	if err := forward(pollDeadline, f.addr); !errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
+		t.Errorf("it ends meanwhile: %v", err)
+	}
+}
+
+// TestTransferToSilent: raft takes no writes while it waits for a node that is
+// to lead, so it is not even asked if that node does not answer.
+func TestTransferToSilent(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3, func(o *options) { o.election = o.heartbeat * 12 })
+	c.init(1, 2, 3)
+	refused := func(leader, to uint64) {
+		t.Helper()
+		_, err := c.nodes[leader].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
+		wantError(t, err, codes.Unavailable, "UNREACHABLE")
+		c.inLoop(leader, func(n *node) error {
+			if n.change.startedAt != 0 || n.raft.role != raft.StateLeader {
+				t.Errorf("raft was asked to make node %d the leader", to)
+			}
+			return nil
+		})
+	}
+	leader := c.settled(1, 2, 3)
+	to := 1 + leader%3
+	release := c.hold(to)
+	c.inLoop(leader, func(n *node) error {
+		if n.alive(n.store.raftIDsOf(to)[0]) || n.raft.role != raft.StateLeader {
+			return errors.New("it was heard of")
+		}
+		return nil
+	})
+	refused(leader, to)
+	release()
+	c.transfer(leader, to)
+	leader, to = to, leader
+	c.stop(to)
+	c.inLoop(leader, func(n *node) error {
+		if n.peers.connected[n.store.raftIDsOf(to)[0]] {
+			return errors.New("it is connected")
+		}
+		return nil
+	})
+	refused(leader, to)
+}
+
+// TestLeaversKnow: two voters leave at once. The leader does not cut one of them off that
+// has yet to hear of it: the other one forgets all it knew, so that there would be no
+// majority to tell the first that it was removed.
+func TestLeaversKnow(t *testing.T) {
+	cryptotest.SetGlobalRandom(t, 1)
+	begin := func(t *testing.T) *bus {
+		b := newBus(t, 1, 2, 3)
+		b.elect(3, 1, 2)
+		b.beat(3, 1, 2)
+		leader := b.nodes[3]
+		leader.inbox.event(func() {
+			err := leader.proposeChange(nil,
+				confChange(raftpb.ConfChangeRemoveNode, 1), confChange(raftpb.ConfChangeRemoveNode, 2))
+			if err != nil {
+				t.Error(err)
+			}
+		})
+		b.turn(3, 0)
+		return b
+	}
+	isHalfWay := func(b *bus, id uint64) bool { return isJoint(b.nodes[id].store.conf) }
+
+	b := begin(t)
+	b.flow(1, 3)
+	if !isHalfWay(b, 1) || !isHalfWay(b, 3) || isHalfWay(b, 2) {
+		t.Fatalf("want a change that only node 2 has not heard of: %s, %s, %s", b.state(1), b.state(2), b.state(3))
+	}
+	b.flow(2, 3)
+	if isHalfWay(b, 3) || len(b.nodes[3].store.members) != 1 {
+		t.Fatalf("both know of the change, and it has not ended: %s", b.state(3))
+	}
+	b.nodes[2].refused(2, 3, &kvpb.Welcome{
+		Verdict:   kvpb.Verdict_VERDICT_REMOVED,
+		Peer:      &kvpb.Peer{Node: plainNode(3), RaftId: 3, Life: 3},
+		ClusterId: 7,
+	})
+	b.turn(2, 0)
+	if b.nodes[2].rn != nil {
+		t.Errorf("the voter that stays says that node 2 was removed, and node 2 does not believe it: %s", b.state(2))
+	}
+
+	b = begin(t)
+	for ticks := uint64(0); isHalfWay(b, 3) || len(b.nodes[3].store.members) != 1; ticks++ {
+		if ticks > 3*b.nodes[3].electionTicks() {
+			t.Fatalf("the leader waits for ever for a voter that leaves and gets nothing: %s", b.state(3))
+		}
+		b.turn(3, 1)
+		b.flow(1, 3)
+		to2 := busLink{3, 2}
+		b.wire[to2] = slices.DeleteFunc(b.wire[to2], func(m *raftpb.Message) bool { return m.GetType() == raftpb.MsgApp })
+		b.pass(3, 2, -1)
+		b.pass(2, 3, -1)
+	}
+}
+
+func TestForwarding(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 4)
+	c.init(1, 2, 3)
+	learner := c.proto(4)[0]
+	for id := uint64(1); id <= 3; id++ {
+		n := c.nodes[id]
+		for name, f := range map[string]func(...grpc.CallOption) error{
+			"Set": func(o ...grpc.CallOption) error { _, err := n.Set(c.ctx, &kvpb.SetRequest{Key: "k"}, o...); return err },
+			"Get": func(o ...grpc.CallOption) error { _, err := n.Get(c.ctx, &kvpb.GetRequest{Key: "k"}, o...); return err },
+			"Delete": func(o ...grpc.CallOption) error {
+				_, err := n.Delete(c.ctx, &kvpb.DeleteRequest{Key: "k"}, o...)
+				return err
+			},
+			"List":    func(o ...grpc.CallOption) error { _, err := n.List(c.ctx, &kvpb.ListRequest{}, o...); return err },
+			"Metrics": func(o ...grpc.CallOption) error { _, err := n.Metrics(c.ctx, &kvpb.MetricsRequest{}, o...); return err },
+			"AddLearner": func(o ...grpc.CallOption) error {
+				_, err := n.AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: learner}, o...)
+				return err
+			},
+		} {
+			c.named(id, name, func(o ...grpc.CallOption) error {
+				err := f(o...)
+				if err != nil {
+					t.Errorf("%s on node %d: %v", name, id, err)
+				}
+				return err
+			})
+		}
+		eventually(t, func() error {
+			m, err := c.metrics(4)
+			if err == nil && m.Role != kvpb.Role_ROLE_LEARNER {
+				err = fmt.Errorf("node 4 is no learner: %v", m)
+			}
+			return err
+		})
+		c.named(id, "ChangeMembership", func(o ...grpc.CallOption) error {
+			_, err := n.ChangeMembership(c.ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Remove: []uint64{4}}, o...)
+			if err != nil {
+				t.Errorf("ChangeMembership on node %d: %v", id, err)
+			}
+			return err
+		})
+		c.uninitialized(4)
+		c.transfer(id, 1+id%3)
+		c.settled(1, 2, 3)
+
+		for name, f := range map[string]func(...grpc.CallOption) error{
+			"Set":    func(o ...grpc.CallOption) error { _, err := n.Set(c.ctx, nil, o...); return err },
+			"Get":    func(o ...grpc.CallOption) error { _, err := n.Get(c.ctx, nil, o...); return err },
+			"Delete": func(o ...grpc.CallOption) error { _, err := n.Delete(c.ctx, nil, o...); return err },
+			"List": func(o ...grpc.CallOption) error {
+				_, err := n.List(c.ctx, &kvpb.ListRequest{Limit: 1 << 20}, o...)
+				return err
+			},
+			"Init":             func(o ...grpc.CallOption) error { _, err := n.Init(c.ctx, nil, o...); return err },
+			"AddLearner":       func(o ...grpc.CallOption) error { _, err := n.AddLearner(c.ctx, nil, o...); return err },
+			"ChangeMembership": func(o ...grpc.CallOption) error { _, err := n.ChangeMembership(c.ctx, nil, o...); return err },
+			"TransferLeader":   func(o ...grpc.CallOption) error { _, err := n.TransferLeader(c.ctx, nil, o...); return err },
+		} {
+			c.named(id, name, func(o ...grpc.CallOption) error {
+				err := f(o...)
+				if err == nil {
+					t.Errorf("%s of nothing on node %d succeeds", name, id)
+				}
+				return err
+			})
+		}
+	}
+	var trailer metadata.MD
+	_, err := c.nodes[4].Get(c.ctx, &kvpb.GetRequest{Key: "k", Local: true}, grpc.Trailer(&trailer))
+	if wantError(t, err, codes.Unavailable, "NOT_INITIALIZED"); len(trailer.Get("x-raft-leader")) > 0 {
+		t.Errorf("a node in no cluster names a leader: %v", trailer)
+	}
+}
+
+// named checks that an answer names the leader: in the header of a success, in
+// the trailer of an error.
+func (c *testCluster) named(id uint64, name string, f func(...grpc.CallOption) error) {
+	c.t.Helper()
+	eventually(c.t, func() error {
+		before, err := c.metrics(id)
+		if err != nil || before.Leader == nil {
+			return fmt.Errorf("node %d knows no leader: %v, %v", id, before, err)
+		}
+		var header, trailer metadata.MD
+		err = f(grpc.Header(&header), grpc.Trailer(&trailer))
+		md := header
+		if err != nil {
+			md = trailer
+		}
+		if after, err := c.metrics(id); err != nil || after.Term != before.Term {
+			return fmt.Errorf("the leader changes all the time: %v, %v", after, err)
+		}
+		if got, want := md.Get("x-raft-leader"), []string{before.Leader.Address}; !slices.Equal(got, want) {
+			c.t.Fatalf("%s: x-raft-leader is %q, want %q; %v", name, got, want, err)
+		}
+		return nil
+	})
 }

@@ -4,12 +4,9 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,36 +15,18 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
-
-// sharedLog is a log that a test reads while nodes write it.
-type sharedLog struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *sharedLog) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *sharedLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
 
 // startDurable starts processes with directories and makes them a cluster.
 func startDurable(t *testing.T, n int) (ps []*process) {
@@ -678,50 +657,6 @@ func TestMoveIsCommitted(t *testing.T) {
 	}
 }
 
-// silentNode takes streams and says nothing.
-type silentNode struct {
-	kvpb.UnimplementedRaftServiceServer
-}
-
-func (silentNode) Stream(s kvpb.RaftService_StreamServer) error {
-	<-s.Context().Done()
-	return s.Context().Err()
-}
-
-// TestMoveClaimsAreTriedBriefly: whoever says hello from an address where nobody answers
-// does not keep a node from dialing the known one.
-func TestMoveClaimsAreTriedBriefly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := bufconn.Listen(64 << 10)
-		g := grpc.NewServer()
-		kvpb.RegisterRaftServiceServer(g, silentNode{})
-		served := make(chan error, 1)
-		go func() { served <- g.Serve(l) }()
-		var known, claimed atomic.Int64
-		r := &recorder{}
-		nw := newNetwork(r, quiet(), func(ctx context.Context, address string) (net.Conn, error) {
-			if address == "known:1" {
-				known.Add(1)
-				return nil, errors.New("no route")
-			}
-			claimed.Add(1)
-			return l.DialContext(ctx)
-		})
-		r.nw = nw
-		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: "known:1"}}, nil)
-		if _, err := hearFrom(nw, &kvpb.Node{Id: 2, Address: "claimed:1"}, 5); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(3 * helloTimeout) // by the fake clock
-		nw.close()
-		g.Stop()
-		<-served
-		if known.Load() < 6 || claimed.Load() < 6 {
-			t.Errorf("the known address was dialed %d times, the other %d times", known.Load(), claimed.Load())
-		}
-	})
-}
-
 // TestLeaderIsNamedWhereItIs: not where the configuration has it.
 func TestLeaderIsNamedWhereItIs(t *testing.T) {
 	l := newLone(t, leading)
@@ -786,380 +721,6 @@ func TestRemovedIsNotHeard(t *testing.T) {
 	}
 }
 
-// recorder is what a network needs of a node, and keeps what it is told.
-type recorder struct {
-	receiver
-	nw   *network // whose mu is held while it tells of a stream
-	mu   sync.Mutex
-	told []string
-}
-
-func (r *recorder) tell(format string, args ...any) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.told = append(r.told, fmt.Sprintf(format, args...))
-}
-
-// all returns what it was told since it was last asked, but that a peer is down
-// that was.
-func (r *recorder) all() (told []string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	told, r.told = slices.Compact(r.told), nil
-	return told
-}
-
-func (r *recorder) hello() *kvpb.Hello {
-	return &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(1), RaftId: 1, Life: 1}}
-}
-func (r *recorder) peerUp(id uint64, outbound bool) {
-	_, life := r.nw.peers[id].location()
-	if !outbound {
-		life = r.nw.messagesFrom(id).hello.From.Life
-	}
-	r.tell("up %d %d %v", id, life, outbound)
-}
-func (r *recorder) peerMoved(id uint64, to *kvpb.Node) { r.tell("moved %d %s", id, to.Address) }
-func (r *recorder) peerDown(id uint64, _ bool)         { r.tell("down %d", id) }
-func (r *recorder) refused(_, raftID uint64, w *kvpb.Welcome) {
-	r.tell("refused %d %v", raftID, w.Verdict)
-}
-
-// answering is a process that answers each hello with a Welcome.
-type answering struct {
-	kvpb.UnimplementedRaftServiceServer
-	welcome atomic.Pointer[kvpb.Welcome]
-	asked   atomic.Int64
-}
-
-func (a *answering) Stream(s kvpb.RaftService_StreamServer) error {
-	if _, err := s.Recv(); err != nil {
-		return err
-	}
-	a.asked.Add(1)
-	w := a.welcome.Load()
-	if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
-		return err
-	}
-	_, err := s.Recv()
-	return err
-}
-
-// newAnswering serves, as node 2 by raft ID 2, with that life.
-func newAnswering(t *testing.T, life uint64) (a *answering, node *kvpb.Node, stop func()) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, node = &answering{}, &kvpb.Node{Id: 2, Address: l.Addr().String()}
-	a.welcome.Store(&kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_ACCEPTED, ClusterId: 7, Peer: &kvpb.Peer{Node: node, RaftId: 2, Life: life}})
-	g := grpc.NewServer()
-	kvpb.RegisterRaftServiceServer(g, a)
-	served := make(chan error, 1)
-	go func() { served <- g.Serve(l) }()
-	stop = sync.OnceFunc(func() { g.Stop(); <-served })
-	t.Cleanup(stop)
-	return a, node, stop
-}
-
-// testNetwork is the network of node 1, which knows node 2 at an address.
-func testNetwork(t *testing.T, log io.Writer, known *kvpb.Node) (*network, *recorder) {
-	t.Helper()
-	r := &recorder{}
-	nw := newNetwork(r, slog.New(slog.NewTextHandler(log, nil)), nil)
-	r.nw = nw
-	t.Cleanup(nw.close)
-	nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: known}, nil)
-	return nw, r
-}
-
-// hearFrom hears a hello of node 2 from an address.
-func hearFrom(nw *network, at *kvpb.Node, life uint64) (done func(), err error) {
-	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: at, RaftId: 2, Life: life}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
-	return nw.addInbound(h, false, func(error) {})
-}
-
-// hintOf is where node 2 is said to be.
-func hintOf(nw *network) *moveHint {
-	nw.mu.Lock()
-	p := nw.peers[2]
-	nw.mu.Unlock()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.addresses.hint
-}
-
-// awaits waits until the last that the network told is this, and returns all of it.
-func (r *recorder) awaits(t *testing.T, last string) (told []string) {
-	t.Helper()
-	eventually(t, func() error {
-		if told = append(told, r.all()...); len(told) == 0 || told[len(told)-1] != last {
-			return fmt.Errorf("not told of %q: %q", last, told)
-		}
-		return nil
-	})
-	return told
-}
-
-// TestMoveClaims: where an accepted hello came from, its sender is dialed, too. It is
-// used once the right life of the right peer answers there, and only then.
-func TestMoveClaims(t *testing.T) {
-	t.Parallel()
-	dead := &kvpb.Node{Id: 2, Address: deadAddress(t)}
-
-	t.Run("it is there", func(t *testing.T) {
-		var log sharedLog
-		nw, r := testNetwork(t, &log, dead)
-		nw.mu.Lock()
-		p := nw.peers[2]
-		nw.mu.Unlock()
-		eventually(t, func() error { // until it waits for the known address
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			if p.yielding == nil {
-				return errors.New("it does not wait")
-			}
-			return nil
-		})
-		_, node, _ := newAnswering(t, 5)
-		done, err := hearFrom(nw, node, 5)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer done()
-		told := r.awaits(t, "moved 2 "+node.Address)
-		if i := slices.Index(told, "up 2 5 true"); i < 0 || i != len(told)-2 {
-			t.Errorf("it is told %q", told)
-		}
-		eventually(t, func() error {
-			if n := strings.Count(log.String(), peerMoved); n != 1 {
-				return fmt.Errorf("it is said %d times", n)
-			}
-			return nil
-		})
-		wantPart(t, log.String(), errElsewhere.Error()) // it has not waited until the known address is given up
-		// The configuration follows: the stream stays.
-		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: node}, nil)
-		if told := r.all(); len(told) > 0 {
-			t.Errorf("it is told %q", told)
-		}
-	})
-
-	for name, change := range map[string]func(*kvpb.Welcome){
-		"another life":    func(w *kvpb.Welcome) { w.Peer.Life++ },
-		"another peer":    func(w *kvpb.Welcome) { w.Peer.RaftId++ },
-		"another cluster": func(w *kvpb.Welcome) { w.ClusterId++ },
-		"it refuses":      func(w *kvpb.Welcome) { w.Verdict = kvpb.Verdict_VERDICT_REMOVED },
-	} {
-		t.Run(name, func(t *testing.T) {
-			var log sharedLog
-			a, node, _ := newAnswering(t, 5)
-			change(a.welcome.Load())
-			nw, r := testNetwork(t, &log, dead)
-			done, err := hearFrom(nw, node, 5)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer done()
-			eventually(t, func() error {
-				if a.asked.Load() < 3 {
-					return errors.New("it was not asked")
-				}
-				return nil
-			})
-			for _, told := range r.all() {
-				if told != "down 2" && told != "up 2 5 false" {
-					t.Errorf("it is told %q", told)
-				}
-			}
-			if n := strings.Count(log.String(), "not found where it says that it is"); n != 1 {
-				t.Errorf("it is said %d times: %s", n, &log)
-			}
-		})
-	}
-
-	t.Run("it is where it was", func(t *testing.T) { // however often others say otherwise
-		a, node, _ := newAnswering(t, 4)
-		nw, r := testNetwork(t, io.Discard, node)
-		liar, there, _ := newAnswering(t, 5)
-		r.awaits(t, "up 2 4 true")
-		if _, err := hearFrom(nw, there, 5); err != errRival {
-			t.Errorf("who is elsewhere is heard: %v", err)
-		}
-		nw.learnAddresses(7, []*kvpb.Peer{{Node: there, RaftId: 2, Life: 5}, {RaftId: 2}, nil, {Node: there, RaftId: 3, Life: 5}})
-		if liar.asked.Load() > 0 || a.asked.Load() != 1 || len(r.all()) > 0 {
-			t.Error("somebody else was asked")
-		}
-	})
-
-	t.Run("another node", func(t *testing.T) {
-		a, node, _ := newAnswering(t, 5)
-		nw, r := testNetwork(t, io.Discard, dead)
-		if _, err := hearFrom(nw, &kvpb.Node{Id: 3, Address: node.Address}, 5); err != nil {
-			t.Fatal(err)
-		}
-		if hintOf(nw) != nil || a.asked.Load() > 0 {
-			t.Errorf("it is asked; it is told %q", r.all())
-		}
-	})
-
-	t.Run("just before it waits", func(t *testing.T) {
-		hint := &moveHint{7, &kvpb.Peer{Node: dead, RaftId: 2, Life: 5}}
-		p := &peer{addresses: peerAddresses{known: dead, hint: hint}}
-		ctx, cancel := context.WithCancelCause(t.Context())
-		a := &streamAttempt{peer: p, target: peerTarget{node: dead}, cancel: cancel}
-		if a.yieldToHints(); context.Cause(ctx) != errElsewhere {
-			t.Error("it waits")
-		}
-	})
-
-	t.Run("it is heard elsewhere than others hear it", func(t *testing.T) {
-		nw, _ := testNetwork(t, io.Discard, dead)
-		if _, err := hearFrom(nw, &kvpb.Node{Id: 2, Address: "first:1"}, 5); err != nil {
-			t.Fatal(err)
-		}
-		nw.learnAddresses(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "second:1"}, RaftId: 2, Life: 6}})
-		if c := hintOf(nw); c.peer.Node.Address != "first:1" {
-			t.Errorf("what others say counts more: %v", c.peer)
-		}
-	})
-
-	t.Run("the configuration changes", func(t *testing.T) {
-		nw, r := testNetwork(t, io.Discard, dead)
-		_, node, _ := newAnswering(t, 5)
-		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: node, RaftId: 2, Life: 5}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
-		nw.mu.Lock()
-		nw.inbound[inboundKey{2, false}] = &inboundStream{h, func(error) {}}
-		nw.mu.Unlock()
-		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: deadAddress(t)}}, nil)
-		r.awaits(t, "moved 2 "+node.Address)
-	})
-
-	t.Run("others hear it", func(t *testing.T) {
-		_, node, _ := newAnswering(t, 5)
-		nw, r := testNetwork(t, io.Discard, dead)
-		nw.learnAddresses(7, []*kvpb.Peer{{Node: node, RaftId: 2, Life: 5}})
-		r.awaits(t, "moved 2 "+node.Address)
-		nw.learnAddresses(7, []*kvpb.Peer{{Node: dead, RaftId: 2, Life: 6}})
-		nw.learnAddresses(7, []*kvpb.Peer{{Node: &kvpb.Node{Id: 2, Address: "third:1"}, RaftId: 2, Life: 6}})
-		if c := hintOf(nw); c == nil || c.peer.Node.Address != node.Address {
-			t.Errorf("who is connected is sought elsewhere: %v", c)
-		}
-	})
-
-	t.Run("it comes back", func(t *testing.T) { // the known address counts more than a claim
-		_, node, _ := newAnswering(t, 4)
-		_, there, _ := newAnswering(t, 5)
-		nw, r := testNetwork(t, io.Discard, node)
-		r.awaits(t, "up 2 4 true")
-		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: dead}, nil)
-		done, err := hearFrom(nw, there, 5)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.awaits(t, "moved 2 "+there.Address)
-		done()
-		back, err := hearFrom(nw, dead, 6)
-		if err != nil {
-			t.Fatalf("it is not heard where it is known: %v", err)
-		}
-		defer back()
-		r.awaits(t, "down 2")
-		if hintOf(nw) != nil {
-			t.Error("it is still sought elsewhere")
-		}
-	})
-}
-
-// TestEventsOfReplacedStreams: of a stream that was replaced the loop is told nothing
-// any more, and of its end at once.
-func TestEventsOfReplacedStreams(t *testing.T) {
-	_, here, _ := newAnswering(t, 4)
-	_, there, _ := newAnswering(t, 5)
-	nw, r := testNetwork(t, io.Discard, here)
-	r.awaits(t, "up 2 4 true")
-	nw.mu.Lock()
-	old := nw.peers[2]
-	nw.mu.Unlock()
-	nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: there}, nil)
-	if told := r.awaits(t, "up 2 5 true"); told[0] != "down 2" {
-		t.Errorf("it is told %q", told)
-	}
-	if nw.streamBegan(old, 4, peerTarget{node: here}) {
-		t.Error("the old stream is used")
-	}
-	nw.streamEnded(old)
-	// Two hellos: the later one counts, also if it is answered first.
-	first, err := hearFrom(nw, there, 6)
-	if err != nil {
-		t.Fatal(err)
-	}
-	second, err := hearFrom(nw, there, 7)
-	if err != nil {
-		t.Fatal(err)
-	}
-	second()
-	first()
-	if told := r.all(); !slices.Equal(told, []string{"up 2 6 false", "up 2 7 false"}) {
-		t.Errorf("it is told %q", told)
-	}
-}
-
-// TestRivals: of two processes that are one node, at two addresses, the one that is
-// connected stays, and the other is told; at one address, it is said that they
-// replace each other.
-func TestRivals(t *testing.T) {
-	var log sharedLog
-	_, here, stop := newAnswering(t, 4)
-	nw, r := testNetwork(t, &log, here)
-	r.awaits(t, "up 2 4 true")
-	elsewhere := &kvpb.Node{Id: 2, Address: deadAddress(t)}
-	lines := func() int { return strings.Count(log.String(), "another process goes by a peer's raft ID") }
-	for range 5 {
-		if _, err := hearFrom(nw, elsewhere, 5); err != errRival {
-			t.Errorf("it is heard: %v", err)
-		}
-	}
-	if lines() != 1 {
-		t.Errorf("it is said %d times: %s", lines(), &log)
-	}
-	for i, life := range []uint64{8, 9, 8, 8, 9, 8, 9} {
-		if _, err := hearFrom(nw, here, life); err != nil {
-			t.Error(err)
-		}
-		if want := 1 + min(1, i/4); lines() != want {
-			t.Errorf("after %d hellos in turn it is said %d times", i+1, lines())
-		}
-	}
-	stop()
-	r.awaits(t, "down 2")
-	if _, err := hearFrom(nw, elsewhere, 5); err != nil {
-		t.Errorf("it is not heard once the other is gone: %v", err)
-	}
-
-	// The other one answers again, at the known address: who is elsewhere would wait
-	// for answers that it does not get.
-	nw, r = testNetwork(t, &log, &kvpb.Node{Id: 2, Address: deadAddress(t)})
-	h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: elsewhere, RaftId: 2, Life: 5}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
-	ended := make(chan error, 1)
-	if _, err := nw.addInbound(h, false, func(err error) { ended <- err }); err != nil {
-		t.Fatal(err)
-	}
-	_, here, _ = newAnswering(t, 4)
-	nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: here}, nil)
-	r.awaits(t, "up 2 4 true")
-	eventually(t, func() error {
-		if len(ended) == 0 {
-			return errors.New("its stream goes on")
-		}
-		return nil
-	})
-	if err := <-ended; err != errRival || hintOf(nw) != nil {
-		t.Errorf("its stream ends with %v", err)
-	}
-}
-
 // TestCopiedDirectory: a node started from a copy of another's directory, elsewhere,
 // takes nobody's place while the other runs, and is told what it is.
 func TestCopiedDirectory(t *testing.T) {
@@ -1197,5 +758,181 @@ func TestCopiedDirectory(t *testing.T) {
 	c.settled(1, 2, 3)
 	if m, err := c.metrics(1); err != nil || c.addressOf(1, 3) == copied.address {
 		t.Errorf("it has taken its place: %v, %v", m, err)
+	}
+}
+
+// TestAddAgainAtOnce: a node that has been removed and does not know it yet is
+// added again, as somebody new.
+func TestAddAgainAtOnce(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.init(1, 2, 3)
+	for id := uint64(1); id <= 3; id++ {
+		via := 1 + id%3
+		c.change(via, &kvpb.ChangeMembershipRequest{Members: slices.DeleteFunc([]uint64{1, 2, 3}, func(other uint64) bool { return other == id })})
+		c.addLearner(via, id)
+		c.change(via, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
+		c.settled(1, 2, 3)
+		c.works(1, 2, 3)
+	}
+	c.sameStates(1, 2, 3)
+}
+
+// TestAddAgainBeforeItJoined: a learner is removed before it has heard of the
+// cluster at all, and then added again.
+func TestAddAgainBeforeItJoined(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	c.init(1)
+	c.fill(1, 24) // its snapshot takes a while
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.nodes[1].AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.proto(2)[0]})
+		ended <- err
+	}()
+	eventually(t, func() error {
+		m, err := c.metrics(1)
+		if err == nil && len(m.Members) < 2 {
+			err = errors.New("not added yet")
+		}
+		return err
+	})
+	cancel()
+	<-ended
+	c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1}, Remove: []uint64{2}})
+	c.addLearner(1, 2)
+	c.works(1, 2)
+	c.sameStates(1, 2)
+}
+
+func TestRemovedWhileAway(t *testing.T) {
+	t.Parallel()
+	// Nobody else may cause an election.
+	c := newCluster(t, 2, func(o *options) { o.election = 10 * time.Second })
+	patient := c.options
+	c.options = func(o *options) { patient(o); o.election = 250 * time.Millisecond }
+	c.start(3, "127.0.0.1:0")
+	c.init(1, 2, 3)
+	for _, voter := range []bool{true, false} {
+		version := c.set(3, "k", "v")
+		c.wants(3, true, "k", "v", version)
+		before, err := c.metrics(1)
+		if err != nil || before.Leader == nil {
+			t.Fatal(before, err)
+		}
+		c.cut(3)
+		eventually(t, func() error { // until it would like to lead itself, or has no leader
+			m, err := c.metrics(3)
+			if err == nil && m.Leader != nil {
+				err = fmt.Errorf("it still follows: %v", m)
+			}
+			return err
+		})
+		c.wants(3, true, "k", "v", version) // it does not know better yet
+		req := &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}}
+		if !voter {
+			req.Remove = []uint64{3}
+		}
+		c.change(1, req)
+		c.set(2, "k", "later")
+		c.heal()
+		eventually(t, func() error {
+			resp, err := c.nodes[3].Get(c.ctx, &kvpb.GetRequest{Key: "k", Local: true})
+			if err == nil && string(resp.Value) == "v" {
+				return errors.New("it has not dropped its state")
+			}
+			if err == nil {
+				t.Fatalf("it makes up %v", resp)
+			}
+			return nil
+		})
+		c.uninitialized(3)
+		var wg sync.WaitGroup
+		for _, local := range []bool{true, !voter} { // what is not local waits for a leader
+			wg.Go(func() { wantError(t, getError(c, 3, local), codes.Unavailable, "NOT_INITIALIZED") })
+			wg.Go(func() {
+				_, err := c.nodes[3].List(c.ctx, &kvpb.ListRequest{Local: local})
+				wantError(t, err, codes.Unavailable, "NOT_INITIALIZED")
+			})
+		}
+		wg.Wait()
+		c.health(3, "raftkv.v1.KVService", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+		c.works(1, 2)
+		for id := uint64(1); id <= 2; id++ {
+			if after, err := c.metrics(id); err != nil || after.Term != before.Term || !proto.Equal(after.Leader, before.Leader) {
+				t.Errorf("node 3 disturbed node %d: before %v, after %v, %v", id, before, after, err)
+			}
+		}
+		c.addLearner(2, 3)
+		if !voter {
+			c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
+			c.settled(1, 2, 3)
+		}
+		c.works(1, 2, 3)
+		c.sameStates(1, 2, 3)
+	}
+}
+
+// TestPastLifeIsNeeded: a node that was removed, and does not know it yet, is not
+// added again.
+func TestPastLifeIsNeeded(t *testing.T) {
+	l := newLoneWithLearner(t)
+	n := l.n
+	r := &request{n: n, next: func(l *leaderState) nextStep { return l.learnerStep(4, plainNode(4)) }}
+	advance := func() error {
+		ok, err := r.poll()
+		l.turn(0)
+		if ok {
+			t.Fatal("it is a learner")
+		}
+		return err
+	}
+	if err := n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, 4)); err != nil {
+		t.Fatal(err)
+	}
+	if l.ack(2); !slices.Contains(n.store.removed, 4) {
+		t.Fatal("it is not removed")
+	}
+	for range 3 {
+		if err := advance(); err != nil {
+			t.Fatalf("nobody else knows, and it says %v", err)
+		}
+	}
+	l.ack(2)
+	for range 3 {
+		if err := advance(); err != errPastLife {
+			t.Fatalf("the others know, and it says %v", err)
+		}
+	}
+}
+
+// TestStrangersAreForgotten: of those who come and go nothing is kept.
+func TestStrangersAreForgotten(t *testing.T) {
+	n := newLone(t, following).n
+	for id := uint64(1000); id < 2000; id++ {
+		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(9), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
+		n.peerUp(id, false)
+		n.inbox.deliver([]inbound{{message(raftpb.MsgPreVoteResp, id, 1), h}})
+		n.turn(n.inbox.take())
+	}
+	if len(n.peers.heard) > maxMembers {
+		t.Errorf("it has heard %d", len(n.peers.heard))
+	}
+}
+
+// TestStrayLearner: a learner that has joined another cluster is removed, and
+// nobody else.
+func TestStrayLearner(t *testing.T) {
+	for cluster, stray := range map[uint64]bool{0: false, 7: false, 8: true} {
+		for raftID, learner := range map[uint64]bool{3: false, 4: true} {
+			l := newLoneWithLearner(t)
+			l.n.refused(1, raftID, &kvpb.Welcome{Verdict: kvpb.Verdict_VERDICT_OTHER_CLUSTER, ClusterId: cluster, Peer: &kvpb.Peer{RaftId: raftID, Life: 4, Node: plainNode(raftID)}})
+			l.turn(0)
+			if begun := l.n.change.startedAt != 0; begun != (stray && learner) {
+				t.Errorf("raft ID %d says that it is in cluster %d: a change is begun %v", raftID, cluster, begun)
+			}
+		}
 	}
 }

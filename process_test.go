@@ -1,4 +1,4 @@
-// Real processes: kill -9 under load, the soak, and what the loss of a leader
+// Ring 3. Real processes: kill -9 under load, the soak, and what the loss of a leader
 // costs.
 
 package main
@@ -6,7 +6,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -29,8 +28,6 @@ import (
 
 	"raft-key-value/kvpb"
 )
-
-var soak = flag.Duration("soak", 3*time.Second, "how long TestSoak kills nodes")
 
 // mainVariable makes the test binary run main instead of the tests.
 const mainVariable = "TEST_MAIN_OF_RAFT_KEY_VALUE"

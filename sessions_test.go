@@ -1,5 +1,5 @@
-// Exactly-once and compare-and-set: the state machine, the service, the whole
-// cluster, and the service config of docs/api.md.
+// Exactly-once and compare-and-set: the state machine, the service, and the whole
+// cluster.
 
 package main
 
@@ -7,25 +7,16 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
-	_ "google.golang.org/grpc/health" // has gRPC's clients check it
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/resolver"
-	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -432,162 +423,6 @@ func TestSessionModel(t *testing.T) {
 	}
 }
 
-// TestDeadlines: a call ends a margin before its caller's deadline, wherever it
-// waits, and once.
-func TestDeadlines(t *testing.T) {
-	leaderless := func() *node { // for a moment
-		l := newLone(t, following)
-		l.n.peerDown(2, true)
-		l.turn(0)
-		return l.n
-	}
-	n := leaderless()
-	newCall := func(record []byte) *call {
-		return &call{write: record, since: n.clock.wall, wait: 3, done: make(chan outcome, 1)}
-	}
-	write, read := newCall([]byte{1}), newCall(nil)
-	n.turn(input{calls: []*call{write, read}})
-	asked, confirmed, proposed, patient := newCall(nil), newCall(nil), newCall([]byte{1}), &call{write: []byte{1}, done: make(chan outcome, 1)}
-	n.calls.round, n.calls.confirmed, n.calls.own = readRound{calls: []*call{asked}}, []readRound{{calls: []*call{confirmed}}}, &proposal{calls: []*call{proposed, patient}}
-	n.turn(input{ticks: 2})
-	for i, c := range []*call{write, read, asked, confirmed, proposed, patient} {
-		if len(c.done) != 0 {
-			t.Errorf("call %d ends early: %v", i, (<-c.done).err)
-		}
-	}
-	n.turn(input{ticks: 1})
-	for i, c := range []*call{write, read, asked, confirmed, proposed} {
-		want := errNoLeader // tells more than that the time is up
-		if c == proposed {
-			want = errUnknownInTime
-		}
-		if len(c.done) != 1 {
-			t.Errorf("call %d does not end", i)
-		} else if o := <-c.done; !errors.Is(o.err, want) {
-			t.Errorf("call %d: %v, want %v", i, o.err, want)
-		}
-	}
-	if n.calls.own == nil || len(n.calls.writes)+len(n.calls.reads)+len(n.calls.round.calls)+len(n.calls.confirmed[0].calls) != 0 {
-		t.Error("what has ended still waits, or the proposal does not")
-	}
-	n.calls.failAll(errStopping)
-	if len(proposed.done) != 0 || len(patient.done) != 1 {
-		t.Error("it ends twice, or its neighbour does not")
-	}
-	// Ticks that a busy loop misses count.
-	for _, missed := range []uint64{8, 9} {
-		n := leaderless()
-		c := &call{write: []byte{1}, wait: 10, done: make(chan outcome, 1)}
-		n.turn(input{ticks: 3, calls: []*call{c}})
-		n.turn(input{ticks: 1, elapsed: 3 + missed})
-		if (len(c.done) == 1) != (missed == 9) {
-			t.Errorf("with %d ticks missed: %d calls have ended", missed, len(c.done))
-		}
-	}
-
-	s := &server{n: n}
-	for left, want := range map[time.Duration]time.Duration{time.Hour: maxMargin, time.Second: maxMargin, 300 * time.Millisecond: 30 * time.Millisecond} {
-		if got := margin(left); got != want {
-			t.Errorf("the margin of %v is %v, want %v", left, got, want)
-		}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
-	defer cancel()
-	// Whatever time that took, it is below a tick.
-	if end := time.Duration(s.ticksLeft(ctx)) * n.tickDuration(); end > time.Hour-maxMargin || end < time.Hour-time.Minute {
-		t.Errorf("a call of an hour ends after %v", end)
-	}
-	for _, left := range []time.Duration{-time.Hour, 0, 2 * n.tickDuration()} {
-		ctx, cancel := context.WithTimeout(context.Background(), left)
-		defer cancel()
-		if w := s.ticksLeft(ctx); w != 0 {
-			t.Errorf("with %v left it waits %d ticks: it might end at once", left, w)
-		}
-	}
-	if s.ticksLeft(context.Background()) != 0 {
-		t.Error("there is no deadline")
-	}
-}
-
-// TestMargin: operators' requests end early, and all of them some time.
-func TestMargin(t *testing.T) {
-	deadline := time.Now().Add(time.Hour)
-	ctx, cancel := context.WithDeadline(context.Background(), deadline)
-	defer cancel()
-	ctx, cancel = inTime(ctx)
-	defer cancel()
-	if got, ok := ctx.Deadline(); !ok || !got.Equal(deadline.Add(-maxMargin)) {
-		t.Errorf("%v, want %v", got, deadline.Add(-maxMargin))
-	}
-	ctx, cancel = inTime(context.Background())
-	defer cancel()
-	if _, ok := ctx.Deadline(); !ok {
-		t.Error("no deadline")
-	}
-}
-
-// TestUnknownOutcomes: what a client is told of a write that the node has sent
-// off and does not know the fate of.
-func TestUnknownOutcomes(t *testing.T) {
-	var late atomic.Bool
-	plain, withIDs := []*kvpb.Write{setWrite("k", "v"), deleteWrite("k")}, []*kvpb.Write{withID(1, 1, setWrite("k", "v")), withID(1, 1, deleteWrite("k")), openWrite(1)}
-	for _, tt := range []struct {
-		name   string
-		writes []*kvpb.Write
-		end    func(n *node, cancel func())
-		code   codes.Code
-		reason string
-	}{
-		{"no leader for long", plain, func(n *node, _ func()) { n.calls.failOwn() }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
-		{"no leader for long", withIDs, func(n *node, _ func()) { n.calls.failOwn() }, codes.Unavailable, "OUTCOME_UNKNOWN"},
-		{"the node stops", withIDs, func(n *node, _ func()) { n.calls.failAll(errStopping) }, codes.Unavailable, "OUTCOME_UNKNOWN"},
-		{"its deadline", plain, func(n *node, _ func()) { n.turn(input{ticks: 20}) }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
-		{"its deadline", withIDs, func(n *node, _ func()) { n.turn(input{ticks: 20}) }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
-		{"its deadline, as seen by its goroutine", withIDs, func(_ *node, cancel func()) { late.Store(true); cancel() }, codes.DeadlineExceeded, "OUTCOME_UNKNOWN"},
-		{"its caller", withIDs, func(_ *node, cancel func()) { cancel() }, codes.Canceled, "OUTCOME_UNKNOWN"},
-	} {
-		for _, w := range tt.writes {
-			n := turnNode()
-			ctx, cancel := context.WithCancel(context.Background())
-			ended := make(chan error, 1)
-			go func() {
-				_, err := writeAs(lateContext{ctx, &late}, &server{n: n}, w)
-				ended <- err
-			}()
-			var in input
-			eventually(t, func() error {
-				if in = n.inbox.take(); len(in.calls) == 0 {
-					return errors.New("it has not come")
-				}
-				return nil
-			})
-			in.calls[0].wait = 20
-			in.calls[0].state.Store(callProposed)
-			n.calls.own = &proposal{calls: in.calls}
-			late.Store(false)
-			tt.end(n, cancel)
-			err := toStatus(<-ended, true)
-			cancel()
-			if wantError(t, err, tt.code, tt.reason); t.Failed() {
-				t.Fatalf("%s: %v", tt.name, w)
-			}
-		}
-	}
-}
-
-// lateContext has ended by its deadline, if late says so.
-type lateContext struct {
-	context.Context
-	late *atomic.Bool
-}
-
-func (c lateContext) Err() error {
-	if err := c.Context.Err(); err == nil || !c.late.Load() {
-		return err
-	}
-	return context.DeadlineExceeded
-}
-
 // send makes a write of a store a call of the API.
 func (c *testCluster) send(ctx context.Context, via uint64, w *kvpb.Write) (proto.Message, error) {
 	if set := w.GetSet(); set != nil {
@@ -916,123 +751,4 @@ func (c *testCluster) read(via uint64, key string) (value string, version uint64
 		c.t.Fatal(err)
 	}
 	return string(resp.Value), resp.Version
-}
-
-// TestReasonsArrive: the client is told the reason before its own deadline
-// ends the call.
-func TestReasonsArrive(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 2)
-	c.init(1, 2)
-	leader := c.settled(1, 2)
-	c.cut(leader)
-	for _, call := range []func(ctx context.Context, n *testNode) error{
-		func(ctx context.Context, n *testNode) error {
-			_, err := n.Set(ctx, &kvpb.SetRequest{Key: "k"})
-			return err
-		},
-		badGet("", "k", false).call,
-		badLearner("", leader, c.nodes[leader].address, 0, "").call,
-	} {
-		eventually(t, func() error { // the machine may be busy for so long
-			ctx, cancel := context.WithTimeout(c.ctx, 500*time.Millisecond)
-			defer cancel()
-			if err := call(ctx, c.nodes[leader]); err == nil || reasonOf(err) == "" {
-				return fmt.Errorf("got %w %q", err, reasonOf(err))
-			}
-			return nil
-		})
-	}
-}
-
-// TestServiceConfig: gRPC's clients retry as docs/api.md has it, over the nodes
-// that are healthy.
-func TestServiceConfig(t *testing.T) {
-	t.Parallel()
-	doc, err := os.ReadFile("docs/api.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, config, _ := strings.Cut(string(doc), "```json\n")
-	config, _, _ = strings.Cut(config, "```")
-	nodes := map[string]*fakeNode{}
-	r := manual.NewBuilderWithScheme("test")
-	state := resolver.State{}
-	for i := range 3 {
-		f := newFakeNode(t)
-		if i > 0 {
-			f.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
-		}
-		nodes[f.addr] = f
-		state.Endpoints = append(state.Endpoints, resolver.Endpoint{Addresses: []resolver.Address{{Addr: f.addr}}})
-	}
-	r.InitialState(state)
-	conn, err := grpc.NewClient("test:///nodes", grpc.WithResolvers(r), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultServiceConfig(config))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = conn.Close() }()
-	ctx, cancel := context.WithTimeout(t.Context(), rpcTimeout)
-	defer cancel()
-	kv := kvpb.NewKVServiceClient(conn)
-	calls := func() (all []int) {
-		for _, e := range state.Endpoints {
-			_, n := nodes[e.Addresses[0].Addr].take()
-			all = append(all, n)
-		}
-		return all
-	}
-	var total [3]int
-	eventually(t, func() error {
-		if _, err := kv.Get(ctx, &kvpb.GetRequest{Key: "k"}); err != nil {
-			t.Fatal(err)
-		}
-		for i, n := range calls() {
-			total[i] += n
-		}
-		if total[1] == 0 || total[2] == 0 {
-			return fmt.Errorf("the nodes got %d calls", total)
-		}
-		return nil
-	})
-	if total[0] != 0 {
-		t.Error("a node that is not SERVING was called")
-	}
-	var tries atomic.Int32
-	for _, f := range nodes {
-		f.failWith(func(context.Context) error {
-			if tries.Add(1) < 5 {
-				return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
-			}
-			return nil
-		})
-	}
-	set := withID(7, 1, setWrite("k", "v")).GetSet()
-	if _, err := kv.Set(ctx, set); err != nil {
-		t.Fatal(err)
-	}
-	if n := calls(); n[0] != 0 || n[1] < 2 || n[2] < 2 || n[1]+n[2] != 5 {
-		t.Errorf("the nodes got %d calls", n)
-	}
-	for _, f := range nodes {
-		for _, id := range f.ids {
-			if !proto.Equal(id, set.RequestId) {
-				t.Errorf("sent under %v", id)
-			}
-		}
-	}
-}
-
-// writeAs calls the method of a write. Of OpenSession, the node draws the number.
-func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
-	switch op := w.Operation.(type) {
-	case *kvpb.Write_Set:
-		a, err := s.Set(ctx, op.Set)
-		return result{version: a.GetVersion(), compareFailed: a.GetCompareFailed()}, err
-	case *kvpb.Write_Delete:
-		a, err := s.Delete(ctx, op.Delete)
-		return result{a.GetVersion(), a.GetDeleted(), a.GetCompareFailed()}, err
-	}
-	_, err := s.OpenSession(ctx, &kvpb.OpenSessionRequest{})
-	return result{}, err
 }

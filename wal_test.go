@@ -1,3 +1,6 @@
+// Tests of wal.go and frame.go, over a simulated file system, which disk_test.go and the
+// simulator use, too.
+
 package main
 
 import (
@@ -7,14 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"runtime"
-	"runtime/debug"
-	"runtime/metrics"
 	"slices"
 	"strings"
 	"syscall"
@@ -288,8 +287,6 @@ const (
 )
 
 func simPath(segment int) string { return fmt.Sprintf("d/%016x.wal", segment) }
-
-func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func openSim(fs *simFS) (*wal, *kvpb.LogBatch, error) {
 	return openWAL(fs, simDir, walOptions{segmentBytes: simSegment, logger: quiet(), background: func(f func()) { f() }})
@@ -787,16 +784,6 @@ func TestWALTorn(t *testing.T) {
 	}
 }
 
-// raceStep is every how manieth case is tried: the race detector makes the
-// tests slow, and has nothing to find in those that run in one goroutine.
-func raceStep(step int) int {
-	info, _ := debug.ReadBuildInfo()
-	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
-		return step
-	}
-	return 1
-}
-
 // TestWALMixed: sectors that are intact each, and of two batches, are no batch and not
 // torn: of two with one place, or with another place.
 func TestWALMixed(t *testing.T) {
@@ -1286,28 +1273,6 @@ func TestWALFiles(t *testing.T) {
 	}
 }
 
-// heapEver is the heap ever allocated, but for what small objects are still to
-// fill.
-func heapEver() uint64 {
-	s := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
-	metrics.Read(s)
-	return s[0].Value.Uint64()
-}
-
-// allocates reports whether f allocates no more than that.
-func allocates(most int, f func()) (n uint64, ok bool) {
-	before := heapEver()
-	f()
-	if n = heapEver() - before; n > uint64(most) { // or others' allocations were added up only now: exactly, but slowly
-		var from, to runtime.MemStats
-		runtime.ReadMemStats(&from)
-		f()
-		runtime.ReadMemStats(&to)
-		n = to.TotalAlloc - from.TotalAlloc
-	}
-	return n, n <= uint64(most)
-}
-
 // frame makes a payload a batch.
 func frame(payload []byte) []byte {
 	b := append(make([]byte, headerBytes), payload...)
@@ -1461,4 +1426,32 @@ func BenchmarkWALReplay(b *testing.B) {
 		b.StartTimer()
 	}
 	b.ReportMetric(keys*float64(b.N)/b.Elapsed().Seconds(), "keys/s")
+}
+
+func FuzzFrameReader(f *testing.F) {
+	f.Add([]byte(nil), 0, byte(0))
+	f.Add([]byte("some data"), 3, byte(0))
+	f.Add(bytes.Repeat([]byte("x"), maxFrameBytes), maxFrameBytes, byte(1))
+	f.Add(make([]byte, 2*(maxFrameBytes-frameHeaderBytes)), 1, byte(1)) // the last frame is full
+	f.Fuzz(func(t *testing.T, b []byte, at int, flip byte) {
+		// As it stands: whatever it is, reading it ends, and costs no more than a frame.
+		if n := allocated(func() { _, _ = io.Copy(io.Discard, newFrameReader(bytes.NewReader(b))) }); n > 2*maxFrameBytes {
+			t.Errorf("%d bytes made it allocate %d", len(b), n)
+		}
+		// Framed, it comes out as it went in; damaged, what comes out is a part
+		// of it. The length is not under the checksum, but what it delimits is.
+		whole := framed(b)
+		if got, err := io.ReadAll(newFrameReader(bytes.NewReader(whole))); err != nil || !bytes.Equal(got, b) {
+			t.Fatalf("%d bytes came out as %d: %v", len(b), len(got), err)
+		}
+		if at = max(at, 0) % len(whole); flip == 0 {
+			whole = whole[:at]
+		} else {
+			whole[at] ^= flip
+		}
+		got, err := io.ReadAll(newFrameReader(bytes.NewReader(whole)))
+		if !bytes.HasPrefix(b, got) || flip != 0 && err == nil {
+			t.Errorf("byte %d was changed by %d: %d of %d bytes, %v", at, flip, len(got), len(b), err)
+		}
+	})
 }

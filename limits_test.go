@@ -1,5 +1,5 @@
-// Clients that misbehave: what they cost a node in memory, and other clients in
-// time.
+// Tests of limits.go. Clients that misbehave: what they cost a node in memory, and other
+// clients in time.
 
 package main
 
@@ -877,7 +877,8 @@ type refusing struct {
 }
 
 func (r *refusing) Addr() net.Addr { return &net.TCPAddr{} }
-func (r *refusing) Close() error   { return nil }
+
+func (r *refusing) Close() error { return nil }
 
 func (r *refusing) Accept() (net.Conn, error) {
 	if r.fail > 0 {
@@ -965,4 +966,24 @@ func TestWaitingGetCopiesNothing(t *testing.T) {
 		}
 		_ = c.Close()
 	})
+}
+
+// No more than maxLists Lists run at a time: each keeps what is overwritten.
+func TestListsAreBounded(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	c.init(1)
+	s := c.nodes[1].server
+	for range maxLists {
+		s.lists <- struct{}{}
+	}
+	ctx, cancel := context.WithTimeout(c.ctx, 50*time.Millisecond)
+	defer cancel()
+	if _, err := c.nodes[1].List(ctx, &kvpb.ListRequest{}); err == nil {
+		t.Error("one more runs")
+	}
+	<-s.lists
+	if _, err := c.nodes[1].List(c.ctx, &kvpb.ListRequest{}); err != nil {
+		t.Error(err)
+	}
 }

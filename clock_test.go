@@ -1,4 +1,4 @@
-// The real stack, gRPC included, in a bubble of testing/synctest: its clock
+// Ring 2. The real stack, gRPC included, in a bubble of testing/synctest: its clock
 // jumps as soon as every goroutine waits. So hours pass in a second, and these
 // tests, unlike all others, may assert how long something takes.
 
@@ -13,7 +13,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -42,9 +41,6 @@ type bubble struct {
 	faults    map[string]fault // by address; clients are not affected
 	sent      map[[2]string]int
 }
-
-// times is how often a test does something: more often with a longer -soak.
-func times(n int) int { return int(int64(n) * int64(max(*soak, 3*time.Second)) / int64(3*time.Second)) }
 
 // fault is what the network does to a node.
 type fault int
@@ -314,14 +310,6 @@ func (h *history) longestGap(since time.Time) (gap time.Duration) {
 		last = at
 	}
 	return gap
-}
-
-// between fails the test unless d is.
-func between(t *testing.T, what string, d, low, high time.Duration) {
-	t.Helper()
-	if d < low || d > high {
-		t.Errorf("%s: %v, not between %v and %v", what, d, low, high)
-	}
 }
 
 func TestClockIdle(t *testing.T) {
@@ -780,61 +768,4 @@ func TestClockFaults(t *testing.T) {
 			b.sameStates(1, 2, 3)
 		}
 	})
-}
-
-// TestUnreachable: that a peer cannot be reached is said once, with the reason.
-func TestUnreachable(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var log strings.Builder
-		dials := 0
-		nw := newNetwork(&sender{}, slog.New(slog.NewTextHandler(&log, nil)), func(context.Context, string) (net.Conn, error) {
-			dials++
-			return nil, errors.New("no route")
-		})
-		nw.setMembers(1, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: "node2:1"}}, nil)
-		time.Sleep(5 * helloTimeout)
-		nw.close()
-		if strings.Count(log.String(), "\n") != 1 || dials < 50 {
-			t.Errorf("%d dials\n%s", dials, &log)
-		}
-		for _, part := range []string{peerUnreachable, "peer=2", "no route"} {
-			wantPart(t, log.String(), part)
-		}
-	})
-}
-
-// TestPeerStates: a state of a peer is logged when it is new.
-func TestPeerStates(t *testing.T) {
-	var log strings.Builder
-	p := &peer{log: peerLog{logger: slog.New(slog.NewTextHandler(&log, nil))}, addresses: peerAddresses{known: &kvpb.Node{Id: 2}}}
-	var cancel context.CancelFunc
-	p.ctx, cancel = context.WithCancel(t.Context())
-	for _, s := range []struct {
-		state, cause string
-		lines        int
-	}{
-		{peerUnreachable, "a", 1},
-		{peerUnreachable, "b", 0},
-		{peerRefuses, "a", 1},
-		{peerRefuses, "a", 0},
-		{peerRefuses, "b", 1},
-		{peerUnreachable, "a", 1},
-		{peerConnected, "", 1},
-		{peerDisconnected, "a", 1},
-		{peerUnreachable, "a", 0},
-		{peerConnected, "", 1},
-		{peerDisconnected, "a", 1},
-		{peerRefuses, "b", 1},
-	} {
-		log.Reset()
-		p.logState(s.state, "cause", s.cause)
-		if lines := strings.Count(log.String(), s.state); lines != s.lines || lines > 0 && !strings.Contains(log.String(), "cause="+s.cause) {
-			t.Errorf("%+v: %q", s, &log)
-		}
-	}
-	log.Reset()
-	cancel()
-	if p.logState(peerDisconnected); log.Len() > 0 {
-		t.Errorf("of a peer that is none any more: %q", &log)
-	}
 }

@@ -1,6 +1,4 @@
-// Benchmarks of the pieces. They measure; they never fail for being slow.
-
-//go:build linux
+// Benchmarks of the store that need a thread's own time, which Linux tells.
 
 package main
 
@@ -119,17 +117,4 @@ func BenchmarkFill(b *testing.B) {
 	}
 	set.report(b, "longest")
 	b.ReportMetric(perKey, "B/key")
-}
-
-// BenchmarkApply applies entries of 30 writes.
-func BenchmarkApply(b *testing.B) {
-	s := filledStore(1e5)
-	data := benchBatch(rand.New(rand.NewPCG(1, 2)), 1, 1e5, 30)
-	b.ReportAllocs()
-	for b.Loop() {
-		s.proposers[1] = 0
-		if _, _, _, err := s.apply(data); err != nil {
-			b.Fatal(err)
-		}
-	}
 }
