@@ -1154,7 +1154,10 @@ func bytesOf(v *view) []byte {
 // start dials and sends the first chunk.
 func (t *transfer) start() {
 	p, s := t.from, t.from.s
-	node := oneOf(t.peer.life != 0, t.peer.at, t.peer.node)
+	node := t.peer.node
+	if t.peer.life != 0 {
+		node = t.peer.at
+	}
 	st := s.siteOf(node)
 	t.data, t.hello = bytesOf(t.v), p.n.hello()
 	t.hello.To = &kvpb.Peer{Node: node, RaftId: t.peer.raftID, Life: t.peer.life}

@@ -342,10 +342,3 @@ func oneCluster(members []clusterMember) error {
 		Status: exitNotDone,
 	}
 }
-
-func oneOf[T any](b bool, yes, no T) T {
-	if b {
-		return yes
-	}
-	return no
-}
