@@ -651,7 +651,7 @@ func deadAddress(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// operation and answer are what a history consists of.
+// registerOp and answer are what a history consists of.
 type registerOp struct{ name, key, value string }
 
 type answer struct {

@@ -261,7 +261,8 @@ Sub-commands (raft-key-value help COMMAND tells more):
 
 const helpNotes = `Flags stand before or after the arguments; what follows -- is an argument. --endpoints, --timeout and
 -o may stand before the command, too.
-An endpoint is passed over if it does not answer in 2 s. So is one that is in no cluster, but not by init.
+An endpoint is passed over if it does not answer in 2 s, or in half of the timeout if
+that is less. So is one that is in no cluster, but not by init.
 What reads or writes keys is tried until the timeout, if that can do no harm; a local read once at each endpoint.
 With -o json, an answer is as kv.proto has it, 64-bit numbers as strings, values in base64. What is printed to
 stderr is JSON, too, a line each: {"warning"}, or {"error", "status", "reason", "endpoints": [{"endpoint",
