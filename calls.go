@@ -529,6 +529,14 @@ func (b *inbox) deliver(ms []inbound) bool {
 	return true
 }
 
+// giveBack returns calls and events that were taken and not worked on.
+func (b *inbox) giveBack(in input) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.next.calls = slices.Concat(in.calls, b.next.calls)
+	b.next.events = slices.Concat(in.events, b.next.events)
+}
+
 // take returns what was queued since it was last called.
 func (b *inbox) take() input {
 	b.mu.Lock()

@@ -276,7 +276,19 @@ func (c *clusterState) hasLostMemory(raftID uint64) bool {
 	return raftID != c.raftID && proto.Equal(c.members[raftID], c.self)
 }
 
-// What the rest of the loop asks of its health.
+// What the rest of the loop asks of its health, or tells it.
+
+func (n *node) addToHeartbeat(m *raftpb.Message) {
+	var c clusterState // for each heartbeat: not on the heap
+	n.gather(&c)
+	n.health.addToHeartbeat(&c, m)
+}
+
+func (n *node) followHeartbeat(m *raftpb.Message) {
+	var c clusterState
+	n.gather(&c)
+	n.health.followHeartbeat(&c, m)
+}
 
 func (n *node) whyUnhealthy() string { return n.health.whyUnhealthy(n.clusterState()) }
 

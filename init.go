@@ -629,10 +629,11 @@ func (n *node) foundCluster(try *initTry, members []*kvpb.Node) (clusterID uint6
 // carryOnOrCompare is the Init of a node that is a member of a cluster. If the node has
 // made the cluster for an Init of the same members, it adds those that are missing. If
 // not, it compares the voters with the members, and changes nothing.
-func (f *founder) carryOnOrCompare(ctx context.Context) (clusterID uint64, err error) {
+func (f *founder) carryOnOrCompare(ctx context.Context) (uint64, error) {
 	n := f.s.n
+	var clusterID uint64 // of the loop; no named result, which a return would write, too
 	carriesOn := false
-	err = n.do(ctx, func() error {
+	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
 		carriesOn = n.claims.carriesOn(f.members)
 		return nil
@@ -651,13 +652,14 @@ func (f *founder) carryOnOrCompare(ctx context.Context) (clusterID uint64, err e
 
 // compareVoters returns this node's cluster if its voters are the members of this Init,
 // and else an error: errInCluster, with what to do to have those members.
-func (f *founder) compareVoters(ctx context.Context) (clusterID uint64, err error) {
+func (f *founder) compareVoters(ctx context.Context) (uint64, error) {
 	// A linearizable read: what this node knows of the voters may be old.
 	if _, err := f.s.call(ctx, nil); err != nil {
 		return 0, err
 	}
 	n := f.s.n
-	err = n.do(ctx, func() error {
+	var clusterID uint64 // of the loop; no named result, which a return would write, too
+	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
 		if clusterID == 0 {
 			return errNotInitialized

@@ -514,9 +514,16 @@ func (r *request) seekWitness() bool {
 	return isOfNow && r.witness.index <= n.store.index
 }
 
-// clusterState gathers the facts that rules go by.
+// clusterState returns the facts that rules go by.
 func (n *node) clusterState() *clusterState {
-	return &clusterState{
+	c := &clusterState{}
+	n.gather(c)
+	return c
+}
+
+// gather puts the facts that rules go by into c, which need not be on the heap.
+func (n *node) gather(c *clusterState) {
+	*c = clusterState{
 		now:             n.clock.now,
 		tick:            n.tickDuration(),
 		electionTicks:   n.electionTicks(),

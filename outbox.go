@@ -92,7 +92,7 @@ func (n *node) send(m *raftpb.Message) {
 		if len(m.GetContext()) == 8 {
 			n.outbox.readContext = max(n.outbox.readContext, binary.LittleEndian.Uint64(m.GetContext()))
 		}
-		n.health.addToHeartbeat(n.clusterState(), m)
+		n.addToHeartbeat(m)
 	case raftpb.MsgVoteResp, raftpb.MsgPreVoteResp: // with what learnCommit wants
 		n.tellCommit(m)
 	}

@@ -325,11 +325,15 @@ func (n *node) end() {
 
 // turn takes input in and lets its effects out.
 func (n *node) turn(in input) {
-	defer n.recoverRaftPanic()
+	defer func() {
+		n.endOnPanic(recover(), in)
+	}()
 
 	// What came in, in this order: a stream's begin is an event, and comes before the
 	// stream's messages.
-	for _, f := range in.events {
+	for len(in.events) > 0 {
+		f := in.events[0]
+		in.events = in.events[1:]
 		f()
 	}
 	for _, msg := range in.messages {
@@ -342,6 +346,7 @@ func (n *node) turn(in input) {
 	for _, c := range in.calls {
 		n.calls.add(c, n.clock.wall)
 	}
+	in.calls = nil
 
 	// What follows from it.
 	n.drain()
@@ -356,9 +361,9 @@ func (n *node) turn(in input) {
 	n.publish()
 }
 
-// recoverRaftPanic makes a panic of raft the node's error. Any other goes on.
-func (n *node) recoverRaftPanic() {
-	p := recover()
+// endOnPanic makes a panic of raft the node's error; any other goes on. What waits in the
+// rest of the turn's input goes back to the inbox, where end finds it.
+func (n *node) endOnPanic(p any, rest input) {
 	if p == nil {
 		return
 	}
@@ -367,6 +372,7 @@ func (n *node) recoverRaftPanic() {
 		panic(p)
 	}
 	n.err = fmt.Errorf("raft: %s", string(cause))
+	n.inbox.giveBack(rest)
 }
 
 // isRunning reports whether there is a RawNode, which has not broken.
@@ -436,7 +442,7 @@ func (n *node) receive(in inbound) {
 	n.stepRaft(m)
 	switch m.GetType() {
 	case raftpb.MsgHeartbeat:
-		n.health.followHeartbeat(n.clusterState(), m)
+		n.followHeartbeat(m)
 	case raftpb.MsgPreVote:
 		n.answerAlive(m)
 	}

@@ -1563,3 +1563,37 @@ func FuzzNode(f *testing.F) {
 		l.ended()
 	})
 }
+
+// TestPanicEndsWhatWaits: raft panics in the middle of a turn. What came in with it, and
+// was not worked on yet, ends as all else does.
+func TestPanicEndsWhatWaits(t *testing.T) {
+	n := newLone(t, following).n
+	queued := &call{done: make(chan outcome, 1)}
+	if err := n.inbox.call(queued); err != nil {
+		t.Fatal(err)
+	}
+	waiting := &pendingRequest{
+		ctx:  context.Background(),
+		poll: func() (bool, error) { return false, nil },
+		done: make(chan error, 1),
+	}
+	n.inbox.event(func() { panic(raftPanic("it contradicts itself")) })
+	n.inbox.event(func() { n.calls.requests = append(n.calls.requests, waiting) })
+	if err := n.run(t.Context()); err == nil || !strings.Contains(err.Error(), "it contradicts itself") {
+		t.Fatalf("the loop ended with %v", err)
+	}
+	for what, err := range map[string]error{"the call": endOf(queued.done).err, "the request": endOf(waiting.done)} {
+		if err == nil || !strings.Contains(err.Error(), "it contradicts itself") {
+			t.Errorf("%s ended with %v", what, err)
+		}
+	}
+}
+
+// endOf is what stands in a channel, or nothing.
+func endOf[T any](c chan T) (end T) {
+	select {
+	case end = <-c:
+	default:
+	}
+	return end
+}

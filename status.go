@@ -83,7 +83,8 @@ func (n *node) publish() {
 }
 
 func (n *node) glance() glance {
-	c := n.clusterState()
+	var c clusterState // in each turn: not on the heap
+	n.gather(&c)
 	return glance{
 		clusterID:   n.store.clusterID,
 		raftID:      n.id.raftID,
@@ -92,8 +93,8 @@ func (n *node) glance() glance {
 		lead:        n.raft.lead,
 		leaderAt:    c.nodeOf(n.raft.lead).GetAddress(),
 		leading:     c.leads,
-		caughtUp:    n.health.isCaughtUp(c),
-		dispensable: n.rn != nil && n.health.isDispensable(c),
+		caughtUp:    n.health.isCaughtUp(&c),
+		dispensable: n.rn != nil && n.health.isDispensable(&c),
 		lost:        len(n.peers.reborn),
 		connected:   len(n.peers.connected),
 		leaderless:  n.election.leaderlessTicks / n.ticksOf(time.Second),
