@@ -481,7 +481,7 @@ func TestClientNoSession(t *testing.T) {
 				t.Parallel()
 				f := newFakeNode(t)
 				f.do(func() { f.barred = test.barred })
-				_, errs := runCommand(t, exitNotDone, "", append(strings.Fields(command), "--timeout", "1s", "--endpoints", f.addr)...)
+				_, errs := runCommand(t, exitNotDone, "", append(strings.Fields(command), "--timeout", "3s", "--endpoints", f.addr)...)
 				wantPart(t, errs, ": nothing was written: no session could be opened: "+f.addr+": ")
 				wantPart(t, errs, test.want)
 				for _, part := range []string{"the outcome is unknown", "may or may not", errOutcomeUnknown.Error()} {
@@ -507,7 +507,7 @@ func TestClientNoSessionAsJSON(t *testing.T) {
 	})
 	other.do(func() { other.barred = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none") })
 	for _, command := range []string{"set k v", "delete k"} {
-		args := append(strings.Fields(command), "-o", "json", "--timeout", "500ms", "--endpoints", f.addr+","+other.addr)
+		args := append(strings.Fields(command), "-o", "json", "--timeout", "2s", "--endpoints", f.addr+","+other.addr)
 		_, errs := runCommand(t, exitNotDone, "", args...)
 		var e commandError
 		if err := json.Unmarshal([]byte(errs), &e); err != nil || len(e.Endpoints) != 2 {
@@ -742,7 +742,7 @@ func TestClientStatus(t *testing.T) {
 	c.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 3, Address: c.addr}, Role: kvpb.Role_ROLE_UNINITIALIZED, UnhealthyReason: "new"})
 
 	endpoints := "--endpoints=" + strings.Join([]string{closedAddress, c.addr, a.addr}, ",")
-	out, _ := runCommand(t, 0, "", "status", "--timeout", "1s", endpoints)
+	out, _ := runCommand(t, 0, "", "status", "--timeout", "4s", endpoints)
 	rows := strings.Split(strings.TrimSpace(out), "\n")
 	want := []string{
 		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS DISK CLUSTER REASON ",
@@ -762,7 +762,7 @@ func TestClientStatus(t *testing.T) {
 		}
 	}
 
-	out, _ = runCommand(t, 0, "", "status", "-o", "json", "--timeout", "1s", endpoints)
+	out, _ = runCommand(t, 0, "", "status", "-o", "json", "--timeout", "4s", endpoints)
 	var answer struct {
 		Members []struct {
 			ID        string `json:"node_id"`
@@ -918,8 +918,8 @@ func TestClientConnections(t *testing.T) {
 	t.Parallel()
 	live, broken := newFakeNode(t), newFakeNode(t)
 	for _, dead := range []string{closedAddress, listenSilently(t)} {
-		runCommand(t, 0, "", "set", "k", "v", "--timeout", "1s", "--endpoints", dead+","+live.addr)
-		runCommand(t, 0, "", "get", "k", "--timeout", "1s", "--endpoints", dead+","+live.addr)
+		runCommand(t, 0, "", "set", "k", "v", "--timeout", "5s", "--endpoints", dead+","+live.addr)
+		runCommand(t, 0, "", "get", "k", "--timeout", "5s", "--endpoints", dead+","+live.addr)
 		_, errs := runCommand(t, exitNotDone, "", "set", "k", "v", "--timeout", "500ms", "--endpoints", dead)
 		if strings.Contains(errs, "may") {
 			t.Errorf("%s: nothing was sent, but: %s", dead, errs)
@@ -1524,7 +1524,7 @@ func TestWritesStayInOneCluster(t *testing.T) {
 			exit = exitNotDone
 		}
 		args := commandLine(t, line, one.addr+","+other.addr)
-		_, errs := runCommand(t, exit, "", append(args, "--timeout", "1s")...)
+		_, errs := runCommand(t, exit, "", append(args, "--timeout", "3s")...)
 		wantPart(t, errs, other.addr+": it is in another cluster, 000000000000000b, not in 000000000000000a")
 		if _, n := other.take(); n != 0 || other.opened != 0 {
 			t.Errorf("the other cluster was called %d times, and opened %d sessions", n, other.opened)
