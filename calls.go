@@ -70,7 +70,7 @@ type callsInFlight struct {
 	readWait  uint64      // ticks after which a round is asked for again
 	sequence  uint64      // of the last proposal or round
 
-	requests []*pendingRequest // steps of operators' requests
+	requests []*pendingRequest // what await waits for
 
 	// What has ended in this turn, and the inbox is owed.
 	endedCalls int
@@ -187,7 +187,7 @@ func (c *callsInFlight) failAll(err error) {
 }
 
 // takeEnded returns how many calls have ended since it was last called, and the bytes of
-// their records.
+// their writes.
 func (c *callsInFlight) takeEnded() (calls, bytes int) {
 	calls, bytes = c.endedCalls, c.endedBytes
 	c.endedCalls, c.endedBytes = 0, 0
@@ -240,7 +240,8 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 }
 
 // finishOwn ends the calls of the proposal in flight, if that is what was applied. There
-// are no results if an earlier copy of the proposal was applied: they are gone.
+// are no results if this node was no member any more: then the entry had no effect. (An
+// earlier copy has ended the proposal already, here or in failApplied.)
 func (c *callsInFlight) finishOwn(sequence uint64, results []outcome) {
 	if c.own == nil || c.own.sequence != sequence {
 		return
@@ -326,11 +327,14 @@ func (c *callsInFlight) askAgain(now uint64) {
 	}
 }
 
-// pollRequests has each request of an operator take a step. A step may add requests.
+// pollRequests has each request take a step. If raft panics in one, that one and the rest
+// stay in requests, where failAll finds them.
 func (c *callsInFlight) pollRequests() {
 	waiting := c.requests
 	c.requests = nil
-	for _, w := range waiting {
+	defer func() { c.requests = append(c.requests, waiting...) }()
+	for ; len(waiting) > 0; waiting = waiting[1:] {
+		w := waiting[0]
 		if w.ctx.Err() != nil {
 			continue
 		}
@@ -440,7 +444,8 @@ type outcome struct {
 	err error
 }
 
-// pendingRequest is an operator's request on its way. poll is called in every turn, until
+// pendingRequest is what a goroutine waits for in await: an operator's request, or
+// anything else that has to be done in the loop. poll is called in every turn, until
 // it answers that the request is done, or returns an error.
 type pendingRequest struct {
 	ctx  context.Context

@@ -23,8 +23,9 @@ const (
 	// silentTooLong is how long a member may say nothing, and the log is still
 	// kept for it.
 	silentTooLong = 2 * time.Second
-	// minSnapshotWait and maxSnapshotWait bound how long a member that was too
-	// slow waits for another snapshot; but it waits for as long as it took at least.
+	// A member that was too slow waits minSnapshotWait at least for another snapshot. Then
+	// it waits until half as much is written (mayRetry), or else as long as it had tried,
+	// or twice its last wait up to maxSnapshotWait if that is longer (tooSlow).
 	minSnapshotWait = time.Second
 	maxSnapshotWait = time.Minute
 )
@@ -51,18 +52,18 @@ func (c *catchup) noteCommit(commit uint64) {
 
 // follower is what the leader knows of a member beyond raft's own progress.
 type follower struct {
-	since   uint64 // tick in which it became known; 0: it has had all there was since
+	since   uint64 // tick in which this leader came to know it: its silence counts from then; 0: it has caught up once
 	stored  uint64 // the last entry that it was known to have
 	movedAt uint64 // tick in which it last got on, or had all there was
-	began   uint64 // tick since which it has been behind, or is sent a snapshot
-	from    uint64 // what it had stored when it was last sent the log
-	fromAt  uint64 // tick of that
+	began   uint64 // tick since which it lags, or is sent a snapshot
+	from    uint64 // the entry after which it began to be sent the log
+	fromAt  uint64 // tick in which it began to be
 	givenUp bool   // the log is not kept for it until it has caught up, or is sent a snapshot
 	gaveUp  uint64 // tick of that
-	wait    uint64 // ticks from then until it is sent another
-	waits   bool   // raft is not told yet that it needs another
-	written uint64 // bytes in a heartbeat then
-	lagging string // why; for status
+	wait    uint64 // ticks from gaveUp until it may get another snapshot
+	waits   bool   // raft waits to hear how its last snapshot went: not before it may get another
+	written uint64 // bytes that a heartbeat brought when it was given up
+	lagging string // why it lags; for status
 }
 
 // rate is the average of bytes in so many ticks, in bytes a second.
@@ -138,15 +139,15 @@ func (n *node) mayRetry(c *follower) bool {
 	return waited >= c.wait || n.catchup.written.recent(n.heartbeatNumber()) <= c.written/2
 }
 
-// keepsFor reports whether the log is kept for a member. What is on its way as a
-// snapshot keeps the log by itself.
+// keepsFor reports whether the log is kept for a member. For a member that
+// is being sent a snapshot, that snapshot's index keeps the log (needed).
 func (n *node) keepsFor(id uint64, pr tracker.Progress) bool {
 	if id == n.id.raftID || pr.State == tracker.StateSnapshot || !n.peers.connected[id] {
 		return false
 	}
 	c := n.followerOf(id)
 	isSilent := n.clock.now-max(n.peers.heard[id], c.since) > n.ticksOf(silentTooLong)
-	isStuck := n.clock.now-c.movedAt > n.ticksOf(helloTimeout)
+	isStuck := n.clock.now-c.movedAt > n.ticksOf(helloTimeout) // as long as a stream may stall
 	return !c.givenUp && !isSilent && !isStuck
 }
 
@@ -192,7 +193,7 @@ func (n *node) compactLog() {
 		index, behind = n.needed()
 		n.log.compact(limit/2, index)
 	}
-	isBurst := index < n.store.index && n.log.bytes > 3*limit // so much is written in two heartbeats
+	isBurst := index < n.store.index && n.log.bytes > 3*limit // nobody counts as behind, but so much was committed since two heartbeats ago
 	behind = behind || isBurst
 	n.catchup.noPause.Store(behind && n.log.bytes > limit)
 	if pace.isSlow() && !behind {
@@ -217,8 +218,8 @@ func (n *node) giveUp(index uint64) bool {
 	})
 	for _, id := range slow {
 		c := n.followerOf(id)
-		entry := n.log.bytes / max(1, uint64(len(n.log.entries)))
-		took := (index - min(index, c.from)) * entry
+		bytesPerEntry := n.log.bytes / max(1, uint64(len(n.log.entries)))
+		took := (index - min(index, c.from)) * bytesPerEntry
 		n.tooSlow(id, fmt.Sprintf("it stored %d bytes of the log a second", n.rate(took, n.clock.now-c.fromAt)))
 	}
 	return some || len(slow) > 0

@@ -85,7 +85,7 @@ func (c *claim) refuses(req *kvpb.ClaimRequest) bool {
 }
 
 // isPastLife reports whether before and now are two lives of one node, which has one
-// address. Then before has ended: only one process has the address, and now is heard.
+// address. Then before has ended: only one process has the address, and now has just called from it.
 func isPastLife(before, now *kvpb.Peer) bool {
 	return proto.Equal(before.Node, now.GetNode()) && before.Life != now.GetLife()
 }

@@ -750,7 +750,7 @@ func TestClientStatus(t *testing.T) {
 		"2 " + b.addr + " unhealthy no learner - - 0 0 0 no 0000000000000abc no leader ",
 		"3 " + c.addr + " unhealthy no uninitialized - - - - - no - new ",
 		"4 " + closedAddress + " unreachable yes - - - - - - - 0000000000000abc \"dial tcp ",
-		"5 " + silent + " unreachable yes - - - - - - - 0000000000000abc no answer in 500ms (DEADLINE_EXCEEDED) ",
+		"5 " + silent + " unreachable yes - - - - - - - 0000000000000abc no answer in 2s (DEADLINE_EXCEEDED) ",
 		"node 2 is too slow",
 	}
 	if len(rows) != len(want) {

@@ -11,10 +11,11 @@ import (
 )
 
 // durable is how much of the loop's state the data directory has. The loop alone
-// uses it.
+// uses it, but for disk: that is set before the node serves anybody and never changes, and
+// whoever receives a snapshot reads it, too (readSnapshot).
 type durable struct {
 	disk          *disk  // nil: in memory only
-	snapshotIndex uint64 // index of the last snapshot on disk; 0: the directory is nobody's
+	snapshotIndex uint64 // index of the last snapshot on disk; 0: there is no disk, or its directory is nobody's yet
 	queued        int    // jobs that the disk has not done
 	logged        uint64 // bytes of the entries on disk that the last snapshot there does not cover
 	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
@@ -40,14 +41,14 @@ func (d *durable) noteLogged(batch *kvpb.LogBatch, logBytes uint64) {
 		d.disk.endPauses()
 	}
 	if d.logged > 4*logBytes {
-		d.disk.suspend() // until the snapshot is there
+		d.disk.suspend() // the log's writer waits until the snapshot is there
 	}
 }
 
-// persist has the disk do a job and then calls done, in the loop. The first one
-// makes the directory this node's. Who has been removed by now is durable by
-// then, for each removal is followed by a job that makes it so. A snapshot that is
-// named takes the place of those before it.
+// persist has the disk do a job and then calls done, in the loop. The first job makes the
+// directory this node's. Once done is called, all removals that were applied when persist
+// was called are durable: applyConfChange and a snapshot's append each queue a job that
+// makes them so. A snapshot that the job's batch names takes the place of those before it.
 func (n *node) persist(j diskJob, done func()) {
 	if n.durable.disk == nil {
 		done()

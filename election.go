@@ -88,7 +88,7 @@ func (n *node) answerAlive(m *raftpb.Message) {
 		Type: raftpb.MsgHeartbeatResp.Enum(),
 		From: new(n.id.raftID),
 		To:   m.From,
-		Term: new(m.GetTerm() - 1),
+		Term: new(m.GetTerm() - 1), // the caller's own: a MsgPreVote has the next one
 	})
 }
 
@@ -103,8 +103,8 @@ type learnedCommit struct {
 // learnCommit remembers what the sender of an answer to a call for votes knows to
 // be committed. A node without a leader can need that: if it has forgotten, or never
 // heard, that a change of membership is committed, it asks for votes by the old
-// configuration, perhaps of nodes that have left for good, or of learners whose log
-// is longer.
+// configuration, perhaps of nodes that have left for good, or that are learners by now
+// and refuse, since their log is longer.
 func (n *node) learnCommit(m *raftpb.Message) {
 	isAnswer := m.GetType() == raftpb.MsgVoteResp || m.GetType() == raftpb.MsgPreVoteResp
 	if !isAnswer || m.GetCommit() <= n.rn.BasicStatus().GetCommit() {
@@ -122,9 +122,9 @@ func (n *node) learnCommit(m *raftpb.Message) {
 
 // commitLearned has raft commit what was learned, once that cannot cost this node an
 // election that it would win: it has lost its campaign, or has waited for half an
-// election timeout. Then it calls for votes again, by the configuration that it
-// knows now. Raft takes commits from a leader only; so here is one, for no longer
-// than the call.
+// election timeout. In the second case it then calls for votes again, by the configuration
+// that it knows now. Raft takes a commit index from a leader only: so it is given a
+// heartbeat as if the peer led, and forgets that leader at once.
 func (n *node) commitLearned() {
 	learned := n.election.learned
 	if learned.from == 0 {

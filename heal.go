@@ -1,7 +1,8 @@
 // Nodes that come back without their memory: how a leader takes them back.
 //
 // Such a node has another raft ID: under the old one it could vote twice. A node that
-// says hello at the address of a member under another raft ID is reborn. The leader adds
+// answers the leader's hello at the address of a member, under another raft ID and in no
+// other cluster, is reborn. The leader adds
 // the new raft ID as a learner, so the node has two for a while, and the configuration
 // has two members for one node. Once one of them is known to be gone, the leader removes
 // that one.
@@ -16,6 +17,10 @@ import (
 
 	"raft-key-value/kvpb"
 )
+
+// rebirthFresh is how long an answer without memory counts, and how long at least a raft
+// ID must be silent to be taken for gone.
+const rebirthFresh = leaderWait
 
 // rebirth is a raft ID without memory that answered in place of a member.
 type rebirth struct {
@@ -52,7 +57,7 @@ type duplicate struct {
 // and waits to be taken back.
 func (c *clusterState) isComingBack(raftID uint64) bool {
 	r := c.reborn[raftID]
-	return r != nil && c.now-r.seen < c.ticksOf(leaderWait)
+	return r != nil && c.now-r.seen < c.ticksOf(rebirthFresh)
 }
 
 // mustTakeBack reports whether the node of a member waits to be taken back, and its new
@@ -131,8 +136,8 @@ func (h *healing) duplicateOf(raftID uint64, l *leaderState) *duplicate {
 	return d
 }
 
-// isGone reports whether no process can go by an older raft ID of a node any more: it
-// does not answer, and the learner answers from its address, or it was silent for long.
+// isGone reports whether an older raft ID of a node is taken to be gone: it does not
+// answer, and the learner is at its address, or it was silent for long.
 func (l *leaderState) isGone(older, learner, since uint64) bool {
 	if l.isAlive(older) {
 		return false
@@ -141,11 +146,12 @@ func (l *leaderState) isGone(older, learner, since uint64) bool {
 	return isReplaced || l.isSilentSince(older, since)
 }
 
-// isSilentSince reports whether a raft ID was not heard for as long as a process needs to
-// connect, from a tick on.
+// isSilentSince reports whether a raft ID was not heard, from a tick on, for longer than
+// rebirthFresh and two election timeouts: a running process has connected by then, unless
+// its network is slow.
 func (c *clusterState) isSilentSince(raftID, tick uint64) bool {
 	silent := c.now - max(tick, c.heard[raftID])
-	return silent > c.ticksOf(leaderWait)+2*c.electionTicks
+	return silent > c.ticksOf(rebirthFresh)+2*c.electionTicks
 }
 
 // replaceBy returns what gives one raft ID of a node the role that its others have, and

@@ -91,8 +91,8 @@ func sameCluster(clusterID uint64, members map[uint64]*kvpb.Node, h *kvpb.Hello)
 // hears reports whether what came by a stream may be listened to: not if it is to
 // another raft ID than this node's, of another cluster, or of somebody who has left.
 //
-// It may come late, from a process of the peer that has ended. Whoever goes by the same
-// raft ID has lost nothing, so that message is to raft one that was late, and raft takes
+// It may come late, from a process of the peer that has ended. The process that now has
+// this raft ID has lost nothing; so to raft, such a message is merely late, and raft takes
 // messages late, twice or never. What it promises was durable before it left: a vote, an
 // answer to an append, and the term of whoever calls for votes or leads (ready, append).
 // A batch of writes takes effect once: a later process numbers its own from above

@@ -631,7 +631,7 @@ func (n *node) foundCluster(try *initTry, members []*kvpb.Node) (clusterID uint6
 // not, it compares the voters with the members, and changes nothing.
 func (f *founder) carryOnOrCompare(ctx context.Context) (uint64, error) {
 	n := f.s.n
-	var clusterID uint64 // of the loop; no named result, which a return would write, too
+	var clusterID uint64 // the loop writes it, perhaps after do has failed: so it is no named result
 	carriesOn := false
 	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
@@ -658,7 +658,7 @@ func (f *founder) compareVoters(ctx context.Context) (uint64, error) {
 		return 0, err
 	}
 	n := f.s.n
-	var clusterID uint64 // of the loop; no named result, which a return would write, too
+	var clusterID uint64 // the loop writes it, perhaps after do has failed: so it is no named result
 	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
 		if clusterID == 0 {

@@ -13,8 +13,8 @@
 //   - The writer (disk.run), one a node with a data directory: it alone touches
 //     the log on disk. Beside it, one goroutine fills the log's next segment and
 //     one writes a snapshot from a view (disk.start).
-//   - A peer (peer.run), one for each other member: it keeps a stream open and
-//     sends what the loop queued. Beside it a goroutine waits for the stream's
+//   - A peer (peer.run), one for each other member, and for each stranger that has a
+//     stream to this node: it keeps a stream open and sends what the loop queued. Beside it a goroutine waits for the stream's
 //     end, and a timer for an answer to its hello.
 //   - A dial (target.dial), in a goroutine of gRPC's, has one for each of its tries
 //     to connect, which end with it, and one for a query of a name, which may go on
@@ -45,8 +45,8 @@
 //
 //   - A raft ID is what raft knows a member by. A node takes a new one whenever it
 //     has lost its memory; the id that operators give to a node stays.
-//   - A life is one process's use of a raft ID. A node with a data directory has the
-//     same raft ID in many lives. A node without one has one life.
+//   - A life is one process's use of a raft ID. With a data directory, a raft ID has many
+//     lives; without one, it has one.
 //   - A turn is one pass of the loop: input in, effects out. Draining is to handle
 //     Readys until raft has none.
 //   - A view is the store as of one index, which stays as it is while writes go on.

@@ -97,7 +97,7 @@ func (l *leaderState) learnerStep(raftID uint64, m *kvpb.Node) nextStep {
 		moved := []*kvpb.Member{{RaftId: raftID, Node: m}}
 		return proposeStep(moved, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	}
-	others := l.rivals(m)
+	others := l.mayBeOthers(m)
 	if slices.ContainsFunc(others, l.isAlive) {
 		return failStep(memberExists("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
 	}
@@ -121,10 +121,10 @@ func (c *clusterState) checkFree(raftID uint64, m *kvpb.Node) error {
 	return nil
 }
 
-// rivals are the raft IDs of m's node that may be another process than m: those that this
-// node is connected to at another address, and its own. Of these, only one that is alive,
-// heard lately too, forbids m.
-func (c *clusterState) rivals(m *kvpb.Node) []uint64 {
+// mayBeOthers are those raft IDs of m's node that may belong to another process than m:
+// the leader's own, and those to which the leader has a stream at another address than
+// m's. They forbid m only if they are alive.
+func (c *clusterState) mayBeOthers(m *kvpb.Node) []uint64 {
 	return slices.DeleteFunc(c.raftIDsOf(m.Id), func(id uint64) bool {
 		hasMadeWay := !c.connected[id] || c.nodeOf(id).Address == m.Address
 		return id != c.raftID && hasMadeWay
@@ -157,7 +157,7 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 	}
 	// In this order: what is so already is done, whatever else is wrong; a change in
 	// flight is waited for; a wrong expectation and a wrong request are refused; members
-	// that are not ready are refused, but by a new leader, which waits for them; whoever
+	// that are not ready are waited for by a new leader, and refused by any other; whoever
 	// comes back is taken back first. Then the change is made.
 	voters, refusal := l.votersToBe(req)
 	var changes []*raftpb.ConfChangeSingle
@@ -372,15 +372,15 @@ type jointStay struct {
 	term  uint64            // in which this node leads
 	began uint64            // tick
 	tried uint64            // tick in which the leader last tried to leave; 0: not yet
-	// notice is an entry after conf: whoever has stored it knows that conf is committed.
-	// 0: it is not proposed yet.
-	notice uint64
+	// witness is the index of a witness of conf: whoever has stored it knows that conf is
+	// committed. 0: it is not proposed yet.
+	witness uint64
 }
 
 // step takes the next step to end a change of membership that is half way. What can get
 // lost is tried again after a heartbeat.
 //
-// The voters that are to leave, and answer, have to know first that they are. If several
+// Voters that are to leave have to know first that they are to, if they answer now. If several
 // leave at once, one that does not know would wait for ever for a majority of its old
 // voters to tell it: the others that leave forget all they knew. Nobody is waited for
 // longer than two election timeouts.
@@ -399,10 +399,10 @@ func (j *jointStay) step(l *leaderState) nextStep {
 	}
 	leavers := l.leavers()
 	if len(leavers) > 0 && l.now-j.began <= 2*l.electionTicks {
-		if j.notice == 0 {
+		if j.witness == 0 {
 			return nextStep{kind: stepAnnounce}
 		}
-		isUntold := func(id uint64) bool { return l.progress[id].Match < j.notice }
+		isUntold := func(id uint64) bool { return l.progress[id].Match < j.witness }
 		if slices.ContainsFunc(leavers, isUntold) {
 			return nextStep{kind: stepWait}
 		}
@@ -469,7 +469,7 @@ type witness struct {
 	index uint64
 }
 
-// advance takes the next step after a turn; it answers that the request waits, is done,
+// advance takes the next step, once in each turn; it answers that the request waits, is done,
 // or has failed. An answer, also that something cannot be done, waits for the request's
 // witness: a leader that has been deposed must not give one.
 func (r *request) advance() nextStep {
@@ -592,7 +592,7 @@ func (n *node) perform(s nextStep) nextStep {
 		n.change.start(n.clock.now)
 		n.rn.TransferLeader(s.to)
 	case stepAnnounce:
-		n.change.joint.notice = n.proposeEmpty()
+		n.change.joint.witness = n.proposeEmpty()
 	case stepLeaveJoint:
 		_ = n.rn.ProposeConfChange(&raftpb.ConfChangeV2{}) // if refused, it is tried again
 	default:
@@ -634,13 +634,13 @@ func (n *node) keepsVoters(c *raftpb.ConfChangeSingle) bool {
 	return c.GetType() == raftpb.ConfChangeUpdateNode || !n.isVoter(c.GetNodeId())
 }
 
-// proposeEmpty has this leader append an empty entry, and returns its index; 0: it
-// could not, because leadership is being transferred, or the node has broken.
+// proposeEmpty has this leader append an empty entry, and returns the index of the last
+// entry of the log then: that one, or one that was proposed just after it. 0: it could not, because leadership is being transferred, or the node has broken.
 func (n *node) proposeEmpty() uint64 {
 	if err := n.rn.Propose(nil); err != nil {
 		return 0
 	}
-	n.log.stale = true
+	n.log.stale = true // so that drainedLog drains: the entry is not in n.log yet
 	log := n.drainedLog()
 	if log == nil {
 		return 0

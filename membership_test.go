@@ -257,7 +257,7 @@ func TestLeaveJointRule(t *testing.T) {
 		}
 	}
 	want("2 has to know", "announce")
-	j.notice = 61
+	j.witness = 61
 	want("2 does not know yet", "wait")
 	l.progress[2] = tracker.Progress{Match: 61}
 	want("2 knows", "leave")
@@ -265,7 +265,7 @@ func TestLeaveJointRule(t *testing.T) {
 	l.now += ticksPerHeartbeat
 	want("it may be lost", "leave")
 
-	*j = jointStay{conf: l.conf, term: l.raft.term, began: l.now, notice: 62}
+	*j = jointStay{conf: l.conf, term: l.raft.term, began: l.now, witness: 62}
 	want("2 does not know", "wait")
 	l.now += 2*l.electionTicks + 1
 	l.answers(2)

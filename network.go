@@ -57,8 +57,8 @@ type receiver interface {
 	// another address than the known one.
 	peerMoved(raftID uint64, to *kvpb.Node)
 	// peerDown learns that messages to a peer are lost: all of them, since there is no
-	// stream to it (lost), or some, since its queue is full.
-	peerDown(raftID uint64, lost bool)
+	// stream to it (noStream), or some, since its queue is full.
+	peerDown(raftID uint64, noStream bool)
 	// receiveMessages takes a peer's messages, and waits while there is no room.
 	receiveMessages(context.Context, []inbound) error
 	// readSnapshot reads the snapshot that a peer sends.

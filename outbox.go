@@ -9,14 +9,15 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 )
 
-// outbox is what a turn sends to peers at its end.
+// outbox is what waits to be sent to peers: until the next flush, at the latest at the end
+// of the turn. What only says what is committed may wait for the next tick.
 type outbox struct {
 	messages    []peerMessages
 	readContext uint64 // highest read context sent with a heartbeat in this term
 	askedAt     uint64 // tick in which a peer last asked this leader for something
 }
 
-// peerMessages is what one turn sends to one peer.
+// peerMessages is what waits for one peer.
 type peerMessages struct {
 	to uint64 // raft ID
 	ms []*raftpb.Message
@@ -39,8 +40,9 @@ func (o *outbox) add(m *raftpb.Message) {
 	p.ms = append(p.ms, m)
 }
 
-// take returns what is to be sent now: all, or all that cannot wait. eager: a peer has
-// asked for something, and waits.
+// take returns what is to be sent now: all of it, if all or eager; or else all that does
+// not only say what is committed. eager: a peer has asked for something within the last
+// election timeout, and may wait to hear that it is committed.
 func (o *outbox) take(all, eager bool) []peerMessages {
 	if all || eager {
 		out := o.messages
@@ -82,7 +84,8 @@ func onlyCommits(ms []*raftpb.Message) bool {
 	return ms[0].GetType() == raftpb.MsgApp && len(ms[0].GetEntries()) == 0
 }
 
-// send queues a message of raft for the end of the turn, with what this node adds to it.
+// send queues a message of raft for the next flush, with what this node adds to it. For a
+// MsgSnap it starts a transfer.
 func (n *node) send(m *raftpb.Message) {
 	switch m.GetType() {
 	case raftpb.MsgSnap:
@@ -99,8 +102,8 @@ func (n *node) send(m *raftpb.Message) {
 	n.outbox.add(m)
 }
 
-// flush gives each peer its messages, all of them or all that cannot wait, and ends what
-// this turn has ended.
+// flush gives each peer its messages, all of them or all that cannot wait, closes the
+// views that nobody sends from, and frees the room of calls that have ended.
 func (n *node) flush(all bool) {
 	eager := n.clock.now-n.outbox.askedAt <= n.electionTicks()
 	for _, p := range n.outbox.take(all, eager) {

@@ -81,8 +81,8 @@ func (m *meter) fastest(heartbeat uint64) uint64 {
 	return best
 }
 
-// pace is how a leader slows writes. Of its own it proposes none, and holds those
-// that other nodes propose, while they are ahead of it. Each node has one proposal
+// pace is how a leader slows writes. While they are ahead of the pace, the leader proposes
+// none of its own, and holds those that other nodes propose. Each node has one proposal
 // in flight at most, so whoever waits for one waits for the pace.
 type pace struct {
 	limit   uint64            // bytes in a tick; 0: writes are not slowed
@@ -103,8 +103,9 @@ func (p *pace) slow(limit, ticksPerSecond, wall uint64) {
 	p.taken = map[uint64]uint64{}
 }
 
-// most is what may be proposed in a second: writes are not further ahead of the
-// pace, nor behind it. So one is proposed in each second, however large.
+// most is what may be proposed in a second. room stays between -most and most: no more than
+// a second's worth is saved up, and however large a write was, the next may go about a
+// second later.
 func (p *pace) most() int64 { return int64(p.limit * p.second) }
 
 // isSlow reports whether writes are slowed.
@@ -127,8 +128,9 @@ func (p *pace) count(bytes int) {
 	}
 }
 
-// hold keeps another node's proposal for later, in place of one that it gave up. It
-// may have been sent again, as one that was lost would be.
+// hold keeps another node's proposal for later, in place of an older one of that node's.
+// One that raft has taken from held already is dropped: its node has sent it again, not
+// knowing that.
 func (p *pace) hold(m *raftpb.Message) {
 	if p.taken[m.GetFrom()] == sequenceOf(m) {
 		return

@@ -96,14 +96,14 @@ func (p *peer) takeBatch() []*raftpb.Message {
 	return p.queue.takeBatch()
 }
 
-// connected begins to queue messages for the peer, whose process is life, at at.
-func (p *peer) connected(life uint64, at *kvpb.Node) {
+// connected begins to queue messages for the peer: a process, life, has answered at where.
+func (p *peer) connected(life uint64, where *kvpb.Node) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.life = life
-	p.at = at
+	p.at = where
 	p.queue = sendQueue{}
-	if at.Address == p.addresses.known.Address {
+	if where.Address == p.addresses.known.Address {
 		p.addresses.hint = nil // the peer is where it was
 	}
 }

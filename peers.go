@@ -74,7 +74,7 @@ func (n *node) followUp(raftID uint64, outbound bool) {
 	}
 	delete(n.peers.reborn, raftID) // the member is there, whoever answered in its place before
 	if raftID == n.election.deafTo {
-		n.election.deafTo = 0 // it is alive, or again
+		n.election.deafTo = 0 // it is alive still, or alive again
 	}
 	if !outbound {
 		return
@@ -112,18 +112,18 @@ func (n *node) peerMoved(raftID uint64, to *kvpb.Node) {
 	})
 }
 
-// peerDown learns that messages to a peer were lost. broken: its stream is, or else its
-// queue is full. Any goroutine may call it.
-func (n *node) peerDown(raftID uint64, broken bool) {
-	n.inbox.event(func() { n.followDown(raftID, broken) })
+// peerDown learns that messages to a peer were lost: all, for there is no stream to it
+// (noStream), or some, for its queue is full. Any goroutine may call it.
+func (n *node) peerDown(raftID uint64, noStream bool) {
+	n.inbox.event(func() { n.followDown(raftID, noStream) })
 }
 
 // followDown is peerDown in the loop.
-func (n *node) followDown(raftID uint64, broken bool) {
-	if !broken {
+func (n *node) followDown(raftID uint64, noStream bool) {
+	if !noStream {
 		n.logger.Debug("peer's queue is full", "peer", n.describe(raftID))
 	}
-	wasConnected := broken && n.peers.disconnect(raftID)
+	wasConnected := noStream && n.peers.disconnect(raftID)
 	if n.rn == nil {
 		return
 	}
@@ -148,9 +148,9 @@ func (n *node) nodeOf(raftID uint64) *kvpb.Node {
 	return cmp.Or(n.peers.moved[raftID], m)
 }
 
-// commitMove has the leader put into the configuration where one of its members,
-// or itself, is now; false: there is nothing to do.
-func (n *node) commitMove() bool {
+// proposeMove, in a leader, proposes to put into the configuration where one of its
+// members, or the leader itself, is now; false: nothing was proposed.
+func (n *node) proposeMove() bool {
 	for _, m := range sortedMembers(n.store.members) {
 		at := n.nodeOf(m.RaftId)
 		hasMoved := at.Address != m.Node.Address && n.alive(m.RaftId)

@@ -154,7 +154,8 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	return n
 }
 
-// newLife forgets everything. The raft ID was never used before: under its old
+// newLife forgets all that the node knew as a member, and gives it a new raft ID. Calls
+// that wait are the caller's to end (endRemoved). The raft ID was never used before: under its old
 // one, a node without memory could vote twice.
 func (n *node) newLife() {
 	n.id = identity{raftID: randomID(), life: randomID()}
@@ -408,7 +409,7 @@ func (n *node) heartbeat() {
 		n.followMembers()
 	}
 	n.compactLog()
-	if n.mayChange() && !n.commitMove() {
+	if n.mayChange() && !n.proposeMove() {
 		n.heal()
 	}
 }
@@ -488,7 +489,8 @@ func (n *node) stepRaft(m *raftpb.Message) {
 	n.syncSoftState()
 }
 
-// drainedLog returns the log as raft itself has it, or nil if the node has broken.
+// drainedLog returns the log with all that raft has taken from a leader's appends, or nil
+// if the node has broken. It can lack what this node has just proposed.
 // Whoever looks at the log between two Readys has to look here: n.log can still
 // hold entries that raft has replaced.
 func (n *node) drainedLog() *raftLog {
@@ -555,7 +557,7 @@ func (n *node) admits(m *raftpb.Message) bool {
 func (n *node) mustDrainFor(m *raftpb.Message) bool {
 	switch m.GetType() {
 	case raftpb.MsgProp:
-		return true // who leads, and may take it, a Ready may change
+		return true // a Ready may change who leads, and whether it takes proposals
 	case raftpb.MsgTimeoutNow:
 		return true // raft ignores it while it has a change of membership to apply
 	case raftpb.MsgApp:
@@ -565,7 +567,7 @@ func (n *node) mustDrainFor(m *raftpb.Message) bool {
 		// A commit index that is not applied yet is compared with the end of the log.
 		return n.log.stale || m.GetCommit() > n.store.index
 	case raftpb.MsgAppResp:
-		return n.log.stale // as is an acknowledgement
+		return n.log.stale // what it acknowledges is compared with the end of the log
 	}
 	return false
 }
@@ -682,7 +684,8 @@ func (n *node) append(m *raftpb.Message) {
 		n.log.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
 	mustSync := batch.Discards || raft.MustSync(n.log.hard, old, len(m.GetEntries()))
-	// If only the commit index has changed, others know that, too.
+	// A commit index need not be durable, for a majority has the entries: an answer waits
+	// only for jobs before it.
 	mayAnswerNow := !mustSync && n.durable.queued == 0
 	if n.durable.disk == nil || mayAnswerNow {
 		n.respond(m.GetResponses())
@@ -775,13 +778,14 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 	n.store.configure(conf, ctx.Members) // first: raft may want a snapshot at once
 	n.rn.ApplyConfChange(cc)
 	n.configured()
-	// The change is committed. Once that is durable, the removed may be told.
-	// persist lets the removed be told when that is done: durable.removed.
+	// The removed may be told once it is durable that this change is committed: when the
+	// job is done, persist sets durable.removed.
 	n.persist(diskJob{batch: &kvpb.LogBatch{HardState: wireHardState(n.log.hard)}}, func() {})
 	return nil
 }
 
-// configured tells the network and the log of a new configuration.
+// configured has the parts of the node follow a new configuration: it forgets who was
+// removed, ends an Init that waits for it, tells the network, and has it logged.
 func (n *node) configured() {
 	n.peers.forget(n.store.removed)
 	n.change.forgetMembers(n.store.removed)

@@ -25,8 +25,9 @@ type raftLog struct {
 	bytes     uint64 // that the entries take in memory
 	dropped   int    // entries that still take memory, though they are compacted
 	snapshot  func() *raftpb.Snapshot
-	// stale: raft has taken in entries since its last Ready, and the log lacks them. They
-	// may replace some that it holds. (A snapshot is drained at once: stepSnapshot.)
+	// stale: raft has taken in entries of a leader since its last Ready, and the log lacks
+	// them; or one of this node's, if proposeEmpty says so. They may replace some that it
+	// holds. (A snapshot is drained at once: stepSnapshot.)
 	stale bool
 }
 

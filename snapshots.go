@@ -1,5 +1,6 @@
-// Snapshots: sent to peers, received from them, and saved to this node's disk. What
-// the loop does comes first, then the streams that they are sent by.
+// Snapshots sent to peers and received from them, as the loop sees them. The streams that
+// carry them are in transfer.go; a snapshot that a node saves of its own state is in
+// durable.go.
 
 package main
 
@@ -44,8 +45,8 @@ func (s *snapshotsInFlight) oldest() (index uint64, ok bool) {
 	return index, index != never
 }
 
-// giveUp gives up the transfers of an index; false: there are none. snapshotSent says
-// so, for each member.
+// giveUp gives up the transfers of an index; false: there are none. Whoever sends one stops
+// (sendChunks), and then snapshotSent comes for each member.
 func (s *snapshotsInFlight) giveUp(index uint64) bool {
 	v := s.at(index)
 	if v == nil || v.givenUp.Load() {

@@ -56,7 +56,7 @@ type store struct {
 	// The state that the loop alone reads, and so without a lock.
 	index     uint64 // of the last entry applied
 	term      uint64 // of the last entry applied
-	version   uint64 // of the last write applied: a count of them, from beginVersions on
+	version   uint64 // of the last write applied: they are counted from 0, or from what beginVersions set
 	conf      *raftpb.ConfState
 	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
 	removed   []uint64              // raft IDs, oldest first
