@@ -641,7 +641,7 @@ func TestMoveIsCommitted(t *testing.T) {
 			test.change(n)
 			l.turn(0)
 			last := n.log.last()
-			begun := n.commitMove()
+			begun := n.proposeMove()
 			l.turn(0)
 			if begun != (test.want != nil) || (n.log.last() > last) != begun {
 				t.Fatalf("a change is begun: %v", begun)

@@ -1589,6 +1589,30 @@ func TestPanicEndsWhatWaits(t *testing.T) {
 	}
 }
 
+// TestPanicInARequest: raft panics in the step of a request. That one ends, too, and so do
+// those after it.
+func TestPanicInARequest(t *testing.T) {
+	n := newLone(t, following).n
+	var ends []chan error
+	for range 2 {
+		end := make(chan error, 1)
+		ends = append(ends, end)
+		n.calls.requests = append(n.calls.requests, &pendingRequest{
+			ctx:  context.Background(),
+			poll: func() (bool, error) { panic(raftPanic("it contradicts itself")) },
+			done: end,
+		})
+	}
+	if err := n.run(t.Context()); err == nil {
+		t.Fatal("the loop has not ended with an error")
+	}
+	for i, end := range ends {
+		if err := endOf(end); err == nil {
+			t.Errorf("request %d waits still", i)
+		}
+	}
+}
+
 // endOf is what stands in a channel, or nothing.
 func endOf[T any](c chan T) (end T) {
 	select {
