@@ -2,10 +2,9 @@
 //
 // Such a node has another raft ID: under the old one it could vote twice. A node that
 // answers the leader's hello at the address of a member, under another raft ID and in no
-// other cluster, is reborn. The leader adds
-// the new raft ID as a learner, so the node has two for a while, and the configuration
-// has two members for one node. Once one of them is known to be gone, the leader removes
-// that one.
+// other cluster, is reborn. The leader adds the new raft ID as a learner, so the node has
+// two for a while, and the configuration has two members for one node. Once one of them is
+// known to be gone, the leader removes that one.
 
 package main
 
