@@ -120,7 +120,8 @@ func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 	if c.own == nil {
 		return
 	}
-	// Without a leader, what no caller waits for any more need not be proposed again.
+	// The calls of the proposal end one by one when they are late. The proposal itself goes
+	// on, unless there is no leader and nobody waits for it any more.
 	someoneWaits := false
 	for _, call := range c.own.calls {
 		if call.isLate(wall) {
@@ -239,9 +240,10 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	return p
 }
 
-// finishOwn ends the calls of the proposal in flight, if that is what was applied. There
-// are no results if this node was no member any more: then the entry had no effect. (An
-// earlier copy has ended the proposal already, here or in failApplied.)
+// finishOwn ends the calls of the proposal in flight, if that is what was applied. The store
+// gives no results for an entry that it skips. Here that means that this node was no member
+// any more: its calls end with errOutcomeUnknown, which says less than is known. (A second
+// copy is skipped, too, but the first has ended the proposal, here or in failApplied.)
 func (c *callsInFlight) finishOwn(sequence uint64, results []outcome) {
 	if c.own == nil || c.own.sequence != sequence {
 		return

@@ -23,9 +23,10 @@ const (
 	// silentTooLong is how long a member may say nothing, and the log is still
 	// kept for it.
 	silentTooLong = 2 * time.Second
-	// A member that was too slow waits minSnapshotWait at least for another snapshot. Then
-	// it waits until half as much is written (mayRetry), or else as long as it had tried,
-	// or twice its last wait up to maxSnapshotWait if that is longer (tooSlow).
+	// A member that was too slow gets another snapshot after minSnapshotWait at the
+	// earliest: as soon as half as much is written as when it was given up (mayRetry), and
+	// at the latest after follower.wait. That is as long as it had tried, or twice its last
+	// wait but at most maxSnapshotWait, whichever is longer (tooSlow).
 	minSnapshotWait = time.Second
 	maxSnapshotWait = time.Minute
 )
@@ -53,7 +54,7 @@ func (c *catchup) noteCommit(commit uint64) {
 // follower is what the leader knows of a member beyond raft's own progress.
 type follower struct {
 	since   uint64 // tick in which this leader came to know it: its silence counts from then; 0: it has caught up once
-	stored  uint64 // the last entry that it was known to have
+	stored  uint64 // what stored said last
 	movedAt uint64 // tick in which it last got on, or had all there was
 	began   uint64 // tick since which it lags, or is sent a snapshot
 	from    uint64 // the entry after which it began to be sent the log
@@ -71,10 +72,12 @@ func (n *node) rate(bytes, ticks uint64) uint64 {
 	return uint64(float64(bytes) / (float64(max(ticks, 1)) * n.tickDuration().Seconds()))
 }
 
-// stored is the last entry that a member has, as far as the leader knows.
+// stored is the entry after which a member needs the log: the last one that the leader
+// knows it to have or, while raft probes it, the one that raft asks it for. (A new leader
+// knows of none, and would keep all of the log for everybody.)
 func stored(pr tracker.Progress) uint64 {
 	if pr.State == tracker.StateProbe {
-		return pr.Next - 1 // perhaps: it is asked
+		return pr.Next - 1
 	}
 	return pr.Match
 }

@@ -64,7 +64,8 @@ func (c *clusterState) durationOf(ticks uint64) time.Duration {
 	return (time.Duration(ticks) * c.tick).Round(100 * time.Millisecond)
 }
 
-// isVoter reports whether a raft ID votes, once no change is half way.
+// isVoter reports whether a raft ID votes; in a joint configuration, whether it will once
+// that is left.
 func (c *clusterState) isVoter(raftID uint64) bool {
 	return slices.Contains(c.conf.GetVoters(), raftID)
 }

@@ -53,7 +53,7 @@
 //   - A Batch is the writes of one entry; a proposal is this node's Batch in flight.
 //   - A session remembers what its client's writes were answered, by request_id.
 //   - A round is one ReadIndex for all reads that wait.
-//   - The mark is the index of the snapshot on disk that counts.
+//   - The mark says which snapshot on disk counts: its index, term and file.
 //   - A claim is what a node in no cluster promises to an Init, whose node is the
 //     founder.
 //   - A hint says that a peer is at another address than the configuration has. It

@@ -2,7 +2,7 @@
 // the loop makes them.
 //
 // The rules (functions of clusterState and leaderState) say what comes next, and
-// node.perform does it: one step after each turn, until what was asked for is so.
+// node.perform does it: one step in each turn, until what was asked for is so.
 
 package main
 
@@ -291,7 +291,7 @@ func (l *leaderState) changesTo(
 	voters []uint64, req *kvpb.ChangeMembershipRequest,
 ) ([]*raftpb.ConfChangeSingle, error) {
 	var changes []*raftpb.ConfChangeSingle
-	stops := func(id uint64) bool { return l.isVoter(id) && !slices.Contains(voters, id) }
+	stopsVoting := func(id uint64) bool { return l.isVoter(id) && !slices.Contains(voters, id) }
 	for _, m := range sortedMembers(l.members) {
 		id := m.RaftId
 		nodeID := m.Node.Id
@@ -308,12 +308,13 @@ func (l *leaderState) changesTo(
 		isRemoved := slices.Contains(req.Remove, nodeID)
 		isKept := req.Retain || slices.Contains(req.Demote, nodeID)
 		becomesLearner := isKept && !isRemoved
-		if stops(id) && becomesLearner {
+		if stopsVoting(id) && becomesLearner {
 			changes = append(changes, confChange(raftpb.ConfChangeAddLearnerNode, id))
 			continue
 		}
-		// With a voter that leaves goes the learner that was to take its place.
-		if isRemoved || slices.ContainsFunc(l.raftIDsOf(nodeID), stops) {
+		// With a voter that stops voting, removed or demoted, goes the learner that was to
+		// take its place.
+		if isRemoved || slices.ContainsFunc(l.raftIDsOf(nodeID), stopsVoting) {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
@@ -371,7 +372,7 @@ type jointStay struct {
 	conf  *raftpb.ConfState // nil: there was none; each configuration is a new pointer
 	term  uint64            // in which this node leads
 	began uint64            // tick
-	tried uint64            // tick in which the leader last tried to leave; 0: not yet
+	tried uint64            // tick in which the leader last tried to hand over, or to leave; 0: not yet
 	// witness is the index of a witness of conf: whoever has stored it knows that conf is
 	// committed. 0: it is not proposed yet.
 	witness uint64
@@ -380,10 +381,11 @@ type jointStay struct {
 // step takes the next step to end a change of membership that is half way. What can get
 // lost is tried again after a heartbeat.
 //
-// Voters that are to leave have to know first that they are to, if they answer now. If several
-// leave at once, one that does not know would wait for ever for a majority of its old
-// voters to tell it: the others that leave forget all they knew. Nobody is waited for
-// longer than two election timeouts.
+// Voters that are to leave, and answer now, have to know so first. A node ends once most of
+// the other voters, by the configuration that it knows, have told it that it was removed
+// (disowned). One that does not know of the change counts the old voters: if several leave
+// at once, it would wait for ever, for the others have forgotten all they knew. Nobody is
+// waited for longer than two election timeouts.
 func (j *jointStay) step(l *leaderState) nextStep {
 	if j.conf != l.conf || j.term != l.raft.term {
 		*j = jointStay{conf: l.conf, term: l.raft.term, began: l.now}
@@ -425,7 +427,7 @@ func (c *clusterState) leavers() []uint64 {
 type membershipChange struct {
 	startedAt uint64 // tick of the change in flight; 0: none
 	healing   healing
-	joint     jointStay // in a joint configuration, the last one
+	joint     jointStay // this leader's last stay in a joint configuration
 }
 
 // start notes that a change was proposed.
@@ -496,7 +498,8 @@ func (r *request) poll() (done bool, err error) { return r.advance().answer() }
 // request came, after the present configuration. If there is none, it proposes one. Once
 // it is applied, a majority has followed this leader, and that configuration was in force,
 // after the request came. And most voters know that the configuration is committed, also
-// after a restart: they have stored an entry that came with word of that. Before, they
+// after a restart: they have stored an entry that came with
+// word of that, and with entries the commit index is stored, too (append). Before, they
 // might need the votes of those who were removed, if this leader is lost. Raft itself asks
 // for no more than that a change is committed.
 func (r *request) seekWitness() bool {
@@ -571,7 +574,8 @@ func (n *node) isCaughtUp(pr tracker.Progress) bool { return isCaughtUp(pr, n.up
 // alive reports whether a member answers: see isAlive.
 func (n *node) alive(raftID uint64) bool { return n.clusterState().isAlive(raftID) }
 
-// isVoter reports whether a raft ID votes, once no change is half way.
+// isVoter reports whether a raft ID votes; in a joint configuration, whether it will once
+// that is left.
 func (n *node) isVoter(raftID uint64) bool { return slices.Contains(n.store.conf.GetVoters(), raftID) }
 
 // mayChange reports whether a change of membership or leadership may start.
@@ -614,7 +618,8 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 	if err != nil {
 		return err
 	}
-	// Explicit: raft would leave the joint configuration without looking who leads.
+	// Explicit: else raft would leave the joint configuration without looking who leads. A
+	// single change that takes no vote away needs none: with Auto, raft makes none.
 	transition := raftpb.ConfChangeTransitionJointExplicit
 	if len(changes) == 1 && n.keepsVoters(changes[0]) {
 		transition = raftpb.ConfChangeTransitionAuto

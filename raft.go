@@ -43,13 +43,13 @@ const (
 	ticksPerHeartbeat = 5
 	// maxEntryBytes bounds the writes that share an entry, but a single larger one.
 	maxEntryBytes = 1 << 20
-	// maxQueuedCalls and maxQueuedBytes bound what waits to be proposed or read.
+	// maxQueuedCalls and maxQueuedBytes bound the calls that have not ended, and their writes.
 	maxQueuedCalls = 64 << 10
 	maxQueuedBytes = 64 << 20
 	// maxInboundBytes bounds what peers sent and the loop has not seen.
 	maxInboundBytes = 16 << 20
 	// leaderWait is how long there may be no leader before calls that need one end. A call
-	// that comes later ends at once.
+	// that comes later ends with the next tick.
 	leaderWait = 2 * time.Second
 )
 
@@ -65,8 +65,8 @@ const (
 type transport interface {
 	// send queues messages for a peer and drops them if its stream is down or full.
 	send(to uint64, ms []*raftpb.Message)
-	// sendSnapshot sends a view in the background and reports by the receiver's
-	// snapshotSent.
+	// sendSnapshot sends a view in the background, and calls this node's
+	// snapshotSent when that has ended.
 	sendSnapshot(to, term uint64, v *view)
 	// setMembers says whom to keep a stream to, by raft ID, and whom never to
 	// hear again.
@@ -340,6 +340,7 @@ func (n *node) turn(in input) {
 	for _, msg := range in.messages {
 		n.receive(msg)
 	}
+	// elapsed has this turn's tick in it: so wall is up to a tick ahead of the time, and never more.
 	n.clock.wall = max(n.clock.wall, firstTick+in.elapsed)
 	for range in.ticks {
 		n.tick()
@@ -628,7 +629,7 @@ func (n *node) ready(rd raft.Ready) {
 			m.Responses = append(callsForVotes, m.GetResponses()...)
 			n.append(m)
 		case to == raft.LocalApplyThread:
-			n.flush(false) // somebody waits for the answer to an append
+			n.flush(false) // apply may take its time, and a leader wait for an answer to an append
 			n.apply(m)
 		default:
 			n.send(m)
@@ -670,7 +671,7 @@ func (n *node) append(m *raftpb.Message) {
 			return
 		}
 		batch.Snapshot = &kvpb.SnapshotMark{Index: n.store.index, Term: n.store.term, File: n.store.file}
-		batch.Discards = true
+		batch.Discards = true // all entries that are on disk: the snapshot is a leader's
 	}
 	if err := n.log.append(m.GetEntries()); err != nil {
 		n.err = err
@@ -684,8 +685,8 @@ func (n *node) append(m *raftpb.Message) {
 		n.log.hard = &raftpb.HardState{Term: m.Term, Vote: m.Vote, Commit: m.Commit}
 	}
 	mustSync := batch.Discards || raft.MustSync(n.log.hard, old, len(m.GetEntries()))
-	// A commit index need not be durable, for a majority has the entries: an answer waits
-	// only for jobs before it.
+	// A commit index alone need not be durable, for a majority has the entries. Nothing is
+	// written then: an empty job has the answers wait for the jobs before it, if there are any.
 	mayAnswerNow := !mustSync && n.durable.queued == 0
 	if n.durable.disk == nil || mayAnswerNow {
 		n.respond(m.GetResponses())
@@ -785,7 +786,8 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 }
 
 // configured has the parts of the node follow a new configuration: it forgets who was
-// removed, ends an Init that waits for it, tells the network, and has it logged.
+// removed, ends an Init that waits for it, tells the network, and says so by the
+// logger.
 func (n *node) configured() {
 	n.peers.forget(n.store.removed)
 	n.change.forgetMembers(n.store.removed)

@@ -67,8 +67,10 @@ func (s *snapshotsInFlight) closeUnread() {
 	})
 }
 
-// snapshot is what raft is told when a follower needs one: the view that is
-// being sent already, if the log goes on from there, or a new one.
+// snapshot is what raft is told when a follower needs one: the view that is being sent
+// already, or a new one. The view must be of the present configuration, for the follower
+// has to be in it (checkSnapshot), and the log must go on from there: so it is not one that
+// was given up, for compactLog then drops the log after it.
 func (n *node) snapshot() *raftpb.Snapshot {
 	for _, v := range n.snapshots.views {
 		if v.conf == n.store.conf && v.header.Index >= n.log.prevIndex {
@@ -219,7 +221,7 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 	n.snapshots.pending.file = "" // it is the store's
 	n.snapshots.pending = nil
 	n.log.reset(snap)
-	if n.durable.snapshotIndex != 0 { // else there is no disk, or persist makes the directory, and the mark
+	if n.durable.snapshotIndex != 0 { // 0: there is no disk, or this is about to be the first job, with which persist sets it
 		n.durable.snapshotIndex = n.store.index
 	}
 	n.durable.logged = 0
