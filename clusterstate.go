@@ -110,17 +110,8 @@ func (l *leaderState) successors(raftIDs []uint64) []uint64 {
 	return able
 }
 
-// raftIDsOf returns the raft IDs of a node: one, or two while the node is taken back.
-func (c *clusterState) raftIDsOf(nodeID uint64) []uint64 {
-	var ids []uint64
-	for id, m := range c.members {
-		if m.Id == nodeID {
-			ids = append(ids, id)
-		}
-	}
-	slices.Sort(ids)
-	return ids
-}
+// raftIDsOf returns the raft IDs of a node.
+func (c *clusterState) raftIDsOf(nodeID uint64) []uint64 { return raftIDsOf(c.members, nodeID) }
 
 // resolve returns the raft IDs of nodes. Of a node that is just being taken back, it is
 // the one that votes.

@@ -294,8 +294,6 @@ func (n *node) whyUnhealthy() string { return n.health.whyUnhealthy(n.clusterSta
 
 func (n *node) whyNotRestart() string { return n.health.whyNotRestart(n.clusterState()) }
 
-func (n *node) isDispensable() bool { return n.health.isDispensable(n.clusterState()) }
-
 func (n *node) noLeader() error { return n.clusterState().noLeader() }
 
 func (n *node) quorumLost() error { return n.clusterState().quorumLost() }

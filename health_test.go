@@ -106,15 +106,15 @@ func TestRestartIsSpared(t *testing.T) {
 		l.turn(1)
 		l.n.election.leadHeard = l.n.clock.now
 	}
-	if !n.isDispensable() {
+	if !n.health.isDispensable(n.clusterState()) {
 		t.Error("it does not last an election timeout")
 	}
-	if l.turn(1); n.isDispensable() {
+	if l.turn(1); n.health.isDispensable(n.clusterState()) {
 		t.Error("it lasts for ever")
 	}
 	l.beats(1, true)
 	l.hears(1, message(raftpb.MsgHeartbeat, 3, n.raft.term+1))
-	if n.isDispensable() {
+	if n.health.isDispensable(n.clusterState()) {
 		t.Error("another leader has not said so")
 	}
 }

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -137,16 +136,7 @@ func (n *node) followDown(raftID uint64, noStream bool) {
 
 // nodeOf is where a member is, as far as this node knows: itself where it says, and
 // one that has moved where it was found. nil: it is no member.
-func (n *node) nodeOf(raftID uint64) *kvpb.Node {
-	m := n.store.members[raftID]
-	switch {
-	case m == nil:
-		return nil
-	case raftID == n.id.raftID:
-		return n.self
-	}
-	return cmp.Or(n.peers.moved[raftID], m)
-}
+func (n *node) nodeOf(raftID uint64) *kvpb.Node { return n.clusterState().nodeOf(raftID) }
 
 // proposeMove, in a leader, proposes to put into the configuration where one of its
 // members, or the leader itself, is now; false: nothing was proposed.

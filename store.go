@@ -330,10 +330,14 @@ func confIDs(cs *raftpb.ConfState) []uint64 {
 // isJoint reports whether a change of membership is half way.
 func isJoint(cs *raftpb.ConfState) bool { return len(cs.GetVotersOutgoing()) > 0 }
 
-// raftIDsOf returns the raft IDs of a node: one, or two while the node is taken back.
-func (s *store) raftIDsOf(nodeID uint64) []uint64 {
+// raftIDsOf returns the raft IDs of a node.
+func (s *store) raftIDsOf(nodeID uint64) []uint64 { return raftIDsOf(s.members, nodeID) }
+
+// raftIDsOf returns the raft IDs that a node has among members: one, or two while the node
+// is taken back.
+func raftIDsOf(members map[uint64]*kvpb.Node, nodeID uint64) []uint64 {
 	var ids []uint64
-	for id, n := range s.members {
+	for id, n := range members {
 		if n.Id == nodeID {
 			ids = append(ids, id)
 		}
