@@ -1,4 +1,4 @@
-// Tests of limits.go. Clients that misbehave: what they cost a node in memory, and other
+// Tests of connections.go and answers.go. Clients that misbehave: what they cost a node in memory, and other
 // clients in time.
 
 package main
