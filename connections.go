@@ -115,6 +115,7 @@ type limiter struct {
 // limitedConn is a connection and its own remote address: by that, calls find it.
 type limitedConn struct {
 	net.Conn
+	who     principal // at the other end
 	l       *limiter
 	turn    chan struct{} // full while an answer waits for room, and others for their turn
 	written atomic.Int64
