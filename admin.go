@@ -108,7 +108,7 @@ func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto
 		return err
 	}
 	defer done()
-	conn := s.net.dial(leader.Address)
+	conn := s.net.dial(leader)
 	defer func() { _ = conn.Close() }()
 	method, _ := grpc.Method(ctx)
 	var by grpcpeer.Peer // set by gRPC if the request has got a connection to be sent off by
@@ -151,7 +151,7 @@ func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
 	p := s.n.status.latest.Load()
 	ctx, cancel := context.WithTimeout(ctx, s.n.opts.probeTimeout())
 	defer cancel()
-	w, err := s.net.probe(ctx, m.Address)
+	w, err := s.net.probe(ctx, m)
 	if err != nil {
 		cause := status.Convert(err).Message()
 		return 0, unreachable(fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, cause))

@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"runtime/debug"
 	"strings"
@@ -47,6 +48,13 @@ func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stde
 	}
 	for _, name := range unknownVariables(os.Environ()) {
 		c.warn("no flag has the environment variable " + name)
+	}
+	if in.tls.areGiven() {
+		quiet := slog.New(slog.DiscardHandler)
+		c.calls.certificates, err = openCertificates(in.tls, 0, quiet)
+		if err != nil {
+			return c.exit(usageError("%v", err))
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, in.timeout)
 	defer cancel()

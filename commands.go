@@ -216,6 +216,18 @@ backup. What is written then has higher versions than any before, by this machin
 			check:   (*invocation).checkRestoreFlags,
 			run:     (*client).restore,
 		},
+		"certs": {
+			args:    []argument{directoryArgument},
+			summary: "make certificates for a trial cluster, offline",
+			details: `The first time, DIR gets a CA, ca.pem and ca.key, and certificates with their keys for
+an admin, a client and a reader. Each time, it gets those of the nodes. Nothing is overwritten.
+Whoever has ca.key can be anybody: keep it away from the nodes.`,
+			timeout: callTimeout,
+			offline: true,
+			flags:   (*invocation).certsFlags,
+			check:   (*invocation).checkCertsFlags,
+			run:     (*client).makeCerts,
+		},
 		"version": {
 			summary: "print the version",
 			timeout: callTimeout,

@@ -54,23 +54,30 @@ const (
 
 // places are how many connections others may make.
 type places struct {
-	files   uint64 // that the process may have open
-	clients int    // connections of anybody
-	peers   int    // peers, which have peerConnections besides
+	files      uint64 // that the process may have open
+	clients    int    // connections of anybody
+	peers      int    // peers, which have peerConnections besides
+	handshakes int    // connections whose TLS handshake is unfinished; 0: there is no TLS
 }
 
 // placesOf divides the files that a process may have open. Peers get at most half of
 // what a node does not need itself: that is enough for all that there may be, or, of
-// a low limit, for a cluster that is smaller.
-func placesOf(files uint64) (places, error) {
+// a low limit, for a cluster that is smaller. With TLS, handshakes get at most a quarter
+// of the rest.
+func placesOf(files uint64, secure bool) (places, error) {
 	if files < leastFiles {
 		return places{}, fmt.Errorf("this process may have %d files open (RLIMIT_NOFILE, ulimit -n), a node needs %d",
 			files, leastFiles)
 	}
 	rest := files - nodeFiles
 	peers := min(maxPeers, rest/2/peerFiles)
-	clients := min(maxConnections, rest-peers*peerFiles)
-	return places{files: files, clients: int(clients), peers: int(peers)}, nil
+	rest -= peers * peerFiles
+	handshakes := uint64(0)
+	if secure {
+		handshakes = min(maxHandshakes, rest/4)
+	}
+	clients := min(maxConnections, rest-handshakes)
+	return places{files: files, clients: int(clients), peers: int(peers), handshakes: int(handshakes)}, nil
 }
 
 // openFiles is how many files this process may have open. Go has raised the soft
@@ -94,13 +101,16 @@ const (
 // limiter is a listener that keeps these limits. mu guards what is below it.
 type limiter struct {
 	net.Listener
-	places places
-	log    *slog.Logger
-	failed bool // the last Accept has; it alone uses this, and fullAt
-	fullAt time.Time
+	places           places
+	certificates     *certificates // for TLS: a connection gets its place once its handshake is done; nil: there is none
+	log              *slog.Logger
+	failed           bool // the last Accept has; it alone uses this
+	failedHandshakes atomic.Uint64
+	handshakeLog     rareLog
 
-	mu    sync.Mutex
-	conns map[*limitedConn]bool
+	mu         sync.Mutex
+	handshakes handshakes
+	conns      map[*limitedConn]bool // that have a place
 	// kept are those of conns that are in the places which are kept for peers. When
 	// the places for clients are taken, a new connection gets one of these, for a peer
 	// is known only once it has said hello; if there is none left, the one yields that
@@ -109,18 +119,20 @@ type limiter struct {
 	unread  int           // of all conns
 	less    chan struct{} // closed when some was written; nil: nobody waits
 	swept   time.Time
+	fullAt  time.Time // when the log last said that clients have all places
 	waiting atomic.Int32
 }
 
 // limitedConn is a connection and its own remote address: by that, calls find it.
 type limitedConn struct {
-	net.Conn
-	who     principal // at the other end
-	l       *limiter
-	turn    chan struct{} // full while an answer waits for room, and others for their turn
-	written atomic.Int64
-	seen    int64 // what was written when l was swept; guarded by l.mu, as is unread
-	unread  int
+	net.Conn             // what Read and Write use: with TLS, from the end of the handshake on, secure
+	secure   *secureConn // nil: there is no TLS, or its handshake is unfinished
+	who      principal   // at the other end
+	l        *limiter
+	turn     chan struct{} // full while an answer waits for room, and others for their turn
+	written  atomic.Int64
+	seen     int64 // what was written when l was swept; guarded by l.mu, as is unread
+	unread   int
 	// unreadAt is when unread was last 0 and hellos, a bucket that fills with time,
 	// was counted at greetedAt; guarded by l.mu.
 	unreadAt, greetedAt time.Time
@@ -131,8 +143,17 @@ type limitedConn struct {
 	unheardAt time.Time
 }
 
-func newLimiter(l net.Listener, p places, log *slog.Logger) *limiter {
-	return &limiter{Listener: l, places: p, log: log, conns: map[*limitedConn]bool{}, kept: map[*limitedConn]bool{}}
+// newLimiter makes the limiter of a listener. Without certificates, there is no TLS.
+func newLimiter(l net.Listener, p places, c *certificates, log *slog.Logger) *limiter {
+	return &limiter{
+		Listener:     l,
+		places:       p,
+		certificates: c,
+		log:          log,
+		handshakes:   handshakes{limit: p.handshakes},
+		conns:        map[*limitedConn]bool{},
+		kept:         map[*limitedConn]bool{},
+	}
 }
 
 // Accept returns an error that gRPC waits and tries again after, unless l is closed.
@@ -154,6 +175,10 @@ func (l *limiter) Accept() (net.Conn, error) {
 		c := &limitedConn{
 			Conn: conn, l: l, turn: make(chan struct{}, 1), seen: -minTaken,
 			greetedAt: now, hellos: maxHellos, unheardAt: now,
+		}
+		if l.certificates != nil {
+			l.beginHandshake(c)
+			return c, nil
 		}
 		if l.take(c) {
 			return c, nil
@@ -179,15 +204,21 @@ func (l *limiter) take(c *limitedConn) bool {
 		l.conns[c] = true
 		return true
 	}
-	if now := time.Now(); now.Sub(l.fullAt) > fullEvery {
-		l.fullAt = now
-		l.log.Warn("clients have all connections that they may", "connections", l.places.clients)
-	}
+	l.logFull()
 	if !l.keep(c) {
 		return false
 	}
 	l.conns[c] = true
 	return true
+}
+
+// logFull logs once in a while that clients find no place. l.mu is held.
+func (l *limiter) logFull() {
+	now := time.Now()
+	if now.Sub(l.fullAt) > fullEvery {
+		l.fullAt = now
+		l.log.Warn("clients have all connections that they may", "connections", l.places.clients)
+	}
 }
 
 // isFull reports whether clients have all their places. l.mu is held.
@@ -216,6 +247,16 @@ func (l *limiter) drop(c *limitedConn) {
 	delete(l.conns, c)
 	delete(l.kept, c)
 	c.add(-c.unread)
+	c.cut()
+}
+
+// cut ends a connection without waiting for the other end: to close a TLS connection, one
+// takes leave of it. l.mu is held.
+func (c *limitedConn) cut() {
+	if c.secure != nil {
+		c.secure.cut()
+		return
+	}
 	_ = c.Conn.Close()
 }
 
@@ -248,7 +289,11 @@ func (c *limitedConn) forClients() bool {
 // inPlace refuses calls of a client on a connection in a place that is kept for peers.
 func inPlace(ctx context.Context, call *tap.Info) (context.Context, error) {
 	isPeers := strings.HasPrefix(call.FullMethodName, "/"+kvpb.RaftService_ServiceDesc.ServiceName+"/")
-	if c := connOf(ctx); !isPeers && !c.forClients() {
+	c := connOf(ctx)
+	if c.who.role == roleNode {
+		return ctx, nil
+	}
+	if !isPeers && !c.forClients() {
 		return nil, apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
 			fmt.Sprintf("clients have all %d connections that they may have to this node", c.l.places.clients))
 	}
@@ -273,6 +318,7 @@ func (c *limitedConn) greeted() bool {
 
 func (c *limitedConn) Close() error {
 	c.l.mu.Lock()
+	c.l.handshakes.remove(c)
 	delete(c.l.conns, c)
 	delete(c.l.kept, c)
 	c.add(-c.unread)

@@ -16,8 +16,11 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+
+	"raft-key-value/kvpb"
 )
 
 const (
@@ -72,6 +75,7 @@ type dialer struct {
 	connect func(ctx context.Context, address string) (net.Conn, error)
 	// lookup returns the IP addresses of a name, best first; nil: connect takes names.
 	lookup       func(ctx context.Context, host string) ([]string, error)
+	certificates *certificates // for TLS; nil: there is none
 	extraTries   chan struct{} // has a place for each of maxExtraTries
 	lookupPlaces chan struct{} // has a place for each of maxLookups
 }
@@ -414,17 +418,22 @@ type dialError struct {
 func (e *dialError) Error() string   { return e.text }
 func (e *dialError) Unwrap() []error { return e.causes }
 
-// dial makes a connection to a node for a command. Its calls say how long they wait.
-func dial(address string, opts ...grpc.DialOption) *grpc.ClientConn {
-	return newDialer(context.Background()).newConn(address, opts...)
+// dial makes a connection to a node for a command, which shows certificates; nil: without
+// TLS. Its calls say how long they wait.
+func dial(address string, certificates *certificates, opts ...grpc.DialOption) *grpc.ClientConn {
+	d := newDialer(context.Background())
+	d.certificates = certificates
+	return d.newConn(&kvpb.Node{Address: address}, opts...)
 }
 
-// newConn makes a connection to a node, which gRPC opens when a call needs it.
-func (d *dialer) newConn(address string, opts ...grpc.DialOption) *grpc.ClientConn {
+// newConn makes a connection to a node, which gRPC opens when a call needs it. A node of
+// id 0 is whichever is at the address.
+func (d *dialer) newConn(node *kvpb.Node, opts ...grpc.DialOption) *grpc.ClientConn {
+	address := node.Address
 	t := &target{dialer: d, address: address}
 	opts = append(opts,
 		grpc.WithContextDialer(t.dial),
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(d.credentials(node)),
 		grpc.WithNoProxy())
 	// An address may have what must be escaped in a URL: the zone in [fe80::1%eth0]:21001.
 	conn, err := grpc.NewClient("passthrough:///"+url.PathEscape(address), opts...)
@@ -434,10 +443,19 @@ func (d *dialer) newConn(address string, opts ...grpc.DialOption) *grpc.ClientCo
 	return conn
 }
 
+// credentials are what a connection to a node begins with.
+func (d *dialer) credentials(node *kvpb.Node) credentials.TransportCredentials {
+	if d.certificates == nil {
+		return insecure.NewCredentials()
+	}
+	host, _, _ := net.SplitHostPort(node.Address) // an address that is none fails when it is dialled
+	return &dialCredentials{certificates: d.certificates, node: node.Id, host: host}
+}
+
 // dial makes a connection to a peer. It is open again at most a second after the peer
 // is back.
-func (nw *network) dial(address string) *grpc.ClientConn {
-	return nw.dialer.newConn(address,
+func (nw *network) dial(node *kvpb.Node) *grpc.ClientConn {
+	return nw.dialer.newConn(node,
 		grpc.WithIdleTimeout(0),
 		grpc.WithInitialWindowSize(windowBytes),
 		grpc.WithInitialConnWindowSize(windowBytes),

@@ -47,11 +47,12 @@ const (
 // calls in one cluster, and repeats those that may be repeated. It is the
 // connection of the generated stubs.
 type apiCaller struct {
-	endpoints []string      // addresses, in the order in which they are called
-	timeout   time.Duration // of the sub-command
-	local     bool          // no other node can answer for the one that is called first
-	clusterID uint64        // of the endpoints that were called; 0: none was called yet
-	changed   bool          // the last call that was done had an effect
+	endpoints    []string      // addresses, in the order in which they are called
+	certificates *certificates // for TLS; nil: there is none
+	timeout      time.Duration // of the sub-command
+	local        bool          // no other node can answer for the one that is called first
+	clusterID    uint64        // of the endpoints that were called; 0: none was called yet
+	changed      bool          // the last call that was done had an effect
 }
 
 // Invoke makes a call at the first endpoint that is fit for it. A call that has an
@@ -119,7 +120,7 @@ func (c *apiCaller) askTime() time.Duration { return min(c.timeout/2, askTimeout
 func (c *apiCaller) ask(ctx context.Context, addresses []string) []*endpoint {
 	var endpoints []*endpoint
 	for _, address := range addresses {
-		e := &endpoint{address: address}
+		e := &endpoint{address: address, calls: c}
 		e.startAsking(ctx, c.askTime())
 		endpoints = append(endpoints, e)
 	}
@@ -133,6 +134,7 @@ func (c *apiCaller) ask(ctx context.Context, addresses []string) []*endpoint {
 // has no effect, and shows whether the node responds, and for which cluster.
 type endpoint struct {
 	address string
+	calls   *apiCaller
 	conn    *grpc.ClientConn
 	asked   chan struct{} // closed once metrics or err is set; nil: the node is not asked yet
 	metrics *kvpb.MetricsResponse
@@ -145,7 +147,7 @@ func (e *endpoint) startAsking(ctx context.Context, timeout time.Duration) {
 	if e.asked != nil {
 		return
 	}
-	e.conn = dial(e.address, grpc.WithKeepaliveParams(clientKeepalive))
+	e.conn = dial(e.address, e.calls.certificates, grpc.WithKeepaliveParams(clientKeepalive))
 	e.asked = make(chan struct{})
 	go func() {
 		defer close(e.asked)
@@ -203,6 +205,9 @@ func readable(err error) error {
 		return err
 	}
 	text := strings.Replace(st.Message(), `connection error: desc = "transport: Error while dialing: `, `"`, 1)
+	if strings.HasSuffix(text, `error reading server preface: EOF"`) {
+		text += ", as a node does that wants TLS: --cert-file, --key-file and --trusted-ca-file"
+	}
 	return fmt.Errorf("%s (%s)", text, strings.TrimSpace(codeName(st)+" "+errorReason(err)))
 }
 
@@ -260,7 +265,7 @@ func (c *apiCaller) newRound(ctx context.Context) *round {
 	r := &round{caller: c}
 	r.questions, r.endQuestions = context.WithCancel(ctx)
 	for _, address := range c.endpoints {
-		r.left = append(r.left, &endpoint{address: address})
+		r.left = append(r.left, &endpoint{address: address, calls: c})
 	}
 	return r
 }
@@ -345,7 +350,7 @@ func (r *round) putFirst(address string) {
 	}
 	i := slices.IndexFunc(r.left, isThere)
 	if i < 0 {
-		r.left = slices.Insert(r.left, 0, &endpoint{address: address})
+		r.left = slices.Insert(r.left, 0, &endpoint{address: address, calls: r.caller})
 		return
 	}
 	e := r.left[i]

@@ -327,7 +327,7 @@ func (f *founder) withConnection(ctx context.Context, m *kvpb.Node, call func(*g
 		return err
 	}
 	defer done()
-	conn := f.s.net.dial(m.Address)
+	conn := f.s.net.dial(m)
 	defer func() { _ = conn.Close() }()
 	return call(conn)
 }

@@ -28,6 +28,7 @@ type invocation struct {
 	timeout      time.Duration
 	endpointList string   // the flag; empty: it is not given
 	endpoints    []string // addresses to call; nil: the sub-command calls no node
+	tls          certificateFiles
 
 	args  []string     // all arguments
 	ids   []uint64     // of arguments ID and ID=ADDR
@@ -45,6 +46,7 @@ type invocation struct {
 	wait         bool       // for SERVING
 	dataDir      string     // to be made by restore
 	node         *kvpb.Node // whose data directory restore makes
+	certs        *certOrder
 }
 
 // sharedFlags are the flags that may stand before the sub-command, too. An alias may
@@ -117,6 +119,9 @@ func parseInvocation(name string, args []string) (*invocation, error) {
 	if err := in.chooseEndpoints(isGiven(fs, "endpoints")); err != nil {
 		return in, err
 	}
+	if err := in.chooseCertificates(fs); err != nil {
+		return in, err
+	}
 	if in.command.check == nil {
 		return in, nil
 	}
@@ -138,6 +143,7 @@ func (in *invocation) flagSet() *flag.FlagSet {
 		fs.StringVar(&in.endpointList, "endpoints", "", fmt.Sprintf(
 			"the nodes to call, `HOST:PORT,...`, in this order (default: environment %s, or else %s)",
 			endpointVariable, last))
+		certificateFlags(fs, &in.tls)
 	}
 	if in.command.flags != nil {
 		in.command.flags(in, fs)
@@ -168,6 +174,23 @@ func (in *invocation) chooseEndpoints(isFlagGiven bool) error {
 		return fmt.Errorf("%s: %w", source, err)
 	}
 	in.endpoints = endpoints
+	return nil
+}
+
+// chooseCertificates takes the files for TLS that no flag has given from the environment.
+func (in *invocation) chooseCertificates(fs *flag.FlagSet) error {
+	if in.command.offline {
+		return nil
+	}
+	for _, name := range []string{"cert-file", "key-file", "trusted-ca-file"} {
+		value, isSet := os.LookupEnv(variableOf(name))
+		if isSet && !isGiven(fs, name) {
+			_ = fs.Set(name, value) // a flag that takes any string
+		}
+	}
+	if in.tls.areGiven() && !in.tls.areAll() {
+		return errors.New("TLS needs --cert-file, --key-file and --trusted-ca-file: give all three, or none")
+	}
 	return nil
 }
 
@@ -283,6 +306,7 @@ const (
 	valueArgument
 	prefixArgument
 	fileArgument
+	directoryArgument
 	idArgument
 	memberArgument
 	commandArgument
@@ -290,7 +314,7 @@ const (
 
 // String is the argument's name in the help text.
 func (a argument) String() string {
-	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "ID", "ID=ADDR", "COMMAND"}[a]
+	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "DIR", "ID", "ID=ADDR", "COMMAND"}[a]
 }
 
 // takeArguments checks the arguments and sets the invocation's fields by them.
@@ -326,6 +350,10 @@ func (in *invocation) takeArgument(kind argument, arg string) error {
 	case fileArgument:
 		if arg == "" || arg == "-" {
 			err = fmt.Errorf("%v %q: want the name of a file, not stdin or stdout", kind, arg)
+		}
+	case directoryArgument:
+		if arg == "" {
+			err = fmt.Errorf("%v: it is empty", kind)
 		}
 	case idArgument, memberArgument:
 		err = in.takeMember(kind, arg)

@@ -362,7 +362,7 @@ var wide = places{clients: maxConnections, peers: maxPeers}
 func TestConnectionLimits(t *testing.T) {
 	p := places{clients: 3, peers: 2}
 	kept := p.peers * peerConnections
-	l := newLimiter(&refusing{left: 1 << 10}, p, quiet())
+	l := newLimiter(&refusing{left: 1 << 10}, p, nil, quiet())
 	accept := func() *limitedConn {
 		t.Helper()
 		conn, err := l.Accept()
@@ -458,11 +458,11 @@ func TestConnectionLimits(t *testing.T) {
 
 // TestPlaces: what a process may have open is enough for all that it may open.
 func TestPlaces(t *testing.T) {
-	if _, err := placesOf(leastFiles - 1); err == nil {
+	if _, err := placesOf(leastFiles-1, false); err == nil {
 		t.Error("a node starts with too few files")
 	}
 	for _, files := range []uint64{leastFiles, 256, 1024, 4096, 20_000, 1 << 20, math.MaxUint64} {
-		p, err := placesOf(files)
+		p, err := placesOf(files, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -480,7 +480,7 @@ func TestPlaces(t *testing.T) {
 func TestAcceptFails(t *testing.T) {
 	var log strings.Builder
 	failing := &refusing{left: -1, fail: 3}
-	l := newLimiter(failing, wide, slog.New(slog.NewTextHandler(&log, nil)))
+	l := newLimiter(failing, wide, nil, slog.New(slog.NewTextHandler(&log, nil)))
 	server := grpc.NewServer()
 	if err := server.Serve(l); !errors.Is(err, net.ErrClosed) || failing.fail != 0 {
 		t.Errorf("%v, %d errors are left", err, failing.fail)
@@ -542,7 +542,7 @@ func TestConnectionsLeaveFiles(t *testing.T) {
 		}
 	}
 	text, _ := os.ReadFile(p.log)
-	room, _ := placesOf(256)
+	room, _ := placesOf(256, false)
 	wantPart(t, string(text), fmt.Sprintf("connections=%d peers=%d files=256", room.clients, room.peers))
 	wantPart(t, string(text), "clients have all connections")
 }
@@ -560,7 +560,7 @@ func TestConnectionsLeavePeers(t *testing.T) {
 	rest := slices.DeleteFunc(slices.Clone(ps), func(p *process) bool { return p == leader })
 	victim, back := rest[0], rest[1]
 	defer idleConnections(t, victim.address, 400)()
-	conn := dial(victim.address)
+	conn := dial(victim.address, nil)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -641,13 +641,13 @@ func TestFewFiles(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	_, err := nw.probe(ctx, n.address)
+	_, err := nw.probe(ctx, &kvpb.Node{Id: n.id, Address: n.address})
 	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
 	ctx = grpc.NewContextWithServerTransportStream(ctx, methodOf(kvpb.ClusterService_TransferLeader_FullMethodName))
 	err = n.server.forward(ctx, n.server.n.self, &kvpb.TransferLeaderRequest{}, &kvpb.TransferLeaderResponse{})
 	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
 	<-nw.callPlaces
-	if _, err := nw.probe(t.Context(), n.address); err != nil || len(nw.callPlaces) != maxAsking-1 {
+	if _, err := nw.probe(t.Context(), &kvpb.Node{Id: n.id, Address: n.address}); err != nil || len(nw.callPlaces) != maxAsking-1 {
 		t.Errorf("there is room for one: %v, %d are taken", err, len(nw.callPlaces))
 	}
 }
@@ -658,7 +658,7 @@ func TestPeersAreKept(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 1, func(o *options) { o.files = leastFiles })
 	n := c.nodes[1]
-	room, err := placesOf(leastFiles)
+	room, err := placesOf(leastFiles, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -723,7 +723,7 @@ func TestPeersAreKept(t *testing.T) {
 // TestUnread has a connection and others, none of which is read, ask for answers.
 func TestUnread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 100}, wide, quiet())
+		l := newLimiter(&refusing{left: 100}, wide, nil, quiet())
 		made := map[*limitedConn]*atomic.Int32{}
 		accept := func() (*limitedConn, context.Context) {
 			c, err := l.Accept()
@@ -818,7 +818,7 @@ func TestUnread(t *testing.T) {
 // nor those that were taken at once count, and a buffer is as large as its answer.
 func TestUnreadIsGivenBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 1000}, wide, quiet())
+		l := newLimiter(&refusing{left: 1000}, wide, nil, quiet())
 		conns, ctxs := make([]*limitedConn, 500), make([]context.Context, 500)
 		for i := range conns {
 			c, err := l.Accept()
@@ -939,7 +939,7 @@ func BenchmarkAbuse(b *testing.B) {
 // or a thousand of them would have a thousand.
 func TestWaitingGetCopiesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 1}, wide, quiet())
+		l := newLimiter(&refusing{left: 1}, wide, nil, quiet())
 		c, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)

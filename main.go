@@ -156,9 +156,19 @@ func execute(ctx context.Context, args []string) int {
 // run runs a node until ctx ends or the node cannot go on. It calls ready once the
 // node answers calls.
 func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server)) error {
-	room, err := placesOf(cmp.Or(o.files, openFiles()))
+	room, err := placesOf(cmp.Or(o.files, openFiles()), o.tls.areGiven())
 	if err != nil {
 		return err
+	}
+	var certificates *certificates
+	if o.tls.areGiven() {
+		certificates, err = openCertificates(o.tls, o.id, logger)
+		if err != nil {
+			return err
+		}
+	}
+	if o.isExposed() {
+		logger.Warn("there is no TLS: whoever reaches this node may read and write all, and speak as a node")
 	}
 	listener, err := o.listen()
 	if err != nil {
@@ -168,8 +178,9 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	n := newNode(o, self, logger)
 	nw := newNetwork(n, logger, o.dialer)
 	nw.setLimits(&o, room.peers)
+	nw.dialer.certificates = certificates
 	n.net = nw
-	s := newServer(n, nw)
+	s := newServer(n, nw, certificates)
 	if o.durable {
 		d, err := startDisk(n, &o, logger)
 		if err != nil {
@@ -184,7 +195,12 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	defer endLoop()
 	loop := inBackground(func() error { return n.run(loopContext) })
 	go s.watchLoop(loopContext)
-	serving := inBackground(func() error { return s.grpc.Serve(newLimiter(listener, room, logger)) })
+	limiter := newLimiter(listener, room, certificates, logger)
+	s.limiter = limiter
+	if certificates != nil {
+		go certificates.watch(loopContext, limiter.recheck)
+	}
+	serving := inBackground(func() error { return s.grpc.Serve(limiter) })
 	// It is logged whatever the level: scripts wait for it.
 	logger.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready",
 		"addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,

@@ -338,14 +338,14 @@ func (nw *network) reserveCall(ctx context.Context) (release func(), err error) 
 	}
 }
 
-// probe asks who is at an address.
-func (nw *network) probe(ctx context.Context, address string) (*kvpb.Welcome, error) {
+// probe asks who is at the address of a node. With TLS, only that node can answer.
+func (nw *network) probe(ctx context.Context, node *kvpb.Node) (*kvpb.Welcome, error) {
 	release, err := nw.reserveCall(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	conn := nw.dial(address)
+	conn := nw.dial(node)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -41,7 +41,7 @@ func stranger(n *testNode) (*kvpb.Hello, error) {
 
 // callAsPeer makes a connection of its own, for one has only few hellos.
 func callAsPeer(n *testNode) (_ kvpb.RaftServiceClient, hangUp func()) {
-	conn := dial(n.address)
+	conn := dial(n.address, nil)
 	return kvpb.NewRaftServiceClient(conn), func() { _ = conn.Close() }
 }
 
@@ -596,7 +596,7 @@ func TestHelloOutOfRange(t *testing.T) {
 func TestHellosAreBounded(t *testing.T) {
 	t.Parallel()
 	n := newCluster(t, 1).nodes[1]
-	conn := dial(n.address)
+	conn := dial(n.address, nil)
 	defer func() { _ = conn.Close() }()
 	var err error
 	for hellos := 0; err == nil; hellos++ {

@@ -30,7 +30,8 @@ type options struct {
 	durable   bool          // or else all is in memory only
 	dataDir   string
 	logBytes  uint64 // of entries, before old ones are dropped
-	insecure  bool   // beyond loopback without TLS
+	tls       certificateFiles
+	insecure  bool // beyond loopback without TLS
 	logLevel  slog.Level
 	version   bool // the version is to be printed, and no node to be run
 
@@ -101,7 +102,10 @@ func nodeFlags(o *options) *flag.FlagSet {
 		"`directory` that keeps all that the node has promised (default: it is in memory only)", setDataDir)
 	numberVar(fs, &o.logBytes, "log-bytes",
 		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
-	boolVar(fs, &o.insecure, "insecure", "allow addresses beyond loopback although there is no TLS yet")
+	certificateFlags(fs, &o.tls)
+	fs.StringVar(&o.tls.peerCA, "peer-ca-file", "",
+		"`file` with the CAs of the nodes' certificates (default: those of --trusted-ca-file)")
+	boolVar(fs, &o.insecure, "insecure", "allow addresses beyond loopback without TLS")
 	setLogLevel := func(s string) error {
 		if o.logLevel.UnmarshalText([]byte(s)) != nil {
 			return errors.New("want debug, info, warn or error")
@@ -110,6 +114,13 @@ func nodeFlags(o *options) *flag.FlagSet {
 	}
 	fs.Func("log-level", "debug, info, warn or error (default INFO)", setLogLevel)
 	return fs
+}
+
+// certificateFlags are the flags for TLS that nodes and sub-commands have alike. They set f.
+func certificateFlags(fs *flag.FlagSet, f *certificateFiles) {
+	fs.StringVar(&f.cert, "cert-file", "", "`file` with the certificate to show, in PEM; with it, there is TLS")
+	fs.StringVar(&f.key, "key-file", "", "`file` with its private key")
+	fs.StringVar(&f.trustedCA, "trusted-ca-file", "", "`file` with the CAs whose certificates are accepted")
 }
 
 // parseOptions reads a node's settings from the environment, and from flags, which go
@@ -233,26 +244,65 @@ func (o *options) check() error {
 	if o.logBytes < minLogBytes || o.logBytes > maxLogBytes {
 		return fmt.Errorf("%s %d is not between 1 MiB and 1 TiB", o.nameOf("log-bytes"), o.logBytes)
 	}
+	if err := o.checkTLS(); err != nil {
+		return err
+	}
 	if err := o.checkReach("addr", o.addr); err != nil {
 		return err
 	}
 	return o.checkAdvertised()
 }
 
-// checkReach checks an address, and that only this machine reaches it, or that
-// anybody may.
+// checkTLS checks that there is all or nothing of what TLS needs.
+func (o *options) checkTLS() error {
+	if !o.tls.areGiven() {
+		return nil
+	}
+	if !o.tls.areAll() {
+		return fmt.Errorf("TLS needs %s, %s and %s: give all three, or none",
+			o.nameOf("cert-file"), o.nameOf("key-file"), o.nameOf("trusted-ca-file"))
+	}
+	if o.insecure {
+		return fmt.Errorf("%s allows to do without TLS, and there is a certificate: leave one of them out", o.nameOf("insecure"))
+	}
+	return nil
+}
+
+// checkReach checks an address, and that only this machine reaches it, or that there is
+// TLS, or that anybody may.
 func (o *options) checkReach(flag, address string) error {
 	host, _, err := splitListenAddress(address)
 	if err != nil {
 		return fmt.Errorf("%s: %w", o.nameOf(flag), err)
 	}
-	ip, _ := netip.ParseAddr(host)
-	isLoopback := host == "localhost" || ip.Unmap().IsLoopback()
-	if !isLoopback && !o.insecure {
-		return fmt.Errorf("%s is beyond loopback, and there is no TLS yet: anybody who reaches it may read and write; "+
-			"--insecure allows that", address)
+	mayReach := o.tls.areGiven() || o.insecure
+	if !isLoopback(host) && !mayReach {
+		return fmt.Errorf("%s is beyond loopback, and there is no TLS: give --cert-file, --key-file and "+
+			"--trusted-ca-file, which raft-key-value certs makes, or --insecure, with which anybody who reaches it "+
+			"may read and write", address)
 	}
 	return nil
+}
+
+// isLoopback reports whether only this machine reaches a host.
+func isLoopback(host string) bool {
+	ip, _ := netip.ParseAddr(host)
+	return host == "localhost" || ip.Unmap().IsLoopback()
+}
+
+// isExposed reports whether others than this machine may reach the node, and it does not
+// ask who they are.
+func (o *options) isExposed() bool {
+	if o.tls.areGiven() {
+		return false
+	}
+	for _, address := range []string{o.addr, o.advertise} {
+		host, _, err := net.SplitHostPort(address)
+		if err == nil && !isLoopback(host) {
+			return true
+		}
+	}
+	return false
 }
 
 // checkAdvertised checks the address at which others are to reach the node: a host of

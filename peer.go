@@ -284,7 +284,7 @@ func (p *peer) run() {
 		}
 		if conn == nil {
 			address = target.node.Address
-			conn = p.nw.dial(address)
+			conn = p.nw.dial(target.node)
 		}
 		p.attempt(conn, target)
 		p.nw.streamEnded(p)

@@ -41,7 +41,7 @@ func startDurable(t *testing.T, n int) (ps []*process) {
 
 // says says hello to a process, and then sends messages.
 func (p *process) says(ctx context.Context, h *kvpb.Hello, ms ...*kvpb.RaftMessage) error {
-	conn := dial(p.address)
+	conn := dial(p.address, nil)
 	defer func() { _ = conn.Close() }()
 	s, err := kvpb.NewRaftServiceClient(conn).Stream(ctx)
 	if err != nil {

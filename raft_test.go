@@ -1211,7 +1211,7 @@ func TestExpireNeedsNoLeader(t *testing.T) {
 func TestNodeFails(t *testing.T) {
 	n := turnNode()
 	n.net = deafNetwork{}
-	s := newServer(n, newNetwork(n, n.logger, nil))
+	s := newServer(n, newNetwork(n, n.logger, nil), nil)
 	ended := make(chan error, 1)
 	go func() {
 		_, err := s.intercept(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: kvpb.KVService_Set_FullMethodName},

@@ -12,6 +12,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/encoding"
 	_ "google.golang.org/grpc/encoding/proto" // the codec that ours is made of
 	"google.golang.org/grpc/health"
@@ -70,10 +71,12 @@ const (
 type server struct {
 	kvpb.UnimplementedKVServiceServer
 	kvpb.UnimplementedClusterServiceServer
-	n      *node
-	net    *network
-	grpc   *grpc.Server
-	health *health.Server
+	n            *node
+	net          *network
+	certificates *certificates // for TLS; nil: there is none
+	limiter      *limiter      // of the connections; set before there are any
+	grpc         *grpc.Server
+	health       *health.Server
 	// leaderMD names the leader's address as x-raft-leader; it is empty while none is
 	// known. The loop sets it, calls read it.
 	leaderMD atomic.Pointer[metadata.MD]
@@ -89,18 +92,24 @@ type server struct {
 	inFlight atomic.Int64  // unary calls of all services
 }
 
-func newServer(n *node, nw *network) *server {
+func newServer(n *node, nw *network, c *certificates) *server {
 	s := &server{
-		n:         n,
-		net:       nw,
-		health:    health.NewServer(),
-		stopping:  make(chan struct{}),
-		lists:     make(chan struct{}, maxLists),
-		surveying: make(chan struct{}, 1),
-		adding:    make(chan struct{}, 1),
+		n:            n,
+		net:          nw,
+		certificates: c,
+		health:       health.NewServer(),
+		stopping:     make(chan struct{}),
+		lists:        make(chan struct{}, maxLists),
+		surveying:    make(chan struct{}, 1),
+		adding:       make(chan struct{}, 1),
+	}
+	transport := insecure.NewCredentials()
+	if c != nil {
+		transport = serverCredentials{}
 	}
 	pings := keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}
 	s.grpc = grpc.NewServer(
+		grpc.Creds(transport),
 		grpc.UnaryInterceptor(s.intercept),
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
 		grpc.MaxRecvMsgSize(maxMessageBytes),

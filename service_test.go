@@ -135,7 +135,7 @@ func TestEncodeAsWrite(t *testing.T) {
 // nothing.
 func TestGetThatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 1}, wide, quiet())
+		l := newLimiter(&refusing{left: 1}, wide, nil, quiet())
 		conn, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)

@@ -32,7 +32,7 @@ func (nw *network) sendSnapshot(to, term uint64, v *view) {
 // of its own, so as to delay no heartbeat.
 func (p *peer) sendSnapshot(term uint64, v *view) error {
 	node, life := p.location()
-	conn := p.nw.dial(node.Address)
+	conn := p.nw.dial(node)
 	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	defer cancel(nil)
