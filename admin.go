@@ -12,7 +12,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -29,12 +28,14 @@ func inTime(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, adminTimeout)
 }
 
-// onLeader has the leader do the request that ctx came with: here by local, or
+// onLeader has the leader do a request, which a method is called with: here by local, or
 // where the leader is. A request is forwarded once: what arrives forwarded at a
 // node that does not lead goes back. All these requests state what shall be, so
 // one that was cut short by a change of leader is simply made again. If it cannot
 // be, what it has begun may still be made.
-func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local func(context.Context) error) error {
+func (s *server) onLeader(
+	ctx context.Context, method string, req, resp proto.Message, local func(context.Context) error,
+) error {
 	ctx, cancel := inTime(ctx)
 	defer cancel()
 	isForwarded := wasForwarded(ctx)
@@ -42,7 +43,7 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 	leaderless := time.Duration(0)
 	for {
 		p := s.n.status.latest.Load()
-		err := s.tryOnLeader(ctx, p, req, resp, local)
+		err := s.tryOnLeader(ctx, p, method, req, resp, local)
 		if errors.Is(err, errNoLeader) {
 			leaderless += s.n.opts.heartbeat
 		}
@@ -63,12 +64,6 @@ func (s *server) onLeader(ctx context.Context, req, resp proto.Message, local fu
 	}
 }
 
-// wasForwarded reports whether a request comes from another node.
-func wasForwarded(ctx context.Context) bool {
-	md, _ := metadata.FromIncomingContext(ctx)
-	return len(md.Get(forwardMetadata)) > 0
-}
-
 // leavesOpen reports whether, after an error, a change that an earlier try has begun may
 // still be made. It may, if a node answers that it is in no cluster: for toStatus, that
 // is one more way in which a node is unavailable.
@@ -82,7 +77,7 @@ func leavesOpen(err error) bool {
 
 // tryOnLeader has the leader do a request, once, if p says who leads.
 func (s *server) tryOnLeader(
-	ctx context.Context, p *published, req, resp proto.Message, local func(context.Context) error,
+	ctx context.Context, p *published, method string, req, resp proto.Message, local func(context.Context) error,
 ) error {
 	if p.clusterID == 0 {
 		return errNotInitialized
@@ -97,12 +92,12 @@ func (s *server) tryOnLeader(
 	if p.leader == nil || isUnsettled {
 		return p.noLeader
 	}
-	return s.forward(ctx, p.leader, req, resp)
+	return s.forward(ctx, p.leader, method, req, resp)
 }
 
 // forward has the leader do a request. An error that wraps errNotLeader means that
 // whoever leads next is to be asked again.
-func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto.Message) error {
+func (s *server) forward(ctx context.Context, leader *kvpb.Node, method string, req, resp proto.Message) error {
 	done, err := s.net.reserveCall(ctx)
 	if err != nil {
 		return err
@@ -110,9 +105,8 @@ func (s *server) forward(ctx context.Context, leader *kvpb.Node, req, resp proto
 	defer done()
 	conn := s.net.dial(leader)
 	defer func() { _ = conn.Close() }()
-	method, _ := grpc.Method(ctx)
 	var by grpcpeer.Peer // set by gRPC if the request has got a connection to be sent off by
-	err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1"), method, req, resp, grpc.Peer(&by))
+	err = conn.Invoke(forwarding(ctx), method, req, resp, grpc.Peer(&by))
 	if err == nil {
 		return nil
 	}
@@ -174,7 +168,7 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 		return nil, err
 	}
 	resp := &kvpb.AddLearnerResponse{}
-	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+	err := s.onLeader(ctx, kvpb.ClusterService_AddLearner_FullMethodName, req, resp, func(ctx context.Context) error {
 		return s.addLearner(ctx, req.Node)
 	})
 	return resp, err
@@ -231,7 +225,7 @@ func (s *server) ChangeMembership(
 		return nil, err
 	}
 	resp := &kvpb.ChangeMembershipResponse{}
-	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+	err := s.onLeader(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, req, resp, func(ctx context.Context) error {
 		return s.changeMembership(ctx, req)
 	})
 	return resp, err
@@ -309,7 +303,7 @@ func (s *server) TransferLeader(
 		return nil, invalid("node_id", "it is 0")
 	}
 	resp := &kvpb.TransferLeaderResponse{}
-	err := s.onLeader(ctx, req, resp, func(ctx context.Context) error {
+	err := s.onLeader(ctx, kvpb.ClusterService_TransferLeader_FullMethodName, req, resp, func(ctx context.Context) error {
 		t := &leaderTransfer{to: req.NodeId}
 		r := &request{n: s.n, next: t.step}
 		return s.n.await(ctx, r.poll)
@@ -352,6 +346,13 @@ func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.Met
 		return nil, err
 	}
 	m.MessagesDropped += s.net.dropped.Load()
+	m.RequestsRefused = s.refused.Load()
+	if s.limiter != nil {
+		m.HandshakesFailed = s.limiter.failedHandshakes.Load()
+	}
+	if s.certificates != nil {
+		m.CertificateNotAfter = s.certificates.latest().until.Unix()
+	}
 	m.BuildVersion = buildVersion()
 	return m, nil
 }

@@ -472,8 +472,8 @@ func (b bell) ring() {
 type inbox struct {
 	mu           sync.Mutex
 	next         input
-	closed       bool
-	callBytes    int // of calls that have not ended, here or in the loop
+	closed       error // why nothing is taken any more; nil: it is
+	callBytes    int   // of calls that have not ended, here or in the loop
 	callCount    int
 	messageBytes int
 	wake         bell
@@ -488,8 +488,8 @@ func (b *inbox) call(calls ...*call) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
-	case b.closed:
-		return errStopping
+	case b.closed != nil:
+		return b.closed
 	case b.callCount+len(calls) > maxQueuedCalls || b.callBytes+bytes > maxQueuedBytes:
 		return errOverloaded
 	}
@@ -514,18 +514,18 @@ func (b *inbox) release(calls, bytes int) {
 func (b *inbox) event(f func()) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !b.closed {
+	if b.closed == nil {
 		b.next.events = append(b.next.events, f)
 		b.wake.ring()
 	}
-	return !b.closed
+	return b.closed == nil
 }
 
 // deliver queues messages of a peer; false: there is no room, or the loop has ended.
 func (b *inbox) deliver(ms []inbound) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.closed || b.messageBytes >= maxInboundBytes {
+	if b.closed != nil || b.messageBytes >= maxInboundBytes {
 		return false
 	}
 	for _, m := range ms {
@@ -554,11 +554,18 @@ func (b *inbox) take() input {
 	return in
 }
 
-// close makes the inbox refuse everything from now on.
-func (b *inbox) close() {
+// close makes the inbox refuse everything from now on. Whoever calls then is told why, as
+// those are who wait already.
+func (b *inbox) close(why error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.closed = true
+	b.closed = why
+}
+
+func (b *inbox) whyClosed() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.closed
 }
 
 // await waits until f, called in the loop in every turn, returns true or an
@@ -566,7 +573,7 @@ func (b *inbox) close() {
 func (n *node) await(ctx context.Context, f func() (bool, error)) error {
 	c := &pendingRequest{ctx: ctx, poll: f, done: make(chan error, 1)}
 	if !n.inbox.event(func() { n.calls.requests = append(n.calls.requests, c) }) {
-		return errStopping
+		return n.inbox.whyClosed()
 	}
 	select {
 	case err := <-c.done:

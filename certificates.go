@@ -362,7 +362,6 @@ func (c *certificates) accept(ctx context.Context, raw net.Conn) (*secureConn, e
 	var v verified
 	config := k.config()
 	config.ClientAuth = tls.RequireAnyClientCert // which VerifyConnection checks, by the CA of its role
-	config.ClientCAs = k.clients                 // says to a client which of its certificates to show
 	config.SessionTicketsDisabled = true         // each handshake asks for the certificate
 	config.VerifyConnection = func(state tls.ConnectionState) (err error) {
 		v, err = k.verify(state.PeerCertificates, x509.ExtKeyUsageClientAuth)

@@ -266,6 +266,11 @@ func (n *node) endFounding() {
 
 // Claim implements RaftService.
 func (nw *network) Claim(ctx context.Context, req *kvpb.ClaimRequest) (*kvpb.ClaimResponse, error) {
+	if req.Founder != nil {
+		if err := isFrom(ctx, req.Founder.Node); err != nil {
+			return nil, err
+		}
+	}
 	return nw.receiver.receiveClaim(ctx, req)
 }
 

@@ -29,7 +29,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protodelim"
@@ -45,6 +45,7 @@ type testCluster struct {
 	options func(*options)
 	nodes   map[uint64]*testNode
 	wires   wires
+	pki     string    // the directory of certificates, for TLS; empty: there is none
 	log     io.Writer // of nodes started from now on; nil: the test's
 }
 
@@ -133,6 +134,9 @@ func (c *testCluster) start(id uint64, address string) *testNode {
 	o.id = id
 	c.options(&o)
 	o.addr, o.listener, o.dialer = n.address, l, c.wires.dialer(n.address)
+	if c.pki != "" {
+		o.tls = testFiles(c.pki, fmt.Sprintf("node%d", id))
+	}
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
 	ready := make(chan *server, 1)
@@ -143,17 +147,17 @@ func (c *testCluster) start(id uint64, address string) *testNode {
 	case err := <-n.ended:
 		c.t.Fatal(err)
 	}
-	n.conn = dialNode(c.t, n.address)
+	n.conn = dialNode(c.t, n.address, testCredentials(c.t, c.pki, "admin", n.address))
 	n.KVServiceClient, n.ClusterServiceClient = kvpb.NewKVServiceClient(n.conn), kvpb.NewClusterServiceClient(n.conn)
 	c.nodes[id] = n
 	return n
 }
 
 // dialNode makes a connection as any client would; calls end in any case.
-func dialNode(t *testing.T, address string) *grpc.ClientConn {
+func dialNode(t *testing.T, address string, by credentials.TransportCredentials) *grpc.ClientConn {
 	t.Helper()
 	conn, err := grpc.NewClient("passthrough:///"+address,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(by),
 		grpc.WithNoProxy(),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1, MaxDelay: 10 * time.Millisecond}, MinConnectTimeout: time.Second}),
 		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
@@ -803,7 +807,7 @@ func (c *testCluster) load(h *history, timeout time.Duration, move bool, ids ...
 	var stubs []kvpb.KVServiceClient
 	var conns []*grpc.ClientConn
 	for _, id := range ids { // of its own: nodes may restart
-		conns = append(conns, dialNode(c.t, c.nodes[id].address))
+		conns = append(conns, dialNode(c.t, c.nodes[id].address, testCredentials(c.t, c.pki, "client", c.nodes[id].address)))
 		stubs = append(stubs, kvpb.NewKVServiceClient(conns[len(conns)-1]))
 	}
 	end := make(chan struct{})

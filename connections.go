@@ -17,7 +17,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	grpcpeer "google.golang.org/grpc/peer"
-	"google.golang.org/grpc/tap"
 
 	"raft-key-value/kvpb"
 )
@@ -287,17 +286,17 @@ func (c *limitedConn) forClients() bool {
 }
 
 // inPlace refuses calls of a client on a connection in a place that is kept for peers.
-func inPlace(ctx context.Context, call *tap.Info) (context.Context, error) {
-	isPeers := strings.HasPrefix(call.FullMethodName, "/"+kvpb.RaftService_ServiceDesc.ServiceName+"/")
+func inPlace(ctx context.Context, method string) error {
+	isPeers := strings.HasPrefix(method, "/"+kvpb.RaftService_ServiceDesc.ServiceName+"/")
 	c := connOf(ctx)
 	if c.who.role == roleNode {
-		return ctx, nil
+		return nil
 	}
 	if !isPeers && !c.forClients() {
-		return nil, apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
+		return apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
 			fmt.Sprintf("clients have all %d connections that they may have to this node", c.l.places.clients))
 	}
-	return ctx, nil
+	return nil
 }
 
 // connOf is the connection of a call.

@@ -6,11 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
+	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/protoadapt"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -59,6 +61,29 @@ func errorReason(err error) string {
 func invalid(field, format string, args ...any) error {
 	message := field + ": " + fmt.Sprintf(format, args...)
 	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, message, field)
+}
+
+// maxQuotedInput bounds what an error says of its caller's input.
+const maxQuotedInput = 64
+
+// quoteInput quotes the beginning of what somebody has sent, for an error.
+func quoteInput(input string) string { return strconv.Quote(beginning(input, maxQuotedInput)) }
+
+// beginning returns the first bytes of a text, which show that there are more.
+func beginning(text string, bytes int) string {
+	if len(text) <= bytes {
+		return text
+	}
+	return strings.ToValidUTF8(text[:bytes], "") + "…"
+}
+
+// remoteAddress is where a call comes from.
+func remoteAddress(ctx context.Context) string {
+	p, ok := grpcpeer.FromContext(ctx)
+	if !ok {
+		return ""
+	}
+	return p.Addr.String()
 }
 
 // validateNode finds what is wrong with a node that a request names.

@@ -18,6 +18,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
@@ -256,7 +257,7 @@ func newUnderLoad(t *testing.T, nodes uint64, set ...func(*options)) *underLoad 
 	}
 	var conns []*grpc.ClientConn
 	for _, n := range u.nodes {
-		conns = append(conns, dialNode(t, n.address))
+		conns = append(conns, dialNode(t, n.address, insecure.NewCredentials()))
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup

@@ -205,8 +205,7 @@ type initResult struct {
 
 // run goes through the states of the Init, and returns the cluster that has its members.
 func (f *founder) run(ctx context.Context) (clusterID uint64, err error) {
-	md, _ := metadata.FromIncomingContext(ctx)
-	forwarded := len(md.Get(forwardMetadata)) > 0
+	forwarded := wasForwarded(ctx)
 	heartbeat := f.s.n.opts.heartbeat
 	for ctx.Err() == nil {
 		result := f.attempt(ctx, forwarded)
@@ -508,7 +507,7 @@ func waitsForMember(m *kvpb.Node, resp *kvpb.ClaimResponse) error {
 
 // forward sends this Init to a member of the cluster that it wants.
 func (f *founder) forward(ctx context.Context, m *kvpb.Node) initResult {
-	ctx = metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1")
+	ctx = forwarding(ctx)
 	req := &kvpb.InitRequest{Members: f.members, Force: f.force}
 	var resp *kvpb.InitResponse
 	err := f.withConnection(ctx, m, func(conn *grpc.ClientConn) (err error) {
@@ -729,9 +728,7 @@ func (f *founder) addAndWatch(ctx context.Context, try *initTry, clusterID uint6
 			}
 		})
 	}
-	err := f.withConnection(ctx, f.s.n.self, func(conn *grpc.ClientConn) error {
-		return f.addMembers(ctx, kvpb.NewClusterServiceClient(conn))
-	})
+	err := f.addMembers(ctx)
 	cause := context.Cause(ctx)
 	aMemberFailed := cause != ctx.Err()
 	if err != nil && aMemberFailed {
@@ -741,21 +738,26 @@ func (f *founder) addAndWatch(ctx context.Context, try *initTry, clusterID uint6
 }
 
 // addMembers makes the other members learners one after another, and then all of them
-// voters. It makes the requests that an operator would make, of this node, which need not
-// lead any more. It removes nobody: an operator may have made others voters meanwhile.
-func (f *founder) addMembers(ctx context.Context, self kvpb.ClusterServiceClient) error {
+// voters. It makes the requests that an operator would make of this node, which need not
+// lead any more: they may be forwarded, even if the Init was. It removes nobody: an operator
+// may have made others voters meanwhile.
+func (f *founder) addMembers(ctx context.Context) error {
+	ctx = metadata.NewIncomingContext(ctx, nil)
 	var ids []uint64
 	for _, m := range f.members {
 		ids = append(ids, m.Id)
 		if m.Id == f.s.n.self.Id {
 			continue
 		}
-		if _, err := self.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m}); err != nil {
-			return err
+		if _, err := f.s.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m}); err != nil {
+			return toStatus(err, false)
 		}
 	}
-	_, err := self.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids})
-	return err
+	_, err := f.s.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids})
+	if err != nil {
+		return toStatus(err, false)
+	}
+	return nil
 }
 
 // watchMember waits until a member is in a cluster, durably, and keeps the member's claim

@@ -30,7 +30,6 @@ import (
 	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/tap"
 	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
@@ -378,8 +377,7 @@ func TestConnectionLimits(t *testing.T) {
 	}
 	call := func(c *limitedConn, method string) error {
 		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
-		_, err := inPlace(ctx, &tap.Info{FullMethodName: method})
-		return err
+		return inPlace(ctx, method)
 	}
 	var clients, more []*limitedConn
 	for range p.clients {
@@ -643,8 +641,7 @@ func TestFewFiles(t *testing.T) {
 	defer cancel()
 	_, err := nw.probe(ctx, &kvpb.Node{Id: n.id, Address: n.address})
 	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
-	ctx = grpc.NewContextWithServerTransportStream(ctx, methodOf(kvpb.ClusterService_TransferLeader_FullMethodName))
-	err = n.server.forward(ctx, n.server.n.self, &kvpb.TransferLeaderRequest{}, &kvpb.TransferLeaderResponse{})
+	err = n.server.forward(ctx, n.server.n.self, kvpb.ClusterService_TransferLeader_FullMethodName, &kvpb.TransferLeaderRequest{}, &kvpb.TransferLeaderResponse{})
 	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
 	<-nw.callPlaces
 	if _, err := nw.probe(t.Context(), &kvpb.Node{Id: n.id, Address: n.address}); err != nil || len(nw.callPlaces) != maxAsking-1 {

@@ -469,7 +469,7 @@ func TestBegunIsUnknown(t *testing.T) {
 		tries := 0
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
-		err := s.onLeader(ctx, nil, nil, func(context.Context) error {
+		err := s.onLeader(ctx, "", nil, nil, func(context.Context) error {
 			if tries++; tries == 1 {
 				return fmt.Errorf("%w: %w", errChangeUnknown, errNotLeader)
 			}
@@ -825,17 +825,6 @@ func TestPromoteAndDemote(t *testing.T) {
 	c.works(1, 2, 3, 4)
 }
 
-// methodOf is a call of a method, as far as forward looks at it.
-type methodOf string
-
-func (m methodOf) Method() string { return string(m) }
-
-func (methodOf) SetHeader(metadata.MD) error { return nil }
-
-func (methodOf) SendHeader(metadata.MD) error { return nil }
-
-func (methodOf) SetTrailer(metadata.MD) error { return nil }
-
 // listenAndClose takes connections, and closes them before a request can be sent off.
 func listenAndClose(t *testing.T) string {
 	t.Helper()
@@ -871,8 +860,7 @@ func TestForwardFails(t *testing.T) {
 	forward := func(timeout time.Duration, address string) error {
 		ctx, cancel := context.WithTimeout(t.Context(), timeout)
 		defer cancel()
-		ctx = grpc.NewContextWithServerTransportStream(ctx, methodOf(kvpb.ClusterService_TransferLeader_FullMethodName))
-		return s.forward(ctx, &kvpb.Node{Id: 2, Address: address}, &kvpb.TransferLeaderRequest{NodeId: 1}, &kvpb.TransferLeaderResponse{})
+		return s.forward(ctx, &kvpb.Node{Id: 2, Address: address}, kvpb.ClusterService_TransferLeader_FullMethodName, &kvpb.TransferLeaderRequest{NodeId: 1}, &kvpb.TransferLeaderResponse{})
 	}
 	if err := forward(pollDeadline, deadAddress(t)); errors.Is(err, errChangeUnknown) || !errors.Is(err, errNotLeader) {
 		t.Errorf("nobody is there: %v", err)

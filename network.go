@@ -369,6 +369,9 @@ func (nw *network) Stream(s kvpb.RaftService_StreamServer) error {
 		if first.Hello == nil {
 			return errNoHello
 		}
+		if err := isFrom(ctx, first.Hello.GetFrom().GetNode()); err != nil {
+			return err
+		}
 		return nw.receiveStream(ctx, cancel, s, first.Hello)
 	})
 }

@@ -41,9 +41,9 @@ type pipelineRequest struct {
 }
 
 // parsePipelineRequest parses a PipelineRequest, of which the operations stay parts. An
-// operation that is invalid gets its own error; what is no list of operations, or too
-// long a one, is an error of all.
-func parsePipelineRequest(m []byte) (*pipelineRequest, error) {
+// operation that is invalid gets its own error, and so does a write if its caller may not
+// write; what is no list of operations, or too long a one, is an error of all.
+func parsePipelineRequest(m []byte, mayWrite bool) (*pipelineRequest, error) {
 	count := 0
 	for f := (fields{rest: m, repeated: 1}); len(f.rest) > 0; count++ {
 		isOperation := f.next() && f.num == 1 && f.b != nil
@@ -61,7 +61,12 @@ func parsePipelineRequest(m []byte) (*pipelineRequest, error) {
 	for i := range r.ops {
 		f.next()
 		r.calls[i].request = r
-		r.calls[i].write, r.calls[i].outcome.err = r.ops[i].parseCall(f.b)
+		c := &r.calls[i]
+		c.write, c.outcome.err = r.ops[i].parseCall(f.b)
+		isWrite := c.write != nil
+		if isWrite && !mayWrite {
+			c.outcome.err = errReadOnly
+		}
 	}
 	return r, nil
 }
@@ -139,6 +144,7 @@ func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
 // read takes requests in, while there is room for what they ask, until the caller has
 // said all.
 func (p *pipeline) read(ctx context.Context) error {
+	mayWrite := p.s.mayWrite(ctx)
 	for {
 		if err := p.waitForRoom(ctx); err != nil {
 			return err
@@ -151,7 +157,7 @@ func (p *pipeline) read(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		r, err := parsePipelineRequest(m.b)
+		r, err := parsePipelineRequest(m.b, mayWrite)
 		if err != nil {
 			return err
 		}

@@ -317,7 +317,7 @@ func (n *node) run(ctx context.Context) error {
 
 // end ends all that waits. Raft may be broken: nothing more is asked of it.
 func (n *node) end() {
-	n.inbox.close()
+	n.inbox.close(n.err)
 	n.rn = nil
 	in := n.inbox.take()
 	n.turn(input{calls: in.calls, events: in.events})

@@ -1233,6 +1233,14 @@ func TestNodeFails(t *testing.T) {
 	err := <-ended
 	wantError(t, err, codes.Unavailable, "NODE_FAILED")
 	wantPart(t, err.Error(), "the disk is gone")
+
+	// So are those who come when it has ended.
+	if err := n.inbox.call(&call{}); err != n.err {
+		t.Errorf("a call: %v", err)
+	}
+	if err := n.do(t.Context(), func() error { return nil }); err != n.err {
+		t.Errorf("a request: %v", err)
+	}
 }
 
 // Indexes and terms start where an entry's encoding is its data and 16 bytes,

@@ -5,7 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -60,8 +59,7 @@ const (
 	// maxMargin bounds how long before its caller's deadline a call ends.
 	maxMargin = 100 * time.Millisecond
 
-	leaderMetadata  = "x-raft-leader"
-	forwardMetadata = "x-raft-forwarded"
+	leaderMetadata = "x-raft-leader"
 	// restartHealth is the health name that says: this node may be restarted.
 	restartHealth = "raftkv.v1.restart"
 )
@@ -90,6 +88,9 @@ type server struct {
 	draining bool          // the loop's: no more new calls are wanted
 	stopping chan struct{} // closed by stop
 	inFlight atomic.Int64  // unary calls of all services
+
+	refused    atomic.Uint64 // calls whose callers may not make them
+	refusalLog rareLog
 }
 
 func newServer(n *node, nw *network, c *certificates) *server {
@@ -111,6 +112,7 @@ func newServer(n *node, nw *network, c *certificates) *server {
 	s.grpc = grpc.NewServer(
 		grpc.Creds(transport),
 		grpc.UnaryInterceptor(s.intercept),
+		grpc.StreamInterceptor(s.interceptStream),
 		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
@@ -121,7 +123,7 @@ func newServer(n *node, nw *network, c *certificates) *server {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.NumStreamWorkers(streamWorkers),
-		grpc.InTapHandle(inPlace),
+		grpc.InTapHandle(s.admitCall),
 	)
 	s.grpc.RegisterService(refuseMalformed(&kvpb.KVService_ServiceDesc), s)
 	s.grpc.RegisterService(refuseMalformed(&kvpb.ClusterService_ServiceDesc), s)
@@ -311,22 +313,6 @@ func (s *server) ticksLeft(ctx context.Context) uint64 {
 		return 0
 	}
 	return s.n.ticksOf(left)
-}
-
-// intercept covers the unary calls of KVService and ClusterService: it names the
-// leader in every answer, makes errors those of the API, and lets stop wait for calls.
-func (s *server) intercept(
-	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
-) (any, error) {
-	s.inFlight.Add(1) // before it looks whether the node is stopping: stop looks the other way round
-	defer s.inFlight.Add(-1)
-	resp, err := s.answer(ctx, req, handler)
-	s.nameLeader(ctx, err == nil)
-	if err != nil {
-		ofKV := strings.HasPrefix(info.FullMethod, "/"+kvpb.KVService_ServiceDesc.ServiceName+"/")
-		return nil, toStatus(err, ofKV)
-	}
-	return resp, nil
 }
 
 // nameLeader names the leader in the header of a success, or in the trailer of an error.

@@ -1233,7 +1233,7 @@ func TestPipelineBounds(t *testing.T) {
 		"an unknown field": []byte("\x12\x00"),
 		"too many":         []byte(strings.Repeat("\x0a\x00", maxPipelineCalls+1)),
 	} {
-		if g, err := parsePipelineRequest(m); err == nil {
+		if g, err := parsePipelineRequest(m, true); err == nil {
 			t.Errorf("%s: %d operations", name, len(g.ops))
 		}
 	}
@@ -1315,7 +1315,7 @@ func TestNumbersAreNotChosen(t *testing.T) {
 		t.Errorf("%+v, %v", o, err)
 	}
 
-	g, err := parsePipelineRequest(mustMarshal(t, &kvpb.PipelineRequest{Operations: []*kvpb.Operation{open, open}}))
+	g, err := parsePipelineRequest(mustMarshal(t, &kvpb.PipelineRequest{Operations: []*kvpb.Operation{open, open}}), true)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -431,7 +431,7 @@ func (p *proc) stop(length float64) {
 			return
 		}
 		n.err = errStopping
-		n.inbox.close()
+		n.inbox.close(errStopping)
 		p.turn(0)
 		n.calls.failAll(errStopping)
 		p.poll()

@@ -96,6 +96,9 @@ func (nw *network) InstallSnapshot(s kvpb.RaftService_InstallSnapshotServer) err
 		if h == nil {
 			return errNoHello
 		}
+		if err := isFrom(ctx, h.GetFrom().GetNode()); err != nil {
+			return err
+		}
 		w := nw.receiver.accept(h)
 		isProbe := h.GetTo().GetRaftId() == 0
 		if isProbe || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {

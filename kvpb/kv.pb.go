@@ -113,6 +113,9 @@ const (
 	// FAILED_PRECONDITION: the node was removed and still has what it had before;
 	// it did not hear of its removal until the deadline.
 	ErrorReason_ERROR_REASON_PAST_MEMBER ErrorReason = 24
+	// PERMISSION_DENIED: the caller's certificate is of a role that may not do this;
+	// the message names the roles that may. Nothing was applied.
+	ErrorReason_ERROR_REASON_PERMISSION_DENIED ErrorReason = 25
 )
 
 // Enum value maps for ErrorReason.
@@ -143,6 +146,7 @@ var (
 		22: "ERROR_REASON_SESSION_TAKEN",
 		23: "ERROR_REASON_INIT_IN_PROGRESS",
 		24: "ERROR_REASON_PAST_MEMBER",
+		25: "ERROR_REASON_PERMISSION_DENIED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -170,6 +174,7 @@ var (
 		"ERROR_REASON_SESSION_TAKEN":       22,
 		"ERROR_REASON_INIT_IN_PROGRESS":    23,
 		"ERROR_REASON_PAST_MEMBER":         24,
+		"ERROR_REASON_PERMISSION_DENIED":   25,
 	}
 )
 
@@ -2541,8 +2546,17 @@ type MetricsResponse struct {
 	// Why the health name raftkv.v1.restart is not SERVING here; empty: it is, unless
 	// the node is stopping.
 	NoRestartReason string `protobuf:"bytes,31,opt,name=no_restart_reason,json=noRestartReason,proto3" json:"no_restart_reason,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// When the certificate that the node shows ends, in seconds since 1970; 0: there
+	// is no TLS.
+	CertificateNotAfter int64 `protobuf:"varint,32,opt,name=certificate_not_after,json=certificateNotAfter,proto3" json:"certificate_not_after,omitempty"`
+	// Counted since the process started. Calls that were refused, for their callers'
+	// role.
+	RequestsRefused uint64 `protobuf:"varint,33,opt,name=requests_refused,json=requestsRefused,proto3" json:"requests_refused,omitempty"`
+	// Connections that were refused, for their TLS handshake failed or there was no
+	// place for them.
+	HandshakesFailed uint64 `protobuf:"varint,34,opt,name=handshakes_failed,json=handshakesFailed,proto3" json:"handshakes_failed,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *MetricsResponse) Reset() {
@@ -2790,6 +2804,27 @@ func (x *MetricsResponse) GetNoRestartReason() string {
 		return x.NoRestartReason
 	}
 	return ""
+}
+
+func (x *MetricsResponse) GetCertificateNotAfter() int64 {
+	if x != nil {
+		return x.CertificateNotAfter
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetRequestsRefused() uint64 {
+	if x != nil {
+		return x.RequestsRefused
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetHandshakesFailed() uint64 {
+	if x != nil {
+		return x.HandshakesFailed
+	}
+	return 0
 }
 
 // Hello opens a stream between two nodes.
@@ -4916,7 +4951,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x124\n" +
 	"\bprogress\x18\a \x01(\v2\x13.raftkv.v1.ProgressH\x00R\bprogress\x88\x01\x01\x12\x18\n" +
 	"\alagging\x18\b \x01(\tR\alaggingB\v\n" +
-	"\t_progress\"\xcc\b\n" +
+	"\t_progress\"\xd8\t\n" +
 	"\x0fMetricsResponse\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -4955,7 +4990,10 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\adurable\x18\x1d \x01(\bR\adurable\x12\x1f\n" +
 	"\vwrite_limit\x18\x1e \x01(\x04R\n" +
 	"writeLimit\x12*\n" +
-	"\x11no_restart_reason\x18\x1f \x01(\tR\x0fnoRestartReasonB\t\n" +
+	"\x11no_restart_reason\x18\x1f \x01(\tR\x0fnoRestartReason\x122\n" +
+	"\x15certificate_not_after\x18  \x01(\x03R\x13certificateNotAfter\x12)\n" +
+	"\x10requests_refused\x18! \x01(\x04R\x0frequestsRefused\x12+\n" +
+	"\x11handshakes_failed\x18\" \x01(\x04R\x10handshakesFailedB\t\n" +
 	"\a_leader\"\x86\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
@@ -5102,7 +5140,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xa8\x06\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xcc\x06\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -5129,7 +5167,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x1dERROR_REASON_SEQUENCE_TOO_FAR\x10\x15\x12\x1e\n" +
 	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16\x12!\n" +
 	"\x1dERROR_REASON_INIT_IN_PROGRESS\x10\x17\x12\x1c\n" +
-	"\x18ERROR_REASON_PAST_MEMBER\x10\x18*~\n" +
+	"\x18ERROR_REASON_PAST_MEMBER\x10\x18\x12\"\n" +
+	"\x1eERROR_REASON_PERMISSION_DENIED\x10\x19*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +

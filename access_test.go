@@ -1,0 +1,262 @@
+// Tests of access.go: who may call what, and what the log says of it.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"raft-key-value/kvpb"
+)
+
+// mayCall says of each method which roles may call it: access, as it is meant.
+var mayCall = map[string]string{
+	"raftkv.v1.KVService/Get":                                       "reader client admin",
+	"raftkv.v1.KVService/List":                                      "reader client admin",
+	"raftkv.v1.KVService/Pipeline":                                  "reader client admin",
+	"raftkv.v1.KVService/Set":                                       "client admin",
+	"raftkv.v1.KVService/Delete":                                    "client admin",
+	"raftkv.v1.KVService/OpenSession":                               "client admin",
+	"raftkv.v1.ClusterService/Metrics":                              "reader client admin",
+	"raftkv.v1.ClusterService/Init":                                 "admin",
+	"raftkv.v1.ClusterService/AddLearner":                           "admin",
+	"raftkv.v1.ClusterService/ChangeMembership":                     "admin",
+	"raftkv.v1.ClusterService/TransferLeader":                       "admin",
+	"raftkv.v1.ClusterService/Backup":                               "admin",
+	"raftkv.v1.RaftService/Stream":                                  "node",
+	"raftkv.v1.RaftService/InstallSnapshot":                         "node",
+	"raftkv.v1.RaftService/Claim":                                   "node",
+	"grpc.health.v1.Health/Check":                                   "reader client admin node",
+	"grpc.health.v1.Health/List":                                    "reader client admin node",
+	"grpc.health.v1.Health/Watch":                                   "reader client admin node",
+	"grpc.reflection.v1.ServerReflection/ServerReflectionInfo":      "reader client admin node",
+	"grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "reader client admin node",
+}
+
+// TestAccess: over TLS, each role may call what it is meant to, and nothing else, of all
+// that the server has.
+func TestAccess(t *testing.T) {
+	t.Parallel()
+	c := newSecureCluster(t, 1)
+	c.init(1)
+	c.settled(1)
+	n := c.nodes[1]
+	var methods []string
+	for name, service := range n.server.grpc.GetServiceInfo() {
+		for _, m := range service.Methods {
+			methods = append(methods, name+"/"+m.Name)
+		}
+	}
+	if len(methods) != len(mayCall) || len(methods) != len(access) {
+		t.Errorf("the server has %d methods, of which %d are meant for somebody, and %d are in the table",
+			len(methods), len(mayCall), len(access))
+	}
+	for _, role := range []string{"reader", "client", "admin", "node1"} {
+		conn := dialNode(t, n.address, testCredentials(t, c.pki, role, n.address))
+		for _, method := range methods {
+			isMeant := slices.Contains(strings.Fields(mayCall[method]), strings.TrimRight(role, "1"))
+			err := callMalformed(c.ctx, conn, "/"+method)
+			if isMeant == (status.Code(err) == codes.PermissionDenied) {
+				t.Errorf("%s calls %s: %v", role, method, err)
+			}
+			if !isMeant {
+				wantError(t, err, codes.PermissionDenied, "PERMISSION_DENIED")
+			}
+		}
+		_ = conn.Close()
+	}
+	if m, err := c.metrics(1); err != nil || m.RequestsRefused == 0 {
+		t.Errorf("%d refused calls are counted, %v", m.GetRequestsRefused(), err)
+	}
+}
+
+// callMalformed calls a method with a request that it cannot decode, or that asks nothing,
+// and returns the error.
+func callMalformed(ctx context.Context, conn *grpc.ClientConn, method string) error {
+	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
+	defer cancel()
+	desc := &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}
+	s, err := conn.NewStream(ctx, desc, method, grpc.ForceCodec(bytesCodec{}))
+	if err != nil {
+		return err
+	}
+	// A field 15 of a type that there is not.
+	if err := s.SendMsg([]byte{15<<3 | 7}); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if err := s.CloseSend(); err != nil {
+		return err
+	}
+	var answer []byte
+	if err := s.RecvMsg(&answer); err != nil {
+		return err
+	}
+	return nil
+}
+
+// TestNobodyIsAnyone: with TLS, a connection without a principal may call nothing: it is
+// taken for one only by a mistake of this program.
+func TestNobodyIsAnyone(t *testing.T) {
+	dir, _ := testPKI(t, 1)
+	certificates, err := openCertificates(testFiles(dir, "node1"), 1, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &server{certificates: certificates}
+	for method := range access {
+		if err := s.authorize(t.Context(), method); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("anyone calls %s: %v", method, err)
+		}
+	}
+	if s.mayWrite(t.Context()) {
+		t.Error("anyone writes in a Pipeline")
+	}
+}
+
+// TestReadersPipeline: a reader's reads in a Pipeline are answered, its writes are refused,
+// each in its place.
+func TestReadersPipeline(t *testing.T) {
+	t.Parallel()
+	c := newSecureCluster(t, 1)
+	c.init(1)
+	c.settled(1)
+	c.set(1, "k", "v")
+	n := c.nodes[1]
+	conn := dialNode(t, n.address, testCredentials(t, c.pki, "reader", n.address))
+	defer func() { _ = conn.Close() }()
+	s, err := kvpb.NewKVServiceClient(conn).Pipeline(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := &kvpb.Operation{Operation: &kvpb.Operation_OpenSession{OpenSession: &kvpb.OpenSessionRequest{}}}
+	results, err := exchange(s, getOp("k", false), setOp("k", "w"), deleteOp("k"), open, getOp("k", true))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, r := range results {
+		isRead := i == 0 || i == len(results)-1
+		if isRead && string(r.GetGet().GetValue()) != "v" {
+			t.Errorf("operation %d: %v", i, r)
+		}
+		if !isRead && codes.Code(r.GetError().GetCode()) != codes.PermissionDenied {
+			t.Errorf("operation %d is not refused: %v", i, r)
+		}
+	}
+}
+
+// TestNodesSpeakForThemselves: a node may not say hello, send a snapshot or claim a member
+// in another node's name.
+func TestNodesSpeakForThemselves(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 0)
+	c.pki, _ = testPKI(t, 2)
+	n := c.start(1, "127.0.0.1:0")
+	conn := dialNode(t, n.address, testCredentials(t, c.pki, "node2", n.address))
+	defer func() { _ = conn.Close() }()
+	raft := kvpb.NewRaftServiceClient(conn)
+	for id, isRefused := range map[uint64]bool{2: false, 3: true} {
+		from := &kvpb.Peer{Node: &kvpb.Node{Id: id, Address: "127.0.0.1:1"}, RaftId: 5, Life: 5}
+		h := &kvpb.Hello{From: from, To: &kvpb.Peer{}}
+		refused := map[string]error{}
+		s, err := raft.Stream(c.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = s.Send(&kvpb.StreamRequest{Hello: h})
+		_, refused["hello"] = s.Recv()
+		snapshot, err := raft.InstallSnapshot(c.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = snapshot.Send(&kvpb.InstallSnapshotRequest{Hello: h})
+		_, refused["snapshot"] = snapshot.CloseAndRecv()
+		_, refused["claim"] = raft.Claim(c.ctx, &kvpb.ClaimRequest{Founder: from})
+		for what, err := range refused {
+			if (status.Code(err) == codes.PermissionDenied) != isRefused {
+				t.Errorf("node 2 as node %d: %s: %v", id, what, err)
+			}
+		}
+	}
+}
+
+// TestForwardingIsANodes: a request that says it was forwarded is believed from a node
+// only. A node that forwards for nobody may not do what operators may.
+func TestForwardingIsANodes(t *testing.T) {
+	t.Parallel()
+	log := &sharedLog{}
+	c := newCluster(t, 0)
+	c.pki, _ = testPKI(t, 2)
+	c.log = log
+	c.start(1, "127.0.0.1:0")
+	c.start(2, "127.0.0.1:0")
+	c.init(1, 2)
+	leader := c.settled(1, 2)
+	follower := c.nodes[3-leader]
+	forwarded := metadata.AppendToOutgoingContext(c.ctx, forwardMetadata, "1", forwardedForMetadata, `admin/"alice"`)
+	req := &kvpb.TransferLeaderRequest{NodeId: leader}
+	as := func(name string, address string) kvpb.ClusterServiceClient {
+		conn := dialNode(t, address, testCredentials(t, c.pki, name, address))
+		t.Cleanup(func() { _ = conn.Close() })
+		return kvpb.NewClusterServiceClient(conn)
+	}
+	if _, err := as("admin", follower.address).TransferLeader(forwarded, req); err != nil {
+		t.Errorf("an admin's request is taken for one that was forwarded: %v", err)
+	}
+	if _, err := as("client", follower.address).TransferLeader(forwarded, req); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a client forwards: %v", err)
+	}
+	node := as(fmt.Sprintf("node%d", follower.id), c.nodes[leader].address)
+	if _, err := node.TransferLeader(c.ctx, req); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a node is an operator: %v", err)
+	}
+	if _, err := node.TransferLeader(forwarded, req); err != nil {
+		t.Errorf("a node does not forward: %v", err)
+	}
+	for _, part := range []string{
+		`msg="request of an operator" node=` + fmt.Sprint(leader) + ` by=node/` + fmt.Sprint(follower.id),
+		`for=admin `, // the admin's own request, forwarded by the follower
+		`for="admin/\"alice\""`,
+		`method=TransferLeader`,
+		`msg="a call was refused"`,
+		`client may not call raftkv.v1.ClusterService/TransferLeader: that needs the role admin`,
+	} {
+		if !strings.Contains(log.String(), part) {
+			t.Errorf("the log lacks %q", part)
+		}
+	}
+}
+
+// TestReasonTrailer: the reason of an error can be read without decoding its details, of
+// unary calls and of streams.
+func TestReasonTrailer(t *testing.T) {
+	t.Parallel()
+	c := newSecureCluster(t, 1)
+	n := c.nodes[1]
+	var md metadata.MD
+	_, err := n.Get(c.ctx, &kvpb.GetRequest{Key: "k"}, grpc.Trailer(&md))
+	wantError(t, err, codes.Unavailable, "NOT_INITIALIZED")
+	if got := md.Get(reasonMetadata); len(got) != 1 || got[0] != "NOT_INITIALIZED" {
+		t.Errorf("the trailer of Get has %q", got)
+	}
+	s, err := n.Backup(c.ctx, &kvpb.BackupRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.Recv()
+	if err == nil {
+		t.Fatal("there is a backup of nothing")
+	}
+	if got := s.Trailer().Get(reasonMetadata); len(got) != 1 || got[0] != reasonOf(err) {
+		t.Errorf("the trailer of Backup has %q, the error is %v", got, err)
+	}
+}
