@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/dynamicpb"
 
 	"raft-key-value/kvpb"
 )
@@ -258,5 +260,79 @@ func TestReasonTrailer(t *testing.T) {
 	}
 	if got := s.Trailer().Get(reasonMetadata); len(got) != 1 || got[0] != reasonOf(err) {
 		t.Errorf("the trailer of Backup has %q, the error is %v", got, err)
+	}
+}
+
+// fillStrings sets all strings of a message, and of the messages in it, and each number to 3.
+func fillStrings(m protoreflect.Message, text string, depth int) {
+	fields := m.Descriptor().Fields()
+	for i := range fields.Len() {
+		f := fields.Get(i)
+		isMessage := f.Kind() == protoreflect.MessageKind
+		if isMessage && depth == 0 {
+			continue
+		}
+		value := func() protoreflect.Value {
+			switch f.Kind() {
+			case protoreflect.StringKind:
+				return protoreflect.ValueOfString(text)
+			case protoreflect.Uint64Kind:
+				return protoreflect.ValueOfUint64(3)
+			case protoreflect.MessageKind:
+				inner := m.NewField(f)
+				if f.IsList() {
+					inner = inner.List().NewElement()
+				}
+				fillStrings(inner.Message(), text, depth-1)
+				return inner
+			}
+			return protoreflect.Value{}
+		}()
+		switch {
+		case !value.IsValid():
+		case f.IsList():
+			m.Mutable(f).List().Append(value)
+		default:
+			m.Set(f, value)
+		}
+	}
+}
+
+// TestErrorsDoNotEcho: whatever a request has, an error has no more than 64 bytes of it.
+func TestErrorsDoNotEcho(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	c.init(1)
+	c.settled(1)
+	n := c.nodes[1]
+	unit := "zq"
+	for _, text := range []string{
+		strings.Repeat(unit, 100),        // a key as good as any, an address without a port
+		strings.Repeat(unit, 100) + ":1", // an address, at which nobody is
+		strings.Repeat(unit, 100_000),
+		strings.Repeat(unit, 100) + "\n:1",
+	} {
+		for _, service := range []*grpc.ServiceDesc{&kvpb.KVService_ServiceDesc, &kvpb.ClusterService_ServiceDesc} {
+			methods := kvpb.File_raftkv_v1_kv_proto.Services().ByName(protoreflect.FullName(service.ServiceName).Name()).Methods()
+			for i := range methods.Len() {
+				method := methods.Get(i)
+				if method.IsStreamingClient() || method.IsStreamingServer() {
+					continue
+				}
+				req := dynamicpb.NewMessage(method.Input())
+				fillStrings(req, text, 3)
+				ctx, cancel := context.WithTimeout(c.ctx, rpcTimeout)
+				var trailer metadata.MD
+				var resp []byte
+				name := fmt.Sprintf("/%s/%s", service.ServiceName, method.Name())
+				err := n.conn.Invoke(ctx, name, mustMarshal(t, req), &resp, grpc.ForceCodec(bytesCodec{}), grpc.Trailer(&trailer))
+				cancel()
+				for _, told := range []string{fmt.Sprint(err), fmt.Sprint(status.Convert(err).Proto()), fmt.Sprint(trailer)} {
+					if strings.Contains(told, strings.Repeat(unit, maxQuotedInput/2+1)) {
+						t.Errorf("%s with strings of %d bytes: %.300s", name, len(text), told)
+					}
+				}
+			}
+		}
 	}
 }

@@ -17,14 +17,14 @@ import (
 func splitListenAddress(address string) (host string, port uint16, err error) {
 	host, number, err := net.SplitHostPort(address)
 	if err != nil || number == "" {
-		return "", 0, fmt.Errorf("address %q: want host:port", address)
+		return "", 0, fmt.Errorf("address %s: want host:port", quoteInput(address))
 	}
 	n, err := strconv.ParseUint(number, 10, 16)
 	if err != nil {
-		return "", 0, fmt.Errorf("address %q: want a port from 0 to 65535, not %q", address, number)
+		return "", 0, fmt.Errorf("address %s: want a port from 0 to 65535", quoteInput(address))
 	}
 	if strings.ContainsFunc(host, isStrange) {
-		return "", 0, fmt.Errorf("address %q: there is a blank, or what cannot be printed, in the host", address)
+		return "", 0, fmt.Errorf("address %s: there is a blank, or what cannot be printed, in the host", quoteInput(address))
 	}
 	if len(address) > maxAddressBytes {
 		return "", 0, fmt.Errorf("address: it has %d bytes, the limit is %d", len(address), maxAddressBytes)
@@ -43,7 +43,7 @@ func isStrange(r rune) bool {
 func splitAddress(address string) (host string, port uint16, err error) {
 	host, port, err = splitListenAddress(address)
 	if err == nil && host == "" {
-		err = fmt.Errorf("address %q: want host:port, and a host", address)
+		err = fmt.Errorf("address %s: want host:port, and a host", quoteInput(address))
 	}
 	return host, port, err
 }
@@ -62,7 +62,7 @@ func checkMemberAddress(address string) error {
 		return err
 	}
 	if isEverywhere(host) || port == 0 {
-		return fmt.Errorf("address %q: want where the others find the node", address)
+		return fmt.Errorf("address %s: want where the others find the node", quoteInput(address))
 	}
 	return nil
 }

@@ -147,17 +147,16 @@ func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
 	defer cancel()
 	w, err := s.net.probe(ctx, m)
 	if err != nil {
-		cause := status.Convert(err).Message()
-		return 0, unreachable(fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, cause))
+		return 0, unreachable(fmt.Sprintf("node %d at %s does not answer: %s", m.Id, shown(m.Address), causeOf(err, m)))
 	}
 	if there := w.Peer.Node; there.Id != m.Id || there.Address != m.Address {
 		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
-			fmt.Sprintf("%d=%s was asked for, but %d=%s answers", m.Id, m.Address, there.Id, there.Address))
+			fmt.Sprintf("%s was asked for, but %s answers", formatNode(m), formatNode(there)))
 	}
 	if w.ClusterId != 0 && w.ClusterId != p.clusterID {
 		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
 			fmt.Sprintf("node %d at %s is in another cluster, %016x; to have it in this one, stop it, "+
-				"move its data directory away if it has one, and start it again", m.Id, m.Address, w.ClusterId))
+				"move its data directory away if it has one, and start it again", m.Id, shown(m.Address), w.ClusterId))
 	}
 	return w.Peer.RaftId, nil
 }
@@ -214,7 +213,7 @@ func hasPast(m *kvpb.Node) error {
 	return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_PAST_MEMBER,
 		fmt.Sprintf("node %d at %s still has what it had before it was removed: too few of the voters that it knows "+
 			"are left at their addresses to tell it. Stop it, move its data directory away if it has one, start it again, "+
-			"and add it", m.Id, m.Address))
+			"and add it", m.Id, shown(m.Address)))
 }
 
 // ChangeMembership implements ClusterService.

@@ -313,7 +313,7 @@ func TestClientHelp(t *testing.T) {
 		if strings.Contains(help, " \n") {
 			t.Errorf("a blank at the end of a line: %s", help)
 		}
-		if calls := !slices.Contains([]string{"help", "restore", "version"}, name); calls != strings.Contains(help, "\n  -endpoints ") {
+		if calls := !slices.Contains([]string{"certs", "help", "restore", "version"}, name); calls != strings.Contains(help, "\n  -endpoints ") {
 			t.Errorf("it calls a node %v, but: %s", calls, help)
 		}
 	}
@@ -1001,11 +1001,12 @@ func (f *fakeNode) Backup(_ *kvpb.BackupRequest, s kvpb.ClusterService_BackupSer
 
 // wrongArguments are some that are not what they should be, by what that is.
 var wrongArguments = map[argument][]string{
-	keyArgument:    {"", "\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
-	valueArgument:  {strings.Repeat("v", maxValueBytes+1)},
-	prefixArgument: {"\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
-	fileArgument:   {"", "-"},
-	idArgument:     {"", "0", "x", "1=a:1", "1.5", "18446744073709551616", " 1"},
+	keyArgument:       {"", "\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
+	valueArgument:     {strings.Repeat("v", maxValueBytes+1)},
+	prefixArgument:    {"\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
+	fileArgument:      {"", "-"},
+	directoryArgument: {""},
+	idArgument:        {"", "0", "x", "1=a:1", "1.5", "18446744073709551616", " 1"},
 	memberArgument: {
 		"", "1", "0=a:1", "x=a:1", "1=", "1=a", "1=a:", "1=:1", "1=a:0", "1=a:x", "1=a:http", "1=a:65536", "1=a:-1",
 		"1=a b:1", "1=a\xff:1", "1=0.0.0.0:1", "1=[::]:1", "1=" + strings.Repeat("a", maxAddressBytes) + ":1",
@@ -1014,7 +1015,7 @@ var wrongArguments = map[argument][]string{
 }
 
 var rightArguments = map[argument]string{
-	keyArgument: "k", valueArgument: "v", prefixArgument: "p", fileArgument: "f", idArgument: "7",
+	keyArgument: "k", valueArgument: "v", prefixArgument: "p", fileArgument: "f", directoryArgument: "d", idArgument: "7",
 	memberArgument: "7=a:1", commandArgument: "get",
 }
 

@@ -21,7 +21,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/test/bufconn"
 
@@ -51,13 +50,20 @@ const (
 	black       // bytes are lost without a word
 )
 
-// inBubble calls f with nodes 1 to n that are a cluster.
+// inBubble calls f with nodes 1 to n that are a cluster: without TLS, and then over TLS.
 func inBubble(t *testing.T, n uint64, f func(*testing.T, *bubble), set ...func(*options)) {
 	t.Helper()
 	t.Parallel()
+	pki, _ := testPKI(t, n+4) // some tests boot more
+	for name, pki := range map[string]string{"plain": "", "TLS": pki} {
+		t.Run(name, func(t *testing.T) { inOneBubble(t, n, pki, f, set...) })
+	}
+}
+
+func inOneBubble(t *testing.T, n uint64, pki string, f func(*testing.T, *bubble), set ...func(*options)) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &bubble{
-			testCluster: &testCluster{t: t, ctx: t.Context(), nodes: map[uint64]*testNode{}}, latency: time.Millisecond, think: 5 * time.Millisecond,
+			testCluster: &testCluster{t: t, ctx: t.Context(), nodes: map[uint64]*testNode{}, pki: pki}, latency: time.Millisecond, think: 5 * time.Millisecond,
 			listeners: map[string]*bufconn.Listener{}, wires: map[*wire]bool{}, faults: map[string]fault{}, sent: map[[2]string]int{},
 		}
 		b.options = func(o *options) {
@@ -105,12 +111,19 @@ func (b *bubble) boot(id uint64) {
 	b.options(&o)
 	o.id, o.advertise, o.listener = id, n.address, l
 	o.dialer = func(ctx context.Context, to string) (net.Conn, error) { return b.dial(ctx, n.address, to) }
+	if b.pki != "" {
+		o.tls = testFiles(b.pki, fmt.Sprintf("node%d", id))
+	}
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
 	ready := make(chan *server, 1)
 	log := slog.New(slog.NewTextHandler(b.t.Output(), nil)).With("node", id)
 	go func() { n.ended <- run(ctx, o, log, func(s *server) { ready <- s }) }()
-	n.server = <-ready
+	select {
+	case n.server = <-ready:
+	case err := <-n.ended:
+		b.t.Fatal(err)
+	}
 	n.conn = b.client(id)
 	n.KVServiceClient, n.ClusterServiceClient = kvpb.NewKVServiceClient(n.conn), kvpb.NewClusterServiceClient(n.conn)
 	b.nodes[id] = n
@@ -119,7 +132,7 @@ func (b *bubble) boot(id uint64) {
 // client is a connection from outside.
 func (b *bubble) client(id uint64) *grpc.ClientConn {
 	conn, err := grpc.NewClient("passthrough:///"+addressIn(id),
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithIdleTimeout(0),
+		grpc.WithTransportCredentials(testCredentials(b.t, b.pki, "admin", addressIn(id))), grpc.WithIdleTimeout(0),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1, MaxDelay: 10 * time.Millisecond}, MinConnectTimeout: time.Second}),
 		grpc.WithContextDialer(func(ctx context.Context, to string) (net.Conn, error) { return b.dial(ctx, "client", to) }))
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strconv"
 	"strings"
 	"time"
@@ -69,6 +70,21 @@ const maxQuotedInput = 64
 // quoteInput quotes the beginning of what somebody has sent, for an error.
 func quoteInput(input string) string { return strconv.Quote(beginning(input, maxQuotedInput)) }
 
+// shown is what an error says of an address.
+func shown(address string) string { return beginning(address, maxQuotedInput) }
+
+// causeOf is why a call to a node has failed, which may have the node's address in it.
+func causeOf(err error, node *kvpb.Node) string {
+	text := status.Convert(err).Message()
+	host, _, _ := net.SplitHostPort(node.Address)
+	for _, long := range []string{node.Address, host} {
+		if len(long) > maxQuotedInput {
+			text = strings.ReplaceAll(text, long, shown(long))
+		}
+	}
+	return text
+}
+
 // beginning returns the first bytes of a text, which show that there are more.
 func beginning(text string, bytes int) string {
 	if len(text) <= bytes {
@@ -96,7 +112,7 @@ func validateNode(field string, n *kvpb.Node) error {
 		return invalid(field+".address", "%v", err)
 	}
 	if port == 0 {
-		return invalid(field+".address", "%q has no port", n.GetAddress())
+		return invalid(field+".address", "%s has no port", quoteInput(n.GetAddress()))
 	}
 	return nil
 }

@@ -370,7 +370,7 @@ func (f *founder) sendClaim(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRe
 		return nil, err
 	}
 	return nil, apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
-		fmt.Sprintf("node %d at %s does not answer: %s", m.Id, m.Address, status.Convert(err).Message()))
+		fmt.Sprintf("node %d at %s does not answer: %s", m.Id, shown(m.Address), causeOf(err, m)))
 }
 
 func sameDeadline(a, b context.Context) bool {
@@ -444,7 +444,7 @@ func (t *surveyTally) add(members []*kvpb.Node, m *kvpb.Node, a surveyAnswer) {
 			fmt.Sprintf("cluster %016x calls node %d at %s, through its member %d at %s: "+
 				"wait until it has taken the node in; "+
 				"if that cluster is known to be lost, init --force makes another",
-				a.resp.ClusterId, m.Id, m.Address, a.resp.By.GetId(), a.resp.By.GetAddress()))
+				a.resp.ClusterId, m.Id, shown(m.Address), a.resp.By.GetId(), shown(a.resp.By.GetAddress())))
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
 		t.fresh = waitsForMember(m, a.resp)
 	default:
@@ -457,7 +457,7 @@ func (t *surveyTally) add(members []*kvpb.Node, m *kvpb.Node, a surveyAnswer) {
 func (t *surveyTally) addMember(members []*kvpb.Node, m *kvpb.Node, resp *kvpb.ClaimResponse) {
 	t.clusterIDs[resp.ClusterId] = true
 	t.memberOf = append(t.memberOf, fmt.Sprintf("node %d at %s is in another cluster, %016x, of the voters %s",
-		m.Id, m.Address, resp.ClusterId, formatNodes(resp.Voters)))
+		m.Id, shown(m.Address), resp.ClusterId, formatNodes(resp.Voters)))
 	if sameNodes(resp.Members, members) {
 		t.member = m
 	} else if t.member == nil && sameNodes(resp.Voters, members) {
@@ -495,14 +495,14 @@ func waitsForMember(m *kvpb.Node, resp *kvpb.ClaimResponse) error {
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
 		return apiError(codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE,
 			fmt.Sprintf("node %d at %s has just started, and waits to hear whether it is a member of a cluster",
-				m.Id, m.Address))
+				m.Id, shown(m.Address)))
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_CLAIMED:
 		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
 			fmt.Sprintf("node %d at %s is claimed by another init, at node %d at %s, of %s",
-				m.Id, m.Address, resp.By.GetId(), resp.By.GetAddress(), formatNodes(resp.Members)))
+				m.Id, shown(m.Address), resp.By.GetId(), shown(resp.By.GetAddress()), formatNodes(resp.Members)))
 	}
 	return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_INIT_IN_PROGRESS,
-		fmt.Sprintf("node %d at %s could be claimed, and then no more", m.Id, m.Address))
+		fmt.Sprintf("node %d at %s could be claimed, and then no more", m.Id, shown(m.Address)))
 }
 
 // forward sends this Init to a member of the cluster that it wants.
@@ -522,7 +522,7 @@ func (f *founder) forward(ctx context.Context, m *kvpb.Node) initResult {
 		return initResult{outcome: initWaiting} // the member has restarted since the survey
 	case "":
 		err = fmt.Errorf("%w: node %d at %s, which carries on with this init: %s",
-			errChangeUnknown, m.Id, m.Address, status.Convert(err).Message())
+			errChangeUnknown, m.Id, shown(m.Address), causeOf(err, m))
 	}
 	return initResult{outcome: initFailed, err: err}
 }
@@ -786,7 +786,7 @@ func (f *founder) watchMember(
 		if joined.outcome == initFailed {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE,
 				fmt.Sprintf("node %d at %s has failed while it was added: %s",
-					m.Id, m.Address, status.Convert(joined.err).Message()))
+					m.Id, shown(m.Address), causeOf(joined.err, m)))
 		}
 		sleep(ctx, f.s.n.opts.heartbeat)
 	}
@@ -868,7 +868,7 @@ func (n *node) commandsFor(members []*kvpb.Node) string {
 	for _, m := range members {
 		ids = append(ids, fmt.Sprint(m.Id))
 		if !containsNode(ready, m) {
-			commands = append(commands, "add-learner "+formatNode(m))
+			commands = append(commands, "add-learner "+fmt.Sprintf("%d=%s", m.Id, m.Address))
 		}
 	}
 	commands = append(commands, "change-membership "+strings.Join(ids, " "))
@@ -906,7 +906,7 @@ func sameNodes(a, b []*kvpb.Node) bool {
 }
 
 // formatNode writes a node as the command line has it.
-func formatNode(m *kvpb.Node) string { return fmt.Sprintf("%d=%s", m.GetId(), m.GetAddress()) }
+func formatNode(m *kvpb.Node) string { return fmt.Sprintf("%d=%s", m.GetId(), shown(m.GetAddress())) }
 
 func formatNodes(nodes []*kvpb.Node) string {
 	var names []string
