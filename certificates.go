@@ -9,8 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,6 +60,7 @@ type certificates struct {
 	readAt   time.Time  // when the files were last looked at
 	content  fileContent
 	warnedAt time.Time // when the log last said that the certificate ends soon
+	open     map[*secureConn]bool
 }
 
 // fileContent is what the files have, in the order of certificateFiles.
@@ -75,7 +78,7 @@ type keyring struct {
 // openCertificates reads the files for a node, or for a command (node 0), and refuses what
 // nobody would accept.
 func openCertificates(files certificateFiles, node uint64, logger *slog.Logger) (*certificates, error) {
-	c := &certificates{files: files, node: node, logger: logger}
+	c := &certificates{files: files, node: node, logger: logger, open: map[*secureConn]bool{}}
 	content, err := files.read()
 	if err != nil {
 		return nil, err
@@ -298,15 +301,15 @@ func (c *certificates) readAgain() {
 	c.logger.Info("certificates read again", "ends", clockText(k.until))
 }
 
-// watch looks after the certificates until ctx ends: it warns of their end, and has recheck
-// called, if the files have changed, for the connections that were made before.
-func (c *certificates) watch(ctx context.Context, recheck func(*keyring)) {
+// watch looks after the certificates until ctx ends: it warns of their end, and if the files
+// have changed, it looks at the connections that were made before.
+func (c *certificates) watch(ctx context.Context) {
 	last := c.latest()
 	for ctx.Err() == nil {
 		k := c.latest()
 		if k != last {
 			last = k
-			recheck(k)
+			c.recheck(k)
 		}
 		c.warn()
 		sleep(ctx, certificateReadInterval)
@@ -328,31 +331,70 @@ func (c *certificates) warn() {
 		"ends", clockText(k.until), "file", c.files.cert)
 }
 
+// recheck ends the connections whose other end the CAs as they are now do not vouch for.
+func (c *certificates) recheck(k *keyring) {
+	c.mu.Lock()
+	all := slices.Collect(maps.Keys(c.open))
+	c.mu.Unlock()
+	for _, s := range all {
+		c.recheckOne(s, k)
+	}
+}
+
+func (c *certificates) recheckOne(s *secureConn, k *keyring) {
+	_, err := k.verify(s.chain, s.usage)
+	if err == nil {
+		return
+	}
+	c.logger.Warn("a connection is ended, for its certificate is not accepted any more",
+		"with", s.RemoteAddr(), "of", s.who.String(), "err", err)
+	s.cut()
+}
+
 // secureConn is a TLS connection whose both ends have shown who they are. It ends when the
-// first certificate of either end does.
+// first certificate of either end does, or when the CAs do not vouch for the other end any
+// more.
 type secureConn struct {
 	*tls.Conn
 	verified
+	owner *certificates
 	chain []*x509.Certificate // of the other end
-	timer *time.Timer         // closes it
+	usage x509.ExtKeyUsage    // of chain
+	timer *time.Timer         // ends the connection
 }
 
-// newSecureConn begins to count the time until a connection ends.
-func newSecureConn(conn *tls.Conn, own *keyring, v verified) *secureConn {
+// opened looks after a connection, whose other end was verified for a usage, until it is
+// closed.
+func (c *certificates) opened(conn *tls.Conn, own *keyring, v verified, usage x509.ExtKeyUsage) *secureConn {
 	if own.until.Before(v.until) {
 		v.until = own.until
 	}
-	c := &secureConn{Conn: conn, verified: v, chain: conn.ConnectionState().PeerCertificates}
-	c.timer = time.AfterFunc(time.Until(v.until), c.cut)
-	return c
+	s := &secureConn{Conn: conn, verified: v, owner: c, chain: conn.ConnectionState().PeerCertificates, usage: usage}
+	s.timer = time.AfterFunc(time.Until(v.until), s.cut)
+	c.mu.Lock()
+	c.open[s] = true
+	c.mu.Unlock()
+	if k := c.current.Load(); k != own { // recheck may have come before
+		c.recheckOne(s, k)
+	}
+	return s
 }
 
 // cut ends the connection without a word to the other end, and so without waiting for it.
-func (c *secureConn) cut() { _ = c.NetConn().Close() }
+// Whoever uses it closes it then.
+func (s *secureConn) cut() { _ = s.NetConn().Close() }
 
-func (c *secureConn) Close() error {
-	c.timer.Stop()
-	return c.Conn.Close()
+// forget has nothing more done with a connection that somebody else closes.
+func (s *secureConn) forget() {
+	s.timer.Stop()
+	s.owner.mu.Lock()
+	defer s.owner.mu.Unlock()
+	delete(s.owner.open, s)
+}
+
+func (s *secureConn) Close() error {
+	s.forget()
+	return s.Conn.Close()
 }
 
 // accept has the other end of a connection show who it is, and shows it who this node is.
@@ -372,7 +414,7 @@ func (c *certificates) accept(ctx context.Context, raw net.Conn) (*secureConn, e
 		return nil, err
 	}
 	c.noteHost(raw, v)
-	return newSecureConn(conn, k, v), nil
+	return c.opened(conn, k, v, x509.ExtKeyUsageClientAuth), nil
 }
 
 // noteHost notes from which host a node comes, or at which it was found.
@@ -380,13 +422,6 @@ func (c *certificates) noteHost(raw net.Conn, v verified) {
 	if v.who.role == roleNode {
 		c.nodeHosts.add(hostOf(raw.RemoteAddr()))
 	}
-}
-
-// stillAccepts reports whether a chain that was accepted as a client's would be accepted
-// now: the CAs may have changed.
-func (k *keyring) stillAccepts(chain []*x509.Certificate) error {
-	_, err := k.verify(chain, x509.ExtKeyUsageClientAuth)
-	return err
 }
 
 // config is what both ends of a handshake need.
@@ -427,7 +462,7 @@ func (d *dialCredentials) ClientHandshake(
 		State:          conn.ConnectionState(),
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
 	}
-	return newSecureConn(conn, k, v), info, nil
+	return d.opened(conn, k, v, x509.ExtKeyUsageServerAuth), info, nil
 }
 
 // check checks that a chain is of the node that is meant. Among nodes it is the id that

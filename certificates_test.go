@@ -311,7 +311,7 @@ func TestPeerCA(t *testing.T) {
 			t.Fatal(err)
 		}
 		chain := []*x509.Certificate{pair.Leaf}
-		if err := k.stillAccepts(chain); (err == nil) != isAccepted {
+		if _, err := k.verify(chain, x509.ExtKeyUsageClientAuth); (err == nil) != isAccepted {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -96,7 +96,7 @@ func (c *limitedConn) shakeHands() error {
 	}
 	if err != nil {
 		if secure != nil {
-			secure.timer.Stop()
+			secure.forget()
 		}
 		c.l.noteFailure(c, err)
 		return err
@@ -145,29 +145,6 @@ func (l *limiter) noteFailure(c *limitedConn, err error) {
 	leftOut, isDue := l.handshakeLog.due(time.Now())
 	if isDue {
 		l.log.Warn("a connection was refused", "from", c.Conn.RemoteAddr(), "err", err, "others", leftOut)
-	}
-}
-
-// recheck ends the connections that the CAs as they are now would not accept.
-func (l *limiter) recheck(k *keyring) {
-	l.mu.Lock()
-	var all []*limitedConn
-	for c := range l.conns {
-		if c.secure != nil {
-			all = append(all, c)
-		}
-	}
-	l.mu.Unlock()
-	for _, c := range all {
-		err := k.stillAccepts(c.secure.chain)
-		if err == nil {
-			continue
-		}
-		l.log.Warn("a connection is ended, for its certificate is not accepted any more",
-			"from", c.String(), "of", c.who.String(), "err", err)
-		l.mu.Lock()
-		l.drop(c)
-		l.mu.Unlock()
 	}
 }
 

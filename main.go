@@ -198,7 +198,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	limiter := newLimiter(listener, room, certificates, logger)
 	s.limiter = limiter
 	if certificates != nil {
-		go certificates.watch(loopContext, limiter.recheck)
+		go certificates.watch(loopContext)
 	}
 	serving := inBackground(func() error { return s.grpc.Serve(limiter) })
 	// It is logged whatever the level: scripts wait for it.
