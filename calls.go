@@ -72,7 +72,8 @@ type callsInFlight struct {
 
 	requests []*pendingRequest // what await waits for
 
-	// What has ended in this turn, and the inbox is owed.
+	// The calls that have ended in this turn, and the bytes of their writes: the inbox has
+	// room for as many again, once it is told (release).
 	endedCalls int
 	endedBytes int
 }
@@ -121,7 +122,8 @@ func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 		return
 	}
 	// The calls of the proposal end one by one when they are late. The proposal itself goes
-	// on, unless there is no leader and nobody waits for it any more.
+	// on, unless there is no leader and nobody waits for it any more: with a leader it is
+	// applied soon, without one nothing else would end it.
 	someoneWaits := false
 	for _, call := range c.own.calls {
 		if call.isLate(wall) {
@@ -232,6 +234,8 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	if len(p.calls) == 0 {
 		return nil
 	}
+	// A kvpb.Batch: 1 is the proposer, 2 the sequence, 3 are the writes, each behind a tag and
+	// a length, which are counted as 4 bytes.
 	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, raftID), 2, p.sequence)
 	for _, call := range p.calls {
 		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
@@ -241,9 +245,10 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 }
 
 // finishOwn ends the calls of the proposal in flight, if that is what was applied. The store
-// gives no results for an entry that it skips. Here that means that this node was no member
-// any more: its calls end with errOutcomeUnknown, which says less than is known. (A second
-// copy is skipped, too, but the first has ended the proposal, here or in failApplied.)
+// skips a batch, and gives no results, if it has applied it before, or if its proposer is
+// no member. The former cannot be: the first copy has ended the proposal, here or in
+// failApplied. In the latter case nothing was applied, and the calls end with
+// errOutcomeUnknown, which says less than is known.
 func (c *callsInFlight) finishOwn(sequence uint64, results []outcome) {
 	if c.own == nil || c.own.sequence != sequence {
 		return
@@ -254,8 +259,8 @@ func (c *callsInFlight) finishOwn(sequence uint64, results []outcome) {
 	c.failOwn() // ends only the calls that got no result
 }
 
-// failApplied gives up the proposal in flight if a snapshot has it, which does not have
-// its results. sequence is that of this node's last proposal in the snapshot.
+// failApplied gives up the proposal in flight if a snapshot that was installed covers it: a
+// snapshot does not have the results of writes. sequence is that of this node's last proposal in the snapshot.
 func (c *callsInFlight) failApplied(sequence uint64) {
 	if c.own != nil && sequence >= c.own.sequence {
 		c.failOwn()
@@ -283,8 +288,8 @@ func (c *callsInFlight) retryReads() {
 }
 
 // retryLateReads has the reads wait for another round if the one in flight has taken too
-// long: the question or its answer was lost, or is on its way still. longest bounds the
-// wait for the next one, in ticks.
+// long: the question or its answer was lost, or is on its way still. Each time, the wait
+// doubles, up to longest, in ticks; confirm sets it anew.
 func (c *callsInFlight) retryLateReads(now, longest uint64) {
 	if c.round.ctx == nil || now-c.round.tick <= c.readWait {
 		return
@@ -293,7 +298,8 @@ func (c *callsInFlight) retryLateReads(now, longest uint64) {
 	c.retryReads()
 }
 
-// confirm learns the index that the reads of the round in flight must have applied.
+// confirm learns the index that this node must have applied before the reads of the round
+// in flight may go.
 // shortest is the least wait for the next round, in ticks.
 func (c *callsInFlight) confirm(rs raft.ReadState, now, shortest uint64) {
 	if !bytes.Equal(rs.RequestCtx, c.round.ctx) {
@@ -321,7 +327,8 @@ func (c *callsInFlight) releaseReads(applied uint64) uint64 {
 	return uint64(released)
 }
 
-// askAgain gives what waits for the leader to it again: a write is applied once.
+// askAgain has the reads of the round in flight, and the proposal, put to the leader again.
+// The sequence of a batch keeps it from being applied twice.
 func (c *callsInFlight) askAgain(now uint64) {
 	c.retryReads()
 	if c.own != nil {
@@ -385,12 +392,13 @@ func (n *node) propose() {
 	}
 }
 
-// askRead asks raft for the index that the reads which wait must have applied. A leader
+// askRead asks raft for the index that this node must have applied before the reads that
+// wait may go. A leader
 // asks only once it has applied an entry of its term; raft itself is less careful with
 // one voter.
 func (n *node) askRead() {
-	isNewLeader := n.raft.lead == n.id.raftID && !n.leads()
-	if n.raft.lead == 0 || isNewLeader {
+	isLeaderWithoutEntry := n.raft.lead == n.id.raftID && !n.leads()
+	if n.raft.lead == 0 || isLeaderWithoutEntry {
 		return
 	}
 	ctx := n.calls.beginRound(n.id.life, n.clock.now)
@@ -409,7 +417,7 @@ func (n *node) releaseReads() {
 // input is what one turn of the loop works on.
 type input struct {
 	ticks    int
-	elapsed  uint64 // how many ticks the time since the start is long
+	elapsed  uint64 // ticks that should have passed since the start, by the clock
 	calls    []*call
 	messages []inbound
 	events   []func()
@@ -536,7 +544,8 @@ func (b *inbox) deliver(ms []inbound) bool {
 	return true
 }
 
-// giveBack returns calls and events that were taken and not worked on.
+// giveBack returns calls and events that were taken and not worked on. Messages are
+// dropped: nobody waits for them, and raft repeats them.
 func (b *inbox) giveBack(in input) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

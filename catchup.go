@@ -25,10 +25,10 @@ const (
 	silentTooLong = 2 * time.Second
 	// A member that was too slow gets another snapshot after minSnapshotWait at the
 	// earliest: as soon as half as much is written as when it was given up (mayRetry), and
-	// at the latest after follower.wait. That is as long as it had tried, or twice its last
-	// wait but at most maxSnapshotWait, whichever is longer (tooSlow).
+	// at the latest after follower.wait. That is the longest of minSnapshotWait, the time for
+	// which it had tried, and twice its last wait, but at most maxDoubledWait (tooSlow).
 	minSnapshotWait = time.Second
-	maxSnapshotWait = time.Minute
+	maxDoubledWait  = time.Minute
 )
 
 // catchup is what a leader keeps for members that are behind, and how it slows writes.
@@ -54,7 +54,7 @@ func (c *catchup) noteCommit(commit uint64) {
 // follower is what the leader knows of a member beyond raft's own progress.
 type follower struct {
 	since   uint64 // tick in which this leader came to know it: its silence counts from then; 0: it has caught up once
-	stored  uint64 // what stored said last
+	stored  uint64 // the highest that stored said, or the index of the snapshot that it got
 	movedAt uint64 // tick in which it last got on, or had all there was
 	began   uint64 // tick since which it lags, or is sent a snapshot
 	from    uint64 // the entry after which it began to be sent the log
@@ -62,9 +62,9 @@ type follower struct {
 	givenUp bool   // the log is not kept for it until it has caught up, or is sent a snapshot
 	gaveUp  uint64 // tick of that
 	wait    uint64 // ticks from gaveUp until it may get another snapshot
-	waits   bool   // raft waits to hear how its last snapshot went: not before it may get another
-	written uint64 // bytes that a heartbeat brought when it was given up
-	lagging string // why it lags; for status
+	waits   bool   // raft is yet to be told that its last snapshot failed: once it may get another (followMembers)
+	written uint64 // bytes by which the log grew between two heartbeats when it was given up
+	lagging string // why it lags, until it has caught up, even while it is tried again; for status
 }
 
 // rate is the average of bytes in so many ticks, in bytes a second.
@@ -174,9 +174,9 @@ func (n *node) needed() (index uint64, behind bool) {
 	return index, behind
 }
 
-// keptBytes bounds the entries that are kept for members that are behind. While a
-// member takes a snapshot at half the rate of writes, and writes are slowed to half,
-// about as many bytes are written as the snapshot has: store.bytes. The four times
+// keptBytes bounds the entries that are kept for members that are behind. If a member takes
+// a snapshot at half of the rate that writes had, and writes are slowed to that half, too,
+// as many bytes are written meanwhile as the snapshot has: store.bytes. The four times
 // log-bytes are for what was written before writes were slowed, and while the snapshot
 // is installed.
 func (n *node) keptBytes() uint64 { return 4*n.opts.logBytes + n.store.bytes }
@@ -196,7 +196,9 @@ func (n *node) compactLog() {
 		index, behind = n.needed()
 		n.log.compact(limit/2, index)
 	}
-	isBurst := index < n.store.index && n.log.bytes > 3*limit // nobody counts as behind, but so much was committed since two heartbeats ago
+	// Followers that are two heartbeats behind count as caught up. If the log has become so
+	// long since then, writes are slowed as if somebody was behind.
+	isBurst := index < n.store.index && n.log.bytes > 3*limit
 	behind = behind || isBurst
 	n.catchup.noPause.Store(behind && n.log.bytes > limit)
 	if pace.isSlow() && !behind {
@@ -231,7 +233,7 @@ func (n *node) giveUp(index uint64) bool {
 // tooSlow notes that a member was given up.
 func (n *node) tooSlow(id uint64, how string) {
 	c := n.followerOf(id)
-	c.wait = max(n.clock.now-c.began, n.ticksOf(minSnapshotWait), min(2*c.wait, n.ticksOf(maxSnapshotWait)))
+	c.wait = max(n.clock.now-c.began, n.ticksOf(minSnapshotWait), min(2*c.wait, n.ticksOf(maxDoubledWait)))
 	c.givenUp = true
 	c.gaveUp = n.clock.now
 	c.written = n.catchup.written.recent(n.heartbeatNumber())
@@ -282,12 +284,12 @@ func (n *node) heartbeatNumber() uint64 { return n.clock.wall / ticksPerHeartbea
 func (n *node) proposeHeld() {
 	p := &n.catchup.pace
 	for {
-		m := p.next(n.clock.wall, n.calls.canPropose())
+		m := p.takeNext(n.clock.wall, n.calls.canPropose())
 		if m == nil {
 			return
 		}
 		if n.rn.Step(m) == nil { // else who has proposed it will do so again
-			p.take(m)
+			p.noteTaken(m)
 		}
 	}
 }

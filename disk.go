@@ -15,11 +15,12 @@
 // identity.tmp nothing counts: the next start removes all of it. A directory that has
 // neither, but a log or a snapshot, has lost its identity: it is refused.
 //
-// The first segment's rename cannot decide in place of identity's: the log drops its
-// first segments, so each later one would have to repeat the identity; and a snapshot
-// precedes the log that names it, so identity.tmp would be needed all the same. Together
-// they tell a directory that was never finished, which is emptied, from one that has lost
-// its identity or its log, which is refused and left as it is.
+// Two files of the identity, and not the name of the log's first segment, decide that. The
+// log drops its first segments, so each later one would have to repeat the identity; and a
+// snapshot precedes the log that names it, so identity.tmp would be needed all the same.
+// identity.tmp and identity together tell a directory that was never finished, which is
+// emptied, from one that has lost its identity or its log, which is refused and left as it
+// is.
 //
 // The space in use is bounded. A snapshot is begun once log-bytes are logged after the
 // last one. Once twice as much is logged, it is written without pauses; at four times,
@@ -89,7 +90,7 @@ type disk struct {
 	running    sync.WaitGroup
 
 	closing atomic.Bool // a snapshot that is being written need not be finished
-	failed  atomic.Bool // nothing more may be written
+	failed  atomic.Bool // writing has failed: close appends no last batch
 
 	// beginOnce makes identity.tmp, once, unless the directory has an identity. Any
 	// goroutine may call it.
@@ -122,7 +123,8 @@ type recovered struct {
 }
 
 // adviceOn returns what to tell the operator after an error of reading a file. An error
-// of the system says nothing about the data, and what it means is known.
+// of the system, such as EIO or EACCES, is no sign of damage, and says itself what it is.
+// But a file that is not there is damage.
 func adviceOn(err error) string {
 	var errno syscall.Errno
 	if errors.As(err, &errno) && errno != syscall.ENOENT {
@@ -414,7 +416,8 @@ func (w *snapshotWriter) Write(b []byte) (int, error) {
 
 // finish makes the file durable as the snapshot of an index, under a name that is used
 // only once, and returns that name. If the disk has failed, or the caller passes the
-// error that ended its writing, finish removes the file and returns the error.
+// error that ended its writing, finish removes the file and returns the error. Only a file
+// that has its last name already stays, for the next start to remove.
 func (w *snapshotWriter) finish(index uint64, writing error) (name string, err error) {
 	name = fmt.Sprintf("%016x-%s.snap", index, strings.TrimSuffix(w.name, ".tmp"))
 	if w.err == nil && writing == nil {
@@ -549,7 +552,7 @@ func (d *disk) persist(jobs []diskJob) error {
 		}
 	}
 	if proto.Size(batch) == 0 {
-		return nil // the jobs only had to wait for those before them
+		return nil // the jobs only had to wait for those before them; the first one never is empty
 	}
 	if err := d.wal.append(batch); err != nil {
 		return err
@@ -566,7 +569,7 @@ func (d *disk) persist(jobs []diskJob) error {
 }
 
 // createTempIdentity marks an empty directory as one that is being begun. Whatever is put there
-// afterwards does not count until finishBegin. Once the mark is there, only begin may
+// afterwards does not count until finishBegin. Once identity.tmp is there, only begin may
 // write to it.
 func (d *disk) createTempIdentity() error {
 	f, err := d.fs.create(d.path("identity.tmp"))
@@ -599,7 +602,7 @@ func (d *disk) begin(j diskJob) error {
 	return err
 }
 
-// writeIdentity writes an identity into the mark, which finishBegin will rename.
+// writeIdentity writes an identity into identity.tmp, which finishBegin will rename.
 func (d *disk) writeIdentity(id *kvpb.Identity) error {
 	f, err := d.fs.open(d.path("identity.tmp"))
 	if err != nil {
@@ -638,7 +641,8 @@ func (d *disk) restore(self *kvpb.Node, now time.Time, read func() (*store, erro
 	}
 	isLeftover := slices.Contains(names, "identity.tmp") && !slices.Contains(names, "identity")
 	if len(names) > 0 && !isLeftover {
-		return nil, d.refuse("it is not empty: there is %s. Nothing was changed", names[len(names)-1])
+		last := names[len(names)-1] // identity, if it is there
+		return nil, d.refuse("it is not empty: there is %s. Nothing was changed", last)
 	}
 	if err := d.recoverEmpty(names); err != nil {
 		return nil, err

@@ -121,13 +121,13 @@ func (c *clusterState) checkFree(raftID uint64, m *kvpb.Node) error {
 	return nil
 }
 
-// mayBeOthers are those raft IDs of m's node that may belong to another process than m:
-// the leader's own, and those to which the leader has a stream at another address than
-// m's. They forbid m only if they are alive.
+// mayBeOthers are those raft IDs of m's node that may belong to another process than the one
+// that is at m's address: the leader's own, and those to which the leader has a stream at
+// another address. They forbid m only if they are alive.
 func (c *clusterState) mayBeOthers(m *kvpb.Node) []uint64 {
 	return slices.DeleteFunc(c.raftIDsOf(m.Id), func(id uint64) bool {
-		hasMadeWay := !c.connected[id] || c.nodeOf(id).Address == m.Address
-		return id != c.raftID && hasMadeWay
+		isElsewhere := c.connected[id] && c.nodeOf(id).Address != m.Address
+		return id != c.raftID && !isElsewhere
 	})
 }
 
@@ -192,7 +192,8 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 		return nextStep{kind: stepWait} // a node that lost its memory is taken back first
 	}
 	if !slices.Contains(voters, l.raftID) {
-		// This node leaves: a voter that stays makes the change, if there is one already.
+		// This node leaves: a present voter that stays and answers is to lead, and to make the
+		// change. If there is none, this node makes it.
 		successors := l.successors(voters)
 		if len(successors) > 0 {
 			return transferStep(successors)
@@ -217,8 +218,9 @@ type memberRole struct {
 }
 
 // addRole adds a member to roles by node id. A node that is taken back has two members:
-// it keeps the role of the older one, and is at the address of the newer one. The older
-// one is the one that votes: no change leaves two learners of one node.
+// it keeps the role of the older one, and is at the address of the newer one. Of the two the
+// voter is the older one: no change leaves two learners of one node. So the address is that
+// of the one that does not vote.
 func addRole(roles map[uint64]memberRole, m *kvpb.Node, voter bool) {
 	other, twice := roles[m.Id]
 	address := m.Address
@@ -350,7 +352,7 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 		return failStep(err)
 	}
 	if !l.isVoter(ids[0]) {
-		return failStep(notCaughtUp("node %d is no voter", t.to))
+		return failStep(notCaughtUp("node %d is no voter", t.to)) // the reason stands for both
 	}
 	isLate := t.began != 0 && l.now-t.began > 2*l.electionTicks
 	if isLate || !l.connected[ids[0]] {
@@ -383,8 +385,9 @@ type jointStay struct {
 //
 // Voters that are to leave, and answer now, have to know so first. A node ends once most of
 // the other voters, by the configuration that it knows, have told it that it was removed
-// (disowned). One that does not know of the change counts the old voters: if several leave
-// at once, it would wait for ever, for the others have forgotten all they knew. Nobody is
+// (disowned). A voter that leaves, and does not know of the change, waits for most of the old
+// voters. If several leave at once, others of them may have forgotten all that they knew,
+// and can never tell it. Nobody is
 // waited for longer than two election timeouts.
 func (j *jointStay) step(l *leaderState) nextStep {
 	if j.conf != l.conf || j.term != l.raft.term {
@@ -495,13 +498,14 @@ func (r *request) advance() nextStep {
 func (r *request) poll() (done bool, err error) { return r.advance().answer() }
 
 // seekWitness reports whether an entry is applied that this leader has proposed since the
-// request came, after the present configuration. If there is none, it proposes one. Once
-// it is applied, a majority has followed this leader, and that configuration was in force,
-// after the request came. And most voters know that the configuration is committed, also
-// after a restart: they have stored an entry that came with
-// word of that, and with entries the commit index is stored, too (append). Before, they
-// might need the votes of those who were removed, if this leader is lost. Raft itself asks
-// for no more than that a change is committed.
+// request came, after the present configuration. If there is none, it proposes one. Once it
+// is applied,
+//   - a majority has followed this leader since the request came;
+//   - the configuration was in force after that;
+//   - most voters know, and still know after a restart, that the configuration is committed:
+//     they store the commit index with the entry (append). Without that, they might need the
+//     votes of those who were removed, if this leader is lost. Raft itself asks for no more
+//     than that a change is committed.
 func (r *request) seekWitness() bool {
 	n := r.n
 	want := witness{conf: n.store.conf, term: n.raft.term}
@@ -512,7 +516,7 @@ func (r *request) seekWitness() bool {
 		}
 		r.witness = want
 	}
-	// Proposing may have ended the term.
+	// proposeEmpty drains, which may have brought another term, or another configuration.
 	isOfNow := r.witness.conf == n.store.conf && r.witness.term == n.raft.term
 	return isOfNow && r.witness.index <= n.store.index
 }
@@ -619,7 +623,8 @@ func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChan
 		return err
 	}
 	// Explicit: else raft would leave the joint configuration without looking who leads. A
-	// single change that takes no vote away needs none: with Auto, raft makes none.
+	// single change that takes no vote away needs no joint configuration: with Auto, raft
+	// makes it without one.
 	transition := raftpb.ConfChangeTransitionJointExplicit
 	if len(changes) == 1 && n.keepsVoters(changes[0]) {
 		transition = raftpb.ConfChangeTransitionAuto
@@ -640,7 +645,9 @@ func (n *node) keepsVoters(c *raftpb.ConfChangeSingle) bool {
 }
 
 // proposeEmpty has this leader append an empty entry, and returns the index of the last
-// entry of the log then: that one, or one that was proposed just after it. 0: it could not, because leadership is being transferred, or the node has broken.
+// entry of the log then. That is the empty one, or a later one of this turn, which whoever
+// has it has only with the empty one. 0: it could not, because leadership is being
+// transferred, or the node has broken.
 func (n *node) proposeEmpty() uint64 {
 	if err := n.rn.Propose(nil); err != nil {
 		return 0

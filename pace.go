@@ -143,9 +143,9 @@ func (p *pace) hold(m *raftpb.Message) {
 	}
 }
 
-// next takes the proposal of another node whose turn it is, and counts it; nil: none
+// takeNext takes the proposal of another node whose turn it is, and counts it; nil: none
 // may be proposed now. Other nodes take turns with this one, if ownWaits.
-func (p *pace) next(wall uint64, ownWaits bool) *raftpb.Message {
+func (p *pace) takeNext(wall uint64, ownWaits bool) *raftpb.Message {
 	isOwnTurn := p.ownNext && ownWaits
 	if len(p.held) == 0 || isOwnTurn || !p.mayPropose(wall) {
 		return nil
@@ -157,8 +157,8 @@ func (p *pace) next(wall uint64, ownWaits bool) *raftpb.Message {
 	return m
 }
 
-// take notes that raft has taken a proposal that was held.
-func (p *pace) take(m *raftpb.Message) { p.taken[m.GetFrom()] = sequenceOf(m) }
+// noteTaken notes that raft has taken a proposal that was held.
+func (p *pace) noteTaken(m *raftpb.Message) { p.taken[m.GetFrom()] = sequenceOf(m) }
 
 // sequenceOf is the sequence of a proposal that has been checked.
 func sequenceOf(m *raftpb.Message) uint64 {

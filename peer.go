@@ -18,9 +18,10 @@ import (
 )
 
 const (
-	// maxPeerBytes and maxPeerMessages bound what waits to be sent to a peer; raft sends
-	// less to a peer that takes less. The bytes count entries, which the queue shares
-	// with the log: the rest of so many messages takes 512 KiB.
+	// maxPeerBytes and maxPeerMessages bound what waits to be sent to a peer; raft's own
+	// limits of what is in flight keep it below that. The bytes are mostly those of entries,
+	// which the queue shares with the log: what messageBytes adds to them for so many
+	// messages is 512 KiB.
 	maxPeerBytes    = 32 << 20
 	maxPeerMessages = 8192
 	// maxStreamBytes is where a batch of messages is cut. The message that reaches it is
@@ -256,7 +257,8 @@ func (p *peer) adoptAddress(node *kvpb.Node) bool {
 }
 
 // takeHint keeps a hint for the next attempts. If one is under way that yields, and the
-// hint names another address than it is made at, that attempt ends.
+// hint names another address than it is made at, that attempt ends, unless its stream has
+// reached the process that the hint is of.
 func (p *peer) takeHint(h *moveHint) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -348,7 +350,7 @@ func (a *streamAttempt) run() (state string, cause error) {
 		return peerRefuses, refusal(w)
 	}
 	if !p.nw.streamBegan(p, w.Peer.Life, a.target) {
-		return peerUnreachable, context.Canceled
+		return peerUnreachable, context.Canceled // p was given up: nothing is logged
 	}
 	p.nw.learnAddresses(h.ClusterId, w.Peers)
 	if a.target.hint == nil {
@@ -396,7 +398,8 @@ func (a *streamAttempt) send(s kvpb.RaftService_StreamClient) error {
 }
 
 // yieldToHints lets a hint of another address end the attempt from now on. One at the
-// known address ends at once if a hint came just before.
+// known address ends at once if a hint came just before. One at a hint's address need not:
+// hintTimeout ends it.
 func (a *streamAttempt) yieldToHints() {
 	p := a.peer
 	p.mu.Lock()
@@ -444,7 +447,8 @@ func (r *rivals) note(life uint64) (takeTurns bool) {
 	return r.returns == 2
 }
 
-// watchTurns logs two processes at one address that replace each other.
+// watchTurns logs two processes that take turns, and that refuseRival lets pass: at one
+// address, or while there is no stream to either.
 func (p *peer) watchTurns(from *kvpb.Peer) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -493,7 +497,7 @@ const (
 	peerRefuses      = "peer refuses this node"
 )
 
-// peerLog logs what becomes of a peer when it is new, not at each attempt.
+// peerLog logs what becomes of a peer, but not the same state again at each attempt.
 type peerLog struct {
 	logger     *slog.Logger
 	last       string // the state that was logged last; of a refusal, with its cause
