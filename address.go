@@ -21,7 +21,7 @@ func splitListenAddress(address string) (host string, port uint16, err error) {
 	}
 	n, err := strconv.ParseUint(number, 10, 16)
 	if err != nil {
-		return "", 0, fmt.Errorf("address %s: want a port from 0 to 65535", quoteInput(address))
+		return "", 0, fmt.Errorf("address %s: want a port from 0 to 65535, not %s", quoteInput(address), quoteInput(number))
 	}
 	if strings.ContainsFunc(host, isStrange) {
 		return "", 0, fmt.Errorf("address %s: there is a blank, or what cannot be printed, in the host", quoteInput(address))
