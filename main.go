@@ -33,6 +33,8 @@
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second
 //     whether it turns.
+//   - The watcher of certificates (certificates.watch), one a node with TLS: it looks
+//     once a second whether their files have changed.
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its
 //     GracefulStop, each in a goroutine.
 //   - A sub-command asks several nodes at once, and waits for stdin, in
@@ -63,6 +65,7 @@
 //     configuration is committed.
 //   - A rule looks at facts (clusterState) and says the next step; the node performs it.
 //   - A rebirth: the node of a member has answered under another raft ID, without memory.
+//   - A principal is who somebody is, by the certificate that they show.
 //   - A node is dispensable if the cluster can do without it for a restart.
 package main
 
