@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"raft-key-value/kvpb"
 )
@@ -228,6 +229,10 @@ func (s *survey) table() string {
 	for _, m := range s.laggards() {
 		fmt.Fprintf(&table, "node %d is %s\n", m.Node.GetId(), m.Lagging)
 	}
+	if r := s.firstToEnd(); r != nil {
+		end := clockText(time.Unix(r.metrics.CertificateNotAfter, 0))
+		fmt.Fprintf(&table, "the first certificate to end is that of node %d, at %s\n", r.NodeID, end)
+	}
 	return blanksAtEnd.ReplaceAllString(table.String(), "\n")
 }
 
@@ -293,6 +298,21 @@ func (s *survey) laggards() []*kvpb.MemberStatus {
 		}
 	}
 	return slow
+}
+
+// firstToEnd is the node whose certificate ends first; nil: none shows one.
+func (s *survey) firstToEnd() *memberRow {
+	var first *memberRow
+	for _, r := range s.rows {
+		end := r.metrics.GetCertificateNotAfter()
+		if end == 0 {
+			continue
+		}
+		if first == nil || end < first.metrics.CertificateNotAfter {
+			first = r
+		}
+	}
+	return first
 }
 
 // noAnswer is the error if no node has answered.
