@@ -40,7 +40,7 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	o := options{}
 	fs := load.NewFlags("memory", "measures what raft-key-value takes of it.", stderr)
 	load.SizeFlags(fs, &o.sizes, 1_000_000)
-	fs.IntVar(&o.connections, "connections", 10_000, "connections that do nothing")
+	fs.IntVar(&o.connections, "connections", 2000, "connections that do nothing")
 	fs.DurationVar(&o.pause, "pause", 5*time.Second, "time before each look at a process, for it to come to rest")
 	fs.BoolVar(&o.etcd, "etcd", true, "measure etcd, too")
 	o.program.Flags(fs)
