@@ -10,6 +10,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -30,9 +31,19 @@ const (
 // certOrder is what certs is to make.
 type certOrder struct {
 	nodes map[uint64][]string // by id: the hosts at which the node is reached
-	named []principal         // others
+	named []principal         // others, each once
 	days  uint64
 }
+
+// nameFor adds a principal that is no node, unless it is there.
+func (o *certOrder) nameFor(p principal) {
+	if !slices.Contains(o.named, p) {
+		o.named = append(o.named, p)
+	}
+}
+
+// nodeIDs are the ids of the nodes, in order.
+func (o *certOrder) nodeIDs() []uint64 { return slices.Sorted(maps.Keys(o.nodes)) }
 
 // certsFlags are the flags of certs.
 func (in *invocation) certsFlags(fs *flag.FlagSet) {
@@ -75,7 +86,7 @@ func (o *certOrder) takeNamed(list string) error {
 			return fmt.Errorf("%q: want admin/NAME, client/NAME or reader/NAME, "+
 				"a NAME having 1 to %d letters, digits, dots, hyphens and underscores", part, maxPrincipalName)
 		}
-		o.named = append(o.named, p)
+		o.nameFor(p)
 	}
 	return nil
 }
@@ -113,8 +124,11 @@ func (c *client) makeCerts(context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(files) > 0 { // a new one
-		c.certs.named = append([]principal{{role: roleAdmin}, {role: roleClient}, {role: roleReader}}, c.certs.named...)
+	isNew := len(files) > 0
+	if isNew {
+		for _, r := range []role{roleAdmin, roleClient, roleReader} {
+			c.certs.nameFor(principal{role: r})
+		}
 	}
 	made, err := c.certs.issueAll(a, time.Now())
 	if err != nil {
@@ -132,7 +146,61 @@ func (c *client) makeCerts(context.Context) error {
 		names = append(names, path)
 		fmt.Fprintln(&text, path)
 	}
-	return c.print(map[string][]string{"files": names}, text.String())
+	if err := c.print(map[string][]string{"files": names}, text.String()); err != nil {
+		return err
+	}
+	if len(c.certs.nodes) > 0 {
+		c.progress("%s", c.certs.nextSteps(dir, isNew))
+	}
+	return nil
+}
+
+// nextSteps are the commands that start the nodes, and make a cluster of them or, if the CA
+// was there before, add them to one.
+func (o *certOrder) nextSteps(dir string, isNew bool) string {
+	path := func(name string) string { return filepath.Join(dir, name) }
+	var b strings.Builder
+	fmt.Fprintln(&b, "\nNext, start each node, on a machine that has its two files and ca.pem:")
+	var members []string
+	addresses := o.addresses()
+	for _, id := range o.nodeIDs() {
+		name := path(principal{role: roleNode, node: id}.fileName())
+		fmt.Fprintf(&b, "  raft-key-value --id %d --addr %s --data-dir DATA%d "+
+			"--cert-file %s.pem --key-file %s.key --trusted-ca-file %s\n",
+			id, addresses[id], id, name, name, path(authorityFile))
+		members = append(members, fmt.Sprintf("%d=%s", id, addresses[id]))
+	}
+	then := "Then make a cluster of them, as an admin:"
+	commands := []string{"init " + strings.Join(members, " ")}
+	if !isNew {
+		then = "Then add them, as an admin, by RAFT_KEY_VALUE_ENDPOINTS of nodes that are in the cluster:"
+		commands = nil
+		for _, member := range members {
+			commands = append(commands, "add-learner "+member)
+		}
+	}
+	fmt.Fprintf(&b, "%s\n  export %s=%s %s=%s %s=%s\n", then, variableOf("cert-file"), path("admin.pem"),
+		variableOf("key-file"), path("admin.key"), variableOf("trusted-ca-file"), path(authorityFile))
+	for _, command := range commands {
+		fmt.Fprintf(&b, "  raft-key-value %s\n", command)
+	}
+	return strings.TrimSuffix(b.String(), "\n")
+}
+
+// firstPort is the port of the first node of a host, in what certs prints; the next ones
+// have the ports that follow.
+const firstPort = 21001
+
+// addresses proposes an address for each node.
+func (o *certOrder) addresses() map[uint64]string {
+	ports := map[string]int{}
+	addresses := map[uint64]string{}
+	for _, id := range o.nodeIDs() {
+		host := o.nodes[id][0]
+		addresses[id] = net.JoinHostPort(host, strconv.Itoa(firstPort+ports[host]))
+		ports[host]++
+	}
+	return addresses
 }
 
 // issueAll issues the certificates that are ordered.
@@ -143,10 +211,9 @@ func (o *certOrder) issueAll(a *authority, now time.Time) ([]newFile, error) {
 			clockText(a.certificate.NotAfter))
 	}
 	var all []principal
-	for id := range o.nodes {
+	for _, id := range o.nodeIDs() {
 		all = append(all, principal{role: roleNode, node: id})
 	}
-	slices.SortFunc(all, func(a, b principal) int { return int(a.node) - int(b.node) })
 	all = append(all, o.named...)
 	var files []newFile
 	for _, p := range all {
@@ -219,6 +286,9 @@ func parseAuthority(certificate, key []byte) (*authority, error) {
 	if !ok {
 		return nil, errors.New("the key cannot sign")
 	}
+	if !parsed.IsCA {
+		return nil, errors.New("the certificate is not a CA's")
+	}
 	return &authority{parsed, s}, nil
 }
 
@@ -230,15 +300,23 @@ func writeNewFiles(dir string, files []newFile) error {
 	}
 	for _, f := range files {
 		if err := checkAbsent(filepath.Join(dir, f.name)); err != nil {
-			return err
+			return fmt.Errorf("nothing was made, for nothing is overwritten: %w", err)
 		}
 	}
-	for _, f := range files {
+	for i, f := range files {
 		if err := writeNewFile(filepath.Join(dir, f.name), f); err != nil {
+			removeFiles(dir, files[:i])
 			return err
 		}
 	}
 	return nil
+}
+
+// removeFiles takes back what was written, so that the same command may be tried again.
+func removeFiles(dir string, files []newFile) {
+	for _, f := range files {
+		_ = os.Remove(filepath.Join(dir, f.name)) // the error that is told is the one before
+	}
 }
 
 func writeNewFile(path string, f newFile) error {
@@ -247,5 +325,9 @@ func writeNewFile(path string, f newFile) error {
 		return err
 	}
 	_, err = file.Write(f.content)
-	return errors.Join(err, file.Close())
+	err = errors.Join(err, file.Close())
+	if err != nil {
+		_ = os.Remove(path)
+	}
+	return err
 }

@@ -220,7 +220,8 @@ backup. What is written then has higher versions than any before, by this machin
 			args:    []argument{directoryArgument},
 			summary: "make certificates for a trial cluster, offline",
 			details: `The first time, DIR gets a CA, ca.pem and ca.key, and certificates with their keys for
-an admin, a client and a reader. Each time, it gets those of the nodes. Nothing is overwritten.
+an admin, a client and a reader. Each time, it gets those that are asked for. Nothing is
+overwritten. With -o json, the answer is {"files": [PATH, ...]}.
 Whoever has ca.key can be anybody: keep it away from the nodes.`,
 			timeout: callTimeout,
 			offline: true,
