@@ -23,6 +23,7 @@ var healthUsage = healthNames[0] + " (ready for calls), " + healthNames[1] +
 // health polls if it waits: a stream of Watch would end with a node that restarts.
 func (c *client) health(ctx context.Context) error {
 	var last error
+	var pause pauses
 	for {
 		endpoints := c.calls.ask(ctx, c.endpoints)
 		if err := oneCluster(membersAmong(endpoints)); err != nil {
@@ -41,7 +42,7 @@ func (c *client) health(ctx context.Context) error {
 		if timeIsUp || !c.wait {
 			return last
 		}
-		sleep(ctx, pollInterval)
+		pause.wait(ctx)
 	}
 }
 

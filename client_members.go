@@ -55,6 +55,7 @@ func learnerText(before *kvpb.MemberStatus, node *kvpb.Node) string {
 // watchLearner prints how far a learner has caught up, until ctx ends.
 func (c *client) watchLearner(ctx context.Context, calls *apiCaller, id uint64) {
 	printed := ""
+	var pause pauses
 	for ctx.Err() == nil {
 		view := takeSurvey(ctx, calls).views[calls.clusterID]
 		progress := findMember(view, id).GetProgress()
@@ -63,7 +64,7 @@ func (c *client) watchLearner(ctx context.Context, calls *apiCaller, id uint64) 
 			c.progress("%s", line)
 			printed = line
 		}
-		sleep(ctx, pollInterval)
+		pause.wait(ctx)
 	}
 }
 

@@ -27,8 +27,6 @@ const (
 	askTimeout = 2 * time.Second
 	// askStagger is the wait for one endpoint before the next one is asked as well.
 	askStagger = 200 * time.Millisecond
-	// pollInterval lies between two tries of what is tried again and again.
-	pollInterval = 200 * time.Millisecond
 )
 
 // clientKeepalive breaks a connection to a node that hangs, after 13 s. gRPC
@@ -61,6 +59,7 @@ type apiCaller struct {
 func (c *apiCaller) Invoke(ctx context.Context, method string, req, resp any, _ ...grpc.CallOption) error {
 	unknown := false
 	var replies []reply
+	var pause pauses
 	for {
 		r := c.newRound(ctx)
 		r.wantsOutsiders = method == kvpb.ClusterService_Init_FullMethodName
@@ -87,7 +86,7 @@ func (c *apiCaller) Invoke(ctx context.Context, method string, req, resp any, _ 
 			}
 			return e
 		}
-		sleep(ctx, pollInterval)
+		pause.wait(ctx)
 	}
 }
 
