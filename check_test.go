@@ -428,6 +428,7 @@ func checkRows() []checkRow {
 		{name: "proposal: session 0", peer: newLeader, bad: proposalOf(withID(0, 1, setWrite("k", ""))), good: proposalOf(withID(1, 1, setWrite("k", "")))},
 		{name: "proposal: sequence 0", peer: newLeader, bad: proposalOf(withID(1, 0, deleteWrite("k"))), good: proposalOf(withID(1, 1, deleteWrite("k")), openWrite(1))},
 		{name: "proposal: session without a number", peer: newLeader, bad: proposalOf(openWrite(0)), good: proposalOf(openWrite(1<<64 - 1))},
+		{name: "proposal: session of no principal", peer: newLeader, bad: proposalOf(openWriteOf(1, "client/")), good: proposalOf(openWriteOf(1, "client/shop"))},
 		{name: "proposal: delete of nothing", peer: newLeader, bad: proposalOf(deleteIf("k", 0)), good: proposalOf(deleteIf("k", 1), setIf("k", "v", 0))},
 		{name: "proposal: unknown write", peer: newLeader, bad: proposalOf(write, &kvpb.Write{}), good: proposalOf(write, write)},
 

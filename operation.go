@@ -39,12 +39,13 @@ const (
 // parsed from.
 type operation struct {
 	kind              protowire.Number
-	key, value        []byte
 	compares          bool
-	expected          uint64 // the key's version, if compares
 	hasID             bool
-	session, sequence uint64 // of the request_id; or session is the one to be opened
 	local             bool
+	key, value        []byte
+	expected          uint64 // the key's version, if compares
+	session, sequence uint64 // of the request_id; or session is the one to be opened
+	owner             []byte // of the session to be opened
 }
 
 var errMalformed = invalid("operation", "it is none, or has a field that this node does not know, or twice")
@@ -120,8 +121,9 @@ func (o *operation) parseWrite(m []byte) error {
 }
 
 // parseCall parses an Operation and returns the Write that has it done: mostly the same
-// bytes, for Set and Delete have the same field numbers in both. nil: it is a read.
-func (o *operation) parseCall(m []byte) (write []byte, err error) {
+// bytes, for Set and Delete have the same field numbers in both. nil: it is a read. A
+// session that is opened gets the owner.
+func (o *operation) parseCall(m []byte, owner string) (write []byte, err error) {
 	if err := o.parseOperation(m); err != nil {
 		return nil, err
 	}
@@ -130,7 +132,7 @@ func (o *operation) parseCall(m []byte) (write []byte, err error) {
 		return nil, nil
 	case opOpenSession:
 		o.session = randomID()
-		return appendNewSession(nil, o.session), nil
+		return appendNewSession(nil, o.session, owner), nil
 	}
 	return m, nil
 }
@@ -163,8 +165,7 @@ func (o *operation) take(f *fields) bool {
 	case opGet:
 		return o.takeOfGet(f)
 	case opNewSession:
-		o.session = f.v
-		return f.isVarint(1)
+		return o.takeOfNewSession(f)
 	}
 	return false // an OpenSessionRequest has no fields
 }
@@ -211,6 +212,18 @@ func (o *operation) takeOfGet(f *fields) bool {
 	return true
 }
 
+func (o *operation) takeOfNewSession(f *fields) bool {
+	switch {
+	case f.isVarint(1):
+		o.session = f.v
+	case f.isBytes(2):
+		o.owner = f.b
+	default:
+		return false
+	}
+	return true
+}
+
 func (o *operation) takeRequestID(m []byte) bool {
 	o.hasID = true
 	f := fields{rest: m}
@@ -235,6 +248,9 @@ func (o *operation) check() error {
 	case opNewSession:
 		if o.session == 0 {
 			return invalid("session", "it is 0")
+		}
+		if err := checkOwner(o.owner); err != nil {
+			return invalid("owner", "%v", err)
 		}
 		return nil
 	}
@@ -270,8 +286,12 @@ func checkKey(key []byte) error {
 }
 
 // appendNewSession appends the Write that opens a session.
-func appendNewSession(b []byte, session uint64) []byte {
+func appendNewSession(b []byte, session uint64, owner string) []byte {
 	m := appendVarint(nil, 1, session)
+	if owner != "" {
+		m = protowire.AppendTag(m, 2, protowire.BytesType)
+		m = protowire.AppendString(m, owner)
+	}
 	return protowire.AppendBytes(protowire.AppendTag(b, opNewSession, protowire.BytesType), m)
 }
 

@@ -42,8 +42,9 @@ type pipelineRequest struct {
 
 // parsePipelineRequest parses a PipelineRequest, of which the operations stay parts. An
 // operation that is invalid gets its own error, and so does a write if its caller may not
-// write; what is no list of operations, or too long a one, is an error of all.
-func parsePipelineRequest(m []byte, mayWrite bool) (*pipelineRequest, error) {
+// write; what is no list of operations, or too long a one, is an error of all. Sessions
+// that are opened get the owner.
+func parsePipelineRequest(m []byte, mayWrite bool, owner string) (*pipelineRequest, error) {
 	count := 0
 	for f := (fields{rest: m, repeated: 1}); len(f.rest) > 0; count++ {
 		isOperation := f.next() && f.num == 1 && f.b != nil
@@ -62,7 +63,7 @@ func parsePipelineRequest(m []byte, mayWrite bool) (*pipelineRequest, error) {
 		f.next()
 		r.calls[i].request = r
 		c := &r.calls[i]
-		c.write, c.outcome.err = r.ops[i].parseCall(f.b)
+		c.write, c.outcome.err = r.ops[i].parseCall(f.b, owner)
 		isWrite := c.write != nil
 		if isWrite && !mayWrite {
 			c.outcome.err = errReadOnly
@@ -145,6 +146,7 @@ func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
 // said all.
 func (p *pipeline) read(ctx context.Context) error {
 	mayWrite := p.s.mayWrite(ctx)
+	owner := ownerOf(callerOf(ctx))
 	for {
 		if err := p.waitForRoom(ctx); err != nil {
 			return err
@@ -157,7 +159,7 @@ func (p *pipeline) read(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		r, err := parsePipelineRequest(m.b, mayWrite)
+		r, err := parsePipelineRequest(m.b, mayWrite, owner)
 		if err != nil {
 			return err
 		}

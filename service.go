@@ -183,7 +183,7 @@ func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) 
 	if hasUnknownFields(req) {
 		return nil, errMalformed
 	}
-	open := &kvpb.NewSession{Session: randomID()}
+	open := &kvpb.NewSession{Session: randomID(), Owner: ownerOf(callerOf(ctx))}
 	if _, err := s.write(ctx, opNewSession, open); err != nil {
 		return nil, err
 	}

@@ -113,7 +113,7 @@ func TestEncodeAsWrite(t *testing.T) {
 		RequestId: &kvpb.RequestId{Session: 1, Sequence: 2},
 	}
 	del := &kvpb.DeleteRequest{Key: strings.Repeat("k", maxKeyBytes), ExpectedVersion: new(uint64(7))}
-	open := &kvpb.NewSession{Session: 1 << 62}
+	open := &kvpb.NewSession{Session: 1 << 62, Owner: "client/shop"}
 	for _, tt := range []struct {
 		kind protowire.Number
 		req  proto.Message
@@ -1233,7 +1233,7 @@ func TestPipelineBounds(t *testing.T) {
 		"an unknown field": []byte("\x12\x00"),
 		"too many":         []byte(strings.Repeat("\x0a\x00", maxPipelineCalls+1)),
 	} {
-		if g, err := parsePipelineRequest(m, true); err == nil {
+		if g, err := parsePipelineRequest(m, true, ""); err == nil {
 			t.Errorf("%s: %d operations", name, len(g.ops))
 		}
 	}
@@ -1298,7 +1298,9 @@ func TestNumbersAreNotChosen(t *testing.T) {
 	chosen := mustMarshal(t, openWrite(7))
 	within := protowire.AppendTag(nil, opOpenSession, protowire.BytesType)
 	within = protowire.AppendBytes(within, mustMarshal(t, &kvpb.NewSession{Session: 7}))
-	for name, b := range map[string][]byte{"of the log": chosen, "within the request": within} {
+	owner := protowire.AppendTag(nil, opOpenSession, protowire.BytesType)
+	owner = protowire.AppendBytes(owner, mustMarshal(t, &kvpb.NewSession{Owner: "client/shop"}))
+	for name, b := range map[string][]byte{"of the log": chosen, "within the request": within, "an owner": owner} {
 		if o, err := parseOperation(b); err == nil {
 			t.Errorf("%s: %+v is taken from a client", name, o)
 		} else {
@@ -1315,13 +1317,13 @@ func TestNumbersAreNotChosen(t *testing.T) {
 		t.Errorf("%+v, %v", o, err)
 	}
 
-	g, err := parsePipelineRequest(mustMarshal(t, &kvpb.PipelineRequest{Operations: []*kvpb.Operation{open, open}}), true)
+	g, err := parsePipelineRequest(mustMarshal(t, &kvpb.PipelineRequest{Operations: []*kvpb.Operation{open, open}}), true, "client/shop")
 	if err != nil {
 		t.Fatal(err)
 	}
 	drawn := map[uint64]bool{0: true}
 	for i := range g.calls {
-		if err := o.parseWrite(g.calls[i].write); err != nil || drawn[o.session] {
+		if err := o.parseWrite(g.calls[i].write); err != nil || drawn[o.session] || string(o.owner) != "client/shop" {
 			t.Errorf("%+v, %v; drawn before: %v", o, err, drawn)
 		}
 		drawn[o.session] = true
@@ -1468,7 +1470,7 @@ func FuzzServices(f *testing.F) {
 		step(index("Set"), []byte("\x0a\x02\xff\xfe")), step(index("Set"), []byte("\x0a\x01k\x30\x01")), step(index("Get"), []byte{0x80}), call("List", &kvpb.ListRequest{PageToken: "zzz"}),
 	))
 	f.Add(slices.Concat(
-		call("OpenSession", &kvpb.OpenSessionRequest{}), step(index("OpenSession"), mustMarshal(f, &kvpb.NewSession{Session: 7})), call("Set", &kvpb.SetRequest{Key: "a"}),
+		call("OpenSession", &kvpb.OpenSessionRequest{}), step(index("OpenSession"), mustMarshal(f, &kvpb.NewSession{Session: 7, Owner: "client"})), call("Set", &kvpb.SetRequest{Key: "a"}),
 	))
 	f.Add(slices.Concat(
 		call("Init", &kvpb.InitRequest{Members: []*kvpb.Node{plainNode(1)}}), call("Init", &kvpb.InitRequest{}), call("AddLearner", &kvpb.AddLearnerRequest{Node: plainNode(2)}),

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"container/list"
 	"errors"
+	"fmt"
 	"slices"
 
 	"raft-key-value/kvpb"
@@ -19,9 +20,10 @@ const (
 	// maxAnswers is how many sequences of a session, from the highest down, are told from
 	// new ones, and how far above the highest the next one may be.
 	maxAnswers = 1024
-	// One in unusedDivisor sessions may be one that was never used, before a new session
-	// takes the place of such a one. So a client has time to use the session that it
-	// opened, and whoever opens many pushes out at most this part of the used ones.
+	// One in unusedDivisor sessions of an owner may be one that was never used, before a
+	// new session takes the place of such a one. So a client has time to use the session
+	// that it opened, and whoever opens many pushes out at most this part of the used ones
+	// of its own owner.
 	unusedDivisor = 10
 )
 
@@ -43,15 +45,18 @@ type sessions struct {
 	limit       int    // of sessions: maxSessions, but in tests
 	answerLimit uint64 // of sequences: maxAnswers, but in tests
 
-	byID   map[uint64]*list.Element // of unused or used
-	unused *list.List               // of all *session without answers, the oldest first
-	used   *list.List               // of all others, the one used the longest ago first
+	byID   map[uint64]*list.Element // of one of the lists of its owner
+	owners *owners
+	last   *owner // of the session that restore added last; nil: it added none
 }
 
-// session is what is known of a client's writes. Views share the answers: while one is
-// open, those in the slice are not changed in place.
+// session is what is known of a client's writes. Whoever knows its number may write in it:
+// that is random and told to nobody but its owner, and a write may be repeated by whoever
+// takes its client's place. Views share the answers: while one is open, those in the slice
+// are not changed in place.
 type session struct {
 	id      uint64
+	owner   *owner
 	answers []firstAnswer // by sequence, the last of them the highest
 }
 
@@ -66,46 +71,39 @@ func newSessions() *sessions {
 		limit:       maxSessions,
 		answerLimit: maxAnswers,
 		byID:        map[uint64]*list.Element{},
-		unused:      list.New(),
-		used:        list.New(),
+		owners:      newOwners(),
 	}
 }
 
 func (s *sessions) count() int { return len(s.byID) }
 
 // all returns copies of all sessions, which share the answers, in the order in which a
-// snapshot has them: the unused ones, and then the used ones.
+// snapshot has them: by owner, the unused ones of each, and then its used ones.
 func (s *sessions) all() []session {
 	all := make([]session, 0, len(s.byID))
-	for _, l := range []*list.List{s.unused, s.used} {
-		for e := l.Front(); e != nil; e = e.Next() {
-			all = append(all, *e.Value.(*session))
+	for _, o := range s.owners.sorted() {
+		for _, l := range []*list.List{o.unused, o.used} {
+			for e := l.Front(); e != nil; e = e.Next() {
+				all = append(all, *e.Value.(*session))
+			}
 		}
 	}
 	return all
 }
 
-// add opens a session, unless there is one of that id. If there are too many, it drops
-// another one.
-func (s *sessions) add(id uint64) error {
+// add opens a session for an owner, unless there is one of that id. If there are too many,
+// it drops another one.
+func (s *sessions) add(id uint64, ownerName string) error {
 	if s.byID[id] != nil {
 		return errSessionTaken
 	}
+	o := s.owners.of(ownerName)
 	if len(s.byID) >= s.limit {
-		s.dropOne()
+		dropped := s.owners.takeFor(o)
+		delete(s.byID, dropped.id)
 	}
-	s.byID[id] = s.unused.PushBack(&session{id: id})
+	s.byID[id] = s.owners.add(&session{id: id, owner: o})
 	return nil
-}
-
-// dropOne makes room for a session.
-func (s *sessions) dropOne() {
-	from := s.used
-	if s.unused.Len() >= max(1, s.limit/unusedDivisor) {
-		from = s.unused
-	}
-	dropped := from.Remove(from.Front()).(*session)
-	delete(s.byID, dropped.id)
 }
 
 // use returns the session of a write and makes it the one used last. It refuses a write
@@ -125,11 +123,11 @@ func (s *sessions) use(id, sequence uint64) (*session, error) {
 		return nil, errSequenceTooFar
 	}
 	if len(ses.answers) > 0 {
-		s.used.MoveToBack(e)
+		ses.owner.used.MoveToBack(e)
 		return ses, nil
 	}
-	s.unused.Remove(e) // it is about to get its first answer
-	s.byID[id] = s.used.PushBack(ses)
+	ses.owner.unused.Remove(e) // it is about to get its first answer
+	s.byID[id] = ses.owner.used.PushBack(ses)
 	return ses, nil
 }
 
@@ -151,8 +149,7 @@ func (s *sessions) remember(ses *session, sequence uint64, r result, shared bool
 // limits.
 func (s *sessions) replace(t *sessions) {
 	s.byID = t.byID
-	s.unused = t.unused
-	s.used = t.used
+	s.owners = t.owners
 }
 
 // restore adds a session of a snapshot whose last version this is. It refuses one that
@@ -162,29 +159,42 @@ func (s *sessions) restore(m *kvpb.Session, version uint64) error {
 	if !isNew || len(s.byID) >= s.limit {
 		return errors.New("its id is invalid, or it is out of place")
 	}
-	ses := &session{id: m.Id, answers: make([]firstAnswer, len(m.Answers))}
+	if err := checkOwner([]byte(m.Owner)); err != nil {
+		return fmt.Errorf("its owner: %w", err)
+	}
+	if s.last != nil && m.Owner < s.last.name {
+		return errors.New("it follows one of a later owner")
+	}
+	answers, err := s.restoreAnswers(m, version)
+	if err != nil {
+		return err
+	}
+	o := s.owners.of(m.Owner)
+	if len(answers) == 0 && o.used.Len() > 0 {
+		return errors.New("it was never used, and follows one that was")
+	}
+	s.byID[m.Id] = s.owners.add(&session{id: m.Id, owner: o, answers: answers})
+	s.last = o
+	return nil
+}
+
+// restoreAnswers returns the answers of a snapshot's session.
+func (s *sessions) restoreAnswers(m *kvpb.Session, version uint64) ([]firstAnswer, error) {
+	ses := &session{answers: make([]firstAnswer, len(m.Answers))}
 	before := uint64(0)
 	for i, a := range m.Answers {
 		known := a.Version <= version && (a.Version > 0 || a.CompareFailed)
 		if a.Sequence <= before || !known {
-			return errors.New("an answer is invalid or out of place")
+			return nil, errors.New("an answer is invalid or out of place")
 		}
 		before = a.Sequence
 		ses.answers[i] = firstAnswer{a.Sequence, result{a.Version, a.Found, a.CompareFailed}}
 	}
 	tooOld := m.Highest > s.answerLimit && ses.lowest() <= m.Highest-s.answerLimit
 	if ses.highest() != m.Highest || tooOld {
-		return errors.New("its answers are not the last ones")
+		return nil, errors.New("its answers are not the last ones")
 	}
-	if len(ses.answers) > 0 {
-		s.byID[m.Id] = s.used.PushBack(ses)
-		return nil
-	}
-	if s.used.Len() > 0 {
-		return errors.New("it was never used, and follows one that was")
-	}
-	s.byID[m.Id] = s.unused.PushBack(ses)
-	return nil
+	return ses.answers, nil
 }
 
 // highest returns the highest sequence that has an answer; 0: there is none.

@@ -23,8 +23,11 @@ import (
 	"raft-key-value/kvpb"
 )
 
-func openWrite(session uint64) *kvpb.Write {
-	return &kvpb.Write{Operation: &kvpb.Write_NewSession{NewSession: &kvpb.NewSession{Session: session}}}
+func openWrite(session uint64) *kvpb.Write { return openWriteOf(session, "") }
+
+func openWriteOf(session uint64, owner string) *kvpb.Write {
+	open := &kvpb.NewSession{Session: session, Owner: owner}
+	return &kvpb.Write{Operation: &kvpb.Write_NewSession{NewSession: open}}
 }
 
 // opened is what a write ends with that opens a session.
@@ -163,8 +166,8 @@ func (s *sessionStore) opens(first, n uint64) {
 			s.t.Fatalf("session %d: %v", first+uint64(i), o.err)
 		}
 	}
-	if all := s.sessions.unused.Len() + s.sessions.used.Len(); s.sessions.count() != all || all > maxSessions {
-		s.t.Fatalf("%d sessions, %d unused, %d used", s.sessions.count(), s.sessions.unused.Len(), s.sessions.used.Len())
+	if all := len(s.sessions.all()); s.sessions.count() != all || all > maxSessions {
+		s.t.Fatalf("%d sessions, in lists %d", s.sessions.count(), all)
 	}
 }
 
@@ -183,8 +186,8 @@ func (s *sessionStore) uses(first, n, sequence uint64) {
 	}
 }
 
-// TestStrangersSessions: whoever opens many sessions costs others the tenth that
-// were used the longest ago, and leaves who has just opened one time to use it,
+// TestStrangersSessions: whoever opens many sessions costs others of the same owner the
+// tenth that were used the longest ago, and leaves who has just opened one time to use it,
 // however many there are.
 func TestStrangersSessions(t *testing.T) {
 	s := &sessionStore{newTestStore(), t, 0}
@@ -243,8 +246,9 @@ func TestSessionsAreBounded(t *testing.T) {
 	for i := range uint64(1024) {
 		applyBatch(t, s.store, 3, i+1, withID(1, last+i, setWrite("a", fmt.Sprint(i))))
 	}
-	for i := range s.sessions.used.Back().Value.(*session).answers {
-		s.sessions.used.Back().Value.(*session).answers[i].result = result{maxCounter - 1, true, true}
+	ses := s.sessions.byID[1].Value.(*session)
+	for i := range ses.answers {
+		ses.answers[i].result = result{maxCounter - 1, true, true}
 	}
 	s.version = maxCounter - 1
 	b := snapshotBytes(t, s.store)
@@ -262,6 +266,7 @@ type sessionModel struct {
 	version  uint64
 	keys     map[string]uint64
 	order    []uint64 // all that were never used, and then all others
+	owner    map[uint64]string
 	highest  map[uint64]uint64
 	answered map[[2]uint64]outcome
 }
@@ -276,7 +281,7 @@ func (m *sessionModel) apply(w *kvpb.Write, sessions int, answers uint64) (o out
 	case del != nil:
 		key, id, expected = del.Key, del.RequestId, del.ExpectedVersion
 	default:
-		return outcome{err: m.open(w.GetNewSession().Session, sessions)}
+		return outcome{err: m.open(w.GetNewSession(), sessions)}
 	}
 	if id != nil {
 		i := slices.Index(m.order, id.Session)
@@ -309,24 +314,71 @@ func (m *sessionModel) apply(w *kvpb.Write, sessions int, answers uint64) (o out
 	return done(m.version, was != 0)
 }
 
-func (m *sessionModel) open(id uint64, sessions int) error {
-	if slices.Contains(m.order, id) {
+func (m *sessionModel) open(w *kvpb.NewSession, sessions int) error {
+	if slices.Contains(m.order, w.Session) {
 		return errSessionTaken
+	}
+	if len(m.order) == sessions {
+		drop := toDrop(m.all(), w.Owner)
+		m.order = slices.Delete(m.order, drop, drop+1)
 	}
 	unused := 0
 	for unused < len(m.order) && m.highest[m.order[unused]] == 0 {
 		unused++
 	}
-	if len(m.order) == sessions {
-		drop := unused // the first of those that were used
-		if unused >= max(1, sessions/10) {
-			drop = 0
-			unused--
-		}
-		m.order = slices.Delete(m.order, drop, drop+1)
-	}
-	m.order = slices.Insert(m.order, unused, id)
+	m.order = slices.Insert(m.order, unused, w.Session)
+	m.owner[w.Session] = w.Owner
 	return nil
+}
+
+// all are the sessions in order.
+func (m *sessionModel) all() (all []*modelSession) {
+	for _, id := range m.order {
+		all = append(all, &modelSession{id: id, owner: m.owner[id], highest: m.highest[id]})
+	}
+	return all
+}
+
+// toDrop says which of the sessions has to go for another one of an owner, in the plainest
+// words. They are in order: those never used, the oldest first, and then the others, the
+// one used the longest ago first.
+func toDrop(all []*modelSession, owner string) int {
+	counts := map[string]int{}
+	for _, ses := range all {
+		counts[ses.owner]++
+	}
+	from := owner
+	for _, name := range slices.Sorted(maps.Keys(counts)) {
+		if counts[name] > counts[from] {
+			from = name
+		}
+	}
+	var unused, used []int
+	for i, ses := range all {
+		switch {
+		case ses.owner != from:
+		case ses.highest == 0:
+			unused = append(unused, i)
+		default:
+			used = append(used, i)
+		}
+	}
+	if len(unused) >= max(1, counts[from]/10) {
+		return unused[0]
+	}
+	return used[0]
+}
+
+// byOwner sorts sessions as a snapshot has them.
+func byOwner(all []*modelSession) []*modelSession {
+	return slices.SortedStableFunc(slices.Values(all), func(a, b *modelSession) int {
+		return cmp.Compare(a.owner, b.owner)
+	})
+}
+
+// is reports whether a store's session is this one.
+func (m *modelSession) is(ses session) bool {
+	return ses.id == m.id && ses.owner.name == m.owner && ses.highest() == m.highest
 }
 
 // Writes of all kinds, with small limits, views open, and going through a
@@ -337,7 +389,12 @@ func TestSessionModel(t *testing.T) {
 		r := seededRand(seed)
 		s := newTestStore()
 		s.sessions.limit, s.sessions.answerLimit = 1+r.IntN(5)*r.IntN(7), 1+r.Uint64N(8)
-		m := &sessionModel{keys: map[string]uint64{}, highest: map[uint64]uint64{}, answered: map[[2]uint64]outcome{}}
+		m := &sessionModel{
+			keys:     map[string]uint64{},
+			owner:    map[uint64]string{},
+			highest:  map[uint64]uint64{},
+			answered: map[[2]uint64]outcome{},
+		}
 		ids := []uint64{77}
 		type open struct {
 			v    *view
@@ -378,7 +435,7 @@ func TestSessionModel(t *testing.T) {
 				}
 				switch k := r.IntN(50); {
 				case k < 3:
-					w = openWrite(1 + r.Uint64N(2*uint64(len(ids))+2))
+					w = openWriteOf(1+r.Uint64N(2*uint64(len(ids))+2), testOwners[r.IntN(len(testOwners))])
 				case k < 10:
 					w = deleteWrite(w.GetSet().Key)
 				case k < 20:
@@ -401,12 +458,9 @@ func TestSessionModel(t *testing.T) {
 			if got := tryBatch(t, s, 1, batch+1, ws...); !slices.Equal(got, want) || s.version != m.version {
 				t.Fatalf("seed %d: %v: %v, want %v", seed, ws, got, want)
 			}
-			var order []uint64
-			for _, ses := range s.sessions.all() {
-				order = append(order, ses.id)
-			}
-			if !slices.Equal(order, m.order) || s.sessions.count() != len(order) {
-				t.Fatalf("seed %d: sessions %v, want %v", seed, order, m.order)
+			all := s.sessions.all()
+			if !slices.EqualFunc(byOwner(m.all()), all, (*modelSession).is) || s.sessions.count() != len(all) {
+				t.Fatalf("seed %d: sessions %v, want %v", seed, all, m.order)
 			}
 		}
 		for len(views) > 0 {

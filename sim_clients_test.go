@@ -27,6 +27,9 @@ type caller struct {
 	past     []*op // some writes with ids, to be sent again
 }
 
+// owner is whose sessions the caller's are.
+func (c *caller) owner() string { return []string{"client/b", "", "admin"}[c.id%3] }
+
 // op is a call of a client: one write, however often it is sent.
 type op struct {
 	client    int
@@ -94,7 +97,7 @@ func (c *caller) newOp() *op {
 		o.kind = "open"
 		o.key = ""
 		o.session = randomID()
-		w = openWrite(o.session)
+		w = openWriteOf(o.session, c.owner())
 	case k < 5:
 		o.kind = "set"
 		o.value = fmt.Sprintf("%d.%d.%s", c.id, c.n, strings.Repeat(".", s.rng.IntN(s.cfg.valueBytes+1)))

@@ -200,6 +200,7 @@ type era struct {
 // modelSession is what a session is meant to be.
 type modelSession struct {
 	id, highest uint64
+	owner       string
 	answers     map[uint64]bool // by sequence: there is one
 }
 
@@ -366,7 +367,7 @@ func (e era) membership() *kvpb.Membership {
 func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 	o := &s.oracle
 	if open := w.GetNewSession(); open != nil {
-		s.open(index, open.Session)
+		s.open(index, open)
 		return
 	}
 	c := change{at: s.tock()}
@@ -420,24 +421,25 @@ func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 
 // open opens a session in the oracle, where there may be place for more that
 // were never used than for one.
-func (s *sim) open(index, id uint64) {
+func (s *sim) open(index uint64, open *kvpb.NewSession) {
 	o := &s.oracle
+	id := open.Session
 	if id == 0 || o.opened[id] {
 		s.failf("I8: entry %d opens session %d, again or by no number", index, id)
+	}
+	if len(o.sessions) == s.cfg.sessions {
+		drop := toDrop(o.sessions, open.Owner)
+		if o.sessions[drop].owner != open.Owner {
+			s.count["sessions dropped for another's"]++
+		}
+		o.sessions = slices.Delete(o.sessions, drop, drop+1)
 	}
 	unused := slices.IndexFunc(o.sessions, func(ses *modelSession) bool { return ses.highest > 0 })
 	if unused < 0 {
 		unused = len(o.sessions)
 	}
-	if len(o.sessions) == s.cfg.sessions {
-		drop := unused // the one used the longest ago
-		if unused >= max(1, s.cfg.sessions/unusedDivisor) {
-			drop = 0
-			unused--
-		}
-		o.sessions = slices.Delete(o.sessions, drop, drop+1)
-	}
-	o.sessions = slices.Insert(o.sessions, unused, &modelSession{id: id, answers: map[uint64]bool{}})
+	opened := &modelSession{id: id, owner: open.Owner, answers: map[uint64]bool{}}
+	o.sessions = slices.Insert(o.sessions, unused, opened)
 	o.opened[id] = true
 	s.count["sessions opened"]++
 }
@@ -771,12 +773,8 @@ func (s *sim) unequal() string {
 				present++
 			}
 		}
-		var kept []uint64
-		for _, ses := range st.sessions.all() {
-			kept = append(kept, ses.id)
-		}
-		if !slices.EqualFunc(o.sessions, kept, func(ses *modelSession, id uint64) bool { return ses.id == id }) {
-			s.failf("I5: %v has sessions %d", p, kept)
+		if all := st.sessions.all(); !slices.EqualFunc(byOwner(o.sessions), all, (*modelSession).is) {
+			s.failf("I5: %v has sessions %v", p, all)
 		}
 		if st.keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
 			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v",

@@ -34,6 +34,7 @@ type plantedBugs struct {
 	wrongConf bool // snapshots come without a voter
 	again     bool // snapshots say that they end an entry earlier than they do
 	strangers bool // snapshots come without the sessions
+	disowned  bool // snapshots come without the owners of sessions
 	careless  bool // a write is applied as often as it comes
 	sameCount bool // all writes of an entry have one version
 	unsettled bool // a change of membership is answered as soon as it is committed
@@ -73,6 +74,7 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"snapshots without a voter", func(c *simConfig) { c.wrongConf = true }},
 		{"snapshots whose last entry is applied again", func(c *simConfig) { c.again = true }},
 		{"snapshots without sessions", func(c *simConfig) { c.strangers = true }},
+		{"snapshots without the owners of sessions", func(c *simConfig) { c.disowned = true }},
 		{"a retry applied twice", func(c *simConfig) { c.careless = true }},
 		{"writes of one entry with one version", func(c *simConfig) { c.sameCount = true }},
 		{"a change of membership answered before most know it", func(c *simConfig) {
@@ -106,6 +108,16 @@ func TestSimulatorFindsBugs(t *testing.T) {
 			t.Error("not found")
 		})
 	}
+}
+
+// disowned are sessions as they would be if nobody owned them.
+func disowned(s *sessions) *sessions {
+	without := newSessions()
+	o := without.owners.of("")
+	for _, ses := range s.all() {
+		without.byID[ses.id] = without.owners.add(&session{id: ses.id, owner: o, answers: ses.answers})
+	}
+	return without
 }
 
 // readBadly plants the bugs of reading.

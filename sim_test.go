@@ -592,9 +592,9 @@ func (p *proc) turn(ticks int) {
 		clear(p.n.store.proposers)
 	}
 	if s := p.n.store; p.s.cfg.careless { // all but the highest
-		for e := s.sessions.used.Front(); e != nil; e = e.Next() {
+		for _, e := range s.sessions.byID {
 			ses := e.Value.(*session)
-			ses.answers = ses.answers[len(ses.answers)-1:]
+			ses.answers = ses.answers[max(0, len(ses.answers)-1):]
 		}
 	}
 	p.n.turn(in)
@@ -1248,6 +1248,9 @@ func (t *transfer) install() {
 	}
 	if s.cfg.strangers {
 		st.sessions = newSessions()
+	}
+	if s.cfg.disowned {
+		st.sessions = disowned(st.sessions)
 	}
 	delete(p.receiving, t.hello.From.RaftId)
 	p.n.inbox.event(func() {

@@ -155,7 +155,7 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 // gets the same answer each time, and is refused if its session does not know it any more.
 func (s *store) applyOnce(w *operation) outcome {
 	if w.kind == opNewSession {
-		return outcome{err: s.sessions.add(w.session)}
+		return outcome{err: s.sessions.add(w.session, string(w.owner))}
 	}
 	if !w.hasID {
 		return outcome{result: s.applyWrite(w)}

@@ -680,6 +680,13 @@ func sessionRecord(id, highest uint64, answers ...*kvpb.Answer) *kvpb.SnapshotRe
 	return &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Session{Session: &kvpb.Session{Id: id, Highest: highest, Answers: answers}}}
 }
 
+// ownedRecord is sessionRecord of an owner's session.
+func ownedRecord(owner string, id, highest uint64, answers ...*kvpb.Answer) *kvpb.SnapshotRecord {
+	r := sessionRecord(id, highest, answers...)
+	r.GetSession().Owner = owner
+	return r
+}
+
 // answersTo are answers of version 9 to sequences.
 func answersTo(sequences ...uint64) (answers []*kvpb.Answer) {
 	for _, q := range sequences {
@@ -745,6 +752,7 @@ func realSnapshots(t testing.TB) [][]byte {
 	applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("b", ""), setWrite(crowded()[0], "x"), setWrite(crowded()[1], "y"), deleteWrite("b"))
 	applyBatch(t, s, 2, 1, openWrite(5), openWrite(6), openWrite(7), openWrite(1<<64-1))
 	applyBatch(t, s, 2, 2, withID(7, 1024, setWrite("a", "2")), withID(7, 2000, setWrite("a", "2")), withID(7, 1000, setIf("a", "3", 4)), withID(6, 1, deleteWrite("a")), withID(6, 2, setIf("a", "4", 0)), withID(6, 3, setIf("a", "5", 0)))
+	applyBatch(t, s, 2, 3, openWriteOf(8, "client/shop"), openWriteOf(9, "admin"), openWriteOf(10, "client/shop"), withID(8, 1, deleteWrite("a")))
 	small := snapshotBytes(t, s)
 	s.configure(&raftpb.ConfState{Voters: []uint64{1, 4}, Learners: []uint64{5}, VotersOutgoing: []uint64{1, 2}, LearnersNext: []uint64{2}, AutoLeave: new(true)}, plainMembers(4, 5))
 	joint := snapshotBytes(t, s)
@@ -840,10 +848,15 @@ func TestSnapshotRefused(t *testing.T) {
 		return with(func(h *kvpb.SnapshotHeader) { h.ConfState, h.Members, h.Proposers = cs, plainMembers(ids...), nil })
 	}
 	valid := map[string][]*kvpb.SnapshotRecord{
-		"empty":              {header, footerRecord(0)},
-		"keys":               {headerOf(0, 2), keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
-		"one shard":          {headerOf(0, 2), keyRecord(crowded()[0], 9), keyRecord(crowded()[1], 1), footerRecord(2)},
-		"sessions":           {headerOf(2, 1), sessionRecord(1, 0), sessionRecord(9, 1024, answersTo(1, 1024)...), keyRecord(low, 9), footerRecord(1)},
+		"empty":     {header, footerRecord(0)},
+		"keys":      {headerOf(0, 2), keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
+		"one shard": {headerOf(0, 2), keyRecord(crowded()[0], 9), keyRecord(crowded()[1], 1), footerRecord(2)},
+		"sessions":  {headerOf(2, 1), sessionRecord(1, 0), sessionRecord(9, 1024, answersTo(1, 1024)...), keyRecord(low, 9), footerRecord(1)},
+		"owners": {
+			headerOf(5, 0), sessionRecord(4, 0), sessionRecord(9, 1, answersTo(1)...), ownedRecord("admin", 5, 1, answersTo(1)...),
+			ownedRecord("client/shop", 1, 0), ownedRecord("client/shop", 7, 1, answersTo(1)...), footerRecord(0),
+		},
+		"no owners yet":      {headerRecord(func(h *kvpb.SnapshotHeader) { h.Format, h.Sessions = 1, 1 }), sessionRecord(9, 0), footerRecord(0)},
 		"highest session":    {headerOf(1, 0), sessionRecord(1<<64-1, 1<<64-1, answersTo(1<<64-1024, 1<<64-1)...), footerRecord(0)},
 		"failed compare":     {headerOf(1, 0), sessionRecord(9, 7, &kvpb.Answer{Sequence: 7, CompareFailed: true}), footerRecord(0)},
 		"most removed":       with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved) }),
@@ -890,6 +903,10 @@ func TestSnapshotRefused(t *testing.T) {
 		"session behind a key":   {headerOf(1, 1), keyRecord(low, 1), sessionRecord(9, 0), footerRecord(1)},
 		"session 0":              {headerOf(1, 0), sessionRecord(0, 0), footerRecord(0)},
 		"unused behind used":     {headerOf(2, 0), sessionRecord(9, 1, answersTo(1)...), sessionRecord(1, 0), footerRecord(0)},
+		"owner's unused later":   {headerOf(2, 0), ownedRecord("client", 9, 1, answersTo(1)...), ownedRecord("client", 1, 0), footerRecord(0)},
+		"owners out of order":    {headerOf(2, 0), ownedRecord("client", 9, 0), ownedRecord("admin", 1, 0), footerRecord(0)},
+		"owner of none later":    {headerOf(2, 0), ownedRecord("client", 9, 0), sessionRecord(1, 0), footerRecord(0)},
+		"owner who is nobody":    {headerOf(1, 0), ownedRecord("client/", 9, 0), footerRecord(0)},
 		"session twice":          {headerOf(2, 0), sessionRecord(9, 0), sessionRecord(9, 0), footerRecord(0)},
 		"sequence 0":             {headerOf(1, 0), sessionRecord(9, 1, answersTo(0, 1)...), footerRecord(0)},
 		"sequences out of order": {headerOf(1, 0), sessionRecord(9, 1, answersTo(2, 1)...), footerRecord(0)},
@@ -900,7 +917,7 @@ func TestSnapshotRefused(t *testing.T) {
 		"answer's version":       {headerOf(1, 0), sessionRecord(9, 1, &kvpb.Answer{Sequence: 1, Version: 10}), footerRecord(0)},
 		"answer without one":     {headerOf(1, 0), sessionRecord(9, 1, &kvpb.Answer{Sequence: 1}), footerRecord(0)},
 		"format 0":               with(func(h *kvpb.SnapshotHeader) { h.Format = 0 }),
-		"format 2":               with(func(h *kvpb.SnapshotHeader) { h.Format = 2 }),
+		"format 3":               with(func(h *kvpb.SnapshotHeader) { h.Format = 3 }),
 		"no cluster":             with(func(h *kvpb.SnapshotHeader) { h.ClusterId = 0 }),
 		"no index":               with(func(h *kvpb.SnapshotHeader) { h.Index = 0 }),
 		"no term":                with(func(h *kvpb.SnapshotHeader) { h.Term = 0 }),

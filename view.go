@@ -28,7 +28,9 @@ import (
 const (
 	// snapshotFormat is the version of the snapshot's encoding. Any new field needs
 	// another one: a node that does not know it would lose it.
-	snapshotFormat = 1
+	snapshotFormat = 2
+	// oldestSnapshotFormat is the oldest that is read. Its sessions have no owners.
+	oldestSnapshotFormat = 1
 	// maxRecordBytes is the largest record that a snapshot may hold: a key and
 	// a value at their limits, or a header with maxRemoved removed members.
 	maxRecordBytes = 4 << 20
@@ -45,7 +47,7 @@ type view struct {
 	readers  int               // snapshots that are being sent from it; the loop's
 	givenUp  atomic.Bool       // set by the loop: the log behind it is dropped, so it need not be sent
 	header   *kvpb.SnapshotHeader
-	sessions []session // as in unused, and then in used
+	sessions []session // in the order of a snapshot
 	shards   []shard
 	replaced map[uint64][]keyItem // by shard
 	// rest, if writeTo is not to take all that it can get of processor and disk,
@@ -190,7 +192,7 @@ func (v *view) writeTo(to io.Writer) error {
 		return err
 	}
 	for _, ses := range v.sessions {
-		m := &kvpb.Session{Id: ses.id, Highest: ses.highest()}
+		m := &kvpb.Session{Id: ses.id, Highest: ses.highest(), Owner: ses.owner.name}
 		for _, a := range ses.answers {
 			m.Answers = append(m.Answers, &kvpb.Answer{Sequence: a.sequence, Version: a.version, Found: a.found, CompareFailed: a.compareFailed})
 		}
@@ -352,8 +354,8 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	switch {
 	case h == nil:
 		return errors.New("it does not start with a header")
-	case h.Format != snapshotFormat:
-		return fmt.Errorf("its format is %d, this program knows %d", h.Format, snapshotFormat)
+	case h.Format < oldestSnapshotFormat || h.Format > snapshotFormat:
+		return fmt.Errorf("its format is %d, this program knows %d to %d", h.Format, oldestSnapshotFormat, snapshotFormat)
 	case h.ClusterId == 0 || h.Index == 0 || h.Index >= maxCounter || h.Term == 0 || h.Term >= maxCounter || h.Version >= maxCounter || len(h.Removed) > maxRemoved:
 		return errors.New("its header is invalid")
 	}

@@ -3766,7 +3766,10 @@ func (*Write_NewSession) isWrite_Operation() {}
 type NewSession struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Drawn by the node that proposes it, so that all nodes have the same. Not 0.
-	Session       uint64 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
+	Session uint64 `protobuf:"varint,1,opt,name=session,proto3" json:"session,omitempty"`
+	// Whose it is: the principal that called that node, as its certificate has it, without
+	// the scheme, such as client/shop. Empty: there is no TLS.
+	Owner         string `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3806,6 +3809,13 @@ func (x *NewSession) GetSession() uint64 {
 		return x.Session
 	}
 	return 0
+}
+
+func (x *NewSession) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
 }
 
 // ConfChangeContext goes with a change of raft's configuration.
@@ -4037,9 +4047,9 @@ func (x *Proposer) GetSequence() uint64 {
 	return 0
 }
 
-// A snapshot is a SnapshotHeader, then the Sessions: those that were never used,
-// the oldest first, and then the others, the one used the longest ago first. Then
-// come KeyValues sorted within each shard, then a SnapshotFooter, each in
+// A snapshot is a SnapshotHeader, then the Sessions in the order of their owners. Of an
+// owner, those that were never used come first, the oldest first, and then the others,
+// the one used the longest ago first. Then come KeyValues sorted within each shard, then a SnapshotFooter, each in
 // a SnapshotRecord behind its length as a varint. frame.go has the frames with
 // checksums that all of it is in.
 type SnapshotRecord struct {
@@ -4159,7 +4169,7 @@ func (*SnapshotRecord_Session) isSnapshotRecord_Record() {}
 // SnapshotHeader is all replicated state but the keys and values.
 type SnapshotHeader struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// 1. A node refuses a number that it does not know.
+	// 2; 1 is from before sessions had owners. A node refuses a number that it does not know.
 	Format    uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	ClusterId uint64 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	// The last entry applied.
@@ -4304,7 +4314,9 @@ type Session struct {
 	// The highest sequence applied; 0: it was never used.
 	Highest uint64 `protobuf:"varint,2,opt,name=highest,proto3" json:"highest,omitempty"`
 	// In the order of their sequences.
-	Answers       []*Answer `protobuf:"bytes,3,rep,name=answers,proto3" json:"answers,omitempty"`
+	Answers []*Answer `protobuf:"bytes,3,rep,name=answers,proto3" json:"answers,omitempty"`
+	// As NewSession had it.
+	Owner         string `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4358,6 +4370,13 @@ func (x *Session) GetAnswers() []*Answer {
 		return x.Answers
 	}
 	return nil
+}
+
+func (x *Session) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
 }
 
 // Answer is the answer to a write that was applied.
@@ -5062,10 +5081,11 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x06delete\x18\x02 \x01(\v2\x18.raftkv.v1.DeleteRequestH\x00R\x06delete\x128\n" +
 	"\vnew_session\x18\x05 \x01(\v2\x15.raftkv.v1.NewSessionH\x00R\n" +
 	"newSessionB\v\n" +
-	"\toperationJ\x04\b\x03\x10\x04J\x04\b\x04\x10\x05\"&\n" +
+	"\toperationJ\x04\b\x03\x10\x04J\x04\b\x04\x10\x05\"<\n" +
 	"\n" +
 	"NewSession\x12\x18\n" +
-	"\asession\x18\x01 \x01(\x04R\asession\"@\n" +
+	"\asession\x18\x01 \x01(\x04R\asession\x12\x14\n" +
+	"\x05owner\x18\x02 \x01(\tR\x05owner\"@\n" +
 	"\x11ConfChangeContext\x12+\n" +
 	"\amembers\x18\x01 \x03(\v2\x11.raftkv.v1.MemberR\amembers\"F\n" +
 	"\x06Member\x12\x17\n" +
@@ -5102,11 +5122,12 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\tproposers\x18\t \x03(\v2\x13.raftkv.v1.ProposerR\tproposers\x12\x12\n" +
 	"\x04keys\x18\n" +
 	" \x01(\x04R\x04keys\x12\x1a\n" +
-	"\bsessions\x18\v \x01(\x04R\bsessions\"`\n" +
+	"\bsessions\x18\v \x01(\x04R\bsessions\"v\n" +
 	"\aSession\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\ahighest\x18\x02 \x01(\x04R\ahighest\x12+\n" +
-	"\aanswers\x18\x03 \x03(\v2\x11.raftkv.v1.AnswerR\aanswers\"{\n" +
+	"\aanswers\x18\x03 \x03(\v2\x11.raftkv.v1.AnswerR\aanswers\x12\x14\n" +
+	"\x05owner\x18\x04 \x01(\tR\x05owner\"{\n" +
 	"\x06Answer\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x14\n" +

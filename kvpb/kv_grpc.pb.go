@@ -71,11 +71,16 @@ type KVServiceClient interface {
 	// pass over all keys of the node.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
-	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions.
-	// One more replaces another: if 1,000 of them were never used, the oldest of
-	// those, and else the one whose last use was the longest ago. A session is used
-	// by each write in it that is answered, repeats included. OpenSession may be sent
-	// again: a session that nobody knows of does no harm.
+	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
+	// opened it; without TLS, all belong to the same. The cluster keeps 10,000 sessions.
+	// One more replaces another: one of the caller, if no principal has more than it, and
+	// else one of a principal that has the most. So a principal that has at most 10,000
+	// divided by the number of principals with sessions, the caller included, loses none
+	// to another. Of the principal's sessions, the one that goes is the oldest of those
+	// never used, if these are a tenth or more, and else the one whose last use was the
+	// longest ago. A session is used by each write in it that is answered, repeats
+	// included, whoever sends it. OpenSession may be sent again: a session that nobody
+	// knows of does no harm.
 	OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Writes of one stream
@@ -185,11 +190,16 @@ type KVServiceServer interface {
 	// pass over all keys of the node.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
-	// they are sent (Raft thesis, section 6.3). The cluster keeps 10,000 sessions.
-	// One more replaces another: if 1,000 of them were never used, the oldest of
-	// those, and else the one whose last use was the longest ago. A session is used
-	// by each write in it that is answered, repeats included. OpenSession may be sent
-	// again: a session that nobody knows of does no harm.
+	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
+	// opened it; without TLS, all belong to the same. The cluster keeps 10,000 sessions.
+	// One more replaces another: one of the caller, if no principal has more than it, and
+	// else one of a principal that has the most. So a principal that has at most 10,000
+	// divided by the number of principals with sessions, the caller included, loses none
+	// to another. Of the principal's sessions, the one that goes is the oldest of those
+	// never used, if these are a tenth or more, and else the one whose last use was the
+	// longest ago. A session is used by each write in it that is answered, repeats
+	// included, whoever sends it. OpenSession may be sent again: a session that nobody
+	// knows of does no harm.
 	OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error)
 	// Pipeline takes any number of operations and answers them in their order,
 	// each by itself: one that fails does not end the stream. Writes of one stream
