@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -252,7 +253,9 @@ func openAuthority(dir string) (*authority, []newFile, error) {
 
 func makeAuthority(now time.Time) (*authority, []newFile, error) {
 	v := validity{now.Add(-certBackdate), now.AddDate(0, 0, authorityDays+1)}
-	a, err := newAuthority("raft-key-value trial CA", v)
+	// Of two CAs of one name, errors would tell of signatures that do not match.
+	name := fmt.Sprintf("raft-key-value trial CA %08x", rand.Uint32())
+	a, err := newAuthority(name, v)
 	if err != nil {
 		return nil, nil, err
 	}

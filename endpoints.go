@@ -207,7 +207,11 @@ func readable(err error) error {
 	if strings.HasSuffix(text, `error reading server preface: EOF"`) {
 		text += ", as a node does that wants TLS: --cert-file, --key-file and --trusted-ca-file"
 	}
-	return fmt.Errorf("%s (%s)", text, strings.TrimSpace(codeName(st)+" "+errorReason(err)))
+	label := codeName(st)
+	if reason := errorReason(err); reason != "" && reason != label {
+		label += " " + reason
+	}
+	return fmt.Errorf("%s (%s)", text, label)
 }
 
 // callError is the error of a call that no endpoint has done.
