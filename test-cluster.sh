@@ -19,6 +19,7 @@ keys=()    # all keys that were written, and not deleted
 values=()  # their values
 reads=0    # how many values were read and found right
 data=''    # the directory of all data directories; empty: all is in memory only
+pki=''     # the directory of the certificates; empty: there is no TLS
 
 cleanup() {
   local status=$? id
@@ -115,6 +116,9 @@ start() {
   local id=$1
   local args=(--id "$id" --addr "${addr[$1]:-127.0.0.1:0}")
   if [[ -n $data ]]; then args+=(--data-dir "$data/$id"); fi
+  if [[ -n $pki ]]; then
+    args+=(--cert-file "$pki/node$id.pem" --key-file "$pki/node$id.key" --trusted-ca-file "$pki/ca.pem")
+  fi
   printf '$ raft-key-value%s &' "$(quote "${args[@]}")"
   : >"$tmp/$id.log"
   "$bin" "${args[@]}" >"$tmp/$id.log" 2>&1 &
@@ -126,6 +130,45 @@ start() {
 ready() {
   addr[$1]=$(sed -n 's/.* msg=ready .* advertise=\([^ ]*\).*/\1/p' "$tmp/$1.log")
   [[ -n ${addr[$1]} ]]
+}
+
+# be NAME [PKI]: the sub-commands that follow show this certificate, of another directory if
+# one is given. They trust the nodes' CA.
+be() {
+  export RAFT_KEY_VALUE_CERT_FILE=${2:-$pki}/$1.pem
+  export RAFT_KEY_VALUE_KEY_FILE=${2:-$pki}/$1.key
+  export RAFT_KEY_VALUE_TRUSTED_CA_FILE=$pki/ca.pem
+  printf '$ export RAFT_KEY_VALUE_CERT_FILE=%s RAFT_KEY_VALUE_KEY_FILE=%s RAFT_KEY_VALUE_TRUSTED_CA_FILE=%s\n' \
+    "$RAFT_KEY_VALUE_CERT_FILE" "$RAFT_KEY_VALUE_KEY_FILE" "$RAFT_KEY_VALUE_TRUSTED_CA_FILE"
+}
+
+# be_nobody: the sub-commands that follow do without TLS.
+be_nobody() {
+  local names='RAFT_KEY_VALUE_CERT_FILE RAFT_KEY_VALUE_KEY_FILE RAFT_KEY_VALUE_TRUSTED_CA_FILE'
+  unset $names
+  printf '$ unset %s\n' "$names"
+}
+
+# refused MESSAGE ARGS...: a sub-command must not be done, and has to say why.
+refused() {
+  local message=$1
+  shift
+  run 3 "$@"
+  grep -q -F "$message" "$tmp/err" || fail "it does not say \"$message\""
+}
+
+# logs PATTERN ARGS...: a node logs that it refuses a sub-command, which is run until then: of
+# all refusals, a node logs one a second. It shows the line.
+logs() {
+  poll 15 "a node logs: $1" is_logged "$@"
+  grep -h -E "$1" "$tmp"/*.log | tail -n 1
+}
+
+is_logged() {
+  local pattern=$1
+  shift
+  quietly "$@"
+  grep -q -E "$pattern" "$tmp"/*.log
 }
 
 # write ID KEY VALUE: writes through a node.
@@ -343,10 +386,34 @@ part 'All in memory'
 walk
 for id in "${!pid[@]}"; do stop KILL "$id"; done
 
-part 'With data directories'
+part 'With data directories, and TLS'
 data=$tmp/data
 mkdir "$data"
+pki=$tmp/pki
+title 'A CA, and certificates for nodes, an admin, a client and a reader'
+run 0 certs "$pki" --nodes 1=127.0.0.1,2=127.0.0.1,3=127.0.0.1,4=127.0.0.1,5=127.0.0.1
+be admin
 walk
+
+title 'Whoever shows no certificate, or one of another CA, is refused'
+run 0 certs "$tmp/other" --nodes 1=127.0.0.1
+be_nobody
+refused 'as a node does that wants TLS' get --timeout 1s foo
+be admin "$tmp/other"
+refused 'tls: ' get --timeout 1s foo
+logs 'msg="a connection was refused" .*certificate signed by unknown authority' get --timeout 300ms foo
+
+title 'A reader reads, a client writes, too, and neither does what admins do'
+be reader
+expect 1 foo bar
+refused 'reader may not call raftkv.v1.KVService/OpenSession: that needs the role client or admin' set foo baz
+be client
+write 1 by-client 'written by a client'
+refused 'client may not call raftkv.v1.ClusterService/AddLearner: that needs the role admin' add-learner "9=${addr[1]}"
+be node1
+refused 'node/1 may not call raftkv.v1.ClusterService/Metrics: that needs the role reader or client or admin' get foo
+logs 'msg="a call was refused" .*by=node/1 .*ClusterService/Metrics' get foo
+be admin
 
 title 'All nodes are killed at once, and find everything when they start again'
 for id in "${!pid[@]}"; do stop KILL "$id"; done
@@ -358,6 +425,7 @@ title 'A backup becomes a new cluster, which goes on from there'
 run 0 backup "$tmp/backup"
 run 3 backup "$tmp/backup" # it is there already
 for id in "${!pid[@]}"; do stop TERM "$id"; done
+run 0 certs "$pki" --nodes 6=127.0.0.1,7=127.0.0.1 # by the same CA
 addr[6]=${addr[1]}
 export RAFT_KEY_VALUE_ENDPOINTS=${addr[6]}
 run 0 restore "$tmp/backup" --data-dir "$data/6" --id 6 --addr "${addr[6]}"
@@ -372,5 +440,5 @@ run 0 change-membership 6 7
 await_status '^6 .* ok yes' '^7 .* ok yes'
 expect_all 7
 
-printf '\nok: twice, in memory and with data directories, 5 nodes formed a cluster, whose leader was killed and came back, and all were restarted; all were killed at once, and a backup was restored; %s reads on all nodes found what had been written, in %s s\n' \
+printf '\nok: twice, in memory and with data directories over TLS, 5 nodes formed a cluster, whose leader was killed and came back, and all were restarted; strangers were refused, all were killed at once, and a backup was restored; %s reads on all nodes found what had been written, in %s s\n' \
   "$reads" "$SECONDS"
