@@ -166,7 +166,7 @@ func (nw *network) setMembers(
 	defer nw.mu.Unlock()
 	nw.members = members
 	nw.removed = removed
-	nw.endPeers()
+	hints := nw.endPeers()
 	for _, s := range nw.inbound {
 		isRemoved := slices.Contains(removed, s.hello.From.RaftId)
 		isForMe := s.hello.To.RaftId == raftID
@@ -177,14 +177,16 @@ func (nw *network) setMembers(
 	}
 	for id, m := range members {
 		if nw.peers[id] == nil && m.Id != self { // not even an earlier life of this node
-			nw.addPeer(id, m)
+			nw.addPeer(id, m, hints[id])
 		}
 	}
 }
 
 // endPeers ends the peers that are not wanted any more, and those whose stream goes
-// elsewhere than the configuration says. nw.mu is held.
-func (nw *network) endPeers() {
+// elsewhere than the configuration says. It returns the hints of these: a configuration may
+// be older than what a hint says, and nobody may give the hint again. nw.mu is held.
+func (nw *network) endPeers() (hints map[uint64]*moveHint) {
+	hints = map[uint64]*moveHint{}
 	for id, p := range nw.peers {
 		m := nw.members[id]
 		stays := nw.wantsPeer(id)
@@ -192,11 +194,13 @@ func (nw *network) endPeers() {
 			stays = p.adoptAddress(m)
 		}
 		if !stays {
+			hints[id] = p.hint()
 			p.cancel()
 			delete(nw.peers, id)
 			nw.receiver.peerDown(id, true)
 		}
 	}
+	return hints
 }
 
 // wantsPeer reports whether this node needs a stream to a peer: to a member, and to a
@@ -211,12 +215,16 @@ func (nw *network) wantsPeer(id uint64) bool {
 	return nw.inbound[inboundKey{id, false}] != nil || nw.inbound[inboundKey{id, true}] != nil
 }
 
-// addPeer starts a stream to a peer. nw.mu is held.
-func (nw *network) addPeer(raftID uint64, node *kvpb.Node) {
+// addPeer starts a stream to a peer, which may be where a hint says; nil: there is none.
+// What the peer's own hello says goes before that. nw.mu is held.
+func (nw *network) addPeer(raftID uint64, node *kvpb.Node, hint *moveHint) {
 	p := newPeer(nw, raftID, node)
 	nw.peers[raftID] = p
 	if s := nw.messagesFrom(raftID); s != nil {
-		p.takeHint(&moveHint{s.hello.ClusterId, s.hello.From})
+		hint = &moveHint{s.hello.ClusterId, s.hello.From}
+	}
+	if hint != nil {
+		p.takeHint(hint)
 	}
 	nw.start(p.run)
 }
@@ -479,7 +487,7 @@ func (nw *network) addInbound(
 		if len(nw.peers) >= nw.maxPeers {
 			return nil, status.Error(codes.ResourceExhausted, "too many peers that no configuration names")
 		}
-		nw.addPeer(id, h.From.GetNode())
+		nw.addPeer(id, h.From.GetNode(), nil)
 	}
 	p := nw.peers[id]
 	if err := p.refuseRival(h.From); err != nil {

@@ -335,6 +335,20 @@ func TestMoveClaims(t *testing.T) {
 		}
 	})
 
+	t.Run("a configuration comes that is older than what others say", func(t *testing.T) {
+		nw, _ := testNetwork(t, io.Discard, dead)
+		there := &kvpb.Node{Id: 2, Address: deadAddress(t)}
+		nw.learnAddresses(7, []*kvpb.Peer{{Node: there, RaftId: 2, Life: 5}})
+		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: {Id: 2, Address: deadAddress(t)}}, nil)
+		if h := hintOf(nw); h == nil || h.peer.Node.Address != there.Address {
+			t.Errorf("it has forgotten where node 2 is: %v", h)
+		}
+		nw.setMembers(7, 1, map[uint64]*kvpb.Node{2: there}, nil)
+		if hintOf(nw) != nil {
+			t.Error("it looks for node 2 elsewhere than the configuration says, as if others did")
+		}
+	})
+
 	t.Run("the configuration changes", func(t *testing.T) {
 		nw, r := testNetwork(t, io.Discard, dead)
 		_, node, _ := newAnswering(t, 5)

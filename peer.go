@@ -256,6 +256,13 @@ func (p *peer) adoptAddress(node *kvpb.Node) bool {
 	return p.addresses.known.Address == node.Address
 }
 
+// hint returns the hint that waits for its turn; nil: there is none.
+func (p *peer) hint() *moveHint {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.addresses.hint
+}
+
 // takeHint keeps a hint for the next attempts. If one is under way that yields, and the
 // hint names another address than it is made at, that attempt ends, unless its stream has
 // reached the process that the hint is of.

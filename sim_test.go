@@ -781,9 +781,11 @@ type simStream struct {
 // setMembers implements transport.
 func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64) {
 	p.members, p.removed = members, removed
+	claims := map[uint64]*moveHint{}
 	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
 		peer := p.peers[id]
 		if m := members[id]; m != nil && !peer.isAt(m) || m == nil && p.inbound[id] == nil || slices.Contains(removed, id) {
+			claims[id] = peer.claim
 			p.endPeer(peer)
 		}
 	}
@@ -795,16 +797,19 @@ func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Nod
 	}
 	for _, id := range slices.Sorted(maps.Keys(members)) {
 		if p.peers[id] == nil && id != raftID {
-			p.addPeer(id, members[id])
+			p.addPeer(id, members[id], claims[id])
 		}
 	}
 }
 
-func (p *proc) addPeer(raftID uint64, node *kvpb.Node) {
+func (p *proc) addPeer(raftID uint64, node *kvpb.Node, claim *moveHint) {
 	peer := &simPeer{raftID: raftID, node: node}
 	p.peers[raftID] = peer
 	if st := p.inbound[raftID]; st != nil {
-		peer.claimed(&moveHint{st.hello.ClusterId, st.hello.From})
+		claim = &moveHint{st.hello.ClusterId, st.hello.From}
+	}
+	if claim != nil {
+		peer.claimed(claim)
 	}
 	p.s.after(p.s.latency(), p, func() { p.dial(peer) })
 }
@@ -890,7 +895,7 @@ func (st *simStream) greet() {
 	}
 	if w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED {
 		if p.peers[from.RaftId] == nil {
-			p.addPeer(from.RaftId, from.Node)
+			p.addPeer(from.RaftId, from.Node, nil)
 		}
 		p.peers[from.RaftId].claimed(&moveHint{st.hello.ClusterId, from})
 		for _, id := range slices.Sorted(maps.Keys(p.inbound)) {
