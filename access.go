@@ -17,6 +17,8 @@ import (
 	reflectionalphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"raft-key-value/kvpb"
 )
@@ -43,8 +45,8 @@ func (rs roles) String() string {
 }
 
 // access says who may call a method, with TLS. What is not here nobody may call. Besides,
-// a node may call what it forwards for somebody else, and a reader's writes in a Pipeline
-// are refused one by one.
+// a node may call what it forwards for somebody else, which is in forwardable, and a
+// reader's writes in a Pipeline are refused one by one.
 var access = map[string]roles{
 	kvpb.KVService_Get_FullMethodName:         readers,
 	kvpb.KVService_List_FullMethodName:        readers,
@@ -70,6 +72,14 @@ var access = map[string]roles{
 
 	reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName:      everybody,
 	reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName: everybody,
+}
+
+// forwardable are the methods that one node calls at another for whoever has called it.
+var forwardable = []string{
+	kvpb.ClusterService_Init_FullMethodName,
+	kvpb.ClusterService_AddLearner_FullMethodName,
+	kvpb.ClusterService_ChangeMembership_FullMethodName,
+	kvpb.ClusterService_TransferLeader_FullMethodName,
 }
 
 const (
@@ -124,13 +134,16 @@ func (s *server) authorize(ctx context.Context, method string) error {
 	who := callerOf(ctx)
 	allowed := access[method]
 	isForwarding := who.role == roleNode && wasForwarded(ctx)
-	if isForwarding && strings.HasPrefix(method, clusterPrefix) {
+	if isForwarding && slices.Contains(forwardable, method) {
 		return nil
 	}
 	if allowed.has(who.role) {
 		return nil
 	}
-	return denied("%v may not call %s: that needs the role %v", who, method[1:], allowed)
+	if len(allowed) == 0 {
+		return denied("%v may not call %s: nobody may", who, quoteInput(method)) // it may be anything, or empty
+	}
+	return denied("%v may not call %s: that needs the role %v", who, strings.TrimPrefix(method, "/"), allowed)
 }
 
 func denied(format string, args ...any) error {
@@ -221,12 +234,18 @@ func (s *server) audit(ctx context.Context, method string, req any, begun time.T
 
 // logRefusal counts a refused call, and logs it, if it is not refused with many others.
 func (s *server) logRefusal(ctx context.Context, method string, err error) {
-	s.refused.Add(1)
+	s.logRefusals(ctx, method, err, 1)
+}
+
+// logRefusals is logRefusal for so many refusals of one kind. A method that nobody may
+// call is whatever its caller has sent.
+func (s *server) logRefusals(ctx context.Context, method string, err error, many int) {
+	s.refused.Add(uint64(many))
 	leftOut, isDue := s.refusalLog.due(time.Now())
 	if !isDue {
 		return
 	}
-	args := append(callerArgs(ctx), "method", method, "err", status.Convert(err).Message(), "others", leftOut)
+	args := append(callerArgs(ctx), "method", beginning(method, maxQuotedInput), "err", status.Convert(err).Message(), "others", leftOut)
 	s.n.logger.Warn("a call was refused", args...)
 }
 
@@ -240,10 +259,54 @@ func callerArgs(ctx context.Context) []any {
 	return args
 }
 
-// auditedRequest is what the log says of a request.
+// auditedRequest is what the log says of a request. It takes no more memory than it says,
+// however large the request is.
 func auditedRequest(req any) string {
-	if req == nil {
+	m, ok := req.(proto.Message)
+	if !ok {
 		return ""
 	}
-	return beginning(strings.Join(strings.Fields(fmt.Sprint(req)), " "), maxAuditedRequest)
+	return beginning(string(appendFields(nil, m.ProtoReflect())), maxAuditedRequest)
+}
+
+// appendFields appends the fields of a message that are set, until there are
+// maxAuditedRequest bytes; the last one may go beyond.
+func appendFields(b []byte, m protoreflect.Message) []byte {
+	fields := m.Descriptor().Fields()
+	for i := range fields.Len() {
+		f := fields.Get(i)
+		if !m.Has(f) {
+			continue
+		}
+		if !f.IsList() {
+			b = appendField(b, f, m.Get(f))
+			continue
+		}
+		list := m.Get(f).List()
+		for k := range list.Len() {
+			b = appendField(b, f, list.Get(k))
+		}
+	}
+	return b
+}
+
+func appendField(b []byte, f protoreflect.FieldDescriptor, v protoreflect.Value) []byte {
+	if len(b) >= maxAuditedRequest {
+		return b
+	}
+	if len(b) > 0 && b[len(b)-1] != '{' {
+		b = append(b, ' ')
+	}
+	b = append(b, f.Name()...)
+	switch f.Kind() {
+	case protoreflect.MessageKind:
+		b = append(b, '{')
+		b = appendFields(b, v.Message())
+		return append(b, '}')
+	case protoreflect.StringKind:
+		return append(append(b, ':'), quoteInput(v.String())...)
+	case protoreflect.BytesKind:
+		return fmt.Appendf(b, ":%d bytes", len(v.Bytes()))
+	}
+	return fmt.Appendf(b, ":%v", v.Interface())
 }

@@ -4,17 +4,22 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/dynamicpb"
 
@@ -154,6 +159,92 @@ func TestReadersPipeline(t *testing.T) {
 			t.Errorf("operation %d is not refused: %v", i, r)
 		}
 	}
+	if m, err := c.metrics(1); err != nil || m.RequestsRefused != 3 {
+		t.Errorf("%d refused operations are counted, %v", m.GetRequestsRefused(), err)
+	}
+}
+
+// TestPathsThatAreNone: what a caller has as a path need be no method. It is refused, and
+// the node can end.
+func TestPathsThatAreNone(t *testing.T) {
+	t.Parallel()
+	log := &sharedLog{}
+	c := newCluster(t, 0)
+	c.pki, _ = testPKI(t, 1)
+	c.log = log
+	n := c.start(1, "127.0.0.1:0")
+	shown, err := loadPair(testFiles(c.pki, "reader"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"/" + strings.Repeat("zq", 1000), "", "/", "x", "raftkv.v1.KVService/Get"} {
+		conn, err := tls.Dial("tcp", n.address, &tls.Config{
+			Certificates:       []tls.Certificate{shown},
+			InsecureSkipVerify: true,
+			NextProtos:         []string{"h2"},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetDeadline(time.Now().Add(rpcTimeout))
+		r := &rude{Conn: conn, next: 1}
+		_, err = io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+		if err == nil {
+			err = r.frame(frameSettings, 0, 0, nil)
+		}
+		if err == nil {
+			_, err = r.call(path, -1)
+		}
+		for header := make([]byte, 9); err == nil && header[3] != frameHeaders; {
+			if _, err = io.ReadFull(conn, header); err == nil {
+				_, err = io.CopyN(io.Discard, conn, int64(binary.BigEndian.Uint32(header)>>8))
+			}
+		}
+		if err != nil {
+			t.Errorf("a call of %.20q is not answered: %v", path, err)
+		}
+		_ = conn.Close()
+	}
+	if refused := n.server.refused.Load(); refused != 5 {
+		t.Errorf("%d calls are refused, want 5", refused)
+	}
+	if strings.Contains(log.String(), strings.Repeat("zq", maxQuotedInput)) {
+		t.Error("the log has all of a path") // the first refusal is logged, the others may be left out
+	}
+}
+
+// TestAuditedRequest: what the log says of a request is short, and costs little.
+func TestAuditedRequest(t *testing.T) {
+	node := &kvpb.Node{Id: 5, Address: "h\"\n:1"}
+	for want, req := range map[string]proto.Message{
+		`node{id:5 address:"h\"\n:1"}`: &kvpb.AddLearnerRequest{Node: node},
+		`members:1 members:2 retain:true expected{members{node{id:5 address:"h\"\n:1"}}}`: &kvpb.ChangeMembershipRequest{
+			Members:  []uint64{1, 2},
+			Retain:   true,
+			Expected: &kvpb.Membership{Members: []*kvpb.ExpectedMember{{Node: node}}},
+		},
+		``: &kvpb.BackupRequest{},
+	} {
+		if got := auditedRequest(req); got != want {
+			t.Errorf("the log has %q, want %q", got, want)
+		}
+	}
+	for name, req := range map[string]proto.Message{
+		"address": &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 5, Address: strings.Repeat("\x01", 4<<20)}},
+		"ids":     &kvpb.ChangeMembershipRequest{Members: make([]uint64, 1<<20)},
+		"nodes":   &kvpb.InitRequest{Members: slices.Repeat([]*kvpb.Node{node}, 1<<16)},
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		got := auditedRequest(req)
+		runtime.ReadMemStats(&after)
+		if len(got) < maxAuditedRequest || len(got) > maxAuditedRequest+len("…") {
+			t.Errorf("%s: the log has %d bytes", name, len(got))
+		}
+		if cost := after.TotalAlloc - before.TotalAlloc; cost > 64<<10 {
+			t.Errorf("%s: that takes %d bytes", name, cost)
+		}
+	}
 }
 
 // TestNodesSpeakForThemselves: a node may not say hello, send a snapshot or claim a member
@@ -223,6 +314,13 @@ func TestForwardingIsANodes(t *testing.T) {
 	}
 	if _, err := node.TransferLeader(forwarded, req); err != nil {
 		t.Errorf("a node does not forward: %v", err)
+	}
+	backup, err := node.Backup(forwarded, &kvpb.BackupRequest{})
+	if err == nil {
+		_, err = backup.Recv()
+	}
+	if status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a node forwards what nodes do not forward: %v", err)
 	}
 	for _, part := range []string{
 		`msg="request of an operator" node=` + fmt.Sprint(leader) + ` by=node/` + fmt.Sprint(follower.id),

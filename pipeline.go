@@ -36,6 +36,7 @@ type pipelineRequest struct {
 	ops     []operation
 	calls   []call // one to each operation; outcome has the error of an invalid one
 	bytes   int
+	refused int           // operations that the caller may not make
 	pending int           // calls that have not ended: the loop's, once started
 	done    chan struct{} // closed when none is pending
 }
@@ -67,6 +68,7 @@ func parsePipelineRequest(m []byte, mayWrite bool, owner string) (*pipelineReque
 		isWrite := c.write != nil
 		if isWrite && !mayWrite {
 			c.outcome.err = errReadOnly
+			r.refused++
 		}
 	}
 	return r, nil
@@ -162,6 +164,9 @@ func (p *pipeline) read(ctx context.Context) error {
 		r, err := parsePipelineRequest(m.b, mayWrite, owner)
 		if err != nil {
 			return err
+		}
+		if r.refused > 0 {
+			p.s.logRefusals(ctx, kvpb.KVService_Pipeline_FullMethodName, errReadOnly, r.refused)
 		}
 		p.calls.Add(int64(len(r.calls)))
 		p.bytes.Add(int64(r.bytes))
