@@ -177,16 +177,22 @@ func (s *server) intercept(
 	defer s.inFlight.Add(-1)
 	begun := time.Now()
 	resp, err := s.answer(ctx, req, handler)
-	s.nameLeader(ctx, err == nil)
-	if err != nil {
-		err = toStatus(err, strings.HasPrefix(info.FullMethod, kvPrefix))
-		_ = grpc.SetTrailer(ctx, reasonTrailer(err)) // fails only if the call has ended
-	}
-	s.audit(ctx, info.FullMethod, req, begun, err)
-	if err != nil {
+	if err := s.endUnary(ctx, info.FullMethod, req, begun, err); err != nil {
 		return nil, err
 	}
 	return resp, nil
+}
+
+// endUnary says what goes with the answer to a unary call, and with its error, which it
+// makes one of the API.
+func (s *server) endUnary(ctx context.Context, method string, req any, begun time.Time, err error) error {
+	s.nameLeader(ctx, err == nil)
+	if err != nil {
+		err = toStatus(err, strings.HasPrefix(method, kvPrefix))
+		_ = grpc.SetTrailer(ctx, reasonTrailer(err)) // fails only if the call has ended
+	}
+	s.audit(ctx, method, req, begun, err)
+	return err
 }
 
 // interceptStream is intercept for streams.
@@ -194,7 +200,7 @@ func (s *server) interceptStream(
 	srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler,
 ) error {
 	begun := time.Now()
-	err := handler(srv, stream)
+	err := handler(srv, decodedStream{stream})
 	if err != nil {
 		stream.SetTrailer(reasonTrailer(err))
 	}

@@ -17,10 +17,13 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/dynamicpb"
 
 	"raft-key-value/kvpb"
@@ -90,25 +93,33 @@ func TestAccess(t *testing.T) {
 // callMalformed calls a method with a request that it cannot decode, or that asks nothing,
 // and returns the error.
 func callMalformed(ctx context.Context, conn *grpc.ClientConn, method string) error {
+	// A field 15 of a type that there is not.
+	_, _, err := callRaw(ctx, conn, method, []byte{15<<3 | 7})
+	return err
+}
+
+// callRaw calls a method of any kind with a request as it is on the wire. It returns the
+// first answer and the trailer.
+func callRaw(
+	ctx context.Context, conn *grpc.ClientConn, method string, request []byte,
+) (answer []byte, trailer metadata.MD, err error) {
 	ctx, cancel := context.WithTimeout(ctx, rpcTimeout)
 	defer cancel()
 	desc := &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}
 	s, err := conn.NewStream(ctx, desc, method, grpc.ForceCodec(bytesCodec{}))
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	// A field 15 of a type that there is not.
-	if err := s.SendMsg([]byte{15<<3 | 7}); err != nil && !errors.Is(err, io.EOF) {
-		return err
+	if err := s.SendMsg(request); err != nil && !errors.Is(err, io.EOF) {
+		return nil, nil, err
 	}
 	if err := s.CloseSend(); err != nil {
-		return err
+		return nil, nil, err
 	}
-	var answer []byte
 	if err := s.RecvMsg(&answer); err != nil {
-		return err
+		return nil, s.Trailer(), err
 	}
-	return nil
+	return answer, nil, nil
 }
 
 // TestNobodyIsAnyone: with TLS, a connection without a principal may call nothing: it is
@@ -358,6 +369,69 @@ func TestReasonTrailer(t *testing.T) {
 	}
 	if got := s.Trailer().Get(reasonMetadata); len(got) != 1 || got[0] != reasonOf(err) {
 		t.Errorf("the trailer of Backup has %q, the error is %v", got, err)
+	}
+}
+
+// stringFields are the string fields of a message and of those in it, and for each a
+// message on the wire in which it is not UTF-8.
+func stringFields(m protoreflect.MessageDescriptor, depth int) map[string][]byte {
+	found := map[string][]byte{}
+	fields := m.Fields()
+	for i := range fields.Len() {
+		f := fields.Get(i)
+		tag := protowire.AppendTag(nil, f.Number(), protowire.BytesType)
+		switch {
+		case f.Kind() == protoreflect.StringKind:
+			found[string(f.Name())] = protowire.AppendString(tag, "\xff")
+		case f.Kind() == protoreflect.MessageKind && depth > 0:
+			for name, inner := range stringFields(f.Message(), depth-1) {
+				found[string(f.Name())+"."+name] = protowire.AppendBytes(slices.Clone(tag), inner)
+			}
+		}
+	}
+	return found
+}
+
+// TestEachStringIsUTF8: each string of each request of each service has to be UTF-8.
+func TestEachStringIsUTF8(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	c.init(1)
+	c.settled(1)
+	n := c.nodes[1]
+	checked := map[string]int{}
+	for service := range n.server.grpc.GetServiceInfo() {
+		d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
+		if err != nil {
+			t.Fatal(err)
+		}
+		methods := d.(protoreflect.ServiceDescriptor).Methods()
+		for i := range methods.Len() {
+			name := fmt.Sprintf("/%s/%s", service, methods.Get(i).Name())
+			for field, request := range stringFields(methods.Get(i).Input(), 4) {
+				checked[service]++
+				conn := dialNode(t, n.address, insecure.NewCredentials()) // few hellos may come on one
+				answer, trailer, err := callRaw(c.ctx, conn, name, request)
+				_ = conn.Close()
+				if name == kvpb.KVService_Pipeline_FullMethodName {
+					var r kvpb.PipelineResponse
+					_ = proto.Unmarshal(answer, &r)
+					if code := codes.Code(r.GetResults()[0].GetError().GetCode()); code != codes.InvalidArgument {
+						t.Errorf("%s: %s is not UTF-8: %v", name, field, &r)
+					}
+					continue
+				}
+				if status.Code(err) != codes.InvalidArgument || fieldOf(err) != field {
+					t.Errorf("%s: %s is not UTF-8: %v, which names %q", name, field, err, fieldOf(err))
+				}
+				if got := trailer.Get(reasonMetadata); len(got) != 1 || got[0] != "INVALID_FIELD" {
+					t.Errorf("%s: %s is not UTF-8: the trailer has %q", name, field, got)
+				}
+			}
+		}
+	}
+	if len(checked) != 6 {
+		t.Errorf("strings of %d services are checked: %v", len(checked), checked)
 	}
 }
 

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"slices"
+	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
@@ -22,19 +23,20 @@ type encoded struct {
 	pool mem.BufferPool
 }
 
-// refuseMalformed is a service whose methods refuse a request that cannot be decoded,
-// for it is no protobuf or a string in it is not UTF-8, with INVALID_ARGUMENT and a
-// reason. gRPC alone would answer INTERNAL, and not ask an interceptor before.
-func refuseMalformed(generated *grpc.ServiceDesc) *grpc.ServiceDesc {
+// refuseMalformed is a service whose unary methods refuse a request that cannot be
+// decoded, for it is no protobuf or a string in it is not UTF-8, with INVALID_ARGUMENT and
+// a reason. gRPC alone would answer INTERNAL, and not ask an interceptor before. What comes
+// on streams is refused so by decodedStream.
+func (s *server) refuseMalformed(generated *grpc.ServiceDesc) *grpc.ServiceDesc {
 	desc := *generated
 	desc.Methods = slices.Clone(desc.Methods)
 	for i := range desc.Methods {
-		desc.Methods[i].Handler = decodeOrRefuse(desc.Methods[i].Handler)
+		desc.Methods[i].Handler = s.decodeOrRefuse(desc.Methods[i].Handler)
 	}
 	return &desc
 }
 
-func decodeOrRefuse(handle grpc.MethodHandler) grpc.MethodHandler {
+func (s *server) decodeOrRefuse(handle grpc.MethodHandler) grpc.MethodHandler {
 	return func(srv any, ctx context.Context, decode func(any) error, i grpc.UnaryServerInterceptor) (any, error) {
 		decodeOne := func(message any) error {
 			d := decoding{message: message}
@@ -44,14 +46,28 @@ func decodeOrRefuse(handle grpc.MethodHandler) grpc.MethodHandler {
 			if d.err == nil {
 				return nil
 			}
-			srv.(*server).nameLeader(ctx, false)
-			if d.notUTF8 != "" {
-				return invalid(d.notUTF8, "it is not UTF-8")
-			}
-			return invalid("request", "%v", d.err)
+			method, _ := grpc.Method(ctx) // it is there while a method is called
+			return s.endUnary(ctx, method, nil, time.Now(), d.refusal())
 		}
 		return handle(srv, ctx, decodeOne, i)
 	}
+}
+
+// decodedStream is a stream that refuses a message which cannot be decoded.
+type decodedStream struct{ grpc.ServerStream }
+
+func (s decodedStream) RecvMsg(message any) error {
+	if _, isRaw := message.(*encoded); isRaw {
+		return s.ServerStream.RecvMsg(message)
+	}
+	d := decoding{message: message}
+	if err := s.ServerStream.RecvMsg(&d); err != nil {
+		return err
+	}
+	if d.err != nil {
+		return d.refusal()
+	}
+	return nil
 }
 
 // decoding is a message that is received, and why it could not be decoded.
@@ -59,6 +75,14 @@ type decoding struct {
 	message any
 	err     error
 	notUTF8 string // the field that the error is about; empty: it is about another thing
+}
+
+// refusal is the error of a message that could not be decoded.
+func (d *decoding) refusal() error {
+	if d.notUTF8 != "" {
+		return invalid(d.notUTF8, "it is not UTF-8")
+	}
+	return invalid("request", "%v", d.err)
 }
 
 // fieldNotUTF8 names the first string field of an encoded message that is not UTF-8, as

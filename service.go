@@ -125,10 +125,10 @@ func newServer(n *node, nw *network, c *certificates) *server {
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.InTapHandle(s.admitCall),
 	)
-	s.grpc.RegisterService(refuseMalformed(&kvpb.KVService_ServiceDesc), s)
-	s.grpc.RegisterService(refuseMalformed(&kvpb.ClusterService_ServiceDesc), s)
-	kvpb.RegisterRaftServiceServer(s.grpc, nw)
-	grpc_health_v1.RegisterHealthServer(s.grpc, s.health)
+	s.grpc.RegisterService(s.refuseMalformed(&kvpb.KVService_ServiceDesc), s)
+	s.grpc.RegisterService(s.refuseMalformed(&kvpb.ClusterService_ServiceDesc), s)
+	s.grpc.RegisterService(s.refuseMalformed(&kvpb.RaftService_ServiceDesc), nw)
+	s.grpc.RegisterService(s.refuseMalformed(&grpc_health_v1.Health_ServiceDesc), s.health)
 	reflection.Register(s.grpc)
 	s.onPublish(n.status.latest.Load())
 	n.status.onChange = s.onPublish
