@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -483,6 +484,9 @@ func TestErrorsDoNotEcho(t *testing.T) {
 		strings.Repeat(unit, 100) + ":1", // an address, at which nobody is
 		strings.Repeat(unit, 100_000),
 		strings.Repeat(unit, 100) + "\n:1",
+		strings.Repeat("\x00", 1000),
+		strings.Repeat("\"", 1000) + ":1",
+		strings.Repeat("é", 100) + ":1",
 	} {
 		for _, service := range []*grpc.ServiceDesc{&kvpb.KVService_ServiceDesc, &kvpb.ClusterService_ServiceDesc} {
 			methods := kvpb.File_raftkv_v1_kv_proto.Services().ByName(protoreflect.FullName(service.ServiceName).Name()).Methods()
@@ -503,8 +507,24 @@ func TestErrorsDoNotEcho(t *testing.T) {
 					if strings.Contains(told, strings.Repeat(unit, maxQuotedInput/2+1)) {
 						t.Errorf("%s with strings of %d bytes: %.300s", name, len(text), told)
 					}
+					if len(told) > 2<<10 {
+						t.Errorf("%s with %.9q...: %d bytes are told: %.300s", name, text, len(told), told)
+					}
 				}
 			}
 		}
+	}
+}
+
+// TestErrorsAreShort: also an error that has much to name fits the headers that clients
+// take, and is UTF-8.
+func TestErrorsAreShort(t *testing.T) {
+	err := invalid("members", "%s", strings.Repeat("é", 1<<20))
+	message := status.Convert(err).Message()
+	if len(message) > maxErrorBytes+len("…") || len(message) < maxErrorBytes-2 || !utf8.ValidString(message) {
+		t.Errorf("the message has %d bytes: %.99q", len(message), message)
+	}
+	if errorReason(err) != "INVALID_FIELD" || fieldOf(err) != "members" {
+		t.Errorf("it has lost its details: %q, %q", errorReason(err), fieldOf(err))
 	}
 }

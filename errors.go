@@ -42,7 +42,7 @@ func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ..
 		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(retryDelay)})
 	}
 	// WithDetails fails only if the code is OK or a string of info is not UTF-8.
-	st, _ := status.New(code, message).WithDetails(details...)
+	st, _ := status.New(code, beginning(message, maxErrorBytes)).WithDetails(details...)
 	return st.Err()
 }
 
@@ -64,8 +64,13 @@ func invalid(field, format string, args ...any) error {
 	return apiError(codes.InvalidArgument, kvpb.ErrorReason_ERROR_REASON_INVALID_FIELD, message, field)
 }
 
-// maxQuotedInput bounds what an error says of its caller's input.
-const maxQuotedInput = 64
+const (
+	// maxQuotedInput bounds what an error says of one part of its caller's input.
+	maxQuotedInput = 64
+	// maxErrorBytes bounds the message of an error, which may name all members. It comes
+	// twice, once in base64: some clients take no more than 8 KiB of headers.
+	maxErrorBytes = 3 << 10
+)
 
 // quoteInput quotes the beginning of what somebody has sent, for an error.
 func quoteInput(input string) string { return strconv.Quote(beginning(input, maxQuotedInput)) }

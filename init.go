@@ -849,7 +849,7 @@ func (f *founder) failedHalfway(err error, clusterID uint64) error {
 		return nil
 	})
 	st := status.Convert(toStatus(err, false)).Proto()
-	st.Message = fmt.Sprintf("cluster %016x was made, but: %s%s", clusterID, st.Message, left)
+	st.Message = beginning(fmt.Sprintf("cluster %016x was made, but: %s%s", clusterID, st.Message, left), maxErrorBytes)
 	return status.FromProto(st).Err()
 }
 

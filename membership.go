@@ -115,7 +115,7 @@ func (c *clusterState) checkFree(raftID uint64, m *kvpb.Node) error {
 	for id, other := range c.members {
 		isTaken := id == raftID || other.Address == m.Address
 		if other.Id != m.Id && isTaken {
-			return memberExists("node %d is at %s", other.Id, other.Address)
+			return memberExists("node %d is at %s", other.Id, shown(other.Address))
 		}
 	}
 	return nil
