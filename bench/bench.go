@@ -22,14 +22,14 @@ type bench struct {
 func (b *bench) connect(ctx context.Context, echo string) (err error) {
 	b.addresses = b.endpoints
 	if b.target == "leader" {
-		leader, err := load.Leader(ctx, b.endpoints)
+		leader, err := load.Leader(ctx, b.endpoints, load.Identity{})
 		if err != nil {
 			return err
 		}
 		b.addresses = []string{leader}
 		fmt.Fprintf(b.stderr, "the leader is %s\n", leader)
 	}
-	if b.kv, err = load.DialKV(b.addresses, b.connections); err != nil {
+	if b.kv, err = load.DialKV(b.addresses, b.connections, load.Identity{}); err != nil {
 		return err
 	}
 	b.kv.Local = b.local
@@ -39,7 +39,7 @@ func (b *bench) connect(ctx context.Context, echo string) (err error) {
 		}
 	}
 	if b.bare {
-		if b.echo, err = load.DialKV([]string{echo}, b.connections); err != nil {
+		if b.echo, err = load.DialKV([]string{echo}, b.connections, load.Identity{}); err != nil {
 			return err
 		}
 	}

@@ -173,7 +173,7 @@ func (o *options) check() error {
 
 // run measures and reports.
 func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
-	echo, err := load.StartEcho(o.sizes.Value)
+	echo, err := load.StartEcho(o.sizes.Value, load.Identity{})
 	if err != nil {
 		return err
 	}

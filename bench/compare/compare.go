@@ -22,6 +22,7 @@ const clusterSize = 3
 type compare struct {
 	options
 	dir     string // for all data
+	tls     cluster.Identities
 	binary  string // of the node
 	stderr  io.Writer
 	leftOut []string
@@ -37,7 +38,12 @@ type compare struct {
 
 // start starts all systems and makes all ready that is not to be measured.
 func (c *compare) start(ctx context.Context) (err error) {
-	if c.echo, err = load.StartEcho(c.sizes.Value); err != nil {
+	if c.secure {
+		if c.tls, err = cluster.MakeIdentities(ctx, c.binary, filepath.Join(c.dir, "certificates"), clusterSize); err != nil {
+			return err
+		}
+	}
+	if c.echo, err = load.StartEcho(c.sizes.Value, c.tls.Member(1)); err != nil {
 		return err
 	}
 	if c.pingPong, err = c.echo.PingPong(); err != nil {
@@ -46,7 +52,7 @@ func (c *compare) start(ctx context.Context) (err error) {
 	if c.fsync, err = syncTime(c.dir); err != nil {
 		return err
 	}
-	if c.bare, err = load.DialKV([]string{c.echo.RPC}, cluster.Connections); err != nil {
+	if c.bare, err = load.DialKV([]string{c.echo.RPC}, cluster.Connections, c.tls.Client()); err != nil {
 		return err
 	}
 	if err := c.startOurs(ctx); err != nil {
@@ -83,7 +89,7 @@ func (c *compare) startOurs(ctx context.Context) (err error) {
 }
 
 func (c *compare) config(name string, durable bool) cluster.Config {
-	return cluster.Config{Binary: c.binary, Dir: filepath.Join(c.dir, name), Size: clusterSize, Durable: durable}
+	return cluster.Config{Binary: c.binary, Dir: filepath.Join(c.dir, name), Size: clusterSize, Durable: durable, TLS: c.tls}
 }
 
 // leaveOut says what is not measured, now and with the result.

@@ -17,6 +17,7 @@ func TestOptions(t *testing.T) {
 	for args, want := range map[string]string{
 		"":                         "",
 		"--clients 1,2 --rounds 1": "",
+		"--tls":                    "",
 		"--clients 0":              "--clients",
 		"--clients x":              "--clients",
 		"--rounds 0":               "--rounds",
@@ -79,6 +80,15 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+func reportText(t *testing.T, r *report) string {
+	t.Helper()
+	var text bytes.Buffer
+	if err := r.write(&text, "text"); err != nil {
+		t.Fatal(err)
+	}
+	return text.String()
+}
+
 // TestReport checks the figures of cells that are made up.
 func TestReport(t *testing.T) {
 	o, err := parseOptions([]string{"--clients", "1,256", "--rounds", "3"}, io.Discard)
@@ -97,12 +107,17 @@ func TestReport(t *testing.T) {
 		made(bareSet, 256, false, 1000, 1000, 1000), made(setMemory, 256, false, 900, 900, 900), made(etcdNoSync, 256, false, 300, 300, 300),
 		made(streamMemory, 1, true, 12000, 12000, 12000),
 	}
+	if strings.Contains(reportText(t, c.report(cells)), "TLS") {
+		t.Error("it tells of TLS")
+	}
+	c.secure = true
 	cells[1].result.Errors = map[string]uint64{"UNAVAILABLE": 2}
 	r := c.report(cells)
-	var text, js bytes.Buffer
-	if err := r.write(&text, "text"); err != nil {
-		t.Fatal(err)
+	if !strings.Contains(string(r.svg()), "over TLS") {
+		t.Error("the picture says nothing of TLS")
 	}
+	text := reportText(t, r)
+	var js bytes.Buffer
 	for _, want := range []string{
 		"| clients            |           1 |         256 |",
 		"| Set, in memory     | 0.50 · 3.0× | 0.90 · 3.0× |",
@@ -110,10 +125,11 @@ func TestReport(t *testing.T) {
 		"| bare RPC, Set      | 200 (1.00/1.00) | 1,000 (1.00/1.00) |",
 		"12,000 (1.00/1.00) |                      12.0× |              40.0× |",
 		"Left out: something",
+		"all over TLS 1.3",
 		"Errors of Set, in memory, clients 1: UNAVAILABLE: 2",
 	} {
-		if !strings.Contains(text.String(), want) {
-			t.Errorf("no %q in\n%s", want, &text)
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, text)
 		}
 	}
 	var back report

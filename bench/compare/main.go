@@ -32,6 +32,7 @@ type options struct {
 	etcd     bool
 	durable  bool
 	pipeline bool
+	secure   bool
 	program  cluster.Program
 	output   string
 	plot     string
@@ -60,6 +61,7 @@ func parseOptions(args []string, stderr io.Writer) (options, error) {
 	fs.BoolVar(&o.etcd, "etcd", true, "measure etcd, too")
 	fs.BoolVar(&o.durable, "durable", true, "measure writes to disk, too")
 	fs.BoolVar(&o.pipeline, "pipeline", true, "measure streams, too")
+	fs.BoolVar(&o.secure, "tls", false, "measure all over TLS 1.3, bare RPC and etcd, too; both sides show certificates")
 	o.program.Flags(fs)
 	fs.StringVar(&o.output, "o", "text", "text or json")
 	fs.StringVar(&o.plot, "plot", "", "`file.svg` for a picture of operations a second by number of clients")

@@ -47,7 +47,11 @@ var panels = []struct {
 
 // svg draws operations a second by number of clients.
 func (r *report) svg() []byte {
-	p := plot.New(plotWidth, plotHeight, panelLeft, "Operations a second by number of clients",
+	title := "Operations a second by number of clients"
+	if r.TLS {
+		title += ", over TLS"
+	}
+	p := plot.New(plotWidth, plotHeight, panelLeft, title,
 		fmt.Sprintf("Three nodes and the load on one machine of %d CPUs; keys of %d bytes, values of %d; medians of %d rounds", r.Machine.CPUs, r.KeySize, r.ValueSize, r.Rounds))
 	most := 1.0
 	for _, c := range r.Cells {

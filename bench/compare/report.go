@@ -20,6 +20,7 @@ type report struct {
 	ValueSize int          `json:"value_size"`
 	Keys      uint64       `json:"keys"`
 	Sessions  bool         `json:"sessions"`
+	TLS       bool         `json:"tls"`
 	Rounds    int          `json:"rounds"`
 	Seconds   float64      `json:"seconds"`
 	LeftOut   []string     `json:"left_out,omitempty"`
@@ -58,7 +59,7 @@ var (
 func (c *compare) report(cells []*cell) *report {
 	r := &report{
 		Machine: load.ThisMachine(c.pingPong), FsyncUs: float64(c.fsync) / float64(time.Microsecond),
-		KeySize: c.sizes.Key, ValueSize: c.sizes.Value, Keys: c.sizes.Keys, Sessions: c.sessions, Rounds: c.rounds, Seconds: c.duration.Seconds(),
+		KeySize: c.sizes.Key, ValueSize: c.sizes.Value, Keys: c.sizes.Keys, Sessions: c.sessions, TLS: c.secure, Rounds: c.rounds, Seconds: c.duration.Seconds(),
 		LeftOut: c.leftOut, Clients: c.clients,
 	}
 	if c.etcd {
@@ -115,6 +116,9 @@ func (r *report) write(w io.Writer, format string) error {
 		fmt.Fprintf(w, "writes with ids; ")
 	} else {
 		fmt.Fprintf(w, "writes without ids; ")
+	}
+	if r.TLS {
+		fmt.Fprintf(w, "all over TLS 1.3; ")
 	}
 	fmt.Fprintf(w, "medians of %d rounds of %v s.\n", r.Rounds, r.Seconds)
 	if r.Etcd != "" {

@@ -216,10 +216,10 @@ func (s *stage) start(ctx context.Context, dir string, p *point) (err error) {
 		}
 	}
 	if s.echoes[p.value] == nil {
-		if s.echoes[p.value], err = load.StartEcho(p.value); err != nil {
+		if s.echoes[p.value], err = load.StartEcho(p.value, load.Identity{}); err != nil {
 			return err
 		}
-		if s.bare[p.value], err = load.DialKV([]string{s.echoes[p.value].RPC}, cluster.Connections); err != nil {
+		if s.bare[p.value], err = load.DialKV([]string{s.echoes[p.value].RPC}, cluster.Connections, load.Identity{}); err != nil {
 			return err
 		}
 	}

@@ -94,7 +94,7 @@ func (o *options) check() error {
 // run measures all tables and prints each once it is there.
 func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	return o.program.In(ctx, "growth", func(dir, binary string) error {
-		echo, err := load.StartEcho(base.value)
+		echo, err := load.StartEcho(base.value, load.Identity{})
 		if err != nil {
 			return err
 		}

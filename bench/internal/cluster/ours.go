@@ -76,6 +76,7 @@ type Config struct {
 	Dir     string // for data and logs
 	Size    int    // how many members
 	Durable bool
+	TLS     Identities
 	Args    []string  // more flags of each node
 	Env     []string  // more environment of each node
 	Stderr  io.Writer // of etcd's members; nil: this process's
@@ -140,7 +141,7 @@ func StartOurs(ctx context.Context, c Config) (_ *Ours, err error) {
 		members = append(members, &kvpb.Node{Id: n.ID, Address: n.Address})
 		addresses = append(addresses, n.Address)
 	}
-	first, err := load.Dial(addresses[:1], 1)
+	first, err := load.Dial(addresses[:1], 1, c.TLS.Admin())
 	if err != nil {
 		return nil, err
 	}
@@ -148,7 +149,7 @@ func StartOurs(ctx context.Context, c Config) (_ *Ours, err error) {
 	if _, err := kvpb.NewClusterServiceClient(first[0]).Init(ctx, &kvpb.InitRequest{Members: members}); err != nil {
 		return nil, fmt.Errorf("init: %w", err)
 	}
-	leader, err := load.Leader(ctx, addresses)
+	leader, err := load.Leader(ctx, addresses, c.TLS.Admin())
 	if err != nil {
 		return nil, err
 	}
@@ -157,13 +158,13 @@ func StartOurs(ctx context.Context, c Config) (_ *Ours, err error) {
 		return nil, fmt.Errorf("the leader is %s, which is none of the nodes", leader)
 	}
 	o.Leader = o.Nodes[i]
-	admin, err := load.Dial([]string{leader}, 1)
+	admin, err := load.Dial([]string{leader}, 1, c.TLS.Admin())
 	if err != nil {
 		return nil, err
 	}
 	o.admin = admin[0]
 	o.Admin = kvpb.NewClusterServiceClient(o.admin)
-	o.KV, err = load.DialKV([]string{leader}, Connections)
+	o.KV, err = load.DialKV([]string{leader}, Connections, c.TLS.Client())
 	return o, err
 }
 
@@ -179,6 +180,9 @@ func (o *Ours) Start(ctx context.Context, id uint64, address string) (*Node, err
 	args := append([]string{"--id", fmt.Sprint(id), "--addr", address}, o.Args...)
 	if o.Durable {
 		args = append(args, "--data-dir", n.DataDir())
+	}
+	if as := o.TLS.Member(id); !as.IsZero() {
+		args = append(args, "--cert-file", as.Cert, "--key-file", as.Key, "--trusted-ca-file", as.CA)
 	}
 	log, err := os.Create(n.Log())
 	if err != nil {

@@ -4,6 +4,7 @@ package etcd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/server/v3/embed"
 	"google.golang.org/grpc"
 
@@ -26,19 +28,21 @@ import (
 )
 
 // memberCommand is the hidden sub-command that is a member of etcd: its number,
-// its directory, whether it syncs, and all members' peer addresses.
+// its directory, whether it syncs, all members' peer addresses, and the files of its
+// identity, which are empty without TLS.
 const memberCommand = "serve-etcd"
 
 // Serve serves as a member of etcd if args say that this process is one.
 func Serve(args []string) (served bool, err error) {
-	if len(args) != 5 || args[0] != memberCommand {
+	if len(args) != 8 || args[0] != memberCommand {
 		return false, nil
 	}
 	number, err := strconv.Atoi(args[1])
 	if err != nil {
 		return true, err
 	}
-	cfg, client, err := config(number, args[2], args[3] == "sync", strings.Split(args[4], ","))
+	as := load.Identity{Cert: args[5], Key: args[6], CA: args[7]}
+	cfg, client, err := config(number, args[2], args[3] == "sync", strings.Split(args[4], ","), as)
 	if err != nil {
 		return true, err
 	}
@@ -58,17 +62,21 @@ func Serve(args []string) (served bool, err error) {
 }
 
 // config has stock settings, but for the log and the quota, so that a run
-// does not fill it.
-func config(number int, dir string, sync bool, peers []string) (cfg *embed.Config, client string, err error) {
-	ports, err := freePorts(1)
+// does not fill it, and for secure.
+func config(number int, dir string, sync bool, peers []string, as load.Identity) (cfg *embed.Config, client string, err error) {
+	ports, err := freePorts(2)
 	if err != nil {
 		return nil, "", err
 	}
+	scheme := "http"
+	if !as.IsZero() {
+		scheme = "https"
+	}
 	var cluster []string
 	for i, p := range peers {
-		cluster = append(cluster, fmt.Sprintf("m%d=http://%s", i, p))
+		cluster = append(cluster, fmt.Sprintf("m%d=%s://%s", i, scheme, p))
 	}
-	peer, own := []url.URL{{Scheme: "http", Host: peers[number]}}, []url.URL{{Scheme: "http", Host: ports[0]}}
+	peer, own := []url.URL{{Scheme: scheme, Host: peers[number]}}, []url.URL{{Scheme: scheme, Host: ports[0]}}
 	cfg = embed.NewConfig()
 	cfg.Name, cfg.Dir = fmt.Sprintf("m%d", number), dir
 	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = peer, peer
@@ -77,7 +85,18 @@ func config(number int, dir string, sync bool, peers []string) (cfg *embed.Confi
 	cfg.UnsafeNoFsync = !sync
 	cfg.QuotaBackendBytes = 8 << 30
 	cfg.LogLevel, cfg.LogOutputs = "error", []string{filepath.Join(filepath.Dir(dir), cfg.Name+".log")}
+	if !as.IsZero() {
+		secure(cfg, as, ports[1])
+	}
 	return cfg, ports[0], nil
+}
+
+// secure has clients and peers show certificates. HTTP gets an address of its own: else
+// etcd serves gRPC through Go's HTTP server when there is TLS, which is slower.
+func secure(cfg *embed.Config, as load.Identity, http string) {
+	info := transport.TLSInfo{CertFile: as.Cert, KeyFile: as.Key, TrustedCAFile: as.CA, ClientCertAuth: true, MinVersion: tls.VersionTLS13}
+	cfg.ClientTLSInfo, cfg.PeerTLSInfo = info, info
+	cfg.ListenClientHttpUrls = []url.URL{{Scheme: "https", Host: http}}
 }
 
 // freePorts picks addresses that nobody listens on.
@@ -127,7 +146,8 @@ func Start(ctx context.Context, c cluster.Config) (_ *Cluster, err error) {
 	members := make(chan started)
 	for i := range c.Size { // at once: none is ready before there is a majority
 		go func() {
-			m, err := load.StartSelf(stderr, memberCommand, strconv.Itoa(i), filepath.Join(c.Dir, strconv.Itoa(i)), mode, strings.Join(peers, ","))
+			as := c.TLS.Member(uint64(i + 1))
+			m, err := load.StartSelf(stderr, memberCommand, strconv.Itoa(i), filepath.Join(c.Dir, strconv.Itoa(i)), mode, strings.Join(peers, ","), as.Cert, as.Key, as.CA)
 			members <- started{m, err}
 		}()
 	}
@@ -145,11 +165,11 @@ func Start(ctx context.Context, c cluster.Config) (_ *Cluster, err error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	leader, err := leaderOf(ctx, addresses)
+	leader, err := leaderOf(ctx, addresses, c.TLS.Client())
 	if err != nil {
 		return nil, err
 	}
-	e.conns, err = load.Dial([]string{leader}, cluster.Connections)
+	e.conns, err = load.Dial([]string{leader}, cluster.Connections, c.TLS.Client())
 	for _, c := range e.conns {
 		e.stubs = append(e.stubs, etcdserverpb.NewKVClient(c))
 	}
@@ -157,10 +177,10 @@ func Start(ctx context.Context, c cluster.Config) (_ *Cluster, err error) {
 }
 
 // leaderOf finds the client address of the leader.
-func leaderOf(ctx context.Context, addresses []string) (string, error) {
+func leaderOf(ctx context.Context, addresses []string, by load.Identity) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, cluster.StartTimeout)
 	defer cancel()
-	conns, err := load.Dial(addresses, len(addresses))
+	conns, err := load.Dial(addresses, len(addresses), by)
 	if err != nil {
 		return "", err
 	}

@@ -38,10 +38,14 @@ func (e *echo) OpenSession(context.Context, *kvpb.OpenSessionRequest) (*kvpb.Ope
 }
 
 // newEcho is a server with gRPC's stock settings.
-func newEcho(valueSize int) *grpc.Server {
-	s := grpc.NewServer()
+func newEcho(valueSize int, as Identity) (*grpc.Server, error) {
+	transport, err := as.credentials()
+	if err != nil {
+		return nil, err
+	}
+	s := grpc.NewServer(grpc.Creds(transport))
 	kvpb.RegisterKVServiceServer(s, &echo{value: Value(valueSize)})
-	return s
+	return s, nil
 }
 
 // Value is a value of size bytes.
@@ -49,12 +53,13 @@ func Value(size int) []byte {
 	return slices.Repeat([]byte("v"), size)
 }
 
-// echoCommand is the hidden sub-command of the programs that use StartEcho.
+// echoCommand is the hidden sub-command of the programs that use StartEcho: the size of a
+// value, and the files of the identity, which are empty without TLS.
 const echoCommand = "serve-echo"
 
 // ServeEcho serves as the echo process if args say that this is one.
 func ServeEcho(args []string) (served bool, err error) {
-	if len(args) != 2 || args[0] != echoCommand {
+	if len(args) != 5 || args[0] != echoCommand {
 		return false, nil
 	}
 	size, err := strconv.Atoi(args[1])
@@ -69,7 +74,11 @@ func ServeEcho(args []string) (served bool, err error) {
 	if err != nil {
 		return true, err
 	}
-	go func() { _ = newEcho(size).Serve(rpc) }()
+	server, err := newEcho(size, Identity{Cert: args[2], Key: args[3], CA: args[4]})
+	if err != nil {
+		return true, err
+	}
+	go func() { _ = server.Serve(rpc) }()
 	go echoBytes(bare)
 	ServeUntilParentEnds(rpc.Addr(), bare.Addr())
 	return true, nil
@@ -148,9 +157,9 @@ type Echo struct {
 	RPC, Bytes string
 }
 
-// StartEcho starts the echo process.
-func StartEcho(valueSize int) (*Echo, error) {
-	c, err := StartSelf(os.Stderr, echoCommand, strconv.Itoa(valueSize))
+// StartEcho starts the echo process. Its bytes go without TLS in any case.
+func StartEcho(valueSize int, as Identity) (*Echo, error) {
+	c, err := StartSelf(os.Stderr, echoCommand, strconv.Itoa(valueSize), as.Cert, as.Key, as.CA)
 	if err != nil {
 		return nil, err
 	}

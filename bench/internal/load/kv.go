@@ -10,7 +10,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
@@ -31,9 +30,13 @@ type session struct {
 }
 
 // Dial makes connections with gRPC's stock settings, spread over addresses.
-func Dial(addresses []string, connections int) (conns []*grpc.ClientConn, err error) {
+func Dial(addresses []string, connections int, by Identity) (conns []*grpc.ClientConn, err error) {
+	transport, err := by.credentials()
+	if err != nil {
+		return nil, err
+	}
 	for i := range connections {
-		c, err := grpc.NewClient("passthrough:///"+addresses[i%len(addresses)], grpc.WithTransportCredentials(insecure.NewCredentials()))
+		c, err := grpc.NewClient("passthrough:///"+addresses[i%len(addresses)], grpc.WithTransportCredentials(transport))
 		if err != nil {
 			return nil, err
 		}
@@ -43,8 +46,8 @@ func Dial(addresses []string, connections int) (conns []*grpc.ClientConn, err er
 }
 
 // DialKV makes connections to nodes.
-func DialKV(addresses []string, connections int) (*KV, error) {
-	conns, err := Dial(addresses, connections)
+func DialKV(addresses []string, connections int, by Identity) (*KV, error) {
+	conns, err := Dial(addresses, connections, by)
 	k := &KV{conns: conns}
 	for _, c := range conns {
 		k.stubs = append(k.stubs, kvpb.NewKVServiceClient(c))
@@ -122,10 +125,10 @@ func (k *KV) Do(ctx context.Context, client int, op Operation) error {
 }
 
 // Leader asks the nodes who leads.
-func Leader(ctx context.Context, endpoints []string) (string, error) {
+func Leader(ctx context.Context, endpoints []string, by Identity) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	conns, err := Dial(endpoints, len(endpoints))
+	conns, err := Dial(endpoints, len(endpoints), by)
 	if err != nil {
 		return "", err
 	}

@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 
 // TestEcho starts the echo process, calls it, and ends it.
 func TestEcho(t *testing.T) {
-	e, err := StartEcho(10)
+	e, err := StartEcho(10, Identity{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +38,7 @@ func TestEcho(t *testing.T) {
 	if d, err := e.PingPong(); err != nil || d <= 0 {
 		t.Errorf("%v, %v", d, err)
 	}
-	k, err := DialKV([]string{e.RPC}, 1)
+	k, err := DialKV([]string{e.RPC}, 1, Identity{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,7 +285,7 @@ func serve(t *testing.T, m *memory) *KV {
 	kvpb.RegisterKVServiceServer(s, m)
 	go func() { _ = s.Serve(l) }()
 	t.Cleanup(s.Stop)
-	k, err := DialKV([]string{l.Addr().String()}, 4)
+	k, err := DialKV([]string{l.Addr().String()}, 4, Identity{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -381,7 +381,7 @@ func TestOldNodes(t *testing.T) {
 	kvpb.RegisterKVServiceServer(s, kvpb.UnimplementedKVServiceServer{})
 	go func() { _ = s.Serve(l) }()
 	defer s.Stop()
-	k, err := DialKV([]string{l.Addr().String()}, 1)
+	k, err := DialKV([]string{l.Addr().String()}, 1, Identity{})
 	if err != nil {
 		t.Fatal(err)
 	}
