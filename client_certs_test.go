@@ -138,6 +138,20 @@ func TestCerts(t *testing.T) {
 	}
 }
 
+// TestCertsOfTwoClusters: two CAs have two names, by which errors tell them apart.
+func TestCertsOfTwoClusters(t *testing.T) {
+	t.Parallel()
+	var names []string
+	for range 2 {
+		dir := t.TempDir()
+		makeTestCerts(t, dir, "--nodes", "1=a")
+		names = append(names, readCertificate(t, filepath.Join(dir, "ca.pem")).Subject.CommonName)
+	}
+	if names[0] == names[1] {
+		t.Errorf("both are %s", names[0])
+	}
+}
+
 // TestCertsModes: keys are readable by their owner alone, and so is the directory.
 func TestCertsModes(t *testing.T) {
 	t.Parallel()
@@ -278,7 +292,7 @@ func TestCommandsOverTLS(t *testing.T) {
 	_, errs := runCommand(t, exitNotDone, "", as("reader", "set", "k", "w")...)
 	wantPart(t, errs, "reader may not call raftkv.v1.KVService/OpenSession: that needs the role client or admin")
 	_, errs = runCommand(t, exitNotDone, "", as("client", "remove", "1")...)
-	wantPart(t, errs, "client may not call raftkv.v1.ClusterService/ChangeMembership: that needs the role admin")
+	wantPart(t, errs, "client may not call raftkv.v1.ClusterService/ChangeMembership: that needs the role admin (PERMISSION_DENIED)\n")
 	out, _ = runCommand(t, exitYes, "", as("reader", "status")...)
 	wantPart(t, out, "the first certificate to end is that of node 1, at 2090-01-01 00:00:00 UTC\n")
 	_, errs = runCommand(t, exitNotDone, "", "get", "k", "--timeout", "1s")
