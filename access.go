@@ -85,6 +85,7 @@ var forwardable = []string{
 const (
 	clusterPrefix = "/raftkv.v1.ClusterService/"
 	kvPrefix      = "/raftkv.v1.KVService/"
+	raftPrefix    = "/raftkv.v1.RaftService/"
 
 	// forwardMetadata says that a node forwards the request, and forwardedForMetadata for
 	// whom. Both are believed from nodes only, and from everybody without TLS.
@@ -123,7 +124,7 @@ func (s *server) admitCall(ctx context.Context, call *tap.Info) (context.Context
 		s.logRefusal(ctx, call.FullMethodName, err)
 		return ctx, err
 	}
-	return ctx, nil
+	return newCallContext(ctx), nil
 }
 
 // authorize returns an error if the caller may not call a method.
@@ -200,12 +201,29 @@ func (s *server) interceptStream(
 	srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler,
 ) error {
 	begun := time.Now()
-	err := handler(srv, decodedStream{stream})
+	err := s.handleStream(srv, stream, info, handler)
 	if err != nil {
 		stream.SetTrailer(reasonTrailer(err))
 	}
 	s.audit(stream.Context(), info.FullMethod, nil, begun, err)
 	return err
+}
+
+// handleStream has a stream's method handle it. What others than nodes send is read by a
+// requestReader, and their streams count as running calls.
+func (s *server) handleStream(
+	srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler,
+) error {
+	if strings.HasPrefix(info.FullMethod, raftPrefix) {
+		return handler(srv, decodedStream{stream})
+	}
+	end, err := beginCall(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	defer end()
+	reader := newRequestReader(stream.Context(), connOf(stream.Context()).l.arrivals)
+	return handler(srv, &readStream{stream, reader, info})
 }
 
 // reasonTrailer is the trailer with the reason of an error; empty: it has none.

@@ -1,31 +1,35 @@
-// What answers may cost that nobody reads.
+// Answers that their clients have not taken: gRPC keeps them however large, and a client may
+// open its window late, or never.
 
 package main
 
 import (
+	"container/list"
 	"context"
 	"runtime"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/proto"
 )
 
 const (
-	// maxUnreadBytes and maxConnectionUnread bound, but for one answer more, the
-	// answers that wait to be written, of all connections and of one. gRPC keeps
-	// them however large, and a client may open its window late, or never.
-	// All of them fit into what abuse may cost; one connection's, so that it takes
-	// four pages of a List at a time, are a sixth of that.
-	maxUnreadBytes      = 24 << 20
-	maxConnectionUnread = 4 << 20
-	// maxWaiting bounds the answers that wait for room; one more is refused. Each has
-	// a call's goroutine and request, some 20 KiB but for a large one.
-	maxWaiting = 1000
-	// minTaken is what a connection has to take of its answers in stallTimeout to
-	// stay open while there is no room for those of others: half a megabit a second.
-	minTaken     = 64 << 10
-	stallTimeout = time.Second
+	// An answer over smallAnswer bytes takes one of largeAnswers places of the node, of which
+	// a connection has connLargeAnswers at most. Answers below share smallAnswerBytes, of
+	// which a connection has connSmallBytes. Those up to uncountedAnswer are not counted:
+	// gRPC itself has more of their call, and gives no buffer below leastCounted back.
+	smallAnswer      = 64 << 10
+	largeAnswers     = 16
+	connLargeAnswers = 4
+	smallAnswerBytes = 8 << 20
+	connSmallBytes   = 1 << 20
+	uncountedAnswer  = 1 << 10
+	leastCounted     = uncountedAnswer + 1
+	// stallTimeout is how long an answer may stay untaken while others wait for room. Then
+	// its connection is closed: nothing else gives back what gRPC has of it.
+	stallTimeout = 5 * time.Second
 )
 
 // gRPC's own pool has no size between 32 KiB and 1 MiB, and clears all of a
@@ -35,164 +39,189 @@ func init() {
 	experimental.SetDefaultBufferPool(pool)
 }
 
-// admit has f make an answer of so many bytes when there is room for it. One that
-// has to wait is made again: meanwhile it would keep values that others overwrite.
-// What f makes is there before there is room: it had better copy nothing large.
-// The answer counts until gRPC gives its buffer, of the pool, back.
-func admit[T any](ctx context.Context, f func() (answer T, bytes int, err error)) (answer T, pool mem.BufferPool, err error) {
-	c := connOf(ctx)
-	if len(c.turn) == 0 {
-		if answer, pool, err = try(c, f); pool != nil || err != nil {
-			return answer, pool, err
-		}
-	}
-	defer c.l.waiting.Add(-1)
-	if c.l.waiting.Add(1) > maxWaiting {
-		return answer, nil, errOverloaded
-	}
-	select {
-	case c.turn <- struct{}{}:
-		defer func() { <-c.turn }()
-	case <-ctx.Done():
-		return answer, nil, ctx.Err()
-	}
-	for {
-		if err = c.wait(ctx); err != nil {
-			return answer, nil, err
-		}
-		if answer, pool, err = try(c, f); pool != nil || err != nil {
-			return answer, pool, err
-		}
+// answers are the answers of all connections that are not taken yet. Any goroutine may call
+// its methods.
+type answers struct {
+	large, small *room
+
+	mu      sync.Mutex
+	untaken list.List // of *answerPlace, in the order in which they were given
+}
+
+// newAnswers makes the answers of a limiter's connections.
+func newAnswers(l *limiter) *answers {
+	return &answers{
+		large: newRoom(largeAnswers, connLargeAnswers, l.cutStalled),
+		small: newRoom(smallAnswerBytes, connSmallBytes, l.cutStalled),
 	}
 }
 
-// try makes an answer and counts it; without a pool, there is no room.
-func try[T any](c *limitedConn, f func() (T, int, error)) (answer T, _ mem.BufferPool, _ error) {
-	m, bytes, err := f()
-	if err != nil {
-		return answer, nil, err
-	}
-	if mem.IsBelowBufferPoolingThreshold(bytes) { // gRPC itself has more of the call
-		return m, mem.NopBufferPool{}, nil
-	}
-	c.l.mu.Lock()
-	defer c.l.mu.Unlock()
-	if !c.l.conns[c] {
-		return answer, nil, errOverloaded
-	}
-	if c.full() {
-		return answer, nil, nil
-	}
-	c.add(bytes)
-	pool := &answerPool{c: c, bytes: bytes}
-	pool.lost = runtime.AddCleanup(pool, c.wrote, bytes)
-	return m, pool, nil
-}
-
-// wait waits for room.
-func (c *limitedConn) wait(ctx context.Context) error {
-	tick := time.NewTicker(stallTimeout)
-	defer tick.Stop()
-	for {
-		c.l.mu.Lock()
-		c.l.sweep()
-		full := c.full()
-		if c.l.less == nil {
-			c.l.less = make(chan struct{})
-		}
-		less := c.l.less
-		c.l.mu.Unlock()
-		if !full {
-			return nil
-		}
-		select {
-		case <-less:
-		case <-tick.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// sweep closes the connections that stall, if there is no room, or none to wait.
-// l.mu is held.
-func (l *limiter) sweep() {
-	age := time.Since(l.swept)
-	if l.unread < maxUnreadBytes && l.waiting.Load() < maxWaiting || age < stallTimeout {
-		return
-	}
-	l.swept = time.Now()
-	for c := range l.conns {
-		written := c.written.Load()
-		stalls := c.unread > 0 && time.Since(c.unreadAt) >= stallTimeout && written-c.seen < minTaken
-		if stalls && age < 2*stallTimeout { // else, see what it takes until the next
-			l.drop(c)
-		}
-		c.seen = written
-	}
-}
-
-// full reports whether there is no room. l.mu is held.
-func (c *limitedConn) full() bool {
-	return c.unread >= maxConnectionUnread || c.l.unread >= maxUnreadBytes
-}
-
-// add counts bytes that are unread, or are so no more. l.mu is held.
-func (c *limitedConn) add(bytes int) {
-	if c.unread == 0 {
-		c.unreadAt = time.Now()
-	}
-	c.unread += bytes
-	c.l.unread += bytes
-}
-
-// wrote counts an answer no more.
-func (c *limitedConn) wrote(bytes int) {
-	c.l.mu.Lock()
-	defer c.l.mu.Unlock()
-	c.add(-min(bytes, c.unread)) // nothing of one that is closed
-}
-
-// wake has whoever waits for room look again before its tick.
-func (l *limiter) wake() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.less != nil {
-		close(l.less)
-		l.less = nil
-	}
-}
-
-// answerPool is the pool of one buffer. gRPC gives that back when it is written or
-// its call was cancelled; it loses it when the connection ends, or the call does
-// just before.
+// answerPool is the pool of one answer's buffer. gRPC gives the buffer back when it is written,
+// or its call was cancelled; it loses it when the connection ends, or the call does just
+// before.
 type answerPool struct {
 	mem.NopBufferPool // gRPC's own has buffers that are up to twice too large
-	c                 *limitedConn
-	bytes             int
+	place             *answerPlace
 	lost              runtime.Cleanup
 }
 
-// fit counts an answer as what it has become.
-func (p *answerPool) fit(bytes int) {
-	if mem.IsBelowBufferPoolingThreshold(bytes) {
-		bytes = 0 // such a buffer gRPC does not give back
+// answerPlace is what an answer has of a room.
+type answerPlace struct {
+	answers *answers
+	conn    *limitedConn
+	room    *room
+	amount  int
+	since   time.Time
+	element *list.Element // of untaken; nil: the place was given back
+}
+
+// admit waits for room for an answer of so many bytes.
+func (as *answers) admit(ctx context.Context, c *limitedConn, bytes int) (*answerPool, error) {
+	p := &answerPlace{answers: as, conn: c, room: as.small, amount: bytes}
+	if bytes > smallAnswer {
+		p.room = as.large
+		p.amount = 1
 	}
-	p.lost.Stop()
-	p.c.wrote(p.bytes - bytes)
-	p.c.l.wake()
-	p.bytes = bytes
-	p.lost = runtime.AddCleanup(p, p.c.wrote, bytes)
+	if !p.room.tryTake(c, p.amount) {
+		if err := p.room.take(ctx, c, p.amount); err != nil {
+			return nil, err
+		}
+	}
+	if !as.add(p) {
+		p.room.release(c, p.amount)
+		return nil, errOverloaded
+	}
+	a := &answerPool{place: p}
+	a.lost = runtime.AddCleanup(a, (*answerPlace).giveBack, p)
+	return a, nil
 }
 
-func (p *answerPool) Put(*[]byte) {
-	p.lost.Stop()
-	p.c.wrote(p.bytes)
-	p.c.l.wake()
+// add takes a place in; false: its connection is closed.
+func (as *answers) add(p *answerPlace) bool {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	if p.conn.isClosed {
+		return false
+	}
+	p.since = time.Now()
+	p.element = as.untaken.PushBack(p)
+	if p.conn.untaken == nil {
+		p.conn.untaken = map[*answerPlace]bool{}
+	}
+	p.conn.untaken[p] = true
+	return true
 }
 
-func (c *limitedConn) Write(b []byte) (int, error) {
-	n, err := c.Conn.Write(b)
-	c.written.Add(int64(n))
-	return n, err
+// giveBack gives a place back, once.
+func (p *answerPlace) giveBack() {
+	p.answers.mu.Lock()
+	defer p.answers.mu.Unlock()
+	p.answers.remove(p)
+}
+
+// remove gives a place back, if it has not been. mu is held.
+func (as *answers) remove(p *answerPlace) {
+	if p.element == nil {
+		return
+	}
+	as.untaken.Remove(p.element)
+	p.element = nil
+	delete(p.conn.untaken, p)
+	p.room.release(p.conn, p.amount)
+}
+
+// closed gives the places of a connection back, for it is closed.
+func (as *answers) closed(c *limitedConn) {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	c.isClosed = true
+	for p := range c.untaken {
+		as.remove(p)
+	}
+}
+
+// stalled returns the connection whose answer has been untaken for longest, if that is
+// longer than stallTimeout; nil: there is none.
+func (as *answers) stalled(now time.Time) *limitedConn {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	oldest := as.untaken.Front()
+	if oldest == nil {
+		return nil
+	}
+	p := oldest.Value.(*answerPlace)
+	if now.Sub(p.since) < stallTimeout {
+		return nil
+	}
+	return p.conn
+}
+
+// cutStalled closes the connections that keep others waiting: those with an answer that they
+// have not taken for stallTimeout.
+func (l *limiter) cutStalled() {
+	now := time.Now()
+	for c := l.answers.stalled(now); c != nil; c = l.answers.stalled(now) {
+		l.mu.Lock()
+		l.drop(c)
+		l.mu.Unlock()
+	}
+}
+
+// fit has an answer count as what it has become. A large one that has become small leaves its
+// place, if there is room for it among the small ones.
+func (a *answerPool) fit(bytes int) {
+	p := a.place
+	isLarge := p.room == p.answers.large
+	if !isLarge {
+		p.shrink(bytes)
+		return
+	}
+	small := p.answers.small
+	if bytes > smallAnswer || !small.tryTake(p.conn, bytes) {
+		return
+	}
+	if !p.move(small, bytes) {
+		small.release(p.conn, bytes) // the connection is closed: nothing counts any more
+	}
+}
+
+// shrink gives a part of a place back.
+func (p *answerPlace) shrink(amount int) {
+	p.answers.mu.Lock()
+	defer p.answers.mu.Unlock()
+	if p.element == nil || amount >= p.amount {
+		return
+	}
+	p.room.release(p.conn, p.amount-amount)
+	p.amount = amount
+}
+
+// move has a place be one of another room, of which so much was taken; false: it was given
+// back before.
+func (p *answerPlace) move(to *room, amount int) bool {
+	p.answers.mu.Lock()
+	defer p.answers.mu.Unlock()
+	if p.element == nil {
+		return false
+	}
+	p.room.release(p.conn, p.amount)
+	p.room = to
+	p.amount = amount
+	return true
+}
+
+// Put implements mem.BufferPool.
+func (a *answerPool) Put(*[]byte) {
+	a.lost.Stop()
+	a.place.giveBack()
+}
+
+// encode encodes an answer that has its place.
+func (a *answerPool) encode(m proto.Message) (*encoded, error) {
+	b, err := proto.MarshalOptions{}.MarshalAppend(make([]byte, 0, max(proto.Size(m), leastCounted)), m)
+	if err != nil {
+		a.Put(nil)
+		return nil, err
+	}
+	return &encoded{b, a}, nil
 }

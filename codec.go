@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"slices"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -16,69 +17,118 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// encoded is a message as it is on the wire: one that was received, or one that is
-// sent, with the pool that its buffer goes to when it is written.
+// encoded is a message that is sent, as it is on the wire, with the pool that its buffer
+// goes to when it is written.
 type encoded struct {
 	b    []byte
 	pool mem.BufferPool
 }
 
-// refuseMalformed is a service whose unary methods refuse a request that cannot be
-// decoded, for it is no protobuf or a string in it is not UTF-8, with INVALID_ARGUMENT and
-// a reason. gRPC alone would answer INTERNAL, and not ask an interceptor before. What comes
-// on streams is refused so by decodedStream.
-func (s *server) refuseMalformed(generated *grpc.ServiceDesc) *grpc.ServiceDesc {
+// guard is a service whose unary methods read their request by a requestReader, and count as
+// running calls. They refuse a request that cannot be decoded, for it is no protobuf or a
+// string in it is not UTF-8, with INVALID_ARGUMENT and a reason.
+func (s *server) guard(generated *grpc.ServiceDesc) *grpc.ServiceDesc {
 	desc := *generated
 	desc.Methods = slices.Clone(desc.Methods)
 	for i := range desc.Methods {
-		desc.Methods[i].Handler = s.decodeOrRefuse(desc.Methods[i].Handler)
+		desc.Methods[i].Handler = s.guardMethod(desc.Methods[i].Handler)
 	}
 	return &desc
 }
 
-func (s *server) decodeOrRefuse(handle grpc.MethodHandler) grpc.MethodHandler {
-	return func(srv any, ctx context.Context, decode func(any) error, i grpc.UnaryServerInterceptor) (any, error) {
-		decodeOne := func(message any) error {
-			d := decoding{message: message}
-			if err := decode(&d); err != nil {
-				return err
+func (s *server) guardMethod(handle grpc.MethodHandler) grpc.MethodHandler {
+	return func(srv any, ctx context.Context, _ func(any) error, i grpc.UnaryServerInterceptor) (any, error) {
+		method, _ := grpc.Method(ctx) // it is there while a method is called
+		end, err := beginCall(ctx, method)
+		if err != nil {
+			return nil, s.endUnary(ctx, method, nil, time.Now(), err)
+		}
+		defer end()
+		var done func()
+		defer func() {
+			if done != nil {
+				done()
 			}
-			if d.err == nil {
+		}()
+		decode := func(m any) (err error) {
+			done, err = s.receiveOnly(ctx, m.(proto.Message))
+			if err == nil {
 				return nil
 			}
-			method, _ := grpc.Method(ctx) // it is there while a method is called
-			return s.endUnary(ctx, method, nil, time.Now(), d.refusal())
+			return s.endUnary(ctx, method, nil, time.Now(), err)
 		}
-		return handle(srv, ctx, decodeOne, i)
+		return handle(srv, ctx, decode, i)
 	}
 }
 
-// decodedStream is a stream that refuses a message which cannot be decoded.
+// beginCall counts a call until end is called. Nodes' own calls do not count.
+func beginCall(ctx context.Context, method string) (end func(), err error) {
+	if strings.HasPrefix(method, raftPrefix) {
+		return func() {}, nil
+	}
+	c := connOf(ctx)
+	if !c.l.calls.begin(c) {
+		return nil, errTooManyCalls
+	}
+	return func() { c.l.calls.end(c) }, nil
+}
+
+// receiveOnly receives the request of a unary call. If that is large, it has room until done.
+func (s *server) receiveOnly(ctx context.Context, m proto.Message) (done func(), err error) {
+	c := connOf(ctx)
+	b, a, err := newRequestReader(ctx, c.l.arrivals).only()
+	if err != nil {
+		return nil, err
+	}
+	defer c.l.arrivals.end(a)
+	if len(b) > uncountedWrite {
+		bytes := len(b)
+		if err := c.l.writes.take(ctx, c, bytes); err != nil {
+			return nil, whyNoRoom(ctx, err)
+		}
+		done = func() { c.l.writes.release(c, bytes) }
+	}
+	return done, decode(b, m)
+}
+
+// decodedStream is a stream of a node that refuses a message which cannot be decoded.
 type decodedStream struct{ grpc.ServerStream }
 
+// RecvMsg implements grpc.ServerStream.
 func (s decodedStream) RecvMsg(message any) error {
-	if _, isRaw := message.(*encoded); isRaw {
-		return s.ServerStream.RecvMsg(message)
-	}
-	d := decoding{message: message}
+	d := decoding{message: message.(proto.Message)}
 	if err := s.ServerStream.RecvMsg(&d); err != nil {
 		return err
 	}
-	if d.err != nil {
-		return d.refusal()
-	}
-	return nil
+	return d.refusal()
+}
+
+// decode decodes a request, or says what is wrong with it.
+func decode(b []byte, m proto.Message) error {
+	d := decoding{message: m}
+	d.decode(b)
+	return d.refusal()
 }
 
 // decoding is a message that is received, and why it could not be decoded.
 type decoding struct {
-	message any
+	message proto.Message
 	err     error
 	notUTF8 string // the field that the error is about; empty: it is about another thing
 }
 
-// refusal is the error of a message that could not be decoded.
+func (d *decoding) decode(b []byte) {
+	d.err = proto.Unmarshal(b, d.message)
+	if d.err != nil {
+		d.notUTF8 = fieldNotUTF8(d.message.ProtoReflect().Descriptor(), b)
+	}
+}
+
+// refusal is the error of a message that could not be decoded; nil: it could.
 func (d *decoding) refusal() error {
+	if d.err == nil {
+		return nil
+	}
 	if d.notUTF8 != "" {
 		return invalid(d.notUTF8, "it is not UTF-8")
 	}
@@ -126,24 +176,20 @@ func nameIfNotUTF8(field protoreflect.FieldDescriptor, value []byte) string {
 	return ""
 }
 
-// codec is gRPC's for protobuf. It takes encoded messages as they are: answers that
-// are counted until they are written, and what goes through a Pipeline. And it leaves
-// the error of a decoding to whoever wants it: gRPC ends the call with any other.
+// codec is gRPC's for protobuf. It sends encoded messages as they are: answers that are
+// counted until they are written. And it leaves the error of a decoding to whoever wants it:
+// gRPC ends the call with any other.
 type codec struct{ encoding.CodecV2 }
 
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	switch m := v.(type) {
-	case *encoded:
-		m.b = data.Materialize()
-		return nil
-	case *decoding:
-		m.err = c.CodecV2.Unmarshal(data, m.message)
-		if message, ok := m.message.(proto.Message); ok && m.err != nil {
-			m.notUTF8 = fieldNotUTF8(message.ProtoReflect().Descriptor(), data.Materialize())
-		}
-		return nil
+	d, ok := v.(*decoding)
+	if !ok {
+		return c.CodecV2.Unmarshal(data, v)
 	}
-	return c.CodecV2.Unmarshal(data, v)
+	b := data.MaterializeToBuffer(mem.DefaultBufferPool())
+	defer b.Free()
+	d.decode(b.ReadOnlyData())
+	return nil
 }
 
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
@@ -151,26 +197,4 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 		return mem.BufferSlice{mem.NewBuffer(&m.b, m.pool)}, nil
 	}
 	return c.CodecV2.Marshal(v)
-}
-
-// encodeAdmitted has f make an answer when there is room for it, and encodes it into a
-// buffer that counts until it is written.
-func encodeAdmitted(ctx context.Context, f func() (any, error)) (any, error) {
-	m, pool, err := admit(ctx, func() (proto.Message, int, error) {
-		resp, err := f()
-		if err != nil {
-			return nil, 0, err
-		}
-		m := resp.(proto.Message)
-		return m, proto.Size(m), nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	sized := proto.MarshalOptions{UseCachedSize: true}
-	b, err := sized.MarshalAppend(make([]byte, 0, sized.Size(m)), m)
-	if err != nil {
-		return nil, err
-	}
-	return &encoded{b, pool}, nil
 }

@@ -116,12 +116,15 @@ type limiter struct {
 	// the places for clients are taken, a new connection gets one of these, for a peer
 	// is known only once it has said hello; if there is none left, the one yields that
 	// no peer has used for longest.
-	kept    map[*limitedConn]bool
-	unread  int           // of all conns
-	less    chan struct{} // closed when some was written; nil: nobody waits
-	swept   time.Time
-	fullAt  time.Time // when the log last said that clients have all places
-	waiting atomic.Int32
+	kept   map[*limitedConn]bool
+	fullAt time.Time // when the log last said that clients have all places
+
+	// What the connections share has its own locks, which are taken after mu.
+	calls     *runningCalls
+	arrivals  *arrivals
+	answers   *answers
+	writes    *room // bytes of the writes of unary calls
+	pipelines *room // bytes of what Pipelines ask, and wait for
 }
 
 // limitedConn is a connection and its own remote address: by that, calls find it.
@@ -130,14 +133,14 @@ type limitedConn struct {
 	secure   *secureConn // nil: there is no TLS, or its handshake is unfinished
 	who      principal   // at the other end
 	l        *limiter
-	turn     chan struct{} // full while an answer waits for room, and others for their turn
-	written  atomic.Int64
-	seen     int64 // what was written when l was swept; guarded by l.mu, as is unread
-	unread   int
-	// unreadAt is when unread was last 0 and hellos, a bucket that fills with time,
-	// was counted at greetedAt; guarded by l.mu.
-	unreadAt, greetedAt time.Time
-	hellos              float64
+	// running are its calls; guarded by l.calls. untaken are its answers; guarded by l.answers,
+	// as is isClosed.
+	running  int
+	untaken  map[*answerPlace]bool
+	isClosed bool
+	// hellos, a bucket that fills with time, was counted at greetedAt; guarded by l.mu.
+	greetedAt time.Time
+	hellos    float64
 	// streams are those of a peer that is heard, unheardAt is since when there is
 	// none; guarded by l.mu.
 	streams   int
@@ -146,7 +149,7 @@ type limitedConn struct {
 
 // newLimiter makes the limiter of a listener. Without certificates, there is no TLS.
 func newLimiter(l net.Listener, p places, c *certificates, log *slog.Logger) *limiter {
-	return &limiter{
+	made := &limiter{
 		Listener:     l,
 		places:       p,
 		certificates: c,
@@ -154,7 +157,13 @@ func newLimiter(l net.Listener, p places, c *certificates, log *slog.Logger) *li
 		handshakes:   handshakes{limit: p.handshakes},
 		conns:        map[*limitedConn]bool{},
 		kept:         map[*limitedConn]bool{},
+		calls:        &runningCalls{limit: maxCalls, share: maxStreamsPerConnection, late: maxLateCalls},
+		arrivals:     newArrivals(maxArrivingBytes),
 	}
+	made.answers = newAnswers(made)
+	made.writes = newRoom(maxUnaryBytes, maxConnUnaryBytes, made.cutStalled)
+	made.pipelines = newRoom(maxPipelinesBytes, maxConnPipelinesBytes, made.cutStalled)
+	return made
 }
 
 // Accept returns an error that gRPC waits and tries again after, unless l is closed.
@@ -174,7 +183,7 @@ func (l *limiter) Accept() (net.Conn, error) {
 		l.failed = false
 		now := time.Now()
 		c := &limitedConn{
-			Conn: conn, l: l, turn: make(chan struct{}, 1), seen: -minTaken,
+			Conn: conn, l: l,
 			greetedAt: now, hellos: maxHellos, unheardAt: now,
 		}
 		if l.certificates != nil {
@@ -247,7 +256,7 @@ func (l *limiter) keep(c *limitedConn) bool {
 func (l *limiter) drop(c *limitedConn) {
 	delete(l.conns, c)
 	delete(l.kept, c)
-	c.add(-c.unread)
+	l.answers.closed(c)
 	c.cut()
 }
 
@@ -322,9 +331,8 @@ func (c *limitedConn) Close() error {
 	c.l.handshakes.remove(c)
 	delete(c.l.conns, c)
 	delete(c.l.kept, c)
-	c.add(-c.unread)
+	c.l.answers.closed(c)
 	c.l.mu.Unlock()
-	c.l.wake()
 	return c.Conn.Close()
 }
 

@@ -458,7 +458,7 @@ func (nw *network) dial(node *kvpb.Node) *grpc.ClientConn {
 	return nw.dialer.newConn(node,
 		grpc.WithIdleTimeout(0),
 		grpc.WithInitialWindowSize(windowBytes),
-		grpc.WithInitialConnWindowSize(windowBytes),
+		grpc.WithInitialConnWindowSize(connWindowBytes),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff: backoff.Config{
 				BaseDelay:  minBackoff,

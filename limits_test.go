@@ -15,19 +15,15 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -314,43 +310,6 @@ func (a abuse) begin(address string) (ready <-chan struct{}, stop func()) {
 	all := make(chan struct{})
 	go func() { begun.Wait(); close(all) }()
 	return all, func() { cancel(); ended.Wait() }
-}
-
-// maxAbuse is what any of them may cost a node in memory.
-const maxAbuse = 256 << 20
-
-func TestAbuse(t *testing.T) {
-	t.Parallel()
-	for _, a := range abuses {
-		t.Run(a.name, func(t *testing.T) {
-			p := startProcesses(t, 1)[0]
-			ctx, cancel := context.WithTimeout(context.Background(), time.Minute+*soak)
-			defer cancel()
-			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
-				t.Fatal(err)
-			}
-			idle, most, calls := p.rss(), 0, 0
-			ready, stop := a.begin(p.address)
-			for start, done := time.Now(), false; !done || time.Since(start) < *soak/15; calls++ {
-				if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil {
-					t.Errorf("a call of another fails: %v", err)
-					break
-				}
-				most = max(most, p.rss()-idle)
-				select {
-				case <-ready:
-					done = true
-				default:
-				}
-			}
-			stop()
-			limit := maxAbuse * raceStep(8) // the race detector has memory of its own
-			if most > limit {
-				t.Errorf("%d MiB, the limit is %d", most>>20, limit>>20)
-			}
-			t.Logf("%d MiB, %d calls of another meanwhile", most>>20, calls)
-		})
-	}
 }
 
 // wide are as many places as a node can have.
@@ -717,155 +676,6 @@ func TestPeersAreKept(t *testing.T) {
 	}
 }
 
-// TestUnread has a connection and others, none of which is read, ask for answers.
-func TestUnread(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 100}, wide, nil, quiet())
-		made := map[*limitedConn]*atomic.Int32{}
-		accept := func() (*limitedConn, context.Context) {
-			c, err := l.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			made[c.(*limitedConn)] = new(atomic.Int32)
-			return c.(*limitedConn), grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
-		}
-		ask := func(c *limitedConn, ctx context.Context) mem.BufferPool {
-			_, pool, err := admit(ctx, func() (any, int, error) { made[c].Add(1); return nil, 1 << 20, nil })
-			if err != nil {
-				t.Error(err)
-			}
-			return pool
-		}
-		waits := func(ctx context.Context) bool {
-			ctx, cancel := context.WithTimeout(ctx, 3*stallTimeout)
-			defer cancel()
-			_, _, err := admit(ctx, func() (any, int, error) { return nil, 1 << 20, nil })
-			return err == context.DeadlineExceeded
-		}
-		c, ctx := accept()
-		var pools []mem.BufferPool
-		for range maxConnectionUnread >> 20 {
-			pools = append(pools, ask(c, ctx))
-		}
-		if !waits(ctx) {
-			t.Fatal("there is no limit to what a connection leaves unread")
-		}
-		var mu sync.Mutex
-		count := func() int {
-			mu.Lock()
-			defer mu.Unlock()
-			return len(pools)
-		}
-		for range 2 {
-			go func() {
-				pool := ask(c, ctx)
-				mu.Lock()
-				defer mu.Unlock()
-				pools = append(pools, pool)
-			}()
-		}
-		synctest.Wait()
-		made[c].Store(0)
-		pools[0].Put(new([]byte)) // written, or its call was cancelled
-		synctest.Wait()
-		if made[c].Load() != 1 || count() != maxConnectionUnread>>20+1 {
-			t.Errorf("an answer was written: %d were made instead", made[c].Load())
-		}
-		pools[1] = nil // lost
-		for count() < maxConnectionUnread>>20+2 {
-			runtime.GC()
-			time.Sleep(stallTimeout)
-		}
-		if l.unread != maxConnectionUnread || made[c].Load() != 2 {
-			t.Errorf("%d bytes are unread, and %d answers were made instead of two", l.unread, made[c].Load())
-		}
-		for len(l.conns)*maxConnectionUnread < maxUnreadBytes {
-			o, ctx := accept()
-			for range maxConnectionUnread >> 20 {
-				ask(o, ctx)
-			}
-		}
-		last, ctx := accept()
-		start := time.Now()
-		busy := make(chan struct{})
-		go func() { // c is slow, but reads
-			defer close(busy)
-			for time.Since(start) < 3*stallTimeout {
-				c.written.Add(minTaken)
-				time.Sleep(stallTimeout / 2)
-			}
-		}()
-		ask(last, ctx)
-		if len(l.conns) != 2 || !l.conns[c] || time.Since(start) > 3*stallTimeout {
-			t.Errorf("of those that take no answer, or do, %d are open", len(l.conns))
-		}
-		<-busy
-		_, _ = c.Close(), last.Close()
-		if l.unread != 0 {
-			t.Errorf("%d bytes of nobody are unread", l.unread)
-		}
-		if _, _, err := admit(ctx, func() (any, int, error) { return nil, 1 << 20, nil }); err != errOverloaded {
-			t.Errorf("an answer on a connection that is closed: %v", err)
-		}
-	})
-}
-
-// TestUnreadIsGivenBack: neither small answers, which gRPC does not give back,
-// nor those that were taken at once count, and a buffer is as large as its answer.
-func TestUnreadIsGivenBack(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 1000}, wide, nil, quiet())
-		conns, ctxs := make([]*limitedConn, 500), make([]context.Context, 500)
-		for i := range conns {
-			c, err := l.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			conns[i], ctxs[i] = c.(*limitedConn), grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
-		}
-		resp, err := encodeAdmitted(ctxs[0], func() (any, error) { return &kvpb.GetResponse{Value: make([]byte, 33<<10)}, nil })
-		if err != nil {
-			t.Fatal(err)
-		}
-		w := resp.(*encoded)
-		if cap(w.b) > 40<<10 {
-			t.Errorf("an answer of 33 KiB has a buffer of %d", cap(w.b))
-		}
-		w.pool.Put(&w.b)
-		take := func(bytes int) func() (any, int, error) {
-			return func() (any, int, error) { return nil, bytes, nil }
-		}
-		_, pool, err := admit(ctxs[0], take(1<<20))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if pool.(*answerPool).fit(1000); l.unread != 0 {
-			t.Errorf("an answer of 1,000 bytes counts as %d", l.unread)
-		}
-		for range 3 { // bursts, all taken after 10 ms
-			var pools []mem.BufferPool
-			for _, ctx := range ctxs {
-				ctx, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
-				if _, pool, err := admit(ctx, take(50<<10)); err == nil {
-					pools = append(pools, pool)
-				}
-				cancel()
-			}
-			for _, p := range pools {
-				p.Put(new([]byte))
-			}
-			time.Sleep(stallTimeout * 3 / 2)
-		}
-		if len(l.conns) != len(conns) {
-			t.Errorf("%d connections of %d that took all were closed", len(conns)-len(l.conns), len(conns))
-		}
-		for _, c := range conns {
-			_ = c.Close()
-		}
-	})
-}
-
 // refusing is a listener that has so many connections left, and one to refuse. First
 // it fails so many times.
 type refusing struct {
@@ -930,39 +740,6 @@ func BenchmarkAbuse(b *testing.B) {
 			}
 		})
 	}
-}
-
-// TestWaitingGetCopiesNothing: a Get that waits for room has no copy of the value,
-// or a thousand of them would have a thousand.
-func TestWaitingGetCopiesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter(&refusing{left: 1}, wide, nil, quiet())
-		c, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
-		s := &server{n: turnNode()}
-		s.n.store.clusterID = 1
-		s.n.store.set([]byte("k"), item{make([]byte, maxValueBytes), 1})
-		get := func() error {
-			ctx, cancel := context.WithTimeout(ctx, stallTimeout/2)
-			defer cancel()
-			_, err := s.answer(ctx, &kvpb.GetRequest{Key: "k", Local: true}, func(ctx context.Context, req any) (any, error) {
-				return s.Get(ctx, req.(*kvpb.GetRequest))
-			})
-			return err
-		}
-		for range maxConnectionUnread / maxValueBytes {
-			if err := get(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if n := allocated(func() { err = get() }); err != context.DeadlineExceeded || n > maxValueBytes/2 {
-			t.Errorf("it allocates %d bytes and ends with: %v", n, err)
-		}
-		_ = c.Close()
-	})
 }
 
 // No more than maxLists Lists run at a time: each keeps what is overwritten.

@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	// maxMessageBytes is the largest gRPC message that a node accepts. It has room
-	// for the largest write, for a page of List, and for a batch to a peer.
+	// maxMessageBytes is the largest gRPC message that a node accepts of another one, and that
+	// commands accept of a node. It has room for the largest write, for a page of List, and
+	// for a batch to a peer. requestLimit has what a node accepts of others.
 	maxMessageBytes = 4 << 20
 	// maxStrangers bounds the peers that no configuration names: nodes that are being
 	// added, or came back without their memory. Each takes peerFiles.
@@ -34,9 +35,14 @@ const (
 	// a snapshot: at most a round trip, but perhaps a disk that stalls, too. It is as long
 	// as connecting may take: a peer that is slow to connect to is slow to answer.
 	helloTimeout = maxConnectTimeout
-	// windowBytes is HTTP/2's window. Over a round trip of 300 ms, 4 MiB let 13 MiB a
-	// second through. Since it is fixed, gRPC does not probe for a better one.
-	windowBytes = 4 << 20
+	// windowBytes is HTTP/2's window: so much of a stream that is not read a node may have to
+	// keep. While a message is read that is larger, gRPC opens the window for all of it: over
+	// a round trip of 300 ms, 1.7 MiB a second or more get through. Since the window is fixed,
+	// gRPC does not probe for a better one.
+	windowBytes = 512 << 10
+	// connWindowBytes is the window of a connection. It bounds no memory: gRPC opens it
+	// again whether streams are read or not.
+	connWindowBytes = 4 << 20
 )
 
 // receiver is what the network hands things to. Its methods may be called by any

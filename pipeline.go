@@ -10,9 +10,9 @@ import (
 	"io"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -23,40 +23,56 @@ const (
 	// maxPipelineCalls and maxPipelineBytes bound what of a stream is not
 	// answered: beyond either, no further request is read.
 	maxPipelineCalls = 8 << 10
-	maxPipelineBytes = 8 << 20
-	// maxQueuedRequests bounds the requests of a stream that wait to be answered: they
-	// may be empty, and so not be bounded by what they ask.
+	maxPipelineBytes = 4 << 20
+	// maxPipelinesBytes and maxConnPipelinesBytes bound that for all streams of the node, and
+	// of a connection. A request beyond waits until others are answered.
+	maxPipelinesBytes     = 24 << 20
+	maxConnPipelinesBytes = 8 << 20
+	// operationBytes and requestBytes are what an operation and a request take of memory
+	// besides what was sent. So many operations as there is room for fit the inbox.
+	operationBytes = 448
+	requestBytes   = 512
+	// maxQueuedRequests bounds the requests of a stream that wait to be answered.
 	maxQueuedRequests = 64
 	// answerBytes is where answers are cut into messages: one more may follow.
 	answerBytes = 256 << 10
+	// resultBytes is what a result takes at most, but that of a Get.
+	resultBytes = 256
+	// inboxPause is between two tries to get into an inbox that is full.
+	inboxPause = 10 * time.Millisecond
 )
 
 // pipelineRequest is the operations of one PipelineRequest, on their way.
 type pipelineRequest struct {
 	ops     []operation
-	calls   []call // one to each operation; outcome has the error of an invalid one
-	bytes   int
+	calls   []call        // one to each operation; outcome has the error of an invalid one
+	bytes   int           // that it takes of memory
 	refused int           // operations that the caller may not make
 	pending int           // calls that have not ended: the loop's, once started
 	done    chan struct{} // closed when none is pending
 }
 
-// parsePipelineRequest parses a PipelineRequest, of which the operations stay parts. An
-// operation that is invalid gets its own error, and so does a write if its caller may not
-// write; what is no list of operations, or too long a one, is an error of all. Sessions
-// that are opened get the owner.
-func parsePipelineRequest(m []byte, mayWrite bool, owner string) (*pipelineRequest, error) {
+// countOperations counts the operations of a PipelineRequest. It returns an error if it is no
+// list of operations, or too long a one.
+func countOperations(m []byte) (int, error) {
 	count := 0
 	for f := (fields{rest: m, repeated: 1}); len(f.rest) > 0; count++ {
 		isOperation := f.next() && f.num == 1 && f.b != nil
 		if !isOperation || count == maxPipelineCalls {
-			return nil, invalid("operations", "it is malformed, or there are more than %d", maxPipelineCalls)
+			return 0, invalid("operations", "it is malformed, or there are more than %d", maxPipelineCalls)
 		}
 	}
+	return count, nil
+}
+
+// parsePipelineRequest parses a PipelineRequest of so many operations, which stay parts of it.
+// An operation that is invalid gets its own error, and so does a write if its caller may not
+// write. Sessions that are opened get the owner.
+func parsePipelineRequest(m []byte, count int, mayWrite bool, owner string) *pipelineRequest {
 	r := &pipelineRequest{
 		ops:   make([]operation, count),
 		calls: make([]call, count),
-		bytes: len(m),
+		bytes: memoryOf(m, count),
 		done:  make(chan struct{}),
 	}
 	f := fields{rest: m, repeated: 1}
@@ -71,12 +87,15 @@ func parsePipelineRequest(m []byte, mayWrite bool, owner string) (*pipelineReque
 			r.refused++
 		}
 	}
-	return r, nil
+	return r
 }
 
+// memoryOf is what a request takes of memory.
+func memoryOf(m []byte, operations int) int { return requestBytes + len(m) + operations*operationBytes }
+
 // start leaves in the inbox what has to go through the loop: all but what is invalid,
-// and local reads.
-func (r *pipelineRequest) start(in *inbox) {
+// and local reads. It waits while the inbox is full, until ctx ends.
+func (r *pipelineRequest) start(ctx context.Context, in *inbox) {
 	calls := make([]*call, 0, len(r.calls))
 	for i := range r.calls {
 		if r.calls[i].outcome.err == nil && !r.ops[i].local {
@@ -88,7 +107,12 @@ func (r *pipelineRequest) start(in *inbox) {
 		close(r.done)
 		return
 	}
-	if err := in.call(calls...); err != nil {
+	err := in.call(calls...)
+	for err == errOverloaded && ctx.Err() == nil {
+		sleep(ctx, inboxPause)
+		err = in.call(calls...)
+	}
+	if err != nil {
 		for _, c := range calls {
 			c.outcome.err = err
 		}
@@ -108,19 +132,25 @@ func (r *pipelineRequest) callEnded() {
 type pipeline struct {
 	s            *server
 	stream       grpc.ServerStream
+	conn         *limitedConn
+	reader       *requestReader
 	requests     chan *pipelineRequest // in the order in which they are to be answered
 	calls, bytes atomic.Int64          // of requests that are not answered
-	room         bell                  // rings when some were answered
+	answered     bell                  // rings when some were answered
 }
 
 // Pipeline implements KVService.
 func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
+	conn := connOf(stream.Context())
 	p := &pipeline{
 		s:        s,
 		stream:   stream,
+		conn:     conn,
+		reader:   newRequestReader(stream.Context(), conn.l.arrivals),
 		requests: make(chan *pipelineRequest, maxQueuedRequests),
-		room:     newBell(),
+		answered: newBell(),
 	}
+	defer p.leave()
 	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
 	ended := make(chan error, 1)
 	go func() { // ends with the stream
@@ -144,51 +174,103 @@ func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
 	}
 }
 
+// leave lets go of the requests that are not answered: each gives its room back when the loop
+// has done with it.
+func (p *pipeline) leave() {
+	go func() { // ends soon after the stream, for then read ends, and all calls
+		for r := range p.requests {
+			<-r.done
+			p.release(r)
+		}
+	}()
+}
+
+// abandon gives the room of one request back when the loop has done with it.
+func (p *pipeline) abandon(r *pipelineRequest) {
+	go func() { // ends with the request's calls
+		<-r.done
+		p.release(r)
+	}()
+}
+
+// release gives the room of a request back.
+func (p *pipeline) release(r *pipelineRequest) {
+	p.calls.Add(-int64(len(r.calls)))
+	p.bytes.Add(-int64(r.bytes))
+	p.conn.l.pipelines.release(p.conn, r.bytes)
+}
+
 // read takes requests in, while there is room for what they ask, until the caller has
 // said all.
 func (p *pipeline) read(ctx context.Context) error {
-	mayWrite := p.s.mayWrite(ctx)
-	owner := ownerOf(callerOf(ctx))
 	for {
-		if err := p.waitForRoom(ctx); err != nil {
+		if err := p.waitForAnswers(ctx); err != nil {
 			return err
 		}
-		var m encoded
-		err := p.stream.RecvMsg(&m)
+		m, arriving, err := p.reader.next()
 		if err == io.EOF {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		r, err := parsePipelineRequest(m.b, mayWrite, owner)
+		err = p.begin(ctx, m)
+		p.reader.arrivals.end(arriving)
 		if err != nil {
 			return err
-		}
-		if r.refused > 0 {
-			p.s.logRefusals(ctx, kvpb.KVService_Pipeline_FullMethodName, errReadOnly, r.refused)
-		}
-		p.calls.Add(int64(len(r.calls)))
-		p.bytes.Add(int64(r.bytes))
-		r.start(&p.s.n.inbox)
-		select {
-		case p.requests <- r:
-		case <-ctx.Done():
-			return ctx.Err()
 		}
 	}
 }
 
-// waitForRoom waits until so much is answered that another request may be read.
-func (p *pipeline) waitForRoom(ctx context.Context) error {
-	for p.calls.Load() >= maxPipelineCalls || p.bytes.Load() >= maxPipelineBytes {
+// begin takes in a request that was received, once there is room for it.
+func (p *pipeline) begin(ctx context.Context, m []byte) error {
+	count, err := countOperations(m)
+	if err != nil {
+		return err
+	}
+	if err := p.take(ctx, memoryOf(m, count)); err != nil {
+		return err
+	}
+	r := parsePipelineRequest(m, count, p.s.mayWrite(ctx), ownerOf(callerOf(ctx)))
+	if r.refused > 0 {
+		p.s.logRefusals(ctx, kvpb.KVService_Pipeline_FullMethodName, errReadOnly, r.refused)
+	}
+	p.calls.Add(int64(len(r.calls)))
+	p.bytes.Add(int64(r.bytes))
+	r.start(ctx, &p.s.n.inbox)
+	p.requests <- r // waitForAnswers has left a place
+	return nil
+}
+
+// take takes room for a request, and waits until there is some.
+func (p *pipeline) take(ctx context.Context, bytes int) error {
+	room := p.conn.l.pipelines
+	if room.tryTake(p.conn, bytes) {
+		return nil
+	}
+	defer p.reader.arrivals.end(p.reader.stall())
+	return room.take(ctx, p.conn, bytes)
+}
+
+// waitForAnswers waits until so much is answered that another request may be read.
+func (p *pipeline) waitForAnswers(ctx context.Context) error {
+	if p.mayRead() {
+		return nil
+	}
+	defer p.reader.arrivals.end(p.reader.stall())
+	for !p.mayRead() {
 		select {
-		case <-p.room:
+		case <-p.answered:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 	return nil
+}
+
+func (p *pipeline) mayRead() bool {
+	isFull := p.calls.Load() >= maxPipelineCalls || p.bytes.Load() >= maxPipelineBytes
+	return !isFull && len(p.requests) < maxQueuedRequests
 }
 
 // answer waits for a request's calls and sends the results, in one message or more.
@@ -197,37 +279,34 @@ func (p *pipeline) answer(r *pipelineRequest) error {
 	select {
 	case <-r.done:
 	case <-ctx.Done():
+		p.abandon(r)
 		return status.FromContextError(ctx.Err()).Err()
 	}
 	for from := 0; from < len(r.ops); {
-		pool, err := admitResults(ctx, r.ops[from:])
+		room, err := p.conn.l.answers.admit(ctx, p.conn, mostOf(r.ops[from:]))
 		if err != nil { // the calls have been made
+			p.release(r)
 			return toStatus(fmt.Errorf("%w: no room for the answers: %w", errOutcomeUnknown, err), true)
 		}
-		b, next := p.s.appendResults(make([]byte, 0, 16*(len(r.ops)-from)), r, from)
-		if counted, ok := pool.(*answerPool); ok {
-			counted.fit(cap(b))
-		}
-		if err := p.stream.SendMsg(&encoded{b, pool}); err != nil {
+		b, next := p.s.appendResults(make([]byte, 0, max(leastCounted, 16*(len(r.ops)-from))), r, from)
+		room.fit(cap(b))
+		if err := p.stream.SendMsg(&encoded{b, room}); err != nil {
+			p.release(r)
 			return err
 		}
 		from = next
 	}
-	p.calls.Add(-int64(len(r.calls)))
-	p.bytes.Add(-int64(r.bytes))
-	p.room.ring()
+	p.release(r)
+	p.answered.ring()
 	return nil
 }
 
-// admitResults waits for room for the most that a message with results of these
-// operations can have.
-func admitResults(ctx context.Context, ops []operation) (mem.BufferPool, error) {
-	most := 64 * len(ops)
+// mostOf is the most that a message with results of these operations can have.
+func mostOf(ops []operation) int {
 	if slices.ContainsFunc(ops, func(o operation) bool { return o.kind == opGet }) {
-		most = answerBytes + maxValueBytes
+		return answerBytes + maxValueBytes
 	}
-	_, pool, err := admit(ctx, func() (struct{}, int, error) { return struct{}{}, most, nil })
-	return pool, err
+	return max(leastCounted, resultBytes*len(ops))
 }
 
 // appendResults appends a PipelineResponse with results from an operation on, up to the

@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -118,21 +117,33 @@ func newServer(n *node, nw *network, c *certificates) *server {
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.InitialWindowSize(windowBytes),
-		grpc.InitialConnWindowSize(windowBytes),
+		grpc.InitialConnWindowSize(connWindowBytes),
 		grpc.KeepaliveEnforcementPolicy(pings),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.InTapHandle(s.admitCall),
 	)
-	s.grpc.RegisterService(s.refuseMalformed(&kvpb.KVService_ServiceDesc), s)
-	s.grpc.RegisterService(s.refuseMalformed(&kvpb.ClusterService_ServiceDesc), s)
-	s.grpc.RegisterService(s.refuseMalformed(&kvpb.RaftService_ServiceDesc), nw)
-	s.grpc.RegisterService(s.refuseMalformed(&grpc_health_v1.Health_ServiceDesc), s.health)
-	reflection.Register(s.grpc)
+	services := guarded{s.grpc, s}
+	kvpb.RegisterKVServiceServer(services, s)
+	kvpb.RegisterClusterServiceServer(services, s)
+	grpc_health_v1.RegisterHealthServer(services, s.health)
+	reflection.Register(services)
+	kvpb.RegisterRaftServiceServer(services, nw)
 	s.onPublish(n.status.latest.Load())
 	n.status.onChange = s.onPublish
 	return s
+}
+
+// guarded registers services that guard has taken in hand.
+type guarded struct {
+	*grpc.Server
+	s *server
+}
+
+// RegisterService implements grpc.ServiceRegistrar.
+func (g guarded) RegisterService(desc *grpc.ServiceDesc, impl any) {
+	g.Server.RegisterService(g.s.guard(desc), impl)
 }
 
 // Get implements KVService.
@@ -325,34 +336,59 @@ func (s *server) nameLeader(ctx context.Context, success bool) {
 	_ = grpc.SetTrailer(ctx, leader)
 }
 
-// answer has a call's method answer it. What may be large, of Get and List, has to wait
-// for room, for it stays in memory for as long as its caller does not read it.
+// answer has a call's method answer it. What may be large has to wait for room, for it stays
+// in memory for as long as its caller does not read it.
 func (s *server) answer(ctx context.Context, req any, handler grpc.UnaryHandler) (any, error) {
 	select {
 	case <-s.stopping:
 		return nil, errStopping
 	default:
 	}
-	switch req := req.(type) {
-	case *kvpb.GetRequest:
-		resp, err := handler(ctx, req)
-		if err != nil || isSmall(resp) {
-			return resp, err
-		}
-		// This answer is dropped: while it waited, it would keep a value that others
-		// overwrite. The read is confirmed: what this node has by then is new enough.
-		confirmed := &kvpb.GetRequest{Key: req.Key, Local: true}
-		return encodeAdmitted(ctx, func() (any, error) { return handler(ctx, confirmed) })
-	case *kvpb.ListRequest:
-		return encodeAdmitted(ctx, func() (any, error) { return handler(ctx, req) })
+	if list, ok := req.(*kvpb.ListRequest); ok {
+		return answerWhole(ctx, smallAnswer+1, func() (any, error) { return handler(ctx, list) })
 	}
-	return handler(ctx, req)
+	resp, err := handler(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	bytes := proto.Size(resp.(proto.Message))
+	if bytes <= uncountedAnswer {
+		return resp, nil
+	}
+	get, ok := req.(*kvpb.GetRequest)
+	if !ok {
+		return answerWhole(ctx, bytes, func() (any, error) { return resp, nil })
+	}
+	// This answer is dropped: while it waited, it would keep a value that others
+	// overwrite. The read is confirmed: what this node has by then is new enough.
+	confirmed := &kvpb.GetRequest{Key: get.Key, Local: true}
+	return answerWhole(ctx, bytes, func() (any, error) { return handler(ctx, confirmed) })
 }
 
-// isSmall says of an answer that it may wait to be read without being counted: gRPC
-// itself has more of its call.
-func isSmall(resp any) bool {
-	return mem.IsBelowBufferPoolingThreshold(proto.Size(resp.(proto.Message)))
+// answerWhole has f make an answer once there is room for so many bytes, and encodes it. If it
+// has become a large one meanwhile, it is made again once there is room for that.
+func answerWhole(ctx context.Context, bytes int, f func() (any, error)) (any, error) {
+	c := connOf(ctx)
+	for {
+		a, err := c.l.answers.admit(ctx, c, bytes)
+		if err != nil {
+			return nil, whyNoRoom(ctx, err)
+		}
+		resp, err := f()
+		if err != nil {
+			a.Put(nil)
+			return nil, err
+		}
+		m := resp.(proto.Message)
+		has := bytes
+		bytes = proto.Size(m)
+		if bytes > smallAnswer && has <= smallAnswer {
+			a.Put(nil)
+			continue
+		}
+		a.fit(max(bytes, leastCounted))
+		return a.encode(m)
+	}
 }
 
 // onPublish follows what the loop publishes. The loop calls it.

@@ -493,7 +493,7 @@ func transferTo(t *testing.T, v *view, take func(*kvpb.InstallSnapshotRequest) e
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessageBytes), grpc.InitialWindowSize(windowBytes), grpc.InitialConnWindowSize(windowBytes))
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessageBytes), grpc.InitialWindowSize(windowBytes), grpc.InitialConnWindowSize(connWindowBytes))
 	kvpb.RegisterRaftServiceServer(server, &sink{take: take})
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()

@@ -1,0 +1,320 @@
+// Requests that are on their way: gRPC has in memory what has come of them. They are read
+// here rather than by gRPC, which would wait for ever for the last byte of each.
+
+package main
+
+import (
+	"container/list"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"strings"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// maxArrivingBytes bounds the requests that are incomplete, or that nobody reads, of all
+	// connections.
+	maxArrivingBytes = 24 << 20
+	// arrivalChunk is how much of a message is read at once. Of frames of one byte each, gRPC
+	// needs frameOverhead for every byte until they are copied.
+	arrivalChunk  = 1 << 10
+	frameOverhead = 56
+	// firstBuffer is for the first bytes of a message: there may be no more.
+	firstBuffer = 64 << 10
+
+	// maxRequestBytes bounds a request of KVService: a write and what is around it.
+	maxRequestBytes = maxWriteBytes + 1<<10
+	// maxAdminBytes bounds a request of ClusterService: it names maxMembers at most, and
+	// something over, that the error may say which field is too long.
+	maxAdminBytes = 128 << 10
+	// maxOtherBytes bounds a request of health and of reflection.
+	maxOtherBytes = 4 << 10
+)
+
+// requestLimit bounds a request of a method.
+func requestLimit(method string) int {
+	switch {
+	case strings.HasPrefix(method, kvPrefix):
+		return maxRequestBytes
+	case strings.HasPrefix(method, clusterPrefix):
+		return maxAdminBytes
+	case strings.HasPrefix(method, raftPrefix):
+		return maxMessageBytes
+	}
+	return maxOtherBytes
+}
+
+// arrivals are the requests of all connections that are on their way. When they are too
+// many bytes, the oldest one yields of the connection that has the most. Any goroutine may
+// call its methods.
+type arrivals struct {
+	limit int
+
+	mu    sync.Mutex
+	bytes int
+	of    map[*limitedConn]*connArrivals
+}
+
+type connArrivals struct {
+	bytes int
+	calls list.List // of *arrival, in the order in which they came
+}
+
+// arrival is one request on its way. The mu of arrivals guards it.
+type arrival struct {
+	c     *limitedConn
+	bytes int
+	yield context.CancelCauseFunc
+	place *list.Element // nil: it has ended, or yielded
+}
+
+// errTooManyCalls refuses a call before its request is read.
+var errTooManyCalls = apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
+	"too many calls run on this node, or on this connection")
+
+var errRequestYielded = errors.New("too many requests are on their way to this node, " +
+	"or are not read since their stream's answers are not taken: the oldest one has ended")
+
+func newArrivals(limit int) *arrivals {
+	return &arrivals{limit: limit, of: map[*limitedConn]*connArrivals{}}
+}
+
+// begin counts bytes until end is called. Until then, yield may be called.
+func (as *arrivals) begin(c *limitedConn, bytes int, yield context.CancelCauseFunc) *arrival {
+	a := &arrival{c: c, bytes: bytes, yield: yield}
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	of := as.of[c]
+	if of == nil {
+		of = &connArrivals{}
+		as.of[c] = of
+	}
+	a.place = of.calls.PushBack(a)
+	of.bytes += bytes
+	as.bytes += bytes
+	for as.bytes > as.limit {
+		oldest := as.largest().calls.Front().Value.(*arrival)
+		as.remove(oldest)
+		oldest.yield(errRequestYielded)
+	}
+	return a
+}
+
+func (as *arrivals) end(a *arrival) {
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	as.remove(a)
+}
+
+// remove counts an arrival no more. mu is held.
+func (as *arrivals) remove(a *arrival) {
+	if a.place == nil {
+		return
+	}
+	of := as.of[a.c]
+	of.calls.Remove(a.place)
+	a.place = nil
+	of.bytes -= a.bytes
+	as.bytes -= a.bytes
+	if of.calls.Len() == 0 {
+		delete(as.of, a.c)
+	}
+}
+
+// largest returns what is on its way by the connection that has the most of it. mu is held.
+func (as *arrivals) largest() *connArrivals {
+	var largest *connArrivals
+	for _, of := range as.of {
+		if largest == nil || of.bytes > largest.bytes {
+			largest = of
+		}
+	}
+	return largest
+}
+
+// callContext is the context of a call that this node may end, before gRPC gives the call to
+// anybody.
+type callContext struct {
+	context.Context
+	end context.CancelCauseFunc
+}
+
+type callContextKey struct{}
+
+func (c *callContext) Value(key any) any {
+	if key == (callContextKey{}) {
+		return c
+	}
+	return c.Context.Value(key)
+}
+
+func newCallContext(parent context.Context) *callContext {
+	ctx, end := context.WithCancelCause(parent)
+	return &callContext{ctx, end}
+}
+
+// transportStream is gRPC's end of a call, as far as it is used here.
+type transportStream interface {
+	ReadMessageHeader(header []byte) error
+	Read(n int) (mem.BufferSlice, error)
+}
+
+// requestReader reads the requests of one call.
+type requestReader struct {
+	arrivals *arrivals
+	conn     *limitedConn
+	call     *callContext
+	stream   transportStream
+	limit    int
+}
+
+func newRequestReader(ctx context.Context, as *arrivals) *requestReader {
+	method, _ := grpc.Method(ctx)
+	return &requestReader{
+		arrivals: as,
+		conn:     connOf(ctx),
+		call:     ctx.Value(callContextKey{}).(*callContext),
+		stream:   grpc.ServerTransportStreamFromContext(ctx).(transportStream),
+		limit:    requestLimit(method),
+	}
+}
+
+// next returns the next request, which counts as on its way until its arrival ends; io.EOF:
+// there is none.
+func (r *requestReader) next() ([]byte, *arrival, error) {
+	var header [5]byte
+	if err := r.stream.ReadMessageHeader(header[:]); err != nil {
+		return nil, nil, r.whyEnded(err)
+	}
+	if header[0] != 0 {
+		return nil, nil, status.Error(codes.Internal, "grpc: compressed flag set with identity or empty encoding")
+	}
+	length := binary.BigEndian.Uint32(header[1:])
+	if uint64(length) > uint64(r.limit) {
+		return nil, nil, status.Errorf(codes.ResourceExhausted,
+			"grpc: received message larger than max (%d vs. %d)", length, r.limit)
+	}
+	rest := int(length)
+	a := r.arrivals.begin(r.conn, rest+frameOverhead*min(rest, arrivalChunk), r.call.end)
+	m := make([]byte, 0, min(rest, firstBuffer))
+	for rest > 0 {
+		if len(m) == cap(m) {
+			m = append(make([]byte, 0, length), m...)
+		}
+		chunk, err := r.stream.Read(min(rest, arrivalChunk))
+		if err != nil {
+			r.arrivals.end(a)
+			return nil, nil, r.whyEnded(unexpectedEOF(err))
+		}
+		for _, buffer := range chunk {
+			m = append(m, buffer.ReadOnlyData()...)
+		}
+		rest -= chunk.Len()
+		chunk.Free()
+	}
+	return m, a, nil
+}
+
+// only returns the request of a call that has one. Nothing more of the call can come then.
+func (r *requestReader) only() ([]byte, *arrival, error) {
+	m, a, err := r.next()
+	if err == io.EOF {
+		err = status.Error(codes.Internal, "cardinality violation: received no request message")
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	var more [1]byte
+	err = r.stream.ReadMessageHeader(more[:])
+	if err == io.EOF {
+		return m, a, nil
+	}
+	r.arrivals.end(a)
+	if err == nil {
+		return nil, nil, status.Error(codes.Internal, "cardinality violation: received multiple request messages")
+	}
+	return nil, nil, r.whyEnded(err)
+}
+
+// stall counts what gRPC may have in memory of a stream that is not read, until the arrival
+// ends.
+func (r *requestReader) stall() *arrival { return r.arrivals.begin(r.conn, windowBytes, r.call.end) }
+
+// whyEnded is why nothing more can be read.
+func (r *requestReader) whyEnded(err error) error {
+	if context.Cause(r.call) == errRequestYielded {
+		return whyNoRoom(r.call, err)
+	}
+	if err == io.ErrUnexpectedEOF {
+		return status.Error(codes.Internal, err.Error())
+	}
+	return err
+}
+
+// whyNoRoom is why a call has not got room: err, if its context has not ended for its request
+// was the one to yield.
+func whyNoRoom(ctx context.Context, err error) error {
+	if context.Cause(ctx) == errRequestYielded {
+		return apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED, errRequestYielded.Error())
+	}
+	return err
+}
+
+func unexpectedEOF(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// readStream is a stream whose requests a requestReader reads.
+type readStream struct {
+	grpc.ServerStream
+	reader *requestReader
+	info   *grpc.StreamServerInfo
+}
+
+// RecvMsg implements grpc.ServerStream.
+func (s *readStream) RecvMsg(m any) error {
+	receive := s.reader.next
+	if !s.info.IsClientStream {
+		receive = s.reader.only
+	}
+	b, a, err := receive()
+	if err != nil {
+		return err
+	}
+	defer s.reader.arrivals.end(a)
+	return decode(b, m.(proto.Message))
+}
+
+// SendMsg implements grpc.ServerStream. An answer to one of many requests of a stream counts
+// until it is taken, but those of a Pipeline count already. Until it is sent, nothing of the
+// stream is read.
+func (s *readStream) SendMsg(m any) error {
+	answer, ok := m.(proto.Message)
+	if !ok || !s.info.IsClientStream {
+		return s.ServerStream.SendMsg(m)
+	}
+	defer s.reader.arrivals.end(s.reader.stall())
+	c := s.reader.conn
+	place, err := c.l.answers.admit(s.Context(), c, max(leastCounted, proto.Size(answer)))
+	if err != nil {
+		return whyNoRoom(s.Context(), err)
+	}
+	b, err := place.encode(answer)
+	if err != nil {
+		return err
+	}
+	return s.ServerStream.SendMsg(b)
+}

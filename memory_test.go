@@ -1,0 +1,190 @@
+// What clients that misbehave cost a node in memory, and others in time.
+
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/health/grpc_health_v1"
+	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+// maxAbuse is what any abuse may cost a node in memory.
+const maxAbuse = 256 << 20
+
+// raw sends the data of a stream in frames of so many bytes at most.
+func (r *rude) raw(stream uint32, end bool, data []byte, frame int) error {
+	for part := range slices.Chunk(data, frame) {
+		data = data[len(part):]
+		if err := r.data(stream, end && len(data) == 0, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// message sends a message of a stream.
+func (r *rude) message(stream uint32, end bool, m []byte) error {
+	b := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(m)))
+	return r.raw(stream, end, append(b, m...), 16<<10)
+}
+
+// calls makes a connection, begins so many calls on it, sends what each says, and holds all of
+// it until ctx ends.
+func calls(many int, method string, say func(r *rude, stream uint32) error) func(context.Context, string, func()) {
+	return func(ctx context.Context, address string, begun func()) {
+		r, err := dialRude(address)
+		if err != nil {
+			return
+		}
+		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
+		defer func() { stop(); _ = r.Close() }()
+		for range many {
+			s, err := r.call(method, -1)
+			if err == nil {
+				err = say(r, s)
+			}
+			if err != nil {
+				break // the node has closed the connection, or reads no further
+			}
+		}
+		begun()
+		<-ctx.Done()
+	}
+}
+
+// messages has each call send these.
+func messages(end bool, ms ...proto.Message) func(*rude, uint32) error {
+	var encoded [][]byte
+	for _, m := range ms {
+		b, _ := proto.Marshal(m)
+		encoded = append(encoded, b)
+	}
+	return func(r *rude, stream uint32) error {
+		for i, b := range encoded {
+			if err := r.message(stream, end && i == len(encoded)-1, b); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// lacksByte has each call send a message but for its last byte, in frames of so many bytes.
+func lacksByte(length, frame int) func(*rude, uint32) error {
+	return func(r *rude, stream uint32) error {
+		b := binary.BigEndian.AppendUint32([]byte{0}, uint32(length))
+		return r.raw(stream, false, append(b, make([]byte, length-1)...), frame)
+	}
+}
+
+func pipelineOf(n int, o *kvpb.Operation) *kvpb.PipelineRequest {
+	return &kvpb.PipelineRequest{Operations: slices.Repeat([]*kvpb.Operation{o}, n)}
+}
+
+const (
+	addLearnerMethod = kvpb.ClusterService_AddLearner_FullMethodName
+	pipelineMethod   = kvpb.KVService_Pipeline_FullMethodName
+	reflectionMethod = reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName
+	watchMethod      = grpc_health_v1.Health_Watch_FullMethodName
+)
+
+// floods are abuses that were seen to take gigabytes.
+var floods = []abuse{
+	{"AddLearners with a long address", 1, calls(64, addLearnerMethod, messages(true,
+		&kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 9, Address: strings.Repeat("x", 4<<20-64)}}))},
+	{"Sets that lack a byte", 1, calls(400, setMethod, lacksByte(maxRequestBytes, 16<<10))},
+	{"Sets that lack a byte, on many connections", 100, calls(4, setMethod, lacksByte(maxRequestBytes, 16<<10))},
+	{"Sets in frames of a byte that lack one", 1, calls(40, setMethod, lacksByte(32<<10, 1))},
+	{"Pipelines of empty operations that nobody reads", 1, calls(300, pipelineMethod, messages(false,
+		pipelineOf(3, getOp("large", true)), pipelineOf(8187, &kvpb.Operation{}), pipelineOf(8187, &kvpb.Operation{})))},
+	{"Pipelines of Sets that nobody reads", 1, calls(150, pipelineMethod, messages(false, slices.Repeat(
+		[]proto.Message{pipelineOf(8, setOp("k", strings.Repeat("v", 120<<10)))}, 16)...))},
+	{"Pipelines of Gets that nobody reads", 1, calls(100, pipelineMethod, messages(false, slices.Concat(
+		[]proto.Message{pipelineOf(3, getOp("large", true))},
+		slices.Repeat([]proto.Message{pipelineOf(15, getOp(strings.Repeat("k", maxKeyBytes), true))}, 4))...))},
+	{"large reflection requests", 1, calls(100, reflectionMethod, messages(false, reflectionOf(4<<20-64)))},
+	{"reflection that nobody reads", 4, calls(500, reflectionMethod, messages(false, slices.Repeat(
+		[]proto.Message{reflectionOf(maxOtherBytes - 64)}, 20)...))},
+	{"idle Pipelines", 20, calls(1000, pipelineMethod, messages(false))},
+	{"idle Watches", 20, calls(1000, watchMethod, messages(true, &grpc_health_v1.HealthCheckRequest{}))},
+}
+
+func reflectionOf(bytes int) proto.Message {
+	return &reflectionpb.ServerReflectionRequest{
+		Host:           strings.Repeat("x", bytes),
+		MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "raftkv.v1.KVService"},
+	}
+}
+
+// sampleMemory returns a function that says how much more memory a process has had since, at
+// most, than when this was called.
+func sampleMemory(p *process) (most func() int) {
+	idle := p.rss()
+	stop := make(chan struct{})
+	sampled := make(chan int)
+	go func() { // ends when most is called
+		most := 0
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			most = max(most, p.rss()-idle)
+			select {
+			case <-tick.C:
+			case <-stop:
+				sampled <- most
+				return
+			}
+		}
+	}()
+	return func() int {
+		close(stop)
+		return <-sampled
+	}
+}
+
+// TestMemory: whatever clients do, a node takes no more than maxAbuse over what it takes
+// idle, and serves another client meanwhile.
+func TestMemory(t *testing.T) {
+	t.Parallel()
+	for _, a := range slices.Concat(abuses, floods) {
+		t.Run(a.name, func(t *testing.T) {
+			p := startProcesses(t, 1)[0]
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute+*soak)
+			defer cancel()
+			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
+				t.Fatal(err)
+			}
+			most := sampleMemory(p)
+			ready, stop := a.begin(p.address)
+			calls := 0
+			isReady := false
+			for start := time.Now(); !isReady || calls < 10 || time.Since(start) < *soak/15; calls++ {
+				if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil {
+					t.Errorf("a call of another fails: %v", err)
+					break
+				}
+				select {
+				case <-ready:
+					isReady = true
+				default:
+				}
+			}
+			more := most()
+			stop()
+			limit := maxAbuse * raceStep(8) // the race detector has memory of its own
+			if more > limit {
+				t.Errorf("%d MiB, the limit is %d", more>>20, limit>>20)
+			}
+			t.Logf("%d MiB, %d calls of another meanwhile", more>>20, calls)
+		})
+	}
+}

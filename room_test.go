@@ -1,0 +1,254 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	grpcpeer "google.golang.org/grpc/peer"
+
+	"raft-key-value/kvpb"
+)
+
+// TestRoomTurns: it is the turn of the connection that has least, however many wait before
+// it, and none has more than its share.
+func TestRoomTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		looks := 0
+		r := newRoom(4, 3, func() { looks++ })
+		greedy, modest := &limitedConn{}, &limitedConn{}
+		got := make(chan *limitedConn, 10)
+		wait := func(c *limitedConn) {
+			if err := r.take(t.Context(), c, 1); err != nil {
+				t.Error(err)
+			}
+			got <- c
+		}
+		for range 6 {
+			go wait(greedy)
+		}
+		synctest.Wait()
+		if len(got) != 3 {
+			t.Fatalf("one connection has %d of 4 places, its share is 3", len(got))
+		}
+		if !r.tryTake(modest, 1) || r.tryTake(modest, 1) {
+			t.Error("another has not got the place that is left, or one more")
+		}
+		go wait(modest)
+		synctest.Wait()
+		for range 3 {
+			<-got
+		}
+		r.release(greedy, 1)
+		synctest.Wait()
+		if len(got) != 1 || <-got != modest {
+			t.Error("it was the turn of the connection that has less")
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 3*roomTick/2)
+		defer cancel()
+		if err := r.take(ctx, modest, 1); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("there was no room: %v", err)
+		}
+		if looks == 0 {
+			t.Error("nobody looks for connections that stall while others wait")
+		}
+		r.release(modest, 2)
+		synctest.Wait()
+		for range 2 {
+			r.release(greedy, 1)
+		}
+		synctest.Wait()
+		for range 3 {
+			r.release(greedy, 1)
+		}
+		if r.used != 0 || len(r.holders) != 0 {
+			t.Errorf("%d are used, by %d connections, when all was given back", r.used, len(r.holders))
+		}
+	})
+}
+
+// TestArrivalsYield: over the limit, the oldest request ends of the connection that has most,
+// and what has ended counts no more.
+func TestArrivalsYield(t *testing.T) {
+	as := newArrivals(100)
+	yielded := map[string]bool{}
+	begin := func(c *limitedConn, name string, bytes int) *arrival {
+		return as.begin(c, bytes, func(error) { yielded[name] = true })
+	}
+	large, small := &limitedConn{}, &limitedConn{}
+	first := begin(small, "small", 20)
+	begin(large, "oldest", 30)
+	last := begin(large, "newer", 30)
+	as.end(begin(small, "ended", 20))
+	if len(yielded) != 0 {
+		t.Fatalf("within the limit, %v have yielded", yielded)
+	}
+	begin(small, "last", 30)
+	if len(yielded) != 1 || !yielded["oldest"] {
+		t.Errorf("%v have yielded", yielded)
+	}
+	as.end(first)
+	as.end(last)
+	as.end(last)
+	if as.bytes != 30 || len(as.of) != 1 {
+		t.Errorf("%d bytes of %d connections are on their way", as.bytes, len(as.of))
+	}
+}
+
+// TestRunningCalls: a node and a connection have their limits, and when half of all run, a
+// connection has a lower one.
+func TestRunningCalls(t *testing.T) {
+	r := &runningCalls{limit: 8, share: 6, late: 2}
+	begin := func(c *limitedConn) int {
+		n := 0
+		for r.begin(c) {
+			n++
+		}
+		return n
+	}
+	if n := begin(&limitedConn{}); n != 4 {
+		t.Errorf("the first connection has %d calls", n)
+	}
+	second := &limitedConn{}
+	if n := begin(second); n != 2 {
+		t.Errorf("when half of all run, a connection has %d calls", n)
+	}
+	r.end(second)
+	if n := begin(second); n != 1 {
+		t.Errorf("when one has ended, %d more begin", n)
+	}
+	if n := begin(&limitedConn{}) + begin(&limitedConn{}); n != 2 {
+		t.Errorf("%d calls more than a node may have", n-2)
+	}
+	few := &runningCalls{limit: 100, share: 3, late: 2}
+	alone := &limitedConn{}
+	for few.begin(alone) && alone.running < 10 {
+	}
+	if alone.running != 3 {
+		t.Errorf("a connection that may have 3 calls has %d", alone.running)
+	}
+}
+
+// accepted makes connections of a limiter.
+func accepted(t *testing.T, many int) []*limitedConn {
+	t.Helper()
+	l := newLimiter(&refusing{left: many}, wide, nil, quiet())
+	var conns []*limitedConn
+	for range many {
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		conns = append(conns, c.(*limitedConn))
+	}
+	return conns
+}
+
+// TestAnswersUntaken: answers count by their size until they are written, their connection is
+// closed, or gRPC has lost their buffer.
+func TestAnswersUntaken(t *testing.T) {
+	c := accepted(t, 1)[0]
+	as := c.l.answers
+	admit := func(bytes int) *answerPool {
+		t.Helper()
+		a, err := as.admit(t.Context(), c, bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	want := func(what string, large, small int) {
+		t.Helper()
+		if as.large.used != large || as.small.used != small {
+			t.Errorf("%s: %d large ones and %d bytes of small ones", what, as.large.used, as.small.used)
+		}
+	}
+	large := admit(smallAnswer + 1)
+	small := admit(smallAnswer)
+	want("one of each", 1, smallAnswer)
+	large.fit(2000)
+	small.fit(3000)
+	want("both have become small", 0, 5000)
+	large.Put(nil)
+	large.Put(nil)
+	want("one is written", 0, 3000)
+	admit(maxValueBytes)
+	want("one more", 1, 3000)
+	_ = c.Close()
+	want("the connection is closed", 0, 0)
+	small.Put(nil)
+	if _, err := as.admit(t.Context(), c, 2000); !errors.Is(err, errOverloaded) {
+		t.Errorf("an answer on a connection that is closed: %v", err)
+	}
+	want("nobody's", 0, 0)
+}
+
+// TestStalledIsClosed: while others wait, a connection is closed that has not taken an answer
+// for long. One that takes its answers stays, and so does one for which nobody waits.
+func TestStalledIsClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conns := accepted(t, largeAnswers/connLargeAnswers+1)
+		as := conns[0].l.answers
+		take := func(c *limitedConn) *answerPool {
+			a, err := as.admit(t.Context(), c, maxValueBytes)
+			if err != nil {
+				t.Error(err)
+			}
+			return a
+		}
+		reads, last := conns[0], conns[len(conns)-1]
+		for _, c := range conns[1 : len(conns)-1] {
+			for range connLargeAnswers {
+				take(c)
+			}
+		}
+		time.Sleep(10 * stallTimeout)
+		if len(reads.l.conns) != len(conns) {
+			t.Fatal("a connection was closed for nobody")
+		}
+		for range connLargeAnswers {
+			take(reads)
+		}
+		take(last)
+		if !reads.l.conns[reads] || !reads.l.conns[last] || len(reads.l.conns) != 2 {
+			t.Errorf("%d connections are open", len(reads.l.conns))
+		}
+		for _, c := range conns {
+			_ = c.Close()
+		}
+	})
+}
+
+// TestWaitingGetCopiesNothing: a Get that waits for room has no copy of the value,
+// or a thousand of them would have a thousand.
+func TestWaitingGetCopiesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := accepted(t, 1)[0]
+		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
+		s := &server{n: turnNode()}
+		s.n.store.clusterID = 1
+		s.n.store.set([]byte("k"), item{make([]byte, maxValueBytes), 1})
+		get := func() error {
+			ctx, cancel := context.WithTimeout(ctx, time.Second/2)
+			defer cancel()
+			_, err := s.answer(ctx, &kvpb.GetRequest{Key: "k", Local: true}, func(ctx context.Context, req any) (any, error) {
+				return s.Get(ctx, req.(*kvpb.GetRequest))
+			})
+			return err
+		}
+		for range connLargeAnswers {
+			if err := get(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var err error
+		n := allocated(func() { err = get() })
+		if !errors.Is(err, context.DeadlineExceeded) || n > maxValueBytes/2 {
+			t.Errorf("it allocates %d bytes and ends with: %v", n, err)
+		}
+		_ = c.Close()
+	})
+}
