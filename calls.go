@@ -39,6 +39,13 @@ var (
 		"start the node with an empty one; add-learner adds it, if status does not list it then", errStopping)
 )
 
+const (
+	// Of a proposal, Pipelines get maxSharedLoad bytes if a unary call has come since
+	// sharedProposals before: those that come next wait until it is applied.
+	maxSharedLoad   = 128 << 10
+	sharedProposals = 16
+)
+
 // proposal is this node's own entry in flight. There is one at most: what is
 // written meanwhile forms the next.
 type proposal struct {
@@ -62,7 +69,9 @@ type readRound struct {
 // callsInFlight are the calls on their way through raft. The loop owns them; it hands
 // in the time and what raft says.
 type callsInFlight struct {
-	writes    []*call     // that wait to be proposed
+	writes    []*call     // of unary calls, that wait to be proposed
+	loads     []*call     // writes of Pipelines, that wait to be proposed
+	shared    int         // how many of the next proposals leave room for unary calls
 	reads     []*call     // that wait for a round
 	own       *proposal   // this node's entry in flight; nil: none
 	round     readRound   // in flight, if it has a context
@@ -81,10 +90,17 @@ type callsInFlight struct {
 // add takes a call in. wall is the time from which its wait counts.
 func (c *callsInFlight) add(call *call, wall uint64) {
 	call.since = wall
-	if call.write == nil {
+	isUnary := call.request == nil
+	if isUnary {
+		c.shared = sharedProposals
+	}
+	switch {
+	case call.write == nil:
 		c.reads = append(c.reads, call)
-	} else {
+	case isUnary:
 		c.writes = append(c.writes, call)
+	default:
+		c.loads = append(c.loads, call)
 	}
 }
 
@@ -113,6 +129,7 @@ func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 		})
 	}
 	c.writes = endSome(c.writes)
+	c.loads = endSome(c.loads)
 	c.reads = endSome(c.reads)
 	c.round.calls = endSome(c.round.calls)
 	for i := range c.confirmed {
@@ -180,8 +197,10 @@ func (c *callsInFlight) failAll(err error) {
 	}
 	c.fail(c.reads, err)
 	c.fail(c.writes, err)
+	c.fail(c.loads, err)
 	c.reads = nil
 	c.writes = nil
+	c.loads = nil
 	c.confirmed = nil
 	for _, waiting := range c.requests {
 		waiting.done <- err
@@ -198,7 +217,7 @@ func (c *callsInFlight) takeEnded() (calls, bytes int) {
 }
 
 // canPropose reports whether writes wait and no proposal is in flight.
-func (c *callsInFlight) canPropose() bool { return c.own == nil && len(c.writes) > 0 }
+func (c *callsInFlight) canPropose() bool { return c.own == nil && len(c.writes)+len(c.loads) > 0 }
 
 // nextProposal returns what is to be proposed now, in the name of a raft ID: the
 // proposal in flight if it may have got lost, or a new one of the writes at the head of
@@ -213,24 +232,21 @@ func (c *callsInFlight) nextProposal(raftID, now uint64) *proposal {
 	return c.own
 }
 
+// newProposal makes a proposal of writes that wait: those of unary calls first, for these are
+// few, and then those of Pipelines, as many as leave the next unary call little to wait for.
 func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	c.sequence++
 	p := &proposal{sequence: c.sequence}
-	size := 0
-	taken := 0
-	for _, call := range c.writes {
-		if len(p.calls) > 0 && size+len(call.write) > maxEntryBytes {
-			break
-		}
-		taken++
-		if !call.state.CompareAndSwap(callQueued, callProposed) {
-			c.finish(call, outcome{}) // given up: nobody waits
-			continue
-		}
-		p.calls = append(p.calls, call)
-		size += len(call.write) + 4
+	isShared := len(c.loads) > 0 && c.shared > 0
+	unaryBytes, loadBytes := maxEntryBytes, maxEntryBytes
+	if isShared {
+		c.shared--
+		unaryBytes -= maxSharedLoad
+		loadBytes = maxSharedLoad
 	}
-	c.writes = c.writes[taken:]
+	size := 0
+	c.writes, size = c.propose(p, c.writes, size, unaryBytes)
+	c.loads, size = c.propose(p, c.loads, size, min(size+loadBytes, maxEntryBytes))
 	if len(p.calls) == 0 {
 		return nil
 	}
@@ -242,6 +258,23 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 		p.data = protowire.AppendBytes(p.data, call.write)
 	}
 	return p
+}
+
+// propose moves calls into a proposal of some size, up to a limit, and returns those that are
+// left, and the proposal's size. An empty proposal takes one call whatever the limit.
+func (c *callsInFlight) propose(p *proposal, calls []*call, size, limit int) (rest []*call, _ int) {
+	for i, call := range calls {
+		if len(p.calls) > 0 && size+len(call.write) > limit {
+			return calls[i:], size
+		}
+		if !call.state.CompareAndSwap(callQueued, callProposed) {
+			c.finish(call, outcome{}) // given up: nobody waits
+			continue
+		}
+		p.calls = append(p.calls, call)
+		size += len(call.write) + 4
+	}
+	return nil, size
 }
 
 // finishOwn ends the calls of the proposal in flight, if that is what was applied. The store

@@ -39,7 +39,7 @@ type rude struct {
 
 // Frames of HTTP/2 (RFC 9113, section 6), and their flags.
 const (
-	frameData, frameHeaders, frameReset, frameSettings, framePing, frameContinuation = 0, 1, 3, 4, 6, 9
+	frameData, frameHeaders, frameReset, frameSettings, framePing, frameWindow, frameContinuation = 0, 1, 3, 4, 6, 8, 9
 
 	flagEnd, flagAck, flagEndHeaders = 1, 1, 4
 )

@@ -37,6 +37,11 @@ func (r *rude) message(stream uint32, end bool, m []byte) error {
 	return r.raw(stream, end, append(b, m...), 16<<10)
 }
 
+// window opens the window of a stream, or with 0 of the connection.
+func (r *rude) window(stream uint32, more uint32) error {
+	return r.frame(frameWindow, 0, stream, binary.BigEndian.AppendUint32(nil, more))
+}
+
 // calls makes a connection, begins so many calls on it, sends what each says, and holds all of
 // it until ctx ends.
 func calls(many int, method string, say func(r *rude, stream uint32) error) func(context.Context, string, func()) {
