@@ -1,5 +1,4 @@
-// Tests of connections.go and answers.go. Clients that misbehave: what they cost a node in memory, and other
-// clients in time.
+// Tests of connections.go, and clients that misbehave.
 
 package main
 

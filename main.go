@@ -28,7 +28,7 @@
 //     once, each in a goroutine that ends with the request.
 //   - gRPC's own: one for each call, streamWorkers of which serve the next one
 //     too. A call waits in server.call or node.await, reads the store under its
-//     lock, and waits in admit for room for its answer.
+//     lock, and waits in rooms for memory for its request and its answer.
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second

@@ -86,7 +86,7 @@ type KVServiceClient interface {
 	// each by itself: one that fails does not end the stream. Writes of one stream
 	// are applied in its order; a read may run beside the writes before and after
 	// it. The node reads no further request while 8,192 of a stream's operations,
-	// or 8 MiB of them, are not answered. A stream that ends without the answer to
+	// or 4 MiB of them, are not answered. A stream that ends without the answer to
 	// a write leaves its outcome unknown.
 	Pipeline(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PipelineRequest, PipelineResponse], error)
 }
@@ -205,7 +205,7 @@ type KVServiceServer interface {
 	// each by itself: one that fails does not end the stream. Writes of one stream
 	// are applied in its order; a read may run beside the writes before and after
 	// it. The node reads no further request while 8,192 of a stream's operations,
-	// or 8 MiB of them, are not answered. A stream that ends without the answer to
+	// or 4 MiB of them, are not answered. A stream that ends without the answer to
 	// a write leaves its outcome unknown.
 	Pipeline(grpc.BidiStreamingServer[PipelineRequest, PipelineResponse]) error
 	mustEmbedUnimplementedKVServiceServer()
