@@ -17,6 +17,7 @@ type room struct {
 
 	mu      sync.Mutex
 	used    int
+	waiters int                          // of all holders: mostly there is none, and nobody to look for
 	holders map[*limitedConn]*roomHolder // that have some of it, or wait for it
 }
 
@@ -48,6 +49,7 @@ func (r *room) take(ctx context.Context, c *limitedConn, amount int) error {
 		r.holders[c] = h
 	}
 	h.waiting = append(h.waiting, w)
+	r.waiters++
 	r.serve()
 	r.mu.Unlock()
 	select {
@@ -106,6 +108,7 @@ func (r *room) leave(c *limitedConn, w *roomWaiter) {
 	for i, other := range h.waiting {
 		if other == w {
 			h.waiting = append(h.waiting[:i:i], h.waiting[i+1:]...)
+			r.waiters--
 			r.forget(c, h)
 			r.serve()
 			return
@@ -119,13 +122,14 @@ func (r *room) leave(c *limitedConn, w *roomWaiter) {
 
 // serve lets those take what they wait for whose turn it is. mu is held.
 func (r *room) serve() {
-	for {
+	for r.waiters > 0 {
 		h := r.next()
 		if h == nil || r.used+h.waiting[0].amount > r.limit {
 			return
 		}
 		w := h.waiting[0]
 		h.waiting = h.waiting[1:]
+		r.waiters--
 		h.used += w.amount
 		r.used += w.amount
 		close(w.ready)
