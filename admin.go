@@ -317,7 +317,10 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 	if running > maxBackups {
 		return toStatus(errOverloaded, false)
 	}
-	err := s.net.serve(stream, func(ctx context.Context, _ context.CancelCauseFunc, silent *time.Timer) error {
+	err := s.net.serve(stream, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+		soon, stop := beforeDeadline(ctx)
+		defer stop()
+		context.AfterFunc(soon, func() { cancel(soon.Err()) })
 		v, err := s.openView(ctx, false, (*store).openView)
 		if err != nil {
 			return toStatus(err, false)
@@ -328,7 +331,10 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 			return stream.Send(&kvpb.BackupResponse{Data: b})
 		}))
 	})
-	if err != nil && errorReason(err) == "" {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, errSilent) {
 		err = fmt.Errorf("the caller does not read: %w", context.DeadlineExceeded)
 	}
 	return toStatus(err, false)
@@ -336,6 +342,8 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 
 // Metrics implements ClusterService.
 func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.MetricsResponse, error) {
+	ctx, cancel := inTime(ctx)
+	defer cancel()
 	var m *kvpb.MetricsResponse
 	err := s.n.do(ctx, func() error {
 		m = s.n.metrics()

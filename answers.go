@@ -83,7 +83,9 @@ func (as *answers) admit(ctx context.Context, c *limitedConn, bytes int) (*answe
 		p.amount = 1
 	}
 	if !p.room.tryTake(c, p.amount) {
-		if err := p.room.take(ctx, c, p.amount); err != nil {
+		soon, cancel := beforeDeadline(ctx)
+		defer cancel()
+		if err := p.room.take(soon, c, p.amount); err != nil {
 			return nil, err
 		}
 	}

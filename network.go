@@ -448,6 +448,16 @@ func (nw *network) serveHello(s grpc.ServerStream, handle streamHandler) error {
 	return nw.serve(s, handle)
 }
 
+// streamEnd says why a stream was ended from outside: ABORTED, unless the API has a code
+// for the cause.
+type streamEnd struct{ cause error }
+
+func (e *streamEnd) Error() string { return e.cause.Error() }
+func (e *streamEnd) Unwrap() error { return e.cause }
+
+// GRPCStatus is what gRPC takes the error for.
+func (e *streamEnd) GRPCStatus() *status.Status { return status.New(codes.Aborted, e.Error()) }
+
 // serve has a goroutine of its own handle a stream, and returns as soon as the stream is
 // cancelled or the network closed. That tears the stream down, so the goroutine, which
 // may be waiting in it, returns, too.
@@ -467,7 +477,7 @@ func (nw *network) serve(s grpc.ServerStream, handle streamHandler) error {
 		}
 		return err
 	case <-ctx.Done():
-		return status.Error(codes.Aborted, context.Cause(ctx).Error())
+		return &streamEnd{context.Cause(ctx)}
 	case <-nw.ctx.Done():
 		return toStatus(errStopping, false)
 	}

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"raft-key-value/kvpb"
@@ -134,6 +133,7 @@ type pipeline struct {
 	stream       grpc.ServerStream
 	conn         *limitedConn
 	reader       *requestReader
+	ctx          context.Context       // the stream's, but ends a little before its deadline
 	requests     chan *pipelineRequest // in the order in which they are to be answered
 	calls, bytes atomic.Int64          // of requests that are not answered
 	answered     bell                  // rings when some were answered
@@ -141,10 +141,13 @@ type pipeline struct {
 
 // Pipeline implements KVService.
 func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
+	ctx, cancel := beforeDeadline(stream.Context())
+	defer cancel()
 	conn := connOf(stream.Context())
 	p := &pipeline{
 		s:        s,
 		stream:   stream,
+		ctx:      ctx,
 		conn:     conn,
 		reader:   newRequestReader(stream.Context(), conn.l.arrivals),
 		requests: make(chan *pipelineRequest, maxQueuedRequests),
@@ -154,18 +157,20 @@ func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
 	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
 	ended := make(chan error, 1)
 	go func() { // ends with the stream
-		ended <- p.read(stream.Context())
+		ended <- p.read(ctx)
 		close(p.requests)
 	}()
 	for {
 		select {
 		case r, ok := <-p.requests:
 			if !ok {
-				return toStatus(<-ended, true)
+				return p.endedBy(<-ended)
 			}
 			if err := p.answer(r); err != nil {
 				return err
 			}
+		case <-ctx.Done():
+			return p.endedBy(ctx.Err())
 		case <-s.stopping:
 			if len(p.requests) == 0 {
 				return toStatus(errStopping, true)
@@ -198,6 +203,18 @@ func (p *pipeline) release(r *pipelineRequest) {
 	p.calls.Add(-int64(len(r.calls)))
 	p.bytes.Add(-int64(r.bytes))
 	p.conn.l.pipelines.release(p.conn, r.bytes)
+}
+
+// endedBy is the error of a stream that err ends. At its deadline some operations may not
+// be answered.
+func (p *pipeline) endedBy(err error) error {
+	if err == nil {
+		return nil
+	}
+	if p.ctx.Err() != nil {
+		err = fmt.Errorf("%w, of what is not answered: %w", errOutcomeUnknown, err)
+	}
+	return toStatus(err, true)
 }
 
 // read takes requests in, while there is room for what they ask, until the caller has
@@ -275,12 +292,12 @@ func (p *pipeline) mayRead() bool {
 
 // answer waits for a request's calls and sends the results, in one message or more.
 func (p *pipeline) answer(r *pipelineRequest) error {
-	ctx := p.stream.Context()
+	ctx := p.ctx
 	select {
 	case <-r.done:
 	case <-ctx.Done():
 		p.abandon(r)
-		return status.FromContextError(ctx.Err()).Err()
+		return p.endedBy(ctx.Err())
 	}
 	for from := 0; from < len(r.ops); {
 		room, err := p.conn.l.answers.admit(ctx, p.conn, mostOf(r.ops[from:]))

@@ -212,14 +212,14 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	if len(req.PageToken) > maxKeyBytes {
 		return nil, invalid("page_token", "it has %d bytes, the limit is %d", len(req.PageToken), maxKeyBytes)
 	}
+	ctx, cancel := beforeDeadline(ctx)
+	defer cancel() // the view ends before the answer waits for room
 	select {
 	case s.lists <- struct{}{}:
 		defer func() { <-s.lists }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // the view ends before the answer waits for room
 	v, err := s.openView(ctx, req.Local, (*store).openKeys)
 	if err != nil {
 		return nil, err
@@ -263,20 +263,27 @@ func (s *server) confirmRead(ctx context.Context) error {
 }
 
 // call takes an encoded write through the loop, or a read if there is none, and waits
-// until it has ended or ctx has.
+// until it has ended, or ctx has, or is about to: the loop may be waiting for the disk.
 func (s *server) call(ctx context.Context, write []byte) (result, error) {
 	c := &call{write: write, wait: s.ticksLeft(ctx), done: make(chan outcome, 1)}
 	if err := s.n.inbox.call(c); err != nil {
 		return result{}, err
 	}
+	var late <-chan time.Time // nil, which never fires, without a deadline
+	if deadline, ok := ctx.Deadline(); ok {
+		timer := time.NewTimer(time.Until(earlier(deadline))) // costs less than a context
+		defer timer.Stop()
+		late = timer.C
+	}
 	select {
 	case o := <-c.done:
 		return o.result, o.err
+	case <-late:
 	case <-ctx.Done():
 	}
 	notProposed := write == nil || c.state.CompareAndSwap(callQueued, callGivenUp)
 	if notProposed {
-		return result{}, ctx.Err()
+		return result{}, cmp.Or(ctx.Err(), context.DeadlineExceeded)
 	}
 	if ctx.Err() == context.Canceled {
 		unknown := kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN
@@ -310,6 +317,20 @@ func (s *server) openView(ctx context.Context, local bool, open func(*store) *vi
 // margin is how long before its caller's deadline a call ends, if so much time is
 // left: so that its status and its reason get there.
 func margin(left time.Duration) time.Duration { return min(left/10, maxMargin) }
+
+// earlier is when what waits outside of the loop ends, for a caller's deadline: half a
+// margin before it. The loop ends its calls before that, and knows more about why.
+func earlier(deadline time.Time) time.Time {
+	return deadline.Add(-margin(time.Until(deadline)) / 2)
+}
+
+// beforeDeadline is ctx, but ends a little before its deadline, if it has one.
+func beforeDeadline(ctx context.Context) (context.Context, context.CancelFunc) {
+	if deadline, ok := ctx.Deadline(); ok {
+		return context.WithDeadline(ctx, earlier(deadline))
+	}
+	return context.WithCancel(ctx)
+}
 
 // ticksLeft is how long a call may take, in ticks of the loop, the one that has begun
 // included; 0: there is no deadline, or it is too near to be told in ticks.

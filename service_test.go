@@ -797,6 +797,122 @@ func TestMargin(t *testing.T) {
 	}
 }
 
+// TestReasonBeforeDeadline: a node whose loop hangs, as with a disk that does, still says
+// of each call why it ends, before its caller's deadline; so does one that has no place for
+// a call.
+func TestReasonBeforeDeadline(t *testing.T) {
+	t.Parallel()
+	inOneBubble(t, 1, "", func(t *testing.T, b *bubble) {
+		b.settled(1)
+		n := b.nodes[1]
+		calls := map[string]func(context.Context) error{
+			"Get":         func(ctx context.Context) error { _, err := n.Get(ctx, &kvpb.GetRequest{Key: "k"}); return err },
+			"Set":         func(ctx context.Context) error { _, err := n.Set(ctx, &kvpb.SetRequest{Key: "k"}); return err },
+			"Delete":      func(ctx context.Context) error { _, err := n.Delete(ctx, &kvpb.DeleteRequest{Key: "k"}); return err },
+			"OpenSession": func(ctx context.Context) error { _, err := n.OpenSession(ctx, &kvpb.OpenSessionRequest{}); return err },
+			"List":        func(ctx context.Context) error { _, err := n.List(ctx, &kvpb.ListRequest{}); return err },
+			"local List":  func(ctx context.Context) error { _, err := n.List(ctx, &kvpb.ListRequest{Local: true}); return err },
+			"Metrics":     func(ctx context.Context) error { _, err := n.Metrics(ctx, &kvpb.MetricsRequest{}); return err },
+			"TransferLeader": func(ctx context.Context) error {
+				_, err := n.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: 1})
+				return err
+			},
+			"Init": func(ctx context.Context) error {
+				_, err := n.Init(ctx, &kvpb.InitRequest{Members: b.proto(1)})
+				return err
+			},
+			"Claim": func(ctx context.Context) error {
+				_, err := kvpb.NewRaftServiceClient(n.conn).Claim(ctx, &kvpb.ClaimRequest{To: b.proto(1)[0]})
+				return err
+			},
+			"Backup": func(ctx context.Context) error {
+				s, err := n.Backup(ctx, &kvpb.BackupRequest{})
+				if err == nil {
+					_, err = s.Recv()
+				}
+				return err
+			},
+			"Pipeline": func(ctx context.Context) error {
+				s, err := n.Pipeline(ctx)
+				if err == nil {
+					_, err = exchange(s, setOp("k", "v"))
+				}
+				return err
+			},
+		}
+		all := slices.Collect(maps.Keys(calls))
+		wantReasons := func(what string, names ...string) {
+			for _, name := range names {
+				ctx, cancel := context.WithTimeout(b.ctx, 2*time.Second)
+				err := calls[name](ctx)
+				if errorReason(err) == "" || ctx.Err() != nil {
+					t.Errorf("%s: %s: %v", what, name, err)
+				}
+				isOpen := name == "Pipeline" // what it has not answered may have been made
+				if isOpen != (errorReason(err) == "OUTCOME_UNKNOWN") {
+					t.Errorf("%s: %s: whether it was made: %v", what, name, err)
+				}
+				cancel()
+			}
+		}
+		release := b.hold(1)
+		wantReasons("the loop hangs", all...)
+		release()
+		ctx, cancel := context.WithTimeout(b.ctx, 2*time.Second)
+		defer cancel()
+		err := n.server.Backup(&kvpb.BackupRequest{}, &unreadBackup{ctx: ctx})
+		if errorReason(err) != "DEADLINE" || ctx.Err() != nil {
+			t.Errorf("a backup that is not read: %v", err)
+		}
+		for range maxLists {
+			n.server.lists <- struct{}{}
+		}
+		wantReasons("all Lists run", "List", "local List")
+		for range maxLists {
+			<-n.server.lists
+		}
+	})
+}
+
+// unreadBackup is the stream of a Backup whose caller does not read.
+type unreadBackup struct {
+	kvpb.ClusterService_BackupServer
+	ctx context.Context
+}
+
+func (s *unreadBackup) Context() context.Context { return s.ctx }
+
+func (s *unreadBackup) Send(*kvpb.BackupResponse) error {
+	<-s.ctx.Done()
+	return s.ctx.Err()
+}
+
+// TestNoRoomInTime: an answer that waits for room ends before its caller's deadline.
+func TestNoRoomInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLimiter(&refusing{left: 1}, wide, nil, quiet())
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		c := conn.(*limitedConn)
+		for range connLargeAnswers {
+			pool, err := l.answers.admit(t.Context(), c, smallAnswer+1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer pool.Put(nil)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		_, err = l.answers.admit(ctx, c, smallAnswer+1)
+		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			t.Errorf("%v; at the caller: %v", err, ctx.Err())
+		}
+	})
+}
+
 // TestAnswersInTime: a request that its deadline cuts short is answered before
 // that, so that the caller learns why.
 func TestAnswersInTime(t *testing.T) {
