@@ -6,13 +6,16 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,7 +24,7 @@ import (
 )
 
 const (
-	// certificateReadInterval is how often the files are looked at, at most.
+	// certificateReadInterval is how often the files are looked at, and the connections.
 	certificateReadInterval = time.Second
 	// A certificate that ends within certificateWarning is warned about, every
 	// certificateWarningInterval.
@@ -29,6 +32,9 @@ const (
 	certificateWarningInterval = 24 * time.Hour
 	// maxCertificateFile bounds what is read of a file: a mistyped name may be anything.
 	maxCertificateFile = 1 << 20
+	// maxChain bounds the certificates that one end shows: among many, it takes long to find
+	// those that lead to a CA.
+	maxChain = 8
 )
 
 // certificateFiles are the files, in PEM, that TLS needs. Without the first three there is
@@ -46,8 +52,9 @@ func (f certificateFiles) areGiven() bool { return f != certificateFiles{} }
 // areAll reports whether there is all that TLS needs.
 func (f certificateFiles) areAll() bool { return f.cert != "" && f.key != "" && f.trustedCA != "" }
 
-// certificates are the present content of the files. They are read again when they have
-// changed, for the handshakes that follow. Any goroutine may call the methods.
+// certificates are the present content of the files. A node reads them again when they have
+// changed, for the handshakes that follow; a command reads them once. Any goroutine may call
+// latest, accept and the dialling; no handshake waits for a file.
 type certificates struct {
 	files  certificateFiles
 	node   uint64 // the id of the node that this process is; 0: it is a command
@@ -56,11 +63,13 @@ type certificates struct {
 	current   atomic.Pointer[keyring] // of the last files that could be used
 	nodeHosts nodeHosts               // where nodes have shown their certificates
 
-	mu       sync.Mutex // guards what follows
-	readAt   time.Time  // when the files were last looked at
-	content  fileContent
-	warnedAt time.Time // when the log last said that the certificate ends soon
-	open     map[*secureConn]bool
+	// These are watch's alone.
+	content  fileContent // of the files when they were last read; empty: they could not be read
+	isUsed   bool        // content is what current was made of
+	warnedAt time.Time   // when the log last said that the certificate ends soon
+
+	mu   sync.Mutex // guards open
+	open map[*secureConn]bool
 }
 
 // fileContent is what the files have, in the order of certificateFiles.
@@ -88,7 +97,7 @@ func openCertificates(files certificateFiles, node uint64, logger *slog.Logger) 
 		return nil, err
 	}
 	c.content = content
-	c.readAt = time.Now()
+	c.isUsed = true
 	c.current.Store(k)
 	return c, nil
 }
@@ -112,15 +121,19 @@ func (f certificateFiles) read() (fileContent, error) {
 }
 
 func readCertificateFile(path string) (string, error) {
-	info, err := os.Stat(path)
+	file, err := os.Open(path)
 	if err != nil {
 		return "", err
 	}
-	if info.Size() > maxCertificateFile {
-		return "", fmt.Errorf("%s: it has %d bytes, the limit is %d", path, info.Size(), maxCertificateFile)
+	defer func() { _ = file.Close() }()
+	text, err := io.ReadAll(io.LimitReader(file, maxCertificateFile+1)) // a device says no size
+	if err != nil {
+		return "", err
 	}
-	text, err := os.ReadFile(path)
-	return string(text), err
+	if len(text) > maxCertificateFile {
+		return "", fmt.Errorf("%s: it has more than %d bytes", path, maxCertificateFile)
+	}
+	return string(text), nil
 }
 
 // parse makes a keyring of the files, if they fit together and the certificate is one that
@@ -152,11 +165,34 @@ func (c *certificates) parse(content fileContent) (*keyring, error) {
 	return k, nil
 }
 
-// parsePool returns the CAs of a file.
+// parsePool returns the CAs of a file. It refuses the file as a whole if there is anything
+// else in it: a part that was passed over, because it is not written yet or is damaged,
+// would be a CA that is not trusted any more.
 func parsePool(path, content string) (*x509.CertPool, error) {
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM([]byte(content)) {
+	found := 0
+	rest := []byte(content)
+	for {
+		var block *pem.Block
+		block, rest = pem.Decode(rest)
+		if block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("%s: there is a %s in it, want certificates only", path, block.Type)
+		}
+		certificate, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		pool.AddCert(certificate)
+		found++
+	}
+	if found == 0 {
 		return nil, fmt.Errorf("%s: there is no certificate in it", path)
+	}
+	if begun := strings.Count(content, "-----BEGIN "); begun != found {
+		return nil, fmt.Errorf("%s: of its %d certificates, only %d are whole", path, begun, found)
 	}
 	return pool, nil
 }
@@ -168,7 +204,7 @@ func (c *certificates) checkOwn(k *keyring) error {
 		return err
 	}
 	if c.node == 0 {
-		return k.checkOwnValidity(chain, time.Now())
+		return k.checkOwnValidity(chain[0], time.Now())
 	}
 	wanted := principal{role: roleNode, node: c.node}
 	if k.who != wanted {
@@ -186,14 +222,14 @@ func (c *certificates) checkOwn(k *keyring) error {
 }
 
 // checkOwnValidity checks that the certificate of a command is valid now. By which CA the
-// nodes check it, a command does not know.
-func (k *keyring) checkOwnValidity(chain []*x509.Certificate, now time.Time) error {
-	k.until = firstEnd(chain)
-	if now.Before(chain[0].NotBefore) {
-		return fmt.Errorf("the certificate is not valid before %s", clockText(chain[0].NotBefore))
+// nodes check it, and which of those behind it they need for that, a command does not know.
+func (k *keyring) checkOwnValidity(own *x509.Certificate, now time.Time) error {
+	k.until = own.NotAfter
+	if now.Before(own.NotBefore) {
+		return fmt.Errorf("the certificate is not valid before %s", clockText(own.NotBefore))
 	}
-	if now.After(k.until) {
-		return fmt.Errorf("the certificate has ended at %s", clockText(k.until))
+	if now.After(own.NotAfter) {
+		return fmt.Errorf("the certificate has ended at %s", clockText(own.NotAfter))
 	}
 	return nil
 }
@@ -223,6 +259,9 @@ type verified struct {
 func (k *keyring) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) (verified, error) {
 	if len(chain) == 0 {
 		return verified{}, errors.New("there is no certificate")
+	}
+	if len(chain) > maxChain {
+		return verified{}, fmt.Errorf("there are %d certificates, want at most %d", len(chain), maxChain)
 	}
 	who, err := principalOf(chain[0])
 	if err != nil {
@@ -265,31 +304,35 @@ func firstEnd(chain []*x509.Certificate) time.Time {
 }
 
 // latest returns the keyring for a handshake that begins now.
-func (c *certificates) latest() *keyring {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	now := time.Now()
-	if now.Sub(c.readAt) >= certificateReadInterval {
-		c.readAt = now
+func (c *certificates) latest() *keyring { return c.current.Load() }
+
+// watch looks after the certificates, and after the connections that were made with them,
+// until ctx ends.
+func (c *certificates) watch(ctx context.Context) {
+	for ctx.Err() == nil {
 		c.readAgain()
+		c.recheck(time.Now())
+		c.warn(time.Now())
+		sleep(ctx, certificateReadInterval)
 	}
-	return c.current.Load()
 }
 
 // readAgain takes over what the files have now, if that has changed and can be used. A
 // certificate and its key are replaced one after the other: in between they do not fit,
-// and the old ones stay. c.mu is held.
+// and the old ones stay. What cannot be used is tried again each time: a certificate may
+// not be valid yet.
 func (c *certificates) readAgain() {
 	content, err := c.files.read()
-	if err == nil && content == c.content {
+	isNews := content != c.content
+	if err == nil && !isNews && c.isUsed {
 		return
 	}
+	c.content = content // empty after an error of reading: that is logged once, too
 	var k *keyring
 	if err == nil {
 		k, err = c.parse(content)
 	}
-	isNews := content != c.content
-	c.content = content // empty after an error of reading: that is logged once, too
+	c.isUsed = err == nil
 	if err != nil {
 		if isNews {
 			c.logger.Error("the certificates have changed and cannot be used: the old ones stay", "err", err)
@@ -301,83 +344,92 @@ func (c *certificates) readAgain() {
 	c.logger.Info("certificates read again", "ends", clockText(k.until))
 }
 
-// watch looks after the certificates until ctx ends: it warns of their end, and if the files
-// have changed, it looks at the connections that were made before.
-func (c *certificates) watch(ctx context.Context) {
-	last := c.latest()
-	for ctx.Err() == nil {
-		k := c.latest()
-		if k != last {
-			last = k
-			c.recheck(k)
-		}
-		c.warn()
-		sleep(ctx, certificateReadInterval)
-	}
-}
-
-// warn logs if the node's certificate ends soon, once in a while.
-func (c *certificates) warn() {
+// warn logs if the node's certificate ends soon, or has ended, once in a while.
+func (c *certificates) warn(now time.Time) {
 	k := c.latest()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	now := time.Now()
 	isSoon := k.until.Sub(now) < certificateWarning
 	if !isSoon || now.Sub(c.warnedAt) < certificateWarningInterval {
 		return
 	}
 	c.warnedAt = now
-	c.logger.Warn("the certificate of this node ends soon: without another one, nobody can connect then",
-		"ends", clockText(k.until), "file", c.files.cert)
+	text := "the certificate of this node ends soon: without another one, nobody can connect then"
+	if now.After(k.until) {
+		text = "the certificate of this node has ended: nobody can connect until there is another one"
+	}
+	c.logger.Warn(text, "ends", clockText(k.until), "file", c.files.cert)
 }
 
-// recheck ends the connections whose other end the CAs as they are now do not vouch for.
-func (c *certificates) recheck(k *keyring) {
+// recheck ends the connections that may not go on. watch alone calls it.
+func (c *certificates) recheck(now time.Time) {
+	k := c.latest()
 	c.mu.Lock()
 	all := slices.Collect(maps.Keys(c.open))
 	c.mu.Unlock()
 	for _, s := range all {
-		c.recheckOne(s, k)
+		err := s.check(k, now)
+		if err == nil {
+			continue
+		}
+		c.logger.Warn("a connection is ended, for its certificates are not accepted any more",
+			"with", s.RemoteAddr(), "of", s.who.String(), "err", err)
+		s.forget()
+		s.cut()
 	}
 }
 
-func (c *certificates) recheckOne(s *secureConn, k *keyring) {
-	_, err := k.verify(s.chain, s.usage)
-	if err == nil {
-		return
-	}
-	c.logger.Warn("a connection is ended, for its certificate is not accepted any more",
-		"with", s.RemoteAddr(), "of", s.who.String(), "err", err)
-	s.cut()
-}
-
-// secureConn is a TLS connection whose both ends have shown who they are. It ends when the
-// first certificate of either end does, or when the CAs do not vouch for the other end any
-// more.
+// secureConn is a TLS connection whose both ends have shown who they are. A node ends it
+// when the first certificate of either end does, or when the CAs do not vouch for the other
+// end any more.
 type secureConn struct {
 	*tls.Conn
-	verified
-	owner *certificates
-	chain []*x509.Certificate // of the other end
-	usage x509.ExtKeyUsage    // of chain
-	timer *time.Timer         // ends the connection
+	who      principal // at the other end
+	owner    *certificates
+	chain    []*x509.Certificate // of the other end
+	usage    x509.ExtKeyUsage    // of chain
+	ownUntil time.Time           // when the certificates end that this end has shown
+
+	// These are watch's alone, once the connection is in owner.open.
+	checkedBy *keyring  // that has last vouched for chain
+	until     time.Time // when, by checkedBy, the first certificate of chain ends
 }
 
-// opened looks after a connection, whose other end was verified for a usage, until it is
-// closed.
-func (c *certificates) opened(conn *tls.Conn, own *keyring, v verified, usage x509.ExtKeyUsage) *secureConn {
-	if own.until.Before(v.until) {
-		v.until = own.until
+// opened looks after a connection until it is closed. Its other end was verified by k, for
+// a usage.
+func (c *certificates) opened(conn *tls.Conn, k *keyring, v verified, usage x509.ExtKeyUsage) *secureConn {
+	s := &secureConn{
+		Conn:      conn,
+		who:       v.who,
+		owner:     c,
+		chain:     conn.ConnectionState().PeerCertificates,
+		usage:     usage,
+		ownUntil:  k.until,
+		checkedBy: k,
+		until:     v.until,
 	}
-	s := &secureConn{Conn: conn, verified: v, owner: c, chain: conn.ConnectionState().PeerCertificates, usage: usage}
-	s.timer = time.AfterFunc(time.Until(v.until), s.cut)
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.open[s] = true
-	c.mu.Unlock()
-	if k := c.current.Load(); k != own { // recheck may have come before
-		c.recheckOne(s, k)
-	}
 	return s
+}
+
+// check returns an error if the connection may not go on: if a certificate has ended, by
+// the clock as it is now, or if k does not vouch for the other end.
+func (s *secureConn) check(k *keyring, now time.Time) error {
+	if s.checkedBy != k {
+		v, err := k.verify(s.chain, s.usage)
+		if err != nil {
+			return err
+		}
+		s.checkedBy = k
+		s.until = v.until
+	}
+	if now.After(s.until) {
+		return fmt.Errorf("the certificate of the other end has ended at %s", clockText(s.until))
+	}
+	if now.After(s.ownUntil) {
+		return fmt.Errorf("the certificate of this end has ended at %s", clockText(s.ownUntil))
+	}
+	return nil
 }
 
 // cut ends the connection without a word to the other end, and so without waiting for it.
@@ -386,7 +438,6 @@ func (s *secureConn) cut() { _ = s.NetConn().Close() }
 
 // forget has nothing more done with a connection that somebody else closes.
 func (s *secureConn) forget() {
-	s.timer.Stop()
 	s.owner.mu.Lock()
 	defer s.owner.mu.Unlock()
 	delete(s.owner.open, s)

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -12,8 +13,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -231,7 +234,6 @@ func uncheckedCredentials(t *testing.T, dir, name string) credentials.TransportC
 	k.own = pair
 	k.until = always.until
 	by.current.Store(&k)
-	by.readAt = always.until // the files are not read again
 	return by
 }
 
@@ -349,17 +351,93 @@ func TestOwnCertificate(t *testing.T) {
 		}
 		wantPart(t, err.Error(), tt.want)
 	}
-	for name, spoil := range map[string]func(*certificateFiles){
-		"key":  func(f *certificateFiles) { f.key = filepath.Join(dir, "node2.key") },
-		"none": func(f *certificateFiles) { f.cert = filepath.Join(dir, "none.pem") },
-		"CA":   func(f *certificateFiles) { f.trustedCA = filepath.Join(dir, "node1.key") },
+	for want, spoil := range map[string]func(*certificateFiles){
+		"does not match": func(f *certificateFiles) { f.key = filepath.Join(dir, "node2.key") },
+		"no such file":   func(f *certificateFiles) { f.cert = filepath.Join(dir, "none.pem") },
+		"is a directory": func(f *certificateFiles) { f.trustedCA = dir },
 	} {
 		files := testFiles(dir, "node1")
 		spoil(&files)
-		if _, err := openCertificates(files, 1, quiet()); err == nil {
-			t.Errorf("%s: it starts", name)
+		_, err := openCertificates(files, 1, quiet())
+		wantPart(t, fmt.Sprint(err), want)
+	}
+}
+
+// TestCAFiles: a file of CAs is taken as a whole, or not at all.
+func TestCAFiles(t *testing.T) {
+	t.Parallel()
+	dir, ca := testPKI(t, 1)
+	own := encodeCertificate(ca.certificate.Raw)
+	other := encodeCertificate(testAuthority(t, dir, "other").certificate.Raw)
+	key, err := encodeKey(ca.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		content []byte
+		want    string // part of the error; empty: it is taken
+	}{
+		"two":           {slices.Concat([]byte("# both\n"), own, []byte("\n"), other), ""},
+		"none":          {[]byte("# none\n"), "there is no certificate in it"},
+		"half written":  {slices.Concat(own, other[:len(other)/2]), "of its 2 certificates, only 1 are whole"},
+		"damaged":       {slices.Concat(own, bytes.Replace(other, []byte("\nM"), []byte("\n!"), 1), own), "of its 3 certificates, only 2"},
+		"no DER":        {slices.Concat(own, encodeCertificate([]byte("x"))), "malformed"},
+		"a key, too":    {slices.Concat(own, key), "there is a PRIVATE KEY in it"},
+		"without limit": {slices.Concat(own, bytes.Repeat([]byte("\n"), maxCertificateFile)), "more than 1048576 bytes"},
+	} {
+		files := testFiles(dir, "node1")
+		files.trustedCA = filepath.Join(dir, "tried.pem")
+		testFile(t, files.trustedCA, tt.content)
+		_, err := openCertificates(files, 1, quiet())
+		if tt.want == "" && err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if tt.want != "" {
+			wantPart(t, fmt.Sprint(err), tt.want)
 		}
 	}
+}
+
+// TestCertificatesBehindTheOwn: what stands behind a command's certificate is for the nodes
+// to check: that one of them has ended says nothing.
+func TestCertificatesBehindTheOwn(t *testing.T) {
+	t.Parallel()
+	dir, ca := testPKI(t, 0)
+	testCertificate(t, ca, dir, "ended", "client", func(x *x509.Certificate) { x.NotAfter = time.Now().Add(-time.Hour) })
+	if _, err := openCertificates(testFiles(dir, "ended"), 0, quiet()); err == nil {
+		t.Error("a command begins with a certificate that has ended")
+	}
+	var both []byte
+	for _, name := range []string{"client.pem", "ended.pem"} {
+		content, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		both = append(both, content...)
+	}
+	testFile(t, filepath.Join(dir, "client.pem"), both)
+	if _, err := openCertificates(testFiles(dir, "client"), 0, quiet()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLongChain: a chain of many certificates is refused before it is looked through.
+func TestLongChain(t *testing.T) {
+	t.Parallel()
+	dir, ca := testPKI(t, 0)
+	c, err := openCertificates(testFiles(dir, "client"), 0, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := []*x509.Certificate{c.latest().own.Leaf}
+	for len(chain) < maxChain {
+		chain = append(chain, ca.certificate)
+	}
+	if _, err := c.latest().verify(chain, x509.ExtKeyUsageClientAuth); err != nil {
+		t.Error(err)
+	}
+	_, err = c.latest().verify(append(chain, ca.certificate), x509.ExtKeyUsageClientAuth)
+	wantPart(t, fmt.Sprint(err), "there are 9 certificates, want at most 8")
 }
 
 // TestCertificatesAreReadAgain: new files serve new handshakes; what does not fit together
@@ -382,9 +460,7 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 		testFile(t, filepath.Join(dir, "node1"+ending), content)
 	}
 	readNow := func() *keyring {
-		c.mu.Lock()
-		c.readAt = time.Time{}
-		c.mu.Unlock()
+		c.readAgain()
 		return c.latest()
 	}
 	replace(".pem")
@@ -417,6 +493,80 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	}
 }
 
+// TestNewCertificateNotYetValid: new files whose certificate is not valid yet, by a clock
+// that is late, are used once it is.
+func TestNewCertificateNotYetValid(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		dir, ca := testPKI(t, 1)
+		c, err := openCertificates(testFiles(dir, "node1"), 1, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		first := c.latest()
+		testCertificate(t, ca, dir, "node1", "node/1", func(x *x509.Certificate) { x.NotBefore = time.Now().Add(time.Minute) })
+		c.readAgain()
+		if c.latest() != first {
+			t.Error("a certificate is used before it is valid")
+		}
+		time.Sleep(time.Minute)
+		c.readAgain()
+		if c.latest() == first {
+			t.Error("the new certificate is not used though it is valid now")
+		}
+	})
+}
+
+// TestConnectionCheck: a connection may go on while both ends' certificates last, and while
+// the CAs vouch for the other end.
+func TestConnectionCheck(t *testing.T) {
+	t.Parallel()
+	dir, ca := testPKI(t, 0)
+	c, err := openCertificates(testFiles(dir, "client"), 0, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	ends := now.Add(time.Hour)
+	testCertificate(t, ca, dir, "other", "client", func(x *x509.Certificate) { x.NotAfter = ends })
+	pair, err := loadPair(testFiles(dir, "other"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine := c.latest()
+	same := *mine
+	foreign := *mine
+	foreign.clients = x509.NewCertPool()
+	later := ends.Add(time.Minute)
+	for name, tt := range map[string]struct {
+		by       *keyring  // that the connection is checked by
+		until    time.Time // when the other end's chain ended, the last time
+		ownUntil time.Time
+		now      time.Time
+		want     string // part of the error; empty: it may go on
+	}{
+		"as it was":            {mine, ends, later, now, ""},
+		"the other has ended":  {mine, ends, later, later, "of the other end has ended"},
+		"the own has ended":    {mine, ends, now, now.Add(time.Second), "of this end has ended"},
+		"ends at this instant": {mine, ends, ends, ends, ""},
+		"read again":           {&same, ends, later, now, ""},
+		"ends sooner now":      {&same, later, later, later, "of the other end has ended"},
+		"CA was taken out":     {&foreign, ends, later, now, "unknown authority"},
+	} {
+		s := &secureConn{
+			chain: []*x509.Certificate{pair.Leaf}, usage: x509.ExtKeyUsageClientAuth,
+			ownUntil: tt.ownUntil, checkedBy: mine, until: tt.until,
+		}
+		err := s.check(tt.by, tt.now)
+		if tt.want == "" && err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if tt.want != "" {
+			wantPart(t, fmt.Sprint(err), tt.want)
+		}
+	}
+}
+
 // TestCertificateWarning: the log warns of the end of the certificate, once a day.
 func TestCertificateWarning(t *testing.T) {
 	t.Parallel()
@@ -432,7 +582,7 @@ func TestCertificateWarning(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 3 {
-			c.warn()
+			c.warn(time.Now())
 		}
 		if n := strings.Count(log.String(), "ends soon"); n != tt.warns {
 			t.Errorf("%v before its end: %d warnings", tt.left, n)

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -248,9 +249,16 @@ func TestRotation(t *testing.T) {
 	ctx, cancel := context.WithCancel(c.ctx)
 	var clients sync.WaitGroup
 	var calls atomic.Int64
+	var all []*certificates
+	for _, n := range c.nodes {
+		all = append(all, n.server.certificates)
+	}
 	for id := range uint64(3) {
 		address := c.nodes[id+1].address
-		by := testCredentials(t, c.pki, "client", address) // which reads its files again, too
+		by := testCredentials(t, c.pki, "client", address)
+		files := by.(*dialCredentials).certificates
+		all = append(all, files)
+		clients.Go(func() { files.watch(ctx) }) // a client that outlives its certificate
 		clients.Go(func() {
 			for ctx.Err() == nil {
 				conn := dialNode(t, address, by)
@@ -277,9 +285,9 @@ func TestRotation(t *testing.T) {
 	allRead := func(has func(*keyring) bool) {
 		t.Helper()
 		eventually(t, func() error {
-			for id, n := range c.nodes {
-				if !has(n.server.certificates.latest()) {
-					return fmt.Errorf("node %d has not read its files again", id)
+			for _, files := range all {
+				if !has(files.latest()) {
+					return fmt.Errorf("%s has not been read again", files.files.cert)
 				}
 			}
 			return nil
@@ -288,9 +296,12 @@ func TestRotation(t *testing.T) {
 	signedBy := func(a *authority) func(*keyring) bool {
 		return func(k *keyring) bool { return k.own.Leaf.CheckSignatureFrom(a.certificate) == nil }
 	}
-	first := c.nodes[1].server.certificates.latest().own.Leaf
+	var firsts []*x509.Certificate
+	for _, files := range all {
+		firsts = append(firsts, files.latest().own.Leaf)
+	}
 	issueAll(ca)
-	allRead(func(k *keyring) bool { return !k.own.Leaf.Equal(first) })
+	allRead(func(k *keyring) bool { return !slices.ContainsFunc(firsts, k.own.Leaf.Equal) })
 
 	// Another CA: all trust both, then all get certificates of the new one, then none
 	// trusts the old one.
@@ -306,6 +317,7 @@ func TestRotation(t *testing.T) {
 	}
 	cancel()
 	clients.Wait()
+	all = all[:len(c.nodes)]
 	testFile(t, filepath.Join(c.pki, "ca.pem"), newPEM)
 	allRead(func(k *keyring) bool { return k.clients.Equal(poolOf(next)) })
 	for _, n := range c.nodes { // whose connection to the test has an old certificate
