@@ -6,8 +6,6 @@ import (
 	"container/heap"
 	"container/list"
 	"errors"
-	"maps"
-	"slices"
 )
 
 // owner is a principal that has sessions, and these.
@@ -43,15 +41,6 @@ func (os *owners) of(name string) *owner {
 		return o
 	}
 	return &owner{name: name, unused: list.New(), used: list.New()}
-}
-
-// sorted returns all owners by name.
-func (os *owners) sorted() []*owner {
-	var all []*owner
-	for _, name := range slices.Sorted(maps.Keys(os.byName)) {
-		all = append(all, os.byName[name])
-	}
-	return all
 }
 
 // add gives a session to its owner.

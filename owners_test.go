@@ -54,7 +54,7 @@ func TestWhoseSessionGoes(t *testing.T) {
 			s.wants(openWriteOf(id, owners[step[0]]), 0, opened)
 		}
 		var left []string
-		for _, ses := range s.sessions.all() {
+		for _, ses := range inOrder(s.sessions.all()) {
 			letter := strings.TrimPrefix(ses.owner.name, "client/")[:1]
 			left = append(left, fmt.Sprint(letter, ses.id))
 		}
@@ -110,7 +110,7 @@ func TestOwnersModel(t *testing.T) {
 			if r.IntN(150) == 0 {
 				s = restoredSessions(t, s)
 			}
-			all := s.all()
+			all := inOrder(s.all())
 			if !slices.EqualFunc(byOwner(model), all, (*modelSession).is) || s.count() != len(all) {
 				t.Fatalf("seed %d: sessions %v, want %v", seed, all, byOwner(model))
 			}

@@ -77,11 +77,11 @@ func newSessions() *sessions {
 
 func (s *sessions) count() int { return len(s.byID) }
 
-// all returns copies of all sessions, which share the answers, in the order in which a
-// snapshot has them: by owner, the unused ones of each, and then its used ones.
+// all returns copies of all sessions, which share the answers: the unused ones of an owner,
+// then its used ones, then those of another owner.
 func (s *sessions) all() []session {
 	all := make([]session, 0, len(s.byID))
-	for _, o := range s.owners.sorted() {
+	for _, o := range s.owners.heap {
 		for _, l := range []*list.List{o.unused, o.used} {
 			for e := l.Front(); e != nil; e = e.Next() {
 				all = append(all, *e.Value.(*session))
@@ -89,6 +89,14 @@ func (s *sessions) all() []session {
 		}
 	}
 	return all
+}
+
+// inOrder returns what all has returned in the order in which a snapshot has it: by owner.
+// With many owners that takes time, so the loop leaves it to whoever writes the snapshot.
+func inOrder(all []session) []session {
+	return slices.SortedStableFunc(slices.Values(all), func(a, b session) int {
+		return cmp.Compare(a.owner.name, b.owner.name)
+	})
 }
 
 // add opens a session for an owner, unless there is one of that id. If there are too many,
@@ -153,7 +161,7 @@ func (s *sessions) replace(t *sessions) {
 }
 
 // restore adds a session of a snapshot whose last version this is. It refuses one that
-// no store can have, or not at this place: the order is that of all.
+// no store can have, or not at this place: the order is that of inOrder.
 func (s *sessions) restore(m *kvpb.Session, version uint64) error {
 	isNew := m.Id != 0 && s.byID[m.Id] == nil
 	if !isNew || len(s.byID) >= s.limit {

@@ -458,7 +458,7 @@ func TestSessionModel(t *testing.T) {
 			if got := tryBatch(t, s, 1, batch+1, ws...); !slices.Equal(got, want) || s.version != m.version {
 				t.Fatalf("seed %d: %v: %v, want %v", seed, ws, got, want)
 			}
-			all := s.sessions.all()
+			all := inOrder(s.sessions.all())
 			if !slices.EqualFunc(byOwner(m.all()), all, (*modelSession).is) || s.sessions.count() != len(all) {
 				t.Fatalf("seed %d: sessions %v, want %v", seed, all, m.order)
 			}

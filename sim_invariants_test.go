@@ -773,7 +773,7 @@ func (s *sim) unequal() string {
 				present++
 			}
 		}
-		if all := st.sessions.all(); !slices.EqualFunc(byOwner(o.sessions), all, (*modelSession).is) {
+		if all := inOrder(st.sessions.all()); !slices.EqualFunc(byOwner(o.sessions), all, (*modelSession).is) {
 			s.failf("I5: %v has sessions %v", p, all)
 		}
 		if st.keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {

@@ -47,7 +47,7 @@ type view struct {
 	readers  int               // snapshots that are being sent from it; the loop's
 	givenUp  atomic.Bool       // set by the loop: the log behind it is dropped, so it need not be sent
 	header   *kvpb.SnapshotHeader
-	sessions []session // in the order of a snapshot
+	sessions []session // as all returns them
 	shards   []shard
 	replaced map[uint64][]keyItem // by shard
 	// rest, if writeTo is not to take all that it can get of processor and disk,
@@ -191,7 +191,7 @@ func (v *view) writeTo(to io.Writer) error {
 	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Header{Header: v.header}}); err != nil {
 		return err
 	}
-	for _, ses := range v.sessions {
+	for _, ses := range inOrder(v.sessions) {
 		m := &kvpb.Session{Id: ses.id, Highest: ses.highest(), Owner: ses.owner.name}
 		for _, a := range ses.answers {
 			m.Answers = append(m.Answers, &kvpb.Answer{Sequence: a.sequence, Version: a.version, Found: a.found, CompareFailed: a.compareFailed})
