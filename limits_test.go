@@ -38,7 +38,7 @@ type rude struct {
 
 // Frames of HTTP/2 (RFC 9113, section 6), and their flags.
 const (
-	frameData, frameHeaders, frameReset, frameSettings, framePing, frameWindow, frameContinuation = 0, 1, 3, 4, 6, 8, 9
+	frameData, frameHeaders, frameReset, frameSettings, framePing, frameGoAway, frameWindow, frameContinuation = 0, 1, 3, 4, 6, 7, 8, 9
 
 	flagEnd, flagAck, flagEndHeaders = 1, 1, 4
 )

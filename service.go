@@ -52,6 +52,11 @@ const (
 	// maxHeaderBytes bounds the metadata of a call, which is for traces and tokens;
 	// gRPC has it in memory before it looks at the call.
 	maxHeaderBytes = 16 << 10
+	// minPingPause is the least time between two pings of a client. gRPC closes a connection
+	// whose third ping in a row came sooner; what the node sends in between pardons them.
+	// Clients may ping every 5 s: less than that by what the network delays one ping more
+	// than the next.
+	minPingPause = 3 * time.Second
 	// adminTimeout bounds requests of ClusterService that have no deadline: callers
 	// who left it out wait no longer for a node that does not catch up.
 	adminTimeout = time.Minute
@@ -107,7 +112,7 @@ func newServer(n *node, nw *network, c *certificates) *server {
 	if c != nil {
 		transport = serverCredentials{}
 	}
-	pings := keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}
+	pings := keepalive.EnforcementPolicy{MinTime: minPingPause, PermitWithoutStream: true}
 	s.grpc = grpc.NewServer(
 		grpc.Creds(transport),
 		grpc.UnaryInterceptor(s.intercept),

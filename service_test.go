@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -909,6 +910,56 @@ func TestNoRoomInTime(t *testing.T) {
 		_, err = l.answers.admit(ctx, c, smallAnswer+1)
 		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 			t.Errorf("%v; at the caller: %v", err, ctx.Err())
+		}
+	})
+}
+
+// TestPings: a client may ping every 5 s, on a network that delays some pings more than
+// others; one that pings all the time is told to go.
+func TestPings(t *testing.T) {
+	t.Parallel()
+	inOneBubble(t, 1, "", func(t *testing.T, b *bubble) {
+		// isSentAway pings a node, with these pauses in turn.
+		isSentAway := func(pauses ...time.Duration) bool {
+			conn, err := b.dial(b.ctx, "client", addressIn(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			r := &rude{Conn: conn, next: 1}
+			if _, err := io.WriteString(r, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.frame(frameSettings, 0, 0, nil); err != nil {
+				t.Fatal(err)
+			}
+			goAway := make(chan bool, 1)
+			go func() {
+				header := make([]byte, 9)
+				for {
+					if _, err := io.ReadFull(conn, header); err != nil {
+						goAway <- false
+						return
+					}
+					if header[3] == frameGoAway {
+						goAway <- true
+						return
+					}
+					_, _ = io.CopyN(io.Discard, conn, int64(binary.BigEndian.Uint32(header)>>8))
+				}
+			}()
+			for i := range 20 {
+				_ = r.frame(framePing, 0, 0, make([]byte, 8)) // fails once it is sent away
+				time.Sleep(pauses[i%len(pauses)])
+			}
+			_ = conn.Close()
+			return <-goAway
+		}
+		if isSentAway(6500*time.Millisecond, 3500*time.Millisecond, 3500*time.Millisecond, 3500*time.Millisecond) {
+			t.Error("a client that pings every 5 s, or somewhat sooner, is sent away")
+		}
+		if !isSentAway(time.Second) {
+			t.Error("a client may ping every second")
 		}
 	})
 }
