@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,8 +17,8 @@ import (
 // it, and none has more than its share.
 func TestRoomTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		looks := 0
-		r := newRoom(4, 3, func() { looks++ })
+		var looks atomic.Int32 // those who wait look, each in a goroutine of its own
+		r := newRoom(4, 3, func() { looks.Add(1) })
 		greedy, modest := &limitedConn{}, &limitedConn{}
 		got := make(chan *limitedConn, 10)
 		wait := func(c *limitedConn) {
@@ -51,7 +52,7 @@ func TestRoomTurns(t *testing.T) {
 		if err := r.take(ctx, modest, 1); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("there was no room: %v", err)
 		}
-		if looks == 0 {
+		if looks.Load() == 0 {
 			t.Error("nobody looks for connections that stall while others wait")
 		}
 		r.release(modest, 2)
