@@ -301,6 +301,14 @@ func TestCommandsOverTLS(t *testing.T) {
 	wantPart(t, errs, "give all three, or none")
 	_, errs = runCommand(t, exitUsage, "", as("none", "get", "k")...)
 	wantPart(t, errs, "none.pem")
+	_, errs = runCommand(t, exitUsage, "", "get", "k", "--cert-file", "", "--key-file", "", "--trusted-ca-file", "")
+	wantPart(t, errs, "-cert-file: name a file, or leave it out")
+	t.Run("an empty variable", func(t *testing.T) {
+		t.Setenv(variableOf("key-file"), "")
+		_, errs := runCommand(t, exitUsage, "", "get", "k")
+		wantPart(t, errs, variableOf("key-file")+": name a file, or leave it out")
+		runCommand(t, exitYes, "", as("reader", "get", "k")...) // flags go before it
+	})
 
 	files := testFiles(c.pki, "reader")
 	t.Setenv(variableOf("cert-file"), files.cert)

@@ -184,8 +184,11 @@ func (in *invocation) chooseCertificates(fs *flag.FlagSet) error {
 	}
 	for _, name := range []string{"cert-file", "key-file", "trusted-ca-file"} {
 		value, isSet := os.LookupEnv(variableOf(name))
-		if isSet && !isGiven(fs, name) {
-			_ = fs.Set(name, value) // a flag that takes any string
+		if !isSet || isGiven(fs, name) {
+			continue
+		}
+		if err := fs.Set(name, value); err != nil {
+			return fmt.Errorf("invalid value %q of %s: %w", value, variableOf(name), err)
 		}
 	}
 	if in.tls.areGiven() && !in.tls.areAll() {

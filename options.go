@@ -103,7 +103,7 @@ func nodeFlags(o *options) *flag.FlagSet {
 	numberVar(fs, &o.logBytes, "log-bytes",
 		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
 	certificateFlags(fs, &o.tls)
-	fs.StringVar(&o.tls.peerCA, "peer-ca-file", "",
+	fileVar(fs, &o.tls.peerCA, "peer-ca-file",
 		"`file` with the CAs of the nodes' certificates (default: those of --trusted-ca-file)")
 	boolVar(fs, &o.insecure, "insecure", "allow addresses beyond loopback without TLS")
 	setLogLevel := func(s string) error {
@@ -118,9 +118,21 @@ func nodeFlags(o *options) *flag.FlagSet {
 
 // certificateFlags are the flags for TLS that nodes and sub-commands have alike. They set f.
 func certificateFlags(fs *flag.FlagSet, f *certificateFiles) {
-	fs.StringVar(&f.cert, "cert-file", "", "`file` with the certificate to show, in PEM; with it, there is TLS")
-	fs.StringVar(&f.key, "key-file", "", "`file` with its private key")
-	fs.StringVar(&f.trustedCA, "trusted-ca-file", "", "`file` with the CAs whose certificates are accepted")
+	fileVar(fs, &f.cert, "cert-file", "`file` with the certificate to show, in PEM; with it, there is TLS")
+	fileVar(fs, &f.key, "key-file", "`file` with its private key")
+	fileVar(fs, &f.trustedCA, "trusted-ca-file", "`file` with the CAs whose certificates are accepted")
+}
+
+// fileVar is fs.StringVar for the name of a file. It refuses an empty one: a variable in the
+// command line that is not set would do without TLS.
+func fileVar(fs *flag.FlagSet, path *string, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
+		if s == "" {
+			return errors.New("name a file, or leave it out")
+		}
+		*path = s
+		return nil
+	})
 }
 
 // parseOptions reads a node's settings from the environment, and from flags, which go
