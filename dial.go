@@ -449,6 +449,7 @@ func (d *dialer) credentials(node *kvpb.Node) credentials.TransportCredentials {
 		return insecure.NewCredentials()
 	}
 	host, _, _ := net.SplitHostPort(node.Address) // an address that is none fails when it is dialled
+	host, _, _ = strings.Cut(host, "%")           // a certificate has no zones
 	return &dialCredentials{certificates: d.certificates, node: node.Id, host: host}
 }
 
