@@ -460,10 +460,12 @@ func (c *certificates) accept(ctx context.Context, raw net.Conn) (*secureConn, e
 		v, err = k.verify(state.PeerCertificates, x509.ExtKeyUsageClientAuth)
 		return err
 	}
-	conn := tls.Server(raw, config)
+	bounded := &handshakeConn{Conn: raw, left: maxHandshakeBytes}
+	conn := tls.Server(bounded, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
+	bounded.isDone = true
 	c.noteHost(raw, v)
 	return c.opened(conn, k, v, x509.ExtKeyUsageClientAuth), nil
 }

@@ -131,7 +131,7 @@ func TestSecureCluster(t *testing.T) {
 	c.init(1, 2)
 	leader := c.settled(1, 2)
 	follower := 3 - leader
-	c.set(follower, "k", "v")
+	c.set(follower, "k", strings.Repeat("v", 2*maxHandshakeBytes)) // a bound of handshakes only
 	c.addLearner(follower, 3)
 	c.change(follower, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}})
 	c.settled(1, 2, 3)
@@ -280,6 +280,20 @@ func TestCertificatesOfNodes(t *testing.T) {
 				wantPart(t, fmt.Sprint(err), tt.want)
 			}
 		})
+	}
+}
+
+// TestHostOfCertificate: a command looks for the host of its address in the certificate, without
+// the zone, which is this machine's own.
+func TestHostOfCertificate(t *testing.T) {
+	for address, want := range map[string]string{
+		"db.example:21001":     "db.example",
+		"[::1]:21001":          "::1",
+		"[fe80::1%eth0]:21001": "fe80::1",
+		"127.0.0.1:21001":      "127.0.0.1",
+	} {
+		d := &dialer{certificates: &certificates{}}
+		wantText(t, address, d.credentials(&kvpb.Node{Address: address}).(*dialCredentials).host, want)
 	}
 }
 

@@ -197,6 +197,18 @@ func (l *limiter) Accept() (net.Conn, error) {
 	}
 }
 
+// Close ends the listener, and the connections whose handshake is unfinished: gRPC waits for
+// these when it stops.
+func (l *limiter) Close() error {
+	err := l.Listener.Close()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range l.handshakes.all() {
+		c.cut()
+	}
+	return err
+}
+
 // temporary is an error of Accept that may pass.
 type temporary struct{ error }
 

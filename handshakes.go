@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -18,8 +19,15 @@ import (
 
 const (
 	// maxHandshakes bounds the unfinished handshakes. Each takes a file, some 30 KiB of
-	// memory and about a millisecond of a processor, and lasts helloTimeout at most.
+	// memory, or twice maxHandshakeBytes of whoever sends as much as they may, and about a
+	// millisecond of a processor. It lasts helloTimeout at most.
 	maxHandshakes = 256
+	// maxHandshakeBytes bounds what is read of a connection until its handshake is done. A
+	// chain of certificates has a few KiB; crypto/tls would keep 256 KiB of a stranger's.
+	maxHandshakeBytes = 64 << 10
+	// maxLoggedError bounds what the log says of a refused connection: the error may have
+	// names of a stranger's certificate.
+	maxLoggedError = 300
 	// hangUpTimeout and hangUpBytes bound the wait for the other end of a connection that is
 	// refused to close it.
 	hangUpTimeout = time.Second
@@ -52,6 +60,9 @@ func (h *handshakes) add(c *limitedConn, isNodeHost bool) (yields *limitedConn) 
 	*half = append(*half, c)
 	return yields
 }
+
+// all are the connections of both halves.
+func (h *handshakes) all() []*limitedConn { return slices.Concat(h.fromHost, h.others) }
 
 // remove takes a connection out, and reports whether it was there.
 func (h *handshakes) remove(c *limitedConn) bool {
@@ -107,6 +118,27 @@ func (c *limitedConn) shakeHands() error {
 	return nil
 }
 
+// handshakeConn bounds what is read of a connection until its handshake is done.
+type handshakeConn struct {
+	net.Conn
+	left   int  // how many bytes may be read
+	isDone bool // the handshake is
+}
+
+var errLongHandshake = fmt.Errorf("its handshake has more than %d bytes", maxHandshakeBytes)
+
+func (h *handshakeConn) Read(b []byte) (int, error) {
+	if h.isDone {
+		return h.Conn.Read(b)
+	}
+	if h.left == 0 {
+		return 0, errLongHandshake
+	}
+	n, err := h.Conn.Read(b[:min(len(b), h.left)])
+	h.left -= n
+	return n, err
+}
+
 // hangUp lets the other end read why its handshake has failed. Closed at once, with bytes
 // that were not read, a TCP connection is reset, and what was sent may get lost.
 func hangUp(conn net.Conn) {
@@ -144,7 +176,8 @@ func (l *limiter) noteFailure(c *limitedConn, err error) {
 	l.failedHandshakes.Add(1)
 	leftOut, isDue := l.handshakeLog.due(time.Now())
 	if isDue {
-		l.log.Warn("a connection was refused", "from", c.Conn.RemoteAddr(), "err", err, "others", leftOut)
+		l.log.Warn("a connection was refused", "from", c.Conn.RemoteAddr(),
+			"err", beginning(err.Error(), maxLoggedError), "others", leftOut)
 	}
 }
 

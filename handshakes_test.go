@@ -6,11 +6,13 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -127,6 +129,98 @@ func TestHandshakeFlood(t *testing.T) {
 	}
 	if m.HandshakesFailed == 0 {
 		t.Error("no failed handshake is counted")
+	}
+}
+
+// TestHandshakesEndWithTheListener: connections whose handshake is unfinished do not keep a
+// node that stops, however silent they are.
+func TestHandshakesEndWithTheListener(t *testing.T) {
+	t.Parallel()
+	l := newLimiter(&refusing{}, places{handshakes: 4}, &certificates{}, quiet())
+	here, there := net.Pipe()
+	l.beginHandshake(&limitedConn{Conn: here, l: l})
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_ = there.SetReadDeadline(time.Now().Add(rpcTimeout))
+	if _, err := there.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("it is open: %v", err)
+	}
+}
+
+// TestHandshakeBytes: who has not shown who they are is read no further than that takes.
+func TestHandshakeBytes(t *testing.T) {
+	t.Parallel()
+	here, there := net.Pipe()
+	defer func() { _ = here.Close() }()
+	h := &handshakeConn{Conn: here, left: 10}
+	go func() { // ends with the pipe
+		defer func() { _ = there.Close() }()
+		_, _ = there.Write(make([]byte, 15))
+	}()
+	for _, want := range []int{8, 2} {
+		if n, err := h.Read(make([]byte, 8)); n != want || err != nil {
+			t.Errorf("%d bytes, want %d: %v", n, want, err)
+		}
+	}
+	if n, err := h.Read(make([]byte, 8)); n != 0 || err != errLongHandshake {
+		t.Errorf("%d bytes beyond the limit: %v", n, err)
+	}
+	h.isDone = true
+	if n, err := h.Read(make([]byte, 8)); n != 5 || err != nil {
+		t.Errorf("%d bytes behind the handshake, want 5: %v", n, err)
+	}
+}
+
+// TestLargeCertificates: a stranger's certificate that is too large is not read to its end,
+// and the log has little of the names in one.
+func TestLargeCertificates(t *testing.T) {
+	t.Parallel()
+	log := &sharedLog{}
+	c := newCluster(t, 0)
+	var ca *authority
+	c.pki, ca = testPKI(t, 1)
+	c.log = log
+	n := c.start(1, "127.0.0.1:0")
+	refused := func(want string) {
+		t.Helper()
+		eventually(t, func() error { // it is a line a second at most
+			err := refusedBy(t, n.address, uncheckedCredentials(t, c.pki, "large"))
+			if status.Code(err) != codes.Unavailable {
+				t.Fatalf("it is answered: %v", err)
+			}
+			if !strings.Contains(log.String(), want) {
+				return fmt.Errorf("the log lacks %q", want)
+			}
+			return nil
+		})
+	}
+	long := strings.Repeat("n", maxHandshakeBytes)
+	testCertificate(t, ca, c.pki, "large", "admin", func(x *x509.Certificate) { x.Subject.CommonName = long })
+	refused(errLongHandshake.Error())
+
+	// The error names the CA that stands behind the certificate, whose name is right and whose
+	// key is not.
+	var namesakes []*authority
+	for range 2 {
+		a, err := newAuthority(long[:10_000], always)
+		if err != nil {
+			t.Fatal(err)
+		}
+		namesakes = append(namesakes, a)
+	}
+	testCertificate(t, namesakes[0], c.pki, "large", "admin", nil)
+	file := filepath.Join(c.pki, "large.pem")
+	own, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	testFile(t, file, append(own, encodeCertificate(namesakes[1].certificate.Raw)...))
+	refused("possibly because of")
+	for line := range strings.Lines(log.String()) {
+		if len(line) > 3*maxLoggedError {
+			t.Errorf("a line has %d bytes: %.200s", len(line), line)
+		}
 	}
 }
 
