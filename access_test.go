@@ -528,3 +528,57 @@ func TestErrorsAreShort(t *testing.T) {
 		t.Errorf("it has lost its details: %q, %q", errorReason(err), fieldOf(err))
 	}
 }
+
+// unknownCompressor is a compression that no node knows. It leaves messages as they are.
+type unknownCompressor struct{}
+
+func (unknownCompressor) Do(w io.Writer, b []byte) error {
+	_, err := w.Write(b)
+	return err
+}
+
+func (unknownCompressor) Type() string { return "unknown" }
+
+// TestCodesOfGRPC: what gRPC itself refuses has its code, no reason, and is not applied.
+func TestCodesOfGRPC(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	c.init(1)
+	c.settled(1)
+	n := c.nodes[1]
+	wantCode := func(what string, err error, want codes.Code) {
+		t.Helper()
+		if status.Code(err) != want || errorReason(err) != "" {
+			t.Errorf("%s: %v, reason %q, want %v without a reason", what, err, errorReason(err), want)
+		}
+	}
+	large := make([]byte, maxRequestBytes)
+	_, err := n.Set(c.ctx, &kvpb.SetRequest{Key: "k", Value: large})
+	wantCode("a Set that is too large", err, codes.ResourceExhausted)
+	_, err = n.AddLearner(c.ctx, &kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 2, Address: string(large)}})
+	wantCode("an AddLearner that is too large", err, codes.ResourceExhausted)
+	s, err := n.Pipeline(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = exchange(s, setOp("k", string(large)))
+	wantCode("a Pipeline's request that is too large", err, codes.ResourceExhausted)
+
+	//lint:ignore SA1019 What has taken its place is registered for the whole program.
+	conn, err := grpc.NewClient("passthrough:///"+n.address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithCompressor(unknownCompressor{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	_, err = kvpb.NewKVServiceClient(conn).Set(c.ctx, &kvpb.SetRequest{Key: "k", Value: []byte("v")})
+	wantCode("a Set in an unknown compression", err, codes.Unimplemented)
+	s, err = kvpb.NewKVServiceClient(conn).Pipeline(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = exchange(s, setOp("k", "v"))
+	wantCode("a Pipeline in an unknown compression", err, codes.Unimplemented)
+	wantCode("an unknown method", callMalformed(c.ctx, n.conn, "/raftkv.v1.KVService/Steal"), codes.Unimplemented)
+	c.wantsAbsent(1, "k")
+}

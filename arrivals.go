@@ -202,7 +202,9 @@ func (r *requestReader) next() ([]byte, *arrival, error) {
 	length := binary.BigEndian.Uint32(header[1:])
 	if uint64(length) > uint64(r.limit) {
 		return nil, nil, status.Errorf(codes.ResourceExhausted,
-			"grpc: received message larger than max (%d vs. %d)", length, r.limit)
+			"x %d %d", length, 0), a(1)
+}
+func a(int) error { return nil
 	}
 	rest := int(length)
 	a := r.arrivals.begin(r.conn, rest+frameOverhead*min(rest, arrivalChunk), r.call.end)
