@@ -193,8 +193,10 @@ func TestStalledIsClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conns := accepted(t, largeAnswers/connLargeAnswers+1)
 		as := conns[0].l.answers
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
 		take := func(c *limitedConn) *answerPool {
-			a, err := as.admit(t.Context(), c, maxValueBytes)
+			a, err := as.admit(ctx, c, maxValueBytes)
 			if err != nil {
 				t.Error(err)
 			}
@@ -252,4 +254,55 @@ func TestWaitingGetCopiesNothing(t *testing.T) {
 		}
 		_ = c.Close()
 	})
+}
+
+// TestPipelineIsReadNoFurther: while enough of a stream is not answered, no more is read of it.
+func TestPipelineIsReadNoFurther(t *testing.T) {
+	for name, fill := range map[string]func(p *pipeline){
+		"operations": func(p *pipeline) { p.calls.Store(maxPipelineCalls) },
+		"bytes":      func(p *pipeline) { p.bytes.Store(maxPipelineBytes) },
+		"requests": func(p *pipeline) {
+			for range maxQueuedRequests {
+				p.requests <- nil
+			}
+		},
+	} {
+		p := &pipeline{requests: make(chan *pipelineRequest, maxQueuedRequests)}
+		if !p.mayRead() {
+			t.Errorf("%s: an idle stream is not read", name)
+		}
+		fill(p)
+		if p.mayRead() {
+			t.Errorf("%s: it is read on", name)
+		}
+	}
+}
+
+// TestUnaryCallsGoFirst: a proposal has the write of a unary call before those of Pipelines that
+// came earlier, and less of these while unary calls come.
+func TestUnaryCallsGoFirst(t *testing.T) {
+	c := callsInFlight{}
+	loaded := func() *call { return &call{write: make([]byte, maxSharedLoad/4), request: &pipelineRequest{}} }
+	for range 20 {
+		c.add(loaded(), 0)
+	}
+	if p := c.newProposal(1); len(p.calls) != 20 {
+		t.Errorf("without unary calls, a proposal has %d writes", len(p.calls))
+	}
+	for range 20 {
+		c.add(loaded(), 0)
+	}
+	unary := &call{write: make([]byte, 10), done: make(chan outcome, 1)}
+	c.add(unary, 0)
+	p := c.newProposal(1)
+	if p.calls[0] != unary || len(p.calls) != 4 {
+		t.Errorf("a proposal has %d writes; the unary call's is first: %v", len(p.calls), p.calls[0] == unary)
+	}
+	for range 20 {
+		c.add(&call{write: make([]byte, maxEntryBytes/8), done: make(chan outcome, 1)}, 0)
+	}
+	p = c.newProposal(1)
+	if last := p.calls[len(p.calls)-1]; last.request == nil {
+		t.Error("unary calls leave nothing to Pipelines")
+	}
 }
