@@ -299,7 +299,7 @@ func TestUnaryCallsGoFirst(t *testing.T) {
 		t.Errorf("a proposal has %d writes; the unary call's is first: %v", len(p.calls), p.calls[0] == unary)
 	}
 	for range 20 {
-		c.add(&call{write: make([]byte, maxEntryBytes/8), done: make(chan outcome, 1)}, 0)
+		c.add(&call{write: make([]byte, maxEntryBytes/16-4), done: make(chan outcome, 1)}, 0)
 	}
 	p = c.newProposal(1)
 	if last := p.calls[len(p.calls)-1]; last.request == nil {
