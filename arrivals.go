@@ -202,9 +202,7 @@ func (r *requestReader) next() ([]byte, *arrival, error) {
 	length := binary.BigEndian.Uint32(header[1:])
 	if uint64(length) > uint64(r.limit) {
 		return nil, nil, status.Errorf(codes.ResourceExhausted,
-			"x %d %d", length, 0), a(1)
-}
-func a(int) error { return nil
+			"grpc: received message larger than max (%d vs. %d)", length, r.limit)
 	}
 	rest := int(length)
 	a := r.arrivals.begin(r.conn, rest+frameOverhead*min(rest, arrivalChunk), r.call.end)
