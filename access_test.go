@@ -565,8 +565,8 @@ func TestCodesOfGRPC(t *testing.T) {
 	wantCode("a Pipeline's request that is too large", err, codes.ResourceExhausted)
 
 	//lint:ignore SA1019 What has taken its place is registered for the whole program.
-	conn, err := grpc.NewClient("passthrough:///"+n.address, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithCompressor(unknownCompressor{}))
+	compressed := grpc.WithCompressor(unknownCompressor{})
+	conn, err := grpc.NewClient("passthrough:///"+n.address, grpc.WithTransportCredentials(insecure.NewCredentials()), compressed)
 	if err != nil {
 		t.Fatal(err)
 	}
