@@ -34,7 +34,7 @@ const (
 )
 
 // item is a value and the version of the write that set it. A new field has to go through
-// shard.go and view.go, too.
+// shard.go and snapshotformat.go, too.
 type item struct {
 	value   []byte
 	version uint64

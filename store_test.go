@@ -1,4 +1,4 @@
-// Tests of store.go, view.go and shard.go: the replicated state, views of it, and the
+// Tests of store.go, view.go, snapshotformat.go and shard.go: the replicated state, views of it, and the
 // snapshots that are written from them. What applies writes in other tests is here.
 
 package main
