@@ -321,7 +321,7 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 		soon, stop := beforeDeadline(ctx)
 		defer stop()
 		context.AfterFunc(soon, func() { cancel(soon.Err()) })
-		v, err := s.openView(ctx, false, (*store).openView)
+		v, err := s.openBackup(ctx)
 		if err != nil {
 			return toStatus(err, false)
 		}

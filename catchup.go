@@ -176,10 +176,10 @@ func (n *node) needed() (index uint64, behind bool) {
 
 // keptBytes bounds the entries that are kept for members that are behind. If a member takes
 // a snapshot at half of the rate that writes had, and writes are slowed to that half, too,
-// as many bytes are written meanwhile as the snapshot has: store.bytes. The four times
+// as many bytes are written meanwhile as the snapshot has: the store's. The four times
 // log-bytes are for what was written before writes were slowed, and while the snapshot
 // is installed.
-func (n *node) keptBytes() uint64 { return 4*n.opts.logBytes + n.store.bytes }
+func (n *node) keptBytes() uint64 { return 4*n.opts.logBytes + n.store.tree.bytes }
 
 // compactLog drops what nobody needs of a log that is longer than log-bytes, and
 // slows writes while too much is needed.

@@ -221,8 +221,8 @@ func modelOf(script []diskOp) diskModel {
 
 // differs says how a node's state differs from that after n writes.
 func (m diskModel) differs(s *store, n int) string {
-	if s.version != uint64(n) || s.keys != uint64(len(m[n])) {
-		return fmt.Sprintf("%d keys of version %d, not %d of version %d", s.keys, s.version, len(m[n]), n)
+	if s.version != uint64(n) || s.tree.keys != uint64(len(m[n])) {
+		return fmt.Sprintf("%d keys of version %d, not %d of version %d", s.tree.keys, s.version, len(m[n]), n)
 	}
 	for k, want := range m[n] {
 		if it, ok, err := s.get([]byte(k)); err != nil || !ok || it.version != want.version || !bytes.Equal(it.value, want.value) {
@@ -670,14 +670,10 @@ func TestDiskFollowerFaults(t *testing.T) {
 // keysOf is all keys of a store.
 func keysOf(s *store) string {
 	var b strings.Builder
-	for i := range s.shards {
-		for k, it := range s.shards[i].all {
-			fmt.Fprintf(&b, "%s %x %d\n", k, it.value, it.version)
-		}
+	for k, it := range (treeView{root: s.tree.root}).from(nil) {
+		fmt.Fprintf(&b, "%s %x %d\n", k, it.value, it.version)
 	}
-	lines := strings.Split(b.String(), "\n")
-	slices.Sort(lines)
-	return strings.Join(lines, "\n")
+	return b.String()
 }
 
 // backupOf is a cluster's state with so many keys, and a backup of it.
@@ -948,7 +944,7 @@ func TestDiskRefuses(t *testing.T) {
 		"snapshot cut":           {func(fs *simFS) { f := fs.names[snap]; f.cache = f.cache[:len(f.cache)-1] }, []string{snap + ": snapshot, offset 8: it ends in the middle", advice, backup}},
 		"snapshot empty":         {func(fs *simFS) { fs.names[snap].cache = nil }, []string{snap + ": snapshot, offset 0: it ends in the middle", advice, backup}},
 		"another snapshot": {func(fs *simFS) {
-			h := &kvpb.SnapshotHeader{Format: 1, ClusterId: 1, Index: 1, Term: 1, ConfState: &kvpb.ConfState{Voters: []uint64{1}}, Members: []*kvpb.Member{{RaftId: 1, Node: &kvpb.Node{Id: 1}}}}
+			h := &kvpb.SnapshotHeader{Format: snapshotFormat, ClusterId: 1, Index: 1, Term: 1, ConfState: &kvpb.ConfState{Voters: []uint64{1}}, Members: []*kvpb.Member{{RaftId: 1, Node: &kvpb.Node{Id: 1}}}}
 			fs.names[snap].cache = recordBytes(t, &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Header{Header: h}}, &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{}}})
 		}, []string{snap + ": it is of entry 1 of cluster 0000000000000001, and should be", advice, backup}},
 	} {
@@ -1285,8 +1281,8 @@ func BenchmarkStart(b *testing.B) {
 			for b.Loop() {
 				n, d := open(osFS{})
 				b.StopTimer()
-				if n.store.keys < keys || n.store.index != uint64(inLog/perEntry+1) {
-					b.Fatalf("%d keys, applied %d", n.store.keys, n.store.index)
+				if n.store.tree.keys < keys || n.store.index != uint64(inLog/perEntry+1) {
+					b.Fatalf("%d keys, applied %d", n.store.tree.keys, n.store.index)
 				}
 				d.close()
 				n, d = nil, nil
@@ -1420,14 +1416,14 @@ func TestStoppedLogDamaged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := q.lead(); err != nil || q.n.store.keys != 2 {
-		t.Fatalf("%d keys, %v", q.n.store.keys, err)
+	if err := q.lead(); err != nil || q.n.store.tree.keys != 2 {
+		t.Fatalf("%d keys, %v", q.n.store.tree.keys, err)
 	}
 	if q, err = openDiskNode(stopped, 1); err == nil {
 		err = q.lead()
 	}
-	if err != nil || q.n.store.keys != 3 {
-		t.Fatalf("%d keys, %v", q.n.store.keys, err)
+	if err != nil || q.n.store.tree.keys != 3 {
+		t.Fatalf("%d keys, %v", q.n.store.tree.keys, err)
 	}
 }
 
@@ -2022,7 +2018,7 @@ func TestClockBackup(t *testing.T) {
 		between(t, "the wait for a caller who does not read", time.Since(start), helloTimeout, helloTimeout+2*time.Second)
 		time.Sleep(time.Second) // for what follows the call's end
 		n.n.store.mu.Lock()
-		if v := len(n.n.store.views); v != 0 {
+		if v := len(n.n.store.clientViews); v != 0 {
 			t.Errorf("%d views are open", v)
 		}
 		n.n.store.mu.Unlock()

@@ -139,6 +139,7 @@ var apiErrors = []struct {
 	{errNotInitialized, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
 	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
 	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
+	{errViewEnded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_VIEW_ENDED},
 	{errStopping, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_STOPPING},
 	{errContradiction, codes.DataLoss, kvpb.ErrorReason_ERROR_REASON_CORRUPT},
 	{context.DeadlineExceeded, codes.DeadlineExceeded, kvpb.ErrorReason_ERROR_REASON_DEADLINE},

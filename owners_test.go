@@ -83,7 +83,7 @@ func TestOwnersModel(t *testing.T) {
 					t.Fatalf("seed %d: session %d: %v", seed, ses.id, err)
 				}
 				ses.highest++
-				s.remember(kept, ses.highest, result{version: id}, false)
+				s.remember(kept, ses.highest, result{version: id})
 				model = append(slices.Delete(model, used, used+1), ses)
 			}
 			owner := owners[min(r.IntN(len(owners)), r.IntN(len(owners)))]

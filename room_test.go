@@ -233,7 +233,7 @@ func TestWaitingGetCopiesNothing(t *testing.T) {
 		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
 		s := &server{n: turnNode()}
 		s.n.store.clusterID = 1
-		s.n.store.set([]byte("k"), item{make([]byte, maxValueBytes), 1})
+		s.n.store.tree.set([]byte("k"), item{make([]byte, maxValueBytes), 1})
 		get := func() error {
 			ctx, cancel := context.WithTimeout(ctx, time.Second/2)
 			defer cancel()

@@ -218,19 +218,29 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 		return nil, invalid("page_token", "it has %d bytes, the limit is %d", len(req.PageToken), maxKeyBytes)
 	}
 	ctx, cancel := beforeDeadline(ctx)
-	defer cancel() // the view ends before the answer waits for room
+	defer cancel()
 	select {
 	case s.lists <- struct{}{}:
 		defer func() { <-s.lists }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	v, err := s.openView(ctx, req.Local, (*store).openKeys)
+	if !req.Local {
+		if err := s.confirmRead(ctx); err != nil {
+			return nil, err
+		}
+	}
+	v, err := s.n.store.openKeys()
 	if err != nil {
 		return nil, err
 	}
+	defer v.close()
 	limit := cmp.Or(int(req.Limit), defaultListItems)
-	items, more := v.page(req.Prefix, req.PageToken, limit, maxListBytes)
+	r := prefixRange([]byte(req.Prefix)).after([]byte(req.PageToken))
+	items, more, err := v.page(r, limit, maxListBytes)
+	if err != nil {
+		return nil, err
+	}
 	resp := &kvpb.ListResponse{}
 	for _, it := range items {
 		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: string(it.key), Value: it.value, Version: it.version})
@@ -297,19 +307,17 @@ func (s *server) call(ctx context.Context, write []byte) (result, error) {
 	return result{}, errUnknownInTime
 }
 
-// openView opens a view for as long as ctx: a linearizable one, unless local.
-func (s *server) openView(ctx context.Context, local bool, open func(*store) *view) (*view, error) {
-	if !local {
-		if err := s.confirmRead(ctx); err != nil {
-			return nil, err
-		}
+// openBackup opens a view of the whole state for as long as ctx.
+func (s *server) openBackup(ctx context.Context) (*view, error) {
+	if err := s.confirmRead(ctx); err != nil {
+		return nil, err
 	}
 	var v *view
 	err := s.n.do(ctx, func() error {
 		if s.n.rn == nil {
 			return errNotInitialized
 		}
-		v = open(s.n.store)
+		v = s.n.store.openBackup()
 		context.AfterFunc(ctx, v.close) // even if nobody waits for the view any more
 		return nil
 	})

@@ -97,9 +97,10 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 func TestEmptyValueIsPresent(t *testing.T) {
 	s := &server{n: turnNode()}
 	s.n.store.clusterID = 1
-	s.n.store.set([]byte("packed"), item{nil, 1})
-	s.n.store.shards[shardOf("apart")].rest = map[string]item{"apart": {nil, 2}}
-	for _, key := range []string{"packed", "apart"} {
+	s.n.store.tree.set([]byte("never more"), item{nil, 1})
+	s.n.store.tree.set([]byte("once more"), item{make([]byte, maxPacked+1), 2})
+	s.n.store.tree.set([]byte("once more"), item{nil, 3})
+	for _, key := range []string{"never more", "once more"} {
 		resp, err := s.Get(t.Context(), &kvpb.GetRequest{Key: key, Local: true})
 		if err != nil || resp.Value == nil || resp.Version == 0 {
 			t.Errorf("%s: %v, %v", key, resp, err)
@@ -146,8 +147,8 @@ func TestGetThatWaits(t *testing.T) {
 		s := &server{n: turnNode()}
 		s.n.store.clusterID = 1
 		large := func(fill string) []byte { return []byte(strings.Repeat(fill, maxValueBytes)) }
-		s.n.store.set([]byte("large"), item{large("a"), 1})
-		s.n.store.set([]byte("small"), item{[]byte("v"), 2})
+		s.n.store.tree.set([]byte("large"), item{large("a"), 1})
+		s.n.store.tree.set([]byte("small"), item{[]byte("v"), 2})
 		rounds := 0
 		get := func(key string) (any, error) {
 			ctx, cancel := context.WithTimeout(ctx, time.Minute)
@@ -193,7 +194,7 @@ func TestGetThatWaits(t *testing.T) {
 		default:
 		}
 		s.n.store.mu.Lock()
-		s.n.store.set([]byte("large"), item{large("b"), 3})
+		s.n.store.tree.set([]byte("large"), item{large("b"), 3})
 		s.n.store.mu.Unlock()
 		rounds = 0
 		untaken[0].Put(nil)

@@ -52,8 +52,7 @@ type sessions struct {
 
 // session is what is known of a client's writes. Whoever knows its number may write in it:
 // that is random and told to nobody but its owner, and a write may be repeated by whoever
-// takes its client's place. Views share the answers: while one is open, those in the slice
-// are not changed in place.
+// takes its client's place. Views share the answers: those that one has are not changed in place.
 type session struct {
 	id      uint64
 	owner   *owner
@@ -78,13 +77,16 @@ func newSessions() *sessions {
 func (s *sessions) count() int { return len(s.byID) }
 
 // all returns copies of all sessions, which share the answers: the unused ones of an owner,
-// then its used ones, then those of another owner.
+// then its used ones, then those of another owner. It clips the answers, which has the next
+// one go into a copy of them.
 func (s *sessions) all() []session {
 	all := make([]session, 0, len(s.byID))
 	for _, o := range s.owners.heap {
 		for _, l := range []*list.List{o.unused, o.used} {
 			for e := l.Front(); e != nil; e = e.Next() {
-				all = append(all, *e.Value.(*session))
+				ses := e.Value.(*session)
+				ses.answers = slices.Clip(ses.answers)
+				all = append(all, *ses)
 			}
 		}
 	}
@@ -140,12 +142,9 @@ func (s *sessions) use(id, sequence uint64) (*session, error) {
 }
 
 // remember adds the answer to a write that was new, and forgets those that are too old
-// then. If views are open, which share the answers, it changes none in place.
-func (s *sessions) remember(ses *session, sequence uint64, r result, shared bool) {
+// then.
+func (s *sessions) remember(ses *session, sequence uint64, r result) {
 	i, _ := ses.find(sequence)
-	if i < len(ses.answers) && shared {
-		ses.answers = slices.Clip(ses.answers) // has Insert make a copy
-	}
 	ses.answers = slices.Insert(ses.answers, i, firstAnswer{sequence, r})
 	highest := ses.highest()
 	for highest > s.answerLimit && ses.answers[0].sequence <= highest-s.answerLimit {

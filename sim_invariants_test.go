@@ -776,9 +776,9 @@ func (s *sim) unequal() string {
 		if all := inOrder(st.sessions.all()); !slices.EqualFunc(byOwner(o.sessions), all, (*modelSession).is) {
 			s.failf("I5: %v has sessions %v", p, all)
 		}
-		if st.keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
+		if st.tree.keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
 			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v",
-				p, st.keys, st.version, st.conf, present, o.version, o.conf)
+				p, st.tree.keys, st.version, st.conf, present, o.version, o.conf)
 		}
 	}
 	return ""

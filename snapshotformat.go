@@ -26,9 +26,11 @@ import (
 const (
 	// snapshotFormat is the version of the snapshot's encoding. Any new field needs
 	// another one: a node that does not know it would lose it.
-	snapshotFormat = 2
-	// oldestSnapshotFormat is the oldest that is read. Its sessions have no owners.
-	oldestSnapshotFormat = 1
+	snapshotFormat = 3
+	// snapshotPageItems and snapshotPageBytes are what is written between two looks at the
+	// clock.
+	snapshotPageItems = 4096
+	snapshotPageBytes = 256 << 10
 	// maxRecordBytes is the largest record that a snapshot may hold: a key and
 	// a value at their limits, or a header with maxRemoved removed members.
 	maxRecordBytes = 4 << 20
@@ -45,7 +47,7 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		Members:   sortedMembers(s.members),
 		Removed:   slices.Clone(s.removed),
 		Former:    slices.Clone(s.former),
-		Keys:      s.keys,
+		Keys:      s.tree.keys,
 		Sessions:  uint64(s.sessions.count()),
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.proposers)) {
@@ -87,26 +89,41 @@ func (v *view) writeTo(to io.Writer) error {
 			return err
 		}
 	}
-	room, b := make([]byte, 0, maxShardData), []byte(nil)
-	since := time.Now()
-	for i := range uint64(numShards) {
-		if worked := time.Since(since); v.rest != nil && worked > maxRest/4 {
-			v.rest(worked)
-			since = time.Now()
-		}
-		items := v.shard(i, room, func([]byte) bool { return true })
-		slices.SortFunc(items, compareKeys)
-		for _, it := range items {
-			b = appendKeyValue(b[:0], it)
-			if _, err := w.Write(b); err != nil {
-				return err
-			}
-		}
+	if err := v.writeKeys(w); err != nil {
+		return err
 	}
 	if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{Keys: v.header.Keys}}}); err != nil {
 		return err
 	}
 	return w.flush()
+}
+
+// writeKeys writes the records of all keys.
+func (v *view) writeKeys(w *frameWriter) error {
+	var record []byte
+	since := time.Now()
+	for r, more := (keyRange{}), true; more; {
+		if worked := time.Since(since); v.rest != nil && worked > maxRest/4 {
+			v.rest(worked)
+			since = time.Now()
+		}
+		var items []keyItem
+		var err error
+		items, more, err = v.page(r, snapshotPageItems, snapshotPageBytes)
+		if err != nil {
+			return err
+		}
+		for _, it := range items {
+			record = appendKeyValue(record[:0], it)
+			if _, err := w.Write(record); err != nil {
+				return err
+			}
+		}
+		if more {
+			r = r.after(items[len(items)-1].key)
+		}
+	}
+	return nil
 }
 
 // appendKeyValue appends what writeTo's record makes of a key, without the
@@ -189,21 +206,19 @@ func scanSnapshot(r io.Reader, keep bool, say func(keys, all uint64)) (*store, e
 	if err := s.restoreHeader(header); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
-	keys, shard, last, said := uint64(0), uint64(0), []byte(nil), time.Now()
+	keys, last, said := uint64(0), []byte(nil), time.Now()
 	for {
 		it, rec, err := next()
 		if err != nil {
 			return nil, err
 		}
 		if rec == nil {
-			before := shard
-			shard = shardOf(it.key)
-			if len(it.key) == 0 || len(it.key) > maxKeyBytes || len(it.value) > maxValueBytes || it.version == 0 || it.version > s.version || shard < before || shard == before && bytes.Compare(it.key, last) <= 0 {
+			if !it.isValid(s.version) || bytes.Compare(it.key, last) <= 0 {
 				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
 			}
 			keys, last = keys+1, append(last[:0], it.key...)
 			if keep {
-				s.set(it.key, it.item)
+				s.tree.set(it.key, it.item)
 			}
 			if keys%16 == 0 && time.Since(said) > progressEvery {
 				said = time.Now()
@@ -224,12 +239,19 @@ func scanSnapshot(r io.Reader, keep bool, say func(keys, all uint64)) (*store, e
 				more := errors.New("something follows its footer")
 				return nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, cmp.Or(noEOF(err), more))
 			}
-			s.keys = keys
+			s.tree.keys = keys // also of those that were not kept
 			return s, nil
 		default:
 			return nil, errors.New("snapshot: a record of an unknown kind, or a key with a field that this node does not know")
 		}
 	}
+}
+
+// isValid reports whether a store of a version can have the item.
+func (it keyItem) isValid(version uint64) bool {
+	isKey := len(it.key) > 0 && len(it.key) <= maxKeyBytes
+	isVersion := it.version > 0 && it.version <= version
+	return isKey && isVersion && len(it.value) <= maxValueBytes
 }
 
 // restoreHeader takes over all state but the keys. The configuration has been
@@ -238,8 +260,8 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	switch {
 	case h == nil:
 		return errors.New("it does not start with a header")
-	case h.Format < oldestSnapshotFormat || h.Format > snapshotFormat:
-		return fmt.Errorf("its format is %d, this program knows %d to %d", h.Format, oldestSnapshotFormat, snapshotFormat)
+	case h.Format != snapshotFormat:
+		return fmt.Errorf("its format is %d, this program knows %d", h.Format, snapshotFormat)
 	case h.ClusterId == 0 || h.Index == 0 || h.Index >= maxCounter || h.Term == 0 || h.Term >= maxCounter || h.Version >= maxCounter || len(h.Removed) > maxRemoved:
 		return errors.New("its header is invalid")
 	}

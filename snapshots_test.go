@@ -136,7 +136,7 @@ func (i *impostor) snapshot(t *testing.T, index uint64, chunk int) []*kvpb.Insta
 		if k%4 == 0 {
 			value = strings.Repeat("x", 1<<20)
 		}
-		s.set([]byte(fmt.Sprint("key ", k)), item{[]byte(value), k + 1})
+		s.tree.set([]byte(fmt.Sprint("key ", k)), item{[]byte(value), k + 1})
 	}
 	var reqs []*kvpb.InstallSnapshotRequest
 	for data := range slices.Chunk(snapshotBytes(t, s), chunk) {
@@ -194,8 +194,8 @@ func (c *testCluster) noTransfers(ids ...uint64) {
 						receives++
 					}
 				}
-				if len(s.n.snapshots.views)+len(s.n.store.views)+receives > 0 {
-					return fmt.Errorf("node %d sends from %d views, has %d open, receives %d", id, len(s.n.snapshots.views), len(s.n.store.views), receives)
+				if len(s.n.snapshots.views)+len(s.n.store.clientViews)+receives > 0 {
+					return fmt.Errorf("node %d sends from %d views, has %d open, receives %d", id, len(s.n.snapshots.views), len(s.n.store.clientViews), receives)
 				}
 				return nil
 			})
@@ -423,8 +423,8 @@ func TestSnapshotTransfer(t *testing.T) {
 		<-hits
 		n := c.nodes[1].server.n
 		if err := n.do(c.ctx, func() error {
-			if len(n.snapshots.views) != 1 || n.snapshots.views[0].readers != 2 || len(n.store.views) != 1 {
-				return fmt.Errorf("%d views, %d of the store", len(n.snapshots.views), len(n.store.views))
+			if len(n.snapshots.views) != 1 || n.snapshots.views[0].readers != 2 {
+				return fmt.Errorf("%d views", len(n.snapshots.views))
 			}
 			return nil
 		}); err != nil {
@@ -529,11 +529,11 @@ func TestSnapshotHeap(t *testing.T) {
 		defer n.store.mu.Unlock()
 		for i := range 32 << 10 {
 			n.store.version++
-			n.store.set([]byte(fmt.Sprintf("key %06d", i)), item{bytes.Repeat([]byte("x"), 1024), n.store.version})
+			n.store.tree.set([]byte(fmt.Sprintf("key %06d", i)), item{bytes.Repeat([]byte("x"), 1024), n.store.version})
 		}
 		for i := range 32 {
 			n.store.version++
-			n.store.set([]byte(fmt.Sprintf("large %06d", i)), item{bytes.Repeat([]byte("x"), 1<<20), n.store.version})
+			n.store.tree.set([]byte(fmt.Sprintf("large %06d", i)), item{bytes.Repeat([]byte("x"), 1<<20), n.store.version})
 		}
 		return nil
 	}); err != nil {

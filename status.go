@@ -124,8 +124,8 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Joint = isJoint(s.conf)
 
 	m.Version = s.version
-	m.Keys = s.keys
-	m.StoreBytes = s.bytes
+	m.Keys = s.tree.keys
+	m.StoreBytes = s.tree.bytes
 	m.Sessions = uint64(s.sessions.count())
 	if n.rn == nil {
 		return m

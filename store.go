@@ -1,9 +1,8 @@
-// The replicated state machine: a sharded map and the little that goes with it.
+// The replicated state machine: keys in order, and the little that goes with them.
 
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"fmt"
 	"maps"
@@ -18,9 +17,6 @@ import (
 )
 
 const (
-	// A write waits while a view copies one of numShards shards. Clients can choose keys
-	// of one shard, for all know shardOf; shard.go bounds what is copied of one.
-	numShards = 1 << 12
 	// maxRemoved is how many removed raft IDs, and how many removed nodes, are remembered.
 	maxRemoved = 1024
 	// versionsPerSecond is by how much the version that a restored cluster begins with
@@ -29,22 +25,17 @@ const (
 	// maxFirstVersion bounds the version that a restored cluster begins with: JSON
 	// in JavaScript has no higher integers.
 	maxFirstVersion = 1 << 53
+	// maxLockedWrites and maxLockedBytes bound for how long the writes of an entry keep
+	// readers waiting: after so many writes, or so many bytes of pages that they have copied,
+	// readers have their turn.
+	maxLockedWrites = 256
+	maxLockedBytes  = 4 << 20
+	// minViewBytes bounds the memory that the views of clients may keep, or a quarter of the
+	// store's data if that is more.
+	minViewBytes = 64 << 20
 	// maxRoom bounds the memory, in writes, that is kept for the writes of the next entry.
 	maxRoom = 16 << 10
 )
-
-// item is a value and the version of the write that set it. A new field has to go through
-// shard.go and snapshotformat.go, too.
-type item struct {
-	value   []byte
-	version uint64
-}
-
-// keyItem is an item with its key.
-type keyItem struct {
-	key []byte
-	item
-}
 
 // firstClock is before this program was written: a clock that shows an earlier time was
 // never set.
@@ -56,7 +47,6 @@ type store struct {
 	// The state that the loop alone reads, and so without a lock.
 	index     uint64 // of the last entry applied
 	term      uint64 // of the last entry applied
-	version   uint64 // of the last write applied: they are counted from 0, or from what beginVersions set
 	conf      *raftpb.ConfState
 	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
 	removed   []uint64              // raft IDs, oldest first
@@ -64,15 +54,14 @@ type store struct {
 	proposers map[uint64]uint64     // by raft ID: the sequence of the last batch applied
 	sessions  *sessions
 
-	// The state that all read: mu guards it.
+	// The state that all read: the loop writes it under mu.
 	mu        sync.RWMutex
 	clusterID uint64 // 0: in no cluster
-	shards    []shard
-	keys      uint64
-	bytes     uint64 // of all keys and values
+	version   uint64 // of the last write applied: they are counted from 0, or from what beginVersions set
+	tree      *tree
 
 	// Not part of the state.
-	views              []*view     // that are open, of these shards: mu guards them, too
+	clientViews        []*view     // that are open, in the order in which they were opened: mu guards them
 	file               string      // the snapshot in the data directory that it was read from, if it was
 	room               []operation // memory for the writes of an entry
 	plantedSameVersion bool        // a bug that the simulator plants: all writes of an entry share a version
@@ -84,18 +73,8 @@ func newStore() *store {
 		members:   map[uint64]*kvpb.Node{},
 		proposers: map[uint64]uint64{},
 		sessions:  newSessions(),
-		shards:    make([]shard, numShards),
+		tree:      newTree(),
 	}
-}
-
-// shardOf returns a key's shard, by FNV-1a, folded: snapshots are in the order of shards, so
-// it is the same on every machine and in every run.
-func shardOf[K string | []byte](key K) uint64 {
-	h := uint64(14695981039346656037)
-	for i := range len(key) {
-		h = (h ^ uint64(key[i])) * 1099511628211
-	}
-	return (h ^ h>>32) % numShards
 }
 
 // get returns the item of a key, as far as this node has applied. The value
@@ -106,7 +85,7 @@ func (s *store) get(key []byte) (item, bool, error) {
 	if s.clusterID == 0 {
 		return item{}, false, errNotInitialized
 	}
-	it, _, found := s.shards[shardOf(key)].find(hashOf(key), key)
+	it, found := s.tree.get(key)
 	return it.kept(), found, nil
 }
 
@@ -135,20 +114,32 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	}
 	s.proposers[b.proposer] = b.sequence
 
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	results = make([]outcome, len(b.writes))
-	for i := range b.writes {
-		if s.plantedSameVersion && i > 0 {
-			s.version--
-		}
-		results[i] = s.applyOnce(&b.writes[i])
+	results = make([]outcome, 0, len(b.writes))
+	for len(results) < len(b.writes) {
+		results = s.applySome(b.writes, results)
 	}
 	clear(b.writes) // lets go of data
 	if cap(b.writes) <= maxRoom {
 		s.room = b.writes
 	}
 	return b.proposer, b.sequence, results, nil
+}
+
+// applySome applies further writes of a batch, and returns the results with theirs. Before the
+// last one it lets go of the lock now and then, so that readers see a part of the batch.
+func (s *store) applySome(writes []operation, results []outcome) []outcome {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	end := min(len(results)+maxLockedWrites, len(writes))
+	replaced := s.tree.replaced
+	for len(results) < end && s.tree.replaced-replaced < maxLockedBytes {
+		if s.plantedSameVersion && len(results) > 0 {
+			s.version--
+		}
+		results = append(results, s.applyOnce(&writes[len(results)]))
+	}
+	s.endCostlyViews()
+	return results
 }
 
 // applyOnce applies an operation of a batch. A write with an id is applied the first time,
@@ -168,13 +159,13 @@ func (s *store) applyOnce(w *operation) outcome {
 		return outcome{result: r}
 	}
 	r := s.applyWrite(w)
-	s.sessions.remember(ses, w.sequence, r, len(s.views) > 0)
+	s.sessions.remember(ses, w.sequence, r)
 	return outcome{result: r}
 }
 
 func (s *store) applyWrite(w *operation) result {
 	if w.compares {
-		it, _, _ := s.shards[shardOf(w.key)].find(hashOf(w.key), w.key)
+		it, _ := s.tree.get(w.key)
 		if it.version != w.expected {
 			return result{version: it.version, compareFailed: true}
 		}
@@ -182,9 +173,9 @@ func (s *store) applyWrite(w *operation) result {
 	s.version++
 	r := result{version: s.version}
 	if w.kind == opSet {
-		r.found = s.set(w.key, item{w.value, s.version})
+		r.found = s.tree.set(w.key, item{w.value, s.version})
 	} else {
-		r.found = s.delete(w.key)
+		r.found = s.tree.delete(w.key)
 	}
 	return r
 }
@@ -240,53 +231,6 @@ func versionAt(t time.Time) uint64 {
 func timeOf(version uint64) time.Time { return time.Unix(int64(version/versionsPerSecond+1), 0) }
 
 func clockText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }
-
-// set stores a copy of an item under a key, and reports whether the key was there before.
-func (s *store) set(key []byte, it item) (found bool) {
-	i := shardOf(key)
-	hash := hashOf(key)
-	sh := &s.shards[i]
-	old, at, found := sh.find(hash, key)
-	s.bytes += uint64(len(it.value)) - uint64(len(old.value))
-	if found {
-		s.preserve(i, key, old)
-		sh.replace(hash, key, at, old, it)
-		return true
-	}
-	s.keys++
-	s.bytes += uint64(len(key))
-	sh.add(hash, key, it)
-	return false
-}
-
-// delete removes a key, and reports whether it was there.
-func (s *store) delete(key []byte) (found bool) {
-	i := shardOf(key)
-	hash := hashOf(key)
-	old, at, found := s.shards[i].find(hash, key)
-	if !found {
-		return false
-	}
-	s.preserve(i, key, old)
-	s.keys--
-	s.bytes -= uint64(len(key) + len(old.value))
-	s.shards[i].remove(hash, key, at)
-	return true
-}
-
-// preserve copies an item that is about to be replaced to the views that show it.
-func (s *store) preserve(shard uint64, key []byte, old item) {
-	var kept keyItem
-	for _, v := range s.views {
-		if old.version > v.header.Version {
-			continue // written after the view was opened
-		}
-		if kept.key == nil { // one copy for all
-			kept = keyItem{bytes.Clone(key), old.kept()}
-		}
-		v.replaced[shard] = append(v.replaced[shard], kept)
-	}
-}
 
 // configure makes cs the configuration. It takes the nodes that cs names from the present
 // members and from changed; members that cs does not name have been removed.
@@ -347,11 +291,10 @@ func raftIDsOf(members map[uint64]*kvpb.Node, nodeID uint64) []uint64 {
 }
 
 // install replaces the state by that of another store, which must not be used
-// any more. Open views keep what they have.
+// any more. The views of clients end; those of snapshots keep what they have.
 func (s *store) install(t *store) {
 	s.index = t.index
 	s.term = t.term
-	s.version = t.version
 	s.conf = t.conf
 	s.members = t.members
 	s.removed = t.removed
@@ -363,10 +306,11 @@ func (s *store) install(t *store) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.clusterID = t.clusterID
-	s.shards = t.shards
-	s.keys = t.keys
-	s.bytes = t.bytes
-	s.views = nil // they are of the shards before
+	s.version = t.version
+	s.tree = t.tree
+	for len(s.clientViews) > 0 { // they would keep all that was here before
+		s.endOldestView()
+	}
 }
 
 // sortedMembers returns members by node id, then raft ID: the order in which people see them.

@@ -36,9 +36,8 @@ func (l *longest) report(b *testing.B, what string) {
 }
 
 // BenchmarkSnapshotStall applies entries of 1,000 writes, in turn without a
-// view and while a snapshot is being written from one, and reports the longest
-// that an entry took in each case, that opening the view took, and that reading
-// a shard of it kept an entry waiting.
+// view and while a snapshot is being written from one, and reports the longest that an entry
+// took in each case, that it held the lock, and that opening the view took.
 func BenchmarkSnapshotStall(b *testing.B) {
 	for _, keys := range []int{1e6, 1e7} {
 		b.Run(fmt.Sprintf("keys=%.0e", float64(keys)), func(b *testing.B) {
@@ -56,7 +55,7 @@ func BenchmarkSnapshotStall(b *testing.B) {
 					b.Fatal(err)
 				}
 			}
-			var without, with, open, shard longest
+			var without, with, open longest
 			for b.Loop() {
 				var v *view
 				open.time(func() { v = s.openView() })
@@ -73,10 +72,6 @@ func BenchmarkSnapshotStall(b *testing.B) {
 						with.time(func() { apply(n) })
 					}
 				}
-				room := make([]byte, 0, maxShardData)
-				for i := range uint64(numShards) {
-					shard.time(func() { v.shard(i, room, func([]byte) bool { return true }) })
-				}
 				v.close()
 				for i := range n {
 					without.time(func() { apply(i) })
@@ -85,7 +80,6 @@ func BenchmarkSnapshotStall(b *testing.B) {
 			without.report(b, "without")
 			with.report(b, "with")
 			open.report(b, "open")
-			shard.report(b, "shard")
 		})
 	}
 }
@@ -110,7 +104,7 @@ func BenchmarkFill(b *testing.B) {
 		s := newStore()
 		for i := range uint64(keys) {
 			key, value := benchKey(i), make([]byte, 128)
-			set.time(func() { s.set([]byte(key), item{value, i + 1}) })
+			set.time(func() { s.tree.set([]byte(key), item{value, i + 1}) })
 		}
 		perKey = (heap() - before) / keys
 		runtime.KeepAlive(s)

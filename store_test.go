@@ -1,4 +1,4 @@
-// Tests of store.go, view.go, snapshotformat.go and shard.go: the replicated state, views of it, and the
+// Tests of store.go, view.go and snapshotformat.go: the replicated state, views of it, and the
 // snapshots that are written from them. What applies writes in other tests is here.
 
 package main
@@ -8,7 +8,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
-	"hash/fnv"
 	"io"
 	"maps"
 	"math/rand/v2"
@@ -74,17 +73,15 @@ func contents(t testing.TB, s *store) map[string]item {
 	t.Helper()
 	all := map[string]item{}
 	var size uint64
-	for i := range s.shards {
-		checkShard(t, &s.shards[i])
-		for k, it := range s.shards[i].all {
-			if _, twice := all[string(k)]; twice || shardOf(k) != uint64(i) || it.version == 0 || it.version > s.version {
-				t.Fatalf("key %q of version %d in shard %d", k, it.version, i)
-			}
-			all[string(k)] = it.kept()
-			size += uint64(len(k) + len(it.value))
+	for k, it := range (treeView{root: s.tree.root}).from(nil) {
+		if it.version == 0 || it.version > s.version {
+			t.Fatalf("key %q has version %d", k, it.version)
 		}
+		all[string(k)] = it.kept()
+		size += uint64(len(k) + len(it.value))
 	}
-	if keys, bytes := s.keys, s.bytes; keys != uint64(len(all)) || bytes != size {
+	checkTree(t, s.tree.root, all)
+	if keys, bytes := s.tree.keys, s.tree.bytes; keys != uint64(len(all)) || bytes != size {
 		t.Fatalf("it counts %d keys and %d bytes, and has %d and %d", keys, bytes, len(all), size)
 	}
 	return all
@@ -110,20 +107,9 @@ func snapshotBytes(t testing.TB, s *store) []byte {
 	return viewBytes(t, v)
 }
 
-// crowded are keys that share a shard: most random ones do not.
-var crowded = sync.OnceValue(func() []string {
-	var keys []string
-	for i := 0; len(keys) < 6; i++ {
-		if k := fmt.Sprintf("c%d", i); shardOf(k) == shardOf("c0") {
-			keys = append(keys, k)
-		}
-	}
-	return keys
-})
-
 func keysForTest() []string {
-	keys := slices.Clone(crowded())
-	for i := range 30 {
+	var keys []string
+	for i := range 36 {
 		keys = append(keys, fmt.Sprintf("k%d", i))
 	}
 	return keys
@@ -136,7 +122,7 @@ func filledStore(keys int) *store {
 	for i := range keys {
 		v := make([]byte, 128)
 		binary.BigEndian.PutUint64(v, uint64(i))
-		s.set([]byte(benchKey(uint64(i))), item{v, uint64(i + 1)})
+		s.tree.set([]byte(benchKey(uint64(i))), item{v, uint64(i + 1)})
 	}
 	s.version = uint64(keys)
 	return s
@@ -365,24 +351,21 @@ func TestStoreConcurrently(t *testing.T) {
 	}
 }
 
-// What a reader, a view or a session has been given stays as it is.
+// What a reader or a view has been given stays as it is.
 func TestValuesAreKept(t *testing.T) {
 	s := newTestStore()
 	applyBatch(t, s, 1, 1, setWrite("k", "old"))
 	it, _, _ := s.get([]byte("k"))
 	v := s.openView()
 	defer v.close()
-	i := shardOf("k")
-	everything := func([]byte) bool { return true }
-	before := v.shard(i, make([]byte, 0, 1<<10), everything)[0]
-	without := v.shard(i, nil, everything)[0]
+	before := firstItem(t, v)
 	data := mustMarshal(t, &kvpb.Batch{Proposer: 1, Sequence: 2, Writes: []*kvpb.Write{setWrite("k", "new"), setWrite("long", strings.Repeat("x", maxPacked+1))}})
 	if _, _, _, err := s.apply(data); err != nil {
 		t.Fatal(err)
 	}
 	clear(data) // of a log that has been compacted
-	after := v.shard(i, nil, everything)[0]
-	for _, got := range []item{it, before.item, without.item, after.item} {
+	after := firstItem(t, v)
+	for _, got := range []item{it, before.item, after.item} {
 		if string(got.value) != "old" || got.version != 1 {
 			t.Errorf("%q of version %d, want old", got.value, got.version)
 		}
@@ -392,24 +375,15 @@ func TestValuesAreKept(t *testing.T) {
 			t.Errorf("%q is %q", key, it.value)
 		}
 	}
-	// Keys, too, when others take their place.
-	keys := crowded()
-	for n, room := range [][]byte{nil, make([]byte, 0, 1<<10)} {
-		var sets, deletes []*kvpb.Write
-		for _, key := range keys {
-			sets, deletes = append(sets, setWrite(key, key)), append(deletes, deleteWrite(key))
-		}
-		applyBatch(t, s, 1, 10+2*uint64(n), sets...)
-		v := s.openView()
-		items := v.shard(shardOf(keys[0]), room, everything)
-		v.close()
-		applyBatch(t, s, 1, 11+2*uint64(n), append(deletes, sets[5], sets[4])...)
-		for _, it := range items {
-			if string(it.key) != string(it.value) {
-				t.Errorf("the key of %q is %q", it.value, it.key)
-			}
-		}
+}
+
+func firstItem(t testing.TB, v *view) keyItem {
+	t.Helper()
+	items, _, err := v.page(keyRange{}, 1, 0)
+	if err != nil || len(items) != 1 {
+		t.Fatalf("%d items, %v", len(items), err)
 	}
+	return items[0]
 }
 
 func TestViews(t *testing.T) {
@@ -424,7 +398,7 @@ func TestViews(t *testing.T) {
 			case 0:
 				w = deleteWrite(keys[r.IntN(len(keys))])
 			case 1:
-				w = setWrite(fmt.Sprint("new", sequence), "in a shard never touched")
+				w = setWrite(fmt.Sprint("new", sequence), "in a page that may be new")
 			}
 			applyBatch(t, s, 1, sequence, w)
 		}
@@ -487,70 +461,120 @@ func TestViews(t *testing.T) {
 	contents(t, s)
 	for _, o := range views {
 		o.v.close()
-	}
-	if len(s.views) != 0 {
-		t.Errorf("%d views are open", len(s.views))
+		if _, _, err := o.v.page(keyRange{}, 1, 1); err != errViewEnded {
+			t.Errorf("a closed view: %v", err)
+		}
 	}
 }
 
-// A view costs what is replaced while it is open, once, and nothing before
-// and after.
+// A write without a view copies nothing, and with one once.
 func TestViewCosts(t *testing.T) {
-	s, keys := newTestStore(), crowded()
-	sequence := uint64(0)
-	write := func(ws ...*kvpb.Write) {
-		t.Helper()
-		sequence++
-		applyBatch(t, s, 1, sequence, ws...)
-	}
-	preserved := func(v *view) (n int) {
-		for _, items := range v.replaced {
-			n += len(items)
+	s := filledStore(1000)
+	write := func() {
+		for i := range uint64(1000) {
+			s.tree.set([]byte(benchKey(i)), item{make([]byte, 128), s.version})
 		}
-		return n
 	}
-	set, del := setWrite(keys[0], "x"), deleteWrite(keys[1])
-	write(set, setWrite(keys[1], "y"), setWrite(keys[2], "z"))
-	allocations := func() float64 {
-		return testing.AllocsPerRun(100, func() {
-			s.version++
-			s.set([]byte(keys[0]), item{nil, s.version})
-			s.set([]byte(keys[1]), item{nil, s.version})
-			s.delete([]byte(keys[1]))
-		})
+	cost := func() uint64 {
+		before := s.tree.replaced
+		write()
+		return s.tree.replaced - before
 	}
-	v := s.openView()
-	write(deleteWrite(keys[5]), setWrite(keys[4], "new"))
-	if n := preserved(v); n != 0 {
-		t.Errorf("%d items are preserved, none was replaced", n)
+	if n := cost(); n != 0 {
+		t.Errorf("%d bytes are copied without a view", n)
 	}
-	write(set, del, set, setWrite(keys[1], "y"), del, deleteWrite(keys[4]))
-	if n := preserved(v); n != 2 {
-		t.Errorf("%d items are preserved for 2 that were replaced", n)
+	pages := uint64(0)
+	var walk func(p *page)
+	walk = func(p *page) {
+		pages += p.memory()
+		for _, child := range p.children {
+			walk(child)
+		}
 	}
-	if n := allocations(); n != 0 {
-		t.Errorf("a write of what was replaced already allocates: %v", n)
+	walk(s.tree.root)
+	for range 3 {
+		v := s.openView()
+		if n := cost(); n != pages {
+			t.Errorf("%d bytes are copied, all pages are %d", n, pages)
+		}
+		if n := cost(); n != 0 {
+			t.Errorf("%d bytes are copied a second time", n)
+		}
+		v.close()
 	}
-	w := s.openView()
-	write(set)
-	if preserved(v) != 2 || preserved(w) != 1 {
-		t.Errorf("%d and %d items are preserved, want 2 and 1", preserved(v), preserved(w))
+}
+
+// The views of clients end, the oldest first, when they keep too much; those of snapshots do
+// not.
+func TestViewsOfClientsEnd(t *testing.T) {
+	s := newTestStore()
+	value := strings.Repeat("v", 1<<20)
+	sequence := uint64(0)
+	write := func() {
+		sequence++
+		applyBatch(t, s, 1, sequence, setWrite("k", value))
 	}
-	v.close()
-	write(set, deleteWrite(keys[2]))
-	if preserved(v) != 2 || preserved(w) != 2 {
-		t.Errorf("with the first closed, %d and %d items are preserved, want 2 and 2", preserved(v), preserved(w))
+	open := func() *view {
+		t.Helper()
+		v, err := s.openKeys()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
 	}
-	v.close() // again
-	u := s.openView()
-	w.close()
-	s.install(newStore()) // u shows what was before, for nothing
-	if len(s.views) != 0 {
-		t.Errorf("%d views are open", len(s.views))
+	isOpen := func(v *view) bool {
+		_, _, err := v.page(keyRange{}, 1, 0)
+		if err != nil && err != errViewEnded {
+			t.Fatal(err)
+		}
+		return err == nil
 	}
-	u.close()
-	if n := allocations(); n != 0 {
-		t.Errorf("a write without a view allocates: %v", n)
+	write()
+	snapshot := s.openView()
+	defer snapshot.close()
+	var views []*view
+	for range minViewBytes>>20 - 1 {
+		views = append(views, open())
+		write()
+	}
+	for range 3 {
+		write() // no view has what is replaced
+	}
+	for i, v := range views {
+		if !isOpen(v) {
+			t.Fatalf("view %d has ended", i)
+		}
+	}
+	views[1].close()
+	for range 2 {
+		views = append(views, open())
+		write()
+	}
+	if isOpen(views[0]) {
+		t.Error("the oldest view keeps too much, and is open")
+	}
+	if !isOpen(views[2]) {
+		t.Error("a view that keeps no more than it may has ended")
+	}
+	if !isOpen(snapshot) {
+		t.Error("the view of a snapshot has ended")
+	}
+	backup := s.openBackup()
+	s.install(newTestStore())
+	if isOpen(views[2]) || isOpen(backup) {
+		t.Error("a view of what was before is open")
+	}
+	if !isOpen(snapshot) {
+		t.Error("the view of a snapshot has ended")
+	}
+	for _, v := range views {
+		v.close()
+	}
+	if len(s.clientViews) != 0 {
+		t.Errorf("%d views are open", len(s.clientViews))
+	}
+	if _, err := newStore().openKeys(); err != errNotInitialized {
+		t.Errorf("a view of a node in no cluster: %v", err)
 	}
 }
 
@@ -558,7 +582,7 @@ func TestViewPage(t *testing.T) {
 	r := seededRand(4)
 	s := newTestStore()
 	var ws []*kvpb.Write
-	for i := range 3 * numShards / 2 { // enough for page to cut on its way
+	for i := range 6000 {
 		ws = append(ws, setWrite(fmt.Sprintf("%c%05d", "ab"[i%2], r.IntN(50000)), strings.Repeat("v", i%7)))
 	}
 	applyBatch(t, s, 1, 1, ws...)
@@ -576,8 +600,6 @@ func TestViewPage(t *testing.T) {
 		{"", "", 1, 1 << 20}, {"", "", len(keys), 1 << 20}, {"", "", len(keys) - 1, 1 << 20},
 		{"a", "", 100, 1 << 20}, {"c", "", 100, 1 << 20}, {"a0", "", 1 << 20, 1 << 20}, {keys[7], "", 2, 100},
 		{"", keys[0], 5, 1 << 20}, {"", keys[len(keys)-1], 5, 1 << 20}, {"a", "b", 5, 1 << 20}, {"b", keys[1] + "x", 5, 1 << 20},
-		// Cut at the very last key: of these, the one whose parity is right.
-		{"", "", (len(keys) - numShards - 1) / 2, 1 << 20}, {"", keys[0], (len(keys) - numShards - 2) / 2, 1 << 20},
 		{"", "", 100, 0}, {"", "", 100, 13}, {"", keys[3], 100, 50},
 	} {
 		var want []string
@@ -592,7 +614,10 @@ func TestViewPage(t *testing.T) {
 			}
 			want = append(want, key)
 		}
-		page, gotMore := v.page(c.prefix, c.after, c.limit, c.maxBytes)
+		page, gotMore, err := v.page(prefixRange([]byte(c.prefix)).after([]byte(c.after)), c.limit, c.maxBytes)
+		if err != nil {
+			t.Fatal(err)
+		}
 		var got []string
 		for _, it := range page {
 			got = append(got, string(it.key))
@@ -606,58 +631,72 @@ func TestViewPage(t *testing.T) {
 	}
 }
 
-// A view copies what a page needs, whatever it has.
-func TestViewPageSizes(t *testing.T) {
+func TestRanges(t *testing.T) {
+	for _, c := range []struct {
+		r       keyRange
+		in, out []string
+	}{
+		{keyRange{}, []string{"", "a", "\xff\xff"}, nil},
+		{keyRange{start: []byte("b"), end: []byte("d")}, []string{"b", "bb", "c", "cz"}, []string{"", "a", "az", "d", "da"}},
+		{prefixRange([]byte("ab")), []string{"ab", "aba", "ab\xff"}, []string{"a", "aa", "ac", "b"}},
+		{prefixRange([]byte("a\xff")), []string{"a\xff", "a\xffz"}, []string{"a", "b"}},
+		{prefixRange([]byte("\xff\xff")), []string{"\xff\xff", "\xff\xffa"}, []string{"\xff", "\xfe"}},
+		{prefixRange(nil).after([]byte("k")), []string{"k\x00", "ka", "l"}, []string{"k", "a"}},
+		{prefixRange([]byte("m")).after([]byte("k")), []string{"m", "mm"}, []string{"k", "l", "n"}},
+	} {
+		for _, key := range c.in {
+			if !c.r.has([]byte(key)) {
+				t.Errorf("%q is not in %q", key, c.r)
+			}
+		}
+		for _, key := range c.out {
+			if c.r.has([]byte(key)) {
+				t.Errorf("%q is in %q", key, c.r)
+			}
+		}
+	}
+}
+
+// TestLocksAreShort applies an entry whose writes copy much.
+func TestLocksAreShort(t *testing.T) {
 	s := newTestStore()
-	value := strings.Repeat("v", maxPacked)
-	var keys []string
-	for i := range 40 {
-		var ws []*kvpb.Write
-		for j := range 500 {
-			keys = append(keys, fmt.Sprintf("k%02d %03d", i, j))
-			ws = append(ws, setWrite(keys[len(keys)-1], value))
+	long := strings.Repeat("k", 8<<10)
+	var ws []*kvpb.Write
+	for i := range 800 {
+		ws = append(ws, setWrite(fmt.Sprintf("%s%04d", long, i), "v"))
+	}
+	for i := range uint64(8) {
+		applyBatch(t, s, 1, i+1, ws[100*i:100*i+100]...)
+	}
+	for name, c := range map[string]struct {
+		writes []*kvpb.Write
+		copies bool
+	}{"many": {slices.Repeat([]*kvpb.Write{setWrite("a", "v")}, 3*maxLockedWrites), false}, "large": {ws, true}} {
+		v := s.openView()
+		b, err := parseBatch(mustMarshal(t, &kvpb.Batch{Proposer: 1, Writes: c.writes}), nil)
+		if err != nil {
+			t.Fatal(err)
 		}
-		applyBatch(t, s, 1, uint64(i)+1, ws...)
-	}
-	v := s.openView()
-	defer v.close()
-	const maxBytes = 100 << 10
-	size := maxPacked + len(keys[0])
-	var page []keyItem
-	var more bool
-	if n := allocated(func() { page, more = v.page("k", "", 10_000, maxBytes) }); n > 8<<20 {
-		t.Errorf("%d bytes were copied for a page of %d", n, maxBytes)
-	}
-	var got []string
-	for _, it := range page {
-		got = append(got, string(it.key))
-	}
-	if !more || !slices.Equal(got, keys[:maxBytes/size]) {
-		t.Errorf("%d keys, more %v, want %d", len(got), more, maxBytes/size)
-	}
-	// Small and large values, in no order of size: each page takes all that fits.
-	r := seededRand(1)
-	sizes := map[string]int{}
-	for i := range 2000 {
-		key := fmt.Sprintf("m%04d", i)
-		sizes[key] = []int{10, maxPacked, 30 << 10}[r.IntN(3)]
-		applyBatch(t, s, 1, 100+uint64(i), setWrite(key, strings.Repeat("v", sizes[key])))
-	}
-	w := s.openView()
-	defer w.close()
-	keys = slices.Sorted(maps.Keys(sizes))
-	for after := ""; len(keys) > 0; {
-		fit, size := 0, 0
-		for fit < len(keys) && size+len(keys[fit])+sizes[keys[fit]] <= maxBytes {
-			size += len(keys[fit]) + sizes[keys[fit]]
-			fit++
+		var results []outcome
+		for len(results) < len(b.writes) {
+			replaced, before := s.tree.replaced, len(results)
+			results = s.applySome(b.writes, results)
+			const copiedByOne = 1 << 20
+			if n := s.tree.replaced - replaced; n > maxLockedBytes+copiedByOne {
+				t.Errorf("%s: %d bytes are copied in one go", name, n)
+			}
+			n := len(results) - before
+			if n == 0 || n > maxLockedWrites {
+				t.Errorf("%s: %d writes in one go", name, n)
+			}
+			isCut := n < maxLockedWrites && len(results) < len(b.writes)
+			if isCut != c.copies && len(results) < len(b.writes) {
+				t.Errorf("%s: %d writes in one go", name, n)
+			}
 		}
-		page, more := w.page("m", after, 10_000, maxBytes)
-		if len(page) != fit || more != (fit < len(keys)) || string(page[fit-1].key) != keys[fit-1] {
-			t.Fatalf("%d keys after %q, more %v, want %d of %d", len(page), after, more, fit, len(keys))
-		}
-		after, keys = keys[fit-1], keys[fit:]
+		v.close()
 	}
+	contents(t, s)
 }
 
 // validHeader is the header of a small valid snapshot of version 9.
@@ -749,7 +788,7 @@ func unframed(t testing.TB, b []byte) []byte {
 func realSnapshots(t testing.TB) [][]byte {
 	s := newTestStore()
 	empty := snapshotBytes(t, s)
-	applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("b", ""), setWrite(crowded()[0], "x"), setWrite(crowded()[1], "y"), deleteWrite("b"))
+	applyBatch(t, s, 1, 1, setWrite("a", "1"), setWrite("b", ""), setWrite("c", "x"), setWrite("d", "y"), deleteWrite("b"))
 	applyBatch(t, s, 2, 1, openWrite(5), openWrite(6), openWrite(7), openWrite(1<<64-1))
 	applyBatch(t, s, 2, 2, withID(7, 1024, setWrite("a", "2")), withID(7, 2000, setWrite("a", "2")), withID(7, 1000, setIf("a", "3", 4)), withID(6, 1, deleteWrite("a")), withID(6, 2, setIf("a", "4", 0)), withID(6, 3, setIf("a", "5", 0)))
 	applyBatch(t, s, 2, 3, openWriteOf(8, "client/shop"), openWriteOf(9, "admin"), openWriteOf(10, "client/shop"), withID(8, 1, deleteWrite("a")))
@@ -788,7 +827,7 @@ func TestSnapshotRoundTrip(t *testing.T) {
 	for _, x := range []*store{s, restored} {
 		applyBatch(t, x, 1, 302, setWrite("late", "1")) // what came before was 301 and less
 		applyBatch(t, x, 1, 302, setWrite("late", "2"))
-		applyBatch(t, x, 3, 303, deleteWrite("1"), setWrite(crowded()[0], ""))
+		applyBatch(t, x, 3, 303, deleteWrite("1"), setWrite("c", ""))
 	}
 	if !bytes.Equal(snapshotBytes(t, s), snapshotBytes(t, restored)) {
 		t.Error("the restored store goes on in another way")
@@ -836,11 +875,7 @@ func TestSnapshotDeterministic(t *testing.T) {
 
 func TestSnapshotRefused(t *testing.T) {
 	header := headerRecord(func(*kvpb.SnapshotHeader) {})
-	// Two keys in the order of their shards.
 	low, high := "a", "b"
-	if shardOf(low) > shardOf(high) {
-		low, high = high, low
-	}
 	with := func(change func(h *kvpb.SnapshotHeader)) []*kvpb.SnapshotRecord {
 		return []*kvpb.SnapshotRecord{headerRecord(change), footerRecord(0)}
 	}
@@ -848,15 +883,13 @@ func TestSnapshotRefused(t *testing.T) {
 		return with(func(h *kvpb.SnapshotHeader) { h.ConfState, h.Members, h.Proposers = cs, plainMembers(ids...), nil })
 	}
 	valid := map[string][]*kvpb.SnapshotRecord{
-		"empty":     {header, footerRecord(0)},
-		"keys":      {headerOf(0, 2), keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
-		"one shard": {headerOf(0, 2), keyRecord(crowded()[0], 9), keyRecord(crowded()[1], 1), footerRecord(2)},
-		"sessions":  {headerOf(2, 1), sessionRecord(1, 0), sessionRecord(9, 1024, answersTo(1, 1024)...), keyRecord(low, 9), footerRecord(1)},
+		"empty":    {header, footerRecord(0)},
+		"keys":     {headerOf(0, 2), keyRecord(low, 9), keyRecord(high, 1), footerRecord(2)},
+		"sessions": {headerOf(2, 1), sessionRecord(1, 0), sessionRecord(9, 1024, answersTo(1, 1024)...), keyRecord(low, 9), footerRecord(1)},
 		"owners": {
 			headerOf(5, 0), sessionRecord(4, 0), sessionRecord(9, 1, answersTo(1)...), ownedRecord("admin", 5, 1, answersTo(1)...),
 			ownedRecord("client/shop", 1, 0), ownedRecord("client/shop", 7, 1, answersTo(1)...), footerRecord(0),
 		},
-		"no owners yet":      {headerRecord(func(h *kvpb.SnapshotHeader) { h.Format, h.Sessions = 1, 1 }), sessionRecord(9, 0), footerRecord(0)},
 		"highest session":    {headerOf(1, 0), sessionRecord(1<<64-1, 1<<64-1, answersTo(1<<64-1024, 1<<64-1)...), footerRecord(0)},
 		"failed compare":     {headerOf(1, 0), sessionRecord(9, 7, &kvpb.Answer{Sequence: 7, CompareFailed: true}), footerRecord(0)},
 		"most removed":       with(func(h *kvpb.SnapshotHeader) { h.Removed = make([]uint64, maxRemoved) }),
@@ -888,7 +921,7 @@ func TestSnapshotRefused(t *testing.T) {
 		"footer too low":         {headerOf(0, 1), keyRecord(low, 1), footerRecord(0)},
 		"two footers":            {header, footerRecord(0), footerRecord(0)},
 		"key after the footer":   {header, footerRecord(0), keyRecord(low, 1)},
-		"shards out of order":    {headerOf(0, 2), keyRecord(high, 1), keyRecord(low, 2), footerRecord(2)},
+		"keys out of order":      {headerOf(0, 2), keyRecord(high, 1), keyRecord(low, 2), footerRecord(2)},
 		"key twice":              {headerOf(0, 2), keyRecord(low, 1), keyRecord(low, 1), footerRecord(2)},
 		"key twice, once count":  {headerOf(0, 1), keyRecord(low, 1), keyRecord(low, 2), footerRecord(1)},
 		"empty key":              {headerOf(0, 1), keyRecord("", 1), footerRecord(1)},
@@ -917,7 +950,8 @@ func TestSnapshotRefused(t *testing.T) {
 		"answer's version":       {headerOf(1, 0), sessionRecord(9, 1, &kvpb.Answer{Sequence: 1, Version: 10}), footerRecord(0)},
 		"answer without one":     {headerOf(1, 0), sessionRecord(9, 1, &kvpb.Answer{Sequence: 1}), footerRecord(0)},
 		"format 0":               with(func(h *kvpb.SnapshotHeader) { h.Format = 0 }),
-		"format 3":               with(func(h *kvpb.SnapshotHeader) { h.Format = 3 }),
+		"format 2":               with(func(h *kvpb.SnapshotHeader) { h.Format = 2 }),
+		"format 4":               with(func(h *kvpb.SnapshotHeader) { h.Format = 4 }),
 		"no cluster":             with(func(h *kvpb.SnapshotHeader) { h.ClusterId = 0 }),
 		"no index":               with(func(h *kvpb.SnapshotHeader) { h.Index = 0 }),
 		"no term":                with(func(h *kvpb.SnapshotHeader) { h.Term = 0 }),
@@ -1031,224 +1065,6 @@ func FuzzReadSnapshot(f *testing.F) {
 			t.Error("written again, it is another store")
 		}
 	})
-}
-
-// Snapshots are read by other versions of the program, so this never changes.
-func TestShardOf(t *testing.T) {
-	for key, want := range map[string]uint64{"": 4033, "a": 192, "b": 3817, "key": 2805, "\x00": 2707, "\xff\xfe": 3511, "käse": 2225, "the quick brown fox jumps over the lazy dog": 1297} {
-		if got := shardOf(key); got != want {
-			t.Errorf("shardOf(%q) = %d, want %d", key, got, want)
-		}
-	}
-	for i := range 1000 {
-		key := fmt.Sprintf("\x00key %d\xff", i)
-		h := fnv.New64a()
-		_, _ = io.WriteString(h, key)
-		if sum := h.Sum64(); shardOf(key) != (sum^(sum>>32))%(1<<12) {
-			t.Fatalf("shardOf(%q) is not the folded FNV-1a", key)
-		}
-	}
-}
-
-// checkShard checks what must hold for every shard.
-func checkShard(t testing.TB, sh *shard) {
-	t.Helper()
-	live, gone := 0, 0
-	for at := 0; at < len(sh.data); {
-		key, it, next := sh.unpack(at)
-		if it.version == 0 {
-			gone += next - at
-		} else if live++; int(sh.index[hashOf(key)]) != at {
-			t.Fatalf("%q is at %d, its index says %d", key, at, sh.index[hashOf(key)])
-		}
-		at = next
-	}
-	if live != len(sh.index) || gone != sh.gone || gone > len(sh.data)/2 || len(sh.data)-gone > maxShardData {
-		t.Fatalf("%d keys, %d bytes of %d gone; it counts %d keys, %d bytes", live, gone, len(sh.data), len(sh.index), sh.gone)
-	}
-	for _, it := range sh.rest {
-		if it.version == 0 {
-			t.Fatal("what is gone is in rest")
-		}
-	}
-}
-
-// all yields all keys.
-func (sh *shard) all(yield func(key []byte, it item) bool) {
-	for key, it := range sh.packed {
-		if !yield(key, it) {
-			return
-		}
-	}
-	for key, it := range sh.others {
-		if !yield(key, it) {
-			return
-		}
-	}
-}
-
-// shardWrites are writes to a shard, as a store makes them, and their model.
-type shardWrites struct {
-	t     *testing.T
-	sh    shard
-	model map[string]item
-}
-
-func (w *shardWrites) set(key string, value []byte) {
-	k := []byte(key)
-	it := item{value, w.model[key].version + 1}
-	if old, at, found := w.sh.find(hashOf(k), k); found {
-		w.sh.replace(hashOf(k), k, at, old, it)
-	} else {
-		w.sh.add(hashOf(k), k, it)
-	}
-	w.model[key] = item{bytes.Clone(value), it.version}
-	clear(value) // its caller uses it again
-	clear(k)
-}
-
-func (w *shardWrites) remove(key string) {
-	if _, at, found := w.sh.find(hashOf([]byte(key)), []byte(key)); found {
-		w.sh.remove(hashOf([]byte(key)), []byte(key), at)
-	}
-	delete(w.model, key)
-}
-
-func (w *shardWrites) check() {
-	w.t.Helper()
-	checkShard(w.t, &w.sh)
-	got := map[string]item{}
-	for key, it := range w.sh.all {
-		if _, twice := got[string(key)]; twice {
-			w.t.Fatalf("%q is there twice", key)
-		}
-		got[string(key)] = it.kept()
-	}
-	if !sameItems(got, w.model) {
-		w.t.Fatalf("%d keys are not those of the model, %d", len(got), len(w.model))
-	}
-	for key, want := range w.model {
-		if it, _, found := w.sh.find(hashOf([]byte(key)), []byte(key)); !found || it.version != want.version || !bytes.Equal(it.value, want.value) {
-			w.t.Fatalf("%q is %v, want %v", key, it, want)
-		}
-	}
-	if _, _, found := w.sh.find(hashOf([]byte("none")), []byte("none")); found {
-		w.t.Fatal("it has found what is not there")
-	}
-}
-
-func TestShard(t *testing.T) {
-	for seed := range uint64(4) {
-		r := seededRand(seed)
-		w := &shardWrites{t: t, model: map[string]item{}}
-		sizes := []int{0, 1, 100, 100, maxPacked, maxPacked + 1}
-		for i := range 4000 {
-			key := strings.Repeat("k", 1+r.IntN(3)) + fmt.Sprint(r.IntN(50))
-			if r.IntN(4) == 0 {
-				w.remove(key)
-			} else {
-				w.set(key, bytes.Repeat([]byte{byte(i)}, sizes[r.IntN(len(sizes))]))
-			}
-			if i%10 == 0 {
-				w.check()
-			}
-		}
-		for key := range maps.Clone(w.model) {
-			w.remove(key)
-		}
-		if w.check(); len(w.sh.data) != 0 || w.sh.index != nil {
-			t.Errorf("an empty shard has %d bytes, and an index %v", len(w.sh.data), w.sh.index != nil)
-		}
-	}
-}
-
-// A shard's data has an end, and what does not fit is kept beside it.
-func TestShardIsFull(t *testing.T) {
-	w := &shardWrites{t: t, model: map[string]item{}}
-	for i := range 2 * maxShardData / maxPacked {
-		w.set(fmt.Sprint("key ", i), bytes.Repeat([]byte{byte(i)}, maxPacked))
-	}
-	if w.check(); len(w.sh.rest) < maxShardData/maxPacked/2 || len(w.sh.data) < maxShardData-2*maxPacked {
-		t.Errorf("it has %d bytes, and %d keys beside them", len(w.sh.data), len(w.sh.rest))
-	}
-	for i := range maxShardData / maxPacked { // they make room for others
-		w.remove(fmt.Sprint("key ", i))
-	}
-	w.check()
-	before := len(w.sh.rest)
-	w.set("late", make([]byte, maxPacked))
-	w.set(fmt.Sprint("key ", 2*maxShardData/maxPacked-1), make([]byte, maxPacked-1))
-	if w.check(); len(w.sh.rest) != before-1 {
-		t.Errorf("%d keys are beside it, want %d", len(w.sh.rest), before-1)
-	}
-}
-
-// Two keys of one hash: nobody can find such, so the test says what a hash is.
-func TestShardCollision(t *testing.T) {
-	for _, second := range []string{"b", "longer"} {
-		var sh shard
-		a, b := []byte("a"), []byte(second)
-		want := func(key []byte, value string) {
-			t.Helper()
-			if it, _, found := sh.find(7, key); found != (value != "") || string(it.value) != value {
-				t.Errorf("%q is %q, %v, want %q", key, it.value, found, value)
-			}
-		}
-		put := func(key []byte, value string) {
-			if old, at, found := sh.find(7, key); found {
-				sh.replace(7, key, at, old, item{[]byte(value), 2})
-			} else {
-				sh.add(7, key, item{[]byte(value), 1})
-			}
-		}
-		del := func(key []byte) {
-			_, at, _ := sh.find(7, key)
-			sh.remove(7, key, at)
-		}
-		put(a, "1")
-		want(b, "")
-		put(b, "2")
-		put(b, "3")
-		want(a, "1")
-		want(b, "3")
-		put(a, "one")
-		want(a, "one")
-		want(b, "3")
-		del(a)
-		want(a, "")
-		want(b, "3")
-		put(a, "again")
-		del(b)
-		want(a, "again")
-		want(b, "")
-	}
-}
-
-// What of a shard is not in its data may be large, and is not copied to be looked at.
-func TestLargeKeysAreNotCopied(t *testing.T) {
-	s := newTestStore()
-	long := strings.Repeat("k", maxKeyBytes-8)
-	for i := range uint64(400) {
-		applyBatch(t, s, 1, 1+i, setWrite(fmt.Sprintf("%s%04d", long, i), strings.Repeat("v", maxPacked+1)))
-	}
-	v := s.openView()
-	defer v.close()
-	page := func(prefix string, limit int) func() {
-		return func() {
-			if items, _ := v.page(prefix, "", limit, 1<<20); len(items) != limit {
-				t.Errorf("%d items", len(items))
-			}
-		}
-	}
-	for what, f := range map[string]func(){"no key": page("none", 0), "a key": page("k", 1), "a snapshot": func() {
-		if err := v.writeTo(io.Discard); err != nil {
-			t.Error(err)
-		}
-	}} {
-		if n := allocated(f); n > 3<<20 {
-			t.Errorf("%s: %d bytes were copied", what, n)
-		}
-	}
 }
 
 // What is written without messages is what protobuf makes of them.

@@ -1,9 +1,10 @@
-// Views: the store at one index, whatever is written since.
+// Views: the store at one moment, whatever is written since.
 
 package main
 
 import (
 	"bytes"
+	"errors"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -16,113 +17,162 @@ import (
 // maxRest is the longest that whoever writes a snapshot stands aside at a time.
 const maxRest = 8 * time.Millisecond
 
-// view is the store at one index, whatever is written since: the items no
-// newer than that, and those that have been replaced. It has to be closed. The
-// store's mu guards shards and replaced.
+// errViewEnded ends a read that goes on for so long that what it keeps takes too much memory.
+var errViewEnded = errors.New("so much was written since the call began that what it reads " +
+	"takes too much memory, or the node has caught up by a snapshot: begin again, and read faster, " +
+	"or while less is written, or in parts")
+
+// view is the store at one moment. Any goroutine may read it. What was replaced since stays
+// in memory until the view is closed, and nobody reads it any more.
 type view struct {
+	clusterID   uint64
+	version     uint64
+	keys, bytes uint64 // as the tree counts them
+
+	root atomic.Pointer[page] // nil: the view was closed, or ended
+
+	// Of a client's view, which the store may end.
 	store    *store
+	replaced uint64 // the tree's then
+
+	// Of a view of the whole state, which a snapshot is written from.
 	conf     *raftpb.ConfState // the store's then
-	readers  int               // snapshots that are being sent from it; the loop's
-	givenUp  atomic.Bool       // set by the loop: the log behind it is dropped, so it need not be sent
 	header   *kvpb.SnapshotHeader
-	sessions []session // as all returns them
-	shards   []shard
-	replaced map[uint64][]keyItem // by shard
+	sessions []session   // as all returns them
+	readers  int         // snapshots that are being sent from it; the loop's
+	givenUp  atomic.Bool // set by the loop: the log behind it is dropped, so it need not be sent
 	// rest, if writeTo is not to take all that it can get of processor and disk,
 	// is called now and then, with how long it has worked.
 	rest func(worked time.Duration)
 }
 
-// openView opens a view. Only the loop may call it.
+// openKeys opens a view of the keys for a client. Any goroutine may call it.
+func (s *store) openKeys() (*view, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.clusterID == 0 {
+		return nil, errNotInitialized
+	}
+	v := s.takeView()
+	s.addClientView(v)
+	return v, nil
+}
+
+// openView opens a view of the whole state, for a snapshot. Only the loop may call it. The
+// store does not end it.
 func (s *store) openView() *view {
-	v := s.openKeys()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.takeView()
+	v.conf = s.conf
+	v.header = s.header()
 	v.sessions = s.sessions.all()
 	return v
 }
 
-// openKeys opens a view without sessions, in no more time than that of one
-// write. Only the loop may call it.
-func (s *store) openKeys() *view {
+// openBackup is openView for a client.
+func (s *store) openBackup() *view {
+	v := s.openView()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := &view{store: s, conf: s.conf, header: s.header(), shards: s.shards, replaced: map[uint64][]keyItem{}}
-	s.views = append(s.views, v)
+	s.addClientView(v)
 	return v
 }
 
-// close lets go of what was preserved. Any goroutine may call it.
+// takeView takes a view. mu is held.
+func (s *store) takeView() *view {
+	t := s.tree.view()
+	v := &view{clusterID: s.clusterID, version: s.version, keys: t.keys, bytes: t.bytes}
+	v.root.Store(t.root)
+	return v
+}
+
+func (s *store) addClientView(v *view) {
+	v.store = s
+	v.replaced = s.tree.replaced
+	s.clientViews = append(s.clientViews, v)
+}
+
+// endCostlyViews ends the oldest views of clients, while they keep too much memory. mu is held.
+func (s *store) endCostlyViews() {
+	limit := max(minViewBytes, s.tree.bytes/4)
+	for len(s.clientViews) > 0 && s.tree.replaced-s.clientViews[0].replaced > limit {
+		s.endOldestView()
+	}
+}
+
+// endOldestView ends the oldest view of a client. mu is held.
+func (s *store) endOldestView() {
+	s.clientViews[0].root.Store(nil)
+	s.clientViews = slices.Delete(s.clientViews, 0, 1)
+}
+
+// close lets go of what was replaced since the view was opened.
 func (v *view) close() {
+	v.root.Store(nil)
+	if v.store == nil {
+		return
+	}
 	v.store.mu.Lock()
 	defer v.store.mu.Unlock()
-	v.store.views = slices.DeleteFunc(v.store.views, func(o *view) bool { return o == v })
+	v.store.clientViews = slices.DeleteFunc(v.store.clientViews, func(o *view) bool { return o == v })
 }
 
-// shard returns the items of a shard whose keys are wanted, in no order. It copies
-// what later writes change: into room, as long as there is some. Any goroutine may
-// call it.
-func (v *view) shard(i uint64, room []byte, wanted func(key []byte) bool) []keyItem {
-	v.store.mu.RLock()
-	defer v.store.mu.RUnlock()
-	sh := &v.shards[i]
-	var items []keyItem
-	for _, it := range v.replaced[i] {
-		if wanted(it.key) {
-			items = append(items, it)
-		}
-	}
-	kept := func(b []byte) []byte {
-		if len(b) > cap(room)-len(room) {
-			return bytes.Clone(b)
-		}
-		room = append(room, b...)
-		return room[len(room)-len(b) : len(room) : len(room)]
-	}
-	for key, it := range sh.packed {
-		if it.version <= v.header.Version && wanted(key) {
-			items = append(items, keyItem{kept(key), item{kept(it.value), it.version}})
-		}
-	}
-	for key, it := range sh.others {
-		if it.version <= v.header.Version && wanted(key) {
-			items = append(items, keyItem{key, it})
-		}
-	}
-	return items
+// keyRange is the keys from start on, and before end.
+type keyRange struct {
+	start []byte
+	end   []byte // nil: there is no end
 }
 
-func compareKeys(a, b keyItem) int { return bytes.Compare(a.key, b.key) }
+// prefixRange is the keys that start with a prefix.
+func prefixRange(prefix []byte) keyRange {
+	end := bytes.Clone(prefix)
+	for len(end) > 0 && end[len(end)-1] == 0xff {
+		end = end[:len(end)-1]
+	}
+	if len(end) == 0 {
+		return keyRange{start: prefix}
+	}
+	end[len(end)-1]++
+	return keyRange{start: prefix, end: end}
+}
 
-// page returns the first keys after a key that have a prefix, in order, as
-// many as limit and maxBytes allow but at least one, and whether there are
-// more. It passes over all keys of the view.
-func (v *view) page(prefix, after string, limit, maxBytes int) (page []keyItem, more bool) {
+// isBefore reports whether a key is before the range's end.
+func (r keyRange) isBefore(key []byte) bool { return r.end == nil || bytes.Compare(key, r.end) < 0 }
+
+func (r keyRange) has(key []byte) bool {
+	return bytes.Compare(key, r.start) >= 0 && r.isBefore(key)
+}
+
+// after is the part of the range behind a key.
+func (r keyRange) after(key []byte) keyRange {
+	start := append(bytes.Clone(key), 0)
+	if bytes.Compare(start, r.start) < 0 {
+		start = r.start
+	}
+	return keyRange{start: start, end: r.end}
+}
+
+// page returns the first items of a range, as many as limit and maxBytes of keys and values
+// allow, but at least one, and whether there are more.
+func (v *view) page(r keyRange, limit, maxBytes int) (items []keyItem, more bool, err error) {
+	root := v.root.Load()
+	if root == nil {
+		return nil, false, errViewEnded
+	}
 	size := 0
-	var end []byte // if there are more, the first key that cannot be on the page
-	cut := func() {
-		slices.SortFunc(page, compareKeys)
-		n := 0
-		for size = 0; n < min(limit, len(page)) && (n == 0 || size+len(page[n].key)+len(page[n].value) <= maxBytes); n++ {
-			size += len(page[n].key) + len(page[n].value)
+	for key, it := range (treeView{root: root}).from(r.start) {
+		if !r.isBefore(key) {
+			return items, false, nil
 		}
-		if n < len(page) {
-			end = page[n].key
-			page, more = slices.Delete(page, n, len(page)), true
+		size += len(key) + len(it.value)
+		isFull := len(items) == limit || size > maxBytes
+		if isFull && len(items) > 0 {
+			return items, true, nil
 		}
+		items = append(items, keyItem{key, it})
 	}
-	wanted := func(key []byte) bool {
-		return string(key) > after && bytes.HasPrefix(key, []byte(prefix)) && (!more || bytes.Compare(key, end) < 0)
-	}
-	for i := range uint64(numShards) {
-		for _, it := range v.shard(i, nil, wanted) {
-			page = append(page, it)
-			size += len(it.key) + len(it.value)
-		}
-		if len(page) > 2*limit+numShards || size > 2*maxBytes {
-			cut()
-		}
-	}
-	cut()
-	return page, more
+	return items, false, nil
 }
 
 // rest waits for as long as writeTo has worked, but for no more than maxRest.

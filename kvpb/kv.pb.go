@@ -116,6 +116,10 @@ const (
 	// PERMISSION_DENIED: the caller's certificate is of a role that may not do this;
 	// the message names the roles that may. Nothing was applied.
 	ErrorReason_ERROR_REASON_PERMISSION_DENIED ErrorReason = 25
+	// RESOURCE_EXHAUSTED: so much was written since the call began that what it reads
+	// takes too much memory, or the node has caught up by a snapshot. Begin again, and
+	// read faster, or while less is written, or in parts.
+	ErrorReason_ERROR_REASON_VIEW_ENDED ErrorReason = 26
 )
 
 // Enum value maps for ErrorReason.
@@ -147,6 +151,7 @@ var (
 		23: "ERROR_REASON_INIT_IN_PROGRESS",
 		24: "ERROR_REASON_PAST_MEMBER",
 		25: "ERROR_REASON_PERMISSION_DENIED",
+		26: "ERROR_REASON_VIEW_ENDED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -175,6 +180,7 @@ var (
 		"ERROR_REASON_INIT_IN_PROGRESS":    23,
 		"ERROR_REASON_PAST_MEMBER":         24,
 		"ERROR_REASON_PERMISSION_DENIED":   25,
+		"ERROR_REASON_VIEW_ENDED":          26,
 	}
 )
 
@@ -4049,8 +4055,8 @@ func (x *Proposer) GetSequence() uint64 {
 
 // A snapshot is a SnapshotHeader, then the Sessions in the order of their owners. Of an
 // owner, those that were never used come first, the oldest first, and then the others,
-// the one used the longest ago first. Then come KeyValues sorted within each shard, then a SnapshotFooter, each in
-// a SnapshotRecord behind its length as a varint. frame.go has the frames with
+// the one used the longest ago first. Then come KeyValues in the order of their keys, then
+// a SnapshotFooter, each in a SnapshotRecord behind its length as a varint. frame.go has the frames with
 // checksums that all of it is in.
 type SnapshotRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -4169,7 +4175,7 @@ func (*SnapshotRecord_Session) isSnapshotRecord_Record() {}
 // SnapshotHeader is all replicated state but the keys and values.
 type SnapshotHeader struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// 2; 1 is from before sessions had owners. A node refuses a number that it does not know.
+	// 3. A node refuses a number that it does not know.
 	Format    uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	ClusterId uint64 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	// The last entry applied.
@@ -5161,7 +5167,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xcc\x06\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xe9\x06\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -5189,7 +5195,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x1aERROR_REASON_SESSION_TAKEN\x10\x16\x12!\n" +
 	"\x1dERROR_REASON_INIT_IN_PROGRESS\x10\x17\x12\x1c\n" +
 	"\x18ERROR_REASON_PAST_MEMBER\x10\x18\x12\"\n" +
-	"\x1eERROR_REASON_PERMISSION_DENIED\x10\x19*~\n" +
+	"\x1eERROR_REASON_PERMISSION_DENIED\x10\x19\x12\x1b\n" +
+	"\x17ERROR_REASON_VIEW_ENDED\x10\x1a*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +

@@ -67,8 +67,8 @@ type KVServiceClient interface {
 	// Delete removes a key. Its errors are those of Set.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteResponse, error)
 	// List reads keys in the order of their bytes. Each page is linearizable by
-	// itself, unless local is set: writes between two pages show. A page costs one
-	// pass over all keys of the node.
+	// itself, unless local is set: writes between two pages show. A page costs what it
+	// has, whatever the node has.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
@@ -186,8 +186,8 @@ type KVServiceServer interface {
 	// Delete removes a key. Its errors are those of Set.
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	// List reads keys in the order of their bytes. Each page is linearizable by
-	// itself, unless local is set: writes between two pages show. A page costs one
-	// pass over all keys of the node.
+	// itself, unless local is set: writes between two pages show. A page costs what it
+	// has, whatever the node has.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
