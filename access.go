@@ -50,9 +50,11 @@ func (rs roles) String() string {
 var access = map[string]roles{
 	kvpb.KVService_Get_FullMethodName:         readers,
 	kvpb.KVService_List_FullMethodName:        readers,
+	kvpb.KVService_Scan_FullMethodName:        readers,
 	kvpb.KVService_Pipeline_FullMethodName:    readers,
 	kvpb.KVService_Set_FullMethodName:         writers,
 	kvpb.KVService_Delete_FullMethodName:      writers,
+	kvpb.KVService_DeleteRange_FullMethodName: writers,
 	kvpb.KVService_OpenSession_FullMethodName: writers,
 
 	kvpb.ClusterService_Metrics_FullMethodName:          readers,

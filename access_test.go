@@ -34,9 +34,11 @@ import (
 var mayCall = map[string]string{
 	"raftkv.v1.KVService/Get":                                       "reader client admin",
 	"raftkv.v1.KVService/List":                                      "reader client admin",
+	"raftkv.v1.KVService/Scan":                                      "reader client admin",
 	"raftkv.v1.KVService/Pipeline":                                  "reader client admin",
 	"raftkv.v1.KVService/Set":                                       "client admin",
 	"raftkv.v1.KVService/Delete":                                    "client admin",
+	"raftkv.v1.KVService/DeleteRange":                               "client admin",
 	"raftkv.v1.KVService/OpenSession":                               "client admin",
 	"raftkv.v1.ClusterService/Metrics":                              "reader client admin",
 	"raftkv.v1.ClusterService/Init":                                 "admin",

@@ -69,10 +69,11 @@ type readRound struct {
 // callsInFlight are the calls on their way through raft. The loop owns them; it hands
 // in the time and what raft says.
 type callsInFlight struct {
-	writes    []*call     // of unary calls, that wait to be proposed
-	loads     []*call     // writes of Pipelines, that wait to be proposed
-	shared    int         // how many of the next proposals leave room for unary calls
-	reads     []*call     // that wait for a round
+	writes    []*call // of unary calls, that wait to be proposed
+	loads     []*call // writes of Pipelines, that wait to be proposed
+	shared    int     // how many of the next proposals leave room for unary calls
+	reads     []*call // that wait for a round
+	waits     versionWaits
 	own       *proposal   // this node's entry in flight; nil: none
 	round     readRound   // in flight, if it has a context
 	confirmed []readRound // whose index this node has yet to apply
@@ -95,6 +96,8 @@ func (c *callsInFlight) add(call *call, wall uint64) {
 		c.shared = sharedProposals
 	}
 	switch {
+	case call.minVersion > 0:
+		c.waits.add(call)
 	case call.write == nil:
 		c.reads = append(c.reads, call)
 	case isUnary:
@@ -131,6 +134,7 @@ func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 	c.writes = endSome(c.writes)
 	c.loads = endSome(c.loads)
 	c.reads = endSome(c.reads)
+	c.waits.calls = endSome(c.waits.calls)
 	c.round.calls = endSome(c.round.calls)
 	for i := range c.confirmed {
 		c.confirmed[i].calls = endSome(c.confirmed[i].calls)
@@ -196,9 +200,11 @@ func (c *callsInFlight) failAll(err error) {
 		c.fail(r.calls, err)
 	}
 	c.fail(c.reads, err)
+	c.fail(c.waits.calls, err)
 	c.fail(c.writes, err)
 	c.fail(c.loads, err)
 	c.reads = nil
+	c.waits = versionWaits{}
 	c.writes = nil
 	c.loads = nil
 	c.confirmed = nil
@@ -264,7 +270,8 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 // left, and the proposal's size. An empty proposal takes one call whatever the limit.
 func (c *callsInFlight) propose(p *proposal, calls []*call, size, limit int) (rest []*call, _ int) {
 	for i, call := range calls {
-		if len(p.calls) > 0 && size+len(call.write) > limit {
+		bytes := proposedBytes(call.write)
+		if len(p.calls) > 0 && size+bytes > limit {
 			return calls[i:], size
 		}
 		if !call.state.CompareAndSwap(callQueued, callProposed) {
@@ -272,7 +279,7 @@ func (c *callsInFlight) propose(p *proposal, calls []*call, size, limit int) (re
 			continue
 		}
 		p.calls = append(p.calls, call)
-		size += len(call.write) + 4
+		size += bytes + 4
 	}
 	return nil, size
 }
@@ -360,6 +367,36 @@ func (c *callsInFlight) releaseReads(applied uint64) uint64 {
 	return uint64(released)
 }
 
+// versionWaits are local reads that wait until a version is applied.
+type versionWaits struct {
+	calls []*call
+	least uint64 // no call waits for less
+}
+
+func (w *versionWaits) add(c *call) {
+	if len(w.calls) == 0 || c.minVersion < w.least {
+		w.least = c.minVersion
+	}
+	w.calls = append(w.calls, c)
+}
+
+// releaseVersion lets the local reads go that wait for no more than a version.
+func (c *callsInFlight) releaseVersion(applied uint64) {
+	w := &c.waits
+	if len(w.calls) == 0 || applied < w.least {
+		return
+	}
+	waiting := w.calls
+	*w = versionWaits{}
+	for _, call := range waiting {
+		if call.minVersion <= applied {
+			c.finish(call, outcome{})
+			continue
+		}
+		w.add(call)
+	}
+}
+
 // askAgain has the reads of the round in flight, and the proposal, put to the leader again.
 // The sequence of a batch keeps it from being applied twice.
 func (c *callsInFlight) askAgain(now uint64) {
@@ -442,9 +479,10 @@ func (n *node) askRead() {
 	n.rn.ReadIndex(ctx)
 }
 
-// releaseReads lets the reads go whose index this node has applied.
+// releaseReads lets the reads go whose index, or version, this node has applied.
 func (n *node) releaseReads() {
 	n.status.count.ReadsReleased += n.calls.releaseReads(n.store.index)
+	n.calls.releaseVersion(n.store.version)
 }
 
 // input is what one turn of the loop works on.
@@ -464,14 +502,16 @@ type inbound struct {
 
 // call is a write or a read on its way through the loop.
 type call struct {
-	write   []byte           // an encoded Write; nil: a read
-	state   atomic.Int32     // callQueued, callProposed or callGivenUp
-	since   uint64           // when the loop took it, by its clock
-	wait    uint64           // ticks until its deadline is near; 0: it has none
-	ended   bool             // the loop's
-	done    chan outcome     // one slot: the loop never waits
-	request *pipelineRequest // in place of done: the request that the call is of
-	outcome outcome          // for the request, once that is done
+	write []byte // an encoded Write; nil: a read
+	// minVersion is not 0: the read is local, and waits until this version is applied.
+	minVersion uint64
+	state      atomic.Int32     // callQueued, callProposed or callGivenUp
+	since      uint64           // when the loop took it, by its clock
+	wait       uint64           // ticks until its deadline is near; 0: it has none
+	ended      bool             // the loop's
+	done       chan outcome     // one slot: the loop never waits
+	request    *pipelineRequest // in place of done: the request that the call is of
+	outcome    outcome          // for the request, once that is done
 }
 
 // States of a call: the caller may give up a call that is queued, and then

@@ -653,7 +653,7 @@ func (f *founder) carryOnOrCompare(ctx context.Context) (uint64, error) {
 // and else an error: errInCluster, with what to do to have those members.
 func (f *founder) compareVoters(ctx context.Context) (uint64, error) {
 	// A linearizable read: what this node knows of the voters may be old.
-	if _, err := f.s.call(ctx, nil); err != nil {
+	if _, err := f.s.call(ctx, &call{}); err != nil {
 		return 0, err
 	}
 	n := f.s.n

@@ -33,6 +33,7 @@ const (
 	opOpenSession protowire.Number = 3 // not of Write
 	opGet         protowire.Number = 4 // not of Write
 	opNewSession  protowire.Number = 5 // not of Operation
+	opDeleteRange protowire.Number = 6
 )
 
 // operation is an Operation or a Write. Its slices are parts of the bytes that it was
@@ -43,6 +44,9 @@ type operation struct {
 	hasID             bool
 	local             bool
 	key, value        []byte
+	prefix            []byte // of a DeleteRange, like start and end
+	start, end        []byte
+	minVersion        uint64 // of a local Get
 	expected          uint64 // the key's version, if compares
 	session, sequence uint64 // of the request_id; or session is the one to be opened
 	owner             []byte // of the session to be opened
@@ -141,7 +145,7 @@ func (o *operation) parseCall(m []byte, owner string) (write []byte, err error) 
 func (o *operation) parse(m []byte) error {
 	*o = operation{}
 	outer := fields{rest: m}
-	isRequest := outer.next() && outer.b != nil && outer.num <= opNewSession
+	isRequest := outer.next() && outer.b != nil && outer.num <= opDeleteRange
 	if !isRequest || len(outer.rest) > 0 {
 		return errMalformed
 	}
@@ -166,6 +170,8 @@ func (o *operation) take(f *fields) bool {
 		return o.takeOfGet(f)
 	case opNewSession:
 		return o.takeOfNewSession(f)
+	case opDeleteRange:
+		return o.takeOfDeleteRange(f)
 	}
 	return false // an OpenSessionRequest has no fields
 }
@@ -206,6 +212,8 @@ func (o *operation) takeOfGet(f *fields) bool {
 		o.key = f.b
 	case f.isVarint(2):
 		o.local = f.v != 0
+	case f.isVarint(3):
+		o.minVersion = f.v
 	default:
 		return false
 	}
@@ -218,6 +226,22 @@ func (o *operation) takeOfNewSession(f *fields) bool {
 		o.session = f.v
 	case f.isBytes(2):
 		o.owner = f.b
+	default:
+		return false
+	}
+	return true
+}
+
+func (o *operation) takeOfDeleteRange(f *fields) bool {
+	switch {
+	case f.isBytes(1):
+		o.prefix = f.b
+	case f.isBytes(2):
+		o.start = f.b
+	case f.isBytes(3):
+		o.end = f.b
+	case f.isBytes(4):
+		return o.takeRequestID(f.b)
 	default:
 		return false
 	}
@@ -254,7 +278,16 @@ func (o *operation) check() error {
 		}
 		return nil
 	}
+	if o.kind == opDeleteRange {
+		if err := checkDeleteRange(o.prefix, o.start, o.end); err != nil {
+			return err
+		}
+		return o.checkRequestID()
+	}
 	if err := checkKey(o.key); err != nil {
+		return err
+	}
+	if err := checkMinVersion(o.local, o.minVersion); err != nil {
 		return err
 	}
 	if len(o.value) > maxValueBytes {
@@ -264,6 +297,10 @@ func (o *operation) check() error {
 	if deletesAbsent {
 		return invalid("expected_version", "it is 0: there is nothing to delete")
 	}
+	return o.checkRequestID()
+}
+
+func (o *operation) checkRequestID() error {
 	if o.hasID && o.session == 0 {
 		return invalid("request_id.session", "it is 0")
 	}
@@ -281,6 +318,27 @@ func checkKey(key []byte) error {
 		return invalid("key", "it has %d bytes, the limit is %d", len(key), maxKeyBytes)
 	case !utf8.Valid(key):
 		return invalid("key", "it is not UTF-8")
+	}
+	return nil
+}
+
+// rangeBytes is what a DeleteRange counts for in a proposal, at least: each may make the loop
+// look at maxRangeKeys keys.
+const rangeBytes = maxEntryBytes / 32
+
+// proposedBytes is what an encoded Write counts for in a proposal.
+func proposedBytes(write []byte) int {
+	isRange := len(write) > 0 && write[0] == byte(protowire.EncodeTag(opDeleteRange, protowire.BytesType))
+	if isRange {
+		return max(len(write), rangeBytes)
+	}
+	return len(write)
+}
+
+// checkMinVersion checks the min_version of a read.
+func checkMinVersion(local bool, minVersion uint64) error {
+	if minVersion > 0 && !local {
+		return invalid("min_version", "it is for local reads: others see every write that was acknowledged")
 	}
 	return nil
 }
@@ -347,6 +405,10 @@ func appendAnswer(b []byte, o *operation, r result, value []byte) []byte {
 		b = appendVarint(b, 3, protowire.EncodeBool(r.compareFailed))
 	case opOpenSession:
 		b = appendVarint(b, 1, o.session)
+	case opDeleteRange:
+		b = appendVarint(b, 1, uint64(r.deleted))
+		b = appendVarint(b, 2, r.version)
+		b = appendVarint(b, 3, protowire.EncodeBool(r.tooMany))
 	}
 	return b
 }

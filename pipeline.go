@@ -80,6 +80,7 @@ func parsePipelineRequest(m []byte, count int, mayWrite bool, owner string) *pip
 		r.calls[i].request = r
 		c := &r.calls[i]
 		c.write, c.outcome.err = r.ops[i].parseCall(f.b, owner)
+		c.minVersion = r.ops[i].minVersion
 		isWrite := c.write != nil
 		if isWrite && !mayWrite {
 			c.outcome.err = errReadOnly
@@ -93,11 +94,12 @@ func parsePipelineRequest(m []byte, count int, mayWrite bool, owner string) *pip
 func memoryOf(m []byte, operations int) int { return requestBytes + len(m) + operations*operationBytes }
 
 // start leaves in the inbox what has to go through the loop: all but what is invalid,
-// and local reads. It waits while the inbox is full, until ctx ends.
+// and local reads that wait for no version. It waits while the inbox is full, until ctx ends.
 func (r *pipelineRequest) start(ctx context.Context, in *inbox) {
 	calls := make([]*call, 0, len(r.calls))
 	for i := range r.calls {
-		if r.calls[i].outcome.err == nil && !r.ops[i].local {
+		isReady := r.ops[i].local && r.ops[i].minVersion == 0
+		if r.calls[i].outcome.err == nil && !isReady {
 			calls = append(calls, &r.calls[i])
 		}
 	}

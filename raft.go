@@ -349,6 +349,7 @@ func (n *node) turn(in input) {
 		n.calls.add(c, n.clock.wall)
 	}
 	in.calls = nil
+	n.calls.releaseVersion(n.store.version) // some may wait for what is applied
 
 	// What follows from it.
 	n.drain()

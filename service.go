@@ -84,6 +84,7 @@ type server struct {
 	leaderMD atomic.Pointer[metadata.MD]
 
 	backups atomic.Int32  // that run
+	scans   atomic.Int32  // that run
 	lists   chan struct{} // full while maxLists run
 
 	surveying chan struct{} // full while an Init asks members, or another founder
@@ -160,10 +161,8 @@ func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetRespon
 	if hasUnknownFields(req) {
 		return nil, errMalformed
 	}
-	if !req.Local {
-		if err := s.confirmRead(ctx); err != nil {
-			return nil, err
-		}
+	if err := s.awaitRead(ctx, req.Local, req.MinVersion); err != nil {
+		return nil, err
 	}
 	it, found, err := s.n.store.get(key)
 	if err != nil {
@@ -194,6 +193,15 @@ func (s *server) Delete(ctx context.Context, req *kvpb.DeleteRequest) (*kvpb.Del
 	return &kvpb.DeleteResponse{Deleted: r.found, Version: r.version, CompareFailed: r.compareFailed}, nil
 }
 
+// DeleteRange implements KVService.
+func (s *server) DeleteRange(ctx context.Context, req *kvpb.DeleteRangeRequest) (*kvpb.DeleteRangeResponse, error) {
+	r, err := s.write(ctx, opDeleteRange, req)
+	if err != nil {
+		return nil, err
+	}
+	return &kvpb.DeleteRangeResponse{Deleted: uint64(r.deleted), Version: r.version, TooMany: r.tooMany}, nil
+}
+
 // OpenSession implements KVService.
 func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
 	if hasUnknownFields(req) {
@@ -208,14 +216,8 @@ func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) 
 
 // List implements KVService.
 func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListResponse, error) {
-	if req.Limit > maxListItems {
-		return nil, invalid("limit", "it is %d, the limit is %d", req.Limit, maxListItems)
-	}
-	if len(req.Prefix) > maxKeyBytes {
-		return nil, invalid("prefix", "it has %d bytes, the limit is %d", len(req.Prefix), maxKeyBytes)
-	}
-	if len(req.PageToken) > maxKeyBytes {
-		return nil, invalid("page_token", "it has %d bytes, the limit is %d", len(req.PageToken), maxKeyBytes)
+	if err := checkList(req); err != nil {
+		return nil, err
 	}
 	ctx, cancel := beforeDeadline(ctx)
 	defer cancel()
@@ -225,30 +227,49 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	if !req.Local {
-		if err := s.confirmRead(ctx); err != nil {
-			return nil, err
-		}
+	if err := s.awaitRead(ctx, req.Local, req.MinVersion); err != nil {
+		return nil, err
 	}
 	v, err := s.n.store.openKeys()
 	if err != nil {
 		return nil, err
 	}
 	defer v.close()
-	limit := cmp.Or(int(req.Limit), defaultListItems)
-	r := prefixRange([]byte(req.Prefix)).after([]byte(req.PageToken))
-	items, more, err := v.page(r, limit, maxListBytes)
+	r := rangeOf(req.Prefix, req.Start, req.End).after([]byte(req.PageToken))
+	items, more, err := v.page(r, cmp.Or(int(req.Limit), defaultListItems), maxListBytes)
 	if err != nil {
 		return nil, err
 	}
-	resp := &kvpb.ListResponse{}
-	for _, it := range items {
-		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: string(it.key), Value: it.value, Version: it.version})
-	}
+	resp := &kvpb.ListResponse{Items: keyValues(items, req.KeysOnly), Version: v.version}
 	if more {
 		resp.NextPageToken = string(items[len(items)-1].key)
 	}
 	return resp, nil
+}
+
+func checkList(req *kvpb.ListRequest) error {
+	if req.Limit > maxListItems {
+		return invalid("limit", "it is %d, the limit is %d", req.Limit, maxListItems)
+	}
+	if len(req.PageToken) > maxKeyBytes {
+		return invalid("page_token", "it has %d bytes, the limit is %d", len(req.PageToken), maxKeyBytes)
+	}
+	if err := checkMinVersion(req.Local, req.MinVersion); err != nil {
+		return err
+	}
+	return checkRange(req.Prefix, req.Start, req.End)
+}
+
+// keyValues makes items those of an answer.
+func keyValues(items []keyItem, keysOnly bool) []*kvpb.KeyValue {
+	answer := make([]*kvpb.KeyValue, len(items))
+	for i, it := range items {
+		answer[i] = &kvpb.KeyValue{Key: string(it.key), Version: it.version}
+		if !keysOnly {
+			answer[i].Value = it.value
+		}
+	}
+	return answer
 }
 
 // write takes a request through the log, as the field of kvpb.Write whose number is kind.
@@ -263,7 +284,7 @@ func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Mes
 	if err := o.parseWrite(encoded); err != nil {
 		return result{}, err
 	}
-	r, err := s.call(ctx, encoded)
+	r, err := s.call(ctx, &call{write: encoded})
 	if err != nil {
 		return result{}, o.sayIfRepeatable(err)
 	}
@@ -273,14 +294,31 @@ func (s *server) write(ctx context.Context, kind protowire.Number, req proto.Mes
 // confirmRead waits until this node has applied every write that was acknowledged
 // before the call: a read of its store is linearizable then (Raft thesis, section 6.4).
 func (s *server) confirmRead(ctx context.Context) error {
-	_, err := s.call(ctx, nil)
+	_, err := s.call(ctx, &call{})
 	return err
 }
 
-// call takes an encoded write through the loop, or a read if there is none, and waits
-// until it has ended, or ctx has, or is about to: the loop may be waiting for the disk.
-func (s *server) call(ctx context.Context, write []byte) (result, error) {
-	c := &call{write: write, wait: s.ticksLeft(ctx), done: make(chan outcome, 1)}
+// awaitRead waits until a read may begin: a linearizable one, or a local one that waits for
+// a version.
+func (s *server) awaitRead(ctx context.Context, local bool, minVersion uint64) error {
+	if err := checkMinVersion(local, minVersion); err != nil {
+		return err
+	}
+	if !local {
+		return s.confirmRead(ctx)
+	}
+	if minVersion == 0 {
+		return nil
+	}
+	_, err := s.call(ctx, &call{minVersion: minVersion})
+	return err
+}
+
+// call takes a call through the loop, and waits until it has ended, or ctx has, or is about
+// to: the loop may be waiting for the disk.
+func (s *server) call(ctx context.Context, c *call) (result, error) {
+	c.wait = s.ticksLeft(ctx)
+	c.done = make(chan outcome, 1)
 	if err := s.n.inbox.call(c); err != nil {
 		return result{}, err
 	}
@@ -296,7 +334,7 @@ func (s *server) call(ctx context.Context, write []byte) (result, error) {
 	case <-late:
 	case <-ctx.Done():
 	}
-	notProposed := write == nil || c.state.CompareAndSwap(callQueued, callGivenUp)
+	notProposed := c.write == nil || c.state.CompareAndSwap(callQueued, callGivenUp)
 	if notProposed {
 		return result{}, cmp.Or(ctx.Err(), context.DeadlineExceeded)
 	}

@@ -1196,7 +1196,10 @@ func writeAs(ctx context.Context, s *server, w *kvpb.Write) (result, error) {
 		return result{version: a.GetVersion(), compareFailed: a.GetCompareFailed()}, err
 	case *kvpb.Write_Delete:
 		a, err := s.Delete(ctx, op.Delete)
-		return result{a.GetVersion(), a.GetDeleted(), a.GetCompareFailed()}, err
+		return result{version: a.GetVersion(), found: a.GetDeleted(), compareFailed: a.GetCompareFailed()}, err
+	case *kvpb.Write_DeleteRange:
+		a, err := s.DeleteRange(ctx, op.DeleteRange)
+		return result{version: a.GetVersion(), deleted: uint32(a.GetDeleted()), tooMany: a.GetTooMany()}, err
 	}
 	_, err := s.OpenSession(ctx, &kvpb.OpenSessionRequest{})
 	return result{}, err

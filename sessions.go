@@ -190,12 +190,19 @@ func (s *sessions) restoreAnswers(m *kvpb.Session, version uint64) ([]firstAnswe
 	ses := &session{answers: make([]firstAnswer, len(m.Answers))}
 	before := uint64(0)
 	for i, a := range m.Answers {
-		known := a.Version <= version && (a.Version > 0 || a.CompareFailed)
+		hasVersion := a.Version > 0 || a.CompareFailed || a.TooMany
+		known := a.Version <= version && hasVersion && a.Deleted <= maxRangeKeys
 		if a.Sequence <= before || !known {
 			return nil, errors.New("an answer is invalid or out of place")
 		}
 		before = a.Sequence
-		ses.answers[i] = firstAnswer{a.Sequence, result{a.Version, a.Found, a.CompareFailed}}
+		ses.answers[i] = firstAnswer{a.Sequence, result{
+			version:       a.Version,
+			deleted:       uint32(a.Deleted),
+			found:         a.Found,
+			compareFailed: a.CompareFailed,
+			tooMany:       a.TooMany,
+		}}
 	}
 	tooOld := m.Highest > s.answerLimit && ses.lowest() <= m.Highest-s.answerLimit
 	if ses.highest() != m.Highest || tooOld {

@@ -49,10 +49,13 @@ func deleteIf(key string, version uint64) *kvpb.Write {
 // withID gives a write an id.
 func withID(session, sequence uint64, w *kvpb.Write) *kvpb.Write {
 	id := &kvpb.RequestId{Session: session, Sequence: sequence}
-	if set := w.GetSet(); set != nil {
-		set.RequestId = id
-	} else {
-		w.GetDelete().RequestId = id
+	switch op := w.Operation.(type) {
+	case *kvpb.Write_Set:
+		op.Set.RequestId = id
+	case *kvpb.Write_Delete:
+		op.Delete.RequestId = id
+	case *kvpb.Write_DeleteRange:
+		op.DeleteRange.RequestId = id
 	}
 	return w
 }
@@ -248,7 +251,7 @@ func TestSessionsAreBounded(t *testing.T) {
 	}
 	ses := s.sessions.byID[1].Value.(*session)
 	for i := range ses.answers {
-		ses.answers[i].result = result{maxCounter - 1, true, true}
+		ses.answers[i].result = result{maxCounter - 1, maxRangeKeys, true, true, true}
 	}
 	s.version = maxCounter - 1
 	b := snapshotBytes(t, s.store)

@@ -490,7 +490,7 @@ func (s *sim) isNew(id *kvpb.RequestId) bool {
 // what was acknowledged before.
 func (s *sim) finishWrite(o *op, r result) {
 	if o.ended != 0 {
-		if before := (result{o.version, o.found, o.compare}); r != before && !s.cfg.ackEarly {
+		if before := (result{version: o.version, found: o.found, compareFailed: o.compare}); r != before && !s.cfg.ackEarly {
 			s.failf("I8: %v was acknowledged with %+v, before that with %+v", o, r, before)
 		}
 		s.count["answers repeated"]++
@@ -833,7 +833,7 @@ func (s *sim) checkOutcome(o *op) {
 	isAnswered := o.ended != 0
 	if isAnswered && o.id != nil && !s.cfg.ackEarly {
 		first := s.oracle.first[o.key2()]
-		if first != (result{o.version, o.found, o.compare}) {
+		if first != (result{version: o.version, found: o.found, compareFailed: o.compare}) {
 			s.failf("I8: %v was acknowledged with version %d, its first answer is %+v", o, o.version, first)
 		}
 	}

@@ -83,7 +83,14 @@ func (v *view) writeTo(to io.Writer) error {
 	for _, ses := range inOrder(v.sessions) {
 		m := &kvpb.Session{Id: ses.id, Highest: ses.highest(), Owner: ses.owner.name}
 		for _, a := range ses.answers {
-			m.Answers = append(m.Answers, &kvpb.Answer{Sequence: a.sequence, Version: a.version, Found: a.found, CompareFailed: a.compareFailed})
+			m.Answers = append(m.Answers, &kvpb.Answer{
+				Sequence:      a.sequence,
+				Version:       a.version,
+				Found:         a.found,
+				CompareFailed: a.compareFailed,
+				Deleted:       uint64(a.deleted),
+				TooMany:       a.tooMany,
+			})
 		}
 		if err := record(&kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Session{Session: m}}); err != nil {
 			return err

@@ -30,6 +30,9 @@ const (
 	// readers have their turn.
 	maxLockedWrites = 256
 	maxLockedBytes  = 4 << 20
+	// A DeleteRange is bounded when it is applied, so all nodes have to agree on these.
+	maxRangeKeys  = 10_000
+	maxRangeBytes = 1 << 20 // of keys
 	// minViewBytes bounds the memory that the views of clients may keep, or a quarter of the
 	// store's data if that is more.
 	minViewBytes = 64 << 20
@@ -91,9 +94,11 @@ func (s *store) get(key []byte) (item, bool, error) {
 
 // result is the answer to one write.
 type result struct {
-	version       uint64 // of the write itself; after a failed compare that of the key, 0: absent
+	version       uint64 // of the write itself; after a failed compare that of the key, 0: absent; 0 if tooMany
+	deleted       uint32 // keys, of a DeleteRange
 	found         bool   // whether the key was there before
 	compareFailed bool
+	tooMany       bool // a DeleteRange has deleted nothing: the range has too many keys
 }
 
 // apply applies the data of a normal entry and says which batch it was and how
@@ -164,6 +169,9 @@ func (s *store) applyOnce(w *operation) outcome {
 }
 
 func (s *store) applyWrite(w *operation) result {
+	if w.kind == opDeleteRange {
+		return s.deleteRange(rangeOf(w.prefix, w.start, w.end))
+	}
 	if w.compares {
 		it, _ := s.tree.get(w.key)
 		if it.version != w.expected {
@@ -178,6 +186,27 @@ func (s *store) applyWrite(w *operation) result {
 		r.found = s.tree.delete(w.key)
 	}
 	return r
+}
+
+// deleteRange deletes all keys of a range, or none if there are too many.
+func (s *store) deleteRange(r keyRange) result {
+	var keys [][]byte
+	bytes := 0
+	for key := range (treeView{root: s.tree.root}).from(r.start) {
+		if !r.isBefore(key) {
+			break
+		}
+		bytes += len(key)
+		if len(keys) == maxRangeKeys || bytes > maxRangeBytes {
+			return result{tooMany: true}
+		}
+		keys = append(keys, slices.Clone(key)) // the next deletion may move it
+	}
+	s.version++
+	for _, key := range keys {
+		s.tree.delete(key)
+	}
+	return result{version: s.version, deleted: uint32(len(keys))}
 }
 
 // beginVersions sets the version of a restored store to one above all that its cluster has

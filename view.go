@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"slices"
 	"sync/atomic"
@@ -116,41 +115,6 @@ func (v *view) close() {
 	v.store.mu.Lock()
 	defer v.store.mu.Unlock()
 	v.store.clientViews = slices.DeleteFunc(v.store.clientViews, func(o *view) bool { return o == v })
-}
-
-// keyRange is the keys from start on, and before end.
-type keyRange struct {
-	start []byte
-	end   []byte // nil: there is no end
-}
-
-// prefixRange is the keys that start with a prefix.
-func prefixRange(prefix []byte) keyRange {
-	end := bytes.Clone(prefix)
-	for len(end) > 0 && end[len(end)-1] == 0xff {
-		end = end[:len(end)-1]
-	}
-	if len(end) == 0 {
-		return keyRange{start: prefix}
-	}
-	end[len(end)-1]++
-	return keyRange{start: prefix, end: end}
-}
-
-// isBefore reports whether a key is before the range's end.
-func (r keyRange) isBefore(key []byte) bool { return r.end == nil || bytes.Compare(key, r.end) < 0 }
-
-func (r keyRange) has(key []byte) bool {
-	return bytes.Compare(key, r.start) >= 0 && r.isBefore(key)
-}
-
-// after is the part of the range behind a key.
-func (r keyRange) after(key []byte) keyRange {
-	start := append(bytes.Clone(key), 0)
-	if bytes.Compare(start, r.start) < 0 {
-		start = r.start
-	}
-	return keyRange{start: start, end: r.end}
 }
 
 // page returns the first items of a range, as many as limit and maxBytes of keys and values

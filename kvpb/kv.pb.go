@@ -785,6 +785,7 @@ type Operation struct {
 	//	*Operation_Delete
 	//	*Operation_OpenSession
 	//	*Operation_Get
+	//	*Operation_DeleteRange
 	Operation     isOperation_Operation `protobuf_oneof:"operation"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -863,6 +864,15 @@ func (x *Operation) GetGet() *GetRequest {
 	return nil
 }
 
+func (x *Operation) GetDeleteRange() *DeleteRangeRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Operation_DeleteRange); ok {
+			return x.DeleteRange
+		}
+	}
+	return nil
+}
+
 type isOperation_Operation interface {
 	isOperation_Operation()
 }
@@ -883,6 +893,10 @@ type Operation_Get struct {
 	Get *GetRequest `protobuf:"bytes,4,opt,name=get,proto3,oneof"`
 }
 
+type Operation_DeleteRange struct {
+	DeleteRange *DeleteRangeRequest `protobuf:"bytes,6,opt,name=delete_range,json=deleteRange,proto3,oneof"`
+}
+
 func (*Operation_Set) isOperation_Operation() {}
 
 func (*Operation_Delete) isOperation_Operation() {}
@@ -890,6 +904,8 @@ func (*Operation_Delete) isOperation_Operation() {}
 func (*Operation_OpenSession) isOperation_Operation() {}
 
 func (*Operation_Get) isOperation_Operation() {}
+
+func (*Operation_DeleteRange) isOperation_Operation() {}
 
 type PipelineResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -946,6 +962,7 @@ type OperationResult struct {
 	//	*OperationResult_OpenSession
 	//	*OperationResult_Get
 	//	*OperationResult_Error
+	//	*OperationResult_DeleteRange
 	Result        isOperationResult_Result `protobuf_oneof:"result"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1033,6 +1050,15 @@ func (x *OperationResult) GetError() *OperationError {
 	return nil
 }
 
+func (x *OperationResult) GetDeleteRange() *DeleteRangeResponse {
+	if x != nil {
+		if x, ok := x.Result.(*OperationResult_DeleteRange); ok {
+			return x.DeleteRange
+		}
+	}
+	return nil
+}
+
 type isOperationResult_Result interface {
 	isOperationResult_Result()
 }
@@ -1057,6 +1083,10 @@ type OperationResult_Error struct {
 	Error *OperationError `protobuf:"bytes,5,opt,name=error,proto3,oneof"`
 }
 
+type OperationResult_DeleteRange struct {
+	DeleteRange *DeleteRangeResponse `protobuf:"bytes,6,opt,name=delete_range,json=deleteRange,proto3,oneof"`
+}
+
 func (*OperationResult_Set) isOperationResult_Result() {}
 
 func (*OperationResult_Delete) isOperationResult_Result() {}
@@ -1066,6 +1096,8 @@ func (*OperationResult_OpenSession) isOperationResult_Result() {}
 func (*OperationResult_Get) isOperationResult_Result() {}
 
 func (*OperationResult_Error) isOperationResult_Result() {}
+
+func (*OperationResult_DeleteRange) isOperationResult_Result() {}
 
 // OperationError is the status that a unary method would end with.
 type OperationError struct {
@@ -1136,7 +1168,11 @@ type GetRequest struct {
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	// Read what this node has applied, at once and without asking anybody: the
 	// answer may be older than a write that was acknowledged.
-	Local         bool `protobuf:"varint,2,opt,name=local,proto3" json:"local,omitempty"`
+	Local bool `protobuf:"varint,2,opt,name=local,proto3" json:"local,omitempty"`
+	// With local: wait until this node has applied the write of this version, or a later
+	// one. With the version of a write's answer, the read sees that write, whichever node
+	// it asks, and the leader is not asked.
+	MinVersion    uint64 `protobuf:"varint,3,opt,name=min_version,json=minVersion,proto3" json:"min_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1183,6 +1219,13 @@ func (x *GetRequest) GetLocal() bool {
 		return x.Local
 	}
 	return false
+}
+
+func (x *GetRequest) GetMinVersion() uint64 {
+	if x != nil {
+		return x.MinVersion
+	}
+	return 0
 }
 
 type GetResponse struct {
@@ -1504,7 +1547,15 @@ type ListRequest struct {
 	// The next_page_token of the page before; empty: the first page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// As in GetRequest.
-	Local         bool `protobuf:"varint,4,opt,name=local,proto3" json:"local,omitempty"`
+	Local bool `protobuf:"varint,4,opt,name=local,proto3" json:"local,omitempty"`
+	// Instead of prefix: only keys from start on, and before end. Empty: the first key;
+	// there is no end. At most 65,536 bytes each.
+	Start string `protobuf:"bytes,5,opt,name=start,proto3" json:"start,omitempty"`
+	End   string `protobuf:"bytes,6,opt,name=end,proto3" json:"end,omitempty"`
+	// Leave out the values.
+	KeysOnly bool `protobuf:"varint,7,opt,name=keys_only,json=keysOnly,proto3" json:"keys_only,omitempty"`
+	// As in GetRequest.
+	MinVersion    uint64 `protobuf:"varint,8,opt,name=min_version,json=minVersion,proto3" json:"min_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1567,12 +1618,42 @@ func (x *ListRequest) GetLocal() bool {
 	return false
 }
 
+func (x *ListRequest) GetStart() string {
+	if x != nil {
+		return x.Start
+	}
+	return ""
+}
+
+func (x *ListRequest) GetEnd() string {
+	if x != nil {
+		return x.End
+	}
+	return ""
+}
+
+func (x *ListRequest) GetKeysOnly() bool {
+	if x != nil {
+		return x.KeysOnly
+	}
+	return false
+}
+
+func (x *ListRequest) GetMinVersion() uint64 {
+	if x != nil {
+		return x.MinVersion
+	}
+	return 0
+}
+
 type ListResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// In the order of the keys' bytes.
 	Items []*KeyValue `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
 	// Empty on the last page.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// Of the last write that the page shows, whatever it wrote.
+	Version       uint64 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1621,6 +1702,295 @@ func (x *ListResponse) GetNextPageToken() string {
 	return ""
 }
 
+func (x *ListResponse) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+// ScanRequest has the fields of ListRequest that mean the same.
+type ScanRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Prefix        string                 `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	Start         string                 `protobuf:"bytes,2,opt,name=start,proto3" json:"start,omitempty"`
+	End           string                 `protobuf:"bytes,3,opt,name=end,proto3" json:"end,omitempty"`
+	KeysOnly      bool                   `protobuf:"varint,4,opt,name=keys_only,json=keysOnly,proto3" json:"keys_only,omitempty"`
+	Local         bool                   `protobuf:"varint,5,opt,name=local,proto3" json:"local,omitempty"`
+	MinVersion    uint64                 `protobuf:"varint,6,opt,name=min_version,json=minVersion,proto3" json:"min_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScanRequest) Reset() {
+	*x = ScanRequest{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScanRequest) ProtoMessage() {}
+
+func (x *ScanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScanRequest.ProtoReflect.Descriptor instead.
+func (*ScanRequest) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ScanRequest) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *ScanRequest) GetStart() string {
+	if x != nil {
+		return x.Start
+	}
+	return ""
+}
+
+func (x *ScanRequest) GetEnd() string {
+	if x != nil {
+		return x.End
+	}
+	return ""
+}
+
+func (x *ScanRequest) GetKeysOnly() bool {
+	if x != nil {
+		return x.KeysOnly
+	}
+	return false
+}
+
+func (x *ScanRequest) GetLocal() bool {
+	if x != nil {
+		return x.Local
+	}
+	return false
+}
+
+func (x *ScanRequest) GetMinVersion() uint64 {
+	if x != nil {
+		return x.MinVersion
+	}
+	return 0
+}
+
+type ScanResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first response only. The cluster, and the version of the last write that the
+	// Scan shows, whatever it wrote.
+	ClusterId uint64 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Version   uint64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// The next items, in the order of the keys' bytes.
+	Items         []*KeyValue `protobuf:"bytes,3,rep,name=items,proto3" json:"items,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScanResponse) Reset() {
+	*x = ScanResponse{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScanResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScanResponse) ProtoMessage() {}
+
+func (x *ScanResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScanResponse.ProtoReflect.Descriptor instead.
+func (*ScanResponse) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ScanResponse) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+func (x *ScanResponse) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *ScanResponse) GetItems() []*KeyValue {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+type DeleteRangeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in ListRequest, but not all of them empty: for all keys, start is "\x00".
+	Prefix string `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	Start  string `protobuf:"bytes,2,opt,name=start,proto3" json:"start,omitempty"`
+	End    string `protobuf:"bytes,3,opt,name=end,proto3" json:"end,omitempty"`
+	// As in SetRequest.
+	RequestId     *RequestId `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteRangeRequest) Reset() {
+	*x = DeleteRangeRequest{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteRangeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteRangeRequest) ProtoMessage() {}
+
+func (x *DeleteRangeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteRangeRequest.ProtoReflect.Descriptor instead.
+func (*DeleteRangeRequest) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *DeleteRangeRequest) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *DeleteRangeRequest) GetStart() string {
+	if x != nil {
+		return x.Start
+	}
+	return ""
+}
+
+func (x *DeleteRangeRequest) GetEnd() string {
+	if x != nil {
+		return x.End
+	}
+	return ""
+}
+
+func (x *DeleteRangeRequest) GetRequestId() *RequestId {
+	if x != nil {
+		return x.RequestId
+	}
+	return nil
+}
+
+type DeleteRangeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many keys were deleted.
+	Deleted uint64 `protobuf:"varint,1,opt,name=deleted,proto3" json:"deleted,omitempty"`
+	// The version of the write, counted like that of a Set; 0 if too_many.
+	Version uint64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// The range has more than 10,000 keys, or more than 1 MiB of keys: nothing was
+	// deleted.
+	TooMany       bool `protobuf:"varint,3,opt,name=too_many,json=tooMany,proto3" json:"too_many,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteRangeResponse) Reset() {
+	*x = DeleteRangeResponse{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteRangeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteRangeResponse) ProtoMessage() {}
+
+func (x *DeleteRangeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteRangeResponse.ProtoReflect.Descriptor instead.
+func (*DeleteRangeResponse) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *DeleteRangeResponse) GetDeleted() uint64 {
+	if x != nil {
+		return x.Deleted
+	}
+	return 0
+}
+
+func (x *DeleteRangeResponse) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *DeleteRangeResponse) GetTooMany() bool {
+	if x != nil {
+		return x.TooMany
+	}
+	return false
+}
+
 // Node is a node as operators know it.
 type Node struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1634,7 +2004,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[16]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +2016,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[16]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1659,7 +2029,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{16}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Node) GetId() uint64 {
@@ -1689,7 +2059,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[17]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1701,7 +2071,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[17]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1714,7 +2084,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{17}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *InitRequest) GetMembers() []*Node {
@@ -1741,7 +2111,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1753,7 +2123,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1766,7 +2136,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{18}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *InitResponse) GetClusterId() uint64 {
@@ -1787,7 +2157,7 @@ type AddLearnerRequest struct {
 
 func (x *AddLearnerRequest) Reset() {
 	*x = AddLearnerRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1799,7 +2169,7 @@ func (x *AddLearnerRequest) String() string {
 func (*AddLearnerRequest) ProtoMessage() {}
 
 func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1812,7 +2182,7 @@ func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerRequest.ProtoReflect.Descriptor instead.
 func (*AddLearnerRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{19}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AddLearnerRequest) GetNode() *Node {
@@ -1830,7 +2200,7 @@ type AddLearnerResponse struct {
 
 func (x *AddLearnerResponse) Reset() {
 	*x = AddLearnerResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1842,7 +2212,7 @@ func (x *AddLearnerResponse) String() string {
 func (*AddLearnerResponse) ProtoMessage() {}
 
 func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1855,7 +2225,7 @@ func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerResponse.ProtoReflect.Descriptor instead.
 func (*AddLearnerResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{20}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{24}
 }
 
 // ChangeMembershipRequest says who shall vote: either all of them, in members, or
@@ -1883,7 +2253,7 @@ type ChangeMembershipRequest struct {
 
 func (x *ChangeMembershipRequest) Reset() {
 	*x = ChangeMembershipRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1895,7 +2265,7 @@ func (x *ChangeMembershipRequest) String() string {
 func (*ChangeMembershipRequest) ProtoMessage() {}
 
 func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1908,7 +2278,7 @@ func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipRequest.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{21}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ChangeMembershipRequest) GetMembers() []uint64 {
@@ -1966,7 +2336,7 @@ type Membership struct {
 
 func (x *Membership) Reset() {
 	*x = Membership{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1978,7 +2348,7 @@ func (x *Membership) String() string {
 func (*Membership) ProtoMessage() {}
 
 func (x *Membership) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1991,7 +2361,7 @@ func (x *Membership) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Membership.ProtoReflect.Descriptor instead.
 func (*Membership) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{22}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Membership) GetMembers() []*ExpectedMember {
@@ -2013,7 +2383,7 @@ type ExpectedMember struct {
 
 func (x *ExpectedMember) Reset() {
 	*x = ExpectedMember{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2025,7 +2395,7 @@ func (x *ExpectedMember) String() string {
 func (*ExpectedMember) ProtoMessage() {}
 
 func (x *ExpectedMember) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2038,7 +2408,7 @@ func (x *ExpectedMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpectedMember.ProtoReflect.Descriptor instead.
 func (*ExpectedMember) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{23}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExpectedMember) GetNode() *Node {
@@ -2063,7 +2433,7 @@ type ChangeMembershipResponse struct {
 
 func (x *ChangeMembershipResponse) Reset() {
 	*x = ChangeMembershipResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2075,7 +2445,7 @@ func (x *ChangeMembershipResponse) String() string {
 func (*ChangeMembershipResponse) ProtoMessage() {}
 
 func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2088,7 +2458,7 @@ func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipResponse.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{24}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{28}
 }
 
 type TransferLeaderRequest struct {
@@ -2101,7 +2471,7 @@ type TransferLeaderRequest struct {
 
 func (x *TransferLeaderRequest) Reset() {
 	*x = TransferLeaderRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2113,7 +2483,7 @@ func (x *TransferLeaderRequest) String() string {
 func (*TransferLeaderRequest) ProtoMessage() {}
 
 func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2126,7 +2496,7 @@ func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{25}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TransferLeaderRequest) GetNodeId() uint64 {
@@ -2144,7 +2514,7 @@ type TransferLeaderResponse struct {
 
 func (x *TransferLeaderResponse) Reset() {
 	*x = TransferLeaderResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2156,7 +2526,7 @@ func (x *TransferLeaderResponse) String() string {
 func (*TransferLeaderResponse) ProtoMessage() {}
 
 func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2169,7 +2539,7 @@ func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeaderResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{26}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{30}
 }
 
 type BackupRequest struct {
@@ -2180,7 +2550,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2192,7 +2562,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2205,7 +2575,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{27}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{31}
 }
 
 type BackupResponse struct {
@@ -2218,7 +2588,7 @@ type BackupResponse struct {
 
 func (x *BackupResponse) Reset() {
 	*x = BackupResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2230,7 +2600,7 @@ func (x *BackupResponse) String() string {
 func (*BackupResponse) ProtoMessage() {}
 
 func (x *BackupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2243,7 +2613,7 @@ func (x *BackupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
 func (*BackupResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{28}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BackupResponse) GetData() []byte {
@@ -2261,7 +2631,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2643,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2656,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{29}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{33}
 }
 
 // Progress is how far the leader knows a member to be.
@@ -2309,7 +2679,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2321,7 +2691,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2334,7 +2704,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{30}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Progress) GetMatchIndex() uint64 {
@@ -2399,7 +2769,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2411,7 +2781,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2424,7 +2794,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{31}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *MemberStatus) GetNode() *Node {
@@ -2567,7 +2937,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2949,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2962,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{32}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *MetricsResponse) GetNode() *Node {
@@ -2851,7 +3221,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2863,7 +3233,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2876,7 +3246,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{33}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Hello) GetClusterId() uint64 {
@@ -2922,7 +3292,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2934,7 +3304,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2947,7 +3317,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{34}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Peer) GetNode() *Node {
@@ -2987,7 +3357,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2999,7 +3369,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3012,7 +3382,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{35}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Welcome) GetVerdict() Verdict {
@@ -3068,7 +3438,7 @@ type ClaimRequest struct {
 
 func (x *ClaimRequest) Reset() {
 	*x = ClaimRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3080,7 +3450,7 @@ func (x *ClaimRequest) String() string {
 func (*ClaimRequest) ProtoMessage() {}
 
 func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3093,7 +3463,7 @@ func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClaimRequest.ProtoReflect.Descriptor instead.
 func (*ClaimRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{36}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ClaimRequest) GetTo() *Node {
@@ -3163,7 +3533,7 @@ type ClaimResponse struct {
 
 func (x *ClaimResponse) Reset() {
 	*x = ClaimResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3175,7 +3545,7 @@ func (x *ClaimResponse) String() string {
 func (*ClaimResponse) ProtoMessage() {}
 
 func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3188,7 +3558,7 @@ func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClaimResponse.ProtoReflect.Descriptor instead.
 func (*ClaimResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{37}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ClaimResponse) GetVerdict() ClaimVerdict {
@@ -3238,7 +3608,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3250,7 +3620,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3263,7 +3633,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{38}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StreamRequest) GetHello() *Hello {
@@ -3289,7 +3659,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3301,7 +3671,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3314,7 +3684,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{39}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -3337,7 +3707,7 @@ type InstallSnapshotRequest struct {
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3349,7 +3719,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3362,7 +3732,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{40}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -3394,7 +3764,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3406,7 +3776,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3419,7 +3789,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{41}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{45}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -3445,7 +3815,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3457,7 +3827,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3470,7 +3840,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{42}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -3549,7 +3919,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3561,7 +3931,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3574,7 +3944,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{43}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -3619,7 +3989,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3631,7 +4001,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3644,7 +4014,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{44}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -3677,6 +4047,7 @@ type Write struct {
 	//	*Write_Set
 	//	*Write_Delete
 	//	*Write_NewSession
+	//	*Write_DeleteRange
 	Operation     isWrite_Operation `protobuf_oneof:"operation"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3684,7 +4055,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3696,7 +4067,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3709,7 +4080,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{45}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -3746,6 +4117,15 @@ func (x *Write) GetNewSession() *NewSession {
 	return nil
 }
 
+func (x *Write) GetDeleteRange() *DeleteRangeRequest {
+	if x != nil {
+		if x, ok := x.Operation.(*Write_DeleteRange); ok {
+			return x.DeleteRange
+		}
+	}
+	return nil
+}
+
 type isWrite_Operation interface {
 	isWrite_Operation()
 }
@@ -3762,11 +4142,17 @@ type Write_NewSession struct {
 	NewSession *NewSession `protobuf:"bytes,5,opt,name=new_session,json=newSession,proto3,oneof"`
 }
 
+type Write_DeleteRange struct {
+	DeleteRange *DeleteRangeRequest `protobuf:"bytes,6,opt,name=delete_range,json=deleteRange,proto3,oneof"`
+}
+
 func (*Write_Set) isWrite_Operation() {}
 
 func (*Write_Delete) isWrite_Operation() {}
 
 func (*Write_NewSession) isWrite_Operation() {}
+
+func (*Write_DeleteRange) isWrite_Operation() {}
 
 // NewSession opens a session, unless there is one with its number.
 type NewSession struct {
@@ -3782,7 +4168,7 @@ type NewSession struct {
 
 func (x *NewSession) Reset() {
 	*x = NewSession{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3794,7 +4180,7 @@ func (x *NewSession) String() string {
 func (*NewSession) ProtoMessage() {}
 
 func (x *NewSession) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3807,7 +4193,7 @@ func (x *NewSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
 func (*NewSession) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{46}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *NewSession) GetSession() uint64 {
@@ -3835,7 +4221,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3847,7 +4233,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3860,7 +4246,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{47}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -3881,7 +4267,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3893,7 +4279,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3906,7 +4292,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -3937,7 +4323,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3949,7 +4335,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3962,7 +4348,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -4011,7 +4397,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4023,7 +4409,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4036,7 +4422,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -4073,7 +4459,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4085,7 +4471,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4098,7 +4484,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -4200,7 +4586,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4212,7 +4598,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4225,7 +4611,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -4329,7 +4715,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4341,7 +4727,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4354,7 +4740,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Session) GetId() uint64 {
@@ -4392,13 +4778,16 @@ type Answer struct {
 	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
 	Found         bool                   `protobuf:"varint,3,opt,name=found,proto3" json:"found,omitempty"`
 	CompareFailed bool                   `protobuf:"varint,4,opt,name=compare_failed,json=compareFailed,proto3" json:"compare_failed,omitempty"`
+	// Of DeleteRangeResponse.
+	Deleted       uint64 `protobuf:"varint,5,opt,name=deleted,proto3" json:"deleted,omitempty"`
+	TooMany       bool   `protobuf:"varint,6,opt,name=too_many,json=tooMany,proto3" json:"too_many,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4410,7 +4799,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4423,7 +4812,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -4454,6 +4843,20 @@ func (x *Answer) GetCompareFailed() bool {
 	return false
 }
 
+func (x *Answer) GetDeleted() uint64 {
+	if x != nil {
+		return x.Deleted
+	}
+	return 0
+}
+
+func (x *Answer) GetTooMany() bool {
+	if x != nil {
+		return x.TooMany
+	}
+	return false
+}
+
 // KeyValue is a key that is there.
 type KeyValue struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -4467,7 +4870,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4479,7 +4882,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4492,7 +4895,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -4526,7 +4929,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4538,7 +4941,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4551,7 +4954,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -4583,7 +4986,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4595,7 +4998,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4608,7 +5011,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -4669,7 +5072,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4681,7 +5084,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4694,7 +5097,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -4744,7 +5147,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4756,7 +5159,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4769,7 +5172,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -4805,7 +5208,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4817,7 +5220,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4830,7 +5233,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -4868,30 +5271,34 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x0fPipelineRequest\x124\n" +
 	"\n" +
 	"operations\x18\x01 \x03(\v2\x14.raftkv.v1.OperationR\n" +
-	"operations\"\xe6\x01\n" +
+	"operations\"\xaa\x02\n" +
 	"\tOperation\x12)\n" +
 	"\x03set\x18\x01 \x01(\v2\x15.raftkv.v1.SetRequestH\x00R\x03set\x122\n" +
 	"\x06delete\x18\x02 \x01(\v2\x18.raftkv.v1.DeleteRequestH\x00R\x06delete\x12B\n" +
 	"\fopen_session\x18\x03 \x01(\v2\x1d.raftkv.v1.OpenSessionRequestH\x00R\vopenSession\x12)\n" +
-	"\x03get\x18\x04 \x01(\v2\x15.raftkv.v1.GetRequestH\x00R\x03getB\v\n" +
+	"\x03get\x18\x04 \x01(\v2\x15.raftkv.v1.GetRequestH\x00R\x03get\x12B\n" +
+	"\fdelete_range\x18\x06 \x01(\v2\x1d.raftkv.v1.DeleteRangeRequestH\x00R\vdeleteRangeB\v\n" +
 	"\toperation\"H\n" +
 	"\x10PipelineResponse\x124\n" +
-	"\aresults\x18\x01 \x03(\v2\x1a.raftkv.v1.OperationResultR\aresults\"\xa0\x02\n" +
+	"\aresults\x18\x01 \x03(\v2\x1a.raftkv.v1.OperationResultR\aresults\"\xe5\x02\n" +
 	"\x0fOperationResult\x12*\n" +
 	"\x03set\x18\x01 \x01(\v2\x16.raftkv.v1.SetResponseH\x00R\x03set\x123\n" +
 	"\x06delete\x18\x02 \x01(\v2\x19.raftkv.v1.DeleteResponseH\x00R\x06delete\x12C\n" +
 	"\fopen_session\x18\x03 \x01(\v2\x1e.raftkv.v1.OpenSessionResponseH\x00R\vopenSession\x12*\n" +
 	"\x03get\x18\x04 \x01(\v2\x16.raftkv.v1.GetResponseH\x00R\x03get\x121\n" +
-	"\x05error\x18\x05 \x01(\v2\x19.raftkv.v1.OperationErrorH\x00R\x05errorB\b\n" +
+	"\x05error\x18\x05 \x01(\v2\x19.raftkv.v1.OperationErrorH\x00R\x05error\x12C\n" +
+	"\fdelete_range\x18\x06 \x01(\v2\x1e.raftkv.v1.DeleteRangeResponseH\x00R\vdeleteRangeB\b\n" +
 	"\x06result\"n\n" +
 	"\x0eOperationError\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12.\n" +
 	"\x06reason\x18\x02 \x01(\x0e2\x16.raftkv.v1.ErrorReasonR\x06reason\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"4\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"U\n" +
 	"\n" +
 	"GetRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05local\x18\x02 \x01(\bR\x05local\"L\n" +
+	"\x05local\x18\x02 \x01(\bR\x05local\x12\x1f\n" +
+	"\vmin_version\x18\x03 \x01(\x04R\n" +
+	"minVersion\"L\n" +
 	"\vGetResponse\x12\x19\n" +
 	"\x05value\x18\x01 \x01(\fH\x00R\x05value\x88\x01\x01\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversionB\b\n" +
@@ -4916,16 +5323,45 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x0eDeleteResponse\x12\x18\n" +
 	"\adeleted\x18\x01 \x01(\bR\adeleted\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12%\n" +
-	"\x0ecompare_failed\x18\x03 \x01(\bR\rcompareFailed\"p\n" +
+	"\x0ecompare_failed\x18\x03 \x01(\bR\rcompareFailed\"\xd6\x01\n" +
 	"\vListRequest\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\x12\x14\n" +
-	"\x05local\x18\x04 \x01(\bR\x05local\"a\n" +
+	"\x05local\x18\x04 \x01(\bR\x05local\x12\x14\n" +
+	"\x05start\x18\x05 \x01(\tR\x05start\x12\x10\n" +
+	"\x03end\x18\x06 \x01(\tR\x03end\x12\x1b\n" +
+	"\tkeys_only\x18\a \x01(\bR\bkeysOnly\x12\x1f\n" +
+	"\vmin_version\x18\b \x01(\x04R\n" +
+	"minVersion\"{\n" +
 	"\fListResponse\x12)\n" +
 	"\x05items\x18\x01 \x03(\v2\x13.raftkv.v1.KeyValueR\x05items\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"0\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\x04R\aversion\"\xa1\x01\n" +
+	"\vScanRequest\x12\x16\n" +
+	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
+	"\x05start\x18\x02 \x01(\tR\x05start\x12\x10\n" +
+	"\x03end\x18\x03 \x01(\tR\x03end\x12\x1b\n" +
+	"\tkeys_only\x18\x04 \x01(\bR\bkeysOnly\x12\x14\n" +
+	"\x05local\x18\x05 \x01(\bR\x05local\x12\x1f\n" +
+	"\vmin_version\x18\x06 \x01(\x04R\n" +
+	"minVersion\"r\n" +
+	"\fScanResponse\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12)\n" +
+	"\x05items\x18\x03 \x03(\v2\x13.raftkv.v1.KeyValueR\x05items\"\x89\x01\n" +
+	"\x12DeleteRangeRequest\x12\x16\n" +
+	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
+	"\x05start\x18\x02 \x01(\tR\x05start\x12\x10\n" +
+	"\x03end\x18\x03 \x01(\tR\x03end\x123\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\v2\x14.raftkv.v1.RequestIdR\trequestId\"d\n" +
+	"\x13DeleteRangeResponse\x12\x18\n" +
+	"\adeleted\x18\x01 \x01(\x04R\adeleted\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x19\n" +
+	"\btoo_many\x18\x03 \x01(\bR\atooMany\"0\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\"N\n" +
@@ -5081,12 +5517,13 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x05Batch\x12\x1a\n" +
 	"\bproposer\x18\x01 \x01(\x04R\bproposer\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12(\n" +
-	"\x06writes\x18\x03 \x03(\v2\x10.raftkv.v1.WriteR\x06writes\"\xb9\x01\n" +
+	"\x06writes\x18\x03 \x03(\v2\x10.raftkv.v1.WriteR\x06writes\"\xfd\x01\n" +
 	"\x05Write\x12)\n" +
 	"\x03set\x18\x01 \x01(\v2\x15.raftkv.v1.SetRequestH\x00R\x03set\x122\n" +
 	"\x06delete\x18\x02 \x01(\v2\x18.raftkv.v1.DeleteRequestH\x00R\x06delete\x128\n" +
 	"\vnew_session\x18\x05 \x01(\v2\x15.raftkv.v1.NewSessionH\x00R\n" +
-	"newSessionB\v\n" +
+	"newSession\x12B\n" +
+	"\fdelete_range\x18\x06 \x01(\v2\x1d.raftkv.v1.DeleteRangeRequestH\x00R\vdeleteRangeB\v\n" +
 	"\toperationJ\x04\b\x03\x10\x04J\x04\b\x04\x10\x05\"<\n" +
 	"\n" +
 	"NewSession\x12\x18\n" +
@@ -5133,12 +5570,14 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\ahighest\x18\x02 \x01(\x04R\ahighest\x12+\n" +
 	"\aanswers\x18\x03 \x03(\v2\x11.raftkv.v1.AnswerR\aanswers\x12\x14\n" +
-	"\x05owner\x18\x04 \x01(\tR\x05owner\"{\n" +
+	"\x05owner\x18\x04 \x01(\tR\x05owner\"\xb0\x01\n" +
 	"\x06Answer\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12\x14\n" +
 	"\x05found\x18\x03 \x01(\bR\x05found\x12%\n" +
-	"\x0ecompare_failed\x18\x04 \x01(\bR\rcompareFailed\"L\n" +
+	"\x0ecompare_failed\x18\x04 \x01(\bR\rcompareFailed\x12\x18\n" +
+	"\adeleted\x18\x05 \x01(\x04R\adeleted\x12\x19\n" +
+	"\btoo_many\x18\x06 \x01(\bR\atooMany\"L\n" +
 	"\bKeyValue\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\fR\x05value\x12\x18\n" +
@@ -5240,12 +5679,14 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"#RAFT_MESSAGE_TYPE_PRE_VOTE_RESPONSE\x10\x13*F\n" +
 	"\tEntryType\x12\x1a\n" +
 	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
-	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\x86\x03\n" +
+	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\x8f\x04\n" +
 	"\tKVService\x124\n" +
 	"\x03Get\x12\x15.raftkv.v1.GetRequest\x1a\x16.raftkv.v1.GetResponse\x124\n" +
 	"\x03Set\x12\x15.raftkv.v1.SetRequest\x1a\x16.raftkv.v1.SetResponse\x12=\n" +
 	"\x06Delete\x12\x18.raftkv.v1.DeleteRequest\x1a\x19.raftkv.v1.DeleteResponse\x127\n" +
-	"\x04List\x12\x16.raftkv.v1.ListRequest\x1a\x17.raftkv.v1.ListResponse\x12L\n" +
+	"\x04List\x12\x16.raftkv.v1.ListRequest\x1a\x17.raftkv.v1.ListResponse\x129\n" +
+	"\x04Scan\x12\x16.raftkv.v1.ScanRequest\x1a\x17.raftkv.v1.ScanResponse0\x01\x12L\n" +
+	"\vDeleteRange\x12\x1d.raftkv.v1.DeleteRangeRequest\x1a\x1e.raftkv.v1.DeleteRangeResponse\x12L\n" +
 	"\vOpenSession\x12\x1d.raftkv.v1.OpenSessionRequest\x1a\x1e.raftkv.v1.OpenSessionResponse\x12G\n" +
 	"\bPipeline\x12\x1a.raftkv.v1.PipelineRequest\x1a\x1b.raftkv.v1.PipelineResponse(\x010\x012\xcb\x03\n" +
 	"\x0eClusterService\x127\n" +
@@ -5274,7 +5715,7 @@ func file_raftkv_v1_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 65)
 var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: raftkv.v1.ErrorReason
 	(Role)(0),                        // 1: raftkv.v1.Role
@@ -5299,51 +5740,55 @@ var file_raftkv_v1_kv_proto_goTypes = []any{
 	(*DeleteResponse)(nil),           // 20: raftkv.v1.DeleteResponse
 	(*ListRequest)(nil),              // 21: raftkv.v1.ListRequest
 	(*ListResponse)(nil),             // 22: raftkv.v1.ListResponse
-	(*Node)(nil),                     // 23: raftkv.v1.Node
-	(*InitRequest)(nil),              // 24: raftkv.v1.InitRequest
-	(*InitResponse)(nil),             // 25: raftkv.v1.InitResponse
-	(*AddLearnerRequest)(nil),        // 26: raftkv.v1.AddLearnerRequest
-	(*AddLearnerResponse)(nil),       // 27: raftkv.v1.AddLearnerResponse
-	(*ChangeMembershipRequest)(nil),  // 28: raftkv.v1.ChangeMembershipRequest
-	(*Membership)(nil),               // 29: raftkv.v1.Membership
-	(*ExpectedMember)(nil),           // 30: raftkv.v1.ExpectedMember
-	(*ChangeMembershipResponse)(nil), // 31: raftkv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 32: raftkv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 33: raftkv.v1.TransferLeaderResponse
-	(*BackupRequest)(nil),            // 34: raftkv.v1.BackupRequest
-	(*BackupResponse)(nil),           // 35: raftkv.v1.BackupResponse
-	(*MetricsRequest)(nil),           // 36: raftkv.v1.MetricsRequest
-	(*Progress)(nil),                 // 37: raftkv.v1.Progress
-	(*MemberStatus)(nil),             // 38: raftkv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 39: raftkv.v1.MetricsResponse
-	(*Hello)(nil),                    // 40: raftkv.v1.Hello
-	(*Peer)(nil),                     // 41: raftkv.v1.Peer
-	(*Welcome)(nil),                  // 42: raftkv.v1.Welcome
-	(*ClaimRequest)(nil),             // 43: raftkv.v1.ClaimRequest
-	(*ClaimResponse)(nil),            // 44: raftkv.v1.ClaimResponse
-	(*StreamRequest)(nil),            // 45: raftkv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 46: raftkv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 47: raftkv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 48: raftkv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 49: raftkv.v1.RaftMessage
-	(*Entry)(nil),                    // 50: raftkv.v1.Entry
-	(*Batch)(nil),                    // 51: raftkv.v1.Batch
-	(*Write)(nil),                    // 52: raftkv.v1.Write
-	(*NewSession)(nil),               // 53: raftkv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 54: raftkv.v1.ConfChangeContext
-	(*Member)(nil),                   // 55: raftkv.v1.Member
-	(*ConfState)(nil),                // 56: raftkv.v1.ConfState
-	(*Proposer)(nil),                 // 57: raftkv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 58: raftkv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 59: raftkv.v1.SnapshotHeader
-	(*Session)(nil),                  // 60: raftkv.v1.Session
-	(*Answer)(nil),                   // 61: raftkv.v1.Answer
-	(*KeyValue)(nil),                 // 62: raftkv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 63: raftkv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 64: raftkv.v1.LogBatch
-	(*Identity)(nil),                 // 65: raftkv.v1.Identity
-	(*HardState)(nil),                // 66: raftkv.v1.HardState
-	(*SnapshotMark)(nil),             // 67: raftkv.v1.SnapshotMark
+	(*ScanRequest)(nil),              // 23: raftkv.v1.ScanRequest
+	(*ScanResponse)(nil),             // 24: raftkv.v1.ScanResponse
+	(*DeleteRangeRequest)(nil),       // 25: raftkv.v1.DeleteRangeRequest
+	(*DeleteRangeResponse)(nil),      // 26: raftkv.v1.DeleteRangeResponse
+	(*Node)(nil),                     // 27: raftkv.v1.Node
+	(*InitRequest)(nil),              // 28: raftkv.v1.InitRequest
+	(*InitResponse)(nil),             // 29: raftkv.v1.InitResponse
+	(*AddLearnerRequest)(nil),        // 30: raftkv.v1.AddLearnerRequest
+	(*AddLearnerResponse)(nil),       // 31: raftkv.v1.AddLearnerResponse
+	(*ChangeMembershipRequest)(nil),  // 32: raftkv.v1.ChangeMembershipRequest
+	(*Membership)(nil),               // 33: raftkv.v1.Membership
+	(*ExpectedMember)(nil),           // 34: raftkv.v1.ExpectedMember
+	(*ChangeMembershipResponse)(nil), // 35: raftkv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 36: raftkv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 37: raftkv.v1.TransferLeaderResponse
+	(*BackupRequest)(nil),            // 38: raftkv.v1.BackupRequest
+	(*BackupResponse)(nil),           // 39: raftkv.v1.BackupResponse
+	(*MetricsRequest)(nil),           // 40: raftkv.v1.MetricsRequest
+	(*Progress)(nil),                 // 41: raftkv.v1.Progress
+	(*MemberStatus)(nil),             // 42: raftkv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 43: raftkv.v1.MetricsResponse
+	(*Hello)(nil),                    // 44: raftkv.v1.Hello
+	(*Peer)(nil),                     // 45: raftkv.v1.Peer
+	(*Welcome)(nil),                  // 46: raftkv.v1.Welcome
+	(*ClaimRequest)(nil),             // 47: raftkv.v1.ClaimRequest
+	(*ClaimResponse)(nil),            // 48: raftkv.v1.ClaimResponse
+	(*StreamRequest)(nil),            // 49: raftkv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 50: raftkv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 51: raftkv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 52: raftkv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 53: raftkv.v1.RaftMessage
+	(*Entry)(nil),                    // 54: raftkv.v1.Entry
+	(*Batch)(nil),                    // 55: raftkv.v1.Batch
+	(*Write)(nil),                    // 56: raftkv.v1.Write
+	(*NewSession)(nil),               // 57: raftkv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 58: raftkv.v1.ConfChangeContext
+	(*Member)(nil),                   // 59: raftkv.v1.Member
+	(*ConfState)(nil),                // 60: raftkv.v1.ConfState
+	(*Proposer)(nil),                 // 61: raftkv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 62: raftkv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 63: raftkv.v1.SnapshotHeader
+	(*Session)(nil),                  // 64: raftkv.v1.Session
+	(*Answer)(nil),                   // 65: raftkv.v1.Answer
+	(*KeyValue)(nil),                 // 66: raftkv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 67: raftkv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 68: raftkv.v1.LogBatch
+	(*Identity)(nil),                 // 69: raftkv.v1.Identity
+	(*HardState)(nil),                // 70: raftkv.v1.HardState
+	(*SnapshotMark)(nil),             // 71: raftkv.v1.SnapshotMark
 }
 var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	11, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
@@ -5351,100 +5796,109 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	19, // 2: raftkv.v1.Operation.delete:type_name -> raftkv.v1.DeleteRequest
 	8,  // 3: raftkv.v1.Operation.open_session:type_name -> raftkv.v1.OpenSessionRequest
 	15, // 4: raftkv.v1.Operation.get:type_name -> raftkv.v1.GetRequest
-	13, // 5: raftkv.v1.PipelineResponse.results:type_name -> raftkv.v1.OperationResult
-	18, // 6: raftkv.v1.OperationResult.set:type_name -> raftkv.v1.SetResponse
-	20, // 7: raftkv.v1.OperationResult.delete:type_name -> raftkv.v1.DeleteResponse
-	9,  // 8: raftkv.v1.OperationResult.open_session:type_name -> raftkv.v1.OpenSessionResponse
-	16, // 9: raftkv.v1.OperationResult.get:type_name -> raftkv.v1.GetResponse
-	14, // 10: raftkv.v1.OperationResult.error:type_name -> raftkv.v1.OperationError
-	0,  // 11: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
-	7,  // 12: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
-	7,  // 13: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
-	62, // 14: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
-	23, // 15: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
-	23, // 16: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
-	29, // 17: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
-	30, // 18: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
-	23, // 19: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
-	2,  // 20: raftkv.v1.Progress.state:type_name -> raftkv.v1.ProgressState
-	23, // 21: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
-	37, // 22: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
-	23, // 23: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
-	1,  // 24: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
-	23, // 25: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
-	38, // 26: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
-	41, // 27: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
-	41, // 28: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
-	23, // 29: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
-	3,  // 30: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
-	41, // 31: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
-	41, // 32: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
-	23, // 33: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
-	41, // 34: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
-	23, // 35: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
-	4,  // 36: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
-	23, // 37: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
-	23, // 38: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
-	23, // 39: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
-	40, // 40: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
-	49, // 41: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
-	42, // 42: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
-	40, // 43: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
-	5,  // 44: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
-	50, // 45: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
-	6,  // 46: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
-	52, // 47: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
-	17, // 48: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
-	19, // 49: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
-	53, // 50: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
-	55, // 51: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
-	23, // 52: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
-	59, // 53: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
-	62, // 54: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
-	63, // 55: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
-	60, // 56: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
-	56, // 57: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
-	55, // 58: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
-	57, // 59: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
-	61, // 60: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	66, // 61: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	67, // 62: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	50, // 63: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	15, // 64: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	17, // 65: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	19, // 66: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	21, // 67: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	8,  // 68: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	10, // 69: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	24, // 70: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	26, // 71: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	28, // 72: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	32, // 73: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	36, // 74: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	34, // 75: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	45, // 76: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	47, // 77: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	43, // 78: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	16, // 79: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	18, // 80: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	20, // 81: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	22, // 82: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	9,  // 83: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	12, // 84: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	25, // 85: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	27, // 86: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	31, // 87: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	33, // 88: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	39, // 89: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	35, // 90: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	46, // 91: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	48, // 92: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	44, // 93: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	79, // [79:94] is the sub-list for method output_type
-	64, // [64:79] is the sub-list for method input_type
-	64, // [64:64] is the sub-list for extension type_name
-	64, // [64:64] is the sub-list for extension extendee
-	0,  // [0:64] is the sub-list for field type_name
+	25, // 5: raftkv.v1.Operation.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	13, // 6: raftkv.v1.PipelineResponse.results:type_name -> raftkv.v1.OperationResult
+	18, // 7: raftkv.v1.OperationResult.set:type_name -> raftkv.v1.SetResponse
+	20, // 8: raftkv.v1.OperationResult.delete:type_name -> raftkv.v1.DeleteResponse
+	9,  // 9: raftkv.v1.OperationResult.open_session:type_name -> raftkv.v1.OpenSessionResponse
+	16, // 10: raftkv.v1.OperationResult.get:type_name -> raftkv.v1.GetResponse
+	14, // 11: raftkv.v1.OperationResult.error:type_name -> raftkv.v1.OperationError
+	26, // 12: raftkv.v1.OperationResult.delete_range:type_name -> raftkv.v1.DeleteRangeResponse
+	0,  // 13: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
+	7,  // 14: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
+	7,  // 15: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
+	66, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
+	66, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
+	7,  // 18: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
+	27, // 19: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
+	27, // 20: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
+	33, // 21: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
+	34, // 22: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
+	27, // 23: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
+	2,  // 24: raftkv.v1.Progress.state:type_name -> raftkv.v1.ProgressState
+	27, // 25: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
+	41, // 26: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
+	27, // 27: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
+	1,  // 28: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
+	27, // 29: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
+	42, // 30: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
+	45, // 31: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
+	45, // 32: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
+	27, // 33: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
+	3,  // 34: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
+	45, // 35: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
+	45, // 36: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
+	27, // 37: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
+	45, // 38: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
+	27, // 39: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
+	4,  // 40: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
+	27, // 41: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
+	27, // 42: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
+	27, // 43: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
+	44, // 44: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
+	53, // 45: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
+	46, // 46: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
+	44, // 47: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
+	5,  // 48: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
+	54, // 49: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
+	6,  // 50: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
+	56, // 51: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
+	17, // 52: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
+	19, // 53: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
+	57, // 54: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
+	25, // 55: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	59, // 56: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
+	27, // 57: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
+	63, // 58: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
+	66, // 59: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
+	67, // 60: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
+	64, // 61: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
+	60, // 62: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
+	59, // 63: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
+	61, // 64: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
+	65, // 65: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	70, // 66: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	71, // 67: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	54, // 68: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	15, // 69: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	17, // 70: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	19, // 71: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	21, // 72: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	23, // 73: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
+	25, // 74: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
+	8,  // 75: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	10, // 76: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	28, // 77: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	30, // 78: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	32, // 79: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	36, // 80: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	40, // 81: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	38, // 82: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	49, // 83: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	51, // 84: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	47, // 85: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	16, // 86: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	18, // 87: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	20, // 88: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	22, // 89: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	24, // 90: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
+	26, // 91: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
+	9,  // 92: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	12, // 93: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	29, // 94: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	31, // 95: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	35, // 96: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	37, // 97: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	43, // 98: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	39, // 99: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	50, // 100: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	52, // 101: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	48, // 102: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	86, // [86:103] is the sub-list for method output_type
+	69, // [69:86] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
@@ -5457,6 +5911,7 @@ func file_raftkv_v1_kv_proto_init() {
 		(*Operation_Delete)(nil),
 		(*Operation_OpenSession)(nil),
 		(*Operation_Get)(nil),
+		(*Operation_DeleteRange)(nil),
 	}
 	file_raftkv_v1_kv_proto_msgTypes[6].OneofWrappers = []any{
 		(*OperationResult_Set)(nil),
@@ -5464,18 +5919,20 @@ func file_raftkv_v1_kv_proto_init() {
 		(*OperationResult_OpenSession)(nil),
 		(*OperationResult_Get)(nil),
 		(*OperationResult_Error)(nil),
+		(*OperationResult_DeleteRange)(nil),
 	}
 	file_raftkv_v1_kv_proto_msgTypes[9].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[10].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[12].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[31].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[32].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[45].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[35].OneofWrappers = []any{}
+	file_raftkv_v1_kv_proto_msgTypes[36].OneofWrappers = []any{}
+	file_raftkv_v1_kv_proto_msgTypes[49].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 		(*Write_NewSession)(nil),
+		(*Write_DeleteRange)(nil),
 	}
-	file_raftkv_v1_kv_proto_msgTypes[51].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[55].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -5487,7 +5944,7 @@ func file_raftkv_v1_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_raftkv_v1_kv_proto_rawDesc), len(file_raftkv_v1_kv_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   61,
+			NumMessages:   65,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

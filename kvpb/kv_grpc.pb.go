@@ -39,6 +39,8 @@ const (
 	KVService_Set_FullMethodName         = "/raftkv.v1.KVService/Set"
 	KVService_Delete_FullMethodName      = "/raftkv.v1.KVService/Delete"
 	KVService_List_FullMethodName        = "/raftkv.v1.KVService/List"
+	KVService_Scan_FullMethodName        = "/raftkv.v1.KVService/Scan"
+	KVService_DeleteRange_FullMethodName = "/raftkv.v1.KVService/DeleteRange"
 	KVService_OpenSession_FullMethodName = "/raftkv.v1.KVService/OpenSession"
 	KVService_Pipeline_FullMethodName    = "/raftkv.v1.KVService/Pipeline"
 )
@@ -70,6 +72,16 @@ type KVServiceClient interface {
 	// itself, unless local is set: writes between two pages show. A page costs what it
 	// has, whatever the node has.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
+	// Scan reads all keys of a range, in the order of their bytes, as they were at one
+	// moment after the call began. The first response has no items: it says what moment
+	// that was. What is overwritten while a Scan runs stays in memory; if that becomes more
+	// than 64 MiB, or a quarter of all keys and values, the oldest one ends with
+	// VIEW_ENDED.
+	Scan(ctx context.Context, in *ScanRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ScanResponse], error)
+	// DeleteRange removes all keys of a range in one write. If there are more than 10,000
+	// of them, or more than 1 MiB of keys, nothing is deleted, and too_many is set. Its
+	// errors are those of Set.
+	DeleteRange(ctx context.Context, in *DeleteRangeRequest, opts ...grpc.CallOption) (*DeleteRangeResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
 	// opened it; without TLS, all belong to the same. The cluster keeps 10,000 sessions.
@@ -139,6 +151,35 @@ func (c *kVServiceClient) List(ctx context.Context, in *ListRequest, opts ...grp
 	return out, nil
 }
 
+func (c *kVServiceClient) Scan(ctx context.Context, in *ScanRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ScanResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &KVService_ServiceDesc.Streams[0], KVService_Scan_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ScanRequest, ScanResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVService_ScanClient = grpc.ServerStreamingClient[ScanResponse]
+
+func (c *kVServiceClient) DeleteRange(ctx context.Context, in *DeleteRangeRequest, opts ...grpc.CallOption) (*DeleteRangeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteRangeResponse)
+	err := c.cc.Invoke(ctx, KVService_DeleteRange_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *kVServiceClient) OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(OpenSessionResponse)
@@ -151,7 +192,7 @@ func (c *kVServiceClient) OpenSession(ctx context.Context, in *OpenSessionReques
 
 func (c *kVServiceClient) Pipeline(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PipelineRequest, PipelineResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &KVService_ServiceDesc.Streams[0], KVService_Pipeline_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &KVService_ServiceDesc.Streams[1], KVService_Pipeline_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -189,6 +230,16 @@ type KVServiceServer interface {
 	// itself, unless local is set: writes between two pages show. A page costs what it
 	// has, whatever the node has.
 	List(context.Context, *ListRequest) (*ListResponse, error)
+	// Scan reads all keys of a range, in the order of their bytes, as they were at one
+	// moment after the call began. The first response has no items: it says what moment
+	// that was. What is overwritten while a Scan runs stays in memory; if that becomes more
+	// than 64 MiB, or a quarter of all keys and values, the oldest one ends with
+	// VIEW_ENDED.
+	Scan(*ScanRequest, grpc.ServerStreamingServer[ScanResponse]) error
+	// DeleteRange removes all keys of a range in one write. If there are more than 10,000
+	// of them, or more than 1 MiB of keys, nothing is deleted, and too_many is set. Its
+	// errors are those of Set.
+	DeleteRange(context.Context, *DeleteRangeRequest) (*DeleteRangeResponse, error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
 	// opened it; without TLS, all belong to the same. The cluster keeps 10,000 sessions.
@@ -229,6 +280,12 @@ func (UnimplementedKVServiceServer) Delete(context.Context, *DeleteRequest) (*De
 }
 func (UnimplementedKVServiceServer) List(context.Context, *ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
+}
+func (UnimplementedKVServiceServer) Scan(*ScanRequest, grpc.ServerStreamingServer[ScanResponse]) error {
+	return status.Error(codes.Unimplemented, "method Scan not implemented")
+}
+func (UnimplementedKVServiceServer) DeleteRange(context.Context, *DeleteRangeRequest) (*DeleteRangeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteRange not implemented")
 }
 func (UnimplementedKVServiceServer) OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method OpenSession not implemented")
@@ -329,6 +386,35 @@ func _KVService_List_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KVService_Scan_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ScanRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(KVServiceServer).Scan(m, &grpc.GenericServerStream[ScanRequest, ScanResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVService_ScanServer = grpc.ServerStreamingServer[ScanResponse]
+
+func _KVService_DeleteRange_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteRangeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KVServiceServer).DeleteRange(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KVService_DeleteRange_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KVServiceServer).DeleteRange(ctx, req.(*DeleteRangeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _KVService_OpenSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(OpenSessionRequest)
 	if err := dec(in); err != nil {
@@ -378,11 +464,20 @@ var KVService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _KVService_List_Handler,
 		},
 		{
+			MethodName: "DeleteRange",
+			Handler:    _KVService_DeleteRange_Handler,
+		},
+		{
 			MethodName: "OpenSession",
 			Handler:    _KVService_OpenSession_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Scan",
+			Handler:       _KVService_Scan_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "Pipeline",
 			Handler:       _KVService_Pipeline_Handler,

@@ -1,0 +1,86 @@
+// Scan: all keys of a range as they were at one moment, on a stream.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// maxScans bounds the Scans that a node sends at a time. Each has a goroutine, and
+	// scanBytes or one item, up to twice, in memory.
+	maxScans = 64
+	// scanBytes is the keys and values of one response, unless a single item has more.
+	scanBytes = 64 << 10
+)
+
+// Scan implements KVService. It gives up a caller who does not read.
+func (s *server) Scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) error {
+	if err := s.scan(req, stream); err != nil {
+		return toStatus(err, true)
+	}
+	return nil
+}
+
+func (s *server) scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) error {
+	if err := checkRange(req.Prefix, req.Start, req.End); err != nil {
+		return err
+	}
+	running := s.scans.Add(1)
+	defer s.scans.Add(-1)
+	if running > maxScans {
+		return errOverloaded
+	}
+	soon, stop := beforeDeadline(stream.Context())
+	defer stop()
+	if err := s.awaitRead(soon, req.Local, req.MinVersion); err != nil {
+		return err
+	}
+	v, err := s.n.store.openKeys()
+	if err != nil {
+		return err
+	}
+	defer v.close()
+	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
+	err = s.net.serve(stream, func(_ context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+		context.AfterFunc(soon, func() { cancel(soon.Err()) })
+		return sendScan(v, req, func(resp *kvpb.ScanResponse) error {
+			silent.Reset(helloTimeout)
+			return stream.Send(resp)
+		})
+	})
+	if errors.Is(err, errSilent) {
+		return fmt.Errorf("the caller does not read: %w", context.DeadlineExceeded)
+	}
+	return err
+}
+
+// sendScan sends what a Scan shows of a view.
+func sendScan(v *view, req *kvpb.ScanRequest, send func(*kvpb.ScanResponse) error) error {
+	if err := send(&kvpb.ScanResponse{ClusterId: v.clusterID, Version: v.version}); err != nil {
+		return err
+	}
+	r := rangeOf(req.Prefix, req.Start, req.End)
+	for {
+		items, more, err := v.page(r, math.MaxInt, scanBytes)
+		if err != nil {
+			return err
+		}
+		if len(items) == 0 {
+			return nil
+		}
+		if err := send(&kvpb.ScanResponse{Items: keyValues(items, req.KeysOnly)}); err != nil {
+			return err
+		}
+		if !more {
+			return nil
+		}
+		r = r.after(items[len(items)-1].key)
+	}
+}
