@@ -1007,7 +1007,8 @@ func TestAnswersInTime(t *testing.T) {
 	c.settled(1, 2)
 
 	release = c.hold(2) // nothing is committed any more
-	ctx, cancel := context.WithTimeout(c.ctx, 200*time.Millisecond)
+	// So much time that node 3 is asked who it is, and answers, on a busy machine, too.
+	ctx, cancel := context.WithTimeout(c.ctx, 3*time.Second)
 	defer cancel()
 	_, err = c.nodes[1].server.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: c.proto(3)[0]})
 	if !errors.Is(err, context.DeadlineExceeded) {
