@@ -51,6 +51,7 @@ var access = map[string]roles{
 	kvpb.KVService_Get_FullMethodName:         readers,
 	kvpb.KVService_List_FullMethodName:        readers,
 	kvpb.KVService_Scan_FullMethodName:        readers,
+	kvpb.KVService_Watch_FullMethodName:       readers,
 	kvpb.KVService_Pipeline_FullMethodName:    readers,
 	kvpb.KVService_Set_FullMethodName:         writers,
 	kvpb.KVService_Delete_FullMethodName:      writers,
@@ -219,11 +220,13 @@ func (s *server) handleStream(
 	if strings.HasPrefix(info.FullMethod, raftPrefix) {
 		return handler(srv, decodedStream{stream})
 	}
-	end, err := beginCall(stream.Context(), info.FullMethod)
-	if err != nil {
-		return err
+	if info.FullMethod != kvpb.KVService_Watch_FullMethodName { // watchers have a bound of their own
+		end, err := beginCall(stream.Context(), info.FullMethod)
+		if err != nil {
+			return err
+		}
+		defer end()
 	}
-	defer end()
 	reader := newRequestReader(stream.Context(), connOf(stream.Context()).l.arrivals)
 	return handler(srv, &readStream{stream, reader, info})
 }

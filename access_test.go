@@ -35,6 +35,7 @@ var mayCall = map[string]string{
 	"raftkv.v1.KVService/Get":                                       "reader client admin",
 	"raftkv.v1.KVService/List":                                      "reader client admin",
 	"raftkv.v1.KVService/Scan":                                      "reader client admin",
+	"raftkv.v1.KVService/Watch":                                     "reader client admin",
 	"raftkv.v1.KVService/Pipeline":                                  "reader client admin",
 	"raftkv.v1.KVService/Set":                                       "client admin",
 	"raftkv.v1.KVService/Delete":                                    "client admin",

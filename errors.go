@@ -30,17 +30,28 @@ const (
 // apiError makes an error of the API. Its ErrorInfo names a field of the request, if one
 // is given. RESOURCE_EXHAUSTED has a RetryInfo, too: a queue is full, but not for long.
 func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ...string) error {
-	info := &errdetails.ErrorInfo{
-		Domain: errorDomain,
-		Reason: strings.TrimPrefix(reason.String(), "ERROR_REASON_"),
-	}
+	info := errorInfo(reason)
 	if len(field) > 0 {
 		info.Metadata = map[string]string{"field": field[0]}
 	}
-	details := []protoadapt.MessageV1{info}
 	if code == codes.ResourceExhausted {
-		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(retryDelay)})
+		return detailedError(code, message, info, retryIn(retryDelay))
 	}
+	return detailedError(code, message, info)
+}
+
+func errorInfo(reason kvpb.ErrorReason) *errdetails.ErrorInfo {
+	return &errdetails.ErrorInfo{
+		Domain: errorDomain,
+		Reason: strings.TrimPrefix(reason.String(), "ERROR_REASON_"),
+	}
+}
+
+func retryIn(delay time.Duration) *errdetails.RetryInfo {
+	return &errdetails.RetryInfo{RetryDelay: durationpb.New(delay)}
+}
+
+func detailedError(code codes.Code, message string, details ...protoadapt.MessageV1) error {
 	// WithDetails fails only if the code is OK or a string of info is not UTF-8.
 	st, _ := status.New(code, beginning(message, maxErrorBytes)).WithDetails(details...)
 	return st.Err()
@@ -137,6 +148,7 @@ var apiErrors = []struct {
 	{errSequenceTooFar, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_FAR},
 	{errSessionTaken, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_SESSION_TAKEN},
 	{errNotInitialized, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
+	{errHistoryReplaced, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
 	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
 	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
 	{errViewEnded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_VIEW_ENDED},

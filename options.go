@@ -30,10 +30,12 @@ type options struct {
 	durable   bool          // or else all is in memory only
 	dataDir   string
 	logBytes  uint64 // of entries, before old ones are dropped
-	tls       certificateFiles
-	insecure  bool // beyond loopback without TLS
-	logLevel  slog.Level
-	version   bool // the version is to be printed, and no node to be run
+	// watchBytes bounds the history of writes that watches can go back to.
+	watchBytes uint64
+	tls        certificateFiles
+	insecure   bool // beyond loopback without TLS
+	logLevel   slog.Level
+	version    bool // the version is to be printed, and no node to be run
 
 	variables map[string]string // by flag: the environment variable that has set it
 
@@ -46,16 +48,17 @@ type options struct {
 }
 
 const (
-	minHeartbeat = 10 * time.Millisecond
-	maxHeartbeat = leaderWait
-	minElection  = 3 // heartbeats
-	maxElection  = time.Hour
-	minLogBytes  = 1 << 20
-	maxLogBytes  = 1 << 40
+	minHeartbeat  = 10 * time.Millisecond
+	maxHeartbeat  = leaderWait
+	minElection   = 3 // heartbeats
+	maxElection   = time.Hour
+	minLogBytes   = 1 << 20
+	minWatchBytes = 4 << 20 // several times the largest entry
+	maxLogBytes   = 1 << 40
 )
 
 func defaultOptions() options {
-	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20}
+	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20, watchBytes: defaultWatchBytes}
 }
 
 // variablePrefix begins the names of all environment variables of the program.
@@ -102,6 +105,8 @@ func nodeFlags(o *options) *flag.FlagSet {
 		"`directory` that keeps all that the node has promised (default: it is in memory only)", setDataDir)
 	numberVar(fs, &o.logBytes, "log-bytes",
 		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
+	numberVar(fs, &o.watchBytes, "watch-bytes",
+		fmt.Sprintf("`bytes` of past writes kept for watches that go on (default %d)", o.watchBytes))
 	certificateFlags(fs, &o.tls)
 	fileVar(fs, &o.tls.peerCA, "peer-ca-file",
 		"`file` with the CAs of the nodes' certificates (default: those of --trusted-ca-file)")
@@ -255,6 +260,9 @@ func (o *options) check() error {
 	}
 	if o.logBytes < minLogBytes || o.logBytes > maxLogBytes {
 		return fmt.Errorf("%s %d is not between 1 MiB and 1 TiB", o.nameOf("log-bytes"), o.logBytes)
+	}
+	if o.watchBytes < minWatchBytes || o.watchBytes > maxLogBytes {
+		return fmt.Errorf("%s %d is not between 4 MiB and 1 TiB", o.nameOf("watch-bytes"), o.watchBytes)
 	}
 	if err := o.checkTLS(); err != nil {
 		return err

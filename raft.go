@@ -140,6 +140,7 @@ type clock struct {
 func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	n := &node{opts: o, self: self, logger: logger, store: newStore()}
 	n.opts.limits = defaultRaftLimits()
+	n.store.history.limit = o.watchBytes
 	if n.opts.onApply == nil {
 		n.opts.onApply = func(*raftpb.Entry) {}
 	}

@@ -87,6 +87,8 @@ type server struct {
 	scans   atomic.Int32  // that run
 	lists   chan struct{} // full while maxLists run
 
+	watchers *watchers
+
 	surveying chan struct{} // full while an Init asks members, or another founder
 	adding    chan struct{} // full while an Init adds members
 
@@ -106,6 +108,7 @@ func newServer(n *node, nw *network, c *certificates) *server {
 		health:       health.NewServer(),
 		stopping:     make(chan struct{}),
 		lists:        make(chan struct{}, maxLists),
+		watchers:     newWatchers(n.store.history),
 		surveying:    make(chan struct{}, 1),
 		adding:       make(chan struct{}, 1),
 	}
@@ -138,6 +141,9 @@ func newServer(n *node, nw *network, c *certificates) *server {
 	kvpb.RegisterRaftServiceServer(services, nw)
 	s.onPublish(n.status.latest.Load())
 	n.status.onChange = s.onPublish
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	nw.start(func() { s.watchers.run(nw.ctx.Done()) })
 	return s
 }
 
@@ -470,6 +476,7 @@ func (s *server) onPublish(p *published) {
 		md.Set(leaderMetadata, p.leader.Address)
 	}
 	s.leaderMD.Store(&md)
+	s.watchers.follow(p, s.draining)
 	s.setServing(kvpb.KVService_ServiceDesc.ServiceName, s.n.whyUnhealthy() == "" && !s.draining)
 	s.setServing(restartHealth, s.n.whyNotRestart() == "" && !s.draining)
 }

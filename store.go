@@ -36,6 +36,8 @@ const (
 	// minViewBytes bounds the memory that the views of clients may keep, or a quarter of the
 	// store's data if that is more.
 	minViewBytes = 64 << 20
+	// defaultWatchBytes bounds the history that watches can go back to.
+	defaultWatchBytes = 64 << 20
 	// maxRoom bounds the memory, in writes, that is kept for the writes of the next entry.
 	maxRoom = 16 << 10
 )
@@ -64,10 +66,12 @@ type store struct {
 	tree      *tree
 
 	// Not part of the state.
-	clientViews        []*view     // that are open, in the order in which they were opened: mu guards them
-	file               string      // the snapshot in the data directory that it was read from, if it was
-	room               []operation // memory for the writes of an entry
-	plantedSameVersion bool        // a bug that the simulator plants: all writes of an entry share a version
+	history            *eventHistory // of the last writes
+	events             entryEvents   // of the entry that is being applied
+	clientViews        []*view       // that are open, in the order in which they were opened: mu guards them
+	file               string        // the snapshot in the data directory that it was read from, if it was
+	room               []operation   // memory for the writes of an entry
+	plantedSameVersion bool          // a bug that the simulator plants: all writes of an entry share a version
 }
 
 func newStore() *store {
@@ -77,6 +81,7 @@ func newStore() *store {
 		proposers: map[uint64]uint64{},
 		sessions:  newSessions(),
 		tree:      newTree(),
+		history:   newEventHistory(defaultWatchBytes),
 	}
 }
 
@@ -120,9 +125,12 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	s.proposers[b.proposer] = b.sequence
 
 	results = make([]outcome, 0, len(b.writes))
+	s.events = newEntryEvents(data)
 	for len(results) < len(b.writes) {
 		results = s.applySome(b.writes, results)
 	}
+	s.history.add(&s.events, s.version)
+	s.events = entryEvents{}
 	clear(b.writes) // lets go of data
 	if cap(b.writes) <= maxRoom {
 		s.room = b.writes
@@ -182,8 +190,12 @@ func (s *store) applyWrite(w *operation) result {
 	r := result{version: s.version}
 	if w.kind == opSet {
 		r.found = s.tree.set(w.key, item{w.value, s.version})
+		s.events.add(w.key, w.value, s.version, false)
 	} else {
 		r.found = s.tree.delete(w.key)
+		if r.found {
+			s.events.add(w.key, nil, s.version, true)
+		}
 	}
 	return r
 }
@@ -206,6 +218,7 @@ func (s *store) deleteRange(r keyRange) result {
 	for _, key := range keys {
 		s.tree.delete(key)
 	}
+	s.events.addDeleted(keys, s.version)
 	return result{version: s.version, deleted: uint32(len(keys))}
 }
 
@@ -340,6 +353,7 @@ func (s *store) install(t *store) {
 	for len(s.clientViews) > 0 { // they would keep all that was here before
 		s.endOldestView()
 	}
+	s.history.reset(s.clusterID, s.version)
 }
 
 // sortedMembers returns members by node id, then raft ID: the order in which people see them.

@@ -120,6 +120,13 @@ const (
 	// takes too much memory, or the node has caught up by a snapshot. Begin again, and
 	// read faster, or while less is written, or in parts.
 	ErrorReason_ERROR_REASON_VIEW_ENDED ErrorReason = 26
+	// OUT_OF_RANGE: the node does not know all writes from the version on that was asked
+	// for, or that the Watch had come to. The metadata has the oldest_version that it can
+	// tell of. Read what is there now, and watch from there.
+	ErrorReason_ERROR_REASON_COMPACTED ErrorReason = 27
+	// FAILED_PRECONDITION: the node is in another cluster than the Watch was of, or has
+	// been restored. The metadata has the node's cluster_id, in decimal.
+	ErrorReason_ERROR_REASON_OTHER_CLUSTER ErrorReason = 28
 )
 
 // Enum value maps for ErrorReason.
@@ -152,6 +159,8 @@ var (
 		24: "ERROR_REASON_PAST_MEMBER",
 		25: "ERROR_REASON_PERMISSION_DENIED",
 		26: "ERROR_REASON_VIEW_ENDED",
+		27: "ERROR_REASON_COMPACTED",
+		28: "ERROR_REASON_OTHER_CLUSTER",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -181,6 +190,8 @@ var (
 		"ERROR_REASON_PAST_MEMBER":         24,
 		"ERROR_REASON_PERMISSION_DENIED":   25,
 		"ERROR_REASON_VIEW_ENDED":          26,
+		"ERROR_REASON_COMPACTED":           27,
+		"ERROR_REASON_OTHER_CLUSTER":       28,
 	}
 )
 
@@ -1857,6 +1868,223 @@ func (x *ScanResponse) GetItems() []*KeyValue {
 	return nil
 }
 
+// WatchRequest names a key, or a prefix, or a range. All empty: all keys.
+type WatchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// As in ListRequest.
+	Prefix string `protobuf:"bytes,2,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	Start  string `protobuf:"bytes,3,opt,name=start,proto3" json:"start,omitempty"`
+	End    string `protobuf:"bytes,4,opt,name=end,proto3" json:"end,omitempty"`
+	// Tell of the writes of this version, and of later ones; a node that has not applied
+	// what is before waits until it has. 0: of those that are acknowledged after the call
+	// began, at least.
+	FromVersion uint64 `protobuf:"varint,5,opt,name=from_version,json=fromVersion,proto3" json:"from_version,omitempty"`
+	// As the first response to the Watch, or to the Scan, before had it; 0: any.
+	ClusterId     uint64 `protobuf:"varint,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *WatchRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *WatchRequest) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *WatchRequest) GetStart() string {
+	if x != nil {
+		return x.Start
+	}
+	return ""
+}
+
+func (x *WatchRequest) GetEnd() string {
+	if x != nil {
+		return x.End
+	}
+	return ""
+}
+
+func (x *WatchRequest) GetFromVersion() uint64 {
+	if x != nil {
+		return x.FromVersion
+	}
+	return 0
+}
+
+func (x *WatchRequest) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+type WatchResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first response only.
+	ClusterId uint64 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// All events up to this version have been told, those in this response included.
+	Version uint64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// The next events. Those of one version come together.
+	Events        []*Event `protobuf:"bytes,3,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchResponse) Reset() {
+	*x = WatchResponse{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchResponse) ProtoMessage() {}
+
+func (x *WatchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
+func (*WatchResponse) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *WatchResponse) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
+func (x *WatchResponse) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *WatchResponse) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+// Event is a key that was set or deleted.
+type Event struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// Absent: the key was deleted.
+	Value []byte `protobuf:"bytes,2,opt,name=value,proto3,oneof" json:"value,omitempty"`
+	// Of the write. The keys that one DeleteRange deleted share it, and come in the order
+	// of their bytes.
+	Version       uint64 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Event) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Event) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+func (x *Event) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
 type DeleteRangeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in ListRequest, but not all of them empty: for all keys, start is "\x00".
@@ -1871,7 +2099,7 @@ type DeleteRangeRequest struct {
 
 func (x *DeleteRangeRequest) Reset() {
 	*x = DeleteRangeRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1883,7 +2111,7 @@ func (x *DeleteRangeRequest) String() string {
 func (*DeleteRangeRequest) ProtoMessage() {}
 
 func (x *DeleteRangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[18]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1896,7 +2124,7 @@ func (x *DeleteRangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRangeRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRangeRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{18}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DeleteRangeRequest) GetPrefix() string {
@@ -1942,7 +2170,7 @@ type DeleteRangeResponse struct {
 
 func (x *DeleteRangeResponse) Reset() {
 	*x = DeleteRangeResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2182,7 @@ func (x *DeleteRangeResponse) String() string {
 func (*DeleteRangeResponse) ProtoMessage() {}
 
 func (x *DeleteRangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[19]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2195,7 @@ func (x *DeleteRangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRangeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteRangeResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{19}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeleteRangeResponse) GetDeleted() uint64 {
@@ -2004,7 +2232,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2244,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[20]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2257,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{20}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Node) GetId() uint64 {
@@ -2059,7 +2287,7 @@ type InitRequest struct {
 
 func (x *InitRequest) Reset() {
 	*x = InitRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2071,7 +2299,7 @@ func (x *InitRequest) String() string {
 func (*InitRequest) ProtoMessage() {}
 
 func (x *InitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[21]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2084,7 +2312,7 @@ func (x *InitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitRequest.ProtoReflect.Descriptor instead.
 func (*InitRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{21}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *InitRequest) GetMembers() []*Node {
@@ -2111,7 +2339,7 @@ type InitResponse struct {
 
 func (x *InitResponse) Reset() {
 	*x = InitResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2351,7 @@ func (x *InitResponse) String() string {
 func (*InitResponse) ProtoMessage() {}
 
 func (x *InitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[22]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2364,7 @@ func (x *InitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InitResponse.ProtoReflect.Descriptor instead.
 func (*InitResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{22}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *InitResponse) GetClusterId() uint64 {
@@ -2157,7 +2385,7 @@ type AddLearnerRequest struct {
 
 func (x *AddLearnerRequest) Reset() {
 	*x = AddLearnerRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2397,7 @@ func (x *AddLearnerRequest) String() string {
 func (*AddLearnerRequest) ProtoMessage() {}
 
 func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[23]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2410,7 @@ func (x *AddLearnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerRequest.ProtoReflect.Descriptor instead.
 func (*AddLearnerRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{23}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AddLearnerRequest) GetNode() *Node {
@@ -2200,7 +2428,7 @@ type AddLearnerResponse struct {
 
 func (x *AddLearnerResponse) Reset() {
 	*x = AddLearnerResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2212,7 +2440,7 @@ func (x *AddLearnerResponse) String() string {
 func (*AddLearnerResponse) ProtoMessage() {}
 
 func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[24]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2225,7 +2453,7 @@ func (x *AddLearnerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddLearnerResponse.ProtoReflect.Descriptor instead.
 func (*AddLearnerResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{24}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{27}
 }
 
 // ChangeMembershipRequest says who shall vote: either all of them, in members, or
@@ -2253,7 +2481,7 @@ type ChangeMembershipRequest struct {
 
 func (x *ChangeMembershipRequest) Reset() {
 	*x = ChangeMembershipRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2265,7 +2493,7 @@ func (x *ChangeMembershipRequest) String() string {
 func (*ChangeMembershipRequest) ProtoMessage() {}
 
 func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[25]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2278,7 +2506,7 @@ func (x *ChangeMembershipRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipRequest.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{25}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ChangeMembershipRequest) GetMembers() []uint64 {
@@ -2336,7 +2564,7 @@ type Membership struct {
 
 func (x *Membership) Reset() {
 	*x = Membership{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2348,7 +2576,7 @@ func (x *Membership) String() string {
 func (*Membership) ProtoMessage() {}
 
 func (x *Membership) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[26]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2361,7 +2589,7 @@ func (x *Membership) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Membership.ProtoReflect.Descriptor instead.
 func (*Membership) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{26}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Membership) GetMembers() []*ExpectedMember {
@@ -2383,7 +2611,7 @@ type ExpectedMember struct {
 
 func (x *ExpectedMember) Reset() {
 	*x = ExpectedMember{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +2623,7 @@ func (x *ExpectedMember) String() string {
 func (*ExpectedMember) ProtoMessage() {}
 
 func (x *ExpectedMember) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[27]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +2636,7 @@ func (x *ExpectedMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExpectedMember.ProtoReflect.Descriptor instead.
 func (*ExpectedMember) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{27}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ExpectedMember) GetNode() *Node {
@@ -2433,7 +2661,7 @@ type ChangeMembershipResponse struct {
 
 func (x *ChangeMembershipResponse) Reset() {
 	*x = ChangeMembershipResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2445,7 +2673,7 @@ func (x *ChangeMembershipResponse) String() string {
 func (*ChangeMembershipResponse) ProtoMessage() {}
 
 func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[28]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2458,7 +2686,7 @@ func (x *ChangeMembershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMembershipResponse.ProtoReflect.Descriptor instead.
 func (*ChangeMembershipResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{28}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{31}
 }
 
 type TransferLeaderRequest struct {
@@ -2471,7 +2699,7 @@ type TransferLeaderRequest struct {
 
 func (x *TransferLeaderRequest) Reset() {
 	*x = TransferLeaderRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2483,7 +2711,7 @@ func (x *TransferLeaderRequest) String() string {
 func (*TransferLeaderRequest) ProtoMessage() {}
 
 func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[29]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2496,7 +2724,7 @@ func (x *TransferLeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderRequest.ProtoReflect.Descriptor instead.
 func (*TransferLeaderRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{29}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *TransferLeaderRequest) GetNodeId() uint64 {
@@ -2514,7 +2742,7 @@ type TransferLeaderResponse struct {
 
 func (x *TransferLeaderResponse) Reset() {
 	*x = TransferLeaderResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2526,7 +2754,7 @@ func (x *TransferLeaderResponse) String() string {
 func (*TransferLeaderResponse) ProtoMessage() {}
 
 func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[30]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2539,7 +2767,7 @@ func (x *TransferLeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferLeaderResponse.ProtoReflect.Descriptor instead.
 func (*TransferLeaderResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{30}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{33}
 }
 
 type BackupRequest struct {
@@ -2550,7 +2778,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2562,7 +2790,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[31]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2575,7 +2803,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{31}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{34}
 }
 
 type BackupResponse struct {
@@ -2588,7 +2816,7 @@ type BackupResponse struct {
 
 func (x *BackupResponse) Reset() {
 	*x = BackupResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2600,7 +2828,7 @@ func (x *BackupResponse) String() string {
 func (*BackupResponse) ProtoMessage() {}
 
 func (x *BackupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[32]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2613,7 +2841,7 @@ func (x *BackupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
 func (*BackupResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{32}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *BackupResponse) GetData() []byte {
@@ -2631,7 +2859,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2643,7 +2871,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[33]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2656,7 +2884,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{33}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{36}
 }
 
 // Progress is how far the leader knows a member to be.
@@ -2679,7 +2907,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2691,7 +2919,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[34]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2704,7 +2932,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{34}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Progress) GetMatchIndex() uint64 {
@@ -2769,7 +2997,7 @@ type MemberStatus struct {
 
 func (x *MemberStatus) Reset() {
 	*x = MemberStatus{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2781,7 +3009,7 @@ func (x *MemberStatus) String() string {
 func (*MemberStatus) ProtoMessage() {}
 
 func (x *MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[35]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2794,7 +3022,7 @@ func (x *MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberStatus.ProtoReflect.Descriptor instead.
 func (*MemberStatus) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{35}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *MemberStatus) GetNode() *Node {
@@ -2937,7 +3165,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2949,7 +3177,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[36]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2962,7 +3190,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{36}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *MetricsResponse) GetNode() *Node {
@@ -3221,7 +3449,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3233,7 +3461,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[37]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3246,7 +3474,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{37}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Hello) GetClusterId() uint64 {
@@ -3292,7 +3520,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3304,7 +3532,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[38]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3317,7 +3545,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{38}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Peer) GetNode() *Node {
@@ -3357,7 +3585,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3369,7 +3597,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[39]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3382,7 +3610,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{39}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Welcome) GetVerdict() Verdict {
@@ -3438,7 +3666,7 @@ type ClaimRequest struct {
 
 func (x *ClaimRequest) Reset() {
 	*x = ClaimRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3450,7 +3678,7 @@ func (x *ClaimRequest) String() string {
 func (*ClaimRequest) ProtoMessage() {}
 
 func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[40]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3463,7 +3691,7 @@ func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClaimRequest.ProtoReflect.Descriptor instead.
 func (*ClaimRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{40}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ClaimRequest) GetTo() *Node {
@@ -3533,7 +3761,7 @@ type ClaimResponse struct {
 
 func (x *ClaimResponse) Reset() {
 	*x = ClaimResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3545,7 +3773,7 @@ func (x *ClaimResponse) String() string {
 func (*ClaimResponse) ProtoMessage() {}
 
 func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[41]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3558,7 +3786,7 @@ func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClaimResponse.ProtoReflect.Descriptor instead.
 func (*ClaimResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{41}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ClaimResponse) GetVerdict() ClaimVerdict {
@@ -3608,7 +3836,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3620,7 +3848,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[42]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3633,7 +3861,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{42}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *StreamRequest) GetHello() *Hello {
@@ -3659,7 +3887,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3671,7 +3899,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[43]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3684,7 +3912,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{43}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -3707,7 +3935,7 @@ type InstallSnapshotRequest struct {
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3719,7 +3947,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[44]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3732,7 +3960,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{44}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -3764,7 +3992,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3776,7 +4004,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3789,7 +4017,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{45}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -3815,7 +4043,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3827,7 +4055,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3840,7 +4068,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{46}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -3919,7 +4147,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3931,7 +4159,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3944,7 +4172,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{47}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -3989,7 +4217,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4001,7 +4229,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4014,7 +4242,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -4055,7 +4283,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4067,7 +4295,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4080,7 +4308,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -4168,7 +4396,7 @@ type NewSession struct {
 
 func (x *NewSession) Reset() {
 	*x = NewSession{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4180,7 +4408,7 @@ func (x *NewSession) String() string {
 func (*NewSession) ProtoMessage() {}
 
 func (x *NewSession) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4193,7 +4421,7 @@ func (x *NewSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
 func (*NewSession) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *NewSession) GetSession() uint64 {
@@ -4221,7 +4449,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4233,7 +4461,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4246,7 +4474,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -4267,7 +4495,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4279,7 +4507,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4292,7 +4520,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -4323,7 +4551,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4335,7 +4563,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4348,7 +4576,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -4397,7 +4625,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4409,7 +4637,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4422,7 +4650,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -4459,7 +4687,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4471,7 +4699,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4484,7 +4712,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -4586,7 +4814,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4598,7 +4826,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4611,7 +4839,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -4715,7 +4943,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4727,7 +4955,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4740,7 +4968,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Session) GetId() uint64 {
@@ -4787,7 +5015,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4799,7 +5027,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4812,7 +5040,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -4870,7 +5098,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4882,7 +5110,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4895,7 +5123,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -4929,7 +5157,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4941,7 +5169,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4954,7 +5182,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -4986,7 +5214,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4998,7 +5226,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5011,7 +5239,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -5072,7 +5300,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5084,7 +5312,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5097,7 +5325,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -5147,7 +5375,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5159,7 +5387,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5172,7 +5400,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -5208,7 +5436,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5220,7 +5448,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5233,7 +5461,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -5351,7 +5579,25 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x04R\aversion\x12)\n" +
-	"\x05items\x18\x03 \x03(\v2\x13.raftkv.v1.KeyValueR\x05items\"\x89\x01\n" +
+	"\x05items\x18\x03 \x03(\v2\x13.raftkv.v1.KeyValueR\x05items\"\xa2\x01\n" +
+	"\fWatchRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x16\n" +
+	"\x06prefix\x18\x02 \x01(\tR\x06prefix\x12\x14\n" +
+	"\x05start\x18\x03 \x01(\tR\x05start\x12\x10\n" +
+	"\x03end\x18\x04 \x01(\tR\x03end\x12!\n" +
+	"\ffrom_version\x18\x05 \x01(\x04R\vfromVersion\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x06 \x01(\x04R\tclusterId\"r\n" +
+	"\rWatchResponse\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x04R\aversion\x12(\n" +
+	"\x06events\x18\x03 \x03(\v2\x10.raftkv.v1.EventR\x06events\"X\n" +
+	"\x05Event\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x19\n" +
+	"\x05value\x18\x02 \x01(\fH\x00R\x05value\x88\x01\x01\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\x04R\aversionB\b\n" +
+	"\x06_value\"\x89\x01\n" +
 	"\x12DeleteRangeRequest\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
 	"\x05start\x18\x02 \x01(\tR\x05start\x12\x10\n" +
@@ -5606,7 +5852,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xe9\x06\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xa5\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -5635,7 +5881,9 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x1dERROR_REASON_INIT_IN_PROGRESS\x10\x17\x12\x1c\n" +
 	"\x18ERROR_REASON_PAST_MEMBER\x10\x18\x12\"\n" +
 	"\x1eERROR_REASON_PERMISSION_DENIED\x10\x19\x12\x1b\n" +
-	"\x17ERROR_REASON_VIEW_ENDED\x10\x1a*~\n" +
+	"\x17ERROR_REASON_VIEW_ENDED\x10\x1a\x12\x1a\n" +
+	"\x16ERROR_REASON_COMPACTED\x10\x1b\x12\x1e\n" +
+	"\x1aERROR_REASON_OTHER_CLUSTER\x10\x1c*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -5679,14 +5927,15 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"#RAFT_MESSAGE_TYPE_PRE_VOTE_RESPONSE\x10\x13*F\n" +
 	"\tEntryType\x12\x1a\n" +
 	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
-	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\x8f\x04\n" +
+	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\xcd\x04\n" +
 	"\tKVService\x124\n" +
 	"\x03Get\x12\x15.raftkv.v1.GetRequest\x1a\x16.raftkv.v1.GetResponse\x124\n" +
 	"\x03Set\x12\x15.raftkv.v1.SetRequest\x1a\x16.raftkv.v1.SetResponse\x12=\n" +
 	"\x06Delete\x12\x18.raftkv.v1.DeleteRequest\x1a\x19.raftkv.v1.DeleteResponse\x127\n" +
 	"\x04List\x12\x16.raftkv.v1.ListRequest\x1a\x17.raftkv.v1.ListResponse\x129\n" +
 	"\x04Scan\x12\x16.raftkv.v1.ScanRequest\x1a\x17.raftkv.v1.ScanResponse0\x01\x12L\n" +
-	"\vDeleteRange\x12\x1d.raftkv.v1.DeleteRangeRequest\x1a\x1e.raftkv.v1.DeleteRangeResponse\x12L\n" +
+	"\vDeleteRange\x12\x1d.raftkv.v1.DeleteRangeRequest\x1a\x1e.raftkv.v1.DeleteRangeResponse\x12<\n" +
+	"\x05Watch\x12\x17.raftkv.v1.WatchRequest\x1a\x18.raftkv.v1.WatchResponse0\x01\x12L\n" +
 	"\vOpenSession\x12\x1d.raftkv.v1.OpenSessionRequest\x1a\x1e.raftkv.v1.OpenSessionResponse\x12G\n" +
 	"\bPipeline\x12\x1a.raftkv.v1.PipelineRequest\x1a\x1b.raftkv.v1.PipelineResponse(\x010\x012\xcb\x03\n" +
 	"\x0eClusterService\x127\n" +
@@ -5715,7 +5964,7 @@ func file_raftkv_v1_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 65)
+var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
 var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: raftkv.v1.ErrorReason
 	(Role)(0),                        // 1: raftkv.v1.Role
@@ -5742,53 +5991,56 @@ var file_raftkv_v1_kv_proto_goTypes = []any{
 	(*ListResponse)(nil),             // 22: raftkv.v1.ListResponse
 	(*ScanRequest)(nil),              // 23: raftkv.v1.ScanRequest
 	(*ScanResponse)(nil),             // 24: raftkv.v1.ScanResponse
-	(*DeleteRangeRequest)(nil),       // 25: raftkv.v1.DeleteRangeRequest
-	(*DeleteRangeResponse)(nil),      // 26: raftkv.v1.DeleteRangeResponse
-	(*Node)(nil),                     // 27: raftkv.v1.Node
-	(*InitRequest)(nil),              // 28: raftkv.v1.InitRequest
-	(*InitResponse)(nil),             // 29: raftkv.v1.InitResponse
-	(*AddLearnerRequest)(nil),        // 30: raftkv.v1.AddLearnerRequest
-	(*AddLearnerResponse)(nil),       // 31: raftkv.v1.AddLearnerResponse
-	(*ChangeMembershipRequest)(nil),  // 32: raftkv.v1.ChangeMembershipRequest
-	(*Membership)(nil),               // 33: raftkv.v1.Membership
-	(*ExpectedMember)(nil),           // 34: raftkv.v1.ExpectedMember
-	(*ChangeMembershipResponse)(nil), // 35: raftkv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 36: raftkv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 37: raftkv.v1.TransferLeaderResponse
-	(*BackupRequest)(nil),            // 38: raftkv.v1.BackupRequest
-	(*BackupResponse)(nil),           // 39: raftkv.v1.BackupResponse
-	(*MetricsRequest)(nil),           // 40: raftkv.v1.MetricsRequest
-	(*Progress)(nil),                 // 41: raftkv.v1.Progress
-	(*MemberStatus)(nil),             // 42: raftkv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 43: raftkv.v1.MetricsResponse
-	(*Hello)(nil),                    // 44: raftkv.v1.Hello
-	(*Peer)(nil),                     // 45: raftkv.v1.Peer
-	(*Welcome)(nil),                  // 46: raftkv.v1.Welcome
-	(*ClaimRequest)(nil),             // 47: raftkv.v1.ClaimRequest
-	(*ClaimResponse)(nil),            // 48: raftkv.v1.ClaimResponse
-	(*StreamRequest)(nil),            // 49: raftkv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 50: raftkv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 51: raftkv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 52: raftkv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 53: raftkv.v1.RaftMessage
-	(*Entry)(nil),                    // 54: raftkv.v1.Entry
-	(*Batch)(nil),                    // 55: raftkv.v1.Batch
-	(*Write)(nil),                    // 56: raftkv.v1.Write
-	(*NewSession)(nil),               // 57: raftkv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 58: raftkv.v1.ConfChangeContext
-	(*Member)(nil),                   // 59: raftkv.v1.Member
-	(*ConfState)(nil),                // 60: raftkv.v1.ConfState
-	(*Proposer)(nil),                 // 61: raftkv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 62: raftkv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 63: raftkv.v1.SnapshotHeader
-	(*Session)(nil),                  // 64: raftkv.v1.Session
-	(*Answer)(nil),                   // 65: raftkv.v1.Answer
-	(*KeyValue)(nil),                 // 66: raftkv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 67: raftkv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 68: raftkv.v1.LogBatch
-	(*Identity)(nil),                 // 69: raftkv.v1.Identity
-	(*HardState)(nil),                // 70: raftkv.v1.HardState
-	(*SnapshotMark)(nil),             // 71: raftkv.v1.SnapshotMark
+	(*WatchRequest)(nil),             // 25: raftkv.v1.WatchRequest
+	(*WatchResponse)(nil),            // 26: raftkv.v1.WatchResponse
+	(*Event)(nil),                    // 27: raftkv.v1.Event
+	(*DeleteRangeRequest)(nil),       // 28: raftkv.v1.DeleteRangeRequest
+	(*DeleteRangeResponse)(nil),      // 29: raftkv.v1.DeleteRangeResponse
+	(*Node)(nil),                     // 30: raftkv.v1.Node
+	(*InitRequest)(nil),              // 31: raftkv.v1.InitRequest
+	(*InitResponse)(nil),             // 32: raftkv.v1.InitResponse
+	(*AddLearnerRequest)(nil),        // 33: raftkv.v1.AddLearnerRequest
+	(*AddLearnerResponse)(nil),       // 34: raftkv.v1.AddLearnerResponse
+	(*ChangeMembershipRequest)(nil),  // 35: raftkv.v1.ChangeMembershipRequest
+	(*Membership)(nil),               // 36: raftkv.v1.Membership
+	(*ExpectedMember)(nil),           // 37: raftkv.v1.ExpectedMember
+	(*ChangeMembershipResponse)(nil), // 38: raftkv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 39: raftkv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 40: raftkv.v1.TransferLeaderResponse
+	(*BackupRequest)(nil),            // 41: raftkv.v1.BackupRequest
+	(*BackupResponse)(nil),           // 42: raftkv.v1.BackupResponse
+	(*MetricsRequest)(nil),           // 43: raftkv.v1.MetricsRequest
+	(*Progress)(nil),                 // 44: raftkv.v1.Progress
+	(*MemberStatus)(nil),             // 45: raftkv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 46: raftkv.v1.MetricsResponse
+	(*Hello)(nil),                    // 47: raftkv.v1.Hello
+	(*Peer)(nil),                     // 48: raftkv.v1.Peer
+	(*Welcome)(nil),                  // 49: raftkv.v1.Welcome
+	(*ClaimRequest)(nil),             // 50: raftkv.v1.ClaimRequest
+	(*ClaimResponse)(nil),            // 51: raftkv.v1.ClaimResponse
+	(*StreamRequest)(nil),            // 52: raftkv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 53: raftkv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 54: raftkv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 55: raftkv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 56: raftkv.v1.RaftMessage
+	(*Entry)(nil),                    // 57: raftkv.v1.Entry
+	(*Batch)(nil),                    // 58: raftkv.v1.Batch
+	(*Write)(nil),                    // 59: raftkv.v1.Write
+	(*NewSession)(nil),               // 60: raftkv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 61: raftkv.v1.ConfChangeContext
+	(*Member)(nil),                   // 62: raftkv.v1.Member
+	(*ConfState)(nil),                // 63: raftkv.v1.ConfState
+	(*Proposer)(nil),                 // 64: raftkv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 65: raftkv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 66: raftkv.v1.SnapshotHeader
+	(*Session)(nil),                  // 67: raftkv.v1.Session
+	(*Answer)(nil),                   // 68: raftkv.v1.Answer
+	(*KeyValue)(nil),                 // 69: raftkv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 70: raftkv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 71: raftkv.v1.LogBatch
+	(*Identity)(nil),                 // 72: raftkv.v1.Identity
+	(*HardState)(nil),                // 73: raftkv.v1.HardState
+	(*SnapshotMark)(nil),             // 74: raftkv.v1.SnapshotMark
 }
 var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	11, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
@@ -5796,109 +6048,112 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	19, // 2: raftkv.v1.Operation.delete:type_name -> raftkv.v1.DeleteRequest
 	8,  // 3: raftkv.v1.Operation.open_session:type_name -> raftkv.v1.OpenSessionRequest
 	15, // 4: raftkv.v1.Operation.get:type_name -> raftkv.v1.GetRequest
-	25, // 5: raftkv.v1.Operation.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	28, // 5: raftkv.v1.Operation.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
 	13, // 6: raftkv.v1.PipelineResponse.results:type_name -> raftkv.v1.OperationResult
 	18, // 7: raftkv.v1.OperationResult.set:type_name -> raftkv.v1.SetResponse
 	20, // 8: raftkv.v1.OperationResult.delete:type_name -> raftkv.v1.DeleteResponse
 	9,  // 9: raftkv.v1.OperationResult.open_session:type_name -> raftkv.v1.OpenSessionResponse
 	16, // 10: raftkv.v1.OperationResult.get:type_name -> raftkv.v1.GetResponse
 	14, // 11: raftkv.v1.OperationResult.error:type_name -> raftkv.v1.OperationError
-	26, // 12: raftkv.v1.OperationResult.delete_range:type_name -> raftkv.v1.DeleteRangeResponse
+	29, // 12: raftkv.v1.OperationResult.delete_range:type_name -> raftkv.v1.DeleteRangeResponse
 	0,  // 13: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
 	7,  // 14: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
 	7,  // 15: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
-	66, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
-	66, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
-	7,  // 18: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
-	27, // 19: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
-	27, // 20: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
-	33, // 21: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
-	34, // 22: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
-	27, // 23: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
-	2,  // 24: raftkv.v1.Progress.state:type_name -> raftkv.v1.ProgressState
-	27, // 25: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
-	41, // 26: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
-	27, // 27: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
-	1,  // 28: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
-	27, // 29: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
-	42, // 30: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
-	45, // 31: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
-	45, // 32: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
-	27, // 33: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
-	3,  // 34: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
-	45, // 35: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
-	45, // 36: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
-	27, // 37: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
-	45, // 38: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
-	27, // 39: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
-	4,  // 40: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
-	27, // 41: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
-	27, // 42: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
-	27, // 43: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
-	44, // 44: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
-	53, // 45: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
-	46, // 46: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
-	44, // 47: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
-	5,  // 48: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
-	54, // 49: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
-	6,  // 50: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
-	56, // 51: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
-	17, // 52: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
-	19, // 53: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
-	57, // 54: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
-	25, // 55: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
-	59, // 56: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
-	27, // 57: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
-	63, // 58: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
-	66, // 59: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
-	67, // 60: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
-	64, // 61: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
-	60, // 62: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
-	59, // 63: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
-	61, // 64: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
-	65, // 65: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	70, // 66: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	71, // 67: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	54, // 68: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	15, // 69: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	17, // 70: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	19, // 71: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	21, // 72: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	23, // 73: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
-	25, // 74: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
-	8,  // 75: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	10, // 76: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	28, // 77: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	30, // 78: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	32, // 79: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	36, // 80: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	40, // 81: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	38, // 82: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	49, // 83: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	51, // 84: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	47, // 85: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	16, // 86: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	18, // 87: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	20, // 88: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	22, // 89: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	24, // 90: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
-	26, // 91: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
-	9,  // 92: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	12, // 93: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	29, // 94: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	31, // 95: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	35, // 96: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	37, // 97: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	43, // 98: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	39, // 99: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	50, // 100: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	52, // 101: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	48, // 102: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	86, // [86:103] is the sub-list for method output_type
-	69, // [69:86] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	69, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
+	69, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
+	27, // 18: raftkv.v1.WatchResponse.events:type_name -> raftkv.v1.Event
+	7,  // 19: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
+	30, // 20: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
+	30, // 21: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
+	36, // 22: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
+	37, // 23: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
+	30, // 24: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
+	2,  // 25: raftkv.v1.Progress.state:type_name -> raftkv.v1.ProgressState
+	30, // 26: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
+	44, // 27: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
+	30, // 28: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
+	1,  // 29: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
+	30, // 30: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
+	45, // 31: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
+	48, // 32: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
+	48, // 33: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
+	30, // 34: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
+	3,  // 35: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
+	48, // 36: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
+	48, // 37: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
+	30, // 38: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
+	48, // 39: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
+	30, // 40: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
+	4,  // 41: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
+	30, // 42: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
+	30, // 43: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
+	30, // 44: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
+	47, // 45: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
+	56, // 46: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
+	49, // 47: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
+	47, // 48: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
+	5,  // 49: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
+	57, // 50: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
+	6,  // 51: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
+	59, // 52: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
+	17, // 53: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
+	19, // 54: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
+	60, // 55: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
+	28, // 56: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	62, // 57: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
+	30, // 58: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
+	66, // 59: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
+	69, // 60: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
+	70, // 61: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
+	67, // 62: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
+	63, // 63: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
+	62, // 64: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
+	64, // 65: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
+	68, // 66: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	73, // 67: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	74, // 68: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	57, // 69: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	15, // 70: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	17, // 71: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	19, // 72: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	21, // 73: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	23, // 74: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
+	28, // 75: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
+	25, // 76: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
+	8,  // 77: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	10, // 78: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	31, // 79: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	33, // 80: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	35, // 81: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	39, // 82: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	43, // 83: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	41, // 84: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	52, // 85: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	54, // 86: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	50, // 87: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	16, // 88: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	18, // 89: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	20, // 90: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	22, // 91: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	24, // 92: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
+	29, // 93: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
+	26, // 94: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
+	9,  // 95: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	12, // 96: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	32, // 97: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	34, // 98: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	38, // 99: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	40, // 100: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	46, // 101: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	42, // 102: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	53, // 103: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	55, // 104: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	51, // 105: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	88, // [88:106] is the sub-list for method output_type
+	70, // [70:88] is the sub-list for method input_type
+	70, // [70:70] is the sub-list for extension type_name
+	70, // [70:70] is the sub-list for extension extendee
+	0,  // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
@@ -5924,15 +6179,16 @@ func file_raftkv_v1_kv_proto_init() {
 	file_raftkv_v1_kv_proto_msgTypes[9].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[10].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[12].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[35].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[36].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[49].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[20].OneofWrappers = []any{}
+	file_raftkv_v1_kv_proto_msgTypes[38].OneofWrappers = []any{}
+	file_raftkv_v1_kv_proto_msgTypes[39].OneofWrappers = []any{}
+	file_raftkv_v1_kv_proto_msgTypes[52].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 		(*Write_NewSession)(nil),
 		(*Write_DeleteRange)(nil),
 	}
-	file_raftkv_v1_kv_proto_msgTypes[55].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[58].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -5944,7 +6200,7 @@ func file_raftkv_v1_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_raftkv_v1_kv_proto_rawDesc), len(file_raftkv_v1_kv_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   65,
+			NumMessages:   68,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -41,6 +41,7 @@ const (
 	KVService_List_FullMethodName        = "/raftkv.v1.KVService/List"
 	KVService_Scan_FullMethodName        = "/raftkv.v1.KVService/Scan"
 	KVService_DeleteRange_FullMethodName = "/raftkv.v1.KVService/DeleteRange"
+	KVService_Watch_FullMethodName       = "/raftkv.v1.KVService/Watch"
 	KVService_OpenSession_FullMethodName = "/raftkv.v1.KVService/OpenSession"
 	KVService_Pipeline_FullMethodName    = "/raftkv.v1.KVService/Pipeline"
 )
@@ -82,6 +83,15 @@ type KVServiceClient interface {
 	// of them, or more than 1 MiB of keys, nothing is deleted, and too_many is set. Its
 	// errors are those of Set.
 	DeleteRange(ctx context.Context, in *DeleteRangeRequest, opts ...grpc.CallOption) (*DeleteRangeResponse, error)
+	// Watch tells of every write that has an effect on a key, a prefix or a range: from
+	// now on, or from a version on; in the order of their versions, none left out, none
+	// twice. The first response has no events: it comes once the node has applied what is
+	// before. Then there is a response at least every second. Any node tells of what it
+	// has applied. The stream ends with UNAVAILABLE if the node stops, or has had no leader
+	// for 2 s: go on at another one, from the version after that of the last response.
+	// COMPACTED if the node's history does not go back so far, because it is long ago, or
+	// the caller reads too slowly.
+	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
 	// opened it; without TLS, all belong to the same. The cluster keeps 10,000 sessions.
@@ -180,6 +190,25 @@ func (c *kVServiceClient) DeleteRange(ctx context.Context, in *DeleteRangeReques
 	return out, nil
 }
 
+func (c *kVServiceClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &KVService_ServiceDesc.Streams[1], KVService_Watch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchRequest, WatchResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVService_WatchClient = grpc.ServerStreamingClient[WatchResponse]
+
 func (c *kVServiceClient) OpenSession(ctx context.Context, in *OpenSessionRequest, opts ...grpc.CallOption) (*OpenSessionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(OpenSessionResponse)
@@ -192,7 +221,7 @@ func (c *kVServiceClient) OpenSession(ctx context.Context, in *OpenSessionReques
 
 func (c *kVServiceClient) Pipeline(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PipelineRequest, PipelineResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &KVService_ServiceDesc.Streams[1], KVService_Pipeline_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &KVService_ServiceDesc.Streams[2], KVService_Pipeline_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -240,6 +269,15 @@ type KVServiceServer interface {
 	// of them, or more than 1 MiB of keys, nothing is deleted, and too_many is set. Its
 	// errors are those of Set.
 	DeleteRange(context.Context, *DeleteRangeRequest) (*DeleteRangeResponse, error)
+	// Watch tells of every write that has an effect on a key, a prefix or a range: from
+	// now on, or from a version on; in the order of their versions, none left out, none
+	// twice. The first response has no events: it comes once the node has applied what is
+	// before. Then there is a response at least every second. Any node tells of what it
+	// has applied. The stream ends with UNAVAILABLE if the node stops, or has had no leader
+	// for 2 s: go on at another one, from the version after that of the last response.
+	// COMPACTED if the node's history does not go back so far, because it is long ago, or
+	// the caller reads too slowly.
+	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
 	// OpenSession opens a session, for writes that take effect once however often
 	// they are sent (Raft thesis, section 6.3). A session belongs to the principal that
 	// opened it; without TLS, all belong to the same. The cluster keeps 10,000 sessions.
@@ -286,6 +324,9 @@ func (UnimplementedKVServiceServer) Scan(*ScanRequest, grpc.ServerStreamingServe
 }
 func (UnimplementedKVServiceServer) DeleteRange(context.Context, *DeleteRangeRequest) (*DeleteRangeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteRange not implemented")
+}
+func (UnimplementedKVServiceServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error {
+	return status.Error(codes.Unimplemented, "method Watch not implemented")
 }
 func (UnimplementedKVServiceServer) OpenSession(context.Context, *OpenSessionRequest) (*OpenSessionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method OpenSession not implemented")
@@ -415,6 +456,17 @@ func _KVService_DeleteRange_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KVService_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(KVServiceServer).Watch(m, &grpc.GenericServerStream[WatchRequest, WatchResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type KVService_WatchServer = grpc.ServerStreamingServer[WatchResponse]
+
 func _KVService_OpenSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(OpenSessionRequest)
 	if err := dec(in); err != nil {
@@ -476,6 +528,11 @@ var KVService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Scan",
 			Handler:       _KVService_Scan_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Watch",
+			Handler:       _KVService_Watch_Handler,
 			ServerStreams: true,
 		},
 		{

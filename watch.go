@@ -1,0 +1,235 @@
+// Watch: events on a stream, one message at a time.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"strconv"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// watchBytes is what the events of one response have, unless one write made more.
+	watchBytes = 32 << 10
+	// watchProgress is the longest between two responses.
+	watchProgress = time.Second
+	// maxResumePause bounds the pause that a watch is told to make before it goes on at another
+	// node: many end in one moment, and are not all to come to the others in one moment.
+	maxResumePause = time.Second
+)
+
+// Watch implements KVService.
+func (s *server) Watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer) error {
+	err := s.watch(req, stream)
+	if err == nil {
+		return nil
+	}
+	return withResumePause(toStatus(err, true))
+}
+
+// withResumePause adds a RetryInfo to an error after which a watch is to go on elsewhere.
+func withResumePause(err error) error {
+	st := status.Convert(err)
+	if st.Code() != codes.Unavailable {
+		return err
+	}
+	st, _ = st.WithDetails(retryIn(rand.N(maxResumePause))) // fails only if the code is OK
+	return st.Err()
+}
+
+func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer) error {
+	filter, err := filterOf(req)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := beforeDeadline(stream.Context())
+	defer cancel()
+	clusterID, from, err := s.watchFrom(ctx, req)
+	if err != nil {
+		return err
+	}
+	c, err := s.watchers.newCursor(filter, callerOf(ctx), clusterID, from)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
+	w := &watchStream{stream: stream, conn: connOf(ctx), ctx: ctx, ended: s.watchers.whenEnded()}
+	if err := w.send(&kvpb.WatchResponse{ClusterId: clusterID, Version: c.told()}); err != nil {
+		return s.whyWatchEnded(err)
+	}
+	err = w.tell(c)
+	if old, ok := errors.AsType[*compactedError](err); ok {
+		return compacted(old.oldest)
+	}
+	return s.whyWatchEnded(err)
+}
+
+// errWatchesEnded stands for why the watchers say that they have.
+var errWatchesEnded = status.Error(codes.Internal, "the watches have ended")
+
+func (s *server) whyWatchEnded(err error) error {
+	if err != errWatchesEnded {
+		return err
+	}
+	if why := s.watchers.whyEnded(); why != nil {
+		return why
+	}
+	return errNoLeader // there was none for a while
+}
+
+// watchFrom waits until the node has applied all that is before a watch, and returns the version
+// that it is from.
+func (s *server) watchFrom(ctx context.Context, req *kvpb.WatchRequest) (clusterID, from uint64, err error) {
+	if req.FromVersion == 0 {
+		err = s.confirmRead(ctx)
+	} else {
+		err = s.awaitRead(ctx, true, req.FromVersion-1)
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	h := s.n.store.history.view()
+	if h.clusterID == 0 {
+		return 0, 0, errNotInitialized
+	}
+	isOther := req.ClusterId != 0 && req.ClusterId != h.clusterID
+	if isOther {
+		return 0, 0, otherCluster(h.clusterID)
+	}
+	if req.FromVersion == 0 {
+		return h.clusterID, h.version + 1, nil
+	}
+	if req.FromVersion < h.oldest {
+		return 0, 0, compacted(h.oldest)
+	}
+	return h.clusterID, req.FromVersion, nil
+}
+
+func otherCluster(clusterID uint64) error {
+	info := errorInfo(kvpb.ErrorReason_ERROR_REASON_OTHER_CLUSTER)
+	info.Metadata = map[string]string{"cluster_id": strconv.FormatUint(clusterID, 10)}
+	return detailedError(codes.FailedPrecondition,
+		"the watch was of another cluster, or of this one before it was restored: begin again, with a Scan", info)
+}
+
+func compacted(oldest uint64) error {
+	info := errorInfo(kvpb.ErrorReason_ERROR_REASON_COMPACTED)
+	info.Metadata = map[string]string{"oldest_version": strconv.FormatUint(oldest, 10)}
+	return detailedError(codes.OutOfRange, (&compactedError{oldest}).Error(), info)
+}
+
+// watchStream is the stream of a watch.
+type watchStream struct {
+	stream grpc.ServerStream
+	conn   *limitedConn
+	ctx    context.Context // the stream's, but ends a little before its deadline
+	ended  <-chan struct{} // closed when all watches end
+}
+
+// tell sends events as they come, and progress in between.
+func (w *watchStream) tell(c *cursor) error {
+	progress := time.NewTicker(watchProgress)
+	defer progress.Stop()
+	isDue := false
+	for {
+		events, err := c.read(watchBytes)
+		if err != nil {
+			return err
+		}
+		if len(events) > 0 || isDue {
+			resp := &kvpb.WatchResponse{Version: c.told(), Events: eventMessages(events)}
+			if err := w.send(resp); err != nil {
+				return err
+			}
+			isDue = false
+		}
+		wake := c.w.wake
+		if c.isBehind {
+			wake = rung
+		}
+		select {
+		case <-progress.C:
+			isDue = true
+		case <-w.ended:
+			return errWatchesEnded
+		case <-w.ctx.Done():
+			return w.ctx.Err()
+		case <-wake:
+		}
+	}
+}
+
+// rung is a bell that does not stop.
+var rung = func() bell {
+	b := make(bell)
+	close(b)
+	return b
+}()
+
+func eventMessages(events []keyEvent) []*kvpb.Event {
+	messages := make([]*kvpb.Event, len(events))
+	for i, e := range events {
+		messages[i] = &kvpb.Event{Key: string(e.key), Version: e.version}
+		if !e.deleted {
+			messages[i].Value = present(e.value)
+		}
+	}
+	return messages
+}
+
+// send sends a response, and waits until gRPC has written it: what a caller does not read
+// takes one response of memory. If that is large, it has to have room.
+func (w *watchStream) send(resp *kvpb.WatchResponse) error {
+	pool := &watchPool{written: make(chan struct{})}
+	size := proto.Size(resp)
+	if size > uncountedAnswer {
+		place, err := w.conn.l.answers.admit(w.ctx, w.conn, size)
+		if err != nil {
+			return whyNoRoom(w.ctx, err)
+		}
+		pool.place = place
+	}
+	b, err := proto.MarshalOptions{}.MarshalAppend(make([]byte, 0, max(size, leastCounted)), resp)
+	if err != nil {
+		pool.Put(nil)
+		return err
+	}
+	if err := w.stream.SendMsg(&encoded{b, pool}); err != nil {
+		return err
+	}
+	select {
+	case <-pool.written:
+		return nil
+	case <-w.ended:
+		return errWatchesEnded
+	case <-w.ctx.Done():
+		return w.ctx.Err()
+	}
+}
+
+// watchPool is the pool of one response's buffer. gRPC gives that back when it is written, or
+// the call has ended.
+type watchPool struct {
+	mem.NopBufferPool
+	place   *answerPool // nil: it is too small to need one
+	written chan struct{}
+}
+
+// Put implements mem.BufferPool.
+func (p *watchPool) Put(*[]byte) {
+	if p.place != nil {
+		p.place.Put(nil)
+	}
+	close(p.written)
+}
