@@ -1754,6 +1754,70 @@ func TestStatusOfTwoClusters(t *testing.T) {
 	}
 }
 
+// TestStatusNamesCertificatesThatEnd: the table and the JSON name each node whose certificate
+// ends within 30 days, or has ended; if there is none, the table says which one ends first.
+func TestStatusNamesCertificatesThatEnd(t *testing.T) {
+	t.Parallel()
+	const day = 24 * time.Hour
+	var nodes []*fakeNode
+	var addresses []string
+	for range 4 {
+		f := newFakeNode(t)
+		nodes = append(nodes, f)
+		addresses = append(addresses, f.addr)
+	}
+	endpoints := "--endpoints=" + strings.Join(addresses, ",")
+	now := time.Now()
+	setEnds := func(left ...time.Duration) (lines []string) {
+		for i, f := range nodes {
+			id := uint64(i + 1)
+			m := &kvpb.MetricsResponse{Node: &kvpb.Node{Id: id, Address: f.addr}, ClusterId: 0xa, RaftId: id}
+			text := ""
+			if i < len(left) {
+				end := now.Add(left[i])
+				m.CertificateNotAfter = end.Unix()
+				text = clockText(end)
+			}
+			f.setMetrics(m)
+			lines = append(lines, text)
+		}
+		return lines
+	}
+	wantLines := func(want ...string) {
+		t.Helper()
+		out, _ := runCommand(t, exitYes, "", "status", endpoints)
+		rows := strings.Split(strings.TrimSpace(out), "\n")
+		got := rows[1+len(nodes):]
+		if !slices.Equal(got, want) {
+			t.Errorf("below the table is %q, want %q", got, want)
+		}
+	}
+
+	setEnds()
+	wantLines()
+	ends := setEnds(100*day, 31*day, 200*day)
+	wantLines("the first certificate to end is that of node 2, at " + ends[1])
+	ends = setEnds(29*day, 31*day, -day) // the fourth node shows none
+	wantLines(
+		"replace the certificate of node 3: it ends at "+ends[2],
+		"replace the certificate of node 1: it ends at "+ends[0],
+	)
+	out, _ := runCommand(t, exitYes, "", "status", "-o", "json", endpoints)
+	var answer struct {
+		Members []struct {
+			EndsSoon *bool `json:"certificate_ends_soon"`
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &answer); err != nil || len(answer.Members) != len(nodes) {
+		t.Fatal(err, out)
+	}
+	for i, want := range []bool{true, false, true, false} {
+		if got := answer.Members[i].EndsSoon; got == nil || *got != want {
+			t.Errorf("node %d: certificate_ends_soon is not %v: %s", i+1, want, out)
+		}
+	}
+}
+
 // TestHealthOfTwoClusters: it is said at once, whoever is SERVING. A node in no
 // cluster is not in another one.
 func TestHealthOfTwoClusters(t *testing.T) {

@@ -174,8 +174,10 @@ With -o json, a line is a page: a ListResponse.`,
 		"status": {
 			summary: "show every member as it sees itself",
 			details: `What is not known is a dash. The JSON is {"members": [{"node_id", "address", "reachable",
-"error", "cluster_id", "metrics"}]}, where cluster_id is the node's cluster, or else the one
-that lists it, and metrics is a MetricsResponse or null; an id of 0 is not known.
+"error", "cluster_id", "certificate_ends_soon", "metrics"}]}, where cluster_id is the node's
+cluster, or else the one that lists it, certificate_ends_soon says that the node's certificate
+ends within 30 days, by the clock here, or has ended, and metrics is a MetricsResponse or null;
+an id of 0 is not known.
 The exit status is 3 if no node answers, or if nodes of several clusters do.`,
 			timeout: callTimeout,
 			run:     (*client).status,

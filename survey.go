@@ -35,8 +35,11 @@ type memberRow struct {
 	Error     string `json:"error"`
 	// ClusterID is the cluster by which the row is judged: the node's own, or else
 	// the one that lists the node; 0: there is none.
-	ClusterID uint64         `json:"cluster_id,string"`
-	Metrics   json.Marshaler `json:"metrics"` // of metrics; nil: the node is not reachable
+	ClusterID uint64 `json:"cluster_id,string"`
+	// CertificateEndsSoon says that the node's certificate ends within certificateWarning, by
+	// the clock here, or has ended.
+	CertificateEndsSoon bool           `json:"certificate_ends_soon"`
+	Metrics             json.Marshaler `json:"metrics"` // of metrics; nil: the node is not reachable
 
 	metrics *kvpb.MetricsResponse
 	failure error // why the node is not reachable; Error is its text
@@ -53,6 +56,7 @@ func takeSurvey(ctx context.Context, calls *apiCaller) *survey {
 	asked := askEverybody(ctx, calls)
 	s := &survey{views: map[uint64]*kvpb.MetricsResponse{}}
 	listed := map[string][]listedMember{} // by address
+	now := time.Now()
 	for _, e := range asked {
 		cluster := e.metrics.GetClusterId()
 		if cluster == 0 {
@@ -71,7 +75,7 @@ func takeSurvey(ctx context.Context, calls *apiCaller) *survey {
 		if e.err != nil {
 			s.addUnreachable(e, listed[e.address])
 		} else {
-			s.addReachable(e, listed[e.address])
+			s.addReachable(e, listed[e.address], now)
 		}
 	}
 	slices.SortFunc(s.rows, s.compare)
@@ -138,7 +142,7 @@ func (s *survey) addMissing(l listedMember, address string, failure error) {
 
 // addReachable adds the rows for an address at which a node answers: of that node,
 // and of other members that are listed there.
-func (s *survey) addReachable(e *endpoint, listed []listedMember) {
+func (s *survey) addReachable(e *endpoint, listed []listedMember, now time.Time) {
 	m := e.metrics
 	row := &memberRow{
 		NodeID:    m.GetNode().GetId(),
@@ -148,6 +152,8 @@ func (s *survey) addReachable(e *endpoint, listed []listedMember) {
 		Metrics:   protoJSON{m},
 		metrics:   m,
 	}
+	end, isSecure := row.certificateEnd()
+	row.CertificateEndsSoon = isSecure && end.Sub(now) < certificateWarning
 	for _, l := range listed {
 		if row.ClusterID == 0 && l.id == row.NodeID {
 			row.ClusterID = l.cluster // The node has restarted, and its cluster has not taken it back yet.
@@ -229,10 +235,7 @@ func (s *survey) table() string {
 	for _, m := range s.laggards() {
 		fmt.Fprintf(&table, "node %d is %s\n", m.Node.GetId(), m.Lagging)
 	}
-	if r := s.firstToEnd(); r != nil {
-		end := clockText(time.Unix(r.metrics.CertificateNotAfter, 0))
-		fmt.Fprintf(&table, "the first certificate to end is that of node %d, at %s\n", r.NodeID, end)
-	}
+	table.WriteString(s.certificateLines())
 	return blanksAtEnd.ReplaceAllString(table.String(), "\n")
 }
 
@@ -300,19 +303,39 @@ func (s *survey) laggards() []*kvpb.MemberStatus {
 	return slow
 }
 
-// firstToEnd is the node whose certificate ends first; nil: none shows one.
-func (s *survey) firstToEnd() *memberRow {
-	var first *memberRow
+// certificateEnd is when the node's certificate ends; false: none is known.
+func (r *memberRow) certificateEnd() (time.Time, bool) {
+	end := r.metrics.GetCertificateNotAfter()
+	return time.Unix(end, 0), end != 0
+}
+
+// certificateLines name the nodes whose certificates end soon, the first to end first; if
+// there are none, the node whose certificate ends first.
+func (s *survey) certificateLines() string {
+	var secure []*memberRow
 	for _, r := range s.rows {
-		end := r.metrics.GetCertificateNotAfter()
-		if end == 0 {
-			continue
-		}
-		if first == nil || end < first.metrics.CertificateNotAfter {
-			first = r
+		if _, isSecure := r.certificateEnd(); isSecure {
+			secure = append(secure, r)
 		}
 	}
-	return first
+	if len(secure) == 0 {
+		return ""
+	}
+	slices.SortStableFunc(secure, func(a, b *memberRow) int {
+		return cmp.Compare(a.metrics.CertificateNotAfter, b.metrics.CertificateNotAfter)
+	})
+	var lines strings.Builder
+	for _, r := range secure {
+		if r.CertificateEndsSoon {
+			end, _ := r.certificateEnd()
+			fmt.Fprintf(&lines, "replace the certificate of node %d: it ends at %s\n", r.NodeID, clockText(end))
+		}
+	}
+	if lines.Len() > 0 {
+		return lines.String()
+	}
+	end, _ := secure[0].certificateEnd()
+	return fmt.Sprintf("the first certificate to end is that of node %d, at %s\n", secure[0].NodeID, clockText(end))
 }
 
 // noAnswer is the error if no node has answered.
