@@ -4,11 +4,15 @@
 package main
 
 import (
+	"bytes"
 	"container/list"
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
+	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 
@@ -163,11 +167,71 @@ func newCallContext(parent context.Context) *callContext {
 	return &callContext{ctx, end}
 }
 
-// transportStream is gRPC's end of a call, as far as it is used here.
+// transportStream is gRPC's end of a call, as far as it is used here. gRPC has these methods
+// for itself, and may change them: checkTransport sees whether it has.
 type transportStream interface {
 	ReadMessageHeader(header []byte) error
 	Read(n int) (mem.BufferSlice, error)
 }
+
+// checkTransport returns an error if a request cannot be read from a stream of gRPC's, as it may
+// not be with another version: if canRead says so of a call that is made in memory.
+func checkTransport(canRead func(_ grpc.ServerTransportStream, request string) error) error {
+	request := "a request"
+	frame := append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(request))), request...)
+	call := &http.Request{
+		Method:     http.MethodPost,
+		URL:        &url.URL{Path: "/service/method"},
+		Header:     http.Header{"Content-Type": {"application/grpc"}},
+		ProtoMajor: 2,
+		Body:       io.NopCloser(bytes.NewReader(frame)),
+	}
+	err := errors.New("it has not made the call")
+	s := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		err = canRead(grpc.ServerTransportStreamFromContext(stream.Context()), request)
+		return nil
+	}))
+	s.ServeHTTP(unread{http.Header{}}, call)
+	if err != nil {
+		return fmt.Errorf("this program was built with version %s of grpc-go, by which it cannot read requests: %w",
+			grpc.Version, err)
+	}
+	return nil
+}
+
+// canReadRequest returns an error if a call's only request cannot be read from its stream.
+func canReadRequest(stream grpc.ServerTransportStream, request string) error {
+	readable, ok := stream.(transportStream)
+	if !ok {
+		return fmt.Errorf("a stream, a %T, lacks ReadMessageHeader(header []byte) error or "+
+			"Read(n int) (mem.BufferSlice, error)", stream)
+	}
+	r := &requestReader{
+		arrivals: newArrivals(maxArrivingBytes),
+		conn:     &limitedConn{},
+		call:     newCallContext(context.Background()),
+		stream:   readable,
+		limit:    len(request),
+	}
+	defer r.call.end(nil)
+	got, a, err := r.only()
+	if err != nil {
+		return err
+	}
+	r.arrivals.end(a)
+	if string(got) != request {
+		return fmt.Errorf("%q was sent, %q was read", request, got)
+	}
+	return nil
+}
+
+// unread takes the answer to checkTransport's call.
+type unread struct{ header http.Header }
+
+func (u unread) Header() http.Header       { return u.header }
+func (unread) Write(b []byte) (int, error) { return len(b), nil }
+func (unread) WriteHeader(int)             {}
+func (unread) Flush()                      {}
 
 // requestReader reads the requests of one call.
 type requestReader struct {
@@ -184,7 +248,7 @@ func newRequestReader(ctx context.Context, as *arrivals) *requestReader {
 		arrivals: as,
 		conn:     connOf(ctx),
 		call:     ctx.Value(callContextKey{}).(*callContext),
-		stream:   grpc.ServerTransportStreamFromContext(ctx).(transportStream),
+		stream:   grpc.ServerTransportStreamFromContext(ctx).(transportStream), // checkTransport has seen that it is one
 		limit:    requestLimit(method),
 	}
 }

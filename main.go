@@ -159,6 +159,9 @@ func execute(ctx context.Context, args []string) int {
 // run runs a node until ctx ends or the node cannot go on. It calls ready once the
 // node answers calls.
 func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server)) error {
+	if err := checkTransport(canReadRequest); err != nil {
+		return err
+	}
 	room, err := placesOf(cmp.Or(o.files, openFiles()), o.tls.areGiven())
 	if err != nil {
 		return err

@@ -3,11 +3,15 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
 
 	"raft-key-value/kvpb"
@@ -95,6 +99,53 @@ func TestArrivalsYield(t *testing.T) {
 	as.end(last)
 	if as.bytes != 30 || len(as.of) != 1 {
 		t.Errorf("%d bytes of %d connections are on their way", as.bytes, len(as.of))
+	}
+}
+
+// alteredStream is gRPC's stream as another version of it might have it.
+type alteredStream struct {
+	grpc.ServerTransportStream
+	rest []byte
+}
+
+func (s *alteredStream) ReadMessageHeader(header []byte) error {
+	if len(s.rest) == 0 {
+		return io.EOF
+	}
+	s.rest = s.rest[copy(header, s.rest):]
+	return nil
+}
+
+func (s *alteredStream) Read(n int) (mem.BufferSlice, error) {
+	b := s.rest[:n]
+	s.rest = s.rest[n:]
+	return mem.BufferSlice{mem.SliceBuffer(b)}, nil
+}
+
+// TestTransport: requests can be read from the streams of this version of gRPC; of one by which
+// they cannot, the error says why.
+func TestTransport(t *testing.T) {
+	if err := checkTransport(canReadRequest); err != nil {
+		t.Error(err)
+	}
+	broken := errors.New("broken")
+	err := checkTransport(func(grpc.ServerTransportStream, string) error { return broken })
+	if !errors.Is(err, broken) {
+		t.Errorf("nobody has looked at a stream: %v", err)
+	}
+	stream := func(sent string) *alteredStream { return &alteredStream{rest: []byte(sent)} }
+	if err := canReadRequest(stream("\x00\x00\x00\x00\x01x"), "x"); err != nil {
+		t.Error(err)
+	}
+	for hint, altered := range map[string]grpc.ServerTransportStream{
+		"lacks ReadMessageHeader":    struct{ grpc.ServerTransportStream }{},
+		`"x" was sent, "y" was read`: stream("\x00\x00\x00\x00\x01y"),
+		"larger than max":            stream("\x00\x01\x00\x00\x00x"), // of another order of bytes
+	} {
+		err := canReadRequest(altered, "x")
+		if err == nil || !strings.Contains(err.Error(), hint) {
+			t.Errorf("want an error with %q: %v", hint, err)
+		}
 	}
 }
 
