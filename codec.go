@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -83,8 +84,10 @@ func (s *server) receiveOnly(ctx context.Context, m proto.Message) (done func(),
 	defer c.l.arrivals.end(a)
 	if len(b) > uncountedWrite {
 		bytes := len(b)
-		if err := c.l.writes.take(ctx, c, bytes); err != nil {
-			return nil, whyNoRoom(ctx, err)
+		soon, cancel := beforeDeadline(ctx)
+		defer cancel()
+		if err := c.l.writes.take(soon, c, bytes); err != nil {
+			return nil, whyNoRoom(ctx, fmt.Errorf("there is no room for the request: %w", err))
 		}
 		done = func() { c.l.writes.release(c, bytes) }
 	}

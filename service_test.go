@@ -808,9 +808,13 @@ func TestReasonBeforeDeadline(t *testing.T) {
 		b.settled(1)
 		n := b.nodes[1]
 		calls := map[string]func(context.Context) error{
-			"Get":         func(ctx context.Context) error { _, err := n.Get(ctx, &kvpb.GetRequest{Key: "k"}); return err },
-			"Set":         func(ctx context.Context) error { _, err := n.Set(ctx, &kvpb.SetRequest{Key: "k"}); return err },
-			"Delete":      func(ctx context.Context) error { _, err := n.Delete(ctx, &kvpb.DeleteRequest{Key: "k"}); return err },
+			"Get":    func(ctx context.Context) error { _, err := n.Get(ctx, &kvpb.GetRequest{Key: "k"}); return err },
+			"Set":    func(ctx context.Context) error { _, err := n.Set(ctx, &kvpb.SetRequest{Key: "k"}); return err },
+			"Delete": func(ctx context.Context) error { _, err := n.Delete(ctx, &kvpb.DeleteRequest{Key: "k"}); return err },
+			"large Set": func(ctx context.Context) error {
+				_, err := n.Set(ctx, &kvpb.SetRequest{Key: "k", Value: make([]byte, uncountedWrite)})
+				return err
+			},
 			"OpenSession": func(ctx context.Context) error { _, err := n.OpenSession(ctx, &kvpb.OpenSessionRequest{}); return err },
 			"List":        func(ctx context.Context) error { _, err := n.List(ctx, &kvpb.ListRequest{}); return err },
 			"local List":  func(ctx context.Context) error { _, err := n.List(ctx, &kvpb.ListRequest{Local: true}); return err },
@@ -873,7 +877,34 @@ func TestReasonBeforeDeadline(t *testing.T) {
 		for range maxLists {
 			<-n.server.lists
 		}
+		release = fillRoom(n.server.limiter.writes)
+		wantReasons("no room for requests", "large Set")
+		release()
+		release = fillRoom(n.server.limiter.pipelines)
+		wantReasons("no room for operations", "Pipeline")
+		release()
+		for _, name := range []string{"large Set", "Pipeline"} {
+			if err := calls[name](b.ctx); err != nil {
+				t.Errorf("there is room again: %s: %v", name, err)
+			}
+		}
 	})
+}
+
+// fillRoom takes all of a room that is empty, for connections that are nobody's.
+func fillRoom(r *room) (release func()) {
+	var holders []*limitedConn
+	for range r.limit / r.share {
+		c := &limitedConn{}
+		if r.tryTake(c, r.share) {
+			holders = append(holders, c)
+		}
+	}
+	return func() {
+		for _, c := range holders {
+			r.release(c, r.share)
+		}
+	}
 }
 
 // unreadBackup is the stream of a Backup whose caller does not read.
