@@ -36,9 +36,10 @@ const (
 	// as connecting may take: a peer that is slow to connect to is slow to answer.
 	helloTimeout = maxConnectTimeout
 	// windowBytes is HTTP/2's window: so much of a stream that is not read a node may have to
-	// keep. While a message is read that is larger, gRPC opens the window for all of it: over
-	// a round trip of 300 ms, 1.7 MiB a second or more get through. Since the window is fixed,
-	// gRPC does not probe for a better one.
+	// keep. While a message is read that is larger, gRPC opens the window for all of it: so
+	// peers send messages of maxStreamBytes, of which 0.7 to 1 get through in a round trip.
+	// gRPC has one window for all connections of a server, so nodes cannot have a larger one
+	// than clients. Since the window is fixed, gRPC does not probe for a better one.
 	windowBytes = 512 << 10
 	// connWindowBytes is the window of a connection. It bounds no memory: gRPC opens it
 	// again whether streams are read or not.

@@ -451,11 +451,14 @@ func TestSnapshotTransfer(t *testing.T) {
 		defer v.close()
 		var got bytes.Buffer
 		chunks := 0
+		wasLast := false
 		err := transferTo(t, v, func(req *kvpb.InstallSnapshotRequest) error {
 			chunks++
-			if (req.Hello != nil) != (chunks == 1) || len(req.Data) > 1<<20 {
+			isFirst := chunks == 1
+			if (req.Hello != nil) != isFirst || len(req.Data) > snapshotChunkBytes || wasLast {
 				return fmt.Errorf("chunk %d: %d bytes, hello %v", chunks, len(req.Data), req.Hello)
 			}
+			wasLast = !isFirst && len(req.Data) < snapshotChunkBytes
 			got.Write(req.Data)
 			return nil
 		})

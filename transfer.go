@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,11 @@ import (
 
 	"raft-key-value/kvpb"
 )
+
+// snapshotChunkBytes is how much of a snapshot is one message: as much as a batch of raft's
+// messages, for over a long way that decides how fast it is (windowBytes). More would take
+// longer than helloTimeout on a slow line.
+const snapshotChunkBytes = maxStreamBytes
 
 // sendSnapshot implements transport.
 func (nw *network) sendSnapshot(to, term uint64, v *view) {
@@ -66,7 +72,7 @@ func sendChunks(
 ) error {
 	start := time.Now()
 	sent := 0
-	return v.writeTo(chunkWriter(func(b []byte) error {
+	w := bufio.NewWriterSize(chunkWriter(func(b []byte) error {
 		if v.givenUp.Load() {
 			rate := float64(sent) / time.Since(start).Seconds()
 			return fmt.Errorf("%w: it took %.0f bytes of it a second", errTooSlow, rate)
@@ -75,7 +81,11 @@ func sendChunks(
 		err := s.Send(&kvpb.InstallSnapshotRequest{Data: b})
 		silence.Reset(helloTimeout)
 		return err
-	}))
+	}), snapshotChunkBytes)
+	if err := v.writeTo(w); err != nil {
+		return err
+	}
+	return w.Flush()
 }
 
 // chunkWriter is an io.Writer that sends what is written to it as one chunk.
