@@ -23,8 +23,9 @@
 // is.
 //
 // The space in use is bounded. A snapshot is begun once log-bytes are logged after the
-// last one. Once twice as much is logged, it is written without pauses; at four times,
-// the writer of the log waits until the snapshot is there. To this come
+// last one, or as much as that was long, if that is more. Once twice as much is logged, it
+// is written without pauses; at four times, the writer of the log waits until the snapshot
+// is there. To this come
 //   - what was queued, which raft bounds to 64 MiB;
 //   - three segments: the one that is appended to, the next one, which is filled with
 //     zeros beforehand, and the oldest one, of which a part is still needed; each has

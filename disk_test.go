@@ -2115,3 +2115,60 @@ func TestDurableKills(t *testing.T) {
 	}
 	t.Logf("%d kills, %d of them of all nodes at once, %d writes acknowledged", *kills, all, writes())
 }
+
+// TestSnapshotsFollowTheData: of a large store that is rewritten, a snapshot is saved when as
+// much is logged as the last one was long, also after a start.
+func TestSnapshotsFollowTheData(t *testing.T) {
+	fsys := newSimFS()
+	p, err := openDiskNode(fsys, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
+	if err := p.lead(); err != nil {
+		t.Fatal(err)
+	}
+	const keys, size = 100, 1000
+	saved, last := 0, uint64(0)
+	rewrite := func() {
+		t.Helper()
+		for i := range keys {
+			if _, err := p.call(diskOp{fmt.Sprint("key", i), make([]byte, size)}); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.settle(); err != nil {
+				t.Fatal(err)
+			}
+			if last != p.n.durable.snapshotIndex {
+				last = p.n.durable.snapshotIndex
+				saved++
+			}
+		}
+	}
+	rewrite()
+	const times = 10
+	check := func(when string) {
+		t.Helper()
+		saved = 0
+		for range times {
+			rewrite()
+		}
+		// A write takes two or three sectors of the log.
+		if saved < times || saved > 2*times {
+			t.Errorf("%s: %d snapshots are saved while the store is written %d times", when, saved, times)
+		}
+	}
+	check("at first")
+	p.d.close()
+	p, err = openDiskNode(fsys, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.lead(); err != nil {
+		t.Fatal(err)
+	}
+	if n := p.n.durable.lastBytes; n < keys*size {
+		t.Errorf("after a start, the last snapshot has %d bytes", n)
+	}
+	check("after a start")
+}

@@ -19,15 +19,21 @@ type durable struct {
 	queued        int    // jobs that the disk has not done
 	logged        uint64 // bytes of the entries on disk that the last snapshot there does not cover
 	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
+	lastBytes     uint64 // about the length of the last snapshot on disk
 	// removed are the raft IDs whom this node tells that they were removed: it must know
 	// so after a restart, too, or it might need the vote of one that has left for good.
 	removed []uint64
 }
 
+// logLimit is how long the entries on disk may become before a snapshot takes their place:
+// log-bytes, or as long as the last snapshot. Else a large store would be written again and
+// again for little that is new.
+func (d *durable) logLimit(logBytes uint64) uint64 { return max(logBytes, d.lastBytes) }
+
 // wantsSnapshot reports whether the entries on disk are so long that a snapshot should
 // take their place.
 func (d *durable) wantsSnapshot(logBytes uint64) bool {
-	return d.disk != nil && d.saving == 0 && d.logged > logBytes
+	return d.disk != nil && d.saving == 0 && d.logged > d.logLimit(logBytes)
 }
 
 // noteLogged counts a batch that is about to be written. While a snapshot is saved that
@@ -37,10 +43,11 @@ func (d *durable) noteLogged(batch *kvpb.LogBatch, logBytes uint64) {
 	if d.saving == 0 {
 		return
 	}
-	if d.logged > 2*logBytes {
+	limit := d.logLimit(logBytes)
+	if d.logged > 2*limit {
 		d.disk.endPauses()
 	}
-	if d.logged > 4*logBytes {
+	if d.logged > 4*limit {
 		d.disk.suspend() // the log's writer waits until the snapshot is there
 	}
 }
@@ -113,6 +120,7 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 		n.logger.Info("saved a snapshot", "index", mark.Index)
 		n.durable.snapshotIndex = mark.Index
 		n.durable.logged -= n.durable.saving
+		n.durable.lastBytes = snapshotLength(v.keys, v.bytes)
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
 	n.durable.saving = 0

@@ -45,6 +45,12 @@ type view struct {
 	rest func(worked time.Duration)
 }
 
+// keyRecordBytes is what a snapshot has of a key besides key and value, about.
+const keyRecordBytes = 16
+
+// snapshotLength is about the length of a snapshot.
+func snapshotLength(keys, bytes uint64) uint64 { return bytes + keyRecordBytes*keys }
+
 // openKeys opens a view of the keys for a client. Any goroutine may call it.
 func (s *store) openKeys() (*view, error) {
 	s.mu.Lock()
