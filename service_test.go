@@ -817,8 +817,11 @@ func TestReasonBeforeDeadline(t *testing.T) {
 			},
 			"OpenSession": func(ctx context.Context) error { _, err := n.OpenSession(ctx, &kvpb.OpenSessionRequest{}); return err },
 			"List":        func(ctx context.Context) error { _, err := n.List(ctx, &kvpb.ListRequest{}); return err },
-			"local List":  func(ctx context.Context) error { _, err := n.List(ctx, &kvpb.ListRequest{Local: true}); return err },
-			"Metrics":     func(ctx context.Context) error { _, err := n.Metrics(ctx, &kvpb.MetricsRequest{}); return err },
+			"local List": func(ctx context.Context) error {
+				_, err := n.List(ctx, &kvpb.ListRequest{Local: true, MinVersion: 1 << 50})
+				return err
+			},
+			"Metrics": func(ctx context.Context) error { _, err := n.Metrics(ctx, &kvpb.MetricsRequest{}); return err },
 			"TransferLeader": func(ctx context.Context) error {
 				_, err := n.TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: 1})
 				return err
