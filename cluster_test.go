@@ -896,7 +896,7 @@ func TestCluster(t *testing.T) {
 		c.wants(id, false, "empty", "", version)
 		c.wantsAbsent(id, "absent")
 	}
-	listed := &kvpb.ListResponse{Items: []*kvpb.KeyValue{{Key: "empty", Version: version}}}
+	listed := &kvpb.ListResponse{Items: []*kvpb.KeyValue{{Key: "empty", Version: version}}, Version: version}
 	for id := uint64(1); id <= 3; id++ {
 		if got, err := c.nodes[id].List(c.ctx, &kvpb.ListRequest{Prefix: "e"}); err != nil || !proto.Equal(got, listed) {
 			t.Fatalf("List through node %d = %v, %v, want %v", id, got, err, listed)
