@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -93,6 +94,8 @@ const (
 	// TLS, and 33 KiB without (of 3,000): so many take 130 MiB, half of what all that clients
 	// do may take.
 	maxConnections = 2 << 10
+	// readAhead is how much of a connection is read before all else that can run has run.
+	readAhead = 32 << 10
 	// maxHellos and hellosPerSecond bound the hellos on a connection, which is
 	// closed at one more: each is work for the loop, and may be an answer to dial. A
 	// peer that is refused makes 10 a second at most.
@@ -133,6 +136,7 @@ type limitedConn struct {
 	secure   *secureConn // nil: there is no TLS, or its handshake is unfinished
 	who      principal   // at the other end
 	l        *limiter
+	ahead    int // bytes that were read since it let others run; its reader alone uses it
 	// running are its calls; guarded by l.calls. untaken are its answers; guarded by l.answers,
 	// as is isClosed.
 	running  int
@@ -336,6 +340,19 @@ func (c *limitedConn) greeted() bool {
 	c.hellos = min(maxHellos, c.hellos+hellosPerSecond*now.Sub(c.greetedAt).Seconds()) - 1
 	c.greetedAt = now
 	return c.hellos >= 0
+}
+
+// Read implements net.Conn. gRPC gives what it reads to the calls, and keeps up to a window of
+// each that has not taken it. So the calls run before more is read: else a connection's reader
+// keeps its processor while bytes come, and thousands of calls wait with a full window each.
+func (c *limitedConn) Read(b []byte) (int, error) {
+	if c.ahead >= readAhead {
+		c.ahead = 0
+		runtime.Gosched()
+	}
+	n, err := c.Conn.Read(b)
+	c.ahead += n
+	return n, err
 }
 
 func (c *limitedConn) Close() error {

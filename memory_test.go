@@ -145,6 +145,8 @@ var floods = []abuse{
 	{"AddLearners with a long address", 1, calls(64, addLearnerMethod, messages(true,
 		&kvpb.AddLearnerRequest{Node: &kvpb.Node{Id: 9, Address: strings.Repeat("x", 4<<20-64)}}))},
 	{"Sets that lack a byte", 1, calls(800, setMethod, lacksByte(windowBytes-100, 16<<10))},
+	{"Sets that lack a byte, on 25 connections", 25, calls(32, setMethod, lacksByte(windowBytes-100, 16<<10))},
+	{"Sets that lack a byte, on 100 connections", 100, calls(32, setMethod, lacksByte(windowBytes-100, 16<<10))},
 	{"Sets in frames of a byte that lack one", 1, calls(40, setMethod, lacksByte(32<<10, 1))},
 	{"Pipelines of empty operations that nobody reads", 1, calls(300, pipelineMethod, messages(false,
 		pipelineOf(3, getOp("large", true)), pipelineOf(8187, &kvpb.Operation{}), pipelineOf(8187, &kvpb.Operation{})))},
