@@ -140,6 +140,7 @@ type limitedConn struct {
 	// running are its calls; guarded by l.calls. untaken are its answers; guarded by l.answers,
 	// as is isClosed.
 	running  int
+	open     openCalls
 	untaken  map[*answerPlace]bool
 	isClosed bool
 	// hellos, a bucket that fills with time, was counted at greetedAt; guarded by l.mu.
@@ -161,7 +162,7 @@ func newLimiter(l net.Listener, p places, c *certificates, log *slog.Logger) *li
 		handshakes:   handshakes{limit: p.handshakes},
 		conns:        map[*limitedConn]bool{},
 		kept:         map[*limitedConn]bool{},
-		calls:        &runningCalls{limit: maxCalls, share: maxStreamsPerConnection, late: maxLateCalls},
+		calls:        &runningCalls{limit: maxCalls, share: maxStreamsPerConnection, late: maxLateCalls, openLimit: maxOpenCalls},
 		arrivals:     newArrivals(maxArrivingBytes),
 	}
 	made.answers = newAnswers(made)
@@ -187,7 +188,7 @@ func (l *limiter) Accept() (net.Conn, error) {
 		l.failed = false
 		now := time.Now()
 		c := &limitedConn{
-			Conn: conn, l: l,
+			Conn: conn, l: l, open: newOpenCalls(),
 			greetedAt: now, hellos: maxHellos, unheardAt: now,
 		}
 		if l.certificates != nil {
@@ -273,6 +274,7 @@ func (l *limiter) drop(c *limitedConn) {
 	delete(l.conns, c)
 	delete(l.kept, c)
 	l.answers.closed(c)
+	l.calls.forget(c)
 	c.cut()
 }
 
@@ -352,6 +354,16 @@ func (c *limitedConn) Read(b []byte) (int, error) {
 	}
 	n, err := c.Conn.Read(b)
 	c.ahead += n
+	if c.l.calls.read(c, b[:n]) {
+		c.l.cutUntaken()
+	}
+	return n, err
+}
+
+// Write implements net.Conn.
+func (c *limitedConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.l.calls.wrote(c, b[:n])
 	return n, err
 }
 
@@ -361,6 +373,7 @@ func (c *limitedConn) Close() error {
 	delete(c.l.conns, c)
 	delete(c.l.kept, c)
 	c.l.answers.closed(c)
+	c.l.calls.forget(c)
 	c.l.mu.Unlock()
 	return c.Conn.Close()
 }

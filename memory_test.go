@@ -5,6 +5,8 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"io"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -48,16 +50,21 @@ func (r *rude) window(stream uint32, more uint32) error {
 
 // calls makes a connection, begins so many calls on it, sends what each says, and holds all of
 // it until ctx ends.
-func calls(many int, method string, say func(r *rude, stream uint32) error) func(context.Context, string, func()) {
+func calls(many int, method string, say func(r *rude, stream uint32) error, headers ...string) func(context.Context, string, func()) {
+	return callsOver(dialRude, many, method, say, headers...)
+}
+
+// callsOver is calls over a connection of another kind.
+func callsOver(dial func(address string) (*rude, error), many int, method string, say func(r *rude, stream uint32) error, headers ...string) func(context.Context, string, func()) {
 	return func(ctx context.Context, address string, begun func()) {
-		r, err := dialRude(address)
+		r, err := dial(address)
 		if err != nil {
 			return
 		}
 		stop := context.AfterFunc(ctx, func() { _ = r.Close() })
 		defer func() { stop(); _ = r.Close() }()
 		for range many {
-			s, err := r.call(method, -1)
+			s, err := r.call(method, -1, headers...)
 			if err == nil {
 				err = say(r, s)
 			}
@@ -68,6 +75,30 @@ func calls(many int, method string, say func(r *rude, stream uint32) error) func
 		begun()
 		<-ctx.Done()
 	}
+}
+
+// dialShut makes a connection that takes errors, and no answer.
+func dialShut(address string) (*rude, error) {
+	r, err := dialRude(address)
+	if err != nil {
+		return nil, err
+	}
+	return r, r.frame(frameSettings, 0, 0, []byte{0, 4, 0, 0, 0, 0}) // the window of a stream
+}
+
+// dialDeaf makes a connection of which nothing is read.
+func dialDeaf(address string) (*rude, error) {
+	conn, err := net.DialTimeout("tcp", address, 5*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	_ = conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	_ = conn.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	r := &rude{Conn: conn, next: 1}
+	if _, err = io.WriteString(conn, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"); err == nil {
+		err = r.frame(frameSettings, 0, 0, nil)
+	}
+	return r, err
 }
 
 // messages has each call send these.
@@ -159,6 +190,12 @@ var floods = []abuse{
 	{"reflection that nobody reads", 4, calls(500, reflectionMethod, messages(false, slices.Repeat(
 		[]proto.Message{reflectionOf(maxOtherBytes - 64)}, 20)...))},
 	{"idle Pipelines", 20, calls(1000, pipelineMethod, messages(false))},
+	{"small answers that nobody reads", 60, callsOver(dialDeaf, 1000, getMethod, messages(true,
+		&kvpb.GetRequest{Key: "small", Local: true}))},
+	{"small answers without a window", 60, callsOver(dialShut, 1000, getMethod, messages(true,
+		&kvpb.GetRequest{Key: "small", Local: true}))},
+	{"errors that nobody reads", 60, callsOver(dialDeaf, 1000, getMethod, messages(true, &kvpb.GetRequest{Local: true}))},
+	{"idle Pipelines with large headers", 20, calls(1000, pipelineMethod, messages(false), "x-large", strings.Repeat("x", 15<<10))},
 	{"idle Watches", 20, calls(1000, watchMethod, messages(true, &grpc_health_v1.HealthCheckRequest{}))},
 }
 
@@ -205,8 +242,10 @@ func TestMemory(t *testing.T) {
 			formCluster(t, []*process{p})
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute+*soak)
 			defer cancel()
-			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
-				t.Fatal(err)
+			for key, bytes := range map[string]int{"large": maxValueBytes, "small": uncountedAnswer - 64} {
+				if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: key, Value: make([]byte, bytes)}); err != nil {
+					t.Fatal(err)
+				}
 			}
 			most := sampleMemory(p)
 			ready, stop := a.begin(p.address)

@@ -1,8 +1,12 @@
-// How many calls may run at a time.
+// How many calls may run at a time, and how many may be open: a call is open until its client
+// has taken the answer.
 
 package main
 
-import "sync"
+import (
+	"slices"
+	"sync"
+)
 
 const (
 	// maxCalls bounds the calls that run on a node: each takes some 15 KiB of goroutines and
@@ -10,6 +14,10 @@ const (
 	// than maxLateCalls, so that a few connections do not take all.
 	maxCalls     = 4096
 	maxLateCalls = 64
+	// maxOpenCalls bounds the calls that are open on a node: so many as may run, and half as
+	// many whose answers are not taken, or that have not begun. One of these takes some 8 KiB,
+	// in gRPC.
+	maxOpenCalls = maxCalls + maxCalls/2
 	// maxUnaryBytes and maxConnUnaryBytes bound the writes of unary calls, of the node and of
 	// a connection; those up to uncountedWrite count as calls only. Further ones wait.
 	maxUnaryBytes     = 16 << 20
@@ -19,11 +27,22 @@ const (
 
 // runningCalls are the calls that run on all connections. Any goroutine may call its methods.
 type runningCalls struct {
-	limit, share, late int
+	limit, share, late, openLimit int
 
-	mu      sync.Mutex
-	running int
+	mu            sync.Mutex
+	running, open int
 }
+
+// openCalls are the calls of a connection that are open, by their streams.
+type openCalls struct {
+	in, out http2Frames // its reader's and its writer's alone
+	// The mu of runningCalls guards the rest.
+	streams  []uint32 // ascending
+	newest   uint32   // stream
+	isClosed bool     // the connection is
+}
+
+func newOpenCalls() openCalls { return openCalls{in: http2Frames{skip: http2PrefaceBytes}} }
 
 // begin counts a call of a connection, until end; false: it is one too many.
 func (r *runningCalls) begin(c *limitedConn) bool {
@@ -46,4 +65,96 @@ func (r *runningCalls) end(c *limitedConn) {
 	defer r.mu.Unlock()
 	r.running--
 	c.running--
+}
+
+// read notes what a connection has read. It reports whether too many calls are open now.
+func (r *runningCalls) read(c *limitedConn, b []byte) (tooMany bool) {
+	f := &c.open.in
+	for b = f.next(b); b != nil; b = f.next(b) {
+		kind, _, stream := f.frame()
+		switch kind {
+		case headersFrame:
+			tooMany = r.opened(&c.open, stream) || tooMany
+		case resetFrame:
+			r.closed(&c.open, stream)
+		}
+	}
+	return tooMany
+}
+
+// wrote notes what a connection has written.
+func (r *runningCalls) wrote(c *limitedConn, b []byte) {
+	f := &c.open.out
+	for b = f.next(b); b != nil; b = f.next(b) {
+		kind, flags, stream := f.frame()
+		isLast := kind == headersFrame && flags&endStreamFlag != 0
+		if isLast || kind == resetFrame {
+			r.closed(&c.open, stream)
+		}
+	}
+}
+
+// opened notes that a client has begun a call. A stream that is not the newest is none: gRPC
+// takes the connection for broken.
+func (r *runningCalls) opened(o *openCalls, stream uint32) (tooMany bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if o.isClosed || stream <= o.newest {
+		return false
+	}
+	o.newest = stream
+	o.streams = append(o.streams, stream)
+	r.open++
+	return r.open > r.openLimit
+}
+
+// closed notes that the last of a call was written, or that its client has cancelled it.
+func (r *runningCalls) closed(o *openCalls, stream uint32) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i, isOpen := slices.BinarySearch(o.streams, stream)
+	if isOpen {
+		o.streams = slices.Delete(o.streams, i, i+1)
+		r.open--
+	}
+}
+
+// forget closes all calls of a connection, for it is closed.
+func (r *runningCalls) forget(c *limitedConn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.open -= len(c.open.streams)
+	c.open.streams = nil
+	c.open.isClosed = true
+}
+
+// untaken is how many calls of a connection are open, but do not run, if too many are open.
+func (r *runningCalls) untaken(c *limitedConn) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.open <= r.openLimit {
+		return 0
+	}
+	return len(c.open.streams) - c.running
+}
+
+// cutUntaken closes, while too many calls are open, the connection that has taken the fewest
+// of its answers.
+func (l *limiter) cutUntaken() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for {
+		var worst *limitedConn
+		most := 0
+		for c := range l.conns {
+			if n := l.calls.untaken(c); n > most {
+				worst = c
+				most = n
+			}
+		}
+		if worst == nil {
+			return
+		}
+		l.drop(worst)
+	}
 }
