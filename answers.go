@@ -18,8 +18,9 @@ import (
 const (
 	// An answer over smallAnswer bytes takes one of largeAnswers places of the node, of which
 	// a connection has connLargeAnswers at most. Answers below share smallAnswerBytes, of
-	// which a connection has connSmallBytes. Those up to uncountedAnswer are not counted:
-	// gRPC itself has more of their call, and gives no buffer below leastCounted back.
+	// which a connection has connSmallBytes. Those up to uncountedAnswer count
+	// as calls that are open: gRPC itself has more of such a call, and gives no buffer below
+	// leastCounted back.
 	smallAnswer      = 64 << 10
 	largeAnswers     = 16
 	connLargeAnswers = 4
