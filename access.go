@@ -220,13 +220,11 @@ func (s *server) handleStream(
 	if strings.HasPrefix(info.FullMethod, raftPrefix) {
 		return handler(srv, decodedStream{stream})
 	}
-	if info.FullMethod != kvpb.KVService_Watch_FullMethodName { // watchers have a bound of their own
-		end, err := beginCall(stream.Context(), info.FullMethod)
-		if err != nil {
-			return err
-		}
-		defer end()
+	end, err := beginCall(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
 	}
+	defer end()
 	reader := newRequestReader(stream.Context(), connOf(stream.Context()).l.arrivals)
 	return handler(srv, &readStream{stream, reader, info})
 }

@@ -31,6 +31,7 @@ type runningCalls struct {
 
 	mu            sync.Mutex
 	running, open int
+	watches       int // calls that are open, and bounded in another way: watchers.go
 }
 
 // openCalls are the calls of a connection that are open, by their streams.
@@ -58,6 +59,22 @@ func (r *runningCalls) begin(c *limitedConn) bool {
 	r.running++
 	c.running++
 	return true
+}
+
+// beginWatch counts a watch of a connection, until endWatch: it stays open, and is none of the
+// calls that run.
+func (r *runningCalls) beginWatch(c *limitedConn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.watches++
+	c.watches++
+}
+
+func (r *runningCalls) endWatch(c *limitedConn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.watches--
+	c.watches--
 }
 
 func (r *runningCalls) end(c *limitedConn) {
@@ -105,8 +122,11 @@ func (r *runningCalls) opened(o *openCalls, stream uint32) (tooMany bool) {
 	o.newest = stream
 	o.streams = append(o.streams, stream)
 	r.open++
-	return r.open > r.openLimit
+	return r.hasTooMany()
 }
+
+// hasTooMany reports whether too many calls are open, watches not counted. mu is held.
+func (r *runningCalls) hasTooMany() bool { return r.open-r.watches > r.openLimit }
 
 // closed notes that the last of a call was written, or that its client has cancelled it.
 func (r *runningCalls) closed(o *openCalls, stream uint32) {
@@ -132,10 +152,10 @@ func (r *runningCalls) forget(c *limitedConn) {
 func (r *runningCalls) untaken(c *limitedConn) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.open <= r.openLimit {
+	if !r.hasTooMany() {
 		return 0
 	}
-	return len(c.open.streams) - c.running
+	return len(c.open.streams) - c.running - c.watches
 }
 
 // cutUntaken closes, while too many calls are open, the connection that has taken the fewest

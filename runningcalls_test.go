@@ -115,6 +115,33 @@ func TestOpenCalls(t *testing.T) {
 	wantOpen("a connection is closed", 2, 0, 0)
 }
 
+// TestWatchesAreNoOpenCalls: watches stay open for long, and have a bound of their own.
+func TestWatchesAreNoOpenCalls(t *testing.T) {
+	c := accepted(t, 1)[0]
+	r := c.l.calls
+	r.openLimit = 2
+	r.read(c, make([]byte, http2PrefaceBytes))
+	opens := func(stream uint32) (tooMany bool) { return r.read(c, frameOf(headersFrame, 0, stream, 5)) }
+	for i := range uint32(5) {
+		if opens(2*i + 1) {
+			t.Fatalf("watch %d is one too many", i)
+		}
+		r.beginWatch(c)
+	}
+	if opens(101) || opens(103) || r.untaken(c) != 0 {
+		t.Error("calls beside watches are too many")
+	}
+	if !opens(105) || r.untaken(c) != 3 {
+		t.Errorf("%d calls are not taken, want 3", r.untaken(c))
+	}
+	for range 5 {
+		r.endWatch(c)
+	}
+	if r.untaken(c) != 8 || r.watches != 0 || c.watches != 0 {
+		t.Errorf("%d calls are not taken, of which 5 were watches", r.untaken(c))
+	}
+}
+
 // TestOpenCallsAreClosed: however a call ends, it is open no more.
 func TestOpenCallsAreClosed(t *testing.T) {
 	t.Parallel()
