@@ -402,7 +402,8 @@ func (t *tree) deleteIn(p *page, key []byte) {
 }
 
 // merge merges a child that is too small with a neighbour, if it has one with room. A child
-// that has too few cells is merged in any case.
+// that has too few cells is merged in any case. If the page is too large then, the next write
+// that adds to it splits it.
 func (t *tree) merge(parent *page, i int) {
 	if len(parent.children) == 1 {
 		return
@@ -418,9 +419,6 @@ func (t *tree) merge(parent *page, i int) {
 	left.takeAll(right, parent.key(i+1))
 	parent.children[i] = left
 	parent.removeCell(i + 1)
-	if left.isTooLarge() {
-		t.split(parent, i, -1)
-	}
 }
 
 // takeAll adds the cells of the page that follows, which has all keys from one on.
