@@ -33,7 +33,7 @@ func (c *caller) owner() string { return []string{"client/b", "", "admin"}[c.id%
 // op is a call of a client: one write, however often it is sent.
 type op struct {
 	client    int
-	kind      string // set, delete, get, open
+	kind      string // set, delete, delete range, open, get, list, scan
 	key       string
 	value     string
 	id        *kvpb.RequestId
@@ -46,10 +46,31 @@ type op struct {
 	version   uint64 // of the write, or of what was read
 	found     bool
 	compare   bool   // it failed
-	atLeast   uint64 // version of the key that was known when it began
+	atLeast   uint64 // the newest version that was known when it began, or that is asked for
 	committed uint64 // version of the write, as the oracle knows it
 	unknown   bool   // the fate of an attempt is not
 	failed    bool   // nothing was or will be applied
+
+	// Of a range.
+	bounds   bounds
+	deletion *deletion // what became of a DeleteRange, as the oracle knows it
+	deleted  uint32
+	tooMany  bool
+
+	// Of a read.
+	local      bool
+	minVersion uint64
+	page       pageSize
+	pace       float64 // mean, between two pages
+	view       *view   // that is open
+}
+
+// isRead reports whether an op changes nothing.
+func (o *op) isRead() bool { return o.kind == "get" || o.kind == "list" || o.kind == "scan" }
+
+// answer is what was acknowledged.
+func (o *op) answer() result {
+	return result{version: o.version, deleted: o.deleted, found: o.found, compareFailed: o.compare, tooMany: o.tooMany}
 }
 
 // attempt is an op on its way through a process.
@@ -60,7 +81,7 @@ type attempt struct {
 }
 
 func (o *op) String() string {
-	return fmt.Sprintf("client %d: %s %s %.12s %v", o.client, o.kind, o.key, o.value, o.id)
+	return fmt.Sprintf("client %d: %s %s%v %.12s %v", o.client, o.kind, o.key, o.bounds, o.value, o.id)
 }
 
 // key2 is the id as the key of a map.
@@ -89,11 +110,10 @@ func (c *caller) act() {
 func (c *caller) newOp() *op {
 	s := c.s
 	c.n++
-	o := &op{client: c.id, key: fmt.Sprintf("k%d", s.rng.IntN(s.cfg.keys)), begun: s.tock()}
-	o.atLeast = s.seen[o.key]
+	o := &op{client: c.id, key: s.drawKey(), atLeast: s.newest, begun: s.tock()}
 	w := &kvpb.Write{}
-	switch k := s.rng.IntN(10); {
-	case k < 6 && (c.session == 0 || s.rng.IntN(30) == 0):
+	switch k := s.rng.IntN(14); {
+	case k < 7 && (c.session == 0 || s.rng.IntN(30) == 0):
 		o.kind = "open"
 		o.key = ""
 		o.session = randomID()
@@ -111,13 +131,28 @@ func (c *caller) newOp() *op {
 	case k < 6:
 		o.kind = "delete"
 		c.identify(o)
-		if o.id != nil && o.atLeast != 0 && s.rng.IntN(2) == 0 {
-			o.expected = &o.atLeast
+		if known := s.seen[o.key]; o.id != nil && known != 0 && s.rng.IntN(2) == 0 {
+			o.expected = &known
 		}
 		del := &kvpb.DeleteRequest{Key: o.key, RequestId: o.id, ExpectedVersion: o.expected}
 		w.Operation = &kvpb.Write_Delete{Delete: del}
-	default:
+	case k < 7:
+		o.kind = "delete range"
+		o.key = ""
+		o.bounds = s.drawBounds()
+		c.identify(o)
+		b := o.bounds
+		del := &kvpb.DeleteRangeRequest{Prefix: b.prefix, Start: b.start, End: b.end, RequestId: o.id}
+		w.Operation = &kvpb.Write_DeleteRange{DeleteRange: del}
+	case k < 11:
 		o.kind = "get"
+		return o
+	case k < 12:
+		o.kind = "get"
+		s.readLocally(o, s.drawMinVersion())
+		return o
+	default:
+		s.drawView(o)
 		return o
 	}
 	var err error
@@ -126,6 +161,9 @@ func (c *caller) newOp() *op {
 	}
 	return o
 }
+
+// drawKey draws one of the clients' keys.
+func (s *sim) drawKey() string { return fmt.Sprintf("k%d", s.rng.IntN(s.cfg.keys)) }
 
 // farAway is a sequence that no client gets to.
 const farAway = 1 << 40
@@ -157,7 +195,7 @@ func (c *caller) send(o *op) {
 		s.after(s.expo(s.cfg.think), nil, func() { c.send(o) })
 		return
 	}
-	a := &attempt{o: o, p: p, c: &call{write: o.record, done: make(chan outcome, 1)}}
+	a := &attempt{o: o, p: p, c: &call{write: o.record, minVersion: o.minVersion, done: make(chan outcome, 1)}}
 	o.sent = a
 	timeout := s.expo(s.cfg.timeout) + 1
 	if s.rng.IntN(2) == 0 {
@@ -166,10 +204,10 @@ func (c *caller) send(o *op) {
 	s.after(timeout, nil, func() { c.timeout(a) })
 	if o.kind == "get" {
 		s.readLocal(p, o.key)
-		if s.cfg.readNow {
-			s.finishRead(a)
-			return
-		}
+	}
+	if o.asksNobody() || o.isRead() && s.cfg.readNow {
+		s.finishRead(a)
+		return
 	}
 	if err := p.n.inbox.call(a.c); err != nil {
 		c.finish(a, outcome{err: err})
@@ -215,7 +253,11 @@ func (c *caller) timeout(a *attempt) {
 		return
 	}
 	c.s.count["calls given up"]++
-	c.again(a, a.o.kind == "get" || a.c.state.CompareAndSwap(callQueued, callGivenUp))
+	if a.o.view != nil {
+		a.o.view.close()
+		a.o.view = nil
+	}
+	c.again(a, a.o.isRead() || a.c.state.CompareAndSwap(callQueued, callGivenUp))
 }
 
 // rest has the client make its next call some time.
@@ -267,7 +309,7 @@ func (c *caller) finish(a *attempt, out outcome) {
 	case out.err != nil:
 		s.count["calls refused"]++
 		c.again(a, true)
-	case o.kind == "get":
+	case o.isRead():
 		if s.rng.IntN(4) > 0 {
 			s.finishRead(a)
 		} else { // whoever waited wakes late

@@ -9,6 +9,10 @@
 //   - I7: what a message promises is on the disk;
 //   - no raft ID is used twice, and no node stops.
 //
+// With each page of a list or a scan: it is what the log has made of the range by the
+// version of its view, which is as new as the read asks for. With each local read: it is
+// as new as it asks for.
+//
 // At each index that is a multiple of stateEvery, and at the end, I5: states are equal.
 // With each answer to a write with an id, I8: it is the first one. With each answer to an
 // operator: whoever gives it led, and what it says was so, at some moment since the
@@ -164,6 +168,7 @@ type oracle struct {
 	version  uint64
 	keys     map[string][]change
 	versions map[uint64]change
+	ranges   []*deletion // all that DeleteRanges have done, in the order of the log
 	// sessions are those never used, the oldest first, and then the others, the one used
 	// the longest ago first.
 	sessions []*modelSession
@@ -213,6 +218,34 @@ type change struct {
 	version uint64
 	at      int64 // when it was first applied, as calls are ordered
 	op      *op   // whose it was, if that is known
+
+	deletion *deletion // of a version that a DeleteRange has, and that has no key
+}
+
+// deletion is what a DeleteRange did.
+type deletion struct {
+	bounds bounds
+	keys   []string // that it deleted
+	answer result
+	at     int64 // when it was first applied, as calls are ordered
+	op     *op   // whose it was, if that is known
+}
+
+// bounds are a range as a request names it, and what that means: without keyRange, which is
+// what the simulator checks.
+type bounds struct{ prefix, start, end string }
+
+func (b bounds) String() string {
+	if b == (bounds{}) {
+		return ""
+	}
+	return fmt.Sprintf("[%s %s-%s]", b.prefix, b.start, b.end)
+}
+
+// has reports whether a key is in the range.
+func (b bounds) has(key string) bool {
+	isBefore := b.end == "" || key < b.end
+	return strings.HasPrefix(key, b.prefix) && key >= b.start && isBefore
 }
 
 // isFoundAs reports whether a read finds what a change has left.
@@ -370,6 +403,10 @@ func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 		s.open(index, open)
 		return
 	}
+	if del := w.GetDeleteRange(); del != nil {
+		s.commitDeletion(index, del)
+		return
+	}
 	c := change{at: s.tock()}
 	var id *kvpb.RequestId
 	var expected *uint64
@@ -417,6 +454,70 @@ func (s *sim) commitWrite(index uint64, w *kvpb.Write) {
 	o.keys[c.key] = append(o.keys[c.key], c)
 	o.versions[c.version] = c
 	s.count["writes committed"]++
+}
+
+// commitDeletion applies a DeleteRange to the oracle, if its id is new.
+func (s *sim) commitDeletion(index uint64, del *kvpb.DeleteRangeRequest) {
+	o, id := &s.oracle, del.RequestId
+	if id != nil && !s.isNew(id) {
+		return
+	}
+	d := &deletion{bounds: bounds{del.Prefix, del.Start, del.End}, at: s.tock()}
+	o.ranges = append(o.ranges, d)
+	if id != nil { // of one without, claim or ownDeletions finds the call
+		of := s.ids[[2]uint64{id.Session, id.Sequence}]
+		isWanted := of != nil && of.kind == "delete range" && of.bounds == d.bounds && of.deletion == nil
+		if !isWanted {
+			s.failf("I2: entry %d deletes the range %v, which nobody wanted, or again", index, d.bounds)
+		}
+		d.ownedBy(of)
+	}
+	there := o.asOf(o.version, d.bounds)
+	if len(there) > s.cfg.rangeKeys {
+		d.answer = result{tooMany: true}
+		s.count["ranges with too many keys"]++
+	} else {
+		o.version++
+		d.answer = result{version: o.version, deleted: uint32(len(there))}
+		o.versions[o.version] = change{version: o.version, at: d.at, deletion: d}
+		s.count["ranges deleted"]++
+		s.count["keys deleted with a range"] += len(there)
+		s.count["writes committed"]++
+		for _, c := range there {
+			d.keys = append(d.keys, c.key)
+			o.keys[c.key] = append(o.keys[c.key], change{key: c.key, found: true, version: o.version, at: d.at})
+		}
+	}
+	if d.op != nil {
+		d.op.committed = d.answer.version
+		o.first[d.op.key2()] = d.answer
+	}
+}
+
+// ownedBy notes whose a deletion is.
+func (d *deletion) ownedBy(o *op) {
+	d.op = o
+	o.deletion = d
+	o.committed = d.answer.version
+}
+
+// asOf is what a range had at a version: of each key that was there its last change.
+func (o *oracle) asOf(version uint64, b bounds) []change {
+	var there []change
+	for _, key := range slices.Sorted(maps.Keys(o.keys)) {
+		if !b.has(key) {
+			continue
+		}
+		history := o.keys[key]
+		later := slices.IndexFunc(history, func(c change) bool { return c.version > version })
+		if later < 0 {
+			later = len(history)
+		}
+		if later > 0 && history[later-1].present {
+			there = append(there, history[later-1])
+		}
+	}
+	return there
 }
 
 // open opens a session in the oracle, where there may be place for more that
@@ -490,7 +591,7 @@ func (s *sim) isNew(id *kvpb.RequestId) bool {
 // what was acknowledged before.
 func (s *sim) finishWrite(o *op, r result) {
 	if o.ended != 0 {
-		if before := (result{version: o.version, found: o.found, compareFailed: o.compare}); r != before && !s.cfg.ackEarly {
+		if before := o.answer(); r != before && !s.cfg.ackEarly {
 			s.failf("I8: %v was acknowledged with %+v, before that with %+v", o, r, before)
 		}
 		s.count["answers repeated"]++
@@ -500,12 +601,24 @@ func (s *sim) finishWrite(o *op, r result) {
 	o.version = r.version
 	o.found = r.found
 	o.compare = r.compareFailed
-	if r.version > s.oracle.version {
-		s.count["acknowledged before seen"]++ // by a node that then left: checked at the end
-	} else {
+	o.deleted = r.deleted
+	o.tooMany = r.tooMany
+	isSeen := r.version <= s.oracle.version
+	if r.tooMany {
+		isSeen = o.deletion != nil || s.claim(o)
+	}
+	if isSeen {
 		s.checkAcknowledged(o, r)
+	} else {
+		s.count["acknowledged before seen"]++ // by a node that then left: checked at the end
 	}
 	s.seen[o.key] = max(s.seen[o.key], r.version)
+	s.newest = max(s.newest, r.version)
+	if d := o.deletion; d != nil {
+		for _, key := range d.keys {
+			s.seen[key] = max(s.seen[key], r.version)
+		}
+	}
 	s.count["writes acknowledged"]++
 }
 
@@ -528,7 +641,17 @@ func (s *sim) checkAcknowledged(o *op, r result) {
 	if o.id != nil && (!ok || r != first) {
 		s.failf("I8: %v was acknowledged with %+v, its first answer is %+v, %v", o, r, first, ok)
 	}
-	if o.compare {
+	changesNothing := o.compare || o.tooMany || o.kind == "open"
+	if changesNothing {
+		return
+	}
+	if r.version <= o.atLeast && !s.cfg.ackEarly {
+		s.failf("I1: %v was acknowledged with version %d; when it began, version %d was known", o, r.version, o.atLeast)
+	}
+	if o.kind == "delete range" {
+		if o.deletion == nil && !s.claim(o) {
+			s.failf("I2: %v was acknowledged with %+v; committed is %+v", o, r, s.oracle.versions[r.version])
+		}
 		return
 	}
 	ch := s.oracle.versions[r.version]
@@ -542,6 +665,10 @@ func (s *sim) checkAcknowledged(o *op, r result) {
 // since the read began, and after all that anybody knew then.
 func (s *sim) finishRead(a *attempt) {
 	o := a.o
+	if o.kind != "get" {
+		s.openView(a)
+		return
+	}
 	o.sent = nil
 	defer s.clients[o.client].rest()
 	it, ok, err := a.p.n.store.get([]byte(o.key))
@@ -554,15 +681,21 @@ func (s *sim) finishRead(a *attempt) {
 	o.found = ok
 	o.value = string(it.value)
 	if !s.oracle.wasSo(o) {
-		s.failf("I1: %v through %v is %.12q (%v) of version %d; when it began, version %d of the key was known",
+		s.failf("I1: %v through %v is %.12q (%v) of version %d; version %d was known when it began, or asked for",
 			o, a.p, it.value, ok, it.version, o.atLeast)
 	}
 	s.seen[o.key] = max(s.seen[o.key], it.version)
+	s.newest = max(s.newest, it.version, o.minVersion)
+	if o.local {
+		s.checkNewEnough(o, a.p, a.p.n.store.version)
+		s.count["local reads that waited for a version"]++
+		return
+	}
 	s.count["reads"]++
 }
 
-// wasSo reports whether a key was as a read has it, at a moment after which the version
-// that was known when the read began had not been replaced yet.
+// wasSo reports whether a key was as a read has it, at a moment after the version that the
+// read has to see.
 func (o *oracle) wasSo(read *op) bool {
 	history := o.keys[read.key]
 	for i := len(history) - 1; i >= -1; i-- {
@@ -780,6 +913,9 @@ func (s *sim) unequal() string {
 			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v",
 				p, st.tree.keys, st.version, st.conf, present, o.version, o.conf)
 		}
+		if len(st.clientViews) > 0 {
+			s.failf("%v has %d views open, and nobody reads them", p, len(st.clientViews))
+		}
 	}
 	return ""
 }
@@ -795,12 +931,18 @@ type keyState struct {
 // without an outcome took effect, and by when, the oracle knows.
 func (s *sim) linearizable() {
 	s.ownDeletes()
+	s.ownDeletions()
 	histories := map[string][]porcupine.Operation{}
 	for _, o := range s.history {
-		if o.kind == "open" {
+		isCheckedBefore := o.local || o.kind == "list" || o.kind == "scan"
+		if o.kind == "open" || isCheckedBefore {
 			continue
 		}
 		s.checkOutcome(o)
+		if o.kind == "delete range" {
+			s.addDeletion(histories, o)
+			continue
+		}
 		tookEffect := o.compare || o.committed != 0
 		if o.kind == "get" {
 			tookEffect = o.ended != 0
@@ -833,11 +975,17 @@ func (s *sim) checkOutcome(o *op) {
 	isAnswered := o.ended != 0
 	if isAnswered && o.id != nil && !s.cfg.ackEarly {
 		first := s.oracle.first[o.key2()]
-		if first != (result{version: o.version, found: o.found, compareFailed: o.compare}) {
+		if first != o.answer() {
 			s.failf("I8: %v was acknowledged with version %d, its first answer is %+v", o, o.version, first)
 		}
 	}
-	if isAnswered && o.kind != "get" && !o.compare {
+	if isAnswered && o.kind == "delete range" && (o.deletion == nil || o.answer() != o.deletion.answer) {
+		s.failf("I2: %v was acknowledged with %+v, but is %+v", o, o.answer(), o.deletion)
+	}
+	if o.failed && o.deletion != nil {
+		s.failf("%v was refused, but committed", o)
+	}
+	if isAnswered && o.kind != "get" && !o.compare && !o.tooMany {
 		if o.committed == 0 {
 			s.failf("I2: %v was acknowledged, but never committed", o)
 		}
@@ -881,6 +1029,63 @@ func (s *sim) ownDeletes() {
 		u[0].committed = v
 		unknown[ch.key] = u[1:]
 	}
+}
+
+// claim finds the deletion that a DeleteRange without an id was acknowledged with, and
+// notes that it is its. Those that deleted nothing are all alike: it takes the first.
+func (s *sim) claim(o *op) bool {
+	i := slices.IndexFunc(s.oracle.ranges, func(d *deletion) bool {
+		isFree := d.op == nil && d.at > o.begun && d.bounds == o.bounds
+		return isFree && d.answer == o.answer()
+	})
+	if i < 0 || o.id != nil {
+		return false
+	}
+	s.oracle.ranges[i].ownedBy(o)
+	return true
+}
+
+// ownDeletions finds a call for each committed DeleteRange, as ownDeletes does.
+func (s *sim) ownDeletions() {
+	var unknown []*op
+	for _, o := range s.history {
+		switch {
+		case o.kind != "delete range" || o.id != nil || o.deletion != nil:
+		case o.ended != 0:
+			s.claim(o) // or else checkOutcome fails
+		case !o.failed:
+			unknown = append(unknown, o)
+		}
+	}
+	for _, d := range s.oracle.ranges {
+		if d.op != nil {
+			continue
+		}
+		i := slices.IndexFunc(unknown, func(o *op) bool { return o.bounds == d.bounds && o.begun < d.at })
+		if i < 0 {
+			s.failf("I2: the range %v is deleted with %+v, which nobody wanted", d.bounds, d.answer)
+		}
+		d.ownedBy(unknown[i])
+		unknown = slices.Delete(unknown, i, i+1)
+	}
+}
+
+// addDeletion adds to the histories of keys what a DeleteRange did to each.
+func (s *sim) addDeletion(histories map[string][]porcupine.Operation, o *op) {
+	d := o.deletion
+	if d == nil || d.answer.tooMany {
+		return
+	}
+	for i := range s.cfg.keys {
+		key := fmt.Sprintf("k%d", i)
+		if !d.bounds.has(key) {
+			continue
+		}
+		one := &op{kind: "delete", key: key, version: d.answer.version, found: slices.Contains(d.keys, key)}
+		call := porcupine.Operation{ClientId: o.client, Input: one, Call: o.begun, Return: cmp.Or(o.ended, d.at)}
+		histories[key] = append(histories[key], call)
+	}
+	s.count["calls checked"]++
 }
 
 // stepKey is a step of porcupine's model: whether a call may have had this answer, and

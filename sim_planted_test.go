@@ -5,6 +5,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -39,6 +40,11 @@ type plantedBugs struct {
 	sameCount bool // all writes of an entry have one version
 	unsettled bool // a change of membership is answered as soon as it is committed
 	cached    bool // an operator's request is answered on the word of an earlier one's entry
+	inPlace   bool // pages that a client's view has are changed in place
+	impatient bool // a local read does not wait for its version
+	keyCount  bool // a DeleteRange counts a version for each key
+	unlike    bool // nodes have other limits of DeleteRange
+	uncounted bool // snapshots come without how many keys DeleteRanges have deleted
 }
 
 // TestSimulatorFindsBugs plants bugs and sees that they are found (I10).
@@ -96,6 +102,11 @@ func TestSimulatorFindsBugs(t *testing.T) {
 			c.adminEvery = 2
 			c.operators = 8
 		}},
+		{"a view that sees later writes", func(c *simConfig) { c.inPlace = true }},
+		{"a local read answered before its version", func(c *simConfig) { c.impatient = true }},
+		{"a range deleted with a version for each key", func(c *simConfig) { c.keyCount = true }},
+		{"other limits of DeleteRange on other nodes", func(c *simConfig) { c.unlike = true }},
+		{"snapshots without the counts of DeleteRanges", func(c *simConfig) { c.uncounted = true }},
 	}
 	for _, tt := range bugs {
 		t.Run(tt.name, func(t *testing.T) {
@@ -120,9 +131,22 @@ func disowned(s *sessions) *sessions {
 	return without
 }
 
+// forgetDeleted makes answers say that DeleteRanges have deleted nothing.
+func forgetDeleted(s *sessions) {
+	for _, e := range s.byID {
+		answers := e.Value.(*session).answers
+		for i := range answers {
+			answers[i].deleted = 0
+		}
+	}
+}
+
 // readBadly plants the bugs of reading.
 func (p *proc) readBadly() {
 	n := p.n
+	if p.s.cfg.impatient {
+		n.calls.releaseVersion(math.MaxUint64)
+	}
 	if p.s.cfg.hasty {
 		for _, r := range n.calls.confirmed {
 			for _, c := range r.calls {

@@ -7,6 +7,7 @@
 // a run from its start to its end. Beside it are:
 //
 //   - sim_clients_test.go: clients and operators, and what they call;
+//   - sim_views_test.go: what clients list and scan, and what that shows;
 //   - sim_faults_test.go: what goes wrong;
 //   - sim_invariants_test.go: what must hold, and the oracle that knows it;
 //   - sim_planted_test.go: bugs that are planted to see that they are found.
@@ -88,6 +89,7 @@ type simConfig struct {
 	timeout       float64 // mean, of a call
 	sessions      int     // that are kept
 	answers       int     // that each session keeps
+	rangeKeys     int     // that a DeleteRange deletes at most
 
 	faultEvery float64 // mean, between two faults
 	outage     float64 // mean, of a fault that lasts
@@ -151,6 +153,10 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 		if rng.IntN(3) > 0 {
 			c.faults = append(c.faults, f)
 		}
+	}
+	c.rangeKeys = int(pick(1, 3, 3, 10))
+	if rng.IntN(3) == 0 { // the tree has several pages
+		c.keys = 40
 	}
 	return c
 }
@@ -222,6 +228,7 @@ type sim struct {
 	values  map[string]*op    // by the value that they set
 	ids     map[[2]uint64]*op // by session and sequence
 	seen    map[string]uint64 // by key: the newest version that a client has been told of
+	newest  uint64            // the newest version that a client has been told of
 	history []*op
 	clock   int64 // orders begins and ends of calls, see tock
 
@@ -422,6 +429,7 @@ type proc struct {
 	applied      uint64
 	confAt       uint64                   // index of the last change of membership applied
 	version      map[string]uint64        // by key: what a local read has seen
+	viewed       uint64                   // the version of the last view
 	fresh        map[uint64]*raftpb.Entry // applied, and not yet observed
 
 	// The transport.
@@ -512,7 +520,7 @@ func (s *sim) start(st *site) {
 			p.acknowledge(e)
 		}
 	}
-	p.n.store.sessions.limit, p.n.store.sessions.answerLimit, p.n.store.plantedSameVersion = s.cfg.sessions, uint64(s.cfg.answers), s.cfg.sameCount
+	p.prepareStore()
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
 		p.n.id.raftID = old
@@ -529,6 +537,19 @@ func (s *sim) start(st *site) {
 	s.after(s.rng.Float64(), p, p.tick)
 }
 
+// prepareStore makes limits of the store small, and plants the bugs that are in it.
+func (p *proc) prepareStore() {
+	cfg, st := &p.s.cfg, p.n.store
+	st.sessions.limit = cfg.sessions
+	st.sessions.answerLimit = uint64(cfg.answers)
+	st.rangeKeys = cfg.rangeKeys
+	if cfg.unlike {
+		st.rangeKeys += p.site.i % 2
+	}
+	st.plantedSameVersion = cfg.sameCount
+	st.plantedKeyVersions = cfg.keyCount
+}
+
 // identify sees whether the node has become somebody new.
 func (p *proc) identify() {
 	if p.raftID == p.n.id.raftID {
@@ -540,6 +561,7 @@ func (p *proc) identify() {
 	p.commit = 0
 	p.applied = 0
 	p.version = map[string]uint64{}
+	p.viewed = 0
 	s.count["lives"]++
 	p.site.old = n.id.raftID
 	if p.disk != nil {
@@ -1256,6 +1278,9 @@ func (t *transfer) install() {
 	}
 	if s.cfg.disowned {
 		st.sessions = disowned(st.sessions)
+	}
+	if s.cfg.uncounted {
+		forgetDeleted(st.sessions)
 	}
 	delete(p.receiving, t.hello.From.RaftId)
 	p.n.inbox.event(func() {

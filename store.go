@@ -31,7 +31,7 @@ const (
 	maxLockedWrites = 256
 	maxLockedBytes  = 4 << 20
 	// A DeleteRange is bounded when it is applied, so all nodes have to agree on these.
-	maxRangeKeys  = 10_000
+	maxRangeKeys  = 10_000  // store.rangeKeys
 	maxRangeBytes = 1 << 20 // of keys
 	// minViewBytes bounds the memory that the views of clients may keep, or a quarter of the
 	// store's data if that is more.
@@ -68,10 +68,12 @@ type store struct {
 	// Not part of the state.
 	history            *eventHistory // of the last writes
 	events             entryEvents   // of the entry that is being applied
+	rangeKeys          int           // that a DeleteRange deletes at most: maxRangeKeys, but in tests
 	clientViews        []*view       // that are open, in the order in which they were opened: mu guards them
 	file               string        // the snapshot in the data directory that it was read from, if it was
 	room               []operation   // memory for the writes of an entry
 	plantedSameVersion bool          // a bug that the simulator plants: all writes of an entry share a version
+	plantedKeyVersions bool          // likewise: a DeleteRange counts a version for each key
 }
 
 func newStore() *store {
@@ -82,6 +84,7 @@ func newStore() *store {
 		sessions:  newSessions(),
 		tree:      newTree(),
 		history:   newEventHistory(defaultWatchBytes),
+		rangeKeys: maxRangeKeys,
 	}
 }
 
@@ -209,7 +212,7 @@ func (s *store) deleteRange(r keyRange) result {
 			break
 		}
 		bytes += len(key)
-		if len(keys) == maxRangeKeys || bytes > maxRangeBytes {
+		if len(keys) == s.rangeKeys || bytes > maxRangeBytes {
 			return result{tooMany: true}
 		}
 		keys = append(keys, slices.Clone(key)) // the next deletion may move it
@@ -217,6 +220,9 @@ func (s *store) deleteRange(r keyRange) result {
 	s.version++
 	for _, key := range keys {
 		s.tree.delete(key)
+	}
+	if s.plantedKeyVersions {
+		s.version += uint64(max(0, len(keys)-1))
 	}
 	s.events.addDeleted(keys, s.version)
 	return result{version: s.version, deleted: uint32(len(keys))}
