@@ -239,7 +239,7 @@ func (b bounds) String() string {
 	if b == (bounds{}) {
 		return ""
 	}
-	return fmt.Sprintf("[%s %s-%s]", b.prefix, b.start, b.end)
+	return fmt.Sprintf("[%q %q-%q]", b.prefix, b.start, b.end)
 }
 
 // has reports whether a key is in the range.

@@ -135,8 +135,9 @@ func (s *sim) readPage(r *reading) {
 		return
 	}
 	items, more, err := r.v.page(r.left, o.page.items, o.page.bytes)
+	s.checkEnded(r, err)
 	if err != nil {
-		s.checkEnded(r, err)
+		s.count["views ended by a snapshot"]++
 		o.failed = true
 		s.endView(r)
 		return
@@ -163,14 +164,18 @@ func (s *sim) endView(r *reading) {
 	s.clients[o.client].rest()
 }
 
-// checkEnded checks that a view was ended by a snapshot, or by the loss of a membership.
+// checkEnded checks that a view has ended if a snapshot, or the loss of a membership, has
+// replaced what it is of, and not otherwise.
 func (s *sim) checkEnded(r *reading, err error) {
 	n := r.a.p.n
+	var want error
 	wasReplaced := n.id.raftID != r.raftID || n.status.count.SnapshotsInstalled != r.installed
-	if err != errViewEnded || !wasReplaced {
-		s.failf("the view of %v at %v has ended: %v", r.a.o, r.a.p, err)
+	if wasReplaced {
+		want = errViewEnded
 	}
-	s.count["views ended by a snapshot"]++
+	if err != want {
+		s.failf("a page of %v at %v: %v; want %v", r.a.o, r.a.p, err, want)
+	}
 }
 
 // checkPage checks that a page has the next items, as many as it may and not one more, and
