@@ -17,15 +17,17 @@ import (
 
 const (
 	// An answer over smallAnswer bytes takes one of largeAnswers places of the node, of which
-	// a connection has connLargeAnswers at most. Answers below share smallAnswerBytes, of
-	// which a connection has connSmallBytes. Those up to uncountedAnswer count
-	// as calls that are open: gRPC itself has more of such a call, and gives no buffer below
-	// leastCounted back.
+	// a sharer has connLargeAnswers at most, and lateLargeAnswers once half of them are taken.
+	// Answers below share smallAnswerBytes, of which a sharer has connSmallBytes, or
+	// lateSmallBytes. Those up to uncountedAnswer count as calls that are open: gRPC itself has
+	// more of such a call, and gives no buffer below leastCounted back.
 	smallAnswer      = 64 << 10
 	largeAnswers     = 16
 	connLargeAnswers = 4
+	lateLargeAnswers = 1
 	smallAnswerBytes = 8 << 20
 	connSmallBytes   = 1 << 20
+	lateSmallBytes   = 2 * smallAnswer
 	uncountedAnswer  = 1 << 10
 	leastCounted     = uncountedAnswer + 1
 	// stallTimeout is how long an answer may stay untaken while others wait for room. Then
@@ -52,8 +54,8 @@ type answers struct {
 // newAnswers makes the answers of a limiter's connections.
 func newAnswers(l *limiter) *answers {
 	return &answers{
-		large: newRoom(largeAnswers, connLargeAnswers, l.cutStalled),
-		small: newRoom(smallAnswerBytes, connSmallBytes, l.cutStalled),
+		large: newRoom(roomLimits{largeAnswers, connLargeAnswers, lateLargeAnswers}, l.cutStalled),
+		small: newRoom(roomLimits{smallAnswerBytes, connSmallBytes, lateSmallBytes}, l.cutStalled),
 	}
 }
 
@@ -69,7 +71,7 @@ type answerPool struct {
 // answerPlace is what an answer has of a room.
 type answerPlace struct {
 	answers *answers
-	conn    *limitedConn
+	of      sharer
 	room    *room
 	amount  int
 	since   time.Time
@@ -77,21 +79,21 @@ type answerPlace struct {
 }
 
 // admit waits for room for an answer of so many bytes.
-func (as *answers) admit(ctx context.Context, c *limitedConn, bytes int) (*answerPool, error) {
-	p := &answerPlace{answers: as, conn: c, room: as.small, amount: bytes}
+func (as *answers) admit(ctx context.Context, of sharer, bytes int) (*answerPool, error) {
+	p := &answerPlace{answers: as, of: of, room: as.small, amount: bytes}
 	if bytes > smallAnswer {
 		p.room = as.large
 		p.amount = 1
 	}
-	if !p.room.tryTake(c, p.amount) {
+	if !p.room.tryTake(of, p.amount) {
 		soon, cancel := beforeDeadline(ctx)
 		defer cancel()
-		if err := p.room.take(soon, c, p.amount); err != nil {
+		if err := p.room.take(soon, of, p.amount); err != nil {
 			return nil, err
 		}
 	}
 	if !as.add(p) {
-		p.room.release(c, p.amount)
+		p.room.release(of, p.amount)
 		return nil, errOverloaded
 	}
 	a := &answerPool{place: p}
@@ -103,15 +105,15 @@ func (as *answers) admit(ctx context.Context, c *limitedConn, bytes int) (*answe
 func (as *answers) add(p *answerPlace) bool {
 	as.mu.Lock()
 	defer as.mu.Unlock()
-	if p.conn.isClosed {
+	if p.of.conn.isClosed {
 		return false
 	}
 	p.since = time.Now()
 	p.element = as.untaken.PushBack(p)
-	if p.conn.untaken == nil {
-		p.conn.untaken = map[*answerPlace]bool{}
+	if p.of.conn.untaken == nil {
+		p.of.conn.untaken = map[*answerPlace]bool{}
 	}
-	p.conn.untaken[p] = true
+	p.of.conn.untaken[p] = true
 	return true
 }
 
@@ -129,8 +131,8 @@ func (as *answers) remove(p *answerPlace) {
 	}
 	as.untaken.Remove(p.element)
 	p.element = nil
-	delete(p.conn.untaken, p)
-	p.room.release(p.conn, p.amount)
+	delete(p.of.conn.untaken, p)
+	p.room.release(p.of, p.amount)
 }
 
 // closed gives the places of a connection back, for it is closed.
@@ -156,7 +158,7 @@ func (as *answers) stalled(now time.Time) *limitedConn {
 	if now.Sub(p.since) < stallTimeout {
 		return nil
 	}
-	return p.conn
+	return p.of.conn
 }
 
 // cutStalled closes the connections that keep others waiting: those with an answer that they
@@ -180,11 +182,11 @@ func (a *answerPool) fit(bytes int) {
 		return
 	}
 	small := p.answers.small
-	if bytes > smallAnswer || !small.tryTake(p.conn, bytes) {
+	if bytes > smallAnswer || !small.tryTake(p.of, bytes) {
 		return
 	}
 	if !p.move(small, bytes) {
-		small.release(p.conn, bytes) // the connection is closed: nothing counts any more
+		small.release(p.of, bytes) // the connection is closed: nothing counts any more
 	}
 }
 
@@ -195,7 +197,7 @@ func (p *answerPlace) shrink(amount int) {
 	if p.element == nil || amount >= p.amount {
 		return
 	}
-	p.room.release(p.conn, p.amount-amount)
+	p.room.release(p.of, p.amount-amount)
 	p.amount = amount
 }
 
@@ -207,7 +209,7 @@ func (p *answerPlace) move(to *room, amount int) bool {
 	if p.element == nil {
 		return false
 	}
-	p.room.release(p.conn, p.amount)
+	p.room.release(p.of, p.amount)
 	p.room = to
 	p.amount = amount
 	return true

@@ -372,7 +372,7 @@ func (s *readStream) SendMsg(m any) error {
 	}
 	defer s.reader.arrivals.end(s.reader.stall())
 	c := s.reader.conn
-	place, err := c.l.answers.admit(s.Context(), c, max(leastCounted, proto.Size(answer)))
+	place, err := c.l.answers.admit(s.Context(), sharer{c, true}, max(leastCounted, proto.Size(answer)))
 	if err != nil {
 		return whyNoRoom(s.Context(), err)
 	}

@@ -40,10 +40,16 @@ var (
 )
 
 const (
-	// Of a proposal, Pipelines get maxSharedLoad bytes if a unary call has come since
-	// sharedProposals before: those that come next wait until it is applied.
-	maxSharedLoad   = 128 << 10
-	sharedProposals = 16
+	// While unary calls come, Pipelines get maxSharedLoad bytes of a proposal, and
+	// maxSharedWrites writes: the unary calls that come next wait until it is applied, and for
+	// the turns of all loops that work on it. After a unary call it is so for sharedBytes of
+	// Pipelines, and for sharedAgain times as many as there were since the call before, if those
+	// are longestGap at most. So a call that comes once, as OpenSession does, slows no loader.
+	maxSharedLoad   = 32 << 10
+	maxSharedWrites = 256
+	sharedBytes     = 4 * maxSharedLoad
+	sharedAgain     = 4
+	longestGap      = 16 << 20
 )
 
 // proposal is this node's own entry in flight. There is one at most: what is
@@ -71,7 +77,9 @@ type readRound struct {
 type callsInFlight struct {
 	writes    []*call // of unary calls, that wait to be proposed
 	loads     []*call // writes of Pipelines, that wait to be proposed
-	shared    int     // how many of the next proposals leave room for unary calls
+	shared    int     // bytes of loads for which proposals leave room for unary calls
+	gap       int     // bytes of loads since the last unary call
+	loadFirst bool    // the last proposal had no room for the first of loads: the next one begins with it
 	reads     []*call // that wait for a round
 	waits     versionWaits
 	own       *proposal   // this node's entry in flight; nil: none
@@ -93,7 +101,7 @@ func (c *callsInFlight) add(call *call, wall uint64) {
 	call.since = wall
 	isUnary := call.request == nil
 	if isUnary {
-		c.shared = sharedProposals
+		c.expectUnary()
 	}
 	switch {
 	case call.minVersion > 0:
@@ -105,6 +113,17 @@ func (c *callsInFlight) add(call *call, wall uint64) {
 	default:
 		c.loads = append(c.loads, call)
 	}
+}
+
+// expectUnary has the next proposals leave room for unary calls, for one has come: until
+// another may be expected.
+func (c *callsInFlight) expectUnary() {
+	next := sharedBytes
+	if c.gap <= longestGap {
+		next += sharedAgain * c.gap
+	}
+	c.shared = max(c.shared, next)
+	c.gap = 0
 }
 
 // leaderAbsence is what calls need to know of the lack of a leader.
@@ -239,20 +258,31 @@ func (c *callsInFlight) nextProposal(raftID, now uint64) *proposal {
 }
 
 // newProposal makes a proposal of writes that wait: those of unary calls first, for these are
-// few, and then those of Pipelines, as many as leave the next unary call little to wait for.
+// few, and then those of Pipelines, as many as leave the next unary call little to wait for. A
+// write of a Pipeline that is too large to be with them takes turns with them.
 func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	c.sequence++
 	p := &proposal{sequence: c.sequence}
-	isShared := len(c.loads) > 0 && c.shared > 0
-	unaryBytes, loadBytes := maxEntryBytes, maxEntryBytes
+	waiting := len(c.loads)
+	unaryBytes, loadBytes, most := maxEntryBytes, maxEntryBytes, waiting
+	isShared := waiting > 0 && c.shared > 0
 	if isShared {
-		c.shared--
 		unaryBytes -= maxSharedLoad
 		loadBytes = maxSharedLoad
+		most = maxSharedWrites
 	}
 	size := 0
-	c.writes, size = c.propose(p, c.writes, size, unaryBytes)
-	c.loads, size = c.propose(p, c.loads, size, min(size+loadBytes, maxEntryBytes))
+	if c.loadFirst {
+		c.loads, size = c.propose(p, c.loads, size, loadBytes, 1)
+	}
+	first := size
+	c.writes, size = c.propose(p, c.writes, size, unaryBytes, len(c.writes))
+	beforeLoads := size
+	c.loads, size = c.propose(p, c.loads, size, min(size+loadBytes, maxEntryBytes), most)
+	c.loadFirst = waiting > 0 && len(c.loads) == waiting
+	loaded := first + size - beforeLoads
+	c.gap += loaded
+	c.shared = max(0, c.shared-loaded)
 	if len(p.calls) == 0 {
 		return nil
 	}
@@ -266,12 +296,15 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	return p
 }
 
-// propose moves calls into a proposal of some size, up to a limit, and returns those that are
-// left, and the proposal's size. An empty proposal takes one call whatever the limit.
-func (c *callsInFlight) propose(p *proposal, calls []*call, size, limit int) (rest []*call, _ int) {
+// propose moves so many calls at most into a proposal of some size, up to a limit, and returns
+// those that are left, and the proposal's size. An empty proposal takes one call whatever the
+// limit.
+func (c *callsInFlight) propose(p *proposal, calls []*call, size, limit, most int) (rest []*call, _ int) {
+	before := len(p.calls)
 	for i, call := range calls {
 		bytes := proposedBytes(call.write)
-		if len(p.calls) > 0 && size+bytes > limit {
+		isFull := len(p.calls) > 0 && size+bytes > limit
+		if isFull || len(p.calls)-before == most {
 			return calls[i:], size
 		}
 		if !call.state.CompareAndSwap(callQueued, callProposed) {

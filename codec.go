@@ -92,10 +92,10 @@ func (s *server) receiveOnly(ctx context.Context, m proto.Message) (done func(),
 		bytes := len(b)
 		soon, cancel := beforeDeadline(ctx)
 		defer cancel()
-		if err := c.l.writes.take(soon, c, bytes); err != nil {
+		if err := c.l.writes.take(soon, sharer{conn: c}, bytes); err != nil {
 			return nil, whyNoRoom(ctx, fmt.Errorf("there is no room for the request: %w", err))
 		}
-		done = func() { c.l.writes.release(c, bytes) }
+		done = func() { c.l.writes.release(sharer{conn: c}, bytes) }
 	}
 	return done, decode(b, m)
 }

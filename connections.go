@@ -167,8 +167,8 @@ func newLimiter(l net.Listener, p places, c *certificates, log *slog.Logger) *li
 		arrivals:     newArrivals(maxArrivingBytes),
 	}
 	made.answers = newAnswers(made)
-	made.writes = newRoom(maxUnaryBytes, maxConnUnaryBytes, made.cutStalled)
-	made.pipelines = newRoom(maxPipelinesBytes, maxConnPipelinesBytes, made.cutStalled)
+	made.writes = newRoom(roomLimits{maxUnaryBytes, maxConnUnaryBytes, lateUnaryBytes}, made.cutStalled)
+	made.pipelines = newRoom(roomLimits{maxPipelinesBytes, maxConnPipelinesBytes, latePipelinesBytes}, made.cutStalled)
 	return made
 }
 

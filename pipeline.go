@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -24,9 +23,11 @@ const (
 	maxPipelineCalls = 8 << 10
 	maxPipelineBytes = 4 << 20
 	// maxPipelinesBytes and maxConnPipelinesBytes bound that for all streams of the node, and
-	// of a connection. A request beyond waits until others are answered.
+	// of a connection, which has latePipelinesBytes once half of the former is taken. A request
+	// beyond waits until others are answered.
 	maxPipelinesBytes     = 24 << 20
 	maxConnPipelinesBytes = 8 << 20
+	latePipelinesBytes    = 1 << 20
 	// operationBytes and requestBytes are what an operation and a request take of memory
 	// besides what was sent. So many operations as there is room for fit the inbox.
 	operationBytes = 448
@@ -35,8 +36,9 @@ const (
 	maxQueuedRequests = 64
 	// answerBytes is where answers are cut into messages: one more may follow.
 	answerBytes = 256 << 10
-	// resultBytes is what a result takes at most, but that of a Get.
-	resultBytes = 256
+	// resultBytes is what a result takes at most, but that of a Get, and errorBytes an error.
+	resultBytes = 32
+	errorBytes  = 256
 	// inboxPause is between two tries to get into an inbox that is full.
 	inboxPause = 10 * time.Millisecond
 )
@@ -181,6 +183,9 @@ func (s *server) Pipeline(stream kvpb.KVService_PipelineServer) error {
 	}
 }
 
+// sharer is whose share of rooms the stream uses: that of all streams of its connection.
+func (p *pipeline) sharer() sharer { return sharer{p.conn, true} }
+
 // leave lets go of the requests that are not answered: each gives its room back when the loop
 // has done with it.
 func (p *pipeline) leave() {
@@ -204,7 +209,7 @@ func (p *pipeline) abandon(r *pipelineRequest) {
 func (p *pipeline) release(r *pipelineRequest) {
 	p.calls.Add(-int64(len(r.calls)))
 	p.bytes.Add(-int64(r.bytes))
-	p.conn.l.pipelines.release(p.conn, r.bytes)
+	p.conn.l.pipelines.release(p.sharer(), r.bytes)
 }
 
 // endedBy is the error of a stream that err ends. At its deadline some operations may not
@@ -264,11 +269,11 @@ func (p *pipeline) begin(ctx context.Context, m []byte) error {
 // take takes room for a request, and waits until there is some.
 func (p *pipeline) take(ctx context.Context, bytes int) error {
 	room := p.conn.l.pipelines
-	if room.tryTake(p.conn, bytes) {
+	if room.tryTake(p.sharer(), bytes) {
 		return nil
 	}
 	defer p.reader.arrivals.end(p.reader.stall())
-	return room.take(ctx, p.conn, bytes)
+	return room.take(ctx, p.sharer(), bytes)
 }
 
 // waitForAnswers waits until so much is answered that another request may be read.
@@ -302,7 +307,7 @@ func (p *pipeline) answer(r *pipelineRequest) error {
 		return p.endedBy(ctx.Err())
 	}
 	for from := 0; from < len(r.ops); {
-		room, err := p.conn.l.answers.admit(ctx, p.conn, mostOf(r.ops[from:]))
+		room, err := p.conn.l.answers.admit(ctx, p.sharer(), r.mostOf(from))
 		if err != nil { // the calls have been made
 			p.release(r)
 			return toStatus(fmt.Errorf("%w: no room for the answers: %w", errOutcomeUnknown, err), true)
@@ -320,12 +325,21 @@ func (p *pipeline) answer(r *pipelineRequest) error {
 	return nil
 }
 
-// mostOf is the most that a message with results of these operations can have.
-func mostOf(ops []operation) int {
-	if slices.ContainsFunc(ops, func(o operation) bool { return o.kind == opGet }) {
-		return answerBytes + maxValueBytes
+// mostOf is the most that a message with results from an operation on can have. The calls
+// have ended.
+func (r *pipelineRequest) mostOf(from int) int {
+	bytes := 0
+	for i := from; i < len(r.ops); i++ {
+		switch {
+		case r.calls[i].outcome.err != nil:
+			bytes += errorBytes
+		case r.ops[i].kind == opGet:
+			return answerBytes + maxValueBytes
+		default:
+			bytes += resultBytes
+		}
 	}
-	return max(leastCounted, resultBytes*len(ops))
+	return max(leastCounted, min(bytes, answerBytes+errorBytes))
 }
 
 // appendResults appends a PipelineResponse with results from an operation on, up to the

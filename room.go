@@ -8,20 +8,34 @@ import (
 	"time"
 )
 
-// room is so many bytes, or places, that connections share. Whoever finds it full waits for
-// its turn: it is the turn of the connection that has the least of it. Any goroutine may
-// call its methods.
+// room is so many bytes, or places, that sharers have in common. Whoever finds it full waits
+// for its turn: it is the turn of the sharer that has the least of it. Any goroutine may call
+// its methods.
 type room struct {
-	limit, share int    // of all connections together, and of each
-	stalled      func() // called each roomTick while somebody waits
+	limits  roomLimits
+	stalled func() // called each roomTick while somebody waits
 
 	mu      sync.Mutex
 	used    int
-	waiters int                          // of all holders: mostly there is none, and nobody to look for
-	holders map[*limitedConn]*roomHolder // that have some of it, or wait for it
+	waiters int                    // of all holders: mostly there is none, and nobody to look for
+	holders map[sharer]*roomHolder // that have some of it, or wait for it
 }
 
-// roomHolder is what one connection has of a room. The room's mu guards it.
+// roomLimits bound what there is of a room, and what each sharer has of it. Once half of the
+// room is taken, late takes the place of share: so those that have half of it, and keep it,
+// leave something to others. But who has nothing may always have one amount.
+type roomLimits struct {
+	all, share, late int
+}
+
+// sharer is who has a part of a room: the unary calls of a connection, or its streams. A
+// connection whose streams are not read can still make calls.
+type sharer struct {
+	conn    *limitedConn
+	streams bool
+}
+
+// roomHolder is what one sharer has of a room. The room's mu guards it.
 type roomHolder struct {
 	used    int
 	waiting []*roomWaiter // in the order in which they came
@@ -35,18 +49,18 @@ type roomWaiter struct {
 // roomTick is between two looks for connections that stall, while somebody waits.
 const roomTick = time.Second
 
-func newRoom(limit, share int, stalled func()) *room {
-	return &room{limit: limit, share: share, stalled: stalled, holders: map[*limitedConn]*roomHolder{}}
+func newRoom(limits roomLimits, stalled func()) *room {
+	return &room{limits: limits, stalled: stalled, holders: map[sharer]*roomHolder{}}
 }
 
-// take takes an amount for a connection, at most its share, and waits until it is there.
-func (r *room) take(ctx context.Context, c *limitedConn, amount int) error {
+// take takes an amount for a sharer, at most all of the room, and waits until it is there.
+func (r *room) take(ctx context.Context, s sharer, amount int) error {
 	w := &roomWaiter{amount: amount, ready: make(chan struct{})}
 	r.mu.Lock()
-	h := r.holders[c]
+	h := r.holders[s]
 	if h == nil {
 		h = &roomHolder{}
-		r.holders[c] = h
+		r.holders[s] = h
 	}
 	h.waiting = append(h.waiting, w)
 	r.waiters++
@@ -66,57 +80,57 @@ func (r *room) take(ctx context.Context, c *limitedConn, amount int) error {
 		case <-tick.C:
 			r.stalled()
 		case <-ctx.Done():
-			r.leave(c, w)
+			r.leave(s, w)
 			return ctx.Err()
 		}
 	}
 }
 
 // tryTake takes an amount if it is there and nobody waits for it.
-func (r *room) tryTake(c *limitedConn, amount int) bool {
+func (r *room) tryTake(s sharer, amount int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	h := r.holders[c]
+	h := r.holders[s]
 	if h == nil {
 		h = &roomHolder{}
 	}
-	if len(h.waiting) > 0 || h.used+amount > r.share || r.used+amount > r.limit {
+	if len(h.waiting) > 0 || !r.mayHave(h, amount) || r.used+amount > r.limits.all {
 		return false
 	}
 	h.used += amount
 	r.used += amount
-	r.holders[c] = h
+	r.holders[s] = h
 	return true
 }
 
 // release gives back an amount that was taken.
-func (r *room) release(c *limitedConn, amount int) {
+func (r *room) release(s sharer, amount int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	h := r.holders[c]
+	h := r.holders[s]
 	h.used -= amount
 	r.used -= amount
-	r.forget(c, h)
+	r.forget(s, h)
 	r.serve()
 }
 
 // leave ends the wait of somebody who waits no longer, or gives back what was taken just now.
-func (r *room) leave(c *limitedConn, w *roomWaiter) {
+func (r *room) leave(s sharer, w *roomWaiter) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	h := r.holders[c]
+	h := r.holders[s]
 	for i, other := range h.waiting {
 		if other == w {
 			h.waiting = append(h.waiting[:i:i], h.waiting[i+1:]...)
 			r.waiters--
-			r.forget(c, h)
+			r.forget(s, h)
 			r.serve()
 			return
 		}
 	}
 	h.used -= w.amount
 	r.used -= w.amount
-	r.forget(c, h)
+	r.forget(s, h)
 	r.serve()
 }
 
@@ -124,7 +138,7 @@ func (r *room) leave(c *limitedConn, w *roomWaiter) {
 func (r *room) serve() {
 	for r.waiters > 0 {
 		h := r.next()
-		if h == nil || r.used+h.waiting[0].amount > r.limit {
+		if h == nil || r.used+h.waiting[0].amount > r.limits.all {
 			return
 		}
 		w := h.waiting[0]
@@ -136,12 +150,24 @@ func (r *room) serve() {
 	}
 }
 
-// next returns the connection whose turn it is: of those that wait and have not all of their
+// mayHave reports whether a sharer may have so much more. mu is held.
+func (r *room) mayHave(h *roomHolder, amount int) bool {
+	if h.used == 0 {
+		return true
+	}
+	share := r.limits.share
+	if r.used >= r.limits.all/2 {
+		share = r.limits.late
+	}
+	return h.used+amount <= share
+}
+
+// next returns the sharer whose turn it is: of those that wait and have not all of their
 // share, the one that has least; nil: there is none. mu is held.
 func (r *room) next() *roomHolder {
 	var next *roomHolder
 	for _, h := range r.holders {
-		if len(h.waiting) == 0 || h.used+h.waiting[0].amount > r.share {
+		if len(h.waiting) == 0 || !r.mayHave(h, h.waiting[0].amount) {
 			continue
 		}
 		if next == nil || h.used < next.used {
@@ -151,9 +177,9 @@ func (r *room) next() *roomHolder {
 	return next
 }
 
-// forget drops a connection that has nothing and waits for nothing. mu is held.
-func (r *room) forget(c *limitedConn, h *roomHolder) {
+// forget drops a sharer that has nothing and waits for nothing. mu is held.
+func (r *room) forget(s sharer, h *roomHolder) {
 	if h.used == 0 && len(h.waiting) == 0 {
-		delete(r.holders, c)
+		delete(r.holders, s)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"raft-key-value/kvpb"
 )
@@ -22,10 +24,10 @@ import (
 func TestRoomTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var looks atomic.Int32 // those who wait look, each in a goroutine of its own
-		r := newRoom(4, 3, func() { looks.Add(1) })
-		greedy, modest := &limitedConn{}, &limitedConn{}
-		got := make(chan *limitedConn, 10)
-		wait := func(c *limitedConn) {
+		r := newRoom(roomLimits{4, 3, 3}, func() { looks.Add(1) })
+		greedy, modest := sharer{conn: &limitedConn{}}, sharer{conn: &limitedConn{}}
+		got := make(chan sharer, 10)
+		wait := func(c sharer) {
 			if err := r.take(t.Context(), c, 1); err != nil {
 				t.Error(err)
 			}
@@ -70,6 +72,44 @@ func TestRoomTurns(t *testing.T) {
 		}
 		if r.used != 0 || len(r.holders) != 0 {
 			t.Errorf("%d are used, by %d connections, when all was given back", r.used, len(r.holders))
+		}
+	})
+}
+
+// TestRoomIsLeft: once half of a room is taken, a sharer gets no more than the late share, and
+// waits if it has that, though there is room. Others find some then. A connection's streams
+// take nothing from its calls.
+func TestRoomIsLeft(t *testing.T) {
+	r := newRoom(roomLimits{all: 16, share: 6, late: 2}, func() {})
+	takes := func(s sharer) int {
+		n := 0
+		for r.tryTake(s, 1) {
+			n++
+		}
+		return n
+	}
+	streams := sharer{conn: &limitedConn{}, streams: true}
+	calls := sharer{conn: streams.conn}
+	for i, want := range []int{6, 2, 2} {
+		s := []sharer{streams, calls, {conn: &limitedConn{}}}[i]
+		if got := takes(s); got != want {
+			t.Errorf("sharer %d has got %d places, want %d", i, got, want)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		got := false
+		go func() { got = r.take(t.Context(), streams, 1) == nil }()
+		synctest.Wait()
+		if got {
+			t.Error("who has more than the late share has got one more")
+		}
+		if !r.tryTake(sharer{conn: &limitedConn{}}, 3) {
+			t.Error("who has nothing has not got one amount, for somebody waits who has a lot")
+		}
+		r.release(streams, 6)
+		synctest.Wait()
+		if !got {
+			t.Error("it waits, though less than half is taken")
 		}
 	})
 }
@@ -206,7 +246,7 @@ func TestAnswersUntaken(t *testing.T) {
 	as := c.l.answers
 	admit := func(bytes int) *answerPool {
 		t.Helper()
-		a, err := as.admit(t.Context(), c, bytes)
+		a, err := as.admit(t.Context(), sharer{conn: c}, bytes)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -232,7 +272,7 @@ func TestAnswersUntaken(t *testing.T) {
 	_ = c.Close()
 	want("the connection is closed", 0, 0)
 	small.Put(nil)
-	if _, err := as.admit(t.Context(), c, 2000); !errors.Is(err, errOverloaded) {
+	if _, err := as.admit(t.Context(), sharer{conn: c}, 2000); !errors.Is(err, errOverloaded) {
 		t.Errorf("an answer on a connection that is closed: %v", err)
 	}
 	want("nobody's", 0, 0)
@@ -242,30 +282,31 @@ func TestAnswersUntaken(t *testing.T) {
 // for long. One that takes its answers stays, and so does one for which nobody waits.
 func TestStalledIsClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		conns := accepted(t, largeAnswers/connLargeAnswers+1)
+		// Two connections have half of the places, and each of the others one, but the last.
+		conns := accepted(t, 2+largeAnswers/2+1)
 		as := conns[0].l.answers
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		take := func(c *limitedConn) *answerPool {
-			a, err := as.admit(ctx, c, maxValueBytes)
+			a, err := as.admit(ctx, sharer{conn: c}, maxValueBytes)
 			if err != nil {
 				t.Error(err)
 			}
 			return a
 		}
-		reads, last := conns[0], conns[len(conns)-1]
-		for _, c := range conns[1 : len(conns)-1] {
-			for range connLargeAnswers {
-				take(c)
-			}
+		last, reads := conns[len(conns)-1], conns[len(conns)-2]
+		for range connLargeAnswers {
+			take(conns[0])
+			take(conns[1])
+		}
+		for _, c := range conns[2 : len(conns)-2] {
+			take(c)
 		}
 		time.Sleep(10 * stallTimeout)
 		if len(reads.l.conns) != len(conns) {
 			t.Fatal("a connection was closed for nobody")
 		}
-		for range connLargeAnswers {
-			take(reads)
-		}
+		take(reads)
 		take(last)
 		if !reads.l.conns[reads] || !reads.l.conns[last] || len(reads.l.conns) != 2 {
 			t.Errorf("%d connections are open", len(reads.l.conns))
@@ -333,27 +374,133 @@ func TestPipelineIsReadNoFurther(t *testing.T) {
 // came earlier, and less of these while unary calls come.
 func TestUnaryCallsGoFirst(t *testing.T) {
 	c := callsInFlight{}
-	loaded := func() *call { return &call{write: make([]byte, maxSharedLoad/4), request: &pipelineRequest{}} }
-	for range 20 {
-		c.add(loaded(), 0)
+	add := func(many, bytes int, request *pipelineRequest) (last *call) {
+		for range many {
+			last = &call{write: make([]byte, bytes), request: request, done: make(chan outcome, 1)}
+			c.add(last, 0)
+		}
+		return last
 	}
-	if p := c.newProposal(1); len(p.calls) != 20 {
+	const many = 2 * maxSharedWrites
+	pipelined := &pipelineRequest{}
+	add(many, 10, pipelined)
+	if p := c.newProposal(1); len(p.calls) != many {
 		t.Errorf("without unary calls, a proposal has %d writes", len(p.calls))
 	}
-	for range 20 {
-		c.add(loaded(), 0)
-	}
-	unary := &call{write: make([]byte, 10), done: make(chan outcome, 1)}
-	c.add(unary, 0)
+	add(20, maxSharedLoad/4, pipelined)
+	unary := add(1, 10, nil)
 	p := c.newProposal(1)
-	if p.calls[0] != unary || len(p.calls) != 4 {
+	if p.calls[0] != unary || len(p.calls) != 1+3 {
 		t.Errorf("a proposal has %d writes; the unary call's is first: %v", len(p.calls), p.calls[0] == unary)
 	}
-	for range 20 {
-		c.add(&call{write: make([]byte, maxEntryBytes/16-4), done: make(chan outcome, 1)}, 0)
+	c.loads = nil
+	add(many, 10, pipelined)
+	if p := c.newProposal(1); len(p.calls) != maxSharedWrites {
+		t.Errorf("soon after a unary call, a proposal has %d small writes", len(p.calls))
 	}
+	add(20, maxEntryBytes/16-4, nil)
 	p = c.newProposal(1)
 	if last := p.calls[len(p.calls)-1]; last.request == nil {
 		t.Error("unary calls leave nothing to Pipelines")
+	}
+}
+
+// TestUnaryCallsAreExpected: proposals leave room for the next unary call until about as much
+// after the last one as that was after the one before, and not for long after a single one.
+func TestUnaryCallsAreExpected(t *testing.T) {
+	c := callsInFlight{}
+	const bytes = maxSharedLoad/8 - 4 // as many fit as may be sent with unary calls
+	isShared := func() bool {
+		c.loads = nil
+		for range 9 {
+			c.add(&call{write: make([]byte, bytes), request: &pipelineRequest{}}, 0)
+		}
+		return len(c.newProposal(1).calls) <= 8
+	}
+	propose := func(many int) (shared int) {
+		for range many {
+			if isShared() {
+				shared++
+			}
+		}
+		return shared
+	}
+	unary := func() {
+		c.add(&call{done: make(chan outcome, 1)}, 0) // a read
+	}
+	const soon = sharedBytes / maxSharedLoad
+	propose(longestGap/maxSharedLoad + 1)
+	unary()
+	if n := propose(longestGap/maxSharedLoad + 1); n != soon {
+		t.Errorf("after a single call, %d proposals leave room", n)
+	}
+	unary()
+	unary()
+	if n := propose(100); n != soon {
+		t.Errorf("after two calls at once, %d proposals leave room", n)
+	}
+	unary()
+	unary()
+	if n := propose(100); n != 100 {
+		t.Errorf("only %d of 100 proposals leave room for a call that comes each time", n)
+	}
+	unary()
+	if n := propose(1000); n < 200 || n > 500 {
+		t.Errorf("when calls come no more, %d proposals leave room", n)
+	}
+}
+
+// TestLargeLoadsTakeTurns: a Pipeline's write that is too large to be in one proposal with those
+// of unary calls is in the second, however many of them come.
+func TestLargeLoadsTakeTurns(t *testing.T) {
+	c := callsInFlight{}
+	load := &call{write: make([]byte, maxWriteBytes), request: &pipelineRequest{}}
+	c.add(load, 0)
+	unaryToo := false
+	for i := range 2 {
+		for range 100 {
+			c.add(&call{write: make([]byte, 100), done: make(chan outcome, 1)}, 0)
+		}
+		p := c.newProposal(1)
+		if hasLoad := slices.Contains(p.calls, load); hasLoad != (i == 1) {
+			t.Errorf("proposal %d has it: %v", i, hasLoad)
+		}
+		unaryToo = unaryToo || len(p.calls) == 100
+	}
+	if !unaryToo {
+		t.Error("it goes before unary calls")
+	}
+	if c.loadFirst {
+		t.Error("the next proposal begins with a Pipeline's write, too")
+	}
+	if p := c.newProposal(1); len(p.calls) != 100 {
+		t.Errorf("the third has %d writes", len(p.calls))
+	}
+}
+
+// TestResultsFit: what is reserved for results is enough for them, and small for those of writes.
+func TestResultsFit(t *testing.T) {
+	largest := result{version: 1<<53 - 1, found: true, compareFailed: true}
+	s := &server{n: turnNode()}
+	for _, kind := range []protowire.Number{opSet, opDelete, opNewSession} {
+		o := operation{kind: kind, session: 1<<64 - 1}
+		if kind != opNewSession {
+			o.key = []byte("k")
+		}
+		r := &pipelineRequest{ops: slices.Repeat([]operation{o}, 500), calls: make([]call, 500)}
+		for i := range r.calls {
+			r.calls[i].outcome.result = largest
+		}
+		b, next := s.appendResults(nil, r, 0)
+		if next != 500 || len(b) > r.mostOf(0) || r.mostOf(0) > smallAnswer {
+			t.Errorf("operation %d: %d results are %d bytes, for which %d were reserved", kind, next, len(b), r.mostOf(0))
+		}
+		for i := range r.calls {
+			r.calls[i].outcome.err = errUnknownInTime
+		}
+		b, _ = s.appendResults(nil, r, 0)
+		if len(b) > r.mostOf(0) {
+			t.Errorf("operation %d: errors are %d bytes, for which %d were reserved", kind, len(b), r.mostOf(0))
+		}
 	}
 }

@@ -19,9 +19,11 @@ const (
 	// in gRPC.
 	maxOpenCalls = maxCalls + maxCalls/2
 	// maxUnaryBytes and maxConnUnaryBytes bound the writes of unary calls, of the node and of
-	// a connection; those up to uncountedWrite count as calls only. Further ones wait.
+	// a connection, which has lateUnaryBytes once half of the former is taken; those up to
+	// uncountedWrite count as calls only. Further ones wait.
 	maxUnaryBytes     = 16 << 20
 	maxConnUnaryBytes = 8 << 20
+	lateUnaryBytes    = 2 << 20
 	uncountedWrite    = 1 << 10
 )
 

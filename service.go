@@ -448,7 +448,7 @@ func (s *server) answer(ctx context.Context, req any, handler grpc.UnaryHandler)
 func answerWhole(ctx context.Context, bytes int, f func() (any, error)) (any, error) {
 	c := connOf(ctx)
 	for {
-		a, err := c.l.answers.admit(ctx, c, bytes)
+		a, err := c.l.answers.admit(ctx, sharer{conn: c}, bytes)
 		if err != nil {
 			return nil, whyNoRoom(ctx, err)
 		}

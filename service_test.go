@@ -164,7 +164,7 @@ func TestGetThatWaits(t *testing.T) {
 		}
 		var untaken []*answerPool
 		for range connLargeAnswers {
-			a, err := connOf(ctx).l.answers.admit(ctx, connOf(ctx), maxValueBytes)
+			a, err := connOf(ctx).l.answers.admit(ctx, sharer{conn: connOf(ctx)}, maxValueBytes)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -894,20 +894,15 @@ func TestReasonBeforeDeadline(t *testing.T) {
 	})
 }
 
-// fillRoom takes all of a room that is empty, for connections that are nobody's.
+// fillRoom takes all of a room that is empty, for a connection that is nobody's.
 func fillRoom(r *room) (release func()) {
-	var holders []*limitedConn
-	for range r.limit / r.share {
-		c := &limitedConn{}
-		if r.tryTake(c, r.share) {
-			holders = append(holders, c)
-		}
-	}
-	return func() {
-		for _, c := range holders {
-			r.release(c, r.share)
-		}
-	}
+	nobody := sharer{conn: &limitedConn{}}
+	all := r.limits.all
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.holders[nobody] = &roomHolder{used: all}
+	r.used += all
+	return func() { r.release(nobody, all) }
 }
 
 // unreadBackup is the stream of a Backup whose caller does not read.
@@ -934,7 +929,7 @@ func TestNoRoomInTime(t *testing.T) {
 		defer conn.Close()
 		c := conn.(*limitedConn)
 		for range connLargeAnswers {
-			pool, err := l.answers.admit(t.Context(), c, smallAnswer+1)
+			pool, err := l.answers.admit(t.Context(), sharer{conn: c}, smallAnswer+1)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -942,7 +937,7 @@ func TestNoRoomInTime(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
-		_, err = l.answers.admit(ctx, c, smallAnswer+1)
+		_, err = l.answers.admit(ctx, sharer{conn: c}, smallAnswer+1)
 		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 			t.Errorf("%v; at the caller: %v", err, ctx.Err())
 		}
@@ -1279,6 +1274,41 @@ func TestRegisteredNames(t *testing.T) {
 
 func setOp(key, value string) *kvpb.Operation {
 	return &kvpb.Operation{Operation: &kvpb.Operation_Set{Set: &kvpb.SetRequest{Key: key, Value: []byte(value)}}}
+}
+
+// TestUnreadPipelinesLeaveCalls: Pipelines whose answers are not read have all that streams may
+// have of their connection, and its calls are answered all the same.
+func TestUnreadPipelinesLeaveCalls(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	c.init(1)
+	n := c.nodes[1]
+	c.set(1, "big", strings.Repeat("x", maxValueBytes))
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	for range connLargeAnswers {
+		s, err := n.Pipeline(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(pipelineOf(8, getOp("big", true))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	large := n.server.limiter.answers.large
+	eventually(t, func() error {
+		large.mu.Lock()
+		defer large.mu.Unlock()
+		if large.used < connLargeAnswers || large.waiters == 0 {
+			return fmt.Errorf("%d answers are not taken, %d wait", large.used, large.waiters)
+		}
+		return nil
+	})
+	ctx, cancelGet := context.WithTimeout(ctx, stallTimeout/2) // before a connection is closed for it
+	defer cancelGet()
+	if _, err := n.Get(ctx, &kvpb.GetRequest{Key: "big"}); err != nil {
+		t.Error(err)
+	}
 }
 
 func getOp(key string, local bool) *kvpb.Operation {

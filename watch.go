@@ -194,7 +194,7 @@ func (w *watchStream) send(resp *kvpb.WatchResponse) error {
 	pool := &watchPool{written: make(chan struct{})}
 	size := proto.Size(resp)
 	if size > uncountedAnswer {
-		place, err := w.conn.l.answers.admit(w.ctx, w.conn, size)
+		place, err := w.conn.l.answers.admit(w.ctx, sharer{conn: w.conn, streams: true}, size)
 		if err != nil {
 			return whyNoRoom(w.ctx, err)
 		}
