@@ -168,7 +168,8 @@ const (
 	addLearnerMethod = kvpb.ClusterService_AddLearner_FullMethodName
 	pipelineMethod   = kvpb.KVService_Pipeline_FullMethodName
 	reflectionMethod = reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName
-	watchMethod      = grpc_health_v1.Health_Watch_FullMethodName
+	healthMethod     = grpc_health_v1.Health_Watch_FullMethodName
+	watchMethod      = kvpb.KVService_Watch_FullMethodName
 )
 
 // floods are abuses that were seen to take gigabytes.
@@ -196,7 +197,9 @@ var floods = []abuse{
 		&kvpb.GetRequest{Key: "small", Local: true}))},
 	{"errors that nobody reads", 60, callsOver(dialDeaf, 1000, getMethod, messages(true, &kvpb.GetRequest{Local: true}))},
 	{"idle Pipelines with large headers", 20, calls(1000, pipelineMethod, messages(false), "x-large", strings.Repeat("x", 15<<10))},
-	{"idle Watches", 20, calls(1000, watchMethod, messages(true, &grpc_health_v1.HealthCheckRequest{}))},
+	{"idle Watches of health", 20, calls(1000, healthMethod, messages(true, &grpc_health_v1.HealthCheckRequest{}))},
+	{"Watches that nobody reads", 20, callsOver(dialShut, 600, watchMethod, messages(true, &kvpb.WatchRequest{}))},
+	{"Watches of all keys", 20, calls(600, watchMethod, messages(true, &kvpb.WatchRequest{}))},
 }
 
 func reflectionOf(bytes int) proto.Message {
@@ -238,7 +241,7 @@ func TestMemory(t *testing.T) {
 	t.Parallel()
 	for _, a := range slices.Concat(abuses, floods) {
 		t.Run(a.name, func(t *testing.T) {
-			p := &process{id: 1, address: "127.0.0.1:0", args: []string{"--log-bytes", "1048576"}} // a log is not abuse
+			p := &process{id: 1, address: "127.0.0.1:0", args: []string{"--log-bytes", "1048576", "--watch-bytes", "4194304"}} // neither log nor history is abuse
 			formCluster(t, []*process{p})
 			ctx, cancel := context.WithTimeout(context.Background(), time.Minute+*soak)
 			defer cancel()
