@@ -197,13 +197,6 @@ func (h *eventHistory) reset(clusterID, version uint64) {
 	h.added.ring()
 }
 
-// latest is whose history it is, and the last version applied.
-func (h *eventHistory) latest() (clusterID, version uint64) {
-	h.mu.RLock()
-	defer h.mu.RUnlock()
-	return h.clusterID, h.version
-}
-
 // historyView is a history as it was at one moment.
 type historyView struct {
 	clusterID, resets, oldest, version uint64
