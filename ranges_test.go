@@ -253,6 +253,29 @@ func TestRangesOfCluster(t *testing.T) {
 	}
 }
 
+// TestPagesOfKeys: a page of keys only is full of these, whatever values they have.
+func TestPagesOfKeys(t *testing.T) {
+	c := newCluster(t, 1)
+	c.init(1)
+	const keys = 5
+	for i := range keys {
+		c.set(1, fmt.Sprint("k", i), strings.Repeat("v", maxListBytes/2))
+	}
+	for _, only := range []bool{false, true} {
+		resp, err := c.nodes[1].List(c.ctx, &kvpb.ListRequest{KeysOnly: only})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := 1
+		if only {
+			want = keys
+		}
+		if n := len(resp.Items); n != want || only != (resp.NextPageToken == "") {
+			t.Errorf("keys only %v: a page has %d keys, want %d; the next one is %q", only, n, want, resp.NextPageToken)
+		}
+	}
+}
+
 // TestMinVersion has local reads wait for a version.
 func TestMinVersion(t *testing.T) {
 	c := newCluster(t, 3)

@@ -35,8 +35,8 @@ const (
 	// maxBackups bounds the backups that a node sends at a time: each makes it
 	// keep what is overwritten meanwhile.
 	maxBackups = 4
-	// maxLists bounds the Lists that run at a time: each passes over all keys, so
-	// more would take more cores from the loop.
+	// maxLists bounds the Lists that run at a time: each passes over up to maxListItems
+	// keys, so more would take more cores from the loop.
 	maxLists = 4
 	// maxMembers bounds a cluster, and with it what a request may name, and the
 	// connections and files of peers: peerFiles for each.
@@ -242,7 +242,11 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	}
 	defer v.close()
 	r := rangeOf(req.Prefix, req.Start, req.End).after([]byte(req.PageToken))
-	items, more, err := v.page(r, cmp.Or(int(req.Limit), defaultListItems), maxListBytes)
+	page := v.page
+	if req.KeysOnly {
+		page = v.pageOfKeys
+	}
+	items, more, err := page(r, cmp.Or(int(req.Limit), defaultListItems), maxListBytes)
 	if err != nil {
 		return nil, err
 	}

@@ -126,6 +126,18 @@ func (v *view) close() {
 // page returns the first items of a range, as many as limit and maxBytes of keys and values
 // allow, but at least one, and whether there are more.
 func (v *view) page(r keyRange, limit, maxBytes int) (items []keyItem, more bool, err error) {
+	return v.pageBy(r, limit, maxBytes, func(it keyItem) int { return len(it.key) + len(it.value) })
+}
+
+// pageOfKeys is page for who wants keys only: values do not count.
+func (v *view) pageOfKeys(r keyRange, limit, maxBytes int) (items []keyItem, more bool, err error) {
+	return v.pageBy(r, limit, maxBytes, func(it keyItem) int { return len(it.key) })
+}
+
+// pageBy is a page of which each item takes as many of maxBytes as bytes says.
+func (v *view) pageBy(
+	r keyRange, limit, maxBytes int, bytes func(keyItem) int,
+) (items []keyItem, more bool, err error) {
 	root := v.root.Load()
 	if root == nil {
 		return nil, false, errViewEnded
@@ -135,12 +147,13 @@ func (v *view) page(r keyRange, limit, maxBytes int) (items []keyItem, more bool
 		if !r.isBefore(key) {
 			return items, false, nil
 		}
-		size += len(key) + len(it.value)
+		next := keyItem{key, it}
+		size += bytes(next)
 		isFull := len(items) == limit || size > maxBytes
 		if isFull && len(items) > 0 {
 			return items, true, nil
 		}
-		items = append(items, keyItem{key, it})
+		items = append(items, next)
 	}
 	return items, false, nil
 }

@@ -1552,8 +1552,8 @@ type ListRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only keys that start with this; empty: all. At most 65,536 bytes.
 	Prefix string `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
-	// The most items of a page, at most 10,000; 0: 1,000. A page is cut at 1 MiB,
-	// too, but has one item at least if there is one.
+	// The most items of a page, at most 10,000; 0: 1,000. A page is cut at 1 MiB of keys
+	// and values, or with keys_only of keys, too, but has one item at least if there is one.
 	Limit uint32 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
 	// The next_page_token of the page before; empty: the first page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
