@@ -56,6 +56,9 @@ func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stde
 			return c.exit(usageError("%v", err))
 		}
 	}
+	if in.command.getsOn {
+		return c.exit(in.command.run(c, ctx))
+	}
 	ctx, cancel := context.WithTimeout(ctx, in.timeout)
 	defer cancel()
 	return c.exit(in.command.run(c, ctx))

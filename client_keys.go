@@ -1,4 +1,4 @@
-// The sub-commands on keys: set, get, list and delete.
+// The sub-commands on single keys: set, get and delete.
 
 package main
 
@@ -7,15 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
-	"strings"
 
 	"raft-key-value/kvpb"
 )
-
-// listPageKeys is how many keys list asks for at once.
-const listPageKeys = 1000
 
 var errNotFound = noError("not found")
 
@@ -109,7 +104,11 @@ func compareError(version uint64) error {
 }
 
 func (c *client) get(ctx context.Context) error {
-	resp, err := c.kv().Get(ctx, &kvpb.GetRequest{Key: c.args[0], Local: c.local})
+	resp, err := c.kv().Get(ctx, &kvpb.GetRequest{
+		Key:        c.args[0],
+		Local:      c.local,
+		MinVersion: c.minVersion,
+	})
 	text := string(resp.GetValue())
 	if resp.GetValue() != nil && c.printsToTerminal() {
 		text += "\n"
@@ -124,53 +123,31 @@ func (c *client) get(ctx context.Context) error {
 }
 
 func (c *client) printsToTerminal() bool {
-	if c.stdout != os.Stdout {
+	f, isFile := c.stdout.(*os.File)
+	return isFile && isTerminal(f)
+}
+
+// isTerminal reports whether a person may be at a file's other end.
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
 		return false
 	}
-	info, err := os.Stdout.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
+	null, err := os.Stat(os.DevNull)
+	return err != nil || !os.SameFile(info, null)
 }
 
-// list prints page after page; with -o json each is a line.
-func (c *client) list(ctx context.Context) error {
-	req := &kvpb.ListRequest{Prefix: strings.Join(c.args, ""), Local: c.local} // one argument, or none
-	left := c.limit
-	if left == 0 {
-		left = math.MaxUint64
-	}
-	for {
-		req.Limit = uint32(min(left, listPageKeys))
-		resp, err := c.kv().List(ctx, req)
-		if c.keysOnly {
-			for _, item := range resp.GetItems() {
-				item.Value = nil
-			}
-		}
-		if err := c.printResponse(resp, err, c.listLines(resp.GetItems())); err != nil {
-			return err
-		}
-		left -= min(left, uint64(len(resp.Items)))
-		if resp.NextPageToken == "" || left == 0 {
-			return nil
-		}
-		req.PageToken = resp.NextPageToken
-	}
-}
-
-// listLines is a line for each key.
-func (c *client) listLines(items []*kvpb.KeyValue) string {
-	var lines strings.Builder
-	for _, item := range items {
-		fmt.Fprintf(&lines, "%q", item.Key)
-		if !c.keysOnly {
-			fmt.Fprintf(&lines, "\t%d\t%q", item.Version, item.Value)
-		}
-		lines.WriteByte('\n')
-	}
-	return lines.String()
-}
-
+// delete deletes a key, or a range of them.
 func (c *client) delete(ctx context.Context) error {
+	if c.hasRange() {
+		return c.deleteRange(ctx)
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	return c.deleteKey(ctx)
+}
+
+func (c *client) deleteKey(ctx context.Context) error {
 	id, err := c.newID(ctx)
 	if err != nil {
 		return err

@@ -57,6 +57,9 @@ type fakeNode struct {
 	ids     []*kvpb.RequestId // of all writes counted
 	version uint64            // with which compares fail
 	backup  []byte
+	// scanned, if there is one, is called before each response of a Scan, with the number of
+	// those before it. After io.EOF the Scan ends as if that were all.
+	scanned func(ctx context.Context, responses int) error
 }
 
 func newFakeNode(t *testing.T) *fakeNode {
@@ -81,6 +84,14 @@ func (f *fakeNode) intercept(ctx context.Context, req any, info *grpc.UnaryServe
 	case healthpb.Health_Check_FullMethodName, kvpb.ClusterService_Metrics_FullMethodName, kvpb.KVService_OpenSession_FullMethodName:
 		return handler(ctx, req)
 	}
+	if err := f.count(ctx, req); err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+// count counts a call, and fails it if the test wants that.
+func (f *fakeNode) count(ctx context.Context, req any) error {
 	f.mu.Lock()
 	fail := f.fail
 	f.calls++
@@ -89,12 +100,10 @@ func (f *fakeNode) intercept(ctx context.Context, req any, info *grpc.UnaryServe
 		f.ids = append(f.ids, w.GetRequestId())
 	}
 	f.mu.Unlock()
-	if fail != nil {
-		if err := fail(ctx); err != nil {
-			return nil, err
-		}
+	if fail == nil {
+		return nil
 	}
-	return handler(ctx, req)
+	return fail(ctx)
 }
 
 // do runs change with the lock that the calls take: a client in another
@@ -155,22 +164,79 @@ func (f *fakeNode) Get(_ context.Context, r *kvpb.GetRequest) (*kvpb.GetResponse
 	return &kvpb.GetResponse{}, nil
 }
 
-// List has pages of three at most.
+// fakePage is the most items of a page, and of a response of a Scan, and how many keys a
+// DeleteRange deletes at most.
+const fakePage = 3
+
+// List has one page only.
 func (f *fakeNode) List(_ context.Context, r *kvpb.ListRequest) (*kvpb.ListResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	resp := &kvpb.ListResponse{}
-	for _, k := range slices.Sorted(maps.Keys(f.data)) {
-		if !strings.HasPrefix(k, r.Prefix) || k <= r.PageToken {
-			continue
-		}
-		if n := len(resp.Items); n == int(min(r.Limit, 3)) {
-			resp.NextPageToken = resp.Items[n-1].Key
-			break
-		}
-		resp.Items = append(resp.Items, &kvpb.KeyValue{Key: k, Value: f.data[k], Version: 7})
+	resp := &kvpb.ListResponse{Items: f.items(rangeOf(r.Prefix, r.Start, r.End), r.KeysOnly)}
+	if len(resp.Items) > fakePage {
+		resp.Items = resp.Items[:fakePage]
+		resp.NextPageToken = resp.Items[fakePage-1].Key
 	}
 	return resp, nil
+}
+
+// items are the keys of a range. mu is held.
+func (f *fakeNode) items(r keyRange, keysOnly bool) []*kvpb.KeyValue {
+	var items []*kvpb.KeyValue
+	for _, k := range slices.Sorted(maps.Keys(f.data)) {
+		if !r.has([]byte(k)) {
+			continue
+		}
+		item := &kvpb.KeyValue{Key: k, Version: 7}
+		if !keysOnly {
+			item.Value = f.data[k]
+		}
+		items = append(items, item)
+	}
+	return items
+}
+
+func (f *fakeNode) Scan(r *kvpb.ScanRequest, s kvpb.KVService_ScanServer) error {
+	if err := f.count(s.Context(), r); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	items := f.items(rangeOf(r.Prefix, r.Start, r.End), r.KeysOnly)
+	scanned := f.scanned
+	f.mu.Unlock()
+	responses := []*kvpb.ScanResponse{{ClusterId: 10, Version: 7}}
+	for part := range slices.Chunk(items, fakePage) {
+		responses = append(responses, &kvpb.ScanResponse{Items: part})
+	}
+	for i, resp := range responses {
+		if scanned != nil {
+			err := scanned(s.Context(), i)
+			if err == io.EOF {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if err := s.Send(resp); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *fakeNode) DeleteRange(_ context.Context, r *kvpb.DeleteRangeRequest) (*kvpb.DeleteRangeResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	items := f.items(rangeOf(r.Prefix, r.Start, r.End), true)
+	if len(items) > fakePage {
+		return &kvpb.DeleteRangeResponse{TooMany: true}, nil
+	}
+	for _, item := range items {
+		delete(f.data, item.Key)
+	}
+	f.version++
+	return &kvpb.DeleteRangeResponse{Deleted: uint64(len(items)), Version: f.version}, nil
 }
 
 func (f *fakeNode) OpenSession(context.Context, *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
@@ -362,6 +428,10 @@ func TestClientKeys(t *testing.T) {
 	if req, _ := f.take(); !req.(*kvpb.GetRequest).Local {
 		t.Error("--local was not asked for")
 	}
+	runCommand(t, 0, "", "get", "k", "--local", "--min-version", "6")
+	if req, _ := f.take(); req.(*kvpb.GetRequest).MinVersion != 6 {
+		t.Errorf("sent %v", req)
+	}
 	runCommand(t, 2, strings.Repeat("x", 2<<20), "set", "k", "-")
 	runCommand(t, 0, strings.Repeat("x", maxValueBytes), "set", "k", "-")
 	if n := len(f.value("k")); n != maxValueBytes {
@@ -386,22 +456,357 @@ func TestClientList(t *testing.T) {
 	f := newFakeNode(t)
 	t.Setenv("RAFT_KEY_VALUE_ENDPOINTS", f.addr)
 	var all string
+	head := `{"cluster_id":"10","version":"7","items":[]}` + "\n"
 	for _, k := range []string{"a1", "a2", "a3", "a4", "b"} {
 		f.put(k, "v")
 		all += fmt.Sprintf("%q\t7\t\"v\"\n", k)
 	}
 	for args, want := range map[string]string{
-		"list":                         all,
-		"list a":                       strings.TrimSuffix(all, "\"b\"\t7\t\"v\"\n"),
-		"list --keys-only":             "\"a1\"\n\"a2\"\n\"a3\"\n\"a4\"\n\"b\"\n",
-		"list --keys-only --limit 4":   "\"a1\"\n\"a2\"\n\"a3\"\n\"a4\"\n",
-		"list --keys-only --limit 3":   "\"a1\"\n\"a2\"\n\"a3\"\n",
-		"list b --keys-only --limit 9": "\"b\"\n",
-		"list b --keys-only -o json":   `{"items":[{"key":"b","value":"","version":"7"}],"next_page_token":""}` + "\n",
+		"list":                                 all,
+		"list a":                               strings.TrimSuffix(all, "\"b\"\t7\t\"v\"\n"),
+		"list --keys-only":                     "\"a1\"\n\"a2\"\n\"a3\"\n\"a4\"\n\"b\"\n",
+		"list --keys-only --limit 4":           "\"a1\"\n\"a2\"\n\"a3\"\n\"a4\"\n",
+		"list --keys-only --limit 3":           "\"a1\"\n\"a2\"\n\"a3\"\n",
+		"list b --keys-only --limit 9":         "\"b\"\n",
+		"list c":                               "",
+		"list --keys-only --start a3":          "\"a3\"\n\"a4\"\n\"b\"\n",
+		"list --keys-only --start a3 --end a4": "\"a3\"\n",
+		"list --keys-only --end a2":            "\"a1\"\n",
+		"list c -o json":                       head,
+		"list a -o json --keys-only --limit 4": head + jsonKeys("a1", "a2", "a3") + jsonKeys("a4"),
+		"list a -o json --keys-only --limit 2": head + jsonKeys("a1", "a2"),
+		"list b -o json":                       head + strings.ReplaceAll(jsonKeys("b"), `""`, `"dg=="`),
 	} {
 		out, _ := runCommand(t, 0, "", strings.Fields(args)...)
 		wantText(t, args, out, want)
 	}
+	runCommand(t, 0, "", "list", "--local", "--min-version", "5", "--start", "a", "--end", "b", "--keys-only")
+	want := &kvpb.ScanRequest{Start: "a", End: "b", KeysOnly: true, Local: true, MinVersion: 5}
+	if req, _ := f.take(); !proto.Equal(req, want) {
+		t.Errorf("sent %v, want %v", req, want)
+	}
+}
+
+// jsonKeys is a response of a Scan that has these keys, as JSON.
+func jsonKeys(keys ...string) string {
+	var items []string
+	for _, k := range keys {
+		items = append(items, fmt.Sprintf(`{"key":%q,"value":"","version":"7"}`, k))
+	}
+	return fmt.Sprintf(`{"cluster_id":"0","version":"0","items":[%s]}`+"\n", strings.Join(items, ","))
+}
+
+// TestClientListGoesOn: to another endpoint before the first key, and to none after it.
+func TestClientListGoesOn(t *testing.T) {
+	t.Parallel()
+	for breaksAt := range 4 {
+		for _, output := range []string{"text", "json"} {
+			first, second := newFakeNode(t), newFakeNode(t)
+			for _, f := range []*fakeNode{first, second} {
+				for _, k := range []string{"a1", "a2", "a3", "a4", "a5", "a6", "a7"} {
+					f.put(k, "v")
+				}
+			}
+			first.do(func() {
+				first.scanned = func(_ context.Context, responses int) error {
+					if responses == breaksAt {
+						return status.Error(codes.Unavailable, "broken")
+					}
+					return nil
+				}
+			})
+			exit := exitYes
+			calls := 1
+			want := ""
+			if breaksAt > 1 {
+				exit = exitNotDone
+				calls = 0
+				want = fmt.Sprintf("it broke off after %d keys, the last of which is \"a%d\": %s: broken", 3*(breaksAt-1), 3*(breaksAt-1), first.addr)
+			}
+			args := []string{"list", "-o", output, "--endpoints", first.addr + "," + second.addr}
+			var out, errs bytes.Buffer
+			if got := runClient(t.Context(), args, nil, &out, &errs); got != exit {
+				t.Errorf("%d, %s: exit status %d, want %d: %s", breaksAt, output, got, exit, &errs)
+			}
+			wantPart(t, strings.ReplaceAll(errs.String(), `\"`, `"`), want)
+			printed := strings.Count(out.String(), "a1")
+			heads := strings.Count(out.String(), `"cluster_id":"10"`)
+			if printed != 1 || (output == "json") != (heads == 1) {
+				t.Errorf("%d: printed %s", breaksAt, &out)
+			}
+			if _, n := second.take(); n != calls {
+				t.Errorf("%d: the second endpoint was called %d times, want %d", breaksAt, n, calls)
+			}
+		}
+	}
+}
+
+// TestClientListWithoutAWord: an end before the first response is not an empty list.
+func TestClientListWithoutAWord(t *testing.T) {
+	f := newFakeNode(t)
+	f.do(func() { f.scanned = func(context.Context, int) error { return io.EOF } })
+	_, errs := runCommand(t, exitNotDone, "", "list", "--endpoints", f.addr)
+	wantPart(t, errs, io.ErrUnexpectedEOF.Error())
+}
+
+// TestClientListTimeouts: a list may take longer than its timeout while it gets on, and while
+// nobody takes what it prints. It ends if nothing comes for so long, before the first key and
+// after it.
+func TestClientListTimeouts(t *testing.T) {
+	t.Parallel()
+	wait := func(ctx context.Context, d time.Duration) {
+		select {
+		case <-ctx.Done():
+		case <-time.After(d):
+		}
+	}
+	taken := make(chan struct{})
+	for name, test := range map[string]struct {
+		timeout  time.Duration
+		scanned  func(ctx context.Context, responses int) error
+		printing time.Duration // the wait of whoever takes what is printed first
+		want     string        // on stderr
+	}{
+		"slow": {2 * time.Second, func(ctx context.Context, _ int) error { wait(ctx, 500*time.Millisecond); return nil }, 0, ""},
+		"slowly taken": {time.Second, func(ctx context.Context, responses int) error {
+			if responses > 1 {
+				select {
+				case <-ctx.Done():
+				case <-taken:
+				}
+			}
+			return ctx.Err()
+		}, 1500 * time.Millisecond, ""},
+		"silent": {300 * time.Millisecond, func(ctx context.Context, _ int) error { <-ctx.Done(); return ctx.Err() }, 0,
+			": no answer in 300ms (DEADLINE_EXCEEDED)"},
+		"silent after keys": {time.Second, func(ctx context.Context, responses int) error {
+			if responses > 1 {
+				<-ctx.Done()
+			}
+			return ctx.Err()
+		}, 0, "no answer in 1s (DEADLINE_EXCEEDED)"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFakeNode(t)
+			var want strings.Builder
+			for i := range 5 * fakePage {
+				key := fmt.Sprintf("k%02d", i)
+				f.put(key, "v")
+				fmt.Fprintf(&want, "%q\n", key)
+			}
+			f.do(func() { f.scanned = test.scanned })
+			out := &slowWriter{wait: func() {
+				wait(t.Context(), test.printing)
+				if test.printing > 0 {
+					close(taken)
+				}
+			}}
+			var errs bytes.Buffer
+			exit := exitYes
+			if test.want != "" {
+				exit = exitNotDone
+			}
+			args := []string{"list", "--keys-only", "--endpoints", f.addr, "--timeout", test.timeout.String()}
+			if got := runClient(t.Context(), args, nil, out, &errs); got != exit {
+				t.Errorf("exit status %d: %s", got, &errs)
+			}
+			wantPart(t, errs.String(), test.want)
+			if exit == exitYes {
+				wantText(t, name, out.taken.String(), want.String())
+			}
+		})
+	}
+}
+
+// slowWriter waits before it takes what is written first.
+type slowWriter struct {
+	taken bytes.Buffer
+	wait  func()
+	once  sync.Once
+}
+
+func (w *slowWriter) Write(b []byte) (int, error) {
+	w.once.Do(w.wait)
+	return w.taken.Write(b)
+}
+
+// TestClientDeletesRanges: at once, or page by page, under ids of one session.
+func TestClientDeletesRanges(t *testing.T) {
+	f := newFakeNode(t)
+	t.Setenv(endpointVariable, f.addr)
+	fill := func() {
+		for i := range 8 {
+			f.put(fmt.Sprint("a", i), "v")
+		}
+		f.put("b", "v")
+		f.do(func() {
+			f.version = 10
+			f.ids = nil
+		})
+	}
+	for _, test := range []struct {
+		args   string
+		exit   int
+		out    string
+		writes int // the pages of three keys lose two each
+		left   int
+	}{
+		{"--prefix a", exitYes, "deleted keys: 8\n", 5, 1},
+		{"--prefix a -o json", exitYes, `{"deleted":"8","version":"14","too_many":false}` + "\n", 5, 1},
+		{"--start a7", exitYes, "deleted keys: 2\n", 1, 7},
+		{"--end a1", exitYes, "deleted keys: 1\n", 1, 8},
+		{"--start a2 --end a5", exitYes, "deleted keys: 3\n", 1, 6},
+		{"--prefix c", exitNo, "", 1, 9},
+		{"--prefix c -o json", exitNo, `{"deleted":"0","version":"11","too_many":false}` + "\n", 1, 9},
+	} {
+		fill()
+		out, _ := runCommand(t, test.exit, "", append([]string{"delete", "--yes"}, strings.Fields(test.args)...)...)
+		wantText(t, test.args, out, test.out)
+		if len(f.ids) != test.writes || len(f.data) != test.left {
+			t.Errorf("%s: %d writes were sent, %d keys are left, want %d and %d", test.args, len(f.ids), len(f.data), test.writes, test.left)
+		}
+		for i, id := range f.ids {
+			if id.GetSession() != 40+f.opened || id.GetSequence() != uint64(i)+1 {
+				t.Errorf("%s: write %d has the id %v", test.args, i, id)
+			}
+		}
+	}
+}
+
+// TestClientDeletesRangesOnce: what has no answer is sent again under its id. What fails half
+// way is not taken for nothing.
+func TestClientDeletesRangesOnce(t *testing.T) {
+	t.Parallel()
+	unknown := apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
+	gone := apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SESSION_UNKNOWN, "gone")
+	silence := errors.New("no answer at all")
+	for _, test := range []struct {
+		name   string
+		errors map[int]error // by call
+		exit   int
+		want   string
+		ids    []uint64
+	}{
+		{"repeated", map[int]error{3: unknown, 4: unknown, 7: unknown}, exitYes, "", []uint64{1, 2, 2, 2, 3, 3, 4, 5}},
+		{"refused", map[int]error{1: gone}, exitNotDone, "delete: " + "ADDR: gone", []uint64{1}},
+		{"too many, then refused", map[int]error{3: gone}, exitNotDone, "delete: " + "ADDR: gone", []uint64{1, 2}},
+		{"half way", map[int]error{5: gone}, exitUnknown, "2 keys were deleted, others may be left: ADDR: gone", []uint64{1, 2, 3}},
+		{"silent", map[int]error{1: silence}, exitUnknown, "the outcome is unknown, it may or may not have been applied: ADDR: ", []uint64{1}},
+		{"half way, silent", map[int]error{4: silence}, exitUnknown, "2 keys were deleted, others may be left: ADDR: ", []uint64{1, 2}},
+		{"half way, read", map[int]error{4: gone}, exitUnknown, "2 keys were deleted, others may be left: ADDR: gone", []uint64{1, 2}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFakeNode(t)
+			for i := range 8 {
+				f.put(fmt.Sprint("a", i), "v")
+			}
+			calls := 0
+			f.failWith(func(ctx context.Context) error {
+				calls++
+				err := test.errors[calls]
+				if err == silence {
+					<-ctx.Done()
+				}
+				return err
+			})
+			timeout := "20s"
+			if strings.HasSuffix(test.name, "silent") {
+				timeout = "2s"
+			}
+			_, errs := runCommand(t, test.exit, "", "delete", "--prefix", "a", "--yes", "--timeout", timeout, "--endpoints", f.addr)
+			wantPart(t, errs, strings.ReplaceAll(test.want, "ADDR", f.addr))
+			var ids []uint64
+			for _, id := range f.ids {
+				if id != nil {
+					ids = append(ids, id.Sequence)
+				}
+			}
+			if !slices.Equal(ids, test.ids) || f.opened != 1 {
+				t.Errorf("sent under the ids %v of %d sessions, want %v", ids, f.opened, test.ids)
+			}
+		})
+	}
+}
+
+// TestClientDoesNotDeleteUnasked: without a terminal, --yes is needed.
+func TestClientDoesNotDeleteUnasked(t *testing.T) {
+	f := newFakeNode(t)
+	t.Setenv(endpointVariable, f.addr)
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = null.Close() }()
+	for name, stdin := range map[string]io.Reader{"no file": strings.NewReader("yes\n"), "no terminal": null} {
+		var out, errs bytes.Buffer
+		if got := runClient(t.Context(), []string{"delete", "--prefix", "a"}, stdin, &out, &errs); got != exitUsage {
+			t.Errorf("%s: exit status %d", name, got)
+		}
+		wantText(t, name, out.String()+errs.String(),
+			"raft-key-value: delete: there is nobody to ask: --yes removes the keys without that; see raft-key-value help delete\n")
+	}
+	if _, n := f.take(); n != 0 || f.asked != 0 || f.opened != 0 {
+		t.Errorf("a node was called %d times, asked %d times, and opened %d sessions", n, f.asked, f.opened)
+	}
+}
+
+// TestClientRanges lists and deletes more keys than one request takes, of a real node; and
+// keys that are as long as they may be.
+func TestClientRanges(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.init(1, 2, 3)
+	const many = 2*maxRangeKeys + 7
+	const longKeys = 40
+	s, err := c.nodes[2].Pipeline(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want strings.Builder
+	var last uint64 // version
+	set := func(keys []string) {
+		t.Helper()
+		for part := range slices.Chunk(keys, 1000) {
+			var ops []*kvpb.Operation
+			for _, k := range part {
+				ops = append(ops, &kvpb.Operation{Operation: &kvpb.Operation_Set{Set: &kvpb.SetRequest{Key: k, Value: []byte("v")}}})
+				fmt.Fprintf(&want, "%q\n", k)
+			}
+			rs, err := exchange(s, ops...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			last = rs[len(rs)-1].GetSet().GetVersion()
+		}
+	}
+	var keys []string
+	for i := range many {
+		keys = append(keys, fmt.Sprintf("k%06d", i))
+	}
+	set(keys)
+	long := strings.Repeat("l", maxKeyBytes-2)
+	for i := range longKeys {
+		set([]string{fmt.Sprintf("%s%02d", long, i)})
+	}
+	set([]string{"m"})
+	_ = s.CloseSend()
+
+	run := func(exit int, args ...string) string {
+		t.Helper()
+		out, _ := runCommand(t, exit, "", append(args, "--timeout", "30s", "--endpoints", c.nodes[3].address)...)
+		return out
+	}
+	if got := run(exitYes, "list", "--keys-only"); got != want.String() {
+		t.Errorf("list printed %d bytes, want %d", len(got), want.Len())
+	}
+	wantText(t, "list", run(exitYes, "list", "m", "--local", "--min-version", fmt.Sprint(last)), fmt.Sprintf("\"m\"\t%d\t\"v\"\n", last))
+	wantText(t, "get", run(exitYes, "get", "m", "--local", "--min-version", fmt.Sprint(last)), "v")
+	wantText(t, "delete", run(exitYes, "delete", "--prefix", "k", "--yes"), fmt.Sprintf("deleted keys: %d\n", many))
+	wantText(t, "delete", run(exitYes, "delete", "--start", "l", "--end", "m", "--yes"), fmt.Sprintf("deleted keys: %d\n", longKeys))
+	run(exitNo, "delete", "--end", "m", "--yes")
+	wantText(t, "list", run(exitYes, "list", "--keys-only"), "\"m\"\n")
 }
 
 func TestClientCompare(t *testing.T) {
@@ -869,6 +1274,13 @@ func TestClientResend(t *testing.T) {
 		{"late", "change-membership 1", late, mayBe},
 		{"unknown", "set k v", unknown, ""},
 		{"unknown", "delete k", unknown, ""},
+		{"unknown", "delete --prefix k --yes", unknown, ""},
+		{"bare", "delete --prefix k --yes", bare, ""},
+		{"bare", "list", bare, ""},
+		{"overloaded", "list", full, ""},
+		{"refused", "list", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
+		{"hang", "delete --prefix k --yes", hang, mayBe},
+		{"hang", "list", hang, "DEADLINE_EXCEEDED"},
 		{"unknown", "change-membership 1", unknown, mayBe},
 		{"unknown, unavailable", "change-membership 1", unsure, mayBe},
 		{"refused", "set k v", refused, "key: too long (INVALID_ARGUMENT INVALID_FIELD)"},
@@ -1086,6 +1498,18 @@ func TestFlagsAreChecked(t *testing.T) {
 	t.Setenv(endpointVariable, closedAddress)
 	for line, hint := range map[string]string{
 		"delete k --if-version 0":                                     "no key has it",
+		"delete":                                                      "want either a KEY, or --prefix, --start or --end",
+		"delete k --prefix k":                                         "want either a KEY, or --prefix, --start or --end",
+		"delete --prefix= --yes":                                      "it is empty; leave the flag out",
+		"delete --start= --end b --yes":                               "it is empty; leave the flag out",
+		"delete --prefix a --if-version 1 --yes":                      "--if-version: it is for a KEY",
+		"delete --prefix a --end b --yes":                             "prefix: it is not for a request that has start or end",
+		"delete --start b --end a --yes":                              "end: it is not after start",
+		"delete --start a --end \xff --yes":                           "end: it is not UTF-8",
+		"list a --start b":                                            "prefix: it is not for a request that has start or end",
+		"list --start b --end b":                                      "end: it is not after start",
+		"list --min-version 1":                                        "--min-version: it is for --local",
+		"get k --min-version 1":                                       "--min-version: it is for --local",
 		"change-membership 1 --retain --remove-others":                "want one of them",
 		"restore f --id 1 --data-dir d --addr a:0":                    "--addr address \"a:0\": want where",
 		"restore f --id 1 --data-dir d --addr a:x":                    "want a port from 0 to 65535, not \"x\"",
@@ -1103,6 +1527,7 @@ func TestFlagsAreChecked(t *testing.T) {
 		"health --service ":                                           "needs an argument",
 		"status --endpoints a:1 x":                                    "want: none",
 		"list a b":                                                    "want: [PREFIX]",
+		"delete a b":                                                  "want: [KEY]",
 		"set k":                                                       "want: KEY VALUE",
 		"init":                                                        "want: ID=ADDR [ID=ADDR ...]",
 		"help --endpoints a:1":                                        "flag provided but not defined: -endpoints",
@@ -1269,7 +1694,11 @@ func TestChangesWhoseAnswerIsNotPrinted(t *testing.T) {
 	defer func() { _ = full.Close() }()
 	f := newFakeNode(t)
 	f.put("k", "v")
-	for line, want := range map[string]int{"remove 2": exitUnknown, "set k v -o json": exitUnknown, "get k": exitNotDone, "status": exitNotDone} {
+	for line, want := range map[string]int{
+		"remove 2": exitUnknown, "set k v -o json": exitUnknown, "get k": exitNotDone, "status": exitNotDone, "list": exitNotDone,
+		"delete --prefix k --yes": exitUnknown,
+	} {
+		f.put("k", "v")
 		var errs bytes.Buffer
 		args := append(strings.Fields(line), "--endpoints", f.addr)
 		if got := runClient(t.Context(), args, nil, full, &errs); got != want {
@@ -1359,7 +1788,7 @@ func TestChangesOfMembership(t *testing.T) {
 // callingCommands are lines that call a node of a cluster. FILE stands for a new
 // file.
 var callingCommands = []string{
-	"get k", "get k --local", "list", "list --local", "set k v", "delete k",
+	"get k", "get k --local", "list", "list --local", "list --start k", "set k v", "delete k", "delete --prefix k --yes",
 	"add-learner 3=h:3", "promote 3", "demote 2", "change-membership 1 2", "remove 2", "transfer-leader 2",
 	"health", "status", "backup FILE",
 }
@@ -1513,7 +1942,7 @@ func TestHealthOfNodesInNoCluster(t *testing.T) {
 // not sent to another one, where nobody knows of its session.
 func TestWritesStayInOneCluster(t *testing.T) {
 	t.Parallel()
-	together(t, []string{"set k v", "delete k", "get k"}, func(t *testing.T, line string) {
+	together(t, []string{"set k v", "delete k", "delete --prefix k --yes", "get k", "list k"}, func(t *testing.T, line string) {
 		one, other := newFakeNode(t), newFakeNode(t)
 		one.setMetrics(&kvpb.MetricsResponse{ClusterId: 10})
 		other.setMetrics(&kvpb.MetricsResponse{ClusterId: 11})
@@ -1521,7 +1950,7 @@ func TestWritesStayInOneCluster(t *testing.T) {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
 		})
 		exit := exitUnknown
-		if line == "get k" {
+		if line == "get k" || line == "list k" {
 			exit = exitNotDone
 		}
 		args := commandLine(t, line, one.addr+","+other.addr)

@@ -43,6 +43,9 @@ type command struct {
 	details  string // more lines of its help; empty: there are none
 	timeout  time.Duration
 	offline  bool // it calls no node
+	// getsOn: the timeout is not for all that it does, but for each time that it waits. It
+	// sees to that itself.
+	getsOn bool
 	// callsFirstMember: without --endpoints and its variable, the first argument
 	// ID=ADDR is called in place of defaultEndpoint.
 	callsFirstMember bool
@@ -138,38 +141,43 @@ It fails if somebody else changes the membership meanwhile.`,
 			summary: "print the exact bytes of a value, and a newline on a terminal",
 			details: "The exit status is 1 if the key is not there.",
 			timeout: callTimeout,
-			flags:   (*invocation).localFlag,
+			flags:   (*invocation).localFlags,
+			check:   (*invocation).checkLocalFlags,
 			run:     (*client).get,
 		},
 		"list": {
 			args:     []argument{prefixArgument},
 			optional: true,
 			summary:  "print keys in order, with versions and values",
-			details: `A line is a key, a version, and a value, quoted as Go does, with tabs between.
-With -o json, a line is a page: a ListResponse.`,
+			details: `All that it prints was so at one moment. A line is a key, a version, and a value, quoted as
+Go does, with tabs between. With -o json, a line is a ScanResponse: the first one has the
+cluster and the version of the last write, the others have the keys.
+If a node fails before the first key, another one is asked. Later, the command ends, and the
+error says how far it got. A node ends a list whose output nobody takes for 10 s.`,
 			timeout: callTimeout,
+			getsOn:  true,
 			flags: func(in *invocation, fs *flag.FlagSet) {
-				in.localFlag(fs)
+				in.localFlags(fs)
+				in.boundFlags(fs)
 				boolVar(fs, &in.keysOnly, "keys-only", "print the keys alone; with -o json, values are empty")
 				numberVar(fs, &in.limit, "limit", "the most `KEYS` to print; 0: all")
 			},
-			run: (*client).list,
+			check: (*invocation).checkListFlags,
+			run:   (*client).list,
 		},
 		"delete": {
-			args:    []argument{keyArgument},
-			summary: "remove a key",
-			details: "The exit status is 1 if it was not there, or has not the version that --if-version wants.",
+			args:     []argument{keyArgument},
+			optional: true,
+			summary:  "remove a key, or all keys of a range",
+			details: `The exit status is 1 if none was there, or the key has not the version that --if-version wants.
+For a range it asks first, unless --yes is given, and prints how many keys it has removed.
+Up to 10,000 keys, or 1 MiB of keys, go at once. More go one part after the other, until none
+is left: others see some of them gone. If it fails half way, the exit status is 4.`,
 			timeout: callTimeout,
-			flags: func(in *invocation, fs *flag.FlagSet) {
-				in.versionFlag(fs, "only if the key has this `VERSION`, not 0")
-			},
-			check: func(in *invocation) error {
-				if in.ifVersion != nil && *in.ifVersion == 0 {
-					return errors.New("--if-version 0: no key has it; a key that is not there cannot be deleted")
-				}
-				return nil
-			},
-			run: (*client).delete,
+			getsOn:  true,
+			flags:   (*invocation).deleteFlags,
+			check:   (*invocation).checkDeleteFlags,
+			run:     (*client).delete,
 		},
 		"status": {
 			summary: "show every member as it sees itself",

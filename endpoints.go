@@ -53,17 +53,29 @@ type apiCaller struct {
 	changed      bool          // the last call that was done had an effect
 }
 
-// Invoke makes a call at the first endpoint that is fit for it. A call that has an
-// effect goes on to a second endpoint only if the first one cannot have applied it,
-// or if it takes effect once. Calls to KVService are repeated until ctx ends.
+// Invoke makes a unary call at the first endpoint that is fit for it.
 func (c *apiCaller) Invoke(ctx context.Context, method string, req, resp any, _ ...grpc.CallOption) error {
+	return c.callAny(ctx, method, func(e *endpoint) (metadata.MD, error) {
+		var trailer metadata.MD
+		err := e.conn.Invoke(ctx, method, req, resp, grpc.Trailer(&trailer))
+		return trailer, err
+	})
+}
+
+// endpointCall makes a call at an endpoint, and returns its trailer.
+type endpointCall func(*endpoint) (metadata.MD, error)
+
+// callAny has a call of a method made at the first endpoint that is fit for it. A call that
+// has an effect goes on to a second endpoint only if the first one cannot have applied it,
+// or if it takes effect once. Calls to KVService are repeated until ctx ends.
+func (c *apiCaller) callAny(ctx context.Context, method string, call endpointCall) error {
 	unknown := false
 	var replies []reply
 	var pause pauses
 	for {
 		r := c.newRound(ctx)
 		r.wantsOutsiders = method == kvpb.ClusterService_Init_FullMethodName
-		outcome := r.call(ctx, method, req, resp)
+		outcome := r.call(method, call)
 		r.end()
 		if outcome.done {
 			c.changed = !slices.Contains(reads, method)
@@ -368,18 +380,17 @@ type callOutcome struct {
 	refused   bool // the endpoint that was called last found it invalid
 }
 
-// call makes a call at one endpoint after another, until one has done it, or until
+// call has a call made at one endpoint after another, until one has done it, or until
 // it must not be sent to another one. A call that runs is given up only when its
-// connection breaks, or ctx ends.
-func (r *round) call(ctx context.Context, method string, req, resp any) callOutcome {
+// connection breaks, or its context ends.
+func (r *round) call(method string, call endpointCall) callOutcome {
 	outcome := callOutcome{mayRepeat: true}
 	for outcome.mayRepeat {
 		e := r.next()
 		if e == nil {
 			return outcome
 		}
-		var trailer metadata.MD
-		err := e.conn.Invoke(ctx, method, req, resp, grpc.Trailer(&trailer))
+		trailer, err := call(e)
 		if err == nil {
 			r.caller.prefer(e.address)
 			outcome.done = true
@@ -403,6 +414,7 @@ var (
 	reads = []string{
 		kvpb.KVService_Get_FullMethodName,
 		kvpb.KVService_List_FullMethodName,
+		kvpb.KVService_Scan_FullMethodName,
 		kvpb.ClusterService_Metrics_FullMethodName,
 		healthpb.Health_Check_FullMethodName,
 	}
@@ -411,6 +423,7 @@ var (
 	writes = []string{
 		kvpb.KVService_Set_FullMethodName,
 		kvpb.KVService_Delete_FullMethodName,
+		kvpb.KVService_DeleteRange_FullMethodName,
 	}
 )
 

@@ -16,6 +16,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"google.golang.org/grpc/status"
+
 	"raft-key-value/kvpb"
 )
 
@@ -39,8 +41,12 @@ type invocation struct {
 	retain       bool
 	removeOthers bool
 	local        bool
+	minVersion   uint64 // that a local read waits for; 0: none
 	keysOnly     bool
 	limit        uint64     // of keys to list; 0: all
+	prefix       string     // of the keys of a range: a flag, or an argument
+	start, end   string     // of a range; empty: the first key, and no end
+	yes          bool       // do not ask
 	ifVersion    *uint64    // nil: any version
 	service      string     // the health name
 	wait         bool       // for SERVING
@@ -134,7 +140,11 @@ func (in *invocation) flagSet() *flag.FlagSet {
 	fs.SetOutput(io.Discard)
 	fs.StringVar(&in.output, "o", "text", "`FORMAT` of the output: text or json")
 	in.timeout = in.command.timeout
-	durationVar(fs, &in.timeout, "timeout", "`DURATION` until the command gives up")
+	gives := "`DURATION` until the command gives up"
+	if in.command.getsOn {
+		gives = "`DURATION` without any progress until the command gives up"
+	}
+	durationVar(fs, &in.timeout, "timeout", gives)
 	if !in.command.offline {
 		last := defaultEndpoint
 		if in.command.callsFirstMember {
@@ -268,8 +278,75 @@ func isGiven(fs *flag.FlagSet, name string) bool {
 	return given
 }
 
-func (in *invocation) localFlag(fs *flag.FlagSet) {
+func (in *invocation) localFlags(fs *flag.FlagSet) {
 	boolVar(fs, &in.local, "local", "read what the called node has; it may be old")
+	numberVar(fs, &in.minVersion, "min-version", "with --local: wait until the called node has "+
+		"the write of this `VERSION`, such as set -o json prints it")
+}
+
+func (in *invocation) checkLocalFlags() error {
+	if in.minVersion > 0 && !in.local {
+		return errors.New("--min-version: it is for --local; " +
+			"other reads see every write that was acknowledged")
+	}
+	return nil
+}
+
+// boundFlags are the flags of a range that has no prefix.
+func (in *invocation) boundFlags(fs *flag.FlagSet) {
+	notEmptyVar(fs, &in.start, "start", "only keys from this `KEY` on")
+	notEmptyVar(fs, &in.end, "end", "only keys before this `KEY`")
+}
+
+// notEmptyVar is a flag whose value is not empty: a script's variable that is not set must
+// not widen a range.
+func notEmptyVar(fs *flag.FlagSet, value *string, name, usage string) {
+	fs.Func(name, usage, func(s string) error {
+		if s == "" {
+			return errors.New("it is empty; leave the flag out")
+		}
+		*value = s
+		return nil
+	})
+}
+
+// hasRange reports whether the flags or arguments name a range, but for that of all keys.
+func (in *invocation) hasRange() bool { return in.prefix+in.start+in.end != "" }
+
+// checkRange checks a range as nodes do.
+func (in *invocation) checkRange() error {
+	if err := checkRange(in.prefix, in.start, in.end); err != nil {
+		return errors.New(status.Convert(err).Message())
+	}
+	return nil
+}
+
+func (in *invocation) checkListFlags() error {
+	if err := in.checkLocalFlags(); err != nil {
+		return err
+	}
+	return in.checkRange()
+}
+
+func (in *invocation) deleteFlags(fs *flag.FlagSet) {
+	in.versionFlag(fs, "only if the key has this `VERSION`, not 0")
+	notEmptyVar(fs, &in.prefix, "prefix", "remove all keys that start with `PREFIX`")
+	in.boundFlags(fs)
+	boolVar(fs, &in.yes, "yes", "do not ask before a range is removed")
+}
+
+func (in *invocation) checkDeleteFlags() error {
+	hasKey := len(in.args) > 0
+	if hasKey == in.hasRange() {
+		return errors.New("want either a KEY, or --prefix, --start or --end")
+	}
+	if in.hasRange() && in.ifVersion != nil {
+		return errors.New("--if-version: it is for a KEY")
+	}
+	if in.ifVersion != nil && *in.ifVersion == 0 {
+		return errors.New("--if-version 0: no key has it; a key that is not there cannot be deleted")
+	}
+	return in.checkRange()
 }
 
 func (in *invocation) versionFlag(fs *flag.FlagSet, usage string) {
@@ -346,8 +423,11 @@ func (in *invocation) takeArguments(args []string) error {
 func (in *invocation) takeArgument(kind argument, arg string) error {
 	var err error
 	switch kind {
-	case keyArgument, prefixArgument:
+	case keyArgument:
 		err = checkKeyArgument(kind, arg)
+	case prefixArgument:
+		err = checkKeyArgument(kind, arg)
+		in.prefix = arg
 	case valueArgument:
 		err = checkLength(kind, arg, maxValueBytes)
 	case fileArgument:
