@@ -208,6 +208,15 @@ not_found() {
   reads=$((reads + 1))
 }
 
+# lists KEYS ARGS...: list, with these arguments, has to print these keys, quoted, in a line.
+lists() {
+  local want=$1 got
+  shift
+  run 0 list --keys-only "$@"
+  got=$(tr '\n' ' ' <"$tmp/out")
+  [[ ${got% } == "$want" ]] || fail "list printed $got instead of $want"
+}
+
 # expect_all ID...: these nodes must have all keys. It shows the reads as one.
 expect_all() {
   local id i at=''
@@ -317,6 +326,25 @@ walk() {
   remember once second
   expect 1 once second
 
+  title 'A local read may wait for a write'
+  run 0 set -o json --endpoints "${addr[2]}" waited for
+  version=$(sed -n 's/.*"version":"\([0-9]*\)".*/\1/p' "$tmp/out")
+  remember waited for
+  for id in 1 2 3; do
+    run 0 get --endpoints "${addr[$id]}" --local --min-version "$version" waited
+    found "$id" waited for
+  done
+
+  title 'Keys that begin alike are listed, and deleted'
+  for id in 1 2 3; do run 0 set --endpoints "${addr[$id]}" "box/$id" "item $id"; done
+  lists '"box/1" "box/2" "box/3"' --endpoints "${addr[3]}" box/
+  lists '"box/2"' --start box/2 --end box/3
+  run 2 delete --prefix box/ # there is no terminal to ask at
+  run 0 delete --endpoints "${addr[2]}" --prefix box/ --yes
+  [[ $out == $'deleted keys: 3\n' ]] || fail "delete printed \"$out\""
+  lists '' box/
+  run 1 delete --prefix box/ --yes
+
   title 'Another node leads'
   find_leader
   to=$((leader % 3 + 1))
@@ -377,6 +405,7 @@ walk() {
   await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes' '^4 .* ok yes' '^5 .* ok yes'
   expect_all "${!pid[@]}"
   run 0 list
+  (($(wc -l <"$tmp/out") == ${#keys[@]})) || fail "list does not print ${#keys[@]} keys"
 }
 
 go build -buildvcs=false -o "$bin" .
