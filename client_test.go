@@ -60,6 +60,7 @@ type fakeNode struct {
 	// scanned, if there is one, is called before each response of a Scan, with the number of
 	// those before it. After io.EOF the Scan ends as if that were all.
 	scanned func(ctx context.Context, responses int) error
+	watched func(*kvpb.WatchRequest, kvpb.KVService_WatchServer) error // nil: it says nothing but the version
 }
 
 func newFakeNode(t *testing.T) *fakeNode {
@@ -396,7 +397,7 @@ func TestClientTimeouts(t *testing.T) {
 	for name, cmd := range commands() {
 		want := 5 * time.Second
 		switch name {
-		case "init", "add-learner", "change-membership", "promote", "demote", "remove":
+		case "init", "add-learner", "change-membership", "promote", "demote", "remove", "watch":
 			want = time.Minute
 		case "backup", "restore":
 			want = time.Hour
@@ -1789,7 +1790,7 @@ func TestChangesOfMembership(t *testing.T) {
 // file.
 var callingCommands = []string{
 	"get k", "get k --local", "list", "list --local", "list --start k", "set k v", "delete k", "delete --prefix k --yes",
-	"add-learner 3=h:3", "promote 3", "demote 2", "change-membership 1 2", "remove 2", "transfer-leader 2",
+	"watch k --until-version 7", "add-learner 3=h:3", "promote 3", "demote 2", "change-membership 1 2", "remove 2", "transfer-leader 2",
 	"health", "status", "backup FILE",
 }
 
@@ -1942,7 +1943,7 @@ func TestHealthOfNodesInNoCluster(t *testing.T) {
 // not sent to another one, where nobody knows of its session.
 func TestWritesStayInOneCluster(t *testing.T) {
 	t.Parallel()
-	together(t, []string{"set k v", "delete k", "delete --prefix k --yes", "get k", "list k"}, func(t *testing.T, line string) {
+	together(t, []string{"set k v", "delete k", "delete --prefix k --yes", "get k", "list k", "watch k"}, func(t *testing.T, line string) {
 		one, other := newFakeNode(t), newFakeNode(t)
 		one.setMetrics(&kvpb.MetricsResponse{ClusterId: 10})
 		other.setMetrics(&kvpb.MetricsResponse{ClusterId: 11})
@@ -1950,7 +1951,7 @@ func TestWritesStayInOneCluster(t *testing.T) {
 			return apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN, "unknown")
 		})
 		exit := exitUnknown
-		if line == "get k" || line == "list k" {
+		if slices.Contains([]string{"get k", "list k", "watch k"}, line) {
 			exit = exitNotDone
 		}
 		args := commandLine(t, line, one.addr+","+other.addr)

@@ -21,7 +21,7 @@ const (
 // The exit statuses of sub-commands.
 const (
 	exitYes     = 0
-	exitNo      = 1 // a key is not there, a compare failed, a node is not SERVING
+	exitNo      = 1 // a key is not there, a compare failed, a node is not SERVING, a watch has a gap
 	exitUsage   = 2
 	exitNotDone = 3 // nothing was changed, or what was read is not known
 	exitUnknown = 4 // it may or may not have been done
@@ -178,6 +178,25 @@ is left: others see some of them gone. If it fails half way, the exit status is 
 			flags:   (*invocation).deleteFlags,
 			check:   (*invocation).checkDeleteFlags,
 			run:     (*client).delete,
+		},
+		"watch": {
+			args:     []argument{prefixArgument},
+			optional: true,
+			summary:  "print what is written and deleted, as it comes",
+			details: `A line is a key, the version of the write, and the value, quoted as Go does, with tabs
+between; of a key that was deleted, it is the word deleted. With -o json, a line is an Event.
+Each event is told once, in the order of versions. Those of one DeleteRange share a version.
+It goes on until it is interrupted, whose exit status is 0 unless --until-version was not
+reached. If a node fails, or says nothing for 5 s, another endpoint is asked, and stderr says so.
+The exit status is 1 if no node knows any more what comes next: for it was written too long
+ago, or the cluster is another one now, or was restored. To begin again without a gap, see what
+is there by list -o json, and go on by watch --from-version, with the version of its first
+line plus 1.`,
+			timeout: watchTimeout,
+			getsOn:  true,
+			flags:   (*invocation).watchFlags,
+			check:   (*invocation).checkWatchFlags,
+			run:     (*client).watchKeys,
 		},
 		"status": {
 			summary: "show every member as it sees itself",

@@ -35,7 +35,9 @@ var clientKeepalive = keepalive.ClientParameters{Time: 10 * time.Second, Timeout
 
 // Reasons of a node that decide where its caller goes on; see ErrorReason in kv.proto.
 const (
+	reasonCompacted      = "COMPACTED"
 	reasonNotInitialized = "NOT_INITIALIZED"
+	reasonOtherCluster   = "OTHER_CLUSTER"
 	reasonOutcomeUnknown = "OUTCOME_UNKNOWN"
 	reasonOverloaded     = "OVERLOADED"
 	reasonUnreachable    = "UNREACHABLE"
@@ -118,8 +120,17 @@ func (c *apiCaller) repeats(method string) bool {
 
 // prefer makes an address the first one for the next call.
 func (c *apiCaller) prefer(address string) {
-	others := slices.DeleteFunc(slices.Clone(c.endpoints), func(a string) bool { return a == address })
-	c.endpoints = slices.Concat([]string{address}, others)
+	c.endpoints = slices.Concat([]string{address}, c.others(address))
+}
+
+// postpone makes an address the last one for the next call.
+func (c *apiCaller) postpone(address string) {
+	c.endpoints = append(c.others(address), address)
+}
+
+// others are the endpoints but for one, in their order.
+func (c *apiCaller) others(address string) []string {
+	return slices.DeleteFunc(slices.Clone(c.endpoints), func(a string) bool { return a == address })
 }
 
 // askTime bounds the wait for a node's metrics: half of the timeout is left for the
@@ -244,18 +255,18 @@ func textOf(replies []reply) string {
 	return strings.Join(texts, "; ")
 }
 
-// firstReason is the first reason among replies. That of a node in no cluster counts
-// only if there is no other: a member knows more.
+// firstReason is the first reason among replies. That of a node in no cluster, or in another
+// one, counts only if there is no other: a member knows more.
 func firstReason(replies []reply) string {
 	reason := ""
 	for _, r := range replies {
-		if r.Reason == "" {
-			continue
-		}
-		if r.Reason != reasonNotInitialized {
+		switch r.Reason {
+		case "":
+		case reasonNotInitialized, reasonOtherCluster:
+			reason = r.Reason
+		default:
 			return r.Reason
 		}
-		reason = r.Reason
 	}
 	return reason
 }
@@ -289,6 +300,11 @@ func (r *round) end() {
 	r.endQuestions()
 	closeAll(r.left)
 	closeAll(r.past)
+}
+
+// take takes an endpoint that was chosen out of the round: whoever takes it closes it.
+func (r *round) take(e *endpoint) {
+	r.past = slices.DeleteFunc(r.past, func(past *endpoint) bool { return past == e })
 }
 
 // next chooses the endpoint to be called; nil: there is none. The cluster of the
@@ -346,7 +362,8 @@ func (r *round) whySkip(e *endpoint) error {
 	}
 	ours := r.caller.clusterID
 	if ours != 0 && ours != theirs {
-		return fmt.Errorf("it is in another cluster, %016x, not in %016x", theirs, ours)
+		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_OTHER_CLUSTER,
+			fmt.Sprintf("it is in another cluster, %016x, not in %016x", theirs, ours))
 	}
 	return nil
 }
@@ -415,6 +432,7 @@ var (
 		kvpb.KVService_Get_FullMethodName,
 		kvpb.KVService_List_FullMethodName,
 		kvpb.KVService_Scan_FullMethodName,
+		kvpb.KVService_Watch_FullMethodName,
 		kvpb.ClusterService_Metrics_FullMethodName,
 		healthpb.Health_Check_FullMethodName,
 	}

@@ -53,6 +53,7 @@ type invocation struct {
 	dataDir      string     // to be made by restore
 	node         *kvpb.Node // whose data directory restore makes
 	certs        *certOrder
+	watch        *watchOrder
 }
 
 // sharedFlags are the flags that may stand before the sub-command, too. An alias may
