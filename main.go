@@ -31,6 +31,8 @@
 //     lock, and waits in rooms for memory for its request and its answer.
 //     A Pipeline's call sends answers, and a second goroutine receives.
 //     The view of a List is closed by a goroutine when its call has ended.
+//   - The teller (watchers.run), one a node: it passes over the events of the history,
+//     and wakes the watches that they concern, each in its call.
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second
 //     whether it turns.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks

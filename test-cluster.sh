@@ -345,6 +345,12 @@ walk() {
   lists '' box/
   run 1 delete --prefix box/ --yes
 
+  title 'A watch tells of each write on these keys, also afterwards'
+  run 0 watch --endpoints "${addr[1]}" --from-version "$version" --until-version "$((version + 4))" box/
+  lines=$(cut -f 1,3 "$tmp/out" | tr '\t\n' ' ;')
+  [[ $lines == '"box/1" "item 1";"box/2" "item 2";"box/3" "item 3";"box/1" deleted;"box/2" deleted;"box/3" deleted;' ]] ||
+    fail "watch printed $lines"
+
   title 'Another node leads'
   find_leader
   to=$((leader % 3 + 1))
