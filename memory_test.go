@@ -169,6 +169,7 @@ const (
 	pipelineMethod   = kvpb.KVService_Pipeline_FullMethodName
 	reflectionMethod = reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName
 	healthMethod     = grpc_health_v1.Health_Watch_FullMethodName
+	scanMethod       = kvpb.KVService_Scan_FullMethodName
 	watchMethod      = kvpb.KVService_Watch_FullMethodName
 )
 
@@ -198,6 +199,7 @@ var floods = []abuse{
 	{"errors that nobody reads", 60, callsOver(dialDeaf, 1000, getMethod, messages(true, &kvpb.GetRequest{Local: true}))},
 	{"idle Pipelines with large headers", 20, calls(1000, pipelineMethod, messages(false), "x-large", strings.Repeat("x", 15<<10))},
 	{"idle Watches of health", 20, calls(1000, healthMethod, messages(true, &grpc_health_v1.HealthCheckRequest{}))},
+	{"Scans that nobody reads", 4, callsOver(dialShut, 100, scanMethod, messages(true, &kvpb.ScanRequest{}))},
 	{"Watches that nobody reads", 20, callsOver(dialShut, 600, watchMethod, messages(true, &kvpb.WatchRequest{}))},
 	{"Watches of all keys", 20, calls(600, watchMethod, messages(true, &kvpb.WatchRequest{}))},
 }

@@ -15,7 +15,7 @@ import (
 const (
 	// maxScans bounds the Scans that a node sends at a time. Each has a goroutine, and
 	// scanBytes or one item, up to twice, in memory.
-	maxScans = 64
+	maxScans = 32
 	// scanBytes is the keys and values of one response, unless a single item has more.
 	scanBytes = 64 << 10
 )
