@@ -1712,7 +1712,8 @@ func TestDurableBehind(t *testing.T) {
 	c.init(1, 2, 3)
 	before, address := c.raftIDs(3), c.nodes[3].address
 	c.kill(3)
-	c.fill(1, 24)
+	const values = 24
+	c.fill(1, values)
 	c.start(3, address)
 	c.settled(1, 2, 3)
 	if m, err := c.metrics(3); err != nil || m.SnapshotsInstalled == 0 {
@@ -1734,7 +1735,8 @@ func TestDurableBehind(t *testing.T) {
 				size += info.Size()
 			}
 		}
-		if err != nil || size == 0 || size > 8*64<<10+2<<16 {
+		const snapshot = values * 64 << 10
+		if err != nil || size == 0 || size > 2*snapshot+2<<16 {
 			t.Errorf("node %d: %d bytes of log, %v", id+1, size, err)
 		}
 	}

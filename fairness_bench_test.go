@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -92,6 +93,67 @@ func slowReader(done *atomic.Int64) func(ctx context.Context, address string, be
 	}
 }
 
+// listedKeys are how many keys there are beside Lists.
+const listedKeys = 1_000_000
+
+// lister has so many Lists in flight, each of a page of 1,000 keys from anywhere on.
+func lister(inFlight int, done *atomic.Int64) func(ctx context.Context, address string, begun func()) {
+	return func(ctx context.Context, address string, begun func()) {
+		conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			return
+		}
+		defer func() { _ = conn.Close() }()
+		kv := kvpb.NewKVServiceClient(conn)
+		var callers sync.WaitGroup
+		for range inFlight {
+			callers.Go(func() {
+				for ctx.Err() == nil {
+					resp, err := kv.List(ctx, &kvpb.ListRequest{Start: benchKey(rand.Uint64N(listedKeys))})
+					if err != nil && ctx.Err() == nil {
+						done.Add(-1e6) // it shows
+					}
+					if err == nil {
+						begun()
+						done.Add(int64(len(resp.Items)))
+					}
+				}
+			})
+		}
+		callers.Wait()
+	}
+}
+
+// fillKeys sets so many keys, by a Pipeline.
+func fillKeys(b *testing.B, ctx context.Context, kv kvpb.KVServiceClient, keys uint64) {
+	b.Helper()
+	s, err := kv.Pipeline(ctx)
+	if err != nil {
+		b.Fatal(err)
+	}
+	value := strings.Repeat("v", 128)
+	const at = 1000
+	go func() { // ends with the stream
+		for i := uint64(0); i < keys; i += at {
+			m := &kvpb.PipelineRequest{}
+			for j := range uint64(at) {
+				m.Operations = append(m.Operations, setOp(benchKey(i+j), value))
+			}
+			if s.Send(m) != nil {
+				return
+			}
+		}
+		_ = s.CloseSend()
+	}()
+	for done := 0; done < int(keys); {
+		resp, err := s.Recv()
+		if err != nil {
+			b.Fatal(err)
+		}
+		done += len(resp.Results)
+	}
+}
+
 // floods are what the benchmark runs beside a client. done counts what they were given.
 func floodsCounting(done *atomic.Int64) []abuse {
 	return []abuse{
@@ -99,8 +161,12 @@ func floodsCounting(done *atomic.Int64) []abuse {
 		{"10 loaders of 100 bytes", 10, loader(100, done)},
 		{"10 loaders of 64 KiB", 10, loader(64<<10, done)},
 		{"6 slow readers", 6, slowReader(done)},
+		{besideLists, 20, lister(10, done)},
 	}
 }
+
+// besideLists is the flood that needs listedKeys.
+const besideLists = "200 Lists in flight"
 
 // These variables make the test binary a flood of some name, or a bare gRPC server, instead of
 // the tests: in processes of their own, as clients are.
@@ -250,7 +316,7 @@ func (t *timed) p99() time.Duration {
 }
 
 // BenchmarkBeside reports the 99th percentile of another client's Gets and Sets, with and
-// without each flood beside it, and the flood's rate: operations, or bytes of slow readers. Two
+// without each flood beside it, and the flood's rate: operations, bytes of slow readers, or keys listed. Two
 // more calls say what of that is the machine's: a bare gRPC server that asks another one, as a
 // leader asks a follower, and a call of the node's that does not pass the loop.
 func BenchmarkBeside(b *testing.B) {
@@ -262,6 +328,9 @@ func BenchmarkBeside(b *testing.B) {
 			defer cancel()
 			if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: "large", Value: make([]byte, maxValueBytes)}); err != nil {
 				b.Fatal(err)
+			}
+			if a.name == besideLists {
+				fillKeys(b, ctx, p.kv, listedKeys)
 			}
 			bare, err := grpc.NewClient("passthrough:///"+startEcho(b, startEcho(b, "")),
 				grpc.WithTransportCredentials(insecure.NewCredentials()))

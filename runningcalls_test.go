@@ -149,6 +149,7 @@ func TestOpenCallsAreClosed(t *testing.T) {
 	c.init(1)
 	n := c.nodes[1]
 	conn := dialNode(t, n.address, insecure.NewCredentials())
+	defer func() { _ = conn.Close() }()
 	kv := kvpb.NewKVServiceClient(conn)
 	long, cancel := context.WithCancel(c.ctx)
 	defer cancel()

@@ -37,7 +37,7 @@ const (
 	maxBackups = 4
 	// maxLists bounds the Lists that run at a time: each passes over up to maxListItems
 	// keys, so more would take more cores from the loop.
-	maxLists = 4
+	maxLists = 2
 	// maxMembers bounds a cluster, and with it what a request may name, and the
 	// connections and files of peers: peerFiles for each.
 	maxMembers = 64
@@ -227,14 +227,14 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	}
 	ctx, cancel := beforeDeadline(ctx)
 	defer cancel()
+	if err := s.awaitRead(ctx, req.Local, req.MinVersion); err != nil {
+		return nil, err
+	}
 	select {
 	case s.lists <- struct{}{}:
 		defer func() { <-s.lists }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
-	}
-	if err := s.awaitRead(ctx, req.Local, req.MinVersion); err != nil {
-		return nil, err
 	}
 	v, err := s.n.store.openKeys()
 	if err != nil {
