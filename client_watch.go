@@ -175,9 +175,21 @@ func (w *keyWatch) openStream(ctx context.Context, e *endpoint) (*watchedStream,
 	s.first, err = s.recv()
 	if err != nil {
 		s.stop()
-		return nil, err
+		return nil, w.whyNotBegun(e, err)
 	}
 	return s, nil
+}
+
+// whyNotBegun is why a stream has no first response. A node that waits until it has what is before
+// says nothing.
+func (w *keyWatch) whyNotBegun(e *endpoint, err error) error {
+	has := e.metrics.GetVersion()
+	isWaiting := err == errWatchSilent && w.req.FromVersion > has+1
+	if !isWaiting {
+		return err
+	}
+	return status.Errorf(codes.DeadlineExceeded, "no response in %v: it had version %d, and waits for version %d",
+		watchSilence, has, w.req.FromVersion-1)
 }
 
 // follow prints what a stream tells. It returns why the stream has broken, or else the error,

@@ -176,6 +176,11 @@ func TestClientWatchGoesOn(t *testing.T) {
 			if n := strings.Count(errs.String(), "\n"); n != 2 {
 				t.Errorf("stderr has %d lines: %s", n, &errs)
 			}
+			said := "the node has ended the watch without a reason"
+			if broken != nil {
+				said = status.Convert(broken).Message()
+			}
+			wantPart(t, errs.String(), said)
 			for f, from := range map[*fakeNode]uint64{second: 10, third: 21} {
 				want := &kvpb.WatchRequest{FromVersion: from, ClusterId: 10}
 				if req, _ := f.take(); !proto.Equal(req, want) {
@@ -229,18 +234,28 @@ func TestClientWatchHangs(t *testing.T) {
 			wantPart(t, out, "\"k\"\t9\t\"2\"\n")
 		})
 	}
+	t.Run("before the version", func(t *testing.T) {
+		t.Parallel()
+		f := newFakeNode(t)
+		f.setMetrics(&kvpb.MetricsResponse{ClusterId: 10, Version: 7})
+		f.do(func() { f.watched = silent })
+		_, errs := runCommand(t, exitNotDone, "", "watch", "--from-version", "100", "--timeout", "7s", "--endpoints", f.addr)
+		wantPart(t, errs, "it had version 7, and waits for version 99")
+	})
 	t.Run("slowly taken", func(t *testing.T) {
 		t.Parallel()
 		f := newFakeNode(t)
+		taken := make(chan struct{})
 		f.do(func() {
 			f.watched = func(r *kvpb.WatchRequest, s kvpb.KVService_WatchServer) error {
 				if err := tellEvents(r, s, setEvent("k", "1", 8)); err != nil {
 					return err
 				}
+				<-taken
 				return tellAndWait(setEvent("k", "2", 9))(&kvpb.WatchRequest{FromVersion: 9}, s)
 			}
 		})
-		out := &slowWriter{wait: func() { sleep(t.Context(), watchSilence+time.Second) }}
+		out := &slowWriter{wait: func() { sleep(t.Context(), watchSilence+time.Second); close(taken) }}
 		var errs bytes.Buffer
 		args := []string{"watch", "--until-version", "9", "--endpoints", f.addr}
 		if got := runClient(t.Context(), args, nil, out, &errs); got != exitYes || errs.Len() > 0 {
