@@ -100,9 +100,6 @@ func (w *keyWatch) run(ctx context.Context) error {
 		if broken == nil {
 			return err
 		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
 		left := replyOf(s.endpoint.address, broken)
 		if !mayWatchElsewhere(broken) {
 			return whyWatchEnds([]reply{left})

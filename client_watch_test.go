@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -230,8 +231,11 @@ func TestClientWatchHangs(t *testing.T) {
 			first, second := newFakeNode(t), newFakeNode(t)
 			first.do(func() { first.watched = hangs })
 			second.do(func() { second.watched = tellAndWait(setEvent("k", "2", 9)) })
-			out, _ := runWatch(t, exitYes, "--until-version", "9", "--endpoints", first.addr+","+second.addr)
+			out, errs := runWatch(t, exitYes, "--until-version", "9", "--endpoints", first.addr+","+second.addr)
 			wantPart(t, out, "\"k\"\t9\t\"2\"\n")
+			if name == "later" {
+				wantPart(t, errs, first.addr+": no response in 5s")
+			}
 		})
 	}
 	t.Run("before the version", func(t *testing.T) {
@@ -320,7 +324,8 @@ func TestClientWatchEnds(t *testing.T) {
 		"restored, says the node":    {[]func(*fakeNode){other, other}, other, exitNo, "OTHER_CLUSTER", otherText},
 		"another cluster's is there": {[]func(*fakeNode){isElsewhere, tells}, old, exitYes, "", ""},
 		"another's, and no leader":   {[]func(*fakeNode){other, atFirst(noLeader)}, isElsewhere, exitYes, "", ""},
-		"another's, and a new one":   {[]func(*fakeNode){other, isFresh}, isElsewhere, exitNotDone, "NOT_INITIALIZED", "in another cluster"},
+		"another's, and a new one":   {[]func(*fakeNode){other, isFresh}, isElsewhere, exitNotDone, "OTHER_CLUSTER", "in another cluster"},
+		"another's, and none leads":  {[]func(*fakeNode){other, fails(noLeader)}, isElsewhere, exitNotDone, "NO_LEADER", "none leads"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -348,7 +353,11 @@ func TestClientWatchEnds(t *testing.T) {
 			_, errs := runWatch(t, test.exit, args...)
 			if test.exit != exitYes {
 				wantPart(t, errs, test.text)
-				wantPart(t, errs, fmt.Sprintf(`"reason":%q`, test.reason))
+				lines := strings.Split(strings.TrimSpace(errs), "\n")
+				var e commandError
+				if err := json.Unmarshal([]byte(lines[len(lines)-1]), &e); err != nil || e.Reason != test.reason {
+					t.Errorf("the reason is %q, want %q: %v", e.Reason, test.reason, err)
+				}
 			}
 		})
 	}
