@@ -129,8 +129,9 @@ func (e *entryEvents) addDeleted(keys [][]byte, version uint64) {
 // eventHistory is the events of the last writes, as far back as its limit allows. The loop adds to it; any
 // goroutine may read it.
 type eventHistory struct {
-	limit uint64 // of bytes; constant
-	added bell   // rings when something was added, or all was replaced
+	limit  uint64 // of bytes; constant
+	passed int    // events that one read passes over: maxPassed, but in tests
+	added  bell   // rings when something was added, or all was replaced
 
 	mu        sync.RWMutex
 	clusterID uint64 // whose history it is; 0: nobody's
@@ -145,7 +146,7 @@ type eventHistory struct {
 }
 
 func newEventHistory(limit uint64) *eventHistory {
-	return &eventHistory{limit: limit, added: newBell(), oldest: 1}
+	return &eventHistory{limit: limit, passed: maxPassed, added: newBell(), oldest: 1}
 }
 
 // add adds the events of an entry, after which this is the version.
@@ -201,12 +202,13 @@ func (h *eventHistory) reset(clusterID, version uint64) {
 type historyView struct {
 	clusterID, resets, oldest, version uint64
 	chunks                             []eventChunk
+	passed                             int // events that one read passes over
 }
 
 func (h *eventHistory) view() historyView {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
-	return historyView{h.clusterID, h.resets, h.oldest, h.version, h.chunks}
+	return historyView{h.clusterID, h.resets, h.oldest, h.version, h.chunks, h.passed}
 }
 
 // read returns the events of a range of keys from a version on, as many as have maxBytes, but
@@ -228,7 +230,7 @@ func (v *historyView) read(from uint64, r keyRange, maxBytes int) (events []keyE
 			if version < from {
 				continue
 			}
-			isFull := passed >= maxPassed || bytes >= maxBytes
+			isFull := passed >= v.passed || bytes >= maxBytes
 			if isFull && passed > 0 && version > last {
 				return events, version, nil
 			}

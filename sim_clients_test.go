@@ -24,7 +24,8 @@ type caller struct {
 	op       *op // the one that runs
 	session  uint64
 	sequence uint64
-	past     []*op // some writes with ids, to be sent again
+	past     []*op     // some writes with ids, to be sent again
+	watch    *simWatch // nil: it makes other calls
 }
 
 // owner is whose sessions the caller's are.
@@ -33,7 +34,7 @@ func (c *caller) owner() string { return []string{"client/b", "", "admin"}[c.id%
 // op is a call of a client: one write, however often it is sent.
 type op struct {
 	client    int
-	kind      string // set, delete, delete range, open, get, list, scan
+	kind      string // set, delete, delete range, open, get, list, scan, watch
 	key       string
 	value     string
 	id        *kvpb.RequestId
@@ -66,7 +67,9 @@ type op struct {
 }
 
 // isRead reports whether an op changes nothing.
-func (o *op) isRead() bool { return o.kind == "get" || o.kind == "list" || o.kind == "scan" }
+func (o *op) isRead() bool {
+	return slices.Contains([]string{"get", "list", "scan", "watch"}, o.kind)
+}
 
 // answer is what was acknowledged.
 func (o *op) answer() result {
@@ -90,6 +93,10 @@ func (o *op) key2() [2]uint64 { return [2]uint64{o.id.GetSession(), o.id.GetSequ
 // act makes a client's next call: a new one, or a past write once more.
 func (c *caller) act() {
 	s := c.s
+	if c.watch != nil {
+		c.watch.act()
+		return
+	}
 	if s.quiet {
 		s.after(s.expo(s.cfg.think), nil, c.act)
 		return

@@ -9,6 +9,10 @@
 //   - I7: what a message promises is on the disk;
 //   - no raft ID is used twice, and no node stops.
 //
+// With each response to a watch: it has what the log has made of the keys of the watch from
+// the version of the response before to its own, and nothing else. A node says that its
+// history is too short only if it is.
+//
 // With each page of a list or a scan: it is what the log has made of the range by the
 // version of its view, which is as new as the read asks for. With each local read: it is
 // as new as it asks for.
@@ -17,7 +21,7 @@
 // With each answer to a write with an id, I8: it is the first one. With each answer to an
 // operator: whoever gives it led, and what it says was so, at some moment since the
 // request. At the end, I1: what clients saw is linearizable, by porcupine, and I9: all
-// heals. I10 is that planted bugs are found, see sim_planted_test.go.
+// heals, and watches are told of all. I10 is that planted bugs are found, see sim_planted_test.go.
 
 package main
 
@@ -175,6 +179,7 @@ type oracle struct {
 	opened   map[uint64]bool      // all sessions ever
 	tooFar   map[[2]uint64]bool   // all writes ever that were, by session and sequence
 	first    map[[2]uint64]result // all answers ever, likewise
+	applied  []appliedEntry       // by index
 	eras     []era
 	terms    map[uint64]int64 // when an entry of each was first applied
 }
@@ -190,6 +195,7 @@ func newOracle(now int64, st *store) oracle {
 		opened:   map[uint64]bool{},
 		tooFar:   map[[2]uint64]bool{},
 		first:    map[[2]uint64]result{},
+		applied:  make([]appliedEntry, 2),
 		eras:     []era{{now, st.conf, st.members}},
 		terms:    map[uint64]int64{},
 	}
@@ -275,6 +281,7 @@ func (s *sim) observe(p *proc, from, to uint64) {
 		default:
 			o.entries = append(o.entries, proto.CloneOf(e))
 			s.commit(e)
+			o.noteEvents()
 		}
 	}
 }
@@ -665,6 +672,10 @@ func (s *sim) checkAcknowledged(o *op, r result) {
 // since the read began, and after all that anybody knew then.
 func (s *sim) finishRead(a *attempt) {
 	o := a.o
+	if o.kind == "watch" {
+		s.clients[o.client].watch.opened(a)
+		return
+	}
 	if o.kind != "get" {
 		s.openView(a)
 		return
@@ -752,7 +763,7 @@ func (s *sim) settle() {
 	s.quiet = true
 	s.until(settleTicks, func() string {
 		for _, c := range s.clients {
-			if c.op != nil {
+			if c.op != nil && c.watch == nil {
 				return c.op.String() + " has not ended"
 			}
 		}
@@ -760,6 +771,7 @@ func (s *sim) settle() {
 	})
 	s.checkFreshCalls()
 	s.until(settleTicks, s.unequal)
+	s.until(settleTicks, s.untold)
 }
 
 // endFaults ends all faults, starts all processes, and lets what is late arrive.

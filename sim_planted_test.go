@@ -45,6 +45,11 @@ type plantedBugs struct {
 	keyCount  bool // a DeleteRange counts a version for each key
 	unlike    bool // nodes have other limits of DeleteRange
 	uncounted bool // snapshots come without how many keys DeleteRanges have deleted
+	skip      bool // a history goes on after a snapshot as if it had all before
+	toldAgain bool // a watch that goes on elsewhere is told of the last version again
+	ahead     bool // watchers say that events were passed over before they are
+	lateStart bool // a watch from now on misses what comes until it is added
+	leftOut   bool // one key that a DeleteRange has deleted is no event
 }
 
 // TestSimulatorFindsBugs plants bugs and sees that they are found (I10).
@@ -107,6 +112,11 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a range deleted with a version for each key", func(c *simConfig) { c.keyCount = true }},
 		{"other limits of DeleteRange on other nodes", func(c *simConfig) { c.unlike = true }},
 		{"snapshots without the counts of DeleteRanges", func(c *simConfig) { c.uncounted = true }},
+		{"a history that goes on after a snapshot", func(c *simConfig) { c.skip = true }},
+		{"a watch told twice where it goes on", func(c *simConfig) { c.toldAgain = true }},
+		{"progress of watches ahead of their events", func(c *simConfig) { c.ahead = true }},
+		{"a watch that begins too late", func(c *simConfig) { c.lateStart = true }},
+		{"an event of a DeleteRange left out", func(c *simConfig) { c.leftOut = true }},
 	}
 	for _, tt := range bugs {
 		t.Run(tt.name, func(t *testing.T) {

@@ -8,6 +8,7 @@
 //
 //   - sim_clients_test.go: clients and operators, and what they call;
 //   - sim_views_test.go: what clients list and scan, and what that shows;
+//   - sim_watches_test.go: what clients watch, and what they are told;
 //   - sim_faults_test.go: what goes wrong;
 //   - sim_invariants_test.go: what must hold, and the oracle that knows it;
 //   - sim_planted_test.go: bugs that are planted to see that they are found.
@@ -91,6 +92,10 @@ type simConfig struct {
 	answers       int     // that each session keeps
 	rangeKeys     int     // that a DeleteRange deletes at most
 
+	watches      int     // clients that watch
+	passing      float64 // mean, until a node's watchers pass over what is new
+	historyBytes uint64  // of past writes that a node keeps for watches
+
 	faultEvery float64 // mean, between two faults
 	outage     float64 // mean, of a fault that lasts
 	faults     []string
@@ -158,6 +163,9 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 	if rng.IntN(3) == 0 { // the tree has several pages
 		c.keys = 40
 	}
+	c.watches = int(pick(0, 1, 3, 6))
+	c.passing = pick(.1, 1, 10)
+	c.historyBytes = uint64(pick(2<<10, 16<<10, defaultWatchBytes, defaultWatchBytes))
 	return c
 }
 
@@ -224,7 +232,8 @@ type sim struct {
 	names   map[uint64]string // of raft IDs
 
 	// Clients.
-	clients []*caller
+	clients []*caller // those that watch are the last ones
+	watches []*simWatch
 	values  map[string]*op    // by the value that they set
 	ids     map[[2]uint64]*op // by session and sequence
 	seen    map[string]uint64 // by key: the newest version that a client has been told of
@@ -444,6 +453,14 @@ type proc struct {
 	calls   []*attempt // that have not ended
 	witness witness    // of the last operator's request
 
+	watchers    *watchers
+	willPass    bool   // they pass soon
+	passing     bool   // they are at it
+	interleaved bool   // something is done between two steps of theirs
+	installed   uint64 // snapshots, before the last turn
+	received    uint64 // index of the last snapshot that raft was given
+	replacedAt  uint64 // index at which all came with a snapshot, or from the disk; 0: nothing has
+
 	disk    *disk
 	writing bool          // the disk is at work
 	written kvpb.LogBatch // what the disk has of the log, in short: hard state and the last index
@@ -499,6 +516,7 @@ func (s *sim) start(st *site) {
 	o.heartbeat = 100 * time.Millisecond
 	o.election = time.Duration(s.cfg.election) * 20 * time.Millisecond
 	o.logBytes = s.cfg.logBytes
+	o.watchBytes = s.cfg.historyBytes
 	o.id = st.node.Id
 	p := &proc{
 		s:         s,
@@ -521,6 +539,7 @@ func (s *sim) start(st *site) {
 		}
 	}
 	p.prepareStore()
+	p.prepareWatchers()
 	st.cur = p
 	if old := st.old; old != 0 && s.cfg.reuseID {
 		p.n.id.raftID = old
@@ -548,6 +567,7 @@ func (p *proc) prepareStore() {
 	}
 	st.plantedSameVersion = cfg.sameCount
 	st.plantedKeyVersions = cfg.keyCount
+	st.plantedLeftOut = cfg.leftOut
 }
 
 // identify sees whether the node has become somebody new.
@@ -622,12 +642,17 @@ func (p *proc) turn(ticks int) {
 	p.n.turn(in)
 	p.readBadly()
 	p.inTurn = false
+	if installed := p.n.status.count.SnapshotsInstalled; installed != p.installed {
+		p.installed = installed
+		p.replacedAt = p.received
+	}
 	if n := p.n; n.err == errRemoved || n.err != nil && p.broken {
 		p.giveUp()
 		return
 	}
 	p.check()
 	p.poll()
+	p.passSoon()
 	p.startWriting()
 }
 
@@ -648,6 +673,7 @@ func (p *proc) openDisk() {
 		s.count["starts from a disk"]++
 		p.written.HardState = wireHardState(n.log.hard)
 		p.written.FirstSegment = n.log.last()
+		p.replacedAt = n.durable.snapshotIndex
 	}
 }
 
@@ -1284,6 +1310,7 @@ func (t *transfer) install() {
 	}
 	delete(p.receiving, t.hello.From.RaftId)
 	p.n.inbox.event(func() {
+		p.received = max(p.received, st.index)
 		err := p.n.stepSnapshot(t.hello, t.term, st)
 		s.trace("%v → %v snapshot of %d, term %d: %v", t.from, p, t.v.header.Index, t.term, err)
 		s.after(s.latency(), nil, func() {
@@ -1329,6 +1356,7 @@ func (s *sim) boot() {
 		s.clients = append(s.clients, c)
 		s.after(s.expo(10), nil, c.act)
 	}
+	s.addWatches()
 	req := &kvpb.ChangeMembershipRequest{}
 	for i := range s.cfg.voters {
 		req.Members = append(req.Members, uint64(i+1))

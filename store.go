@@ -74,6 +74,7 @@ type store struct {
 	room               []operation   // memory for the writes of an entry
 	plantedSameVersion bool          // a bug that the simulator plants: all writes of an entry share a version
 	plantedKeyVersions bool          // likewise: a DeleteRange counts a version for each key
+	plantedLeftOut     bool          // likewise: of the keys that a DeleteRange has deleted, one is no event
 }
 
 func newStore() *store {
@@ -224,8 +225,12 @@ func (s *store) deleteRange(r keyRange) result {
 	if s.plantedKeyVersions {
 		s.version += uint64(max(0, len(keys)-1))
 	}
+	deleted := uint32(len(keys))
+	if s.plantedLeftOut && len(keys) > 1 {
+		keys = keys[1:]
+	}
 	s.events.addDeleted(keys, s.version)
-	return result{version: s.version, deleted: uint32(len(keys))}
+	return result{version: s.version, deleted: deleted}
 }
 
 // beginVersions sets the version of a restored store to one above all that its cluster has

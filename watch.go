@@ -54,9 +54,13 @@ func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer
 	}
 	ctx, cancel := beforeDeadline(stream.Context())
 	defer cancel()
-	clusterID, from, err := s.watchFrom(ctx, req)
-	if err != nil {
+	if err := s.awaitWatch(ctx, req); err != nil {
 		return err
+	}
+	h := s.n.store.history.view()
+	clusterID, from, err := watchFrom(&h, req)
+	if err != nil {
+		return s.whyWatchEnded(err)
 	}
 	c, err := s.watchers.newCursor(filter, callerOf(ctx), clusterID, from)
 	if err != nil {
@@ -68,17 +72,16 @@ func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer
 	if err := w.send(&kvpb.WatchResponse{ClusterId: clusterID, Version: c.told()}); err != nil {
 		return s.whyWatchEnded(err)
 	}
-	err = w.tell(c)
-	if old, ok := errors.AsType[*compactedError](err); ok {
-		return compacted(old.oldest)
-	}
-	return s.whyWatchEnded(err)
+	return s.whyWatchEnded(w.tell(c))
 }
 
 // errWatchesEnded stands for why the watchers say that they have.
 var errWatchesEnded = status.Error(codes.Internal, "the watches have ended")
 
 func (s *server) whyWatchEnded(err error) error {
+	if old, ok := errors.AsType[*compactedError](err); ok {
+		return compacted(old.oldest)
+	}
 	if err != errWatchesEnded {
 		return err
 	}
@@ -88,18 +91,17 @@ func (s *server) whyWatchEnded(err error) error {
 	return errNoLeader // there was none for a while
 }
 
-// watchFrom waits until the node has applied all that is before a watch, and returns the version
-// that it is from.
-func (s *server) watchFrom(ctx context.Context, req *kvpb.WatchRequest) (clusterID, from uint64, err error) {
+// awaitWatch waits until the node has applied all that is before a watch.
+func (s *server) awaitWatch(ctx context.Context, req *kvpb.WatchRequest) error {
 	if req.FromVersion == 0 {
-		err = s.confirmRead(ctx)
-	} else {
-		err = s.awaitRead(ctx, true, req.FromVersion-1)
+		return s.confirmRead(ctx)
 	}
-	if err != nil {
-		return 0, 0, err
-	}
-	h := s.n.store.history.view()
+	return s.awaitRead(ctx, true, req.FromVersion-1)
+}
+
+// watchFrom returns the version that a watch is from, at a node that has applied all that is
+// before, and whose watch that is.
+func watchFrom(h *historyView, req *kvpb.WatchRequest) (clusterID, from uint64, err error) {
 	if h.clusterID == 0 {
 		return 0, 0, errNotInitialized
 	}
@@ -111,7 +113,7 @@ func (s *server) watchFrom(ctx context.Context, req *kvpb.WatchRequest) (cluster
 		return h.clusterID, h.version + 1, nil
 	}
 	if req.FromVersion < h.oldest {
-		return 0, 0, compacted(h.oldest)
+		return 0, 0, &compactedError{h.oldest}
 	}
 	return h.clusterID, req.FromVersion, nil
 }

@@ -23,8 +23,8 @@ const (
 	// maxWatchedRanges bounds the ranges that are watched, which are neither keys nor
 	// prefixes: each is looked at for each event.
 	maxWatchedRanges = 256
-	// passedAtOnce bounds the events that are passed over while the watchers are locked.
-	passedAtOnce = 1024
+	// maxPassedAtOnce bounds the events that are passed over while the watchers are locked.
+	maxPassedAtOnce = 1024
 )
 
 // watchFilter is the keys that a watch is of.
@@ -88,7 +88,12 @@ type watcherSet map[*watcher]struct{}
 type watchers struct {
 	history *eventHistory
 	// seen is a version up to which all events were passed over. Marks are set before that.
-	seen atomic.Uint64
+	seen   atomic.Uint64
+	resets uint64 // of the history, when it was passed over last: passNew alone uses it
+
+	passedAtOnce int    // maxPassedAtOnce, but in tests
+	interleave   func() // nil; the simulator does here what other goroutines may do
+	plantedAhead bool   // a bug that the simulator plants: seen runs ahead of the marks
 
 	mu       sync.Mutex
 	count    int
@@ -110,6 +115,8 @@ func newWatchers(h *eventHistory) *watchers {
 		lengths:  map[int]int{},
 		ranges:   watcherSet{},
 		ended:    make(chan struct{}),
+
+		passedAtOnce: maxPassedAtOnce,
 	}
 }
 
@@ -243,37 +250,53 @@ func (ws *watchers) whyEnded() error {
 
 // run passes over the events as they come, until done.
 func (ws *watchers) run(done <-chan struct{}) {
-	resets := uint64(0)
 	for {
 		select {
 		case <-done:
 			return
 		case <-ws.history.added:
 		}
-		v := ws.history.view()
-		if v.resets != resets {
-			resets = v.resets
-			ws.wakeAll()
-			ws.seen.Store(v.version)
-			continue
-		}
-		ws.pass(&v)
+		ws.passNew()
 	}
+}
+
+// passNew passes over what the history has got since it was called last. One goroutine calls it.
+func (ws *watchers) passNew() {
+	v := ws.history.view()
+	if v.resets != ws.resets {
+		ws.resets = v.resets
+		ws.wakeAll()
+		ws.seen.Store(v.version)
+		return
+	}
+	ws.pass(&v)
 }
 
 // pass passes over the events that were not seen, and marks the watchers whom they concern.
 func (ws *watchers) pass(v *historyView) {
 	from := ws.seen.Load() + 1
 	for from <= v.version {
-		events, next, err := v.read(from, keyRange{}, passedAtOnce*eventBytes)
+		events, next, err := v.read(from, keyRange{}, ws.passedAtOnce*eventBytes)
 		if err != nil { // what was dropped concerns anybody
 			ws.wakeAll()
 			ws.seen.Store(v.version)
 			return
 		}
+		if ws.plantedAhead {
+			ws.seen.Store(next - 1)
+			ws.others()
+		}
 		ws.markAll(events)
+		ws.others()
 		from = next
 		ws.seen.Store(next - 1)
+	}
+}
+
+// others is where other goroutines may run.
+func (ws *watchers) others() {
+	if ws.interleave != nil {
+		ws.interleave()
 	}
 }
 
@@ -344,7 +367,9 @@ func (c *cursor) close() { c.ws.remove(c.w) }
 // be.
 func (c *cursor) read(maxBytes int) ([]keyEvent, error) {
 	seen := c.ws.seen.Load() // before the mark is taken: all up to seen is marked
+	c.ws.others()
 	mark := c.w.mark.Swap(0)
+	c.ws.others()
 	if mark == 0 && !c.isBehind {
 		c.next = max(c.next, seen+1)
 		return nil, nil
