@@ -112,22 +112,33 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a range deleted with a version for each key", func(c *simConfig) { c.keyCount = true }},
 		{"other limits of DeleteRange on other nodes", func(c *simConfig) { c.unlike = true }},
 		{"snapshots without the counts of DeleteRanges", func(c *simConfig) { c.uncounted = true }},
+	}
+	ofWatches := []bug{
 		{"a history that goes on after a snapshot", func(c *simConfig) { c.skip = true }},
 		{"a watch told twice where it goes on", func(c *simConfig) { c.toldAgain = true }},
 		{"progress of watches ahead of their events", func(c *simConfig) { c.ahead = true }},
 		{"a watch that begins too late", func(c *simConfig) { c.lateStart = true }},
 		{"an event of a DeleteRange left out", func(c *simConfig) { c.leftOut = true }},
 	}
+	find := func(t *testing.T, plant func(*simConfig)) {
+		for seed := range uint64(*simBugs) {
+			if _, err := simulate(t, seed+1, 6000, nil, plant); err != nil {
+				t.Logf("found with %d seeds: %s", seed+1, strings.SplitN(err.Error(), "\n", 2)[0])
+				return
+			}
+		}
+		t.Error("not found")
+	}
 	for _, tt := range bugs {
 		t.Run(tt.name, func(t *testing.T) {
-			for seed := range uint64(*simBugs) {
-				if _, err := simulate(t, seed+1, 6000, nil, tt.plant); err != nil {
-					t.Logf("found with %d seeds: %s", seed+1, strings.SplitN(err.Error(), "\n", 2)[0])
-					return
-				}
-			}
-			t.Error("not found")
+			find(t, func(c *simConfig) {
+				c.watches = 0 // they would be told of it before others see it
+				tt.plant(c)
+			})
 		})
+	}
+	for _, tt := range ofWatches {
+		t.Run(tt.name, func(t *testing.T) { find(t, tt.plant) })
 	}
 }
 

@@ -127,7 +127,11 @@ func (w *simWatch) act() {
 		w.open()
 		return
 	}
-	s.after(s.expo(w.pace), nil, w.c.act)
+	pace := w.pace
+	if s.calm { // it is to come to the end
+		pace = min(pace, 2)
+	}
+	s.after(s.expo(pace), nil, w.c.act)
 	isEnded := false
 	select {
 	case <-w.ended:
