@@ -36,8 +36,8 @@ type compare struct {
 	pipelineLeftOut bool
 }
 
-// start starts all systems and makes all ready that is not to be measured.
-func (c *compare) start(ctx context.Context) (err error) {
+// startMachine makes certificates, if there are to be any, and measures the machine.
+func (c *compare) startMachine(ctx context.Context) (err error) {
 	if c.secure {
 		if c.tls, err = cluster.MakeIdentities(ctx, c.binary, filepath.Join(c.dir, "certificates"), clusterSize); err != nil {
 			return err
@@ -49,7 +49,13 @@ func (c *compare) start(ctx context.Context) (err error) {
 	if c.pingPong, err = c.echo.PingPong(); err != nil {
 		return err
 	}
-	if c.fsync, err = syncTime(c.dir); err != nil {
+	c.fsync, err = syncTime(c.dir)
+	return err
+}
+
+// start starts all systems and makes all ready that is not to be measured.
+func (c *compare) start(ctx context.Context) (err error) {
+	if err := c.startMachine(ctx); err != nil {
 		return err
 	}
 	if c.bare, err = load.DialKV([]string{c.echo.RPC}, cluster.Connections, c.tls.Client()); err != nil {
@@ -198,6 +204,7 @@ type cell struct {
 	name        string
 	target      load.Target
 	load        load.Options
+	run         func(context.Context, load.Options) (load.Result, error) // nil: target is put under load
 	throughputs []float64
 	result      load.Result
 }
@@ -241,6 +248,13 @@ func (c *compare) plan() (cells []*cell) {
 	return cells
 }
 
+func (c *cell) measure(ctx context.Context) (load.Result, error) {
+	if c.run != nil {
+		return c.run(ctx, c.load)
+	}
+	return load.Run(ctx, c.load, c.target)
+}
+
 // measure measures all cells, round after round. Every other round goes
 // backwards, so that what drifts hits all alike.
 func (c *compare) measure(ctx context.Context, cells []*cell) error {
@@ -251,7 +265,7 @@ func (c *compare) measure(ctx context.Context, cells []*cell) error {
 			slices.Reverse(order)
 		}
 		for _, cell := range order {
-			r, err := load.Run(ctx, cell.load, cell.target)
+			r, err := cell.measure(ctx)
 			if err != nil {
 				return err
 			}

@@ -13,6 +13,14 @@ import (
 
 // report is all that was measured; -o json writes it as it is.
 type report struct {
+	head
+	Clients []int     `json:"clients"`
+	Page    int       `json:"page,omitempty"` // of --ranges
+	Cells   []*result `json:"cells"`
+}
+
+// head is what all reports begin with.
+type head struct {
 	Machine   load.Machine `json:"machine"`
 	FsyncUs   float64      `json:"fsync_us"`
 	Etcd      string       `json:"etcd,omitempty"`
@@ -24,8 +32,6 @@ type report struct {
 	Rounds    int          `json:"rounds"`
 	Seconds   float64      `json:"seconds"`
 	LeftOut   []string     `json:"left_out,omitempty"`
-	Clients   []int        `json:"clients"`
-	Cells     []*result    `json:"cells"`
 }
 
 // result is a cell, measured.
@@ -52,18 +58,28 @@ var (
 	rivals = map[string]string{
 		setMemory: etcdNoSync, setDisk: etcdSync, getRead: etcdRead, getLocal: etcdLocal,
 		streamMemory: etcdNoSync, streamDisk: etcdSync,
+		listRange: etcdRange, listPrefix: etcdPrefix, scanAll: etcdStream, deleteRange: etcdDelete,
 	}
 )
 
-// report compares the cells with each other.
-func (c *compare) report(cells []*cell) *report {
-	r := &report{
+// head is the head of a report.
+func (c *compare) head() head {
+	h := head{
 		Machine: load.ThisMachine(c.pingPong), FsyncUs: float64(c.fsync) / float64(time.Microsecond),
 		KeySize: c.sizes.Key, ValueSize: c.sizes.Value, Keys: c.sizes.Keys, Sessions: c.sessions, TLS: c.secure, Rounds: c.rounds, Seconds: c.duration.Seconds(),
-		LeftOut: c.leftOut, Clients: c.clients,
+		LeftOut: c.leftOut,
 	}
 	if c.etcd {
-		r.Etcd = etcd.Version()
+		h.Etcd = etcd.Version()
+	}
+	return h
+}
+
+// report compares the cells with each other.
+func (c *compare) report(cells []*cell) *report {
+	r := &report{head: c.head(), Clients: c.clients}
+	if c.ranges {
+		r.Page = c.page
 	}
 	find := func(name string, clients int) []float64 {
 		for _, o := range cells {
@@ -106,10 +122,33 @@ func (r *report) find(name string, clients int) *result {
 
 func (r *report) write(w io.Writer, format string) error {
 	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
+		return writeJSON(w, r)
 	}
+	r.head.write(w)
+	if r.Etcd != "" {
+		fmt.Fprintf(w, "× is the multiple of etcd %s that does the same.\n", r.Etcd)
+	}
+	if r.Page > 0 {
+		r.writeRanges(w)
+	} else {
+		r.writeSingle(w)
+	}
+	for _, c := range r.Cells {
+		if len(c.Errors) > 0 {
+			fmt.Fprintf(w, "Errors of %s, clients %d: %s\n", c.Name, c.Clients, load.Errors(c.Errors))
+		}
+	}
+	return nil
+}
+
+func writeJSON(w io.Writer, r any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(r)
+}
+
+// write tells of the machine and of what was done.
+func (r *head) write(w io.Writer) {
 	fmt.Fprintf(w, "\n%s; write and fsync of 4 KiB: %.0f µs\n", r.Machine, r.FsyncUs)
 	fmt.Fprintf(w, "Three nodes and the load on this machine; keys of %d bytes, values of %d, %s keys; ", r.KeySize, r.ValueSize, load.Count(float64(r.Keys)))
 	if r.Sessions {
@@ -121,23 +160,18 @@ func (r *report) write(w io.Writer, format string) error {
 		fmt.Fprintf(w, "all over TLS 1.3; ")
 	}
 	fmt.Fprintf(w, "medians of %d rounds of %v s.\n", r.Rounds, r.Seconds)
-	if r.Etcd != "" {
-		fmt.Fprintf(w, "× is the multiple of etcd %s that does the same.\n", r.Etcd)
-	}
 	for _, s := range r.LeftOut {
 		fmt.Fprintf(w, "Left out: %s\n", s)
 	}
+}
+
+// writeSingle tells of single keys.
+func (r *report) writeSingle(w io.Writer) {
 	fmt.Fprintf(w, "\nShare of bare RPC:\n\n")
 	load.Table(w, r.table([]string{setMemory, getRead, getLocal, setDisk, etcdNoSync, etcdRead, etcdLocal, etcdSync}, (*result).share))
 	fmt.Fprintf(w, "\nOperations a second (p50/p99 in ms):\n\n")
 	load.Table(w, r.table([]string{bareSet, setMemory, etcdNoSync, setDisk, etcdSync, bareGet, getRead, etcdRead, getLocal, etcdLocal}, (*result).figures))
 	r.writeStreams(w)
-	for _, c := range r.Cells {
-		if len(c.Errors) > 0 {
-			fmt.Fprintf(w, "Errors of %s, clients %d: %s\n", c.Name, c.Clients, load.Errors(c.Errors))
-		}
-	}
-	return nil
 }
 
 // table has a row for each name that was measured, and a column for each
@@ -169,8 +203,12 @@ func (c *result) share() string {
 }
 
 func (c *result) figures() string {
-	ms := func(v float64) string { return load.Milliseconds(time.Duration(v * float64(time.Millisecond))) }
-	return fmt.Sprintf("%s (%s/%s)", load.Count(c.Throughput), ms(c.P50), ms(c.P99))
+	return fmt.Sprintf("%s (%s/%s)", load.Count(c.Throughput), milliseconds(c.P50), milliseconds(c.P99))
+}
+
+// milliseconds writes milliseconds to three digits.
+func milliseconds(v float64) string {
+	return load.Milliseconds(time.Duration(v * float64(time.Millisecond)))
 }
 
 // writeStreams tells of streams, if they were measured.

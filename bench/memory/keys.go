@@ -91,7 +91,7 @@ func (m *memory) etcdKeys(ctx context.Context, value []byte, measure func(system
 	}
 	defer e.Stop()
 	return measure(system{"etcd " + etcd.Version() + " member", e.Members[0].PID(), path, etcd.Target{Cluster: e}, func(ctx context.Context) error {
-		return e.Fill(ctx, m.sizes.Keys, m.sizes.Key, value)
+		return e.Fill(ctx, load.Options{Keys: m.sizes.Keys, KeySize: m.sizes.Key, Value: value})
 	}})
 }
 

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -112,9 +113,13 @@ func freePorts(n int) (addresses []string, err error) {
 	return addresses, nil
 }
 
-// Cluster is a cluster of it.
+// Cluster is a cluster of it, and connections to the member that led it when it was
+// started.
 type Cluster struct {
 	Members []*load.Child
+	Leader  *load.Child
+	address string // of the leader
+	as      load.Identity
 	conns   []*grpc.ClientConn
 	stubs   []etcdserverpb.KVClient
 }
@@ -169,7 +174,10 @@ func Start(ctx context.Context, c cluster.Config) (_ *Cluster, err error) {
 	if err != nil {
 		return nil, err
 	}
-	e.conns, err = load.Dial([]string{leader}, cluster.Connections, c.TLS.Client())
+	e.Leader = e.Members[slices.Index(addresses, leader)]
+	e.address = leader
+	e.as = c.TLS.Client()
+	e.conns, err = load.Dial([]string{leader}, cluster.Connections, e.as)
 	for _, c := range e.conns {
 		e.stubs = append(e.stubs, etcdserverpb.NewKVClient(c))
 	}
@@ -203,31 +211,30 @@ func leaderOf(ctx context.Context, addresses []string, by load.Identity) (string
 
 // Stop ends the members.
 func (e *Cluster) Stop() {
-	for _, c := range e.conns {
-		_ = c.Close()
-	}
+	closeAll(e.conns)
 	for _, m := range e.Members {
 		m.Stop()
 	}
 }
 
-// Fill sets every key once, many in a transaction: that is many times as fast.
-func (e *Cluster) Fill(ctx context.Context, keys uint64, keySize int, value []byte) error {
+// Fill sets every key once, many in a transaction: that is many times as fast. Of o it takes
+// the keys, the first of them, and the value.
+func (e *Cluster) Fill(ctx context.Context, o load.Options) error {
 	const clients, maxBytes = 16, 1 << 20
-	atOnce := uint64(min(100, max(1, maxBytes/(keySize+len(value)+64))))
+	atOnce := uint64(min(100, max(1, maxBytes/(o.KeySize+len(o.Value)+64))))
 	var next atomic.Uint64
 	errs := make(chan error, clients)
 	for client := range clients {
 		go func() {
 			for {
 				from := next.Add(atOnce) - atOnce
-				if from >= keys {
+				if from >= o.Keys {
 					errs <- nil
 					return
 				}
 				txn := &etcdserverpb.TxnRequest{}
-				for i := from; i < min(from+atOnce, keys); i++ {
-					put := &etcdserverpb.PutRequest{Key: []byte(load.Key(i, keySize)), Value: value}
+				for i := from; i < min(from+atOnce, o.Keys); i++ {
+					put := &etcdserverpb.PutRequest{Key: []byte(load.Key(o.First+i, o.KeySize)), Value: o.Value}
 					txn.Success = append(txn.Success, &etcdserverpb.RequestOp{Request: &etcdserverpb.RequestOp_RequestPut{RequestPut: put}})
 				}
 				if _, err := e.stubs[client%len(e.stubs)].Txn(ctx, txn); err != nil {

@@ -150,12 +150,15 @@ func Leader(ctx context.Context, endpoints []string, by Identity) (string, error
 	return leader, nil
 }
 
-// Fill sets every key once. Of o it takes the keys, the value, the progress and
-// whether it does so on streams.
+// FillStreams is how many streams Fill uses. If there are sessions, each needs one.
+const FillStreams = 4
+
+// Fill sets every key once. Of o it takes the keys, the first of them, the value, the
+// progress and whether it does so on streams.
 func Fill(ctx context.Context, t Target, o Options) error {
 	o.Clients, o.Depth, o.Fill = 256, 1, true
 	if o.Pipeline {
-		o.Clients, o.Depth = 4, 1000
+		o.Clients, o.Depth = FillStreams, 1000
 	}
 	r, err := Run(ctx, o, t)
 	if err == nil && r.Failed() > 0 {

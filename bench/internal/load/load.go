@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -52,6 +53,7 @@ type Options struct {
 	Value    []byte
 	Next     *atomic.Uint64 // where sets take the number of a new key, each another; nil: any of Keys
 	Fill     bool           // set every key once, in place of all that is said above of time and choice
+	First    uint64         // with Fill: the number of the first of Keys
 	Progress func(Result)   // called every second
 }
 
@@ -210,7 +212,7 @@ func (r *run) next(ctx context.Context, n int, due []time.Time) []time.Time {
 func (r *run) operation(rng *rand.Rand) (Operation, bool) {
 	if r.Fill {
 		i := r.filled.Add(1) - 1
-		return Operation{Set: true, Key: Key(i, r.KeySize), Value: r.Value}, i < r.Keys
+		return Operation{Set: true, Key: Key(r.First+i, r.KeySize), Value: r.Value}, i < r.Keys
 	}
 	if r.Next != nil {
 		return Operation{Set: true, Key: Key(r.Next.Add(1)-1, r.KeySize), Value: r.Value}, true
@@ -257,7 +259,15 @@ func Key(i uint64, size int) string {
 	return string(b)
 }
 
-// ErrAbsent is the error of a read that found nothing.
+// Number is the number of a key that Key made.
+func Number(key string) (uint64, error) {
+	return strconv.ParseUint(strings.TrimPrefix(key, keyPrefix), 16, 64)
+}
+
+// AllKeys is the prefix that all keys have.
+const AllKeys = keyPrefix
+
+// ErrAbsent is the error of a read or a delete that did not find all that is there.
 var ErrAbsent = fmt.Errorf("ABSENT")
 
 // ErrorName is the code of an error, and the reason if the node gave one.

@@ -82,6 +82,11 @@ func ParseQuick(fs *flag.FlagSet, args []string, pairs ...string) error {
 	if err := ParseFlags(fs, args); err != nil || !*quick {
 		return err
 	}
+	return SetUnlessGiven(fs, pairs...)
+}
+
+// SetUnlessGiven sets flags, name and value in turn, that the command line did not.
+func SetUnlessGiven(fs *flag.FlagSet, pairs ...string) error {
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	for i := 0; i < len(pairs); i += 2 {
