@@ -3,7 +3,9 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -13,27 +15,81 @@ import (
 	"raft-key-value/bench/internal/load"
 )
 
+// TestMain makes the test a member of etcd and the echo process, too.
+func TestMain(m *testing.M) {
+	if served, _ := etcd.Serve(os.Args[1:]); served {
+		return
+	}
+	if served, _ := load.ServeEcho(os.Args[1:]); !served {
+		os.Exit(m.Run())
+	}
+}
+
 func TestOptions(t *testing.T) {
 	for args, want := range map[string]string{
-		"":                         "",
-		"--clients 1,2 --rounds 1": "",
-		"--tls":                    "",
-		"--clients 0":              "--clients",
-		"--clients x":              "--clients",
-		"--rounds 0":               "--rounds",
-		"--duration 1ms":           "--duration",
-		"--warmup -1s":             "--warmup",
-		"--key-size 0":             "--key-size",
-		"--value-size 9999999":     "--value-size",
-		"--keys 0":                 "--keys",
-		"--keys 257 --key-size 8":  "--keys",
-		"--depth 1001":             "--depth",
-		"-o xml":                   "-o",
-		"stray":                    "stray",
+		"":                          "",
+		"--clients 1,2 --rounds 1":  "",
+		"--tls":                     "",
+		"--clients 0":               "--clients",
+		"--clients x":               "--clients",
+		"--rounds 0":                "--rounds",
+		"--duration 1ms":            "--duration",
+		"--warmup -1s":              "--warmup",
+		"--key-size 0":              "--key-size",
+		"--value-size 9999999":      "--value-size",
+		"--keys 0":                  "--keys",
+		"--keys 257 --key-size 8":   "--keys",
+		"--depth 1001":              "--depth",
+		"-o xml":                    "-o",
+		"stray":                     "stray",
+		"--ranges":                  "",
+		"--watches":                 "",
+		"--ranges --watches":        "--watches",
+		"--ranges --plot x":         "--plot",
+		"--ranges --page 0":         "--page",
+		"--ranges --page 10001":     "--page",
+		"--ranges --value-size 600": "--page",
+		"--ranges --keys 4095":      "--keys",
+		"--ranges --keys 4096":      "",
+		"--watches --watchers x":    "--watchers",
+		"--watches --watchers -1":   "--watchers",
+		"--watches --watchers 10001 --keys 20000":              "--watchers",
+		"--watches --tls":                                      "--watchers",
+		"--watches --tls --watchers 5000":                      "",
+		"--watches --keys 9999":                                "--keys",
+		"--watches --keys 15 --watchers 1 --prefix-watchers 1": "--keys",
+		"--watches --prefix-watchers -1":                       "--prefix-watchers",
+		"--watches --watch-connections 0":                      "--watch-connections",
+		"--watches --watch-connections 1001":                   "--watch-connections",
+		"--watches --watch-connections 9":                      "--watch-connections",
+		"--watches --watch-rate 0":                             "--watch-rate",
+		"--watches --prefix-rate 0":                            "--prefix-rate",
+		"--watches --pause -1s":                                "--pause",
+		"--watches --clients 1,2":                              "--clients",
+		"--watches --value-size 13":                            "--value-size",
 	} {
 		_, err := parseOptions(strings.Fields(args), io.Discard)
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%q: %v", args, err)
+		}
+	}
+}
+
+// TestDefaults: some depend on what is measured, unless the command line has them.
+func TestDefaults(t *testing.T) {
+	for args, want := range map[string]string{
+		"":                                 "10000 [1 64 256 1000] 250ms 1s",
+		"--ranges":                         "100000 [1 16] 250ms 1s",
+		"--ranges --keys 5000 --clients 2": "5000 [2] 250ms 1s",
+		"--watches":                        "10000 [64] 1s 2s",
+		"--watches --duration 1s":          "10000 [64] 1s 1s",
+	} {
+		o, err := parseOptions(strings.Fields(args), io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(o.sizes.Keys, o.clients, o.warmup, o.duration); got != want {
+			t.Errorf("%q: %s, want %s", args, got, want)
 		}
 	}
 }

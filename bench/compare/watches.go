@@ -306,6 +306,7 @@ func (c *compare) measureWatches(ctx context.Context, cell *watchCell) error {
 	cell.addErrors(r.Errors)
 	cancel()
 	cell.addErrors(w.Wait())
+	t.count()
 	return nil
 }
 
@@ -428,6 +429,12 @@ func (t *timedWrites) write(ctx context.Context, to load.Target) error {
 			return ctx.Err()
 		}
 	}
+	return nil
+}
+
+// count counts what was told, when nothing more is. Each event has to have come once.
+func (t *timedWrites) count() {
+	want := uint64(len(t.called)) * t.cell.shape.fan()
 	got := t.arrived.Load()
 	if got < want {
 		t.cell.addErrors(map[string]uint64{"MISSING EVENT": want - got})
@@ -437,7 +444,6 @@ func (t *timedWrites) write(ctx context.Context, to load.Target) error {
 	}
 	t.cell.early += t.early.Load()
 	t.cell.timed += uint64(len(t.called)-t.uncounted) * t.cell.shape.fan()
-	return nil
 }
 
 // tag tells the values of writes that are timed. Behind it is the number of the write.

@@ -43,14 +43,7 @@ func closeAll(conns []*grpc.ClientConn) {
 // Watch begins watches on a client's connection, and returns once all of them tell of what is
 // written from then on.
 func (c *WatchConns) Watch(ctx context.Context, w *load.Watches, client int, of load.WatchedKeys) error {
-	var reqs []*etcdserverpb.WatchCreateRequest
-	for _, key := range of.Keys {
-		reqs = append(reqs, &etcdserverpb.WatchCreateRequest{Key: []byte(key)})
-	}
-	for range of.Prefixes {
-		start, end := ends(load.Range{Prefix: of.Prefix})
-		reqs = append(reqs, &etcdserverpb.WatchCreateRequest{Key: start, RangeEnd: end})
-	}
+	reqs := createRequests(of)
 	if c.share {
 		return c.watchOnStream(ctx, w, client, reqs)
 	}
@@ -60,6 +53,17 @@ func (c *WatchConns) Watch(ctx context.Context, w *load.Watches, client int, of 
 		}
 	}
 	return nil
+}
+
+func createRequests(of load.WatchedKeys) (reqs []*etcdserverpb.WatchCreateRequest) {
+	for _, key := range of.Keys {
+		reqs = append(reqs, &etcdserverpb.WatchCreateRequest{Key: []byte(key)})
+	}
+	for range of.Prefixes {
+		start, end := ends(load.Range{Prefix: of.Prefix})
+		reqs = append(reqs, &etcdserverpb.WatchCreateRequest{Key: start, RangeEnd: end})
+	}
+	return reqs
 }
 
 // watchOnStream opens a stream with watches.
@@ -77,8 +81,8 @@ func (c *WatchConns) watchOnStream(ctx context.Context, w *load.Watches, client 
 		if err != nil {
 			return fmt.Errorf("opening a watch: %w", err)
 		}
-		if !resp.Created || resp.Canceled {
-			return fmt.Errorf("opening a watch: %v", resp)
+		if resp.Canceled {
+			return fmt.Errorf("opening a watch: it was cancelled: %s", resp.CancelReason)
 		}
 	}
 	w.Go(ctx, func() error {

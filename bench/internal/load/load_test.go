@@ -393,3 +393,58 @@ func TestOldNodes(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestFillFrom sets keys from another than the first on.
+func TestFillFrom(t *testing.T) {
+	var mu sync.Mutex
+	var set []string
+	target := targetFunc(func(_ int, op Operation) error {
+		mu.Lock()
+		defer mu.Unlock()
+		set = append(set, op.Key)
+		return nil
+	})
+	if err := Fill(t.Context(), target, Options{First: 30, Keys: 3, KeySize: 16}); err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(set)
+	if !slices.Equal(set, []string{Key(30, 16), Key(31, 16), Key(32, 16)}) {
+		t.Errorf("set: %v", set)
+	}
+}
+
+func TestNumber(t *testing.T) {
+	for _, want := range []uint64{0, 9, 1 << 30} {
+		if got, err := Number(Key(want, 40)); got != want || err != nil {
+			t.Errorf("%d, %v, want %d", got, err, want)
+		}
+	}
+	if _, err := Number("other"); err == nil {
+		t.Error("a key of another kind has a number")
+	}
+}
+
+// TestWatchesEnd: a watch that ends by itself is an error, and one that is ended is none.
+func TestWatchesEnd(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	w := &Watches{}
+	slow := status.Error(codes.OutOfRange, "it reads too slowly")
+	ended := make(chan struct{})
+	w.Go(ctx, func() error { defer close(ended); return slow })
+	w.Go(ctx, func() error { <-ctx.Done(); return ctx.Err() })
+	<-ended
+	eventually := time.NewTicker(time.Millisecond)
+	defer eventually.Stop()
+	for range eventually.C {
+		w.mu.Lock()
+		n := len(w.errors)
+		w.mu.Unlock()
+		if n > 0 {
+			break
+		}
+	}
+	cancel()
+	if got := Errors(w.Wait()); got != "OUT_OF_RANGE: 1" {
+		t.Error(got)
+	}
+}
