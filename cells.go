@@ -12,8 +12,9 @@ import (
 // cellHeader is the length of the key and that of the rest, before the two.
 const cellHeader = 4 + 2
 
-// cells are keys in order, each with its rest. What key and rest return are parts of data:
-// they change with the next write.
+// cells are keys in order, each with its rest, which is shorter than 64 KiB. What key and rest
+// return are parts of data. Nothing changes them there but whoever fills the rest of resize:
+// a rest that keeps its length stays where it is.
 type cells struct {
 	starts []uint32 // where in data each cell begins, in the order of the keys
 	data   []byte   // the cells, in no order, and what was left behind
@@ -25,6 +26,7 @@ func (c *cells) count() int { return len(c.starts) }
 // size is what the cells take of data.
 func (c *cells) size() int { return len(c.data) - c.gone }
 
+// cell returns a cell, and all that follows it in data.
 func (c *cells) cell(i int) []byte { return c.data[c.starts[i]:] }
 
 func keyLength(cell []byte) int  { return int(binary.LittleEndian.Uint32(cell)) }
@@ -48,7 +50,7 @@ func (c *cells) cellSize(i int) int {
 	return cellHeader + keyLength(cell) + restLength(cell)
 }
 
-// find returns the first cell whose key is not below another, and whether it has that key.
+// find returns the first cell whose key is not below the given one, and whether it has that key.
 func (c *cells) find(key []byte) (i int, found bool) {
 	low, high := 0, len(c.starts)
 	for low < high {
@@ -90,7 +92,7 @@ func (c *cells) resize(i int, restBytes int) (rest []byte) {
 		return c.rest(i)
 	}
 	c.gone += c.cellSize(i)
-	key := c.key(i) // stays as it is, even if add moves data
+	key := c.key(i)
 	c.starts[i] = uint32(c.add(key, restBytes))
 	c.packIfSparse()
 	return c.rest(i)
@@ -106,12 +108,12 @@ func (c *cells) remove(i int) {
 // packIfSparse packs the cells if a third of data has been left behind.
 func (c *cells) packIfSparse() {
 	if c.gone > len(c.data)/3 {
-		*c = c.slice(0, c.count())
+		*c = c.packed(0, c.count())
 	}
 }
 
-// slice returns copies of some of the cells, packed.
-func (c *cells) slice(from, to int) cells {
+// packed returns copies of some of the cells, without what was left behind.
+func (c *cells) packed(from, to int) cells {
 	size := 0
 	for i := from; i < to; i++ {
 		size += c.cellSize(i)

@@ -913,7 +913,7 @@ func TestClientNoSessionAsJSON(t *testing.T) {
 	})
 	other.do(func() { other.barred = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none") })
 	for _, command := range []string{"set k v", "delete k"} {
-		args := append(strings.Fields(command), "-o", "json", "--timeout", "2s", "--endpoints", f.addr+","+other.addr)
+		args := append(strings.Fields(command), "-o", "json", "--timeout", "4s", "--endpoints", f.addr+","+other.addr)
 		_, errs := runCommand(t, exitNotDone, "", args...)
 		var e commandError
 		if err := json.Unmarshal([]byte(errs), &e); err != nil || len(e.Endpoints) != 2 {

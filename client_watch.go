@@ -110,7 +110,7 @@ func (w *keyWatch) run(ctx context.Context) error {
 	}
 }
 
-// rest makes a pause: as long as a node has asked for, or else a random one.
+// rest makes a pause: the longer of what a node has asked for and a random one.
 func (w *keyWatch) rest(ctx context.Context, asked time.Duration) {
 	sleep(ctx, max(asked, w.pause.next()))
 }
@@ -318,7 +318,7 @@ func mayWatchElsewhere(err error) bool {
 
 // knowNothingMore reports whether no endpoint will tell what comes next, by what all of them
 // said: it is dropped where it was, or all are in another cluster. A node that could not tell
-// for now may do so soon.
+// for now, or that does not answer, may do so soon.
 func knowNothingMore(replies []reply) bool {
 	compacted, others := 0, 0
 	for _, r := range replies {
@@ -327,8 +327,8 @@ func knowNothingMore(replies []reply) bool {
 			compacted++
 		case reasonOtherCluster:
 			others++
-		case "", reasonNotInitialized: // if it comes back, it does not know what was before
-		default:
+		case reasonNotInitialized: // once it is in a cluster, it does not know what was before
+		default: // it may come back with what is on its disk
 			return false
 		}
 	}

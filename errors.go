@@ -148,6 +148,7 @@ var apiErrors = []struct {
 	{errSequenceTooFar, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_SEQUENCE_TOO_FAR},
 	{errSessionTaken, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_SESSION_TAKEN},
 	{errNotInitialized, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
+	{errLoopHangs, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE},
 	{errHistoryReplaced, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
 	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
 	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},

@@ -51,7 +51,7 @@ const deletedAt = 1<<32 - 1
 // eventChunk is events of one entry. Nobody changes it once it is in the history.
 type eventChunk struct {
 	first, last uint64 // versions
-	data        []byte // the entry's
+	data        []byte // the entry's, or of a DeleteRange the keys
 	refs        []eventRef
 	bytes       uint64 // of memory, once it is in the history
 }
@@ -70,7 +70,7 @@ func (c *eventChunk) event(i int) keyEvent {
 // entryEvents are the events of one entry while it is applied.
 type entryEvents struct {
 	data      []byte // the entry's; what is added are parts of it
-	uncounted uint64 // bytes of data that no chunk counts yet: one does, whatever of data it has
+	uncounted uint64 // len(data), until the first chunk has counted it: one event keeps all of data
 	chunks    []eventChunk
 	isOpen    bool // the last chunk takes further events
 }
@@ -101,8 +101,8 @@ func (e *entryEvents) add(key, value []byte, version uint64, deleted bool) {
 	c.refs = append(c.refs, r)
 }
 
-// offsetIn returns where in data a part of it begins. It holds for what was sliced from data
-// without a limit to its capacity. Of nothing, it is some place in data.
+// offsetIn returns where in data a part of it begins; of an empty part, 0. The part must reach to
+// data's capacity, as all parts do that operation.go cuts out of an entry (TestHistory).
 func offsetIn(data, part []byte) uint32 {
 	if len(part) == 0 {
 		return 0
@@ -129,7 +129,7 @@ func (e *entryEvents) addDeleted(keys [][]byte, version uint64) {
 // eventHistory is the events of the last writes, as far back as its limit allows. The loop adds to it; any
 // goroutine may read it.
 type eventHistory struct {
-	limit  uint64 // of bytes; constant
+	limit  uint64 // of bytes; set before the node runs
 	passed int    // events that one read passes over: maxPassed, but in tests
 	added  bell   // rings when something was added, or all was replaced
 
@@ -138,7 +138,7 @@ type eventHistory struct {
 	resets    uint64
 	oldest    uint64       // all events of this version, and of later ones up to version, are here
 	version   uint64       // of the last write that was applied
-	chunks    []eventChunk // by version; those that a slice of it has are never changed
+	chunks    []eventChunk // by version; views share it, so it is only appended to, or replaced
 	dropped   int          // chunks that still take memory
 	bytes     uint64
 
@@ -211,9 +211,10 @@ func (h *eventHistory) view() historyView {
 	return historyView{h.clusterID, h.resets, h.oldest, h.version, h.chunks, h.passed}
 }
 
-// read returns the events of a range of keys from a version on, as many as have maxBytes, but
-// at least those of one write, and the version to go on from: all before it was told. What
-// one write made is not divided.
+// read returns events of a range of keys from a version on, and the version to go on from: all
+// before that was told. It stops at the first version behind maxBytes of events, or behind so
+// many events that it has passed: so it may return none before the end. What one write made is
+// not divided.
 func (v *historyView) read(from uint64, r keyRange, maxBytes int) (events []keyEvent, next uint64, err error) {
 	if from < v.oldest {
 		return nil, from, &compactedError{v.oldest}

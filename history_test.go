@@ -183,6 +183,16 @@ func TestHistoryCounts(t *testing.T) {
 	}
 }
 
+// openCursor adds a watch from a version on.
+func openCursor(t *testing.T, ws *watchers, f watchFilter, clusterID, from uint64) *cursor {
+	t.Helper()
+	w, err := ws.add(f, principal{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ws.cursor(w, clusterID, from)
+}
+
 // TestCursor has watches of all kinds told of random writes, at any moment between passes.
 func TestCursor(t *testing.T) {
 	for seed := range uint64(100) {
@@ -219,10 +229,7 @@ func TestCursor(t *testing.T) {
 					t.Fatal(err)
 				}
 				from := 1 + r.Uint64N(m.version+2)
-				c, err := ws.newCursor(f, principal{}, s.clusterID, from)
-				if err != nil {
-					t.Fatal(err)
-				}
+				c := openCursor(t, ws, f, s.clusterID, from)
 				all = append(all, &watch{c: c, from: from, keys: f.keys})
 			}
 			var writes []*kvpb.Write
@@ -256,7 +263,7 @@ func TestCursor(t *testing.T) {
 			if want := max(w.from-1, m.version); w.c.told() != want {
 				t.Fatalf("seed %d: told up to %d, want %d", seed, w.c.told(), want)
 			}
-			w.c.close()
+			ws.remove(w.c.w)
 		}
 		if ws.count != 0 || len(ws.keys)+len(ws.prefixes)+len(ws.lengths)+len(ws.ranges)+len(ws.of) != 0 {
 			t.Fatalf("seed %d: %d watches are left, %v", seed, ws.count, ws)
@@ -278,11 +285,7 @@ func TestCursorOfReplacedHistory(t *testing.T) {
 	open := func(from uint64) *cursor {
 		t.Helper()
 		f, _ := filterOf(&kvpb.WatchRequest{Key: "k"})
-		c, err := ws.newCursor(f, principal{}, s.clusterID, from)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
+		return openCursor(t, ws, f, s.clusterID, from)
 	}
 	ends := func(c *cursor, want error) {
 		t.Helper()
@@ -299,7 +302,7 @@ func TestCursorOfReplacedHistory(t *testing.T) {
 			}
 			return nil
 		})
-		c.close()
+		ws.remove(c.w)
 	}
 	idle := open(2)
 	behind := open(1)

@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-// keyRange is the keys from start on, and before end.
+// keyRange is the keys from start on, and before end. The zero range has all keys.
 type keyRange struct {
 	start []byte
 	end   []byte // nil: there is no end
@@ -61,7 +61,8 @@ func checkRange[T string | []byte](prefix, start, end T) error {
 	return nil
 }
 
-// checkDeleteRange is checkRange of what is to be deleted: not everything by a slip.
+// checkDeleteRange is checkRange of what is to be deleted, which must have some bound: nobody
+// deletes all by a slip.
 func checkDeleteRange(prefix, start, end []byte) error {
 	if len(prefix)+len(start)+len(end) == 0 {
 		return invalid("prefix", "it is empty, and so are start and end: to delete all keys, give \"\\x00\" as start")
@@ -69,14 +70,14 @@ func checkDeleteRange(prefix, start, end []byte) error {
 	return checkRange(prefix, start, end)
 }
 
-// isBefore reports whether a key is before the range's end.
-func (r keyRange) isBefore(key []byte) bool { return r.end == nil || bytes.Compare(key, r.end) < 0 }
+// endsAfter reports whether a key is before the range's end.
+func (r keyRange) endsAfter(key []byte) bool { return r.end == nil || bytes.Compare(key, r.end) < 0 }
 
 func (r keyRange) has(key []byte) bool {
-	return bytes.Compare(key, r.start) >= 0 && r.isBefore(key)
+	return bytes.Compare(key, r.start) >= 0 && r.endsAfter(key)
 }
 
-// after is the part of the range behind a key.
+// after is the part of the range behind a key. No key is empty, so behind "" is all of it.
 func (r keyRange) after(key []byte) keyRange {
 	start := append(bytes.Clone(key), 0)
 	if bytes.Compare(start, r.start) < 0 {

@@ -30,7 +30,8 @@
 //     too. A call waits in server.call or node.await, reads the store under its
 //     lock, and waits in rooms for memory for its request and its answer.
 //     A Pipeline's call sends answers, and a second goroutine receives.
-//     The view of a List is closed by a goroutine when its call has ended.
+//     Backup and Scan send in a goroutine of their own, and the view of a Backup is closed by
+//     one when its call has ended.
 //   - The teller (watchers.run), one a node: it passes over the events of the history,
 //     and wakes the watches that they concern, each in its call.
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second

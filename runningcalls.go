@@ -33,7 +33,7 @@ type runningCalls struct {
 
 	mu            sync.Mutex
 	running, open int
-	watches       int // calls that are open, and bounded in another way: watchers.go
+	watches       int // that are open: watchers.go bounds them
 }
 
 // openCalls are the calls of a connection that are open, by their streams.
@@ -86,7 +86,8 @@ func (r *runningCalls) end(c *limitedConn) {
 	c.running--
 }
 
-// read notes what a connection has read. It reports whether too many calls are open now.
+// read notes what a connection has read. It reports whether it has opened calls of which there
+// are too many now.
 func (r *runningCalls) read(c *limitedConn, b []byte) (tooMany bool) {
 	f := &c.open.in
 	for b = f.next(b); b != nil; b = f.next(b) {
@@ -160,8 +161,8 @@ func (r *runningCalls) untaken(c *limitedConn) int {
 	return len(c.open.streams) - c.running - c.watches
 }
 
-// cutUntaken closes, while too many calls are open, the connection that has taken the fewest
-// of its answers.
+// cutUntaken closes, while too many calls are open, the connection that has most of those that
+// do not run: their answers are not taken, or they have not begun.
 func (l *limiter) cutUntaken() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -13,8 +13,8 @@ import (
 )
 
 const (
-	// maxScans bounds the Scans that a node sends at a time. Each has a goroutine, and
-	// scanBytes or one item, up to twice, in memory.
+	// maxScans bounds the Scans of a node. Each has two goroutines, and scanBytes or one item,
+	// up to twice, in memory.
 	maxScans = 32
 	// scanBytes is the keys and values of one response, unless a single item has more.
 	scanBytes = 64 << 10
@@ -49,7 +49,7 @@ func (s *server) scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) e
 	defer v.close()
 	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
 	err = s.net.serve(stream, func(_ context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
-		context.AfterFunc(soon, func() { cancel(soon.Err()) })
+		context.AfterFunc(soon, func() { cancel(soon.Err()) }) // serve does not know the deadline
 		return sendScan(v, req, func(resp *kvpb.ScanResponse) error {
 			silent.Reset(helloTimeout)
 			return stream.Send(resp)

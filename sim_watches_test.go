@@ -163,7 +163,7 @@ func (w *simWatch) act() {
 
 // leave has the client let go of the stream. The last response may not have come.
 func (w *simWatch) leave() {
-	w.cursor.close()
+	w.cursor.ws.remove(w.cursor.w)
 	w.cursor = nil
 	if w.s.rng.IntN(2) == 0 {
 		w.version = w.before
@@ -258,11 +258,12 @@ func (w *simWatch) add(a *attempt, clusterID, from uint64) {
 	if err != nil {
 		s.failf("%v: %v", w, err)
 	}
-	c, err := p.watchers.newCursor(f, principal{}, clusterID, from)
+	added, err := p.watchers.add(f, principal{})
 	if err != nil {
 		s.count["watches refused"]++
 		return
 	}
+	c := p.watchers.cursor(added, clusterID, from)
 	isResumed := w.begun
 	first := c.told()
 	if !w.begun {
@@ -339,7 +340,7 @@ func (w *simWatch) read() {
 	w.busy = false
 	if old, ok := errors.AsType[*compactedError](err); ok {
 		w.compacted(w.p, c.next, old)
-		c.close()
+		c.ws.remove(c.w)
 		w.cursor = nil
 		return
 	}

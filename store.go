@@ -47,7 +47,8 @@ const (
 var firstClock = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
 
 // store is the state machine. The log alone determines its state, and a snapshot holds all
-// of it. Only the loop changes it; what other goroutines read, it changes under mu.
+// of it. Only the loop changes it; what other goroutines read, it changes under mu. Any goroutine
+// may open a view, which needs mu for writing.
 type store struct {
 	// The state that the loop alone reads, and so without a lock.
 	index     uint64 // of the last entry applied
@@ -208,8 +209,8 @@ func (s *store) applyWrite(w *operation) result {
 func (s *store) deleteRange(r keyRange) result {
 	var keys [][]byte
 	bytes := 0
-	for key := range (treeView{root: s.tree.root}).from(r.start) {
-		if !r.isBefore(key) {
+	for key := range s.tree.from(r.start) {
+		if !r.endsAfter(key) {
 			break
 		}
 		bytes += len(key)

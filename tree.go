@@ -1,4 +1,4 @@
-// Trees: the keys of a store in order, with views that cost a pointer each.
+// Trees: the keys of a store in order, with views that cost nothing until something is written.
 
 package main
 
@@ -23,7 +23,7 @@ const (
 )
 
 // item is a value and the version of the write that set it. A new field has to go through
-// setItem, item and takeAll here, and through snapshotformat.go.
+// versionBytes, item, setItem, addItem and takeAll here, and through snapshotformat.go.
 type item struct {
 	value   []byte
 	version uint64
@@ -43,27 +43,27 @@ func (it item) kept() item {
 	return it
 }
 
-// markSeed keeps clients from choosing keys that have one mark.
+// markSeed keeps clients from choosing keys that all have the same mark.
 var markSeed = maphash.MakeSeed()
 
 // markOf is a byte of a key's hash.
 func markOf(key []byte) byte { return byte(maphash.Bytes(markSeed, key)) }
 
 // page is a leaf or a branch of a B+tree. A leaf has a cell for each key, with its version
-// and its value. A branch has a cell for each child, with the key from which on the child
-// has all keys; the first one's is empty.
+// and its value. A branch has a cell for each child, with the lowest key that the child may
+// have; the first one's is empty.
 type page struct {
 	epoch uint64 // of the tree, when the page was made: see tree.own
 	cells
 	children []*page       // of a branch, by cell
-	marks    []byte        // of a leaf, by cell: markOf its key, for to look at each cell takes longer
-	large    []*largeValue // of a leaf, by cell: the value, if it is over maxPacked; nil: none is
+	marks    []byte        // of a leaf, by cell: markOf its key, so that most cells need no look
+	large    []*largeValue // of a leaf, by cell: its value, if that is over maxPacked, else nil; the slice is nil if no cell has one
 }
 
 func (p *page) isLeaf() bool { return p.children == nil }
 
-// leastCells is how many cells a page has at least that is not the root. A branch with one
-// child only would let keys of the greatest length make the tree higher for ever.
+// leastCells is how many cells a page has at least, unless it is the root. Of a branch they are
+// two, or keys of the greatest length would make the tree higher without end.
 func (p *page) leastCells() int {
 	if p.isLeaf() {
 		return 1
@@ -163,7 +163,7 @@ func (p *page) removeCell(i int) {
 
 // part returns a new page with copies of some of the cells.
 func (p *page) part(epoch uint64, from, to int) *page {
-	part := &page{epoch: epoch, cells: p.slice(from, to)}
+	part := &page{epoch: epoch, cells: p.packed(from, to)}
 	if !p.isLeaf() {
 		part.children = slices.Clone(p.children[from:to])
 		return part
@@ -197,8 +197,8 @@ func (p *page) memory() uint64 {
 	return uint64(ofPage + len(p.data) + ofCell*len(p.starts) + ofPointer*pointers)
 }
 
-// splitsAt returns where a page that is too large is split, if a cell was just added to it:
-// in the middle, or where keys come in ascending order, so that what they leave behind is full.
+// splitsAt returns where a page that is too large is split: in the middle; but if a cell was
+// added at its end, before that cell, so that ascending keys leave full pages behind.
 func (p *page) splitsAt(added int) int {
 	at := added
 	isAscending := added == p.count()-1
@@ -236,8 +236,8 @@ func (p *page) isTooLarge() bool { return p.size() > maxPageBytes && p.count() >
 
 func (p *page) isTooSmall() bool { return p.size() < maxPageBytes/4 || p.count() < p.leastCells() }
 
-// tree is an ordered map from keys to items. Its writes, and reads of it that go through no
-// view, exclude each other by a lock that its owner has.
+// tree is an ordered map from keys to items. Its owner has a lock: set, delete and view need it
+// for writing, get for reading. A view needs none.
 type tree struct {
 	root  *page
 	epoch uint64 // pages of earlier ones may be parts of views
@@ -272,7 +272,7 @@ func (t *tree) own(p *page) *page {
 	return p.clone(t.epoch)
 }
 
-// get returns the item of a key. A value up to maxPacked changes with the next write.
+// get returns the item of a key. The next write may change a value up to maxPacked.
 func (t *tree) get(key []byte) (item, bool) { return t.root.get(key) }
 
 func (p *page) get(key []byte) (item, bool) {
@@ -286,7 +286,7 @@ func (p *page) get(key []byte) (item, bool) {
 	return p.item(i), true
 }
 
-// set makes a copy of an item that of a key, and reports whether the key was there.
+// set gives a key a copy of an item, and reports whether the key was there.
 func (t *tree) set(key []byte, it item) (found bool) {
 	t.root = t.own(t.root)
 	added, found := t.setIn(t.root, key, it)
@@ -326,7 +326,7 @@ func (t *tree) setInLeaf(p *page, key []byte, it item) (added int, found bool) {
 	}
 	i := p.lookUp(key)
 	if i >= 0 {
-		t.letGo(p, i)
+		t.uncount(p, i)
 		p.setItem(i, it.version, packed, large)
 		return -1, true
 	}
@@ -337,8 +337,8 @@ func (t *tree) setInLeaf(p *page, key []byte, it item) (added int, found bool) {
 	return i, false
 }
 
-// letGo counts the item of a cell, which a write replaces.
-func (t *tree) letGo(p *page, i int) {
+// uncount takes the item of a cell out of bytes, and counts a value that views keep.
+func (t *tree) uncount(p *page, i int) {
 	bytes := uint64(len(p.item(i).value))
 	t.bytes -= bytes
 	if large := p.largeOf(i); large != nil && large.epoch < t.epoch {
@@ -386,7 +386,7 @@ func (t *tree) delete(key []byte) (found bool) {
 func (t *tree) deleteIn(p *page, key []byte) {
 	if p.isLeaf() {
 		i := p.lookUp(key)
-		t.letGo(p, i)
+		t.uncount(p, i)
 		t.keys--
 		t.bytes -= uint64(len(key))
 		p.removeCell(i)
@@ -402,8 +402,8 @@ func (t *tree) deleteIn(p *page, key []byte) {
 }
 
 // merge merges a child that is too small with a neighbour, if it has one with room. A child
-// that has too few cells is merged in any case. If the page is too large then, the next write
-// that adds to it splits it.
+// that has too few cells is merged in any case. If the page is too large then, the next set in
+// it splits it.
 func (t *tree) merge(parent *page, i int) {
 	if len(parent.children) == 1 {
 		return
@@ -415,13 +415,16 @@ func (t *tree) merge(parent *page, i int) {
 	if !hasTooFew && !isRoomy {
 		return
 	}
+	if right.epoch != t.epoch {
+		t.replaced += right.memory()
+	}
 	left = t.own(left)
 	left.takeAll(right, parent.key(i+1))
 	parent.children[i] = left
 	parent.removeCell(i + 1)
 }
 
-// takeAll adds the cells of the page that follows, which has all keys from one on.
+// takeAll adds the cells of the page that follows. from is the key that the parent has for it.
 func (p *page) takeAll(next *page, from []byte) {
 	for i := range next.count() {
 		switch {
@@ -440,7 +443,11 @@ func (p *page) takeAll(next *page, from []byte) {
 	}
 }
 
-// from yields the keys from one on, in order. What it yields is not changed.
+// from yields the keys of the tree from one on, in order. What it yields is valid until the next
+// write.
+func (t *tree) from(key []byte) iter.Seq2[[]byte, item] { return treeView{root: t.root}.from(key) }
+
+// from yields the keys of a view from one on, in order. Nothing changes what it yields.
 func (v treeView) from(key []byte) iter.Seq2[[]byte, item] {
 	return func(yield func([]byte, item) bool) {
 		v.root.from(key, yield)

@@ -266,3 +266,38 @@ func TestTreeReplaced(t *testing.T) {
 	}
 	r.check()
 }
+
+// TestTreeCountsAllThatViewsKeep deletes all keys, in both orders, whatever pages that merges.
+func TestTreeCountsAllThatViewsKeep(t *testing.T) {
+	for _, order := range []string{"ascending", "descending", "from the middle"} {
+		r := newTreeRun(t)
+		var keys []string
+		for i := range 3000 {
+			keys = append(keys, fmt.Sprintf("%05d", i))
+			r.set(keys[i], make([]byte, 100))
+		}
+		r.open()
+		kept := uint64(0)
+		var walk func(p *page)
+		walk = func(p *page) {
+			kept += p.memory()
+			for _, child := range p.children {
+				walk(child)
+			}
+		}
+		walk(r.views[0].view.root)
+		switch order {
+		case "descending":
+			slices.Reverse(keys)
+		case "from the middle":
+			keys = append(keys[1500:], keys[:1500]...)
+		}
+		for _, key := range keys {
+			r.delete(key)
+		}
+		if r.tree.replaced != kept {
+			t.Errorf("%s: the view keeps %d bytes, %d are counted", order, kept, r.tree.replaced)
+		}
+		r.check()
+	}
+}

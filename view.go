@@ -13,7 +13,7 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// maxRest is the longest that whoever writes a snapshot stands aside at a time.
+// maxRest is the longest that whoever writes a snapshot pauses at a time.
 const maxRest = 8 * time.Millisecond
 
 // errViewEnded ends a read that goes on for so long that what it keeps takes too much memory.
@@ -22,7 +22,7 @@ var errViewEnded = errors.New("so much was written since the call began that wha
 	"or while less is written, or in parts")
 
 // view is the store at one moment. Any goroutine may read it. What was replaced since stays
-// in memory until the view is closed, and nobody reads it any more.
+// in memory until the view is closed, or has ended, and its last reader is done.
 type view struct {
 	clusterID   uint64
 	version     uint64
@@ -40,8 +40,8 @@ type view struct {
 	sessions []session   // as all returns them
 	readers  int         // snapshots that are being sent from it; the loop's
 	givenUp  atomic.Bool // set by the loop: the log behind it is dropped, so it need not be sent
-	// rest, if writeTo is not to take all that it can get of processor and disk,
-	// is called now and then, with how long it has worked.
+	// rest is called by writeTo now and then, with how long that has worked, to leave processor
+	// and disk to others; nil: writeTo does not pause.
 	rest func(worked time.Duration)
 }
 
@@ -75,7 +75,7 @@ func (s *store) openView() *view {
 	return v
 }
 
-// openBackup is openView for a client.
+// openBackup is openView for a client, whose view the store may end. Only the loop may call it.
 func (s *store) openBackup() *view {
 	v := s.openView()
 	s.mu.Lock()
@@ -144,7 +144,7 @@ func (v *view) pageBy(
 	}
 	size := 0
 	for key, it := range (treeView{root: root}).from(r.start) {
-		if !r.isBefore(key) {
+		if !r.endsAfter(key) {
 			return items, false, nil
 		}
 		next := keyItem{key, it}

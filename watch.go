@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	// watchBytes is what the events of one response have, unless one write made more.
+	// watchBytes is what the events of a response have before no further write goes into it.
 	watchBytes = 32 << 10
 	// watchProgress is the longest between two responses.
 	watchProgress = time.Second
@@ -54,6 +54,12 @@ func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer
 	}
 	ctx, cancel := beforeDeadline(stream.Context())
 	defer cancel()
+	w, err := s.watchers.add(filter, callerOf(ctx)) // before it waits: so many may wait, too
+	if err != nil {
+		return err
+	}
+	defer s.watchers.remove(w)
+	ended := s.watchers.whenEnded()
 	if err := s.awaitWatch(ctx, req); err != nil {
 		return err
 	}
@@ -62,20 +68,16 @@ func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer
 	if err != nil {
 		return s.whyWatchEnded(err)
 	}
-	c, err := s.watchers.newCursor(filter, callerOf(ctx), clusterID, from)
-	if err != nil {
-		return err
-	}
-	defer c.close()
+	c := s.watchers.cursor(w, clusterID, from)
 	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
-	w := &watchStream{stream: stream, conn: connOf(ctx), ctx: ctx, ended: s.watchers.whenEnded()}
-	if err := w.send(&kvpb.WatchResponse{ClusterId: clusterID, Version: c.told()}); err != nil {
+	ws := &watchStream{stream: stream, conn: connOf(ctx), ctx: ctx, ended: ended}
+	if err := ws.send(&kvpb.WatchResponse{ClusterId: clusterID, Version: c.told()}); err != nil {
 		return s.whyWatchEnded(err)
 	}
-	return s.whyWatchEnded(w.tell(c))
+	return s.whyWatchEnded(ws.tell(c))
 }
 
-// errWatchesEnded stands for why the watchers say that they have.
+// errWatchesEnded stands for what whyEnded says: see whyWatchEnded.
 var errWatchesEnded = status.Error(codes.Internal, "the watches have ended")
 
 func (s *server) whyWatchEnded(err error) error {
@@ -91,10 +93,15 @@ func (s *server) whyWatchEnded(err error) error {
 	return errNoLeader // there was none for a while
 }
 
-// awaitWatch waits until the node has applied all that is before a watch.
+// awaitWatch waits until the node has applied all that is before a watch. It does not wait for a
+// version of another cluster, which may never come.
 func (s *server) awaitWatch(ctx context.Context, req *kvpb.WatchRequest) error {
 	if req.FromVersion == 0 {
 		return s.confirmRead(ctx)
+	}
+	h := s.n.store.history.view()
+	if err := checkCluster(&h, req); err != nil {
+		return err
 	}
 	return s.awaitRead(ctx, true, req.FromVersion-1)
 }
@@ -102,12 +109,8 @@ func (s *server) awaitWatch(ctx context.Context, req *kvpb.WatchRequest) error {
 // watchFrom returns the version that a watch is from, at a node that has applied all that is
 // before, and whose watch that is.
 func watchFrom(h *historyView, req *kvpb.WatchRequest) (clusterID, from uint64, err error) {
-	if h.clusterID == 0 {
-		return 0, 0, errNotInitialized
-	}
-	isOther := req.ClusterId != 0 && req.ClusterId != h.clusterID
-	if isOther {
-		return 0, 0, otherCluster(h.clusterID)
+	if err := checkCluster(h, req); err != nil {
+		return 0, 0, err
 	}
 	if req.FromVersion == 0 {
 		return h.clusterID, h.version + 1, nil
@@ -116,6 +119,18 @@ func watchFrom(h *historyView, req *kvpb.WatchRequest) (clusterID, from uint64, 
 		return 0, 0, &compactedError{h.oldest}
 	}
 	return h.clusterID, req.FromVersion, nil
+}
+
+// checkCluster refuses a watch that was of another cluster.
+func checkCluster(h *historyView, req *kvpb.WatchRequest) error {
+	if h.clusterID == 0 {
+		return errNotInitialized
+	}
+	isOther := req.ClusterId != 0 && req.ClusterId != h.clusterID
+	if isOther {
+		return otherCluster(h.clusterID)
+	}
+	return nil
 }
 
 func otherCluster(clusterID uint64) error {
@@ -156,10 +171,6 @@ func (w *watchStream) tell(c *cursor) error {
 			}
 			isDue = false
 		}
-		wake := c.w.wake
-		if c.isBehind {
-			wake = rung
-		}
 		select {
 		case <-progress.C:
 			isDue = true
@@ -167,17 +178,10 @@ func (w *watchStream) tell(c *cursor) error {
 			return errWatchesEnded
 		case <-w.ctx.Done():
 			return w.ctx.Err()
-		case <-wake:
+		case <-c.wake():
 		}
 	}
 }
-
-// rung is a bell that does not stop.
-var rung = func() bell {
-	b := make(bell)
-	close(b)
-	return b
-}()
 
 func eventMessages(events []keyEvent) []*kvpb.Event {
 	messages := make([]*kvpb.Event, len(events))
@@ -220,8 +224,8 @@ func (w *watchStream) send(resp *kvpb.WatchResponse) error {
 	}
 }
 
-// watchPool is the pool of one response's buffer. gRPC gives that back when it is written, or
-// the call has ended.
+// watchPool is the pool of one response's buffer. gRPC gives that back when it is written, and
+// mostly when the call has ended: whoever waits for it looks at that, too.
 type watchPool struct {
 	mem.NopBufferPool
 	place   *answerPool // nil: it is too small to need one

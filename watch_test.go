@@ -400,6 +400,62 @@ func TestWatchGoesOn(t *testing.T) {
 	}
 }
 
+// TestWatchOfHungNode: a node whose loop hangs sends its watches elsewhere.
+func TestWatchOfHungNode(t *testing.T) {
+	c := newCluster(t, 1)
+	c.init(1)
+	w := c.watch(1, &kvpb.WatchRequest{})
+	release := c.hold(1)
+	var err error
+	for err == nil {
+		err = w.read()
+	}
+	wantError(t, err, codes.Unavailable, "UNREACHABLE")
+	release()
+	eventually(t, func() error { return w.resume(1) })
+	w.until(c.set(1, "k", "v"))
+	wantPart(t, w.text(), "k=v")
+	w.end()
+}
+
+// TestWaitingWatches: those that wait for a version count as watches, and one of another
+// cluster does not wait.
+func TestWaitingWatches(t *testing.T) {
+	c := newCluster(t, 1)
+	c.init(1)
+	first := c.watch(1, &kvpb.WatchRequest{})
+	first.end()
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	const waiting = 3
+	for range waiting {
+		if _, err := c.nodes[1].Watch(ctx, &kvpb.WatchRequest{FromVersion: 1 << 40}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ws := c.nodes[1].server.watchers
+	counts := func(want int) {
+		t.Helper()
+		eventually(t, func() error {
+			ws.mu.Lock()
+			defer ws.mu.Unlock()
+			if ws.count != want {
+				return fmt.Errorf("%d watches, want %d", ws.count, want)
+			}
+			return nil
+		})
+	}
+	counts(waiting)
+	s, err := c.nodes[1].Watch(c.ctx, &kvpb.WatchRequest{FromVersion: 1 << 40, ClusterId: first.clusterID + 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.Recv()
+	wantError(t, err, codes.FailedPrecondition, "OTHER_CLUSTER")
+	cancel()
+	counts(0)
+}
+
 // TestUnreadWatch: a watch that is not read keeps one response, and is told so when it has
 // fallen behind.
 func TestUnreadWatch(t *testing.T) {

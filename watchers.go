@@ -1,6 +1,14 @@
 // Watchers: who is told of which keys. One goroutine passes over the events, once for all of
 // them, and wakes those whom an event concerns: a write costs nothing that grows with their
 // number.
+//
+// It gives each watcher whom an event concerns a mark, the event's version, unless it has one,
+// and only then says that all up to there is seen. A cursor loads what is seen, and then takes
+// the mark. If there is none, nothing up to what was seen concerns it: it goes on behind that,
+// without a look at the events. If there is one, it reads the history, from the mark on, to the
+// history's end. What is added behind that gets a mark again. When events may be missing, for
+// they were dropped before they were passed over or the whole state was replaced, all watchers
+// get a mark, and what they read tells them.
 
 package main
 
@@ -17,13 +25,15 @@ import (
 
 const (
 	// maxWatchers bounds the watches of a node: each takes some 20 KiB, of goroutine and
-	// stream. A principal may have half of them; without TLS, all are of the same.
+	// stream. A principal may have half of them; without TLS there is one principal, which may
+	// have all.
 	maxWatchers          = 10_000
 	maxPrincipalWatchers = maxWatchers / 2
 	// maxWatchedRanges bounds the ranges that are watched, which are neither keys nor
 	// prefixes: each is looked at for each event.
 	maxWatchedRanges = 256
-	// maxPassedAtOnce bounds the events that are passed over while the watchers are locked.
+	// After maxPassedAtOnce events without key and value, about, the watchers are let go. The
+	// events of one write are not divided.
 	maxPassedAtOnce = 1024
 )
 
@@ -87,7 +97,7 @@ type watcherSet map[*watcher]struct{}
 // watchers are the watches of a node. Any goroutine may call its methods.
 type watchers struct {
 	history *eventHistory
-	// seen is a version up to which all events were passed over. Marks are set before that.
+	// seen is a version up to which all events were passed over: marks are set first, then seen.
 	seen   atomic.Uint64
 	resets uint64 // of the history, when it was passed over last: passNew alone uses it
 
@@ -97,13 +107,13 @@ type watchers struct {
 
 	mu       sync.Mutex
 	count    int
-	of       map[principal]int
+	of       map[principal]int // how many watches each principal has
 	keys     map[string]watcherSet
 	prefixes map[string]watcherSet
-	lengths  map[int]int // of prefixes: how many there are
+	lengths  map[int]int // how many different prefixes there are, by their length
 	ranges   watcherSet
 	ended    chan struct{} // closed when the watches are to end
-	why      error         // then; nil: they are not
+	why      error         // why they are to end; nil: they may go on
 }
 
 func newWatchers(h *eventHistory) *watchers {
@@ -277,7 +287,7 @@ func (ws *watchers) pass(v *historyView) {
 	from := ws.seen.Load() + 1
 	for from <= v.version {
 		events, next, err := v.read(from, keyRange{}, ws.passedAtOnce*eventBytes)
-		if err != nil { // what was dropped concerns anybody
+		if err != nil { // what was dropped may concern anybody
 			ws.wakeAll()
 			ws.seen.Store(v.version)
 			return
@@ -352,19 +362,28 @@ type cursor struct {
 	isBehind  bool   // there may be events that were not told, whatever is marked
 }
 
-// newCursor adds a watch from a version on.
-func (ws *watchers) newCursor(f watchFilter, p principal, clusterID, from uint64) (*cursor, error) {
-	w, err := ws.add(f, p)
-	if err != nil {
-		return nil, err
-	}
-	return &cursor{ws: ws, w: w, clusterID: clusterID, next: from}, nil
+// cursor is how far a watch has been told that is from a version on.
+func (ws *watchers) cursor(w *watcher, clusterID, from uint64) *cursor {
+	return &cursor{ws: ws, w: w, clusterID: clusterID, next: from}
 }
 
-func (c *cursor) close() { c.ws.remove(c.w) }
+// wake is what rings when there is something to read.
+func (c *cursor) wake() <-chan struct{} {
+	if c.isBehind {
+		return atOnce
+	}
+	return c.w.wake
+}
 
-// read returns the next events; none: there are none for now, and wake rings when there may
-// be.
+// atOnce is closed.
+var atOnce = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+// read returns the next events. If it returns none, and isBehind, it is to be called again at
+// once; else wake rings when there may be others.
 func (c *cursor) read(maxBytes int) ([]keyEvent, error) {
 	seen := c.ws.seen.Load() // before the mark is taken: all up to seen is marked
 	c.ws.others()
