@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"regexp"
@@ -136,6 +137,29 @@ func TestTimedWrites(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestEach: each connection has its turn, few at a time, and an error is told.
+func TestEach(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin := time.Now()
+		done := make([]bool, 33)
+		failed := errors.New("failed")
+		err := each(len(done), func(i int) error {
+			time.Sleep(time.Second)
+			done[i] = true
+			if i == 20 {
+				return failed
+			}
+			return nil
+		})
+		if err != failed || slices.Contains(done, false) {
+			t.Errorf("%v, %v", done, err)
+		}
+		if took := time.Since(begin); took != 3*time.Second {
+			t.Errorf("33 of a second each took %v", took)
+		}
+	})
 }
 
 // TestTags: only values of timed writes have a number.

@@ -68,7 +68,7 @@ func (c *compare) watchReport(cells []*watchCell) *watchReport {
 }
 
 // leastForMemory is the fewest watchers whose memory is more than noise.
-const leastForMemory = 100
+const leastForMemory = 1000
 
 func (r *watchReport) write(w io.Writer, format string) error {
 	if format == "json" {
