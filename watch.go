@@ -156,7 +156,7 @@ type watchStream struct {
 
 // tell sends events as they come, and progress in between.
 func (w *watchStream) tell(c *cursor) error {
-	progress := time.NewTicker(watchProgress)
+	progress := time.NewTimer(rand.N(watchProgress)) // many watches begin in one moment
 	defer progress.Stop()
 	isDue := false
 	for {
@@ -174,6 +174,7 @@ func (w *watchStream) tell(c *cursor) error {
 		select {
 		case <-progress.C:
 			isDue = true
+			progress.Reset(watchProgress)
 		case <-w.ended:
 			return errWatchesEnded
 		case <-w.ctx.Done():
