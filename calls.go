@@ -140,7 +140,7 @@ func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 	if why == nil {
 		why = context.DeadlineExceeded
 	}
-	isOver := func(call *call) bool { return leaderless.tooLong || call.isLate(wall) }
+	isOver := func(call *call) bool { return leaderless.tooLong || call.isLate(wall) || call.isGivenUp() }
 	endSome := func(calls []*call) []*call {
 		return slices.DeleteFunc(calls, func(call *call) bool {
 			if !isOver(call) {
@@ -177,6 +177,9 @@ func (c *callsInFlight) expire(wall uint64, leaderless leaderAbsence) {
 		c.failOwn()
 	}
 }
+
+// isGivenUp reports whether nobody waits for the call, which was not proposed.
+func (c *call) isGivenUp() bool { return c.state.Load() == callGivenUp }
 
 // isLate reports whether the call's deadline is near.
 func (c *call) isLate(wall uint64) bool { return c.wait != 0 && wall-c.since >= c.wait }

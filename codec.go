@@ -16,8 +16,6 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
-
-	"raft-key-value/kvpb"
 )
 
 // encoded is a message that is sent, as it is on the wire, with the pool that its buffer
@@ -70,10 +68,6 @@ func beginCall(ctx context.Context, method string) (end func(), err error) {
 		return func() {}, nil
 	}
 	c := connOf(ctx)
-	if method == kvpb.KVService_Watch_FullMethodName { // the watchers have a bound of their own
-		c.l.calls.beginWatch(c)
-		return func() { c.l.calls.endWatch(c) }, nil
-	}
 	if !c.l.calls.begin(c) {
 		return nil, errTooManyCalls
 	}

@@ -184,13 +184,14 @@ func TestHistoryCounts(t *testing.T) {
 }
 
 // openCursor adds a watch from a version on.
-func openCursor(t *testing.T, ws *watchers, f watchFilter, clusterID, from uint64) *cursor {
+func openCursor(t *testing.T, ws *watchers, f watchFilter, from uint64) *cursor {
 	t.Helper()
 	w, err := ws.add(f, principal{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return ws.cursor(w, clusterID, from)
+	v := ws.history.view()
+	return ws.cursor(w, &v, from)
 }
 
 // TestCursor has watches of all kinds told of random writes, at any moment between passes.
@@ -229,7 +230,7 @@ func TestCursor(t *testing.T) {
 					t.Fatal(err)
 				}
 				from := 1 + r.Uint64N(m.version+2)
-				c := openCursor(t, ws, f, s.clusterID, from)
+				c := openCursor(t, ws, f, from)
 				all = append(all, &watch{c: c, from: from, keys: f.keys})
 			}
 			var writes []*kvpb.Write
@@ -265,8 +266,8 @@ func TestCursor(t *testing.T) {
 			}
 			ws.remove(w.c.w)
 		}
-		if ws.count != 0 || len(ws.keys)+len(ws.prefixes)+len(ws.lengths)+len(ws.ranges)+len(ws.of) != 0 {
-			t.Fatalf("seed %d: %d watches are left, %v", seed, ws.count, ws)
+		if ws.total != (watchShare{}) || len(ws.keys)+len(ws.prefixes)+len(ws.lengths)+len(ws.ranges)+len(ws.of) != 0 {
+			t.Fatalf("seed %d: %+v is left, %v", seed, ws.total, ws.of)
 		}
 	}
 }
@@ -285,7 +286,7 @@ func TestCursorOfReplacedHistory(t *testing.T) {
 	open := func(from uint64) *cursor {
 		t.Helper()
 		f, _ := filterOf(&kvpb.WatchRequest{Key: "k"})
-		return openCursor(t, ws, f, s.clusterID, from)
+		return openCursor(t, ws, f, from)
 	}
 	ends := func(c *cursor, want error) {
 		t.Helper()
@@ -342,8 +343,8 @@ func TestWatchersAreBounded(t *testing.T) {
 	a := principal{role: roleClient, name: "a"}
 	b := principal{role: roleReader, name: "b"}
 	some := fill(ranged, a, maxWatchedRanges)
-	fill(key, a, maxPrincipalWatchers-maxWatchedRanges)
-	fill(key, b, maxPrincipalWatchers)
+	fill(key, a, maxWatchers/2-maxWatchedRanges)
+	fill(key, b, maxWatchers/2)
 	fill(key, principal{}, 0)
 	for _, w := range some {
 		ws.remove(w)

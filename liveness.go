@@ -33,10 +33,11 @@ func (s *server) watchLoop(ctx context.Context) {
 	for ctx.Err() == nil {
 		turned := make(chan struct{})
 		if !s.n.inbox.event(func() { close(turned) }) {
+			s.watchers.stop(s.n.inbox.whyClosed())
 			return
 		}
 		if !happens(ctx, turned, leaderWait) {
-			s.watchers.end(errLoopHangs)
+			s.watchers.stop(errLoopHangs)
 			s.awaitTurn(ctx, turned)
 			// The loop allows the watches again, if there is nothing else against them.
 			s.n.inbox.event(func() { s.onPublish(s.n.status.latest.Load()) })

@@ -123,6 +123,13 @@ func (r *pipelineRequest) start(ctx context.Context, in *inbox) {
 	}
 }
 
+// giveUp has the loop end the calls soon that were not proposed: nobody waits for them.
+func (r *pipelineRequest) giveUp() {
+	for i := range r.calls {
+		r.calls[i].state.CompareAndSwap(callQueued, callGivenUp)
+	}
+}
+
 // callEnded notes that one of the calls has its outcome. The loop calls it.
 func (r *pipelineRequest) callEnded() {
 	r.pending--
@@ -191,6 +198,7 @@ func (p *pipeline) sharer() sharer { return sharer{p.conn, true} }
 func (p *pipeline) leave() {
 	go func() { // ends soon after the stream, for then read ends, and all calls
 		for r := range p.requests {
+			r.giveUp()
 			<-r.done
 			p.release(r)
 		}
@@ -199,6 +207,7 @@ func (p *pipeline) leave() {
 
 // abandon gives the room of one request back when the loop has done with it.
 func (p *pipeline) abandon(r *pipelineRequest) {
+	r.giveUp()
 	go func() { // ends with the request's calls
 		<-r.done
 		p.release(r)

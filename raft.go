@@ -51,6 +51,8 @@ const (
 	// leaderWait is how long there may be no leader before calls that need one end. A call
 	// that comes later ends with the next tick.
 	leaderWait = 2 * time.Second
+	// maxVersionWait bounds the wait for a version that may never come, if it has no deadline.
+	maxVersionWait = time.Minute
 )
 
 const (
@@ -348,6 +350,9 @@ func (n *node) turn(in input) {
 		n.tick()
 	}
 	for _, c := range in.calls {
+		if c.minVersion > 0 && c.wait == 0 {
+			c.wait = n.ticksOf(maxVersionWait)
+		}
 		n.calls.add(c, n.clock.wall)
 	}
 	in.calls = nil

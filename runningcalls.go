@@ -63,11 +63,13 @@ func (r *runningCalls) begin(c *limitedConn) bool {
 	return true
 }
 
-// beginWatch counts a watch of a connection, until endWatch: it stays open, and is none of the
-// calls that run.
+// beginWatch counts a call that runs as a watch, which the watchers have taken in, until endWatch:
+// it stays open for long, and makes room for other calls.
 func (r *runningCalls) beginWatch(c *limitedConn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.running--
+	c.running--
 	r.watches++
 	c.watches++
 }
@@ -75,6 +77,8 @@ func (r *runningCalls) beginWatch(c *limitedConn) {
 func (r *runningCalls) endWatch(c *limitedConn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.running++
+	c.running++
 	r.watches--
 	c.watches--
 }

@@ -126,6 +126,9 @@ func TestWatchesAreNoOpenCalls(t *testing.T) {
 		if opens(2*i + 1) {
 			t.Fatalf("watch %d is one too many", i)
 		}
+		if !r.begin(c) {
+			t.Fatal("a watch may not begin")
+		}
 		r.beginWatch(c)
 	}
 	if opens(101) || opens(103) || r.untaken(c) != 0 {
@@ -134,8 +137,12 @@ func TestWatchesAreNoOpenCalls(t *testing.T) {
 	if !opens(105) || r.untaken(c) != 3 {
 		t.Errorf("%d calls are not taken, want 3", r.untaken(c))
 	}
+	if r.running != 0 {
+		t.Errorf("%d watches count as running calls", r.running)
+	}
 	for range 5 {
 		r.endWatch(c)
+		r.end(c)
 	}
 	if r.untaken(c) != 8 || r.watches != 0 || c.watches != 0 {
 		t.Errorf("%d calls are not taken, of which 5 were watches", r.untaken(c))

@@ -32,15 +32,18 @@ func (s *server) scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) e
 	if err := checkRange(req.Prefix, req.Start, req.End); err != nil {
 		return err
 	}
-	running := s.scans.Add(1)
-	defer s.scans.Add(-1)
-	if running > maxScans {
-		return errOverloaded
+	if hasUnknownFields(req) {
+		return errMalformed
 	}
 	soon, stop := beforeDeadline(stream.Context())
 	defer stop()
 	if err := s.awaitRead(soon, req.Local, req.MinVersion); err != nil {
 		return err
+	}
+	running := s.scans.Add(1)
+	defer s.scans.Add(-1)
+	if running > maxScans {
+		return errOverloaded
 	}
 	v, err := s.n.store.openKeys()
 	if err != nil {

@@ -344,7 +344,7 @@ func (s *server) call(ctx context.Context, c *call) (result, error) {
 	case <-late:
 	case <-ctx.Done():
 	}
-	notProposed := c.write == nil || c.state.CompareAndSwap(callQueued, callGivenUp)
+	notProposed := c.state.CompareAndSwap(callQueued, callGivenUp) // a read never is
 	if notProposed {
 		return result{}, cmp.Or(ctx.Err(), context.DeadlineExceeded)
 	}

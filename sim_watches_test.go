@@ -217,7 +217,7 @@ func (w *simWatch) draw() {
 func (w *simWatch) opened(a *attempt) {
 	s := w.s
 	h := a.p.n.store.history.view()
-	clusterID, from, err := watchFrom(&h, w.req)
+	from, err := watchFrom(&h, w.req)
 	if old, ok := errors.AsType[*compactedError](err); ok {
 		w.compacted(a.p, w.req.FromVersion, old)
 	} else if err != nil && err != errNotInitialized {
@@ -231,7 +231,7 @@ func (w *simWatch) opened(a *attempt) {
 	if isFromNow && from-1 < a.o.atLeast {
 		s.failf("I1: %v through %v is from version %d; version %d was known when it began", w, a.p, from, a.o.atLeast)
 	}
-	add := func() { w.add(a, clusterID, from) }
+	add := func() { w.add(a, &h, from) }
 	if s.rng.IntN(3) > 0 {
 		add()
 		return
@@ -251,7 +251,8 @@ func (w *simWatch) rest(a *attempt) {
 }
 
 // add adds the watch to those of the node, and takes the first response.
-func (w *simWatch) add(a *attempt, clusterID, from uint64) {
+func (w *simWatch) add(a *attempt, h *historyView, from uint64) {
+	clusterID := h.clusterID
 	s, p := w.s, a.p
 	defer w.rest(a)
 	f, err := filterOf(w.req)
@@ -263,7 +264,7 @@ func (w *simWatch) add(a *attempt, clusterID, from uint64) {
 		s.count["watches refused"]++
 		return
 	}
-	c := p.watchers.cursor(added, clusterID, from)
+	c := p.watchers.cursor(added, h, from)
 	isResumed := w.begun
 	first := c.told()
 	if !w.begun {
@@ -277,7 +278,7 @@ func (w *simWatch) add(a *attempt, clusterID, from uint64) {
 	w.before = w.version
 	w.p = p
 	w.cursor = c
-	w.ended = p.watchers.whenEnded()
+	w.ended = p.watchers.allowed().Done()
 	isFromNow := w.req.FromVersion == 0
 	if s.cfg.lateStart && isFromNow {
 		c.w.mark.Store(0)

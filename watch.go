@@ -52,45 +52,61 @@ func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer
 	if err != nil {
 		return err
 	}
-	ctx, cancel := beforeDeadline(stream.Context())
+	if hasUnknownFields(req) {
+		return errMalformed
+	}
+	allowed := s.watchers.allowed()
+	if allowed.Err() != nil {
+		return context.Cause(allowed)
+	}
+	ctx, cancel := whileAllowed(stream.Context(), allowed)
 	defer cancel()
 	w, err := s.watchers.add(filter, callerOf(ctx)) // before it waits: so many may wait, too
 	if err != nil {
 		return err
 	}
 	defer s.watchers.remove(w)
-	ended := s.watchers.whenEnded()
+	conn := connOf(ctx)
+	conn.l.calls.beginWatch(conn)
+	defer conn.l.calls.endWatch(conn)
 	if err := s.awaitWatch(ctx, req); err != nil {
-		return err
+		return whyEnded(ctx, err)
 	}
 	h := s.n.store.history.view()
-	clusterID, from, err := watchFrom(&h, req)
+	from, err := watchFrom(&h, req)
 	if err != nil {
-		return s.whyWatchEnded(err)
+		return whyEnded(ctx, err)
 	}
-	c := s.watchers.cursor(w, clusterID, from)
+	c := s.watchers.cursor(w, &h, from)
 	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
-	ws := &watchStream{stream: stream, conn: connOf(ctx), ctx: ctx, ended: ended}
-	if err := ws.send(&kvpb.WatchResponse{ClusterId: clusterID, Version: c.told()}); err != nil {
-		return s.whyWatchEnded(err)
+	ws := &watchStream{stream: stream, conn: conn, ctx: ctx}
+	if err := ws.send(&kvpb.WatchResponse{ClusterId: h.clusterID, Version: c.told()}); err != nil {
+		return whyEnded(ctx, err)
 	}
-	return s.whyWatchEnded(ws.tell(c))
+	return whyEnded(ctx, ws.tell(c))
 }
 
-// errWatchesEnded stands for what whyEnded says: see whyWatchEnded.
-var errWatchesEnded = status.Error(codes.Internal, "the watches have ended")
+// whileAllowed is ctx, but ends a little before its deadline, and when allowed does.
+func whileAllowed(ctx, allowed context.Context) (context.Context, context.CancelFunc) {
+	soon, cancelSoon := beforeDeadline(ctx)
+	watching, cancel := context.WithCancelCause(soon)
+	stop := context.AfterFunc(allowed, func() { cancel(context.Cause(allowed)) })
+	return watching, func() {
+		stop()
+		cancel(nil)
+		cancelSoon()
+	}
+}
 
-func (s *server) whyWatchEnded(err error) error {
+// whyEnded is the error of a watch that has ended with err.
+func whyEnded(ctx context.Context, err error) error {
 	if old, ok := errors.AsType[*compactedError](err); ok {
 		return compacted(old.oldest)
 	}
-	if err != errWatchesEnded {
-		return err
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-	if why := s.watchers.whyEnded(); why != nil {
-		return why
-	}
-	return errNoLeader // there was none for a while
+	return err
 }
 
 // awaitWatch waits until the node has applied all that is before a watch. It does not wait for a
@@ -108,17 +124,17 @@ func (s *server) awaitWatch(ctx context.Context, req *kvpb.WatchRequest) error {
 
 // watchFrom returns the version that a watch is from, at a node that has applied all that is
 // before, and whose watch that is.
-func watchFrom(h *historyView, req *kvpb.WatchRequest) (clusterID, from uint64, err error) {
+func watchFrom(h *historyView, req *kvpb.WatchRequest) (from uint64, err error) {
 	if err := checkCluster(h, req); err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	if req.FromVersion == 0 {
-		return h.clusterID, h.version + 1, nil
+		return h.version + 1, nil
 	}
 	if req.FromVersion < h.oldest {
-		return 0, 0, &compactedError{h.oldest}
+		return 0, &compactedError{h.oldest}
 	}
-	return h.clusterID, req.FromVersion, nil
+	return req.FromVersion, nil
 }
 
 // checkCluster refuses a watch that was of another cluster.
@@ -150,8 +166,7 @@ func compacted(oldest uint64) error {
 type watchStream struct {
 	stream grpc.ServerStream
 	conn   *limitedConn
-	ctx    context.Context // the stream's, but ends a little before its deadline
-	ended  <-chan struct{} // closed when all watches end
+	ctx    context.Context // of whileAllowed
 }
 
 // tell sends events as they come, and progress in between.
@@ -175,8 +190,6 @@ func (w *watchStream) tell(c *cursor) error {
 		case <-progress.C:
 			isDue = true
 			progress.Reset(watchProgress)
-		case <-w.ended:
-			return errWatchesEnded
 		case <-w.ctx.Done():
 			return w.ctx.Err()
 		case <-c.wake():
@@ -218,8 +231,6 @@ func (w *watchStream) send(resp *kvpb.WatchResponse) error {
 	select {
 	case <-pool.written:
 		return nil
-	case <-w.ended:
-		return errWatchesEnded
 	case <-w.ctx.Done():
 		return w.ctx.Err()
 	}

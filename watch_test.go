@@ -166,8 +166,8 @@ func TestWatch(t *testing.T) {
 		eventually(t, func() error {
 			s.watchers.mu.Lock()
 			defer s.watchers.mu.Unlock()
-			if s.watchers.count > 0 {
-				return fmt.Errorf("%d watches are left", s.watchers.count)
+			if s.watchers.total.count > 0 {
+				return fmt.Errorf("%d watches are left", s.watchers.total.count)
 			}
 			return nil
 		})
@@ -439,8 +439,8 @@ func TestWaitingWatches(t *testing.T) {
 		eventually(t, func() error {
 			ws.mu.Lock()
 			defer ws.mu.Unlock()
-			if ws.count != want {
-				return fmt.Errorf("%d watches, want %d", ws.count, want)
+			if ws.total.count != want {
+				return fmt.Errorf("%d watches, want %d", ws.total.count, want)
 			}
 			return nil
 		})

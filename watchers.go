@@ -6,14 +6,15 @@
 // and only then says that all up to there is seen. A cursor loads what is seen, and then takes
 // the mark. If there is none, nothing up to what was seen concerns it: it goes on behind that,
 // without a look at the events. If there is one, it reads the history, from the mark on, to the
-// history's end. What is added behind that gets a mark again. When events may be missing, for
-// they were dropped before they were passed over or the whole state was replaced, all watchers
-// get a mark, and what they read tells them.
+// history's end. So of all events that one pass goes over, a watcher needs a mark for the first.
+// When events may be missing, for they were dropped before they were passed over or the whole
+// state was replaced, all watchers get a mark, and what they read tells them.
 
 package main
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -25,13 +26,15 @@ import (
 
 const (
 	// maxWatchers bounds the watches of a node: each takes some 20 KiB, of goroutine and
-	// stream. A principal may have half of them; without TLS there is one principal, which may
-	// have all.
-	maxWatchers          = 10_000
-	maxPrincipalWatchers = maxWatchers / 2
+	// stream. maxWatchedBytes bounds the keys, prefixes and bounds that they name. A principal may
+	// have half of both; without TLS there is one principal, which may have all.
+	maxWatchers     = 10_000
+	maxWatchedBytes = 8 << 20
 	// maxWatchedRanges bounds the ranges that are watched, which are neither keys nor
-	// prefixes: each is looked at for each event.
+	// prefixes, and maxPrefixLengths the lengths of prefixes: all of them are looked at for each
+	// event.
 	maxWatchedRanges = 256
+	maxPrefixLengths = 64
 	// After maxPassedAtOnce events without key and value, about, the watchers are let go. The
 	// events of one write are not divided.
 	maxPassedAtOnce = 1024
@@ -92,42 +95,60 @@ func (w *watcher) concern(version uint64) {
 	}
 }
 
-type watcherSet map[*watcher]struct{}
+// bytes is what the filter takes of memory that grows with what its caller has sent.
+func (f *watchFilter) bytes() int { return len(f.text) + len(f.keys.start) + len(f.keys.end) }
+
+// watcherSet is the watchers of one key or prefix.
+type watcherSet struct {
+	members map[*watcher]struct{}
+	pass    uint64 // the last one that has marked them
+}
+
+// watchShare is what a principal has.
+type watchShare struct{ count, bytes int }
+
+// seenVersion is a version up to which all events were passed over, of a history that was
+// replaced so often.
+type seenVersion struct{ resets, version uint64 }
 
 // watchers are the watches of a node. Any goroutine may call its methods.
 type watchers struct {
 	history *eventHistory
-	// seen is a version up to which all events were passed over: marks are set first, then seen.
-	seen   atomic.Uint64
-	resets uint64 // of the history, when it was passed over last: passNew alone uses it
+	seen    atomic.Pointer[seenVersion] // marks are set first, then seen
 
 	passedAtOnce int    // maxPassedAtOnce, but in tests
 	interleave   func() // nil; the simulator does here what other goroutines may do
 	plantedAhead bool   // a bug that the simulator plants: seen runs ahead of the marks
 
 	mu       sync.Mutex
-	count    int
-	of       map[principal]int // how many watches each principal has
-	keys     map[string]watcherSet
-	prefixes map[string]watcherSet
-	lengths  map[int]int // how many different prefixes there are, by their length
-	ranges   watcherSet
-	ended    chan struct{} // closed when the watches are to end
-	why      error         // why they are to end; nil: they may go on
+	total    watchShare
+	of       map[principal]watchShare
+	keys     map[string]*watcherSet
+	prefixes map[string]*watcherSet
+	lengths  map[int]int              // how many different prefixes there are, by their length
+	ranges   map[*watcher]*watcherSet // each alone
+	passes   uint64                   // begun
+
+	// The loop does not wait for passes: whether the watches may go on has a lock of its own.
+	endMu sync.Mutex
+	may   context.Context // ends when the watches are to end
+	end   context.CancelCauseFunc
 }
 
 func newWatchers(h *eventHistory) *watchers {
-	return &watchers{
+	ws := &watchers{
 		history:  h,
-		of:       map[principal]int{},
-		keys:     map[string]watcherSet{},
-		prefixes: map[string]watcherSet{},
+		of:       map[principal]watchShare{},
+		keys:     map[string]*watcherSet{},
+		prefixes: map[string]*watcherSet{},
 		lengths:  map[int]int{},
-		ranges:   watcherSet{},
-		ended:    make(chan struct{}),
+		ranges:   map[*watcher]*watcherSet{},
 
 		passedAtOnce: maxPassedAtOnce,
 	}
+	ws.seen.Store(&seenVersion{})
+	ws.may, ws.end = context.WithCancelCause(context.Background())
+	return ws
 }
 
 // add adds a watch that is told of all events from now on, and is to look at once for those
@@ -136,15 +157,8 @@ func (ws *watchers) add(f watchFilter, p principal) (*watcher, error) {
 	w := &watcher{filter: f, principal: p, wake: newBell()}
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	if ws.why != nil {
-		return nil, ws.why
-	}
-	share := maxPrincipalWatchers
-	if p.role == roleAnyone {
-		share = maxWatchers
-	}
-	if ws.count >= maxWatchers || ws.of[p] >= share {
-		return nil, tooManyWatches("watches")
+	if err := ws.hasPlace(w); err != nil {
+		return nil, err
 	}
 	switch f.kind {
 	case watchKey:
@@ -155,15 +169,36 @@ func (ws *watchers) add(f watchFilter, p principal) (*watcher, error) {
 		}
 		addTo(ws.prefixes, f.text, w)
 	case watchRange:
-		if len(ws.ranges) >= maxWatchedRanges {
-			return nil, tooManyWatches("watches of ranges")
-		}
-		ws.ranges[w] = struct{}{}
+		ws.ranges[w] = &watcherSet{members: map[*watcher]struct{}{w: {}}}
 	}
-	ws.count++
-	ws.of[p]++
-	w.concern(1)
+	ws.count(w, 1)
+	w.concern(lookAnyway)
 	return w, nil
+}
+
+// lookAnyway is a mark that says nothing of events: look from where you are.
+const lookAnyway = 1
+
+// hasPlace returns an error if there are too many watches for another one. mu is held.
+func (ws *watchers) hasPlace(w *watcher) error {
+	divisor := 2
+	if w.principal.role == roleAnyone {
+		divisor = 1
+	}
+	f := &w.filter
+	share := ws.of[w.principal]
+	isNewLength := f.kind == watchPrefix && ws.lengths[len(f.text)] == 0
+	switch {
+	case ws.total.count >= maxWatchers || share.count >= maxWatchers/divisor:
+		return tooManyWatches("watches")
+	case ws.total.bytes+f.bytes() > maxWatchedBytes || share.bytes+f.bytes() > maxWatchedBytes/divisor:
+		return tooManyWatches("bytes of watched keys")
+	case f.kind == watchRange && len(ws.ranges) >= maxWatchedRanges:
+		return tooManyWatches("watches of ranges")
+	case isNewLength && len(ws.lengths) >= maxPrefixLengths:
+		return tooManyWatches("watches of prefixes of different lengths")
+	}
+	return nil
 }
 
 func tooManyWatches(what string) error {
@@ -171,21 +206,31 @@ func tooManyWatches(what string) error {
 		fmt.Sprintf("this node, or this caller, has too many %s", what))
 }
 
-func addTo(sets map[string]watcherSet, text string, w *watcher) {
-	if sets[text] == nil {
-		sets[text] = watcherSet{}
+// count counts a watch, or with -1 counts it no more. mu is held.
+func (ws *watchers) count(w *watcher, by int) {
+	bytes := by * w.filter.bytes()
+	ws.total.count += by
+	ws.total.bytes += bytes
+	share := ws.of[w.principal]
+	share.count += by
+	share.bytes += bytes
+	ws.of[w.principal] = share
+	if share.count == 0 {
+		delete(ws.of, w.principal)
 	}
-	sets[text][w] = struct{}{}
+}
+
+func addTo(sets map[string]*watcherSet, text string, w *watcher) {
+	if sets[text] == nil {
+		sets[text] = &watcherSet{members: map[*watcher]struct{}{}}
+	}
+	sets[text].members[w] = struct{}{}
 }
 
 func (ws *watchers) remove(w *watcher) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	ws.count--
-	ws.of[w.principal]--
-	if ws.of[w.principal] == 0 {
-		delete(ws.of, w.principal)
-	}
+	ws.count(w, -1)
 	switch f := w.filter; f.kind {
 	case watchKey:
 		removeFrom(ws.keys, f.text, w)
@@ -203,9 +248,9 @@ func (ws *watchers) remove(w *watcher) {
 	}
 }
 
-func removeFrom(sets map[string]watcherSet, text string, w *watcher) {
-	delete(sets[text], w)
-	if len(sets[text]) == 0 {
+func removeFrom(sets map[string]*watcherSet, text string, w *watcher) {
+	delete(sets[text].members, w)
+	if len(sets[text].members) == 0 {
 		delete(sets, text)
 	}
 }
@@ -214,48 +259,37 @@ func removeFrom(sets map[string]watcherSet, text string, w *watcher) {
 func (ws *watchers) follow(p *published, draining bool) {
 	switch {
 	case draining:
-		ws.end(errStopping)
+		ws.stop(errStopping)
 	case p.clusterID == 0:
-		ws.end(errNotInitialized)
+		ws.stop(errNotInitialized)
 	case p.longLeaderless():
-		ws.end(p.noLeader)
+		ws.stop(p.noLeader)
 	default:
 		ws.allow()
 	}
 }
 
-// end ends all watches, and refuses new ones, for as long as why holds.
-func (ws *watchers) end(why error) {
-	ws.mu.Lock()
-	defer ws.mu.Unlock()
-	if ws.why == nil {
-		close(ws.ended)
-	}
-	ws.why = why
+// stop ends all watches, and refuses new ones, until allow.
+func (ws *watchers) stop(why error) {
+	ws.endMu.Lock()
+	defer ws.endMu.Unlock()
+	ws.end(why)
 }
 
 // allow allows watches again.
 func (ws *watchers) allow() {
-	ws.mu.Lock()
-	defer ws.mu.Unlock()
-	if ws.why == nil {
-		return
+	ws.endMu.Lock()
+	defer ws.endMu.Unlock()
+	if ws.may.Err() != nil {
+		ws.may, ws.end = context.WithCancelCause(context.Background())
 	}
-	ws.why = nil
-	ws.ended = make(chan struct{})
 }
 
-// whenEnded is closed when the watches are to end.
-func (ws *watchers) whenEnded() <-chan struct{} {
-	ws.mu.Lock()
-	defer ws.mu.Unlock()
-	return ws.ended
-}
-
-func (ws *watchers) whyEnded() error {
-	ws.mu.Lock()
-	defer ws.mu.Unlock()
-	return ws.why
+// allowed is a context that ends when the watches are to end; its cause is why.
+func (ws *watchers) allowed() context.Context {
+	ws.endMu.Lock()
+	defer ws.endMu.Unlock()
+	return ws.may
 }
 
 // run passes over the events as they come, until done.
@@ -273,10 +307,9 @@ func (ws *watchers) run(done <-chan struct{}) {
 // passNew passes over what the history has got since it was called last. One goroutine calls it.
 func (ws *watchers) passNew() {
 	v := ws.history.view()
-	if v.resets != ws.resets {
-		ws.resets = v.resets
+	if v.resets != ws.seen.Load().resets {
 		ws.wakeAll()
-		ws.seen.Store(v.version)
+		ws.seen.Store(&seenVersion{v.resets, v.version})
 		return
 	}
 	ws.pass(&v)
@@ -284,22 +317,23 @@ func (ws *watchers) passNew() {
 
 // pass passes over the events that were not seen, and marks the watchers whom they concern.
 func (ws *watchers) pass(v *historyView) {
-	from := ws.seen.Load() + 1
+	ws.passes++
+	from := ws.seen.Load().version + 1
 	for from <= v.version {
 		events, next, err := v.read(from, keyRange{}, ws.passedAtOnce*eventBytes)
 		if err != nil { // what was dropped may concern anybody
 			ws.wakeAll()
-			ws.seen.Store(v.version)
+			ws.seen.Store(&seenVersion{v.resets, v.version})
 			return
 		}
 		if ws.plantedAhead {
-			ws.seen.Store(next - 1)
+			ws.seen.Store(&seenVersion{v.resets, next - 1})
 			ws.others()
 		}
 		ws.markAll(events)
 		ws.others()
 		from = next
-		ws.seen.Store(next - 1)
+		ws.seen.Store(&seenVersion{v.resets, next - 1})
 	}
 }
 
@@ -314,41 +348,51 @@ func (ws *watchers) others() {
 func (ws *watchers) wakeAll() {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	sets := []watcherSet{ws.ranges}
 	for _, set := range ws.keys {
-		sets = append(sets, set)
+		set.concern(lookAnyway)
 	}
 	for _, set := range ws.prefixes {
-		sets = append(sets, set)
+		set.concern(lookAnyway)
 	}
-	for _, set := range sets {
-		set.concern(1)
+	for w := range ws.ranges {
+		w.concern(lookAnyway)
 	}
 }
 
+// markAll marks the watchers whom events concern, each set once a pass.
 func (ws *watchers) markAll(events []keyEvent) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	if ws.count == 0 {
+	if ws.total.count == 0 {
 		return
 	}
 	for _, e := range events {
-		ws.keys[string(e.key)].concern(e.version)
+		ws.markOnce(ws.keys[string(e.key)], e.version)
 		for length := range ws.lengths {
 			if length <= len(e.key) {
-				ws.prefixes[string(e.key[:length])].concern(e.version)
+				ws.markOnce(ws.prefixes[string(e.key[:length])], e.version)
 			}
 		}
-		for w := range ws.ranges {
-			if w.filter.keys.has(e.key) {
-				w.concern(e.version)
+		for w, set := range ws.ranges {
+			if set.pass != ws.passes && w.filter.keys.has(e.key) {
+				ws.markOnce(set, e.version)
 			}
 		}
 	}
 }
 
-func (s watcherSet) concern(version uint64) {
-	for w := range s {
+// markOnce marks the watchers of a set, unless the pass has done so. A set may be nil. mu is
+// held.
+func (ws *watchers) markOnce(s *watcherSet, version uint64) {
+	if s == nil || s.pass == ws.passes {
+		return
+	}
+	s.pass = ws.passes
+	s.concern(version)
+}
+
+func (s *watcherSet) concern(version uint64) {
+	for w := range s.members {
 		w.concern(version)
 	}
 }
@@ -358,13 +402,14 @@ type cursor struct {
 	ws        *watchers
 	w         *watcher
 	clusterID uint64
+	resets    uint64 // of the history that it has read
 	next      uint64 // all before this version was told
 	isBehind  bool   // there may be events that were not told, whatever is marked
 }
 
 // cursor is how far a watch has been told that is from a version on.
-func (ws *watchers) cursor(w *watcher, clusterID, from uint64) *cursor {
-	return &cursor{ws: ws, w: w, clusterID: clusterID, next: from}
+func (ws *watchers) cursor(w *watcher, v *historyView, from uint64) *cursor {
+	return &cursor{ws: ws, w: w, clusterID: v.clusterID, resets: v.resets, next: from}
 }
 
 // wake is what rings when there is something to read.
@@ -390,10 +435,13 @@ func (c *cursor) read(maxBytes int) ([]keyEvent, error) {
 	mark := c.w.mark.Swap(0)
 	c.ws.others()
 	if mark == 0 && !c.isBehind {
-		c.next = max(c.next, seen+1)
+		if seen.resets == c.resets { // else it is a version of another history
+			c.next = max(c.next, seen.version+1)
+		}
 		return nil, nil
 	}
 	v := c.ws.history.view()
+	c.resets = v.resets
 	if v.clusterID != c.clusterID {
 		return nil, errHistoryReplaced
 	}
