@@ -173,8 +173,8 @@ func (w *simWatch) leave() {
 // open has the client open a stream at some node.
 func (w *simWatch) open() {
 	s := w.s
-	isLost := w.req == nil || !w.begun && s.rng.IntN(4) == 0 // what it waits for may never come
-	if isLost {
+	mayWaitForEver := !w.begun && s.rng.IntN(4) == 0 // for a version that nobody writes
+	if w.req == nil || mayWaitForEver {
 		w.draw()
 	}
 	if w.begun {
@@ -220,16 +220,20 @@ func (w *simWatch) opened(a *attempt) {
 	from, err := watchFrom(&h, w.req)
 	if old, ok := errors.AsType[*compactedError](err); ok {
 		w.compacted(a.p, w.req.FromVersion, old)
-	} else if err != nil && err != errNotInitialized {
-		s.failf("%v through %v: %v", w, a.p, err)
-	}
-	if err != nil {
 		w.rest(a)
 		return
 	}
+	if err == errNotInitialized {
+		w.rest(a)
+		return
+	}
+	if err != nil {
+		s.failf("%v through %v: %v", w, a.p, err)
+	}
 	isFromNow := w.req.FromVersion == 0
 	if isFromNow && from-1 < a.o.atLeast {
-		s.failf("I1: %v through %v is from version %d; version %d was known when it began", w, a.p, from, a.o.atLeast)
+		s.failf("I1: %v through %v is from version %d; version %d was known when it began",
+			w, a.p, from, a.o.atLeast)
 	}
 	add := func() { w.add(a, &h, from) }
 	if s.rng.IntN(3) > 0 {
@@ -287,11 +291,8 @@ func (w *simWatch) add(a *attempt, h *historyView, from uint64) {
 		c.next--
 	}
 	s.count["watches opened"]++
-	s.trace("%v", lazyText(w.String()))
+	s.trace("%s", w.String()) // now: it changes
 }
-
-// lazyText is a text that does not change.
-type lazyText string
 
 // compacted checks that a node cannot tell of what it says that it cannot, and has the client
 // begin anew.
@@ -301,8 +302,9 @@ func (w *simWatch) compacted(p *proc, from uint64, old *compactedError) {
 	dropped := old.oldest - 1
 	mayBe := from < old.oldest && old.oldest <= version+1
 	if !mayBe || !p.mayHaveDropped(dropped) {
-		s.failf("%v from version %d through %v of version %d: %v; it has all after version %d in %d bytes, of %d",
-			w, from, p, version, old, s.oracle.versionAt(p.replacedAt), s.oracle.historyBytes(dropped, version), s.cfg.historyBytes)
+		s.failf("%v from version %d through %v of version %d: %v; it began at version %d, "+
+			"and has %d bytes from what it dropped on, of %d", w, from, p, version, old,
+			s.oracle.versionAt(p.replacedAt), s.oracle.historyBytes(dropped, version), s.cfg.historyBytes)
 	}
 	s.count["watches too late"]++
 	w.begun = false
@@ -320,7 +322,8 @@ func (w *simWatch) compacted(p *proc, from uint64, old *compactedError) {
 // or what was written since takes more than the limit.
 func (p *proc) mayHaveDropped(version uint64) bool {
 	o := &p.s.oracle
-	return version <= o.versionAt(p.replacedAt) || o.historyBytes(version, p.n.store.version) > p.s.cfg.historyBytes
+	isBefore := version <= o.versionAt(p.replacedAt)
+	return isBefore || o.historyBytes(version, p.n.store.version) > p.s.cfg.historyBytes
 }
 
 // read reads the next response at the node.
@@ -345,7 +348,8 @@ func (w *simWatch) read() {
 		w.cursor = nil
 		return
 	}
-	if err == errHistoryReplaced && w.p.n.store.clusterID != w.clusterID {
+	hasLeft := w.p.n.store.clusterID != w.clusterID
+	if hasLeft && err == errHistoryReplaced {
 		s.count["watches of a cluster that their node has left"]++
 		w.leave()
 		return
@@ -369,7 +373,8 @@ func (w *simWatch) tell(events []*kvpb.Event, version uint64) {
 	want := s.oracle.events(w.bounds, w.version+1, version)
 	isSame := func(a, b *kvpb.Event) bool { return proto.Equal(a, b) }
 	if !slices.EqualFunc(events, want, isSame) {
-		s.failf("I2: %v is told up to %d, of %s; it has to be told of %s", w, version, eventText(events), eventText(want))
+		s.failf("I2: %v is told up to %d, of %s; it has to be told of %s",
+			w, version, eventText(events), eventText(want))
 	}
 	w.before = w.version
 	w.version = version
