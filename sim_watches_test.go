@@ -40,7 +40,7 @@ func (w *simWatch) String() string {
 	if w.cursor != nil {
 		at = w.p.String()
 	}
-	return fmt.Sprintf("watch %d of %q%v, told up to %d, open at %s", w.c.id, w.req.GetKey(), w.bounds, w.version, at)
+	return fmt.Sprintf("watch %d of %v, told up to %d, open at %s", w.c.id, w.bounds, w.version, at)
 }
 
 // addWatches adds the clients that watch.
@@ -181,7 +181,7 @@ func (w *simWatch) open() {
 		w.req.FromVersion = w.version + 1
 		w.req.ClusterId = w.clusterID
 	}
-	o := &op{client: w.c.id, kind: "watch", key: w.req.Key, bounds: w.bounds, atLeast: s.newest, begun: s.tock()}
+	o := &op{client: w.c.id, kind: "watch", bounds: w.bounds, atLeast: s.newest, begun: s.tock()}
 	if w.req.FromVersion > 0 {
 		s.readLocally(o, w.req.FromVersion-1)
 	}
