@@ -1877,8 +1877,8 @@ type WatchRequest struct {
 	Start  string `protobuf:"bytes,3,opt,name=start,proto3" json:"start,omitempty"`
 	End    string `protobuf:"bytes,4,opt,name=end,proto3" json:"end,omitempty"`
 	// Tell of the writes of this version, and of later ones; a node that has not applied
-	// what is before waits until it has. 0: of those that are acknowledged after the call
-	// began, at least.
+	// what is before waits until it has. 0: of those after the version of the first
+	// response, which has all that were acknowledged before the call began.
 	FromVersion uint64 `protobuf:"varint,5,opt,name=from_version,json=fromVersion,proto3" json:"from_version,omitempty"`
 	// As the first response to the Watch, or to the Scan, before had it; 0: any.
 	ClusterId     uint64 `protobuf:"varint,6,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
