@@ -318,6 +318,9 @@ func TestCursorOfReplacedHistory(t *testing.T) {
 	ends(idle, nil)
 	ends(behind, nil)
 	c := open(11)
+	if _, err := c.read(1); err != nil { // it is idle: what comes has to wake it
+		t.Fatal(err)
+	}
 	s.install(newStore())
 	ends(c, errHistoryReplaced)
 }
