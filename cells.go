@@ -98,10 +98,12 @@ func (c *cells) resize(i int, restBytes int) (rest []byte) {
 	return c.rest(i)
 }
 
-// remove removes a cell.
-func (c *cells) remove(i int) {
-	c.gone += c.cellSize(i)
-	c.starts = slices.Delete(c.starts, i, i+1)
+// remove removes some cells.
+func (c *cells) remove(from, to int) {
+	for i := from; i < to; i++ {
+		c.gone += c.cellSize(i)
+	}
+	c.starts = slices.Delete(c.starts, from, to)
 	c.packIfSparse()
 }
 

@@ -325,6 +325,70 @@ func TestCursorOfReplacedHistory(t *testing.T) {
 	ends(c, errHistoryReplaced)
 }
 
+// TestCursorOfAnotherHistory: what was seen of a history that was longer is nothing of this one.
+func TestCursorOfAnotherHistory(t *testing.T) {
+	s := newTestStore()
+	s.history.reset(s.clusterID, 1000)
+	ws := newWatchers(s.history)
+	ws.passNew()
+	other := newTestStore()
+	other.clusterID = s.clusterID + 1
+	other.version = 5
+	s.install(other) // and no pass has gone over that yet
+	f, _ := filterOf(&kvpb.WatchRequest{Key: "k"})
+	c := openCursor(t, ws, f, 6)
+	for range 3 {
+		if _, err := c.read(1 << 10); err != nil || c.told() != 5 {
+			t.Fatalf("told up to %d, %v; the version is 5", c.told(), err)
+		}
+	}
+	applyBatch(t, s, 1, 1, setWrite("k", "v"))
+	ws.passNew()
+	ws.passNew()
+	events, err := c.read(1 << 10)
+	if err != nil || len(events) != 1 || c.told() != 6 {
+		t.Errorf("%d events, told up to %d, %v", len(events), c.told(), err)
+	}
+}
+
+// TestWatchersAreMarkedOnce: a pass looks at the watchers of a key or a prefix once, whatever
+// number of events concern them.
+func TestWatchersAreMarkedOnce(t *testing.T) {
+	s := newTestStore()
+	s.history.reset(s.clusterID, 0)
+	ws := newWatchers(s.history)
+	ws.passNew()
+	var all []*watcher
+	for _, req := range []*kvpb.WatchRequest{{Key: "k1"}, {Prefix: "k"}, {Start: "a", End: "z"}} {
+		f, _ := filterOf(req)
+		w, err := ws.add(f, principal{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, w)
+		w.mark.Store(0)
+	}
+	applyBatch(t, s, 1, 1, setWrite("k1", "v"), setWrite("k1", "w"), setWrite("k2", "v"))
+	v := s.history.view()
+	ws.passes++
+	events, _, err := v.read(1, keyRange{}, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ws.markAll(events[:1])
+	for _, w := range all {
+		if w.mark.Swap(0) != 1 {
+			t.Errorf("%+v is not marked", w.filter)
+		}
+	}
+	ws.markAll(events[1:])
+	for _, w := range all {
+		if w.mark.Load() != 0 {
+			t.Errorf("%+v is marked a second time", w.filter)
+		}
+	}
+}
+
 // TestWatchersAreBounded: of a node, of a principal, and of ranges.
 func TestWatchersAreBounded(t *testing.T) {
 	ws := newWatchers(newEventHistory(1 << 20))
@@ -353,4 +417,23 @@ func TestWatchersAreBounded(t *testing.T) {
 		ws.remove(w)
 	}
 	fill(key, principal{}, maxWatchedRanges)
+
+	// What they name, and the lengths of prefixes.
+	ws = newWatchers(newEventHistory(1 << 20))
+	long, _ := filterOf(&kvpb.WatchRequest{Key: strings.Repeat("k", maxKeyBytes)})
+	fill(long, a, maxWatchedBytes/2/long.bytes())
+	fill(long, b, maxWatchedBytes/2/long.bytes())
+	ws = newWatchers(newEventHistory(1 << 20))
+	for n := range maxPrefixLengths {
+		f, _ := filterOf(&kvpb.WatchRequest{Prefix: strings.Repeat("p", n)})
+		if _, err := ws.add(f, a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	known, _ := filterOf(&kvpb.WatchRequest{Prefix: "q"})
+	if _, err := ws.add(known, a); err != nil {
+		t.Error(err)
+	}
+	further, _ := filterOf(&kvpb.WatchRequest{Prefix: strings.Repeat("p", maxPrefixLengths)})
+	fill(further, a, 0)
 }

@@ -324,7 +324,7 @@ func checkKey(key []byte) error {
 
 // rangeBytes is what a DeleteRange counts for in a proposal, at least: each may make the loop
 // look at maxRangeKeys keys.
-const rangeBytes = maxEntryBytes / 32
+const rangeBytes = maxEntryBytes / 8
 
 // proposedBytes is what an encoded Write counts for in a proposal.
 func proposedBytes(write []byte) int {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"slices"
@@ -141,7 +142,7 @@ func TestFewDeleteRangesShareAnEntry(t *testing.T) {
 		c.add(&call{write: encoded, done: make(chan outcome, 1)}, 1)
 	}
 	p := c.nextProposal(1, 1)
-	if n := len(p.calls); n < 16 || n > 32 {
+	if n := len(p.calls); n < 4 || n > 8 {
 		t.Errorf("%d of them share an entry", n)
 	}
 }
@@ -338,5 +339,81 @@ func TestMinVersion(t *testing.T) {
 		}
 		_, err = kv.Get(c.ctx, &kvpb.GetRequest{Key: "k", MinVersion: version})
 		wantError(t, err, codes.InvalidArgument, "INVALID_FIELD")
+	}
+}
+
+// TestReadsThatAreGivenUp: what waits for a version that does not come leaves the loop when its
+// caller does.
+func TestReadsThatAreGivenUp(t *testing.T) {
+	c := newCluster(t, 1)
+	c.init(1)
+	n := c.nodes[1]
+	waits := func(want int) {
+		t.Helper()
+		c.inLoop(1, func(n *node) error {
+			n.inbox.mu.Lock()
+			defer n.inbox.mu.Unlock()
+			if w := len(n.calls.waits.calls); w != want || n.inbox.callCount != want {
+				return fmt.Errorf("%d reads wait, %d calls are counted, want %d", w, n.inbox.callCount, want)
+			}
+			return nil
+		})
+	}
+	ctx, cancel := context.WithCancel(c.ctx)
+	get := &kvpb.GetRequest{Key: "k", Local: true, MinVersion: 1 << 60}
+	done := make(chan struct{})
+	for range 10 {
+		go func() {
+			_, _ = n.Get(ctx, get)
+			done <- struct{}{}
+		}()
+	}
+	if _, err := n.Scan(ctx, &kvpb.ScanRequest{Local: true, MinVersion: 1 << 60}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Watch(ctx, &kvpb.WatchRequest{FromVersion: 1 << 60}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := n.Pipeline(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gets := pipelineOf(10, &kvpb.Operation{Operation: &kvpb.Operation_Get{Get: get}})
+	if err := s.Send(gets); err != nil {
+		t.Fatal(err)
+	}
+	waits(22)
+	if running := n.server.scans.Load(); running != 0 {
+		t.Errorf("%d Scans that wait have the place of one that runs", running)
+	}
+	cancel()
+	for range 10 {
+		<-done
+	}
+	waits(0)
+}
+
+// TestVersionWaitsEnd: a wait for a version without a deadline ends, too.
+func TestVersionWaitsEnd(t *testing.T) {
+	n := turnNode()
+	n.net = deafNetwork{}
+	if _, err := n.bootstrap(); err != nil {
+		t.Fatal(err)
+	}
+	n.turn(input{ticks: int(n.ticksOf(leaderWait)) / 2})
+	wait := &call{minVersion: 1 << 60, done: make(chan outcome, 1)}
+	n.turn(input{calls: []*call{wait}})
+	ticks := int(n.ticksOf(maxVersionWait))
+	for i := range ticks + 1 {
+		if len(wait.done) > 0 {
+			if i < ticks-1 {
+				t.Fatalf("it ends after %d ticks: %v", i, (<-wait.done).err)
+			}
+			break
+		}
+		n.turn(input{ticks: 1})
+	}
+	if o := <-wait.done; o.err != context.DeadlineExceeded {
+		t.Errorf("it ends with %v", o.err)
 	}
 }

@@ -236,7 +236,7 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	v, err := s.n.store.openKeys()
+	v, err := s.n.store.openPage()
 	if err != nil {
 		return nil, err
 	}

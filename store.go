@@ -149,12 +149,16 @@ func (s *store) applySome(writes []operation, results []outcome) []outcome {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	end := min(len(results)+maxLockedWrites, len(writes))
-	replaced := s.tree.replaced
-	for len(results) < end && s.tree.replaced-replaced < maxLockedBytes {
+	copied := s.tree.copied
+	for len(results) < end && s.tree.copied-copied < maxLockedBytes {
 		if s.plantedSameVersion && len(results) > 0 {
 			s.version--
 		}
-		results = append(results, s.applyOnce(&writes[len(results)]))
+		w := &writes[len(results)]
+		results = append(results, s.applyOnce(w))
+		if w.kind == opDeleteRange { // which may be of many keys
+			break
+		}
 	}
 	s.endCostlyViews()
 	return results
@@ -217,12 +221,10 @@ func (s *store) deleteRange(r keyRange) result {
 		if len(keys) == s.rangeKeys || bytes > maxRangeBytes {
 			return result{tooMany: true}
 		}
-		keys = append(keys, slices.Clone(key)) // the next deletion may move it
+		keys = append(keys, slices.Clone(key)) // the deletion may move it
 	}
 	s.version++
-	for _, key := range keys {
-		s.tree.delete(key)
-	}
+	s.tree.deleteRange(r)
 	if s.plantedKeyVersions {
 		s.version += uint64(max(0, len(keys)-1))
 	}

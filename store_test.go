@@ -476,9 +476,9 @@ func TestViewCosts(t *testing.T) {
 		}
 	}
 	cost := func() uint64 {
-		before := s.tree.replaced
+		before := s.tree.copied
 		write()
-		return s.tree.replaced - before
+		return s.tree.copied - before
 	}
 	if n := cost(); n != 0 {
 		t.Errorf("%d bytes are copied without a view", n)
@@ -575,6 +575,49 @@ func TestViewsOfClientsEnd(t *testing.T) {
 	}
 	if _, err := newStore().openKeys(); err != errNotInitialized {
 		t.Errorf("a view of a node in no cluster: %v", err)
+	}
+}
+
+// TestListsCountNotForScans: what a List has copied, and is done with, does not end a Scan.
+func TestListsCountNotForScans(t *testing.T) {
+	s := filledStore(2000)
+	s.clusterID = 7
+	scan, err := s.openKeys()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer scan.close()
+	write := func() {
+		for i := range uint64(2000) {
+			s.tree.set([]byte(benchKey(i)), item{make([]byte, 128), s.version})
+		}
+	}
+	write()
+	kept := s.tree.kept
+	if kept == 0 {
+		t.Error("what the Scan keeps is not counted")
+	}
+	for range 10 {
+		list, err := s.openPage()
+		if err != nil {
+			t.Fatal(err)
+		}
+		list.close()
+		write()
+	}
+	if s.tree.kept != kept {
+		t.Errorf("%d bytes are counted, and %d before the Lists", s.tree.kept, kept)
+	}
+}
+
+// TestRangesLetGoOfTheLock: each DeleteRange may take long.
+func TestRangesLetGoOfTheLock(t *testing.T) {
+	s := filledStore(100)
+	w := operation{kind: opDeleteRange, prefix: []byte("0")}
+	set := operation{kind: opSet, key: []byte("k")}
+	results := s.applySome([]operation{set, w, w, set}, nil)
+	if len(results) != 2 {
+		t.Errorf("%d writes in one go, want two", len(results))
 	}
 }
 
@@ -679,10 +722,10 @@ func TestLocksAreShort(t *testing.T) {
 		}
 		var results []outcome
 		for len(results) < len(b.writes) {
-			replaced, before := s.tree.replaced, len(results)
+			copied, before := s.tree.copied, len(results)
 			results = s.applySome(b.writes, results)
 			const copiedByOne = 1 << 20
-			if n := s.tree.replaced - replaced; n > maxLockedBytes+copiedByOne {
+			if n := s.tree.copied - copied; n > maxLockedBytes+copiedByOne {
 				t.Errorf("%s: %d bytes are copied in one go", name, n)
 			}
 			n := len(results) - before

@@ -148,16 +148,16 @@ func (p *page) addChild(i int, from []byte, child *page) {
 	p.children = slices.Insert(p.children, i, child)
 }
 
-// removeCell removes a cell, with what belongs to it.
-func (p *page) removeCell(i int) {
-	p.remove(i)
+// removeCells removes some cells, with what belongs to them.
+func (p *page) removeCells(from, to int) {
+	p.remove(from, to)
 	if !p.isLeaf() {
-		p.children = slices.Delete(p.children, i, i+1)
+		p.children = slices.Delete(p.children, from, to)
 		return
 	}
-	p.marks = slices.Delete(p.marks, i, i+1)
+	p.marks = slices.Delete(p.marks, from, to)
 	if p.large != nil {
-		p.large = slices.Delete(p.large, i, i+1)
+		p.large = slices.Delete(p.large, from, to)
 	}
 }
 
@@ -239,13 +239,15 @@ func (p *page) isTooSmall() bool { return p.size() < maxPageBytes/4 || p.count()
 // tree is an ordered map from keys to items. Its owner has a lock: set, delete and view need it
 // for writing, get for reading. A view needs none.
 type tree struct {
-	root  *page
-	epoch uint64 // pages of earlier ones may be parts of views
-	keys  uint64
-	bytes uint64 // of all keys and values
-	// replaced is the memory, in bytes, that writes have replaced since the tree was made and
-	// that stays for as long as there are views of before. It only grows.
-	replaced uint64
+	root   *page
+	epoch  uint64 // pages of earlier ones may be parts of views
+	keys   uint64
+	bytes  uint64 // of all keys and values
+	copied uint64 // bytes of pages that writes have copied since the tree was made
+	// kept is the memory, in bytes, that writes have replaced since the tree was made and that
+	// views up to the epoch counted keep. It only grows.
+	kept    uint64
+	counted uint64
 }
 
 // treeView is a tree as it was when the view was taken. Anyone may read it, without a lock,
@@ -253,6 +255,7 @@ type tree struct {
 type treeView struct {
 	root        *page
 	keys, bytes uint64
+	epoch       uint64 // it has pages of earlier ones only
 }
 
 func newTree() *tree { return &tree{root: &page{}} }
@@ -260,7 +263,7 @@ func newTree() *tree { return &tree{root: &page{}} }
 // view takes a view. From now on a page is copied before it is changed, once.
 func (t *tree) view() treeView {
 	t.epoch++
-	return treeView{root: t.root, keys: t.keys, bytes: t.bytes}
+	return treeView{root: t.root, keys: t.keys, bytes: t.bytes, epoch: t.epoch}
 }
 
 // own returns a page that may be changed: a copy, if views may have the page.
@@ -268,8 +271,16 @@ func (t *tree) own(p *page) *page {
 	if p.epoch == t.epoch {
 		return p
 	}
-	t.replaced += p.memory()
+	t.copied += p.memory()
+	t.countKept(p.epoch, p.memory())
 	return p.clone(t.epoch)
+}
+
+// countKept counts memory of some epoch that a write replaces, if views that count keep it.
+func (t *tree) countKept(epoch, bytes uint64) {
+	if epoch < t.counted {
+		t.kept += bytes
+	}
 }
 
 // get returns the item of a key. The next write may change a value up to maxPacked.
@@ -341,8 +352,8 @@ func (t *tree) setInLeaf(p *page, key []byte, it item) (added int, found bool) {
 func (t *tree) uncount(p *page, i int) {
 	bytes := uint64(len(p.item(i).value))
 	t.bytes -= bytes
-	if large := p.largeOf(i); large != nil && large.epoch < t.epoch {
-		t.replaced += bytes
+	if large := p.largeOf(i); large != nil {
+		t.countKept(large.epoch, bytes)
 	}
 }
 
@@ -365,7 +376,7 @@ func (t *tree) split(parent *page, i, added int) {
 // clearFirstKey makes the first key of a branch empty: its parent has it.
 func (p *page) clearFirstKey() {
 	child := p.children[0]
-	p.removeCell(0)
+	p.removeCells(0, 1)
 	p.addChild(0, nil, child)
 }
 
@@ -374,28 +385,55 @@ func (t *tree) delete(key []byte) (found bool) {
 	if _, found := t.get(key); !found {
 		return false // and nothing is copied
 	}
-	t.root = t.own(t.root)
-	t.deleteIn(t.root, key)
-	for len(t.root.children) == 1 {
-		t.root = t.root.children[0]
-	}
+	t.deleteFrom(key, func(other []byte) bool { return bytes.Equal(other, key) })
 	return true
 }
 
-// deleteIn removes a key that is there from a page that the tree owns, or from below.
-func (t *tree) deleteIn(p *page, key []byte) {
+// deleteRange removes all keys of a range.
+func (t *tree) deleteRange(r keyRange) {
+	for {
+		var first []byte
+		for key := range t.from(r.start) {
+			if r.endsAfter(key) {
+				first = bytes.Clone(key)
+			}
+			break
+		}
+		if first == nil {
+			return
+		}
+		t.deleteFrom(first, r.endsAfter)
+	}
+}
+
+// deleteFrom removes a key that is there, and with it those behind it in its leaf, up to one
+// that is not to be deleted.
+func (t *tree) deleteFrom(key []byte, isDeleted func(key []byte) bool) {
+	t.root = t.own(t.root)
+	t.deleteIn(t.root, key, isDeleted)
+	for len(t.root.children) == 1 {
+		t.root = t.root.children[0]
+	}
+}
+
+// deleteIn is deleteFrom in a page that the tree owns.
+func (t *tree) deleteIn(p *page, key []byte, isDeleted func(key []byte) bool) {
 	if p.isLeaf() {
-		i := p.lookUp(key)
-		t.uncount(p, i)
-		t.keys--
-		t.bytes -= uint64(len(key))
-		p.removeCell(i)
+		first, _ := p.find(key)
+		end := first
+		for end < p.count() && isDeleted(p.key(end)) {
+			t.uncount(p, end)
+			t.keys--
+			t.bytes -= uint64(len(p.key(end)))
+			end++
+		}
+		p.removeCells(first, end)
 		return
 	}
 	i := p.childOf(key)
 	child := t.own(p.children[i])
 	p.children[i] = child
-	t.deleteIn(child, key)
+	t.deleteIn(child, key, isDeleted)
 	if child.isTooSmall() {
 		t.merge(p, i)
 	}
@@ -415,13 +453,11 @@ func (t *tree) merge(parent *page, i int) {
 	if !hasTooFew && !isRoomy {
 		return
 	}
-	if right.epoch != t.epoch {
-		t.replaced += right.memory()
-	}
+	t.countKept(right.epoch, right.memory())
 	left = t.own(left)
 	left.takeAll(right, parent.key(i+1))
 	parent.children[i] = left
-	parent.removeCell(i + 1)
+	parent.removeCells(i+1, i+2)
 }
 
 // takeAll adds the cells of the page that follows. from is the key that the parent has for it.

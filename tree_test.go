@@ -112,6 +112,16 @@ func (r *treeRun) delete(key string) {
 	delete(r.want, key)
 }
 
+func (r *treeRun) deleteRange(start, end string) {
+	keys := keyRange{start: []byte(start), end: []byte(end)}
+	r.tree.deleteRange(keys)
+	for key := range r.want {
+		if keys.has([]byte(key)) {
+			delete(r.want, key)
+		}
+	}
+}
+
 func (r *treeRun) get(key string) {
 	it, found := r.tree.get([]byte(key))
 	want, was := r.want[key]
@@ -122,6 +132,7 @@ func (r *treeRun) get(key string) {
 
 func (r *treeRun) open() {
 	r.views = append(r.views, treeViewRun{r.tree.view(), maps.Clone(r.want)})
+	r.tree.counted = r.tree.epoch
 }
 
 func (r *treeRun) check() {
@@ -182,6 +193,10 @@ func TestTree(t *testing.T) {
 				r.delete(key())
 			}
 			r.get(key())
+			if rng.IntN(300) == 0 {
+				start, end := key(), key()
+				r.deleteRange(min(start, end), max(start, end))
+			}
 			if rng.IntN(200) == 0 {
 				r.open()
 				if len(r.views) > 4 {
@@ -229,8 +244,10 @@ func FuzzTree(f *testing.F) {
 				r.set(key, bytes.Repeat([]byte{byte(a)}, b))
 			case 3:
 				r.set(key, bytes.Repeat([]byte{byte(a)}, b*16))
-			case 4, 5:
+			case 4:
 				r.delete(key)
+			case 5:
+				r.deleteRange(key, key+"5")
 			case 6:
 				r.get(key)
 			case 7:
@@ -254,14 +271,14 @@ func TestTreeReplaced(t *testing.T) {
 		r.set("large", large)
 		r.set("small", []byte("s"))
 	}
-	if r.tree.replaced != 0 {
-		t.Errorf("%d bytes are kept without a view", r.tree.replaced)
+	if r.tree.kept != 0 {
+		t.Errorf("%d bytes are kept without a view", r.tree.kept)
 	}
 	r.open()
 	for range 10 {
 		r.set("large", large)
 	}
-	if n := r.tree.replaced; n < uint64(len(large)) || n > uint64(len(large))+4<<10 {
+	if n := r.tree.kept; n < uint64(len(large)) || n > uint64(len(large))+4<<10 {
 		t.Errorf("a view keeps %d bytes, want one value and one page", n)
 	}
 	r.check()
@@ -269,7 +286,7 @@ func TestTreeReplaced(t *testing.T) {
 
 // TestTreeCountsAllThatViewsKeep deletes all keys, in both orders, whatever pages that merges.
 func TestTreeCountsAllThatViewsKeep(t *testing.T) {
-	for _, order := range []string{"ascending", "descending", "from the middle"} {
+	for _, order := range []string{"ascending", "descending", "from the middle", "at once"} {
 		r := newTreeRun(t)
 		var keys []string
 		for i := range 3000 {
@@ -292,11 +309,15 @@ func TestTreeCountsAllThatViewsKeep(t *testing.T) {
 		case "from the middle":
 			keys = append(keys[1500:], keys[:1500]...)
 		}
-		for _, key := range keys {
-			r.delete(key)
+		if order == "at once" {
+			r.deleteRange("0", "9")
+		} else {
+			for _, key := range keys {
+				r.delete(key)
+			}
 		}
-		if r.tree.replaced != kept {
-			t.Errorf("%s: the view keeps %d bytes, %d are counted", order, kept, r.tree.replaced)
+		if r.tree.kept != kept {
+			t.Errorf("%s: the view keeps %d bytes, %d are counted", order, kept, r.tree.kept)
 		}
 		r.check()
 	}

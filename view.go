@@ -31,8 +31,9 @@ type view struct {
 	root atomic.Pointer[page] // nil: the view was closed, or ended
 
 	// Of a client's view, which the store may end.
-	store    *store
-	replaced uint64 // the tree's then
+	store *store
+	epoch uint64 // it has pages of earlier ones only
+	kept  uint64 // the tree's, when the view was opened
 
 	// Of a view of the whole state, which a snapshot is written from.
 	conf     *raftpb.ConfState // the store's then
@@ -63,6 +64,16 @@ func (s *store) openKeys() (*view, error) {
 	return v, nil
 }
 
+// openPage is openKeys for a List, which is done so soon that what it keeps need not count.
+func (s *store) openPage() (*view, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.clusterID == 0 {
+		return nil, errNotInitialized
+	}
+	return s.takeView(), nil
+}
+
 // openView opens a view of the whole state, for a snapshot. Only the loop may call it. The
 // store does not end it.
 func (s *store) openView() *view {
@@ -87,21 +98,30 @@ func (s *store) openBackup() *view {
 // takeView takes a view. mu is held.
 func (s *store) takeView() *view {
 	t := s.tree.view()
-	v := &view{clusterID: s.clusterID, version: s.version, keys: t.keys, bytes: t.bytes}
+	v := &view{clusterID: s.clusterID, version: s.version, keys: t.keys, bytes: t.bytes, epoch: t.epoch}
 	v.root.Store(t.root)
 	return v
 }
 
 func (s *store) addClientView(v *view) {
 	v.store = s
-	v.replaced = s.tree.replaced
+	v.kept = s.tree.kept
 	s.clientViews = append(s.clientViews, v)
+	s.countViews()
+}
+
+// countViews has the tree count what the views of clients keep. mu is held.
+func (s *store) countViews() {
+	s.tree.counted = 0
+	for _, v := range s.clientViews {
+		s.tree.counted = max(s.tree.counted, v.epoch)
+	}
 }
 
 // endCostlyViews ends the oldest views of clients, while they keep too much memory. mu is held.
 func (s *store) endCostlyViews() {
 	limit := max(minViewBytes, s.tree.bytes/4)
-	for len(s.clientViews) > 0 && s.tree.replaced-s.clientViews[0].replaced > limit {
+	for len(s.clientViews) > 0 && s.tree.kept-s.clientViews[0].kept > limit {
 		s.endOldestView()
 	}
 }
@@ -110,6 +130,7 @@ func (s *store) endCostlyViews() {
 func (s *store) endOldestView() {
 	s.clientViews[0].root.Store(nil)
 	s.clientViews = slices.Delete(s.clientViews, 0, 1)
+	s.countViews()
 }
 
 // close lets go of what was replaced since the view was opened.
@@ -121,6 +142,7 @@ func (v *view) close() {
 	v.store.mu.Lock()
 	defer v.store.mu.Unlock()
 	v.store.clientViews = slices.DeleteFunc(v.store.clientViews, func(o *view) bool { return o == v })
+	v.store.countViews()
 }
 
 // page returns the first items of a range, as many as limit and maxBytes of keys and values
