@@ -173,6 +173,9 @@ func TestReadersPipeline(t *testing.T) {
 		if !isRead && codes.Code(r.GetError().GetCode()) != codes.PermissionDenied {
 			t.Errorf("operation %d is not refused: %v", i, r)
 		}
+		if !isRead {
+			wantPart(t, r.GetError().GetMessage(), "a reader may not write: that needs the role client or admin")
+		}
 	}
 	if m, err := c.metrics(1); err != nil || m.RequestsRefused != 3 {
 		t.Errorf("%d refused operations are counted, %v", m.GetRequestsRefused(), err)

@@ -54,6 +54,9 @@ type operation struct {
 
 var errMalformed = invalid("operation", "it is none, or has a field that this node does not know, or twice")
 
+// errUnknownField is for a request that would mean something else without the field.
+var errUnknownField = invalid("request", "it has a field that this node does not know")
+
 // fields reads the fields of a message one by one. It stops before a field that is
 // malformed, or there a second time: then rest is not empty.
 type fields struct {

@@ -27,15 +27,20 @@ const (
 	roleNode
 )
 
-var roleNames = map[role]string{
-	roleAnyone: "anyone",
-	roleReader: "reader",
-	roleClient: "client",
-	roleAdmin:  "admin",
-	roleNode:   "node",
+// String needs nothing that is initialised: errors that name roles are.
+func (r role) String() string {
+	switch r {
+	case roleReader:
+		return "reader"
+	case roleClient:
+		return "client"
+	case roleAdmin:
+		return "admin"
+	case roleNode:
+		return "node"
+	}
+	return "anyone"
 }
-
-func (r role) String() string { return roleNames[r] }
 
 // principal is who somebody is. Two that are equal are the same. The zero principal is
 // everybody's without TLS.

@@ -9,6 +9,8 @@ import (
 	"math"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	"raft-key-value/kvpb"
 )
 
@@ -19,6 +21,9 @@ const (
 	// scanBytes is the keys and values of one response, unless a single item has more.
 	scanBytes = 64 << 10
 )
+
+var errTooManyScans = apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
+	"this node runs as many Scans as it may")
 
 // Scan implements KVService. It gives up a caller who does not read.
 func (s *server) Scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) error {
@@ -33,7 +38,7 @@ func (s *server) scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) e
 		return err
 	}
 	if hasUnknownFields(req) {
-		return errMalformed
+		return errUnknownField
 	}
 	soon, stop := beforeDeadline(stream.Context())
 	defer stop()
@@ -43,7 +48,7 @@ func (s *server) scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) e
 	running := s.scans.Add(1)
 	defer s.scans.Add(-1)
 	if running > maxScans {
-		return errOverloaded
+		return errTooManyScans
 	}
 	v, err := s.n.store.openKeys()
 	if err != nil {

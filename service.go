@@ -165,7 +165,7 @@ func (s *server) Get(ctx context.Context, req *kvpb.GetRequest) (*kvpb.GetRespon
 		return nil, err
 	}
 	if hasUnknownFields(req) {
-		return nil, errMalformed
+		return nil, errUnknownField
 	}
 	if err := s.awaitRead(ctx, req.Local, req.MinVersion); err != nil {
 		return nil, err
@@ -211,7 +211,7 @@ func (s *server) DeleteRange(ctx context.Context, req *kvpb.DeleteRangeRequest) 
 // OpenSession implements KVService.
 func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) (*kvpb.OpenSessionResponse, error) {
 	if hasUnknownFields(req) {
-		return nil, errMalformed
+		return nil, errUnknownField
 	}
 	open := &kvpb.NewSession{Session: randomID(), Owner: ownerOf(callerOf(ctx))}
 	if _, err := s.write(ctx, opNewSession, open); err != nil {
@@ -258,6 +258,9 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 }
 
 func checkList(req *kvpb.ListRequest) error {
+	if hasUnknownFields(req) {
+		return errUnknownField
+	}
 	if req.Limit > maxListItems {
 		return invalid("limit", "it is %d, the limit is %d", req.Limit, maxListItems)
 	}

@@ -85,6 +85,8 @@ func TestUnknownFieldsAreRefused(t *testing.T) {
 		{kvpb.KVService_Delete_FullMethodName, withUnknown(&kvpb.DeleteRequest{Key: "k"})},
 		{kvpb.KVService_Delete_FullMethodName, &kvpb.DeleteRequest{Key: "k", RequestId: id}},
 		{kvpb.KVService_OpenSession_FullMethodName, withUnknown(&kvpb.OpenSessionRequest{})},
+		{kvpb.KVService_List_FullMethodName, withUnknown(&kvpb.ListRequest{})},
+		{kvpb.KVService_DeleteRange_FullMethodName, withUnknown(&kvpb.DeleteRangeRequest{Prefix: "k"})},
 	} {
 		err := c.nodes[1].conn.Invoke(c.ctx, tt.method, mustMarshal(t, tt.req), nil, grpc.ForceCodec(rawCodec{}))
 		wantError(t, err, codes.InvalidArgument, "INVALID_FIELD")

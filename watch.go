@@ -53,7 +53,7 @@ func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer
 		return err
 	}
 	if hasUnknownFields(req) {
-		return errMalformed
+		return errUnknownField
 	}
 	allowed := s.watchers.allowed()
 	if allowed.Err() != nil {

@@ -13,7 +13,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"sync"
@@ -62,11 +61,11 @@ func filterOf(req *kvpb.WatchRequest) (watchFilter, error) {
 		return watchFilter{}, invalid("key", "it is not for a request that has prefix, start or end")
 	}
 	if req.Key != "" {
-		key := []byte(req.Key)
+		end := append([]byte(req.Key), 0)
+		key := end[:len(req.Key)]
 		if err := checkKey(key); err != nil {
 			return watchFilter{}, err
 		}
-		end := append(bytes.Clone(key), 0)
 		return watchFilter{watchKey, req.Key, keyRange{start: key, end: end}}, nil
 	}
 	if err := checkRange(req.Prefix, req.Start, req.End); err != nil {
@@ -96,7 +95,12 @@ func (w *watcher) concern(version uint64) {
 }
 
 // bytes is what the filter takes of memory that grows with what its caller has sent.
-func (f *watchFilter) bytes() int { return len(f.text) + len(f.keys.start) + len(f.keys.end) }
+func (f *watchFilter) bytes() int {
+	if f.kind == watchKey {
+		return len(f.text) + len(f.keys.end) // which start is a part of
+	}
+	return len(f.text) + len(f.keys.start) + len(f.keys.end)
+}
 
 // watcherSet is the watchers of one key or prefix.
 type watcherSet struct {

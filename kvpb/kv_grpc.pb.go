@@ -75,9 +75,9 @@ type KVServiceClient interface {
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// Scan reads all keys of a range, in the order of their bytes, as they were at one
 	// moment after the call began. The first response has no items: it says what moment
-	// that was. What is overwritten while a Scan runs stays in memory; if that becomes more
-	// than 64 MiB, or a quarter of all keys and values, the oldest one ends with
-	// VIEW_ENDED.
+	// that was. What it shows stays in memory, though it is overwritten meanwhile; if that
+	// becomes more than 64 MiB, or than a quarter of all keys and values if that is more,
+	// the oldest Scan or Backup ends with VIEW_ENDED.
 	Scan(ctx context.Context, in *ScanRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ScanResponse], error)
 	// DeleteRange removes all keys of a range in one write. If there are more than 10,000
 	// of them, or more than 1 MiB of keys, nothing is deleted, and too_many is set. Its
@@ -261,9 +261,9 @@ type KVServiceServer interface {
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// Scan reads all keys of a range, in the order of their bytes, as they were at one
 	// moment after the call began. The first response has no items: it says what moment
-	// that was. What is overwritten while a Scan runs stays in memory; if that becomes more
-	// than 64 MiB, or a quarter of all keys and values, the oldest one ends with
-	// VIEW_ENDED.
+	// that was. What it shows stays in memory, though it is overwritten meanwhile; if that
+	// becomes more than 64 MiB, or than a quarter of all keys and values if that is more,
+	// the oldest Scan or Backup ends with VIEW_ENDED.
 	Scan(*ScanRequest, grpc.ServerStreamingServer[ScanResponse]) error
 	// DeleteRange removes all keys of a range in one write. If there are more than 10,000
 	// of them, or more than 1 MiB of keys, nothing is deleted, and too_many is set. Its
