@@ -152,6 +152,7 @@ var apiErrors = []struct {
 	{errHistoryReplaced, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED},
 	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
 	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
+	{errRequestYielded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
 	{errViewEnded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_VIEW_ENDED},
 	{errStopping, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_STOPPING},
 	{errContradiction, codes.DataLoss, kvpb.ErrorReason_ERROR_REASON_CORRUPT},

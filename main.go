@@ -235,6 +235,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	// that are not written yet.
 	endLoop()
 	<-loop.ended
+	s.watchers.stop(s.n.inbox.whyClosed()) // a node that has failed sends them elsewhere
 	nw.close()
 	stopServing(s.grpc)
 	<-serving.ended

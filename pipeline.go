@@ -197,8 +197,12 @@ func (p *pipeline) sharer() sharer { return sharer{p.conn, true} }
 // has done with it.
 func (p *pipeline) leave() {
 	go func() { // ends soon after the stream, for then read ends, and all calls
+		var left []*pipelineRequest
 		for r := range p.requests {
 			r.giveUp()
+			left = append(left, r)
+		}
+		for _, r := range left {
 			<-r.done
 			p.release(r)
 		}

@@ -393,6 +393,42 @@ func TestReadsThatAreGivenUp(t *testing.T) {
 	waits(0)
 }
 
+// TestListsThatWaitHaveNoPlace: a List that waits for a version has none of the places of large
+// answers, of which there are few.
+func TestListsThatWaitHaveNoPlace(t *testing.T) {
+	c := newCluster(t, 1)
+	c.init(1)
+	n := c.nodes[1]
+	const many = 2 * connLargeAnswers
+	errs := make(chan error, many)
+	version := c.set(1, "k", "v")
+	for range many {
+		go func() {
+			_, err := n.List(c.ctx, &kvpb.ListRequest{Local: true, MinVersion: version + 1})
+			errs <- err
+		}()
+	}
+	c.inLoop(1, func(n *node) error {
+		if w := len(n.calls.waits.calls); w != many {
+			return fmt.Errorf("%d Lists wait", w)
+		}
+		return nil
+	})
+	large := n.server.limiter.answers.large
+	large.mu.Lock()
+	used := large.used
+	large.mu.Unlock()
+	if used != 0 {
+		t.Errorf("Lists that wait have %d places", used)
+	}
+	c.set(1, "k", "w")
+	for range many {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestVersionWaitsEnd: a wait for a version without a deadline ends, too.
 func TestVersionWaitsEnd(t *testing.T) {
 	n := turnNode()

@@ -257,6 +257,16 @@ func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListRes
 	return resp, nil
 }
 
+// awaitList waits until a List may begin.
+func (s *server) awaitList(ctx context.Context, req *kvpb.ListRequest) error {
+	if err := checkList(req); err != nil {
+		return err
+	}
+	soon, cancel := beforeDeadline(ctx)
+	defer cancel()
+	return s.awaitRead(soon, req.Local, req.MinVersion)
+}
+
 func checkList(req *kvpb.ListRequest) error {
 	if hasUnknownFields(req) {
 		return errUnknownField
@@ -430,7 +440,13 @@ func (s *server) answer(ctx context.Context, req any, handler grpc.UnaryHandler)
 	default:
 	}
 	if list, ok := req.(*kvpb.ListRequest); ok {
-		return answerWhole(ctx, smallAnswer+1, func() (any, error) { return handler(ctx, list) })
+		if err := s.awaitList(ctx, list); err != nil { // not in the place of an answer
+			return nil, err
+		}
+		confirmed := proto.CloneOf(list)
+		confirmed.Local = true
+		confirmed.MinVersion = 0
+		return answerWhole(ctx, smallAnswer+1, func() (any, error) { return handler(ctx, confirmed) })
 	}
 	resp, err := handler(ctx, req)
 	if err != nil {

@@ -65,10 +65,12 @@ func (s *server) watch(req *kvpb.WatchRequest, stream kvpb.KVService_WatchServer
 	if err != nil {
 		return err
 	}
-	defer s.watchers.remove(w)
 	conn := connOf(ctx)
 	conn.l.calls.beginWatch(conn)
-	defer conn.l.calls.endWatch(conn)
+	defer func() {
+		s.watchers.remove(w)
+		conn.l.calls.endWatch(conn)
+	}()
 	if err := s.awaitWatch(ctx, req); err != nil {
 		return whyEnded(ctx, err)
 	}

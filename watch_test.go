@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -416,6 +417,23 @@ func TestWatchOfHungNode(t *testing.T) {
 	w.until(c.set(1, "k", "v"))
 	wantPart(t, w.text(), "k=v")
 	w.end()
+}
+
+// TestWatchOfFailedNode: a node that fails says so to its watches.
+func TestWatchOfFailedNode(t *testing.T) {
+	c := newCluster(t, 1)
+	c.init(1)
+	w := c.watch(1, &kvpb.WatchRequest{})
+	cause := errors.New("broken by the test")
+	n := c.nodes[1].server.n
+	n.inbox.event(func() { n.err = cause })
+	var err error
+	for err == nil {
+		err = w.read()
+	}
+	wantError(t, err, codes.Unavailable, "NODE_FAILED")
+	w.end()
+	c.ends(1, cause)
 }
 
 // TestWaitingWatches: those that wait for a version count as watches, and one of another
