@@ -317,27 +317,37 @@ func (s *server) Backup(_ *kvpb.BackupRequest, stream kvpb.ClusterService_Backup
 	if running > maxBackups {
 		return toStatus(errOverloaded, false)
 	}
-	err := s.net.serve(stream, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
-		soon, stop := beforeDeadline(ctx)
-		defer stop()
-		context.AfterFunc(soon, func() { cancel(soon.Err()) })
+	err := s.serveReader(stream, func(ctx context.Context, sends func()) error {
 		v, err := s.openBackup(ctx)
 		if err != nil {
 			return toStatus(err, false)
 		}
 		v.rest = rest
 		return v.writeTo(chunkWriter(func(b []byte) error {
-			silent.Reset(helloTimeout)
+			sends()
 			return stream.Send(&kvpb.BackupResponse{Data: b})
 		}))
 	})
 	if err == nil {
 		return nil
 	}
-	if errors.Is(err, errSilent) {
-		err = fmt.Errorf("the caller does not read: %w", context.DeadlineExceeded)
-	}
 	return toStatus(err, false)
+}
+
+// serveReader has handle send a stream that takes long, until a little before the caller's
+// deadline. handle calls sends at each message: a caller who takes none for helloTimeout is
+// given up.
+func (s *server) serveReader(stream grpc.ServerStream, handle func(ctx context.Context, sends func()) error) error {
+	err := s.net.serve(stream, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
+		soon, stop := beforeDeadline(ctx)
+		defer stop()
+		context.AfterFunc(soon, func() { cancel(soon.Err()) })
+		return handle(ctx, func() { silent.Reset(helloTimeout) })
+	})
+	if errors.Is(err, errSilent) {
+		return fmt.Errorf("the caller does not read: %w", context.DeadlineExceeded)
+	}
+	return err
 }
 
 // Metrics implements ClusterService.

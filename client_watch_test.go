@@ -133,7 +133,7 @@ func TestClientWatchGoesOn(t *testing.T) {
 	for name, broken := range map[string]error{
 		"stopping":   stopping,
 		"overloaded": apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED, "too many"),
-		"compacted":  compacted(100),
+		"compacted":  compacted(&compactedError{100}),
 		"broken":     status.Error(codes.Unavailable, "broken"),
 		"reset":      status.Error(codes.Internal, "reset"),
 		"unknown":    status.Error(codes.Unknown, "unknown"),
@@ -285,7 +285,7 @@ func TestClientWatchEnds(t *testing.T) {
 	fails := func(err error) func(*fakeNode) {
 		return func(f *fakeNode) { f.failWith(func(context.Context) error { return err }) }
 	}
-	old := fails(compacted(100))
+	old := fails(compacted(&compactedError{100}))
 	other := fails(otherCluster(11))
 	isElsewhere := func(f *fakeNode) { f.setMetrics(&kvpb.MetricsResponse{ClusterId: 11}) }
 	isFresh := func(f *fakeNode) { f.setMetrics(&kvpb.MetricsResponse{}) }

@@ -40,6 +40,13 @@ func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ..
 	return detailedError(code, message, info)
 }
 
+// errorWith is an error whose ErrorInfo has one more fact in its metadata.
+func errorWith(code codes.Code, reason kvpb.ErrorReason, message, key, value string) error {
+	info := errorInfo(reason)
+	info.Metadata = map[string]string{key: value}
+	return detailedError(code, message, info)
+}
+
 func errorInfo(reason kvpb.ErrorReason) *errdetails.ErrorInfo {
 	return &errdetails.ErrorInfo{
 		Domain: errorDomain,

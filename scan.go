@@ -4,10 +4,7 @@ package main
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"math"
-	"time"
 
 	"google.golang.org/grpc/codes"
 
@@ -56,17 +53,12 @@ func (s *server) scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) e
 	}
 	defer v.close()
 	_ = stream.SetHeader(*s.leaderMD.Load()) // fails only if the call has ended
-	err = s.net.serve(stream, func(_ context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
-		context.AfterFunc(soon, func() { cancel(soon.Err()) }) // serve does not know the deadline
+	return s.serveReader(stream, func(_ context.Context, sends func()) error {
 		return sendScan(v, req, func(resp *kvpb.ScanResponse) error {
-			silent.Reset(helloTimeout)
+			sends()
 			return stream.Send(resp)
 		})
 	})
-	if errors.Is(err, errSilent) {
-		return fmt.Errorf("the caller does not read: %w", context.DeadlineExceeded)
-	}
-	return err
 }
 
 // sendScan sends what a Scan shows of a view.

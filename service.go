@@ -222,14 +222,11 @@ func (s *server) OpenSession(ctx context.Context, req *kvpb.OpenSessionRequest) 
 
 // List implements KVService.
 func (s *server) List(ctx context.Context, req *kvpb.ListRequest) (*kvpb.ListResponse, error) {
-	if err := checkList(req); err != nil {
+	if err := s.awaitList(ctx, req); err != nil {
 		return nil, err
 	}
 	ctx, cancel := beforeDeadline(ctx)
 	defer cancel()
-	if err := s.awaitRead(ctx, req.Local, req.MinVersion); err != nil {
-		return nil, err
-	}
 	select {
 	case s.lists <- struct{}{}:
 		defer func() { <-s.lists }()
@@ -276,9 +273,6 @@ func checkList(req *kvpb.ListRequest) error {
 	}
 	if len(req.PageToken) > maxKeyBytes {
 		return invalid("page_token", "it has %d bytes, the limit is %d", len(req.PageToken), maxKeyBytes)
-	}
-	if err := checkMinVersion(req.Local, req.MinVersion); err != nil {
-		return err
 	}
 	return checkRange(req.Prefix, req.Start, req.End)
 }

@@ -103,7 +103,7 @@ func whileAllowed(ctx, allowed context.Context) (context.Context, context.Cancel
 // whyEnded is the error of a watch that has ended with err.
 func whyEnded(ctx context.Context, err error) error {
 	if old, ok := errors.AsType[*compactedError](err); ok {
-		return compacted(old.oldest)
+		return compacted(old)
 	}
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -152,16 +152,14 @@ func checkCluster(h *historyView, req *kvpb.WatchRequest) error {
 }
 
 func otherCluster(clusterID uint64) error {
-	info := errorInfo(kvpb.ErrorReason_ERROR_REASON_OTHER_CLUSTER)
-	info.Metadata = map[string]string{"cluster_id": strconv.FormatUint(clusterID, 10)}
-	return detailedError(codes.FailedPrecondition,
-		"the watch was of another cluster, or of this one before it was restored: begin again, with a Scan", info)
+	return errorWith(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_OTHER_CLUSTER,
+		"the watch was of another cluster, or of this one before it was restored: begin again, with a Scan",
+		"cluster_id", strconv.FormatUint(clusterID, 10))
 }
 
-func compacted(oldest uint64) error {
-	info := errorInfo(kvpb.ErrorReason_ERROR_REASON_COMPACTED)
-	info.Metadata = map[string]string{"oldest_version": strconv.FormatUint(oldest, 10)}
-	return detailedError(codes.OutOfRange, (&compactedError{oldest}).Error(), info)
+func compacted(e *compactedError) error {
+	return errorWith(codes.OutOfRange, kvpb.ErrorReason_ERROR_REASON_COMPACTED, e.Error(),
+		"oldest_version", strconv.FormatUint(e.oldest, 10))
 }
 
 // watchStream is the stream of a watch.
