@@ -341,7 +341,9 @@ func (s *server) serveReader(stream grpc.ServerStream, handle func(ctx context.C
 	err := s.net.serve(stream, func(ctx context.Context, cancel context.CancelCauseFunc, silent *time.Timer) error {
 		soon, stop := beforeDeadline(ctx)
 		defer stop()
-		context.AfterFunc(soon, func() { cancel(soon.Err()) })
+		// It is taken back before stop ends soon: a stream that has ended well was not cancelled.
+		takeBack := context.AfterFunc(soon, func() { cancel(soon.Err()) })
+		defer takeBack()
 		return handle(ctx, func() { silent.Reset(helloTimeout) })
 	})
 	if errors.Is(err, errSilent) {

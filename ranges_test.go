@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
 	"raft-key-value/kvpb"
@@ -273,6 +274,26 @@ func TestPagesOfKeys(t *testing.T) {
 		}
 		if n := len(resp.Items); n != want || only != (resp.NextPageToken == "") {
 			t.Errorf("keys only %v: a page has %d keys, want %d; the next one is %q", only, n, want, resp.NextPageToken)
+		}
+	}
+}
+
+// bareStream is a stream of which only the context is asked for.
+type bareStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s bareStream) Context() context.Context { return s.ctx }
+
+// TestStreamsEndWell: a stream that has sent all was not cancelled, however often.
+func TestStreamsEndWell(t *testing.T) {
+	c := newCluster(t, 1)
+	s := c.nodes[1].server
+	for i := range 50_000 {
+		err := s.serveReader(bareStream{ctx: c.ctx}, func(context.Context, func()) error { return nil })
+		if err != nil {
+			t.Fatalf("stream %d ends with %v", i, err)
 		}
 	}
 }
