@@ -411,7 +411,7 @@ func (nw *network) receiveStream(
 	defer remove()
 	releasePlace := connOf(s.Context()).usePeerPlace()
 	defer releasePlace()
-	w.Peers = nw.heardMembers(h.From.RaftId)
+	w.Peers = nw.heardPeers(h.From.RaftId)
 	if err := s.Send(&kvpb.StreamResponse{Welcome: w}); err != nil {
 		return err
 	}
@@ -534,14 +534,15 @@ func (nw *network) removeInbound(key inboundKey, s *inboundStream) {
 	nw.endPeers()
 }
 
-// heardMembers returns the other members that have a stream to this node, and from where:
-// the peer by, which gets the list, may have moved at the same time as they.
-func (nw *network) heardMembers(by uint64) []*kvpb.Peer {
+// heardPeers returns the other peers that have a stream to this node, and from where: the
+// peer by, which gets the list, may have moved at the same time as they. The list has those,
+// too, that this node does not know as members: its configuration may be older than by's.
+func (nw *network) heardPeers(by uint64) []*kvpb.Peer {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	var peers []*kvpb.Peer
 	for key, s := range nw.inbound {
-		isOther := key.raftID != by && nw.members[key.raftID] != nil
+		isOther := key.raftID != by
 		if isOther && !key.snapshot {
 			peers = append(peers, s.hello.From)
 		}
@@ -549,7 +550,7 @@ func (nw *network) heardMembers(by uint64) []*kvpb.Peer {
 	return peers
 }
 
-// learnAddresses takes in where a peer hears other members. Those with a stream to this
+// learnAddresses takes in where a peer hears other peers. Those with a stream to this
 // node have said themselves where they are.
 func (nw *network) learnAddresses(clusterID uint64, peers []*kvpb.Peer) {
 	nw.mu.Lock()

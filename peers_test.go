@@ -582,6 +582,22 @@ func TestMoved(t *testing.T) {
 		c.works(1, 2, 3)
 	})
 
+	t.Run("two at once, one of which the third does not know of", func(t *testing.T) {
+		t.Parallel()
+		c, _ := newDurable(t, 3)
+		c.init(1)
+		c.addLearner(1, 3)
+		address := c.nodes[3].address
+		c.kill(3)
+		c.addLearner(1, 2)
+		c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2}, Retain: true})
+		c.moves(1, 2)
+		c.start(3, address)
+		c.settled(1, 2)
+		c.follows(1, 2, 3)
+		c.works(1, 2, 3)
+	})
+
 	t.Run("each reaches another one", func(t *testing.T) { // the leader is known to neither by itself
 		t.Parallel()
 		c, _ := newDurable(t, 3)

@@ -947,7 +947,7 @@ func (st *simStream) greet() {
 		}
 		p.peers[from.RaftId].claimed(&moveHint{st.hello.ClusterId, from})
 		for _, id := range slices.Sorted(maps.Keys(p.inbound)) {
-			if id != from.RaftId && p.members[id] != nil {
+			if id != from.RaftId {
 				w.Peers = append(w.Peers, p.inbound[id].hello.From)
 			}
 		}

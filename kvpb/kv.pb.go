@@ -3575,9 +3575,9 @@ type Welcome struct {
 	// Who answers, and its cluster; 0 in no cluster.
 	Peer      *Peer  `protobuf:"bytes,2,opt,name=peer,proto3" json:"peer,omitempty"`
 	ClusterId uint64 `protobuf:"varint,3,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	// Other members that the called node hears, as their hellos name them. A caller
+	// Other nodes that the called node hears, as their hellos name them. A caller
 	// that cannot reach one where it knows it tries that address, too, and uses it
-	// if that life of that member answers there. At most 64.
+	// if that life of that node answers there. At most 80.
 	Peers         []*Peer `protobuf:"bytes,4,rep,name=peers,proto3" json:"peers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
