@@ -141,24 +141,24 @@ func hasReason(err error, reason kvpb.ErrorReason) bool {
 
 // probe asks a node for its raft ID in this life. It has to be the one that is
 // meant, and in no other cluster than this node.
-func (s *server) probe(ctx context.Context, m *kvpb.Node) (uint64, error) {
+func (s *server) probe(ctx context.Context, m *kvpb.Node) (*kvpb.Peer, error) {
 	p := s.n.status.latest.Load()
 	ctx, cancel := context.WithTimeout(ctx, s.n.opts.probeTimeout())
 	defer cancel()
 	w, err := s.net.probe(ctx, m)
 	if err != nil {
-		return 0, unreachable(fmt.Sprintf("node %d at %s does not answer: %s", m.Id, shown(m.Address), causeOf(err, m)))
+		return nil, unreachable(fmt.Sprintf("node %d at %s does not answer: %s", m.Id, shown(m.Address), causeOf(err, m)))
 	}
 	if there := w.Peer.Node; there.Id != m.Id || there.Address != m.Address {
-		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
+		return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
 			fmt.Sprintf("%s was asked for, but %s answers", formatNode(m), formatNode(there)))
 	}
 	if w.ClusterId != 0 && w.ClusterId != p.clusterID {
-		return 0, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+		return nil, apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
 			fmt.Sprintf("node %d at %s is in another cluster, %016x; to have it in this one, stop it, "+
 				"move its data directory away if it has one, and start it again", m.Id, shown(m.Address), w.ClusterId))
 	}
-	return w.Peer.RaftId, nil
+	return &kvpb.Peer{RaftId: w.Peer.RaftId, Node: m, Level: w.Peer.Level}, nil
 }
 
 // AddLearner implements ClusterService.
@@ -176,12 +176,12 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 // addLearner adds a node on the leader and waits until it has caught up.
 func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 	m = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
-	raftID, err := s.probe(ctx, m)
+	p, err := s.probe(ctx, m)
 	if err != nil {
 		return err
 	}
 	for {
-		err := s.awaitChange(ctx, func(l *leaderState) nextStep { return l.learnerStep(raftID, m) })
+		err := s.awaitChange(ctx, func(l *leaderState) nextStep { return l.learnerStep(p) })
 		if err != errPastLife {
 			return err
 		}
@@ -191,7 +191,7 @@ func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
 		if ctx.Err() != nil {
 			return hasPast(m)
 		}
-		raftID, err = s.probe(ctx, m)
+		p, err = s.probe(ctx, m)
 		if err == nil {
 			continue
 		}

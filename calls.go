@@ -247,12 +247,12 @@ func (c *callsInFlight) takeEnded() (calls, bytes int) {
 // canPropose reports whether writes wait and no proposal is in flight.
 func (c *callsInFlight) canPropose() bool { return c.own == nil && len(c.writes)+len(c.loads) > 0 }
 
-// nextProposal returns what is to be proposed now, in the name of a raft ID: the
+// nextProposal returns what is to be proposed now, in the name of a raft ID and at a level: the
 // proposal in flight if it may have got lost, or a new one of the writes at the head of
 // the queue, as many as fit into an entry. nil: nothing.
-func (c *callsInFlight) nextProposal(raftID, now uint64) *proposal {
+func (c *callsInFlight) nextProposal(raftID uint64, level uint32, now uint64) *proposal {
 	if c.canPropose() {
-		c.own = c.newProposal(raftID)
+		c.own = c.newProposal(raftID, level)
 	}
 	if c.own == nil || now < c.own.proposeAt {
 		return nil
@@ -263,7 +263,7 @@ func (c *callsInFlight) nextProposal(raftID, now uint64) *proposal {
 // newProposal makes a proposal of writes that wait: those of unary calls first, for these are
 // few, and then those of Pipelines, as many as leave the next unary call little to wait for. A
 // write of a Pipeline that is too large to be with them takes turns with them.
-func (c *callsInFlight) newProposal(raftID uint64) *proposal {
+func (c *callsInFlight) newProposal(raftID uint64, level uint32) *proposal {
 	c.sequence++
 	p := &proposal{sequence: c.sequence}
 	waiting := len(c.loads)
@@ -289,9 +289,11 @@ func (c *callsInFlight) newProposal(raftID uint64) *proposal {
 	if len(p.calls) == 0 {
 		return nil
 	}
-	// A kvpb.Batch: 1 is the proposer, 2 the sequence, 3 are the writes, each behind a tag and
-	// a length, which are counted as 4 bytes.
-	p.data = appendVarint(appendVarint(make([]byte, 0, size+24), 1, raftID), 2, p.sequence)
+	// A kvpb.Batch: 1 is the proposer, 2 the sequence, 4 the level; 3 are the writes, each behind
+	// a tag and a length, which are counted as 4 bytes.
+	p.data = appendVarint(make([]byte, 0, size+24), 1, raftID)
+	p.data = appendVarint(p.data, 2, p.sequence)
+	p.data = appendVarint(p.data, 4, uint64(levelField(level)))
 	for _, call := range p.calls {
 		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
 		p.data = protowire.AppendBytes(p.data, call.write)
@@ -479,7 +481,7 @@ func (n *node) propose() {
 	if n.raft.lead == 0 || !n.catchup.pace.mayPropose(n.clock.wall) {
 		return
 	}
-	p := n.calls.nextProposal(n.id.raftID, n.clock.now)
+	p := n.calls.nextProposal(n.id.raftID, n.store.level, n.clock.now)
 	if p == nil {
 		return
 	}

@@ -162,7 +162,7 @@ func TestWritesAreHalved(t *testing.T) {
 	}
 	// Node 2 wants as much as the leader.
 	b.n.opts.onApply = func(e *raftpb.Entry) {
-		if batch, err := parseBatch(e.GetData(), nil); err == nil {
+		if batch, err := parseBatch(e.GetData(), nil, programLevel); err == nil {
 			entries[batch.proposer]++
 		}
 	}
@@ -238,7 +238,7 @@ func TestTransferIsKept(t *testing.T) {
 	for range 2000 {
 		b.tick()
 	}
-	b.n.peerUp(3, true)
+	b.n.peerUp(3, true, programLevel)
 	b.tick()
 	for range 10 {
 		b.tick()
@@ -467,7 +467,7 @@ func TestHeldProposals(t *testing.T) {
 	b.ack(2, b.n.log.last())
 	var sequences []uint64
 	for _, e := range b.n.log.entries {
-		if batch, err := parseBatch(e.GetData(), nil); err == nil && e.GetIndex() > began && batch.proposer == 2 {
+		if batch, err := parseBatch(e.GetData(), nil, programLevel); err == nil && e.GetIndex() > began && batch.proposer == 2 {
 			sequences = append(sequences, batch.sequence)
 		}
 	}

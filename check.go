@@ -50,6 +50,7 @@ type peerCheck struct {
 	leading      bool
 	lead         uint64
 	readContext  uint64 // highest read context sent with a heartbeat in this term
+	speaks       uint32 // the highest level that this program speaks
 }
 
 // check returns nil if raft may see the message, an error wrapping
@@ -199,7 +200,7 @@ func (c *peerCheck) checkProposal(m *raftpb.Message) error {
 	if size == 0 || size > maxEntryBytes+maxWriteBytes {
 		return fmt.Errorf("its entry has %d bytes", size)
 	}
-	b, err := parseBatch(e.GetData(), nil) // or every node would stop when it applies it
+	b, err := parseBatch(e.GetData(), nil, c.speaks) // or every node would stop when it applies it
 	if err != nil {
 		return err
 	}
@@ -271,6 +272,10 @@ func (s *store) checkConfChange(cc *raftpb.ConfChangeV2, ctx *kvpb.ConfChangeCon
 	for _, m := range ctx.Members {
 		if !slices.Contains(confIDs(cs), m.RaftId) {
 			return nil, fmt.Errorf("%x is named, but no member", m.RaftId)
+		}
+		isNew := s.members[m.RaftId] == nil
+		if isNew && levelOf(m.Level) < s.level {
+			return nil, fmt.Errorf("%x speaks levels up to %d, and the cluster is of level %d", m.RaftId, levelOf(m.Level), s.level)
 		}
 		named = append(named, m.RaftId)
 	}

@@ -113,7 +113,7 @@ func (c *client) backupFrom(ctx context.Context, e *endpoint, f *os.File) (*stor
 		}
 		return resp.GetData(), err
 	}
-	s, err := scanSnapshot(io.TeeReader(&chunkReader{recv: receive}, f), false, c.keysDone)
+	s, err := scanSnapshot(io.TeeReader(&chunkReader{recv: receive}, f), false, programLevel, c.keysDone)
 	return s, cmp.Or(broken, err)
 }
 
@@ -135,7 +135,7 @@ func (c *client) restore(ctx context.Context) error {
 	defer stopWatching()
 	s, err := d.restore(c.node, time.Now(), func() (*store, error) {
 		before.wasEmpty = true // Else d would not read the snapshot.
-		s, err := scanSnapshot(f, true, c.keysDone)
+		s, err := scanSnapshot(f, true, programLevel, c.keysDone)
 		if err != nil {
 			err = fmt.Errorf("%s: %w", f.Name(), cmp.Or(ctx.Err(), err))
 		}

@@ -1133,6 +1133,34 @@ func TestClientAddLearnerShowsProgress(t *testing.T) {
 	wantText(t, "stderr", errs, "node 3: 1200 of 5000 entries\nnode 3: 3400 of 5000 entries\n")
 }
 
+// TestClientStatusOfLevels: status says who runs which program, and who keeps the level from
+// rising.
+func TestClientStatusOfLevels(t *testing.T) {
+	t.Parallel()
+	nodes := []*fakeNode{newFakeNode(t), newFakeNode(t), newFakeNode(t)}
+	var members []*kvpb.MemberStatus
+	for i, address := range []string{nodes[0].addr, nodes[1].addr, nodes[2].addr, closedAddress} {
+		members = append(members, &kvpb.MemberStatus{Node: &kvpb.Node{Id: uint64(i + 1), Address: address}, Voter: true})
+	}
+	status := func(last []*kvpb.MemberStatus, speaks, risesTo []uint32) string {
+		for i, f := range nodes {
+			f.setMetrics(&kvpb.MetricsResponse{
+				Node: members[i].Node, RaftId: uint64(i + 1), ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Term: 3,
+				Members: append(slices.Clone(members[:3]), last...), BuildVersion: fmt.Sprint("v", speaks[i]),
+				Level: 1, ProgramLevel: speaks[i], RisesTo: risesTo[i],
+			})
+		}
+		out, _ := runCommand(t, 0, "", "status", "--timeout", "4s", "--endpoints", nodes[0].addr)
+		_, lines, _ := strings.Cut(out, "the cluster is")
+		return lines
+	}
+	wantText(t, "all alike", status(nil, []uint32{1, 1, 1}, []uint32{1, 1, 1}), " of level 1\nnodes 1, 2 and 3: v1, which speaks level 1\n")
+	wantText(t, "mixed", status(members[3:], []uint32{2, 1, 2}, []uint32{2, 1, 1}), " of level 1\n"+
+		"node 2: v1, which speaks level 1\nnodes 1 and 3: v2, which speaks level 2\n"+
+		"the level rises once node 2 runs a newer program, node 3 is started without --max-level, node 4 answers\n")
+	wantText(t, "about to rise", status(nil, []uint32{2, 2, 2}, []uint32{2, 2, 2}), " of level 1\nnodes 1, 2 and 3: v2, which speaks level 2\n")
+}
+
 func TestClientStatus(t *testing.T) {
 	t.Parallel()
 	a, b, c := newFakeNode(t), newFakeNode(t), newFakeNode(t)

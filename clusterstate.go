@@ -38,6 +38,7 @@ type clusterState struct {
 	removed []uint64              // raft IDs
 	former  []uint64              // ids of nodes that were members
 	applied uint64                // index of the last entry applied
+	level   uint32                // of the cluster
 
 	// What is known of members, by raft ID.
 	connected map[uint64]bool

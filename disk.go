@@ -85,6 +85,7 @@ type disk struct {
 	logger       *slog.Logger
 	segmentBytes int
 	unlock       io.Closer
+	speaks       uint32 // the highest level that this program speaks
 
 	start      func(func()) // runs the writer, and beside it whatever takes long
 	background func(func()) // see walOptions
@@ -144,6 +145,7 @@ func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger)
 		logger:       logger,
 		segmentBytes: size / sectorBytes * sectorBytes,
 		wake:         newBell(),
+		speaks:       programLevel,
 	}
 	d.start = d.running.Go
 	d.beginOnce = sync.OnceValue(d.createTempIdentity)
@@ -314,6 +316,7 @@ func (d *disk) walOptions(id *kvpb.Identity) walOptions {
 		segmentBytes: d.segmentBytes,
 		logger:       d.logger,
 		background:   d.background,
+		speaks:       d.speaks,
 	}
 }
 
@@ -356,7 +359,7 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 	}
 	defer f.Close()
 	progress := func(keys, all uint64) { d.logger.Info("reading the snapshot", "keys", keys, "of", all) }
-	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, progress)
+	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, d.speaks, progress)
 	if err != nil {
 		return nil, d.refuse("%s: %w. %s", path, err, adviceOn(err))
 	}

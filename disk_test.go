@@ -475,8 +475,8 @@ func openFollower(fs *simFS) (*diskFollower, error) {
 // connect opens a stream from the leader, and one from node 3.
 func (f *diskFollower) connect() {
 	f.hello = &kvpb.Hello{ClusterId: 9, From: &kvpb.Peer{RaftId: leaderID, Life: 1}, To: &kvpb.Peer{RaftId: f.n.id.raftID, Life: f.n.id.life}}
-	f.n.peerUp(leaderID, false)
-	f.n.peerUp(1<<40, false)
+	f.n.peerUp(leaderID, false, programLevel)
+	f.n.peerUp(1<<40, false, programLevel)
 }
 
 // hears lets messages of the leader, or of node 3, arrive, and notes what the
@@ -1091,7 +1091,7 @@ func TestDiskChangeAnswered(t *testing.T) {
 			"the voters": ask(func(l *leaderState) nextStep {
 				return l.membershipStep(&kvpb.ChangeMembershipRequest{Members: []uint64{1}})
 			}),
-			"the leader as a member":   ask(func(l *leaderState) nextStep { return l.learnerStep(p.n.id.raftID, p.n.self) }),
+			"the leader as a member":   ask(func(l *leaderState) nextStep { return l.learnerStep(&kvpb.Peer{RaftId: p.n.id.raftID, Node: p.n.self}) }),
 			"the leader as the leader": ask((&leaderTransfer{to: 1}).step),
 		}
 		if kind == raftpb.ConfChangeRemoveNode {

@@ -176,5 +176,5 @@ func (c *clusterState) addMember(p *kvpb.Peer) nextStep {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
-	return proposeStep([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node}}, changes...)
+	return proposeStep([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node, Level: levelField(levelOf(p.Level))}}, changes...)
 }

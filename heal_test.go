@@ -454,13 +454,13 @@ func TestNobodyIsReplacedWhoAnswers(t *testing.T) {
 		l := newLone(t, leading)
 		clear(l.n.peers.heard)
 		test.change(l.n)
-		err := l.n.perform(l.n.leaderState().learnerStep(9, &kvpb.Node{Id: 3, Address: test.address})).err
+		err := l.n.perform(l.n.leaderState().learnerStep(&kvpb.Peer{RaftId: 9, Node: &kvpb.Node{Id: 3, Address: test.address}})).err
 		if errorReason(err) != test.reason || l.n.change.startedAt != 0 != test.begins {
 			t.Errorf("%s: %v, begun %v", test.name, err, l.n.change.startedAt != 0)
 		}
 	}
 	l := newLone(t, leading)
-	err := l.n.perform(l.n.leaderState().learnerStep(9, &kvpb.Node{Id: 1, Address: "other:1"})).err
+	err := l.n.perform(l.n.leaderState().learnerStep(&kvpb.Peer{RaftId: 9, Node: &kvpb.Node{Id: 1, Address: "other:1"}})).err
 	wantError(t, err, codes.AlreadyExists, "MEMBER_EXISTS")
 }
 
@@ -487,7 +487,7 @@ func newTwoLives(t *testing.T, node uint64) *twoLives {
 		t.Fatal("there is one life")
 	}
 	l.hellos = append(l.hellos, &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: n.store.members[9], RaftId: 9, Life: 9}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}})
-	n.peerUp(9, true)
+	n.peerUp(9, true, programLevel)
 	return l
 }
 
@@ -530,7 +530,7 @@ func TestOneLifeStays(t *testing.T) {
 		}
 		l.wants("does not answer where it has moved", node)
 		if node == l.n.id.raftID {
-			r := &request{n: l.n, next: func(l *leaderState) nextStep { return l.learnerStep(node, plainNode(node)) }}
+			r := &request{n: l.n, next: func(l *leaderState) nextStep { return l.learnerStep(&kvpb.Peer{RaftId: node, Node: plainNode(node)}) }}
 			if done, err := r.poll(); err != nil || done {
 				t.Errorf("added again, it is %v, %v", done, err)
 			}
@@ -610,7 +610,7 @@ func TestNewLeaderReplacesNoLivingVoter(t *testing.T) {
 // without its memory once, and is gone again.
 func TestNobodyWaitsForWhoIsGone(t *testing.T) {
 	l := newLoneWithLearner(t)
-	l.n.peerUp(4, true)
+	l.n.peerUp(4, true, programLevel)
 	l.turn(0)
 	l.hellos = append(l.hellos, &kvpb.Hello{
 		ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1},
@@ -674,7 +674,7 @@ func TestWhoSaysHelloIsNotLost(t *testing.T) {
 	n := newLone(t, following).n
 	for _, outbound := range []bool{false, true} {
 		n.noteRebirth(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
-		n.peerUp(2, outbound)
+		n.peerUp(2, outbound, programLevel)
 		n.turn(n.inbox.take())
 		if n.clusterState().hasLostMemory(2) {
 			t.Errorf("node 2 has said hello, and counts as lost (outbound %v)", outbound)

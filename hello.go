@@ -13,12 +13,18 @@ import (
 // hello is how this life of the node introduces itself. Any goroutine may call it.
 func (n *node) hello() *kvpb.Hello {
 	p := n.status.latest.Load()
-	return &kvpb.Hello{ClusterId: p.clusterID, From: n.peer(p), Removed: p.removed}
+	return &kvpb.Hello{ClusterId: p.clusterID, From: n.peer(p), Removed: p.removed, ClusterLevel: p.level}
 }
 
 // peer is this life of the node.
 func (n *node) peer(p *published) *kvpb.Peer {
-	return &kvpb.Peer{Node: n.self, RaftId: p.raftID, Life: p.life}
+	return &kvpb.Peer{
+		Node:    n.self,
+		RaftId:  p.raftID,
+		Life:    p.life,
+		Level:   n.opts.level,
+		RisesTo: n.opts.risesTo(),
+	}
 }
 
 // accept answers a hello. Any goroutine may call it.
@@ -31,7 +37,12 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	if inNoCluster && isForeignHello(h, n.self) {
 		n.inbox.event(func() { n.claims.noteForeign(h, n.clock.now) })
 	}
-	return &kvpb.Welcome{Verdict: n.verdictOn(h, p), Peer: n.peer(p), ClusterId: p.clusterID}
+	return &kvpb.Welcome{
+		Verdict:      n.verdictOn(h, p),
+		Peer:         n.peer(p),
+		ClusterId:    p.clusterID,
+		ClusterLevel: p.level,
+	}
 }
 
 // verdictOn judges a hello by what this node has published.
@@ -50,6 +61,9 @@ func (n *node) verdictOn(h *kvpb.Hello, p *published) kvpb.Verdict {
 	isExcluded := p.clusterID == 0 && p.claim.excludes(h)
 	if isExcluded || !sameCluster(p.clusterID, p.members, h) {
 		return kvpb.Verdict_VERDICT_OTHER_CLUSTER
+	}
+	if v := levelVerdict(h, p.level, n.opts.level); v != kvpb.Verdict_VERDICT_ACCEPTED {
+		return v
 	}
 	if !n.isMeant(h.To, p) {
 		return kvpb.Verdict_VERDICT_NOT_ME

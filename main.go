@@ -195,6 +195,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 		if err != nil {
 			_ = listener.Close()
 			nw.close()
+			s.grpc.Stop()
 			return err
 		}
 		defer d.close()

@@ -70,9 +70,11 @@ func confChange(t raftpb.ConfChangeType, raftID uint64) *raftpb.ConfChangeSingle
 	return &raftpb.ConfChangeSingle{Type: t.Enum(), NodeId: new(raftID)}
 }
 
-// learnerStep takes the next step of making a raft ID of a node a member. It is done
-// when that is the node's only one, and has caught up.
-func (l *leaderState) learnerStep(raftID uint64, m *kvpb.Node) nextStep {
+// learnerStep takes the next step of making a life of a node a member. It is done when its
+// raft ID is the node's only one, and has caught up.
+func (l *leaderState) learnerStep(p *kvpb.Peer) nextStep {
+	raftID := p.RaftId
+	m := p.Node
 	if err := l.checkFree(raftID, m); err != nil {
 		return failStep(err)
 	}
@@ -97,6 +99,9 @@ func (l *leaderState) learnerStep(raftID uint64, m *kvpb.Node) nextStep {
 		moved := []*kvpb.Member{{RaftId: raftID, Node: m}}
 		return proposeStep(moved, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	}
+	if levelOf(p.Level) < l.level {
+		return failStep(levelTooLow(p, l.level))
+	}
 	others := l.mayBeOthers(m)
 	if slices.ContainsFunc(others, l.isAlive) {
 		return failStep(memberExists("there is a node %d, and it answers: stop it, or give this one another id", m.Id))
@@ -107,7 +112,7 @@ func (l *leaderState) learnerStep(raftID uint64, m *kvpb.Node) nextStep {
 	if len(l.members) >= maxMembers {
 		return failStep(invalid("node", "the cluster has %d members, which is the limit", maxMembers))
 	}
-	return l.addMember(&kvpb.Peer{RaftId: raftID, Node: m})
+	return l.addMember(p)
 }
 
 // checkFree refuses a raft ID or an address that another node has.
@@ -547,6 +552,7 @@ func (n *node) gather(c *clusterState) {
 		removed:         n.store.removed,
 		former:          n.store.former,
 		applied:         n.store.index,
+		level:           n.store.level,
 		connected:       n.peers.connected,
 		heard:           n.peers.heard,
 		moved:           n.peers.moved,

@@ -145,7 +145,7 @@ func checkRules(t *testing.T, tests []ruleTest) {
 // TestLearnerRule: what comes next when a node is to be a learner.
 func TestLearnerRule(t *testing.T) {
 	add := func(raftID uint64, m *kvpb.Node) func(*leaderState) nextStep {
-		return func(l *leaderState) nextStep { return l.learnerStep(raftID, m) }
+		return func(l *leaderState) nextStep { return l.learnerStep(&kvpb.Peer{RaftId: raftID, Node: m}) }
 	}
 	moved := &kvpb.Node{Id: 4, Address: "other:1"}
 	checkRules(t, []ruleTest{
@@ -402,7 +402,7 @@ func TestWhoMayVote(t *testing.T) {
 	reason := func() string {
 		return errorReason(n.perform(n.leaderState().membershipStep(req)).err)
 	}
-	l.n.peerUp(4, true)
+	l.n.peerUp(4, true, programLevel)
 	l.turn(0)
 	n.peers.heard[2], n.peers.heard[3], n.peers.heard[4] = n.clock.now, n.clock.now, n.clock.now
 	if r := reason(); r != "" {
@@ -532,7 +532,7 @@ func operatorsRequests() map[string]struct {
 		return t.step
 	}
 	add := func(raftID uint64, m *kvpb.Node) func(*leaderState) nextStep {
-		return func(l *leaderState) nextStep { return l.learnerStep(raftID, m) }
+		return func(l *leaderState) nextStep { return l.learnerStep(&kvpb.Peer{RaftId: raftID, Node: m}) }
 	}
 	return map[string]request{
 		"the present voters":        {change(&kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}}), ""},

@@ -58,8 +58,8 @@ type receiver interface {
 	// node, which had said hello as myRaftID.
 	refused(myRaftID, raftID uint64, w *kvpb.Welcome)
 	// peerUp learns, before any message of it, of a stream to a peer (outbound) or
-	// from it.
-	peerUp(raftID uint64, outbound bool)
+	// from it. risesTo is how far it lets the cluster's level rise.
+	peerUp(raftID uint64, outbound bool, risesTo uint32)
 	// peerMoved learns that the stream to a peer, of which peerUp has just told, goes to
 	// another address than the known one.
 	peerMoved(raftID uint64, to *kvpb.Node)
@@ -252,16 +252,16 @@ func (nw *network) send(to uint64, ms []*raftpb.Message) {
 	}
 }
 
-// streamBegan lets messages to a peer, whose process is life, in and tells the receiver;
+// streamBegan lets messages to a peer, which was found, in and tells the receiver;
 // false: another peer has taken this one's place.
-func (nw *network) streamBegan(p *peer, life uint64, target peerTarget) bool {
+func (nw *network) streamBegan(p *peer, found *kvpb.Peer, target peerTarget) bool {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	if nw.peers[p.raftID] != p {
 		return false
 	}
-	p.connected(life, target.node)
-	nw.receiver.peerUp(p.raftID, true)
+	p.connected(found.Life, target.node)
+	nw.receiver.peerUp(p.raftID, true, levelOf(found.RisesTo))
 	if target.hint != nil {
 		nw.receiver.peerMoved(p.raftID, target.node)
 	}
@@ -309,6 +309,12 @@ func refusal(w *kvpb.Welcome) error {
 		return fmt.Errorf("node %d at %s is connected to another process that goes by this node's raft ID: "+
 			"if this node has not just moved, one of the two was started from a copy of the other's data directory "+
 			"and has to be stopped", n.Id, n.Address)
+	case kvpb.Verdict_VERDICT_CALLER_TOO_OLD:
+		return fmt.Errorf("node %d at %s is in a cluster of level %d, which the program of this node does not speak: "+
+			"start a newer one here", n.Id, n.Address, w.ClusterLevel)
+	case kvpb.Verdict_VERDICT_CALLED_TOO_OLD:
+		return fmt.Errorf("the program of node %d at %s speaks levels up to %d, and the cluster of this node is of a higher one: "+
+			"start a newer one there", n.Id, n.Address, levelOf(w.Peer.Level))
 	}
 	return fmt.Errorf("it is node %d at %s, raft ID %x", n.Id, n.Address, w.Peer.RaftId)
 }
@@ -519,7 +525,7 @@ func (nw *network) addInbound(
 	if !snapshot {
 		p.watchTurns(h.From)
 		p.takeHint(&moveHint{h.ClusterId, h.From})
-		nw.receiver.peerUp(id, false)
+		nw.receiver.peerUp(id, false, levelOf(h.From.RisesTo))
 	}
 	return func() { nw.removeInbound(key, s) }, nil
 }

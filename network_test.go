@@ -95,7 +95,7 @@ func (r *recorder) hello() *kvpb.Hello {
 	return &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(1), RaftId: 1, Life: 1}}
 }
 
-func (r *recorder) peerUp(id uint64, outbound bool) {
+func (r *recorder) peerUp(id uint64, outbound bool, _ uint32) {
 	_, life := r.nw.peers[id].location()
 	if !outbound {
 		life = r.nw.messagesFrom(id).hello.From.Life
@@ -444,7 +444,7 @@ func TestEventsOfReplacedStreams(t *testing.T) {
 	if told := r.awaits(t, "up 2 5 true"); told[0] != "down 2" {
 		t.Errorf("it is told %q", told)
 	}
-	if nw.streamBegan(old, 4, peerTarget{node: here}) {
+	if nw.streamBegan(old, &kvpb.Peer{Life: 4}, peerTarget{node: here}) {
 		t.Error("the old stream is used")
 	}
 	nw.streamEnded(old)

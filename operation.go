@@ -6,6 +6,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"unicode/utf8"
 
@@ -360,11 +361,13 @@ func appendNewSession(b []byte, session uint64, owner string) []byte {
 type batch struct {
 	proposer, sequence uint64
 	writes             []operation
+	rise               *kvpb.LevelRise // nil: it raises no level
 }
 
 // parseBatch parses the data of an entry and checks each write, in room if they fit in
-// there. What it allocates is bounded by the data: a write takes four bytes at least.
-func parseBatch(data []byte, room []operation) (batch, error) {
+// there. What it allocates is bounded by the data: a write takes four bytes at least. It
+// refuses a batch of a level that is not spoken: the level goes before the writes.
+func parseBatch(data []byte, room []operation, speaks uint32) (batch, error) {
 	b := batch{writes: room[:0]}
 	f := fields{rest: data, repeated: 3}
 	for f.next() {
@@ -373,6 +376,18 @@ func parseBatch(data []byte, room []operation) (batch, error) {
 			b.proposer = f.v
 		case f.isVarint(2):
 			b.sequence = f.v
+		case f.isVarint(4):
+			if err := checkLevel("it", uint32(min(f.v, math.MaxUint32)), speaks); err != nil {
+				return b, err
+			}
+		case f.isBytes(5):
+			b.rise = &kvpb.LevelRise{}
+			if err := proto.Unmarshal(f.b, b.rise); err != nil {
+				return b, fmt.Errorf("a rise of the level: %w", err)
+			}
+			if err := checkLevel("the cluster", b.rise.Level, speaks); err != nil {
+				return b, err
+			}
 		case f.isBytes(3):
 			b.writes = append(b.writes, operation{})
 			w := &b.writes[len(b.writes)-1]

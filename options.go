@@ -35,7 +35,8 @@ type options struct {
 	tls        certificateFiles
 	insecure   bool // beyond loopback without TLS
 	logLevel   slog.Level
-	version    bool // the version is to be printed, and no node to be run
+	maxLevel   uint32 // that the cluster may rise to as far as this node goes; 0: any
+	version    bool   // the version is to be printed, and no node to be run
 
 	variables map[string]string // by flag: the environment variable that has set it
 
@@ -45,6 +46,7 @@ type options struct {
 	redial   time.Duration                                   // in place of redialTime, for tests; 0: not
 	onApply  func(*raftpb.Entry)                             // called by the loop, for tests
 	limits   raftLimits                                      // of a node that has been made
+	level    uint32                                          // that the program speaks: programLevel, but in tests
 }
 
 const (
@@ -58,7 +60,7 @@ const (
 )
 
 func defaultOptions() options {
-	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20, watchBytes: defaultWatchBytes}
+	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20, watchBytes: defaultWatchBytes, level: programLevel}
 }
 
 // variablePrefix begins the names of all environment variables of the program.
@@ -107,6 +109,15 @@ func nodeFlags(o *options) *flag.FlagSet {
 		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
 	numberVar(fs, &o.watchBytes, "watch-bytes",
 		fmt.Sprintf("`bytes` of past writes kept for watches that go on (default %d)", o.watchBytes))
+	fs.Func("max-level", "`level` that this node lets its cluster rise to at most (default: all that its program speaks)",
+		func(s string) error {
+			level, err := strconv.ParseUint(s, 10, 32)
+			if err != nil || level == 0 {
+				return errors.New("want a level: 1 or more")
+			}
+			o.maxLevel = uint32(level)
+			return nil
+		})
 	certificateFlags(fs, &o.tls)
 	fileVar(fs, &o.tls.peerCA, "peer-ca-file",
 		"`file` with the CAs of the nodes' certificates (default: those of --trusted-ca-file)")

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"math"
 	"slices"
 	"time"
 
@@ -162,6 +163,6 @@ func (p *pace) noteTaken(m *raftpb.Message) { p.taken[m.GetFrom()] = sequenceOf(
 
 // sequenceOf is the sequence of a proposal that has been checked.
 func sequenceOf(m *raftpb.Message) uint64 {
-	b, _ := parseBatch(m.GetEntries()[0].GetData(), nil)
+	b, _ := parseBatch(m.GetEntries()[0].GetData(), nil, math.MaxUint32)
 	return b.sequence
 }

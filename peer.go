@@ -356,7 +356,7 @@ func (a *streamAttempt) run() (state string, cause error) {
 		}
 		return peerRefuses, refusal(w)
 	}
-	if !p.nw.streamBegan(p, w.Peer.Life, a.target) {
+	if !p.nw.streamBegan(p, w.Peer, a.target) {
 		return peerUnreachable, context.Canceled // p was given up: nothing is logged
 	}
 	p.nw.learnAddresses(h.ClusterId, w.Peers)

@@ -62,12 +62,12 @@ func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
 
 // peerUp learns of a stream between this process and one of a peer. Any goroutine
 // may call it, before any message of that stream.
-func (n *node) peerUp(raftID uint64, outbound bool) {
-	n.inbox.event(func() { n.followUp(raftID, outbound) })
+func (n *node) peerUp(raftID uint64, outbound bool, risesTo uint32) {
+	n.inbox.event(func() { n.followUp(raftID, outbound, risesTo) })
 }
 
 // followUp is peerUp in the loop. outbound: the stream is this node's to the peer.
-func (n *node) followUp(raftID uint64, outbound bool) {
+func (n *node) followUp(raftID uint64, outbound bool, risesTo uint32) {
 	if slices.Contains(n.store.removed, raftID) {
 		return
 	}
@@ -79,6 +79,7 @@ func (n *node) followUp(raftID uint64, outbound bool) {
 		return
 	}
 	n.peers.connect(raftID)
+	n.level.risesTo[raftID] = risesTo
 	if raftID == n.raft.lead {
 		n.calls.askAgain(n.clock.now) // what was on its way may be lost
 	}
@@ -123,6 +124,9 @@ func (n *node) followDown(raftID uint64, noStream bool) {
 		n.logger.Debug("peer's queue is full", "peer", n.describe(raftID))
 	}
 	wasConnected := noStream && n.peers.disconnect(raftID)
+	if noStream {
+		delete(n.level.risesTo, raftID) // the next process may be of another program
+	}
 	if n.rn == nil {
 		return
 	}
@@ -175,7 +179,9 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 
 // followRefusal is refused in the loop.
 func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
-	if w.ClusterId != 0 && n.store.members[raftID] != nil {
+	isTooOld := w.Verdict == kvpb.Verdict_VERDICT_CALLED_TOO_OLD
+	mayTell := w.ClusterId != 0 || isTooOld
+	if mayTell && n.store.members[raftID] != nil {
 		n.peers.refusals[raftID] = refusal(w).Error()
 	}
 	switch {
@@ -185,6 +191,7 @@ func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
 		if n.mayChange() {
 			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
 		}
+	case isTooOld: // whoever it is: it cannot be a member
 	case n.isWithoutMemory(raftID, w):
 		n.noteRebirth(raftID, w.Peer)
 	}

@@ -114,6 +114,7 @@ type node struct {
 	claims    claims
 	durable   durable
 	snapshots snapshotsInFlight
+	level     levelReports
 	catchup   catchup
 	health    nodeHealth
 	outbox    outbox
@@ -143,6 +144,7 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	n := &node{opts: o, self: self, logger: logger, store: newStore()}
 	n.opts.limits = defaultRaftLimits()
 	n.store.history.limit = o.watchBytes
+	n.store.speaks = o.level
 	if n.opts.onApply == nil {
 		n.opts.onApply = func(*raftpb.Entry) {}
 	}
@@ -167,6 +169,7 @@ func (n *node) newLife() {
 	n.log = &raftLog{snapshot: n.snapshot}
 	n.store.install(newStore())
 	n.peers = newPeerStates()
+	n.level = newLevelReports()
 	n.election = election{}
 	n.change.forget()
 	n.claims.forget(n.clock.now)
@@ -188,6 +191,7 @@ func randomID() uint64 {
 // one. What it knows to be committed is applied when it returns.
 func (n *node) open(d *disk) error {
 	n.durable.disk = d
+	d.speaks = n.opts.level
 	r, err := d.recover(n.self.Id)
 	if err != nil {
 		return err
@@ -419,6 +423,7 @@ func (n *node) heartbeat() {
 	}
 	n.compactLog()
 	if n.mayChange() && !n.proposeMove() {
+		n.raiseLevel()
 		n.heal()
 	}
 }
@@ -591,6 +596,7 @@ func (n *node) checkAgainstRaft(m *raftpb.Message) error {
 		leading:     n.raft.role == raft.StateLeader,
 		lead:        n.raft.lead,
 		readContext: n.outbox.readContext,
+		speaks:      n.opts.level,
 	}
 	return c.check(m)
 }
@@ -760,11 +766,13 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 		return n.applyConfChange(e)
 	}
 	before := s.version
+	level := s.level
 	proposer, sequence, results, err := s.apply(e.GetData())
 	if err != nil {
 		return err
 	}
 	n.status.count.WritesApplied += s.version - before
+	n.noteLevel(level)
 	if proposer == n.id.raftID {
 		n.calls.finishOwn(sequence, results)
 	}

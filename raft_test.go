@@ -70,7 +70,7 @@ func newLone(t *testing.T, state int) *lone {
 	for id := uint64(2); id <= 3; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(id), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
 		l.hellos = append(l.hellos, h)
-		l.n.peerUp(id, true)
+		l.n.peerUp(id, true, programLevel)
 	}
 	l.turn(0)
 	switch state {
@@ -167,7 +167,7 @@ func (l *lone) do(what byte, data []byte) {
 		if proto.Unmarshal(data, &hello) == nil {
 			// As network.Stream does.
 			if w := l.n.accept(&hello); w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && hello.GetTo().GetRaftId() != 0 && len(l.hellos) < 8 {
-				l.n.peerUp(hello.From.RaftId, false)
+				l.n.peerUp(hello.From.RaftId, false, programLevel)
 				l.hellos = append(l.hellos, &hello)
 			}
 		}
@@ -186,7 +186,7 @@ func (l *lone) do(what byte, data []byte) {
 	case 5:
 		l.n.peerDown(h.From.RaftId, stream%2 == 0)
 	case 6:
-		l.n.peerUp(h.From.RaftId, true)
+		l.n.peerUp(h.From.RaftId, true, programLevel)
 	case 7:
 		var w kvpb.SetRequest
 		if proto.Unmarshal(data, &w) == nil && (&operation{kind: opGet, key: []byte(w.Key)}).check() == nil && (&operation{kind: opSet, key: []byte("k"), value: w.Value}).check() == nil && len(l.calls) < 64 {
@@ -206,7 +206,7 @@ func (l *lone) do(what byte, data []byte) {
 	case 10:
 		var m kvpb.Member
 		if proto.Unmarshal(data, &m) == nil && validateNode("node", m.Node) == nil && m.RaftId != 0 && m.RaftId < maxRaftID {
-			l.admin(func(l *leaderState) nextStep { return l.learnerStep(m.RaftId, m.Node) })
+			l.admin(func(l *leaderState) nextStep { return l.learnerStep(&kvpb.Peer{RaftId: m.RaftId, Node: m.Node}) })
 		}
 	case 11:
 		l.admin((&leaderTransfer{to: uint64(len(data))}).step)
@@ -389,7 +389,7 @@ func newBus(t *testing.T, ids ...uint64) *bus {
 		b.nodes[id] = n
 		for _, other := range ids {
 			if other != id {
-				n.peerUp(other, true)
+				n.peerUp(other, true, programLevel)
 			}
 		}
 		b.turn(id, 0)
@@ -436,7 +436,7 @@ func (b *bus) turn(id uint64, ticks int) {
 
 // connect and disconnect tell a node that its stream to a peer is up, or down.
 func (b *bus) connect(id, peer uint64) {
-	b.nodes[id].peerUp(peer, true)
+	b.nodes[id].peerUp(peer, true, programLevel)
 	b.turn(id, 0)
 }
 
@@ -878,7 +878,7 @@ func TestLeaderLost(t *testing.T) {
 	if l.hears(0, heartbeat); l.n.raft.lead != 0 {
 		t.Error("it follows the dead leader again")
 	}
-	l.n.peerUp(2, false)
+	l.n.peerUp(2, false, programLevel)
 	if l.hears(0, heartbeat); l.n.raft.lead != 2 {
 		t.Error("it does not follow a leader that is back")
 	}
@@ -890,7 +890,7 @@ func TestLeaderLost(t *testing.T) {
 	if asked == nil {
 		t.Fatal("it does not ask the leader")
 	}
-	l.n.peerUp(2, true)
+	l.n.peerUp(2, true, programLevel)
 	if l.turn(0); bytes.Equal(l.n.calls.round.ctx, asked) {
 		t.Error("it does not ask again what it could not send")
 	}
@@ -958,7 +958,7 @@ func TestSlowReads(t *testing.T) {
 		l := newLone(t, following)
 		p := &postbox{lone: l}
 		l.n.net = p
-		l.n.peerUp(2, true)
+		l.n.peerUp(2, true, programLevel)
 		c := &call{done: make(chan outcome, 1)}
 		if err := l.n.inbox.call(c); err != nil {
 			t.Fatal(err)

@@ -142,7 +142,7 @@ func TestFewDeleteRangesShareAnEntry(t *testing.T) {
 	for range 100 {
 		c.add(&call{write: encoded, done: make(chan outcome, 1)}, 1)
 	}
-	p := c.nextProposal(1, 1)
+	p := c.nextProposal(1, programLevel, 1)
 	if n := len(p.calls); n < 4 || n > 8 {
 		t.Errorf("%d of them share an entry", n)
 	}

@@ -384,22 +384,22 @@ func TestUnaryCallsGoFirst(t *testing.T) {
 	const many = 2 * maxSharedWrites
 	pipelined := &pipelineRequest{}
 	add(many, 10, pipelined)
-	if p := c.newProposal(1); len(p.calls) != many {
+	if p := c.newProposal(1, programLevel); len(p.calls) != many {
 		t.Errorf("without unary calls, a proposal has %d writes", len(p.calls))
 	}
 	add(20, maxSharedLoad/4, pipelined)
 	unary := add(1, 10, nil)
-	p := c.newProposal(1)
+	p := c.newProposal(1, programLevel)
 	if p.calls[0] != unary || len(p.calls) != 1+3 {
 		t.Errorf("a proposal has %d writes; the unary call's is first: %v", len(p.calls), p.calls[0] == unary)
 	}
 	c.loads = nil
 	add(many, 10, pipelined)
-	if p := c.newProposal(1); len(p.calls) != maxSharedWrites {
+	if p := c.newProposal(1, programLevel); len(p.calls) != maxSharedWrites {
 		t.Errorf("soon after a unary call, a proposal has %d small writes", len(p.calls))
 	}
 	add(20, maxEntryBytes/16-4, nil)
-	p = c.newProposal(1)
+	p = c.newProposal(1, programLevel)
 	if last := p.calls[len(p.calls)-1]; last.request == nil {
 		t.Error("unary calls leave nothing to Pipelines")
 	}
@@ -415,7 +415,7 @@ func TestUnaryCallsAreExpected(t *testing.T) {
 		for range 9 {
 			c.add(&call{write: make([]byte, bytes), request: &pipelineRequest{}}, 0)
 		}
-		return len(c.newProposal(1).calls) <= 8
+		return len(c.newProposal(1, programLevel).calls) <= 8
 	}
 	propose := func(many int) (shared int) {
 		for range many {
@@ -461,7 +461,7 @@ func TestLargeLoadsTakeTurns(t *testing.T) {
 		for range 100 {
 			c.add(&call{write: make([]byte, 100), done: make(chan outcome, 1)}, 0)
 		}
-		p := c.newProposal(1)
+		p := c.newProposal(1, programLevel)
 		if hasLoad := slices.Contains(p.calls, load); hasLoad != (i == 1) {
 			t.Errorf("proposal %d has it: %v", i, hasLoad)
 		}
@@ -473,7 +473,7 @@ func TestLargeLoadsTakeTurns(t *testing.T) {
 	if c.loadFirst {
 		t.Error("the next proposal begins with a Pipeline's write, too")
 	}
-	if p := c.newProposal(1); len(p.calls) != 100 {
+	if p := c.newProposal(1, programLevel); len(p.calls) != 100 {
 		t.Errorf("the third has %d writes", len(p.calls))
 	}
 }

@@ -1595,7 +1595,7 @@ func FuzzParseOperation(f *testing.F) {
 		if err := proto.Unmarshal(b, &o); err != nil || !sameOperation(p, &o) {
 			t.Errorf("%+v is %v, %v", p, &o, err)
 		}
-		if _, err := parseBatch(append([]byte{0x1a}, protowire.AppendBytes(nil, b)...), nil); (err == nil) != (p.kind == opSet || p.kind == opDelete) {
+		if _, err := parseBatch(append([]byte{0x1a}, protowire.AppendBytes(nil, b)...), nil, programLevel); (err == nil) != (p.kind == opSet || p.kind == opDelete) {
 			t.Error(err)
 		}
 	})

@@ -479,7 +479,8 @@ func (a *admin) advance(r *request) (done bool, err error) {
 
 // addLearner is server.addLearner.
 func (s *sim) addLearner(st *site, then func(error)) {
-	var raftID uint64
+	var life *kvpb.Peer
+	raftID := uint64(0)
 	at := st.node
 	a := &admin{what: fmt.Sprintf("add learner %d", st.node.Id), then: then}
 	a.steps = func(n *node) func(*leaderState) nextStep {
@@ -488,10 +489,13 @@ func (s *sim) addLearner(st *site, then func(error)) {
 				if from := s.sites[n.self.Id-1]; st.cur == nil || st.cur.paused || s.isCut(from, st) || s.isCut(st, from) {
 					return failStep(errNotNow)
 				}
-				raftID, at = st.cur.n.accept(n.hello()).Peer.RaftId, st.node
+				at = st.node
+				life = &kvpb.Peer{Node: at, Level: st.cur.n.opts.level}
+				raftID = st.cur.n.accept(n.hello()).Peer.RaftId
 				st.cur.wake()
 			}
-			return l.learnerStep(raftID, at)
+			life.RaftId = raftID
+			return l.learnerStep(life)
 		}
 	}
 	a.again = func(err error) bool {

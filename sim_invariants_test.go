@@ -49,6 +49,7 @@ func (p *proc) check() {
 		s.failf("node %v stops: %v", p, n.err)
 	}
 	p.identify()
+	p.checkLevel()
 	if n.rn != nil {
 		p.checkProgress()
 	}
@@ -769,6 +770,7 @@ func (s *sim) settle() {
 		}
 		return s.unsettled()
 	})
+	s.until(settleTicks, s.unrisen)
 	s.checkFreshCalls()
 	s.until(settleTicks, s.unequal)
 	s.until(settleTicks, s.untold)
@@ -780,6 +782,7 @@ func (s *sim) endFaults() {
 	s.calm = true
 	s.cfg.latency = min(s.cfg.latency, .3)
 	s.cfg.transfer = min(s.cfg.transfer, 20) // or a member is too slow for the writes that go on
+	s.replaceAllOld()
 	for _, st := range s.sites {
 		if st.fs != nil {
 			s.late = max(s.late, st.slow) // what a disk is at, it goes on with

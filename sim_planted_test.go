@@ -50,6 +50,9 @@ type plantedBugs struct {
 	ahead     bool // watchers say that events were passed over before they are
 	lateStart bool // a watch from now on misses what comes until it is added
 	leftOut   bool // one key that a DeleteRange has deleted is no event
+
+	riseAlone  bool // a leader raises the level and asks nobody
+	overstated bool // programs say that they speak a level which they do not
 }
 
 // TestSimulatorFindsBugs plants bugs and sees that they are found (I10).
@@ -112,6 +115,8 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a range deleted with a version for each key", func(c *simConfig) { c.keyCount = true }},
 		{"other limits of DeleteRange on other nodes", func(c *simConfig) { c.unlike = true }},
 		{"snapshots without the counts of DeleteRanges", func(c *simConfig) { c.uncounted = true }},
+		{"a level raised before all speak it", func(c *simConfig) { c.riseAlone, c.levels = true, true }},
+		{"programs that say a level which they do not speak", func(c *simConfig) { c.overstated, c.levels = true, true }},
 	}
 	ofWatches := []bug{
 		{"a history that goes on after a snapshot", func(c *simConfig) { c.skip = true }},

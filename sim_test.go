@@ -9,6 +9,7 @@
 //   - sim_clients_test.go: clients and operators, and what they call;
 //   - sim_views_test.go: what clients list and scan, and what that shows;
 //   - sim_watches_test.go: what clients watch, and what they are told;
+//   - sim_levels_test.go: which programs nodes run;
 //   - sim_faults_test.go: what goes wrong;
 //   - sim_invariants_test.go: what must hold, and the oracle that knows it;
 //   - sim_planted_test.go: bugs that are planted to see that they are found.
@@ -96,6 +97,8 @@ type simConfig struct {
 	passing      float64 // mean, until a node's watchers pass over what is new
 	historyBytes uint64  // of past writes that a node keeps for watches
 
+	levels bool // nodes run programs of two levels
+
 	faultEvery float64 // mean, between two faults
 	outage     float64 // mean, of a fault that lasts
 	faults     []string
@@ -166,6 +169,7 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 	c.watches = int(pick(0, 1, 3, 6))
 	c.passing = pick(.1, 1, 10)
 	c.historyBytes = uint64(pick(2<<10, 16<<10, defaultWatchBytes, defaultWatchBytes))
+	c.levels = rng.IntN(2) == 0
 	return c
 }
 
@@ -230,6 +234,8 @@ type sim struct {
 	lives   map[uint64]string // by raft ID and by life: the name of whose it was
 	states  map[uint64]uint64 // by index: the hash of the state
 	names   map[uint64]string // of raft IDs
+	spoke   map[uint64]bool   // by raft ID: a process of the newer program went by it
+	level   uint32            // the highest that any node has applied
 
 	// Clients.
 	clients []*caller // those that watch are the last ones
@@ -263,6 +269,8 @@ func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 		lives:   map[uint64]string{},
 		states:  map[uint64]uint64{},
 		names:   map[uint64]string{},
+		spoke:   map[uint64]bool{},
+		level:   firstLevel,
 		values:  map[string]*op{},
 		ids:     map[[2]uint64]*op{},
 		seen:    map[string]uint64{},
@@ -403,6 +411,9 @@ type site struct {
 	lives int    // how many raft IDs its processes have had
 	most  uint64 // index of the last entry that it ever applied
 
+	speaks uint32 // the level of the program that is installed; 0: the first
+	tooOld bool   // the next process is of the newer program
+
 	fs      *simFS // nil: it has no disk
 	slow    int64  // until then the disk does nothing
 	forgets bool   // processes are started without the disk
@@ -435,6 +446,7 @@ type proc struct {
 	// What the node had after its last turn. All but the raft ID belongs to that.
 	raftID       uint64
 	term, commit uint64
+	level        uint32
 	applied      uint64
 	confAt       uint64                   // index of the last change of membership applied
 	version      map[string]uint64        // by key: what a local read has seen
@@ -518,6 +530,7 @@ func (s *sim) start(st *site) {
 	o.logBytes = s.cfg.logBytes
 	o.watchBytes = s.cfg.historyBytes
 	o.id = st.node.Id
+	s.installProgram(st)
 	p := &proc{
 		s:         s,
 		site:      st,
@@ -538,6 +551,7 @@ func (s *sim) start(st *site) {
 			p.acknowledge(e)
 		}
 	}
+	p.speak()
 	p.prepareStore()
 	p.prepareWatchers()
 	st.cur = p
@@ -548,8 +562,9 @@ func (s *sim) start(st *site) {
 		}
 	}
 	p.n.opts.limits = s.cfg.limits
-	if st.fs != nil && !st.forgets {
-		p.openDisk()
+	if st.fs != nil && !st.forgets && !p.openDisk() {
+		p.die(s.expo(s.cfg.outage))
+		return
 	}
 	p.identify()
 	s.trace("%v starts at %s", p, st.node.Address)
@@ -577,6 +592,8 @@ func (p *proc) identify() {
 	}
 	s, n := p.s, p.n
 	p.raftID = n.id.raftID
+	p.level = 0
+	p.noteProgram()
 	p.term = 0
 	p.commit = 0
 	p.applied = 0
@@ -639,6 +656,7 @@ func (p *proc) turn(ticks int) {
 			ses.answers = ses.answers[max(0, len(ses.answers)-1):]
 		}
 	}
+	p.raiseBadly()
 	p.n.turn(in)
 	p.readBadly()
 	p.inTurn = false
@@ -646,7 +664,7 @@ func (p *proc) turn(ticks int) {
 		p.installed = installed
 		p.replacedAt = p.received
 	}
-	if n := p.n; n.err == errRemoved || n.err != nil && p.broken {
+	if n := p.n; n.err == errRemoved || p.isTooOld(n.err) || n.err != nil && p.broken {
 		p.giveUp()
 		return
 	}
@@ -656,8 +674,8 @@ func (p *proc) turn(ticks int) {
 	p.startWriting()
 }
 
-// openDisk opens the process's data directory.
-func (p *proc) openDisk() {
+// openDisk opens the process's data directory; false: its program is too old for it.
+func (p *proc) openDisk() bool {
 	s, st := p.s, p.site
 	d, err := openDisk(st.fs, simDir, s.cfg.logBytes, p.n.logger)
 	if err != nil {
@@ -666,7 +684,10 @@ func (p *proc) openDisk() {
 	d.background = func(f func()) { f() }
 	d.start = func(f func()) { s.after(s.diskTime(st), p, func() { p.onDisk(f) }) }
 	p.disk = d
-	if err := p.n.open(d); err != nil {
+	if err := p.n.open(d); p.isTooOld(err) {
+		d.close()
+		return false
+	} else if err != nil {
 		s.failf("node %d does not start from its data directory: %v", st.node.Id, err)
 	}
 	if n := p.n; n.rn != nil {
@@ -675,6 +696,7 @@ func (p *proc) openDisk() {
 		p.written.FirstSegment = n.log.last()
 		p.replacedAt = n.durable.snapshotIndex
 	}
+	return true
 }
 
 // diskTime draws how long a disk takes for what it is to do next.
@@ -753,8 +775,11 @@ func (p *proc) giveUp() {
 
 // errorClass is why a node has stopped by itself, as counts call it.
 func errorClass(err error) string {
-	if err == errRemoved {
+	switch {
+	case err == errRemoved:
 		return "removed"
+	case errors.Is(err, errLevel):
+		return "too old"
 	}
 	return "disk"
 }
@@ -956,7 +981,7 @@ func (st *simStream) greet() {
 			s.after(s.latency(), nil, old.broken)
 		}
 		p.inbound[from.RaftId] = st
-		p.n.peerUp(from.RaftId, false)
+		p.n.peerUp(from.RaftId, false, from.RisesTo)
 		p.wake()
 	}
 	s.after(s.latency(), nil, func() {
@@ -986,7 +1011,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	p.s.trace("%v has a stream to %v", p, st.to)
 	p.s.count["streams"]++
 	peer.life, peer.at = w.Peer.Life, st.target.node
-	p.n.peerUp(peer.raftID, true)
+	p.n.peerUp(peer.raftID, true, w.Peer.RisesTo)
 	if st.target.hint != nil {
 		p.s.count["found elsewhere"]++
 		p.n.peerMoved(peer.raftID, st.target.node)
@@ -1344,10 +1369,16 @@ func (t *transfer) end(err error) {
 // boot makes the cluster, as server.Init does: no faults before that is done.
 func (s *sim) boot() {
 	p := s.sites[0].cur
+	var founding []*kvpb.Node
+	for _, st := range s.sites[:s.cfg.voters] {
+		founding = append(founding, st.node)
+	}
 	p.n.inbox.event(func() {
 		if _, err := p.n.bootstrap(); err != nil {
 			s.failf("bootstrap: %v", err)
 		}
+		p.n.claims.beginFounding(founding)
+		p.n.endFounding()
 	})
 	p.turn(0)
 	s.operate()

@@ -43,6 +43,7 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		Index:     s.index,
 		Term:      s.term,
 		Version:   s.version,
+		Level:     s.level,
 		ConfState: recode(s.conf, &kvpb.ConfState{}),
 		Members:   sortedMembers(s.members),
 		Removed:   slices.Clone(s.removed),
@@ -172,12 +173,13 @@ func parseKeyValue(b []byte) (it keyItem, ok bool) {
 
 // readSnapshot reads a snapshot into a new store, or says why it is none.
 func readSnapshot(r io.Reader) (*store, error) {
-	return scanSnapshot(r, true, func(uint64, uint64) {})
+	return scanSnapshot(r, true, programLevel, func(uint64, uint64) {})
 }
 
 // scanSnapshot reads a snapshot into a new store, which only counts the keys if
-// it is not to keep them. It says now and then how many of all it has read.
-func scanSnapshot(r io.Reader, keep bool, say func(keys, all uint64)) (*store, error) {
+// it is not to keep them. It refuses a level that is not spoken. It says now and then how
+// many of all it has read.
+func scanSnapshot(r io.Reader, keep bool, speaks uint32, say func(keys, all uint64)) (*store, error) {
 	frames := newFrameReader(r)
 	br := bufio.NewReaderSize(frames, 64<<10)
 	var b []byte // holds what next has read
@@ -210,6 +212,7 @@ func scanSnapshot(r io.Reader, keep bool, say func(keys, all uint64)) (*store, e
 		return nil, err
 	}
 	s, header := newStore(), rec.GetHeader()
+	s.speaks = speaks
 	if err := s.restoreHeader(header); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
@@ -267,12 +270,17 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	switch {
 	case h == nil:
 		return errors.New("it does not start with a header")
+	case h.Level > s.speaks:
+		return checkLevel("it", h.Level, s.speaks)
+	case len(h.ProtoReflect().GetUnknown()) > 0:
+		return errors.New("its header has a field that this node does not know")
 	case h.Format != snapshotFormat:
 		return fmt.Errorf("its format is %d, this program knows %d", h.Format, snapshotFormat)
-	case h.ClusterId == 0 || h.Index == 0 || h.Index >= maxCounter || h.Term == 0 || h.Term >= maxCounter || h.Version >= maxCounter || len(h.Removed) > maxRemoved:
+	case h.ClusterId == 0 || h.Level == 0 || h.Index == 0 || h.Index >= maxCounter || h.Term == 0 || h.Term >= maxCounter || h.Version >= maxCounter || len(h.Removed) > maxRemoved:
 		return errors.New("its header is invalid")
 	}
 	s.clusterID, s.index, s.term, s.version = h.ClusterId, h.Index, h.Term, h.Version
+	s.level = h.Level
 	s.conf = raftpb.EnsureConfState(recode(h.ConfState, &raftpb.ConfState{}))
 	if len(h.Former) > maxRemoved || slices.Contains(h.Former, 0) {
 		return errors.New("its header has invalid former members")

@@ -136,10 +136,10 @@ func (n *node) endTransfer(to uint64, v *view, err error) {
 // it durable there. Any goroutine may call it.
 func (n *node) readSnapshot(r io.Reader) (*store, error) {
 	if n.durable.disk == nil {
-		return readSnapshot(r)
+		return n.scanSnapshot(r)
 	}
 	w := n.durable.disk.newSnapshot()
-	s, err := readSnapshot(io.TeeReader(r, w))
+	s, err := n.scanSnapshot(io.TeeReader(r, w))
 	index := uint64(0)
 	if err == nil {
 		index = s.index
@@ -153,6 +153,10 @@ func (n *node) readSnapshot(r io.Reader) (*store, error) {
 	}
 	s.file = name
 	return s, nil
+}
+
+func (n *node) scanSnapshot(r io.Reader) (*store, error) {
+	return scanSnapshot(r, true, n.opts.level, func(uint64, uint64) {})
 }
 
 // receiveSnapshot hands a snapshot that came from a peer to raft and returns

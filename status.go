@@ -34,6 +34,7 @@ type published struct {
 // glance is the part of published that shows by comparison whether anything is new.
 type glance struct {
 	clusterID   uint64 // 0: in no cluster
+	level       uint32 // of the cluster
 	raftID      uint64
 	life        uint64
 	term        uint64
@@ -87,6 +88,7 @@ func (n *node) glance() glance {
 	n.gather(&c)
 	return glance{
 		clusterID:   n.store.clusterID,
+		level:       n.store.level,
 		raftID:      n.id.raftID,
 		life:        n.id.life,
 		term:        n.raft.term,
@@ -127,9 +129,12 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Keys = s.tree.keys
 	m.StoreBytes = s.tree.bytes
 	m.Sessions = uint64(s.sessions.count())
+	m.ProgramLevel = n.opts.level
+	m.RisesTo = n.opts.risesTo()
 	if n.rn == nil {
 		return m
 	}
+	m.Level = s.level
 	m.Term = n.raft.term
 	m.CommitIndex = n.rn.BasicStatus().GetCommit()
 	m.WriteLimit = n.rate(n.catchup.pace.limit, 1)
@@ -145,6 +150,10 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 				CaughtUp:     n.isCaughtUp(pr),
 			}
 			ms.Lagging = n.lagging(member.RaftId, pr)
+			ms.RisesTo = n.level.risesTo[member.RaftId]
+			if member.RaftId == n.id.raftID {
+				ms.RisesTo = m.RisesTo
+			}
 		}
 		m.Members = append(m.Members, ms)
 	}

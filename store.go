@@ -58,6 +58,7 @@ type store struct {
 	removed   []uint64              // raft IDs, oldest first
 	former    []uint64              // ids of nodes that were removed, each once, the last one last
 	proposers map[uint64]uint64     // by raft ID: the sequence of the last batch applied
+	level     uint32                // of the cluster
 	sessions  *sessions
 
 	// The state that all read: the loop writes it under mu.
@@ -67,6 +68,7 @@ type store struct {
 	tree      *tree
 
 	// Not part of the state.
+	speaks             uint32        // the highest level that this program speaks
 	history            *eventHistory // of the last writes
 	events             entryEvents   // of the entry that is being applied
 	rangeKeys          int           // that a DeleteRange deletes at most: maxRangeKeys, but in tests
@@ -85,6 +87,8 @@ func newStore() *store {
 		proposers: map[uint64]uint64{},
 		sessions:  newSessions(),
 		tree:      newTree(),
+		level:     firstLevel,
+		speaks:    programLevel,
 		history:   newEventHistory(defaultWatchBytes),
 		rangeKeys: maxRangeKeys,
 	}
@@ -118,10 +122,13 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 	if len(data) == 0 {
 		return 0, 0, nil, nil // the first entry of a term
 	}
-	b, err := parseBatch(data, s.room)
+	b, err := parseBatch(data, s.room, s.speaks)
 	if err != nil {
-		return 0, 0, nil, fmt.Errorf("decoding a batch: %w: "+
-			"if this node is older than its cluster, start a newer one", err)
+		return 0, 0, nil, fmt.Errorf("decoding a batch: %w", err)
+	}
+	if b.rise != nil {
+		s.rise(b.rise)
+		return 0, 0, nil, nil
 	}
 	isMember := s.members[b.proposer] != nil
 	if !isMember || b.sequence <= s.proposers[b.proposer] {
@@ -356,6 +363,7 @@ func (s *store) install(t *store) {
 	s.removed = t.removed
 	s.former = t.former
 	s.proposers = t.proposers
+	s.level = t.level
 	s.sessions.replace(t.sessions)
 	s.file = t.file
 

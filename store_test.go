@@ -716,7 +716,7 @@ func TestLocksAreShort(t *testing.T) {
 		copies bool
 	}{"many": {slices.Repeat([]*kvpb.Write{setWrite("a", "v")}, 3*maxLockedWrites), false}, "large": {ws, true}} {
 		v := s.openView()
-		b, err := parseBatch(mustMarshal(t, &kvpb.Batch{Proposer: 1, Writes: c.writes}), nil)
+		b, err := parseBatch(mustMarshal(t, &kvpb.Batch{Proposer: 1, Writes: c.writes}), nil, programLevel)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -745,7 +745,7 @@ func TestLocksAreShort(t *testing.T) {
 // validHeader is the header of a small valid snapshot of version 9.
 func validHeader() *kvpb.SnapshotHeader {
 	return &kvpb.SnapshotHeader{
-		Format: snapshotFormat, ClusterId: 7, Index: 5, Term: 2, Version: 9,
+		Format: snapshotFormat, Level: firstLevel, ClusterId: 7, Index: 5, Term: 2, Version: 9,
 		ConfState: &kvpb.ConfState{Voters: []uint64{1, 2}, Learners: []uint64{3}},
 		Members:   plainMembers(1, 2, 3),
 		Removed:   []uint64{4},
@@ -954,6 +954,9 @@ func TestSnapshotRefused(t *testing.T) {
 	for name, records := range map[string][]*kvpb.SnapshotRecord{
 		"nothing":                {},
 		"no header":              {footerRecord(0)},
+		"no level":               with(func(h *kvpb.SnapshotHeader) { h.Level = 0 }),
+		"a newer level":          with(func(h *kvpb.SnapshotHeader) { h.Level = programLevel + 1 }),
+		"an unknown field":       with(func(h *kvpb.SnapshotHeader) { h.ProtoReflect().SetUnknown([]byte{0xf8, 0x07, 1}) }),
 		"key for a header":       {keyRecord(low, 1), footerRecord(1)},
 		"empty record":           {{}, footerRecord(0)},
 		"empty record later":     {header, {}, footerRecord(0)},

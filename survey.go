@@ -235,6 +235,9 @@ func (s *survey) table() string {
 	for _, m := range s.laggards() {
 		fmt.Fprintf(&table, "node %d is %s\n", m.Node.GetId(), m.Lagging)
 	}
+	for _, id := range slices.Sorted(maps.Keys(s.views)) {
+		table.WriteString(s.programLines(id))
+	}
 	table.WriteString(s.certificateLines())
 	return blanksAtEnd.ReplaceAllString(table.String(), "\n")
 }
@@ -301,6 +304,51 @@ func (s *survey) laggards() []*kvpb.MemberStatus {
 		}
 	}
 	return slow
+}
+
+// programLines say which programs the nodes of a cluster run, and what keeps its level from
+// rising, if some of them speak a higher one.
+func (s *survey) programLines(cluster uint64) string {
+	level := s.views[cluster].GetLevel()
+	speaks := uint32(0) // of all nodes that answer, the most
+	runs := map[string][]uint64{}
+	for _, r := range s.rows {
+		if r.ClusterID == cluster && r.Reachable {
+			speaks = max(speaks, r.metrics.ProgramLevel)
+			program := fmt.Sprintf("%s, which speaks level %d", r.metrics.BuildVersion, r.metrics.ProgramLevel)
+			runs[program] = append(runs[program], r.NodeID)
+		}
+	}
+	if speaks == 0 {
+		return "" // programs without levels
+	}
+	lines := fmt.Sprintf("the cluster is of level %d\n", level)
+	for _, program := range slices.Sorted(maps.Keys(runs)) {
+		lines += fmt.Sprintf("%s: %s\n", nodeList(runs[program]), program)
+	}
+	if holds := s.holdsLevel(cluster, level); speaks > level && len(holds) > 0 {
+		lines += fmt.Sprintf("the level rises once %s\n", strings.Join(holds, ", "))
+	}
+	return lines
+}
+
+// holdsLevel says what has to happen before the level of a cluster can rise.
+func (s *survey) holdsLevel(cluster uint64, level uint32) []string {
+	var holds []string
+	for _, r := range s.rows {
+		if r.ClusterID != cluster || r.NodeID == 0 {
+			continue
+		}
+		switch {
+		case !r.Reachable:
+			holds = append(holds, fmt.Sprintf("node %d answers", r.NodeID))
+		case r.metrics.ProgramLevel <= level:
+			holds = append(holds, fmt.Sprintf("node %d runs a newer program", r.NodeID))
+		case r.metrics.RisesTo <= level:
+			holds = append(holds, fmt.Sprintf("node %d is started without --max-level", r.NodeID))
+		}
+	}
+	return holds
 }
 
 // certificateEnd is when the node's certificate ends; false: none is known.

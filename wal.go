@@ -86,6 +86,7 @@ type walOptions struct {
 	segmentBytes int    // a multiple of sectorBytes; 0: the default
 	logger       *slog.Logger
 	background   func(func()) // runs what fills a segment; nil: a goroutine
+	speaks       uint32       // the highest level that this program speaks
 	// verify finds out whether what the log holds fits the rest of the directory. It is
 	// called before openWAL changes anything, and may be nil.
 	verify func(*kvpb.LogBatch) error
@@ -479,7 +480,10 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (walTail, e
 		if err == errNoBatch {
 			break
 		}
-		if err == errWALFormat {
+		if err == nil {
+			err = w.checkKnown(batch)
+		}
+		if err == errWALFormat || errors.Is(err, errLevel) {
 			return walTail{}, fmt.Errorf("%s: %w", w.path(n), err)
 		}
 		size := placeOf(raw).size
@@ -501,6 +505,17 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (walTail, e
 		return walTail{}, err
 	}
 	return walTail{data: b[last:], offset: last}, nil
+}
+
+// checkKnown refuses a batch of a newer program.
+func (w *wal) checkKnown(batch *kvpb.LogBatch) error {
+	if err := checkLevel("the log", batch.Level, w.opts.speaks); err != nil {
+		return err
+	}
+	if len(batch.ProtoReflect().GetUnknown()) > 0 {
+		return errWALFormat
+	}
+	return nil
 }
 
 // replayBatch merges a batch into s, if it is the one that has to follow.

@@ -127,6 +127,9 @@ const (
 	// FAILED_PRECONDITION: the node is in another cluster than the Watch was of, or has
 	// been restored. The metadata has the node's cluster_id, in decimal.
 	ErrorReason_ERROR_REASON_OTHER_CLUSTER ErrorReason = 28
+	// FAILED_PRECONDITION: a node that is to be added does not speak the level of the
+	// cluster. Nothing was changed. Start a newer program there.
+	ErrorReason_ERROR_REASON_LEVEL_TOO_LOW ErrorReason = 29
 )
 
 // Enum value maps for ErrorReason.
@@ -161,6 +164,7 @@ var (
 		26: "ERROR_REASON_VIEW_ENDED",
 		27: "ERROR_REASON_COMPACTED",
 		28: "ERROR_REASON_OTHER_CLUSTER",
+		29: "ERROR_REASON_LEVEL_TOO_LOW",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -192,6 +196,7 @@ var (
 		"ERROR_REASON_VIEW_ENDED":          26,
 		"ERROR_REASON_COMPACTED":           27,
 		"ERROR_REASON_OTHER_CLUSTER":       28,
+		"ERROR_REASON_LEVEL_TOO_LOW":       29,
 	}
 )
 
@@ -356,6 +361,10 @@ const (
 	// The called node has a stream to another process with the caller's raft ID, at
 	// another address.
 	Verdict_VERDICT_RIVAL Verdict = 5
+	// The caller does not speak the level of the called node's cluster.
+	Verdict_VERDICT_CALLER_TOO_OLD Verdict = 6
+	// The called node does not speak the level of the caller's cluster.
+	Verdict_VERDICT_CALLED_TOO_OLD Verdict = 7
 )
 
 // Enum value maps for Verdict.
@@ -367,14 +376,18 @@ var (
 		3: "VERDICT_NOT_ME",
 		4: "VERDICT_REMOVED",
 		5: "VERDICT_RIVAL",
+		6: "VERDICT_CALLER_TOO_OLD",
+		7: "VERDICT_CALLED_TOO_OLD",
 	}
 	Verdict_value = map[string]int32{
-		"VERDICT_UNSPECIFIED":   0,
-		"VERDICT_ACCEPTED":      1,
-		"VERDICT_OTHER_CLUSTER": 2,
-		"VERDICT_NOT_ME":        3,
-		"VERDICT_REMOVED":       4,
-		"VERDICT_RIVAL":         5,
+		"VERDICT_UNSPECIFIED":    0,
+		"VERDICT_ACCEPTED":       1,
+		"VERDICT_OTHER_CLUSTER":  2,
+		"VERDICT_NOT_ME":         3,
+		"VERDICT_REMOVED":        4,
+		"VERDICT_RIVAL":          5,
+		"VERDICT_CALLER_TOO_OLD": 6,
+		"VERDICT_CALLED_TOO_OLD": 7,
 	}
 )
 
@@ -2990,7 +3003,10 @@ type MemberStatus struct {
 	// Only in the leader's answer: in words, why the member is behind, if writes are
 	// slowed for it, or if it was too slow to catch up and waits for another try. Else
 	// empty.
-	Lagging       string `protobuf:"bytes,8,opt,name=lagging,proto3" json:"lagging,omitempty"`
+	Lagging string `protobuf:"bytes,8,opt,name=lagging,proto3" json:"lagging,omitempty"`
+	// Only in the leader's answer: the highest level that the member's present process lets
+	// the cluster rise to; 0: it is not connected.
+	RisesTo       uint32 `protobuf:"varint,9,opt,name=rises_to,json=risesTo,proto3" json:"rises_to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3081,6 +3097,13 @@ func (x *MemberStatus) GetLagging() string {
 	return ""
 }
 
+func (x *MemberStatus) GetRisesTo() uint32 {
+	if x != nil {
+		return x.RisesTo
+	}
+	return 0
+}
+
 type MetricsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The called node.
@@ -3159,8 +3182,15 @@ type MetricsResponse struct {
 	// Connections that were refused, for their TLS handshake failed or there was no
 	// place for them.
 	HandshakesFailed uint64 `protobuf:"varint,34,opt,name=handshakes_failed,json=handshakesFailed,proto3" json:"handshakes_failed,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The level of the cluster, as far as it is applied here: nothing is written that a
+	// program which speaks it does not know. It never falls. 0: the node is in no cluster.
+	Level uint32 `protobuf:"varint,35,opt,name=level,proto3" json:"level,omitempty"`
+	// The highest level that the called node's program speaks.
+	ProgramLevel uint32 `protobuf:"varint,36,opt,name=program_level,json=programLevel,proto3" json:"program_level,omitempty"`
+	// The highest level that the called node lets its cluster rise to.
+	RisesTo       uint32 `protobuf:"varint,37,opt,name=rises_to,json=risesTo,proto3" json:"rises_to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MetricsResponse) Reset() {
@@ -3431,6 +3461,27 @@ func (x *MetricsResponse) GetHandshakesFailed() uint64 {
 	return 0
 }
 
+func (x *MetricsResponse) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetProgramLevel() uint32 {
+	if x != nil {
+		return x.ProgramLevel
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetRisesTo() uint32 {
+	if x != nil {
+		return x.RisesTo
+	}
+	return 0
+}
+
 // Hello opens a stream between two nodes.
 type Hello struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -3442,7 +3493,9 @@ type Hello struct {
 	// Raft IDs that the caller's cluster has removed. A node in no cluster that
 	// goes by one of them takes another: it could never be added. A node in a
 	// cluster ignores them.
-	Removed       []uint64 `protobuf:"varint,4,rep,packed,name=removed,proto3" json:"removed,omitempty"`
+	Removed []uint64 `protobuf:"varint,4,rep,packed,name=removed,proto3" json:"removed,omitempty"`
+	// The level of the caller's cluster, as far as the caller knows; 1 in no cluster.
+	ClusterLevel  uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3505,6 +3558,13 @@ func (x *Hello) GetRemoved() []uint64 {
 	return nil
 }
 
+func (x *Hello) GetClusterLevel() uint32 {
+	if x != nil {
+		return x.ClusterLevel
+	}
+	return 0
+}
+
 // Peer is one life of one node.
 type Peer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -3513,7 +3573,12 @@ type Peer struct {
 	RaftId uint64 `protobuf:"varint,2,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
 	// A random number that each process draws when it starts: it tells two that go
 	// by the same raft ID from each other. Raft's messages do not depend on it.
-	Life          uint64 `protobuf:"varint,3,opt,name=life,proto3" json:"life,omitempty"`
+	Life uint64 `protobuf:"varint,3,opt,name=life,proto3" json:"life,omitempty"`
+	// The highest level that the process speaks; 0 stands for 1.
+	Level uint32 `protobuf:"varint,4,opt,name=level,proto3" json:"level,omitempty"`
+	// The highest level that it lets its cluster rise to: level, or less if the
+	// operator holds it back.
+	RisesTo       uint32 `protobuf:"varint,5,opt,name=rises_to,json=risesTo,proto3" json:"rises_to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3569,6 +3634,20 @@ func (x *Peer) GetLife() uint64 {
 	return 0
 }
 
+func (x *Peer) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *Peer) GetRisesTo() uint32 {
+	if x != nil {
+		return x.RisesTo
+	}
+	return 0
+}
+
 type Welcome struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Verdict Verdict                `protobuf:"varint,1,opt,name=verdict,proto3,enum=raftkv.v1.Verdict" json:"verdict,omitempty"`
@@ -3578,7 +3657,9 @@ type Welcome struct {
 	// Other nodes that the called node hears, as their hellos name them. A caller
 	// that cannot reach one where it knows it tries that address, too, and uses it
 	// if that life of that node answers there. At most 80.
-	Peers         []*Peer `protobuf:"bytes,4,rep,name=peers,proto3" json:"peers,omitempty"`
+	Peers []*Peer `protobuf:"bytes,4,rep,name=peers,proto3" json:"peers,omitempty"`
+	// The level of the called node's cluster; 1 in no cluster.
+	ClusterLevel  uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3639,6 +3720,13 @@ func (x *Welcome) GetPeers() []*Peer {
 		return x.Peers
 	}
 	return nil
+}
+
+func (x *Welcome) GetClusterLevel() uint32 {
+	if x != nil {
+		return x.ClusterLevel
+	}
+	return 0
 }
 
 type ClaimRequest struct {
@@ -4208,9 +4296,15 @@ type Batch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The raft ID of the node that proposed it, and its count of proposals. A
 	// batch that was applied before, or whose proposer is no member, is skipped.
-	Proposer      uint64   `protobuf:"varint,1,opt,name=proposer,proto3" json:"proposer,omitempty"`
-	Sequence      uint64   `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	Writes        []*Write `protobuf:"bytes,3,rep,name=writes,proto3" json:"writes,omitempty"`
+	Proposer uint64   `protobuf:"varint,1,opt,name=proposer,proto3" json:"proposer,omitempty"`
+	Sequence uint64   `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Writes   []*Write `protobuf:"bytes,3,rep,name=writes,proto3" json:"writes,omitempty"`
+	// The level that it is written at; 0 stands for 1. A node stops at a level that it does
+	// not speak.
+	Level uint32 `protobuf:"varint,4,opt,name=level,proto3" json:"level,omitempty"`
+	// Raises the level of the cluster. Then there is nothing else: no proposer, for a
+	// repeat changes nothing.
+	Rise          *LevelRise `protobuf:"bytes,5,opt,name=rise,proto3" json:"rise,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4266,6 +4360,75 @@ func (x *Batch) GetWrites() []*Write {
 	return nil
 }
 
+func (x *Batch) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *Batch) GetRise() *LevelRise {
+	if x != nil {
+		return x.Rise
+	}
+	return nil
+}
+
+// LevelRise raises the level of a cluster. It has no effect if the level is as high
+// already, or if there is a member that it does not name.
+type LevelRise struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Level uint32                 `protobuf:"varint,1,opt,name=level,proto3" json:"level,omitempty"`
+	// Raft IDs of members that speak the level. At most 128.
+	Members       []uint64 `protobuf:"varint,2,rep,packed,name=members,proto3" json:"members,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LevelRise) Reset() {
+	*x = LevelRise{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LevelRise) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LevelRise) ProtoMessage() {}
+
+func (x *LevelRise) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LevelRise.ProtoReflect.Descriptor instead.
+func (*LevelRise) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *LevelRise) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *LevelRise) GetMembers() []uint64 {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
 // Write is a write as the log has it. A node stops at a write with a field that it does not
 // know: no client may use a new field before all nodes of the cluster know it.
 type Write struct {
@@ -4283,7 +4446,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4295,7 +4458,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4308,7 +4471,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -4396,7 +4559,7 @@ type NewSession struct {
 
 func (x *NewSession) Reset() {
 	*x = NewSession{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4408,7 +4571,7 @@ func (x *NewSession) String() string {
 func (*NewSession) ProtoMessage() {}
 
 func (x *NewSession) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4421,7 +4584,7 @@ func (x *NewSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
 func (*NewSession) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *NewSession) GetSession() uint64 {
@@ -4449,7 +4612,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4461,7 +4624,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4474,7 +4637,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -4486,16 +4649,19 @@ func (x *ConfChangeContext) GetMembers() []*Member {
 
 // Member is what the configuration knows of a raft ID.
 type Member struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	RaftId        uint64                 `protobuf:"varint,1,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
-	Node          *Node                  `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	RaftId uint64                 `protobuf:"varint,1,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
+	Node   *Node                  `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	// Of ConfChangeContext: the highest level that the process of a new member speaks; 0
+	// stands for 1. If it is below the level of the cluster, the change is skipped.
+	Level         uint32 `protobuf:"varint,3,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4507,7 +4673,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4520,7 +4686,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -4537,6 +4703,13 @@ func (x *Member) GetNode() *Node {
 	return nil
 }
 
+func (x *Member) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 // ConfState is etcd raft's, in raft IDs.
 type ConfState struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -4551,7 +4724,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4563,7 +4736,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4576,7 +4749,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -4625,7 +4798,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4637,7 +4810,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4650,7 +4823,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -4687,7 +4860,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4699,7 +4872,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4712,7 +4885,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -4806,15 +4979,17 @@ type SnapshotHeader struct {
 	Former    []uint64    `protobuf:"varint,15,rep,packed,name=former,proto3" json:"former,omitempty"`
 	Proposers []*Proposer `protobuf:"bytes,9,rep,name=proposers,proto3" json:"proposers,omitempty"`
 	// The numbers of KeyValues and of Sessions that follow.
-	Keys          uint64 `protobuf:"varint,10,opt,name=keys,proto3" json:"keys,omitempty"`
-	Sessions      uint64 `protobuf:"varint,11,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	Keys     uint64 `protobuf:"varint,10,opt,name=keys,proto3" json:"keys,omitempty"`
+	Sessions uint64 `protobuf:"varint,11,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	// The level of the cluster, 1 or more. A node refuses one that it does not speak.
+	Level         uint32 `protobuf:"varint,12,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4826,7 +5001,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4839,7 +5014,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -4926,6 +5101,13 @@ func (x *SnapshotHeader) GetSessions() uint64 {
 	return 0
 }
 
+func (x *SnapshotHeader) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 // Session is what is known of a client's writes.
 type Session struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -4943,7 +5125,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4955,7 +5137,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4968,7 +5150,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Session) GetId() uint64 {
@@ -5015,7 +5197,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5027,7 +5209,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5040,7 +5222,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -5098,7 +5280,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5110,7 +5292,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5123,7 +5305,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -5157,7 +5339,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5169,7 +5351,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5182,7 +5364,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -5207,14 +5389,17 @@ type LogBatch struct {
 	// The oldest segment that is needed. The log sets it.
 	FirstSegment uint64 `protobuf:"varint,5,opt,name=first_segment,json=firstSegment,proto3" json:"first_segment,omitempty"`
 	// How often a process has started with this log: no two share a number.
-	Boots         uint64 `protobuf:"varint,6,opt,name=boots,proto3" json:"boots,omitempty"`
+	Boots uint64 `protobuf:"varint,6,opt,name=boots,proto3" json:"boots,omitempty"`
+	// The level of the cluster when it was made; 0 stands for 1. A node refuses one that it
+	// does not speak.
+	Level         uint32 `protobuf:"varint,7,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5226,7 +5411,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5239,7 +5424,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -5284,6 +5469,13 @@ func (x *LogBatch) GetBoots() uint64 {
 	return 0
 }
 
+func (x *LogBatch) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 // Identity is whose a data directory is.
 type Identity struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -5300,7 +5492,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5312,7 +5504,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5325,7 +5517,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{65}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -5375,7 +5567,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5387,7 +5579,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5400,7 +5592,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{66}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -5436,7 +5628,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5448,7 +5640,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5461,7 +5653,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{67}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -5648,7 +5840,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"next_index\x18\x02 \x01(\x04R\tnextIndex\x12.\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x18.raftkv.v1.ProgressStateR\x05state\x12#\n" +
 	"\rrecent_active\x18\x04 \x01(\bR\frecentActive\x12\x1b\n" +
-	"\tcaught_up\x18\x05 \x01(\bR\bcaughtUp\"\x9e\x02\n" +
+	"\tcaught_up\x18\x05 \x01(\bR\bcaughtUp\"\xb9\x02\n" +
 	"\fMemberStatus\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x14\n" +
@@ -5657,8 +5849,10 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\alearner\x18\x05 \x01(\bR\alearner\x12\x1c\n" +
 	"\tconnected\x18\x06 \x01(\bR\tconnected\x124\n" +
 	"\bprogress\x18\a \x01(\v2\x13.raftkv.v1.ProgressH\x00R\bprogress\x88\x01\x01\x12\x18\n" +
-	"\alagging\x18\b \x01(\tR\alaggingB\v\n" +
-	"\t_progress\"\xd8\t\n" +
+	"\alagging\x18\b \x01(\tR\alagging\x12\x19\n" +
+	"\brises_to\x18\t \x01(\rR\arisesToB\v\n" +
+	"\t_progress\"\xae\n" +
+	"\n" +
 	"\x0fMetricsResponse\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -5700,24 +5894,31 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x11no_restart_reason\x18\x1f \x01(\tR\x0fnoRestartReason\x122\n" +
 	"\x15certificate_not_after\x18  \x01(\x03R\x13certificateNotAfter\x12)\n" +
 	"\x10requests_refused\x18! \x01(\x04R\x0frequestsRefused\x12+\n" +
-	"\x11handshakes_failed\x18\" \x01(\x04R\x10handshakesFailedB\t\n" +
-	"\a_leader\"\x86\x01\n" +
+	"\x11handshakes_failed\x18\" \x01(\x04R\x10handshakesFailed\x12\x14\n" +
+	"\x05level\x18# \x01(\rR\x05level\x12#\n" +
+	"\rprogram_level\x18$ \x01(\rR\fprogramLevel\x12\x19\n" +
+	"\brises_to\x18% \x01(\rR\arisesToB\t\n" +
+	"\a_leader\"\xab\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12#\n" +
 	"\x04from\x18\x02 \x01(\v2\x0f.raftkv.v1.PeerR\x04from\x12\x1f\n" +
 	"\x02to\x18\x03 \x01(\v2\x0f.raftkv.v1.PeerR\x02to\x12\x18\n" +
-	"\aremoved\x18\x04 \x03(\x04R\aremoved\"X\n" +
+	"\aremoved\x18\x04 \x03(\x04R\aremoved\x12#\n" +
+	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\"\x89\x01\n" +
 	"\x04Peer\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x12\n" +
-	"\x04life\x18\x03 \x01(\x04R\x04life\"\xa2\x01\n" +
+	"\x04life\x18\x03 \x01(\x04R\x04life\x12\x14\n" +
+	"\x05level\x18\x04 \x01(\rR\x05level\x12\x19\n" +
+	"\brises_to\x18\x05 \x01(\rR\arisesTo\"\xc7\x01\n" +
 	"\aWelcome\x12,\n" +
 	"\averdict\x18\x01 \x01(\x0e2\x12.raftkv.v1.VerdictR\averdict\x12#\n" +
 	"\x04peer\x18\x02 \x01(\v2\x0f.raftkv.v1.PeerR\x04peer\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x03 \x01(\x04R\tclusterId\x12%\n" +
-	"\x05peers\x18\x04 \x03(\v2\x0f.raftkv.v1.PeerR\x05peers\"\xe6\x01\n" +
+	"\x05peers\x18\x04 \x03(\v2\x0f.raftkv.v1.PeerR\x05peers\x12#\n" +
+	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\"\xe6\x01\n" +
 	"\fClaimRequest\x12\x1f\n" +
 	"\x02to\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x02to\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12)\n" +
@@ -5759,11 +5960,16 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x04term\x18\x01 \x01(\x04R\x04term\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12(\n" +
 	"\x04type\x18\x03 \x01(\x0e2\x14.raftkv.v1.EntryTypeR\x04type\x12\x12\n" +
-	"\x04data\x18\x04 \x01(\fR\x04data\"i\n" +
+	"\x04data\x18\x04 \x01(\fR\x04data\"\xa9\x01\n" +
 	"\x05Batch\x12\x1a\n" +
 	"\bproposer\x18\x01 \x01(\x04R\bproposer\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12(\n" +
-	"\x06writes\x18\x03 \x03(\v2\x10.raftkv.v1.WriteR\x06writes\"\xfd\x01\n" +
+	"\x06writes\x18\x03 \x03(\v2\x10.raftkv.v1.WriteR\x06writes\x12\x14\n" +
+	"\x05level\x18\x04 \x01(\rR\x05level\x12(\n" +
+	"\x04rise\x18\x05 \x01(\v2\x14.raftkv.v1.LevelRiseR\x04rise\";\n" +
+	"\tLevelRise\x12\x14\n" +
+	"\x05level\x18\x01 \x01(\rR\x05level\x12\x18\n" +
+	"\amembers\x18\x02 \x03(\x04R\amembers\"\xfd\x01\n" +
 	"\x05Write\x12)\n" +
 	"\x03set\x18\x01 \x01(\v2\x15.raftkv.v1.SetRequestH\x00R\x03set\x122\n" +
 	"\x06delete\x18\x02 \x01(\v2\x18.raftkv.v1.DeleteRequestH\x00R\x06delete\x128\n" +
@@ -5776,10 +5982,11 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\"@\n" +
 	"\x11ConfChangeContext\x12+\n" +
-	"\amembers\x18\x01 \x03(\v2\x11.raftkv.v1.MemberR\amembers\"F\n" +
+	"\amembers\x18\x01 \x03(\v2\x11.raftkv.v1.MemberR\amembers\"\\\n" +
 	"\x06Member\x12\x17\n" +
 	"\araft_id\x18\x01 \x01(\x04R\x06raftId\x12#\n" +
-	"\x04node\x18\x02 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\"\xac\x01\n" +
+	"\x04node\x18\x02 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x14\n" +
+	"\x05level\x18\x03 \x01(\rR\x05level\"\xac\x01\n" +
 	"\tConfState\x12\x16\n" +
 	"\x06voters\x18\x01 \x03(\x04R\x06voters\x12\x1a\n" +
 	"\blearners\x18\x02 \x03(\x04R\blearners\x12'\n" +
@@ -5795,7 +6002,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\tkey_value\x18\x02 \x01(\v2\x13.raftkv.v1.KeyValueH\x00R\bkeyValue\x123\n" +
 	"\x06footer\x18\x03 \x01(\v2\x19.raftkv.v1.SnapshotFooterH\x00R\x06footer\x12.\n" +
 	"\asession\x18\x04 \x01(\v2\x12.raftkv.v1.SessionH\x00R\asessionB\b\n" +
-	"\x06record\"\x82\x03\n" +
+	"\x06record\"\x98\x03\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -5811,7 +6018,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\tproposers\x18\t \x03(\v2\x13.raftkv.v1.ProposerR\tproposers\x12\x12\n" +
 	"\x04keys\x18\n" +
 	" \x01(\x04R\x04keys\x12\x1a\n" +
-	"\bsessions\x18\v \x01(\x04R\bsessions\"v\n" +
+	"\bsessions\x18\v \x01(\x04R\bsessions\x12\x14\n" +
+	"\x05level\x18\f \x01(\rR\x05level\"v\n" +
 	"\aSession\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\ahighest\x18\x02 \x01(\x04R\ahighest\x12+\n" +
@@ -5829,7 +6037,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\fR\x05value\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\x04R\aversion\"$\n" +
 	"\x0eSnapshotFooter\x12\x12\n" +
-	"\x04keys\x18\x01 \x01(\x04R\x04keys\"\xf7\x01\n" +
+	"\x04keys\x18\x01 \x01(\x04R\x04keys\"\x8d\x02\n" +
 	"\bLogBatch\x123\n" +
 	"\n" +
 	"hard_state\x18\x01 \x01(\v2\x14.raftkv.v1.HardStateR\thardState\x123\n" +
@@ -5837,7 +6045,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\bdiscards\x18\x03 \x01(\bR\bdiscards\x12*\n" +
 	"\aentries\x18\x04 \x03(\v2\x10.raftkv.v1.EntryR\aentries\x12#\n" +
 	"\rfirst_segment\x18\x05 \x01(\x04R\ffirstSegment\x12\x14\n" +
-	"\x05boots\x18\x06 \x01(\x04R\x05boots\"\x8a\x01\n" +
+	"\x05boots\x18\x06 \x01(\x04R\x05boots\x12\x14\n" +
+	"\x05level\x18\a \x01(\rR\x05level\"\x8a\x01\n" +
 	"\bIdentity\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -5852,7 +6061,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xa5\a\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xc5\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -5883,7 +6092,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x1eERROR_REASON_PERMISSION_DENIED\x10\x19\x12\x1b\n" +
 	"\x17ERROR_REASON_VIEW_ENDED\x10\x1a\x12\x1a\n" +
 	"\x16ERROR_REASON_COMPACTED\x10\x1b\x12\x1e\n" +
-	"\x1aERROR_REASON_OTHER_CLUSTER\x10\x1c*~\n" +
+	"\x1aERROR_REASON_OTHER_CLUSTER\x10\x1c\x12\x1e\n" +
+	"\x1aERROR_REASON_LEVEL_TOO_LOW\x10\x1d*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -5895,14 +6105,16 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x1aPROGRESS_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14PROGRESS_STATE_PROBE\x10\x01\x12\x1c\n" +
 	"\x18PROGRESS_STATE_REPLICATE\x10\x02\x12\x1b\n" +
-	"\x17PROGRESS_STATE_SNAPSHOT\x10\x03*\x8f\x01\n" +
+	"\x17PROGRESS_STATE_SNAPSHOT\x10\x03*\xc7\x01\n" +
 	"\aVerdict\x12\x17\n" +
 	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10VERDICT_ACCEPTED\x10\x01\x12\x19\n" +
 	"\x15VERDICT_OTHER_CLUSTER\x10\x02\x12\x12\n" +
 	"\x0eVERDICT_NOT_ME\x10\x03\x12\x13\n" +
 	"\x0fVERDICT_REMOVED\x10\x04\x12\x11\n" +
-	"\rVERDICT_RIVAL\x10\x05*\xaf\x01\n" +
+	"\rVERDICT_RIVAL\x10\x05\x12\x1a\n" +
+	"\x16VERDICT_CALLER_TOO_OLD\x10\x06\x12\x1a\n" +
+	"\x16VERDICT_CALLED_TOO_OLD\x10\a*\xaf\x01\n" +
 	"\fClaimVerdict\x12\x1d\n" +
 	"\x19CLAIM_VERDICT_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CLAIM_VERDICT_GRANTED\x10\x01\x12\x19\n" +
@@ -5964,7 +6176,7 @@ func file_raftkv_v1_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
+var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
 var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: raftkv.v1.ErrorReason
 	(Role)(0),                        // 1: raftkv.v1.Role
@@ -6025,22 +6237,23 @@ var file_raftkv_v1_kv_proto_goTypes = []any{
 	(*RaftMessage)(nil),              // 56: raftkv.v1.RaftMessage
 	(*Entry)(nil),                    // 57: raftkv.v1.Entry
 	(*Batch)(nil),                    // 58: raftkv.v1.Batch
-	(*Write)(nil),                    // 59: raftkv.v1.Write
-	(*NewSession)(nil),               // 60: raftkv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 61: raftkv.v1.ConfChangeContext
-	(*Member)(nil),                   // 62: raftkv.v1.Member
-	(*ConfState)(nil),                // 63: raftkv.v1.ConfState
-	(*Proposer)(nil),                 // 64: raftkv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 65: raftkv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 66: raftkv.v1.SnapshotHeader
-	(*Session)(nil),                  // 67: raftkv.v1.Session
-	(*Answer)(nil),                   // 68: raftkv.v1.Answer
-	(*KeyValue)(nil),                 // 69: raftkv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 70: raftkv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 71: raftkv.v1.LogBatch
-	(*Identity)(nil),                 // 72: raftkv.v1.Identity
-	(*HardState)(nil),                // 73: raftkv.v1.HardState
-	(*SnapshotMark)(nil),             // 74: raftkv.v1.SnapshotMark
+	(*LevelRise)(nil),                // 59: raftkv.v1.LevelRise
+	(*Write)(nil),                    // 60: raftkv.v1.Write
+	(*NewSession)(nil),               // 61: raftkv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 62: raftkv.v1.ConfChangeContext
+	(*Member)(nil),                   // 63: raftkv.v1.Member
+	(*ConfState)(nil),                // 64: raftkv.v1.ConfState
+	(*Proposer)(nil),                 // 65: raftkv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 66: raftkv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 67: raftkv.v1.SnapshotHeader
+	(*Session)(nil),                  // 68: raftkv.v1.Session
+	(*Answer)(nil),                   // 69: raftkv.v1.Answer
+	(*KeyValue)(nil),                 // 70: raftkv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 71: raftkv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 72: raftkv.v1.LogBatch
+	(*Identity)(nil),                 // 73: raftkv.v1.Identity
+	(*HardState)(nil),                // 74: raftkv.v1.HardState
+	(*SnapshotMark)(nil),             // 75: raftkv.v1.SnapshotMark
 }
 var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	11, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
@@ -6059,8 +6272,8 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	0,  // 13: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
 	7,  // 14: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
 	7,  // 15: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
-	69, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
-	69, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
+	70, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
+	70, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
 	27, // 18: raftkv.v1.WatchResponse.events:type_name -> raftkv.v1.Event
 	7,  // 19: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
 	30, // 20: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
@@ -6095,65 +6308,66 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	5,  // 49: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
 	57, // 50: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
 	6,  // 51: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
-	59, // 52: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
-	17, // 53: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
-	19, // 54: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
-	60, // 55: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
-	28, // 56: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
-	62, // 57: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
-	30, // 58: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
-	66, // 59: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
-	69, // 60: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
-	70, // 61: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
-	67, // 62: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
-	63, // 63: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
-	62, // 64: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
-	64, // 65: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
-	68, // 66: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	73, // 67: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	74, // 68: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	57, // 69: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	15, // 70: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	17, // 71: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	19, // 72: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	21, // 73: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	23, // 74: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
-	28, // 75: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
-	25, // 76: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
-	8,  // 77: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	10, // 78: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	31, // 79: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	33, // 80: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	35, // 81: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	39, // 82: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	43, // 83: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	41, // 84: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	52, // 85: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	54, // 86: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	50, // 87: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	16, // 88: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	18, // 89: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	20, // 90: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	22, // 91: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	24, // 92: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
-	29, // 93: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
-	26, // 94: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
-	9,  // 95: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	12, // 96: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	32, // 97: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	34, // 98: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	38, // 99: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	40, // 100: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	46, // 101: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	42, // 102: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	53, // 103: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	55, // 104: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	51, // 105: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	88, // [88:106] is the sub-list for method output_type
-	70, // [70:88] is the sub-list for method input_type
-	70, // [70:70] is the sub-list for extension type_name
-	70, // [70:70] is the sub-list for extension extendee
-	0,  // [0:70] is the sub-list for field type_name
+	60, // 52: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
+	59, // 53: raftkv.v1.Batch.rise:type_name -> raftkv.v1.LevelRise
+	17, // 54: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
+	19, // 55: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
+	61, // 56: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
+	28, // 57: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	63, // 58: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
+	30, // 59: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
+	67, // 60: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
+	70, // 61: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
+	71, // 62: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
+	68, // 63: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
+	64, // 64: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
+	63, // 65: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
+	65, // 66: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
+	69, // 67: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	74, // 68: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	75, // 69: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	57, // 70: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	15, // 71: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	17, // 72: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	19, // 73: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	21, // 74: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	23, // 75: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
+	28, // 76: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
+	25, // 77: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
+	8,  // 78: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	10, // 79: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	31, // 80: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	33, // 81: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	35, // 82: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	39, // 83: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	43, // 84: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	41, // 85: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	52, // 86: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	54, // 87: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	50, // 88: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	16, // 89: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	18, // 90: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	20, // 91: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	22, // 92: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	24, // 93: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
+	29, // 94: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
+	26, // 95: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
+	9,  // 96: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	12, // 97: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	32, // 98: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	34, // 99: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	38, // 100: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	40, // 101: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	46, // 102: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	42, // 103: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	53, // 104: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	55, // 105: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	51, // 106: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	89, // [89:107] is the sub-list for method output_type
+	71, // [71:89] is the sub-list for method input_type
+	71, // [71:71] is the sub-list for extension type_name
+	71, // [71:71] is the sub-list for extension extendee
+	0,  // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
@@ -6182,13 +6396,13 @@ func file_raftkv_v1_kv_proto_init() {
 	file_raftkv_v1_kv_proto_msgTypes[20].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[38].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[39].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[52].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[53].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 		(*Write_NewSession)(nil),
 		(*Write_DeleteRange)(nil),
 	}
-	file_raftkv_v1_kv_proto_msgTypes[58].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[59].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -6200,7 +6414,7 @@ func file_raftkv_v1_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_raftkv_v1_kv_proto_rawDesc), len(file_raftkv_v1_kv_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   68,
+			NumMessages:   69,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
