@@ -45,6 +45,7 @@ type process struct {
 	address string
 	args    []string // besides --id and --addr
 	within  []string // the command that runs it; empty: none
+	program string   // its file; empty: the test's own
 	log     string
 	cmd     *exec.Cmd
 	conn    *grpc.ClientConn
@@ -102,6 +103,9 @@ func (p *process) start() {
 	defer func() { _ = log.Close() }()
 	before, _ := os.ReadFile(p.log)
 	p.cmd = commandOf(log, append([]string{"--id", strconv.FormatUint(p.id, 10), "--addr", p.address}, p.args...)...)
+	if p.program != "" {
+		p.cmd.Path = p.program
+	}
 	if len(p.within) > 0 {
 		p.cmd.Args = append(slices.Clone(p.within), p.cmd.Args...)
 		p.cmd.Path, p.cmd.Err = exec.LookPath(p.within[0])
