@@ -59,6 +59,8 @@
 //   - A session remembers what its client's writes were answered, by request_id.
 //   - A round is one ReadIndex for all reads that wait.
 //   - The mark says which snapshot on disk counts: its index, term and file.
+//   - The level of a cluster says what its members may write; a program speaks all levels
+//     up to one.
 //   - A claim is what a node in no cluster promises to an Init, whose node is the
 //     founder.
 //   - A hint says that a peer is at another address than the configuration has. It

@@ -7,7 +7,9 @@
 //   - I4: committed entries never change;
 //   - I6: nothing goes back;
 //   - I7: what a message promises is on the disk;
-//   - no raft ID is used twice, and no node stops.
+//   - no raft ID is used twice, and no node stops;
+//   - I11: no node is in a cluster of a level that its program does not speak; only an older
+//     program that was started in place of a newer one meets such a level.
 //
 // With each response to a watch: it has what the log has made of the keys of the watch from
 // the version of the response before to its own, and nothing else. A node says that its

@@ -81,14 +81,14 @@ func (p *proc) noteProgram() {
 }
 
 // checkLevel checks that no node is in a cluster of a level that its program does not speak,
-// and that the level does not fall (I13).
+// and that the level does not fall (I11).
 func (p *proc) checkLevel() {
 	s, level := p.s, p.n.store.level
 	if level > levelOf(p.site.speaks) {
-		s.failf("I13: %v is in a cluster of level %d, and its program speaks %d", p, level, levelOf(p.site.speaks))
+		s.failf("I11: %v is in a cluster of level %d, and its program speaks %d", p, level, levelOf(p.site.speaks))
 	}
 	if level < p.level {
-		s.failf("I13: %v goes back from level %d to %d", p, p.level, level)
+		s.failf("I11: %v goes back from level %d to %d", p, p.level, level)
 	}
 	p.level = level
 	if level > s.level {
@@ -104,7 +104,7 @@ func (p *proc) isTooOld(err error) bool {
 		return false
 	}
 	if !p.s.spoke[p.raftID] && !p.s.spoke[p.site.onDisk] {
-		p.s.failf("I13: %v stops, and no process of it ever spoke that level: %v", p, err)
+		p.s.failf("I11: %v stops, and no process of it ever spoke that level: %v", p, err)
 	}
 	p.s.count["stops of older programs"]++
 	p.site.tooOld = true

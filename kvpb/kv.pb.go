@@ -4430,7 +4430,7 @@ func (x *LevelRise) GetMembers() []uint64 {
 }
 
 // Write is a write as the log has it. A node stops at a write with a field that it does not
-// know: no client may use a new field before all nodes of the cluster know it.
+// know: so a new field needs a new level, and is refused before the cluster has that.
 type Write struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Operation:
