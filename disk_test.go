@@ -944,7 +944,7 @@ func TestDiskRefuses(t *testing.T) {
 		"snapshot cut":           {func(fs *simFS) { f := fs.names[snap]; f.cache = f.cache[:len(f.cache)-1] }, []string{snap + ": snapshot, offset 8: it ends in the middle", advice, backup}},
 		"snapshot empty":         {func(fs *simFS) { fs.names[snap].cache = nil }, []string{snap + ": snapshot, offset 0: it ends in the middle", advice, backup}},
 		"another snapshot": {func(fs *simFS) {
-			h := &kvpb.SnapshotHeader{Format: snapshotFormat, ClusterId: 1, Index: 1, Term: 1, ConfState: &kvpb.ConfState{Voters: []uint64{1}}, Members: []*kvpb.Member{{RaftId: 1, Node: &kvpb.Node{Id: 1}}}}
+			h := &kvpb.SnapshotHeader{Format: snapshotFormat, Level: firstLevel, ClusterId: 1, Index: 1, Term: 1, ConfState: &kvpb.ConfState{Voters: []uint64{1}}, Members: []*kvpb.Member{{RaftId: 1, Node: &kvpb.Node{Id: 1}}}}
 			fs.names[snap].cache = recordBytes(t, &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Header{Header: h}}, &kvpb.SnapshotRecord{Record: &kvpb.SnapshotRecord_Footer{Footer: &kvpb.SnapshotFooter{}}})
 		}, []string{snap + ": it is of entry 1 of cluster 0000000000000001, and should be", advice, backup}},
 	} {

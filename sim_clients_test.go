@@ -482,7 +482,13 @@ func (s *sim) addLearner(st *site, then func(error)) {
 	var life *kvpb.Peer
 	raftID := uint64(0)
 	at := st.node
-	a := &admin{what: fmt.Sprintf("add learner %d", st.node.Id), then: then}
+	a := &admin{what: fmt.Sprintf("add learner %d", st.node.Id)}
+	a.then = func(err error) {
+		if hasReason(err, kvpb.ErrorReason_ERROR_REASON_LEVEL_TOO_LOW) {
+			s.replaceRefused(st)
+		}
+		then(err)
+	}
 	a.steps = func(n *node) func(*leaderState) nextStep {
 		return func(l *leaderState) nextStep {
 			if raftID == 0 || n.store.members[raftID] == nil && s.rng.IntN(50) == 0 { // he asks once, or again

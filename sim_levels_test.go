@@ -44,6 +44,14 @@ func (s *sim) replaceOld(st *site) {
 	st.cur.die(s.expo(2))
 }
 
+// replaceRefused has an operator replace a program that could not be added.
+func (s *sim) replaceRefused(st *site) {
+	if st.cur != nil {
+		st.tooOld = true
+		st.cur.die(1)
+	}
+}
+
 // replaceAllOld ends the processes whose program the cluster refuses, once there are no more
 // faults; and sometimes those of other older programs, if they keep their memory.
 func (s *sim) replaceAllOld() {
