@@ -293,7 +293,7 @@ func (c *callsInFlight) newProposal(raftID uint64, level uint32) *proposal {
 	// a tag and a length, which are counted as 4 bytes.
 	p.data = appendVarint(make([]byte, 0, size+24), 1, raftID)
 	p.data = appendVarint(p.data, 2, p.sequence)
-	p.data = appendVarint(p.data, 4, uint64(levelField(level)))
+	p.data = appendVarint(p.data, 4, uint64(levelToWire(level)))
 	for _, call := range p.calls {
 		p.data = protowire.AppendTag(p.data, 3, protowire.BytesType)
 		p.data = protowire.AppendBytes(p.data, call.write)

@@ -238,7 +238,7 @@ func TestTransferIsKept(t *testing.T) {
 	for range 2000 {
 		b.tick()
 	}
-	b.n.peerUp(3, true, programLevel)
+	b.n.peerUp(3, true, nil)
 	b.tick()
 	for range 10 {
 		b.tick()

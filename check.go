@@ -50,7 +50,7 @@ type peerCheck struct {
 	leading      bool
 	lead         uint64
 	readContext  uint64 // highest read context sent with a heartbeat in this term
-	speaks       uint32 // the highest level that this program speaks
+	level        uint32 // of the cluster
 }
 
 // check returns nil if raft may see the message, an error wrapping
@@ -200,9 +200,12 @@ func (c *peerCheck) checkProposal(m *raftpb.Message) error {
 	if size == 0 || size > maxEntryBytes+maxWriteBytes {
 		return fmt.Errorf("its entry has %d bytes", size)
 	}
-	b, err := parseBatch(e.GetData(), nil, c.speaks) // or every node would stop when it applies it
+	b, err := parseBatch(e.GetData(), nil, c.level) // or every node would stop when it applies it
 	if err != nil {
 		return err
+	}
+	if b.rise != nil {
+		return errors.New("only the leader itself raises the level")
 	}
 	isSenders := b.proposer == m.GetFrom() && b.sequence != 0
 	if !isSenders || len(b.writes) == 0 {
@@ -274,8 +277,8 @@ func (s *store) checkConfChange(cc *raftpb.ConfChangeV2, ctx *kvpb.ConfChangeCon
 			return nil, fmt.Errorf("%x is named, but no member", m.RaftId)
 		}
 		isNew := s.members[m.RaftId] == nil
-		if isNew && levelOf(m.Level) < s.level {
-			return nil, fmt.Errorf("%x speaks levels up to %d, and the cluster is of level %d", m.RaftId, levelOf(m.Level), s.level)
+		if isNew && levelFromWire(m.Level) < s.level {
+			return nil, fmt.Errorf("%x speaks levels up to %d, and the cluster is of level %d", m.RaftId, levelFromWire(m.Level), s.level)
 		}
 		named = append(named, m.RaftId)
 	}

@@ -1140,7 +1140,8 @@ func TestClientStatusOfLevels(t *testing.T) {
 	nodes := []*fakeNode{newFakeNode(t), newFakeNode(t), newFakeNode(t)}
 	var members []*kvpb.MemberStatus
 	for i, address := range []string{nodes[0].addr, nodes[1].addr, nodes[2].addr, closedAddress} {
-		members = append(members, &kvpb.MemberStatus{Node: &kvpb.Node{Id: uint64(i + 1), Address: address}, Voter: true})
+		member := &kvpb.MemberStatus{Node: &kvpb.Node{Id: uint64(i + 1), Address: address}, Voter: true, RisesTo: 1}
+		members = append(members, member)
 	}
 	status := func(last []*kvpb.MemberStatus, speaks, risesTo []uint32) string {
 		for i, f := range nodes {
@@ -1157,7 +1158,14 @@ func TestClientStatusOfLevels(t *testing.T) {
 	wantText(t, "all alike", status(nil, []uint32{1, 1, 1}, []uint32{1, 1, 1}), " of level 1\nnodes 1, 2 and 3: v1, which speaks level 1\n")
 	wantText(t, "mixed", status(members[3:], []uint32{2, 1, 2}, []uint32{2, 1, 1}), " of level 1\n"+
 		"node 2: v1, which speaks level 1\nnodes 1 and 3: v2, which speaks level 2\n"+
-		"the level rises once node 2 runs a newer program, node 3 is started without --max-level, node 4 answers\n")
+		"the level rises once node 2 runs a newer program, and node 3 is started without --max-level, and node 4 answers\n")
+	wantText(t, "too old", status(nil, []uint32{1, 0, 1}, []uint32{1, 0, 1}), " of level 1\n"+
+		"node 2: v0, which speaks level 0\nnodes 1 and 3: v1, which speaks level 1\n"+
+		"node 2 is refused, for its program is too old: start a newer one there\n")
+	members[1].RisesTo = 0
+	wantText(t, "not connected", status(nil, []uint32{2, 2, 2}, []uint32{2, 2, 2}), " of level 1\n"+
+		"nodes 1, 2 and 3: v2, which speaks level 2\nthe level rises once the leader is connected to node 2\n")
+	members[1].RisesTo = 2
 	wantText(t, "about to rise", status(nil, []uint32{2, 2, 2}, []uint32{2, 2, 2}), " of level 1\nnodes 1, 2 and 3: v2, which speaks level 2\n")
 }
 

@@ -128,6 +128,9 @@ type recovered struct {
 // of the system, such as EIO or EACCES, is no sign of damage, and says itself what it is.
 // But a file that is not there is damage.
 func adviceOn(err error) string {
+	if errors.Is(err, errLevel) {
+		return "Nothing was changed"
+	}
 	var errno syscall.Errno
 	if errors.As(err, &errno) && errno != syscall.ENOENT {
 		return "Nothing was changed"
@@ -336,8 +339,8 @@ func (d *disk) readIdentity() (*kvpb.Identity, error) {
 		return nil, d.refuse("its file identity, offset %d: %w. %s", r.offset, err, adviceOn(err))
 	}
 	if id.Format > identityFormat {
-		return nil, d.refuse("its format is %d, this program knows %d: start the newer one that made it",
-			id.Format, identityFormat)
+		return nil, d.refuse("%w: the directory is of format %d, and it knows %d: start the newer one that made it",
+			errLevel, id.Format, identityFormat)
 	}
 	missing := slices.Contains([]uint64{id.ClusterId, id.NodeId, id.RaftId, id.LogId}, 0)
 	known := id.Format == identityFormat && id.RaftId < maxRaftID
@@ -555,9 +558,12 @@ func (d *disk) persist(jobs []diskJob) error {
 			return err
 		}
 	}
+	level := batch.Level
+	batch.Level = 0
 	if proto.Size(batch) == 0 {
 		return nil // the jobs only had to wait for those before them; the first one never is empty
 	}
+	batch.Level = level
 	if err := d.wal.append(batch); err != nil {
 		return err
 	}

@@ -54,6 +54,8 @@ func (d *diskNode) send(_ uint64, ms []*raftpb.Message) { d.sent = append(d.sent
 
 func (d *diskNode) sendSnapshot(uint64, uint64, *view) {}
 
+func (d *diskNode) setLevel(uint32) {}
+
 func (d *diskNode) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {
 	d.masked = d.masked || d.n.hello().From.RaftId != d.n.id.raftID
 }
@@ -475,8 +477,8 @@ func openFollower(fs *simFS) (*diskFollower, error) {
 // connect opens a stream from the leader, and one from node 3.
 func (f *diskFollower) connect() {
 	f.hello = &kvpb.Hello{ClusterId: 9, From: &kvpb.Peer{RaftId: leaderID, Life: 1}, To: &kvpb.Peer{RaftId: f.n.id.raftID, Life: f.n.id.life}}
-	f.n.peerUp(leaderID, false, programLevel)
-	f.n.peerUp(1<<40, false, programLevel)
+	f.n.peerUp(leaderID, false, nil)
+	f.n.peerUp(1<<40, false, nil)
 }
 
 // hears lets messages of the leader, or of node 3, arrive, and notes what the
@@ -925,7 +927,7 @@ func TestDiskRefuses(t *testing.T) {
 		words  []string
 	}{
 		"another node's":         {edit(func(id *kvpb.Identity) { id.NodeId = 4 }), []string{"it is that of node 4, this is node 1"}},
-		"newer identity":         {edit(func(id *kvpb.Identity) { id.Format++ }), []string{"its format is 2", "start the newer one"}},
+		"newer identity":         {edit(func(id *kvpb.Identity) { id.Format++ }), []string{"of format 2", "start the newer one"}},
 		"newer frames":           {func(fs *simFS) { fs.names[identity].cache[7]++ }, []string{"identity", "format that this program does not know"}},
 		"no format":              {edit(func(id *kvpb.Identity) { id.Format = 0 }), []string{"identity is invalid", advice, backup}},
 		"no cluster":             {edit(func(id *kvpb.Identity) { id.ClusterId = 0 }), []string{"identity is invalid", advice, backup}},

@@ -71,7 +71,7 @@ func (n *node) persist(j diskJob, done func()) {
 			LogId:     randomID(),
 		}
 	}
-	j.batch.Level = levelField(n.store.level)
+	j.batch.Level = levelToWire(n.store.level)
 	removed := n.store.removed
 	mark := j.batch.Snapshot
 	written := func(err error) {

@@ -66,6 +66,9 @@ func (c *clusterState) mustTakeBack(raftID uint64) bool {
 		return false
 	}
 	newID := c.reborn[raftID].RaftId
+	if levelFromWire(c.reborn[raftID].Level) < c.level {
+		return false // the level has risen since it answered
+	}
 	return c.members[newID] == nil && !slices.Contains(c.removed, newID)
 }
 
@@ -176,5 +179,5 @@ func (c *clusterState) addMember(p *kvpb.Peer) nextStep {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
 		}
 	}
-	return proposeStep([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node, Level: levelField(levelOf(p.Level))}}, changes...)
+	return proposeStep([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node, Level: levelToWire(levelFromWire(p.Level))}}, changes...)
 }

@@ -487,7 +487,7 @@ func newTwoLives(t *testing.T, node uint64) *twoLives {
 		t.Fatal("there is one life")
 	}
 	l.hellos = append(l.hellos, &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: n.store.members[9], RaftId: 9, Life: 9}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}})
-	n.peerUp(9, true, programLevel)
+	n.peerUp(9, true, nil)
 	return l
 }
 
@@ -610,7 +610,7 @@ func TestNewLeaderReplacesNoLivingVoter(t *testing.T) {
 // without its memory once, and is gone again.
 func TestNobodyWaitsForWhoIsGone(t *testing.T) {
 	l := newLoneWithLearner(t)
-	l.n.peerUp(4, true, programLevel)
+	l.n.peerUp(4, true, nil)
 	l.turn(0)
 	l.hellos = append(l.hellos, &kvpb.Hello{
 		ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1},
@@ -674,7 +674,7 @@ func TestWhoSaysHelloIsNotLost(t *testing.T) {
 	n := newLone(t, following).n
 	for _, outbound := range []bool{false, true} {
 		n.noteRebirth(2, &kvpb.Peer{Node: plainNode(2), RaftId: 9, Life: 9})
-		n.peerUp(2, outbound, programLevel)
+		n.peerUp(2, outbound, nil)
 		n.turn(n.inbox.take())
 		if n.clusterState().hasLostMemory(2) {
 			t.Errorf("node 2 has said hello, and counts as lost (outbound %v)", outbound)

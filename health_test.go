@@ -297,7 +297,7 @@ func TestRefusalsAreNamed(t *testing.T) {
 	if !strings.Contains(text, rival) || !strings.Contains(text, "node 2 at "+plainNode(2).Address+" has not answered") {
 		t.Errorf("it says %q", text)
 	}
-	n.peerUp(3, true, programLevel)
+	n.peerUp(3, true, nil)
 	l.turn(0)
 	if strings.Contains(n.noLeader().Error(), "another process") {
 		t.Errorf("3 talks to it again, and it says %q", n.noLeader())

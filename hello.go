@@ -37,8 +37,12 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	if inNoCluster && isForeignHello(h, n.self) {
 		n.inbox.event(func() { n.claims.noteForeign(h, n.clock.now) })
 	}
+	verdict := n.verdictOn(h, p)
+	if verdict == kvpb.Verdict_VERDICT_CALLED_TOO_OLD {
+		n.inbox.event(func() { n.noteTooOld(h) })
+	}
 	return &kvpb.Welcome{
-		Verdict:      n.verdictOn(h, p),
+		Verdict:      verdict,
 		Peer:         n.peer(p),
 		ClusterId:    p.clusterID,
 		ClusterLevel: p.level,
@@ -62,10 +66,13 @@ func (n *node) verdictOn(h *kvpb.Hello, p *published) kvpb.Verdict {
 	if isExcluded || !sameCluster(p.clusterID, p.members, h) {
 		return kvpb.Verdict_VERDICT_OTHER_CLUSTER
 	}
+	if !proto.Equal(h.To.Node, n.self) {
+		return kvpb.Verdict_VERDICT_NOT_ME
+	}
 	if v := levelVerdict(h, p.level, n.opts.level); v != kvpb.Verdict_VERDICT_ACCEPTED {
 		return v
 	}
-	if !n.isMeant(h.To, p) {
+	if !isThisLife(h.To, p) {
 		return kvpb.Verdict_VERDICT_NOT_ME
 	}
 	return kvpb.Verdict_VERDICT_ACCEPTED
@@ -76,11 +83,11 @@ func isPeer(p *kvpb.Peer) bool {
 	return validateNode("from", p.GetNode()) == nil && validRaftID(p.GetRaftId()) && p.GetLife() != 0
 }
 
-// isMeant reports whether a hello is to this life of the node. A hello that names no
+// isThisLife reports whether a hello to this node is to this life of it. A hello that names no
 // life is to any.
-func (n *node) isMeant(to *kvpb.Peer, p *published) bool {
-	isThisLife := to.Life == 0 || to.Life == p.life
-	return to.RaftId == p.raftID && isThisLife && proto.Equal(to.Node, n.self)
+func isThisLife(to *kvpb.Peer, p *published) bool {
+	isLife := to.Life == 0 || to.Life == p.life
+	return to.RaftId == p.raftID && isLife
 }
 
 // takeNewID gives a node in no cluster another raft ID, if its own was removed

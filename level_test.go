@@ -41,7 +41,7 @@ func newPrograms() *programs {
 func (p *programs) set(o *options) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	o.level = levelOf(p.speak[o.id])
+	o.level = levelFromWire(p.speak[o.id])
 	o.maxLevel = p.held[o.id]
 }
 
@@ -251,8 +251,12 @@ func TestTooOldIsRefused(t *testing.T) {
 				change(c)
 				address := c.nodes[3].address
 				c.stop(3)
-				if err := c.refusesToStart(3, address, firstLevel); !errors.Is(err, errLevel) {
+				err := c.refusesToStart(3, address, firstLevel)
+				if !errors.Is(err, errLevel) {
 					t.Errorf("an old program starts from it: %v", err)
+				}
+				if strings.Contains(err.Error(), "move the data directory away") {
+					t.Errorf("it takes it for damaged: %v", err)
 				}
 				c.start(3, address)
 				c.settled(1, 2, 3)
@@ -428,15 +432,22 @@ func TestRiseNamesAllMembers(t *testing.T) {
 	s := newTestStore()
 	s.speaks = nextLevel
 	members := slices.Sorted(maps.Keys(s.members))
-	s.rise(&kvpb.LevelRise{Level: nextLevel, Members: members[1:]})
+	rise := func(level uint32, members ...uint64) {
+		t.Helper()
+		if _, _, _, err := s.apply(appendRise(level, members)); err != nil {
+			t.Error(err)
+		}
+	}
+	rise(nextLevel, members[1:]...)
+	rise(nextLevel+1, members[1:]...) // which nobody here speaks, but it has no effect
 	if s.level != firstLevel {
 		t.Error("it rises without a member")
 	}
-	s.rise(&kvpb.LevelRise{Level: nextLevel, Members: append(members, 99)}) // who has left meanwhile
+	rise(nextLevel, append(members, 99)...) // who has left meanwhile
 	if s.level != nextLevel {
 		t.Error("it does not rise")
 	}
-	s.rise(&kvpb.LevelRise{Level: firstLevel, Members: members})
+	rise(firstLevel, members...)
 	if s.level != nextLevel {
 		t.Error("it falls")
 	}
@@ -454,6 +465,7 @@ func (l *lone) risesLevel() bool {
 	l.t.Helper()
 	for range 2 * ticksPerHeartbeat {
 		l.turn(1)
+		l.hears(0, message(raftpb.MsgHeartbeatResp, 2, l.n.raft.term))
 	}
 	isProposed := l.n.level.proposedAt != 0
 	l.n.level.proposedAt = 0
@@ -467,28 +479,33 @@ func TestLevelOfPresentLife(t *testing.T) {
 	n := l.n
 	n.opts.level = nextLevel
 	n.store.speaks = nextLevel
-	n.peerUp(2, true, nextLevel)
-	if l.risesLevel() {
-		t.Error("it goes up without node 3")
+	old := func(life uint64) *kvpb.Peer { return &kvpb.Peer{Life: life, RisesTo: firstLevel} }
+	newer := func(life uint64) *kvpb.Peer { return &kvpb.Peer{Life: life, RisesTo: nextLevel} }
+	connect := func(raftID uint64, p *kvpb.Peer) {
+		n.peerUp(raftID, true, p)
+		n.peerUp(raftID, false, p)
 	}
-	n.peerUp(3, false, nextLevel) // node 3's stream, which may be an old one
-	if l.risesLevel() {
-		t.Error("it goes up by a stream from node 3")
+	mayNot := func(why string) {
+		t.Helper()
+		if l.risesLevel() {
+			t.Error("it goes up " + why)
+		}
 	}
-	n.peerUp(3, true, nextLevel)
+	connect(2, newer(20))
+	mayNot("without node 3")
+	n.peerUp(3, false, newer(30))
+	mayNot("by a stream from node 3 alone")
+	n.peerUp(3, true, newer(30))
 	n.peerDown(2, true)
-	if l.risesLevel() {
-		t.Error("it goes up without node 2")
-	}
-	n.peerUp(2, true, firstLevel) // it was replaced by an older program
-	if l.risesLevel() {
-		t.Error("it goes up with an old node 2")
-	}
-	n.peerUp(2, true, nextLevel)
+	mayNot("without node 2")
+	connect(2, old(21))
+	mayNot("with an older program at node 2")
+	connect(2, newer(22))
+	n.peerUp(2, false, old(23)) // before the stream to its earlier process breaks
+	mayNot("by what an earlier process of node 2 has said")
+	connect(2, newer(24))
 	n.opts.maxLevel = firstLevel
-	if l.risesLevel() {
-		t.Error("it goes up though it is held")
-	}
+	mayNot("though it is held")
 	n.opts.maxLevel = 0
 	if !l.risesLevel() {
 		t.Error("it does not go up")
@@ -498,14 +515,14 @@ func TestLevelOfPresentLife(t *testing.T) {
 // TestLogOfNewerLevel: a log says by which level it was written, and a program that does not
 // speak that, or does not know a field, refuses it for what it is: it is not damaged.
 func TestLogOfNewerLevel(t *testing.T) {
-	strange := &kvpb.LogBatch{}
+	strange := &kvpb.LogBatch{HardState: &kvpb.HardState{Term: 1}}
 	strange.ProtoReflect().SetUnknown([]byte{0xf8, 0x07, 1})
 	for name, test := range map[string]struct {
 		batch *kvpb.LogBatch
 		want  error
 	}{
 		"level":         {&kvpb.LogBatch{Level: nextLevel}, errLevel},
-		"unknown field": {strange, errWALFormat},
+		"unknown field": {strange, errLevel},
 	} {
 		fs := newSimFS()
 		w, _, err := openSim(fs)
@@ -515,9 +532,18 @@ func TestLogOfNewerLevel(t *testing.T) {
 		if err := w.append(test.batch); err != nil {
 			t.Fatal(err)
 		}
+		for range 3 * simSegment / sectorBytes { // more than a segment of batches that do not say it
+			if err := w.append(&kvpb.LogBatch{Boots: 1}); err != nil {
+				t.Fatal(err)
+			}
+		}
 		w.close()
+		fs.calls = nil
 		if _, _, err := openSim(fs); !errors.Is(err, test.want) {
 			t.Errorf("%s: it opens: %v", name, err)
+		}
+		if fs.mutates() {
+			t.Errorf("%s: something is changed", name)
 		}
 	}
 }

@@ -60,7 +60,7 @@
 //   - A round is one ReadIndex for all reads that wait.
 //   - The mark says which snapshot on disk counts: its index, term and file.
 //   - The level of a cluster says what its members may write; a program speaks all levels
-//     up to one.
+//     up to a highest one.
 //   - A claim is what a node in no cluster promises to an Init, whose node is the
 //     founder.
 //   - A hint says that a peer is at another address than the configuration has. It
@@ -197,7 +197,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 		if err != nil {
 			_ = listener.Close()
 			nw.close()
-			s.grpc.Stop()
+			s.grpc.Stop() // ends its workers
 			return err
 		}
 		defer d.close()

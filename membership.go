@@ -78,6 +78,9 @@ func (l *leaderState) learnerStep(p *kvpb.Peer) nextStep {
 	if err := l.checkFree(raftID, m); err != nil {
 		return failStep(err)
 	}
+	if levelFromWire(p.Level) < l.level {
+		return failStep(levelTooLow(p, l.level))
+	}
 	if slices.Contains(l.removed, raftID) {
 		return failStep(errPastLife)
 	}
@@ -98,9 +101,6 @@ func (l *leaderState) learnerStep(p *kvpb.Peer) nextStep {
 	if present != nil {
 		moved := []*kvpb.Member{{RaftId: raftID, Node: m}}
 		return proposeStep(moved, confChange(raftpb.ConfChangeUpdateNode, raftID))
-	}
-	if levelOf(p.Level) < l.level {
-		return failStep(levelTooLow(p, l.level))
 	}
 	others := l.mayBeOthers(m)
 	if slices.ContainsFunc(others, l.isAlive) {

@@ -402,7 +402,7 @@ func TestWhoMayVote(t *testing.T) {
 	reason := func() string {
 		return errorReason(n.perform(n.leaderState().membershipStep(req)).err)
 	}
-	l.n.peerUp(4, true, programLevel)
+	l.n.peerUp(4, true, nil)
 	l.turn(0)
 	n.peers.heard[2], n.peers.heard[3], n.peers.heard[4] = n.clock.now, n.clock.now, n.clock.now
 	if r := reason(); r != "" {

@@ -58,8 +58,8 @@ type receiver interface {
 	// node, which had said hello as myRaftID.
 	refused(myRaftID, raftID uint64, w *kvpb.Welcome)
 	// peerUp learns, before any message of it, of a stream to a peer (outbound) or
-	// from it. risesTo is how far it lets the cluster's level rise.
-	peerUp(raftID uint64, outbound bool, risesTo uint32)
+	// from it, which is p.
+	peerUp(raftID uint64, outbound bool, p *kvpb.Peer)
 	// peerMoved learns that the stream to a peer, of which peerUp has just told, goes to
 	// another address than the known one.
 	peerMoved(raftID uint64, to *kvpb.Node)
@@ -104,6 +104,7 @@ type network struct {
 	mu      sync.Mutex // guards what follows
 	members map[uint64]*kvpb.Node
 	removed []uint64         // their streams are refused, even before they may be told of the removal
+	level   uint32           // that peers have to speak
 	peers   map[uint64]*peer // by raft ID: the members, and strangers that have a stream to this node
 	inbound map[inboundKey]*inboundStream
 }
@@ -189,6 +190,31 @@ func (nw *network) setMembers(
 	}
 }
 
+// setLevel implements transport.
+func (nw *network) setLevel(level uint32) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	nw.level = level
+	for _, s := range nw.inbound {
+		if levelFromWire(s.hello.From.Level) < level {
+			s.cancel(errors.New("its program does not speak the level of the cluster"))
+		}
+	}
+	for id, p := range nw.peers {
+		if m := nw.members[id]; m != nil && !p.speaks(level) {
+			nw.endPeer(id, p)
+			nw.addPeer(id, m, p.hint()) // it is refused in words
+		}
+	}
+}
+
+// endPeer ends a peer. nw.mu is held.
+func (nw *network) endPeer(id uint64, p *peer) {
+	p.cancel()
+	delete(nw.peers, id)
+	nw.receiver.peerDown(id, true)
+}
+
 // endPeers ends the peers that are not wanted any more, and those whose stream goes
 // elsewhere than the configuration says. It returns the hints of these: a configuration may
 // be older than what a hint says, and nobody may give the hint again. nw.mu is held.
@@ -202,9 +228,7 @@ func (nw *network) endPeers() (hints map[uint64]*moveHint) {
 		}
 		if !stays {
 			hints[id] = p.hint()
-			p.cancel()
-			delete(nw.peers, id)
-			nw.receiver.peerDown(id, true)
+			nw.endPeer(id, p)
 		}
 	}
 	return hints
@@ -260,8 +284,11 @@ func (nw *network) streamBegan(p *peer, found *kvpb.Peer, target peerTarget) boo
 	if nw.peers[p.raftID] != p {
 		return false
 	}
-	p.connected(found.Life, target.node)
-	nw.receiver.peerUp(p.raftID, true, levelOf(found.RisesTo))
+	if levelFromWire(found.Level) < nw.level {
+		return false // the level has risen since it was called: at the next try, it is refused
+	}
+	p.connected(found, target.node)
+	nw.receiver.peerUp(p.raftID, true, found)
 	if target.hint != nil {
 		nw.receiver.peerMoved(p.raftID, target.node)
 	}
@@ -313,8 +340,8 @@ func refusal(w *kvpb.Welcome) error {
 		return fmt.Errorf("node %d at %s is in a cluster of level %d, which the program of this node does not speak: "+
 			"start a newer one here", n.Id, n.Address, w.ClusterLevel)
 	case kvpb.Verdict_VERDICT_CALLED_TOO_OLD:
-		return fmt.Errorf("the program of node %d at %s speaks levels up to %d, and the cluster of this node is of a higher one: "+
-			"start a newer one there", n.Id, n.Address, levelOf(w.Peer.Level))
+		return fmt.Errorf("the program of node %d at %s speaks levels up to %d, and the cluster of this node is of a higher level: "+
+			"start a newer one there", n.Id, n.Address, levelFromWire(w.Peer.Level))
 	}
 	return fmt.Errorf("it is node %d at %s, raft ID %x", n.Id, n.Address, w.Peer.RaftId)
 }
@@ -503,6 +530,9 @@ func (nw *network) addInbound(
 	if slices.Contains(nw.removed, id) {
 		return nil, status.Error(codes.Unavailable, "its removal is about to be known")
 	}
+	if levelFromWire(h.From.Level) < nw.level {
+		return nil, status.Error(codes.Unavailable, "the level of the cluster has just risen above its program's")
+	}
 	if snapshot && nw.messagesFrom(id) == nil {
 		return nil, status.Error(codes.FailedPrecondition, "there is no stream for messages from its sender")
 	}
@@ -525,7 +555,7 @@ func (nw *network) addInbound(
 	if !snapshot {
 		p.watchTurns(h.From)
 		p.takeHint(&moveHint{h.ClusterId, h.From})
-		nw.receiver.peerUp(id, false, levelOf(h.From.RisesTo))
+		nw.receiver.peerUp(id, false, h.From)
 	}
 	return func() { nw.removeInbound(key, s) }, nil
 }

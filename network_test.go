@@ -95,7 +95,7 @@ func (r *recorder) hello() *kvpb.Hello {
 	return &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(1), RaftId: 1, Life: 1}}
 }
 
-func (r *recorder) peerUp(id uint64, outbound bool, _ uint32) {
+func (r *recorder) peerUp(id uint64, outbound bool, _ *kvpb.Peer) {
 	_, life := r.nw.peers[id].location()
 	if !outbound {
 		life = r.nw.messagesFrom(id).hello.From.Life

@@ -366,7 +366,7 @@ type batch struct {
 
 // parseBatch parses the data of an entry and checks each write, in room if they fit in
 // there. What it allocates is bounded by the data: a write takes four bytes at least. It
-// refuses a batch of a level that is not spoken: the level goes before the writes.
+// refuses a batch of a level that is not spoken.
 func parseBatch(data []byte, room []operation, speaks uint32) (batch, error) {
 	b := batch{writes: room[:0]}
 	f := fields{rest: data, repeated: 3}
@@ -377,16 +377,13 @@ func parseBatch(data []byte, room []operation, speaks uint32) (batch, error) {
 		case f.isVarint(2):
 			b.sequence = f.v
 		case f.isVarint(4):
-			if err := checkLevel("it", uint32(min(f.v, math.MaxUint32)), speaks); err != nil {
+			if err := checkLevel("the entry", uint32(min(f.v, math.MaxUint32)), speaks); err != nil {
 				return b, err
 			}
 		case f.isBytes(5):
 			b.rise = &kvpb.LevelRise{}
 			if err := proto.Unmarshal(f.b, b.rise); err != nil {
 				return b, fmt.Errorf("a rise of the level: %w", err)
-			}
-			if err := checkLevel("the cluster", b.rise.Level, speaks); err != nil {
-				return b, err
 			}
 		case f.isBytes(3):
 			b.writes = append(b.writes, operation{})
@@ -399,6 +396,10 @@ func parseBatch(data []byte, room []operation, speaks uint32) (batch, error) {
 		}
 	}
 	if len(f.rest) > 0 {
+		return b, errMalformed
+	}
+	isRiseAlone := b.proposer == 0 && b.sequence == 0 && len(b.writes) == 0
+	if b.rise != nil && !isRiseAlone {
 		return b, errMalformed
 	}
 	return b, nil

@@ -51,6 +51,7 @@ type peer struct {
 	mu        sync.Mutex
 	addresses peerAddresses
 	life      uint64     // of the process at the other end of the stream; 0: there is no stream
+	level     uint32     // that this process speaks
 	at        *kvpb.Node // where the stream goes
 	queue     sendQueue
 	yielding  *streamAttempt // ends when a hint names another address; nil: there is none that does
@@ -97,11 +98,12 @@ func (p *peer) takeBatch() []*raftpb.Message {
 	return p.queue.takeBatch()
 }
 
-// connected begins to queue messages for the peer: a process, life, has answered at where.
-func (p *peer) connected(life uint64, where *kvpb.Node) {
+// connected begins to queue messages for the peer: a process, found, has answered at where.
+func (p *peer) connected(found *kvpb.Peer, where *kvpb.Node) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.life = life
+	p.life = found.Life
+	p.level = levelFromWire(found.Level)
 	p.at = where
 	p.queue = sendQueue{}
 	if where.Address == p.addresses.known.Address {
@@ -116,6 +118,14 @@ func (p *peer) disconnected() {
 	p.life = 0
 	p.at = nil
 	p.queue = sendQueue{}
+}
+
+// speaks reports whether the process at the other end of the stream, if there is one, speaks
+// a level.
+func (p *peer) speaks(level uint32) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.life == 0 || p.level >= level
 }
 
 // isConnected reports whether there is a stream to the peer.

@@ -60,14 +60,14 @@ func (n *node) receiveMessages(ctx context.Context, ms []inbound) error {
 	return nil
 }
 
-// peerUp learns of a stream between this process and one of a peer. Any goroutine
+// peerUp learns of a stream between this process and one of a peer, p. Any goroutine
 // may call it, before any message of that stream.
-func (n *node) peerUp(raftID uint64, outbound bool, risesTo uint32) {
-	n.inbox.event(func() { n.followUp(raftID, outbound, risesTo) })
+func (n *node) peerUp(raftID uint64, outbound bool, p *kvpb.Peer) {
+	n.inbox.event(func() { n.followUp(raftID, outbound, p) })
 }
 
 // followUp is peerUp in the loop. outbound: the stream is this node's to the peer.
-func (n *node) followUp(raftID uint64, outbound bool, risesTo uint32) {
+func (n *node) followUp(raftID uint64, outbound bool, p *kvpb.Peer) {
 	if slices.Contains(n.store.removed, raftID) {
 		return
 	}
@@ -75,11 +75,11 @@ func (n *node) followUp(raftID uint64, outbound bool, risesTo uint32) {
 	if raftID == n.election.deafTo {
 		n.election.deafTo = 0 // it is alive still, or alive again
 	}
+	n.level.note(raftID, outbound, p)
 	if !outbound {
 		return
 	}
 	n.peers.connect(raftID)
-	n.level.risesTo[raftID] = risesTo
 	if raftID == n.raft.lead {
 		n.calls.askAgain(n.clock.now) // what was on its way may be lost
 	}
@@ -125,7 +125,7 @@ func (n *node) followDown(raftID uint64, noStream bool) {
 	}
 	wasConnected := noStream && n.peers.disconnect(raftID)
 	if noStream {
-		delete(n.level.risesTo, raftID) // the next process may be of another program
+		delete(n.level.called, raftID) // the next process may be of another program
 	}
 	if n.rn == nil {
 		return
@@ -180,9 +180,11 @@ func (n *node) refused(myRaftID, raftID uint64, w *kvpb.Welcome) {
 // followRefusal is refused in the loop.
 func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
 	isTooOld := w.Verdict == kvpb.Verdict_VERDICT_CALLED_TOO_OLD
-	mayTell := w.ClusterId != 0 || isTooOld
-	if mayTell && n.store.members[raftID] != nil {
+	saysWhy := w.ClusterId != 0 || isTooOld
+	if saysWhy && n.store.members[raftID] != nil {
 		n.peers.refusals[raftID] = refusal(w).Error()
+	} else {
+		delete(n.peers.refusals, raftID)
 	}
 	switch {
 	case n.saysRemoved(raftID, w):
@@ -191,7 +193,7 @@ func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
 		if n.mayChange() {
 			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
 		}
-	case isTooOld: // whoever it is: it cannot be a member
+	case isTooOld: // if it has lost its memory, it is not taken back
 	case n.isWithoutMemory(raftID, w):
 		n.noteRebirth(raftID, w.Peer)
 	}

@@ -640,7 +640,7 @@ func TestMoveIsCommitted(t *testing.T) {
 		{"it was found", func(n *node) { n.peerMoved(3, other) }, other},
 		{"it is not heard", func(n *node) { n.peerMoved(3, other); delete(n.peers.heard, 3) }, nil},
 		{"it is not connected any more", func(n *node) { n.peerMoved(3, other); n.peerDown(3, true) }, nil},
-		{"it is where it was", func(n *node) { n.peerMoved(3, other); n.peerUp(3, true, programLevel) }, nil},
+		{"it is where it was", func(n *node) { n.peerMoved(3, other); n.peerUp(3, true, nil) }, nil},
 		{"another member is there", func(n *node) { n.peerMoved(3, &kvpb.Node{Id: 3, Address: plainNode(2).Address}) }, nil},
 		{"another member was there", func(n *node) {
 			n.peerMoved(2, &kvpb.Node{Id: 2, Address: "elsewhere:1"})
@@ -677,7 +677,7 @@ func TestMoveIsCommitted(t *testing.T) {
 func TestLeaderIsNamedWhereItIs(t *testing.T) {
 	l := newLone(t, leading)
 	l.n.self = &kvpb.Node{Id: 1, Address: "self:1"}
-	l.n.peerUp(2, true, programLevel) // so that something is new
+	l.n.peerUp(2, true, nil) // so that something is new
 	l.n.peers.connected = map[uint64]bool{}
 	if l.turn(0); l.n.status.latest.Load().leader.GetAddress() != "self:1" || l.n.metrics().Leader.GetAddress() != "self:1" {
 		t.Errorf("a leader names itself as %v", l.n.status.latest.Load().leader)
@@ -929,7 +929,7 @@ func TestStrangersAreForgotten(t *testing.T) {
 	n := newLone(t, following).n
 	for id := uint64(1000); id < 2000; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(9), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
-		n.peerUp(id, false, programLevel)
+		n.peerUp(id, false, nil)
 		n.inbox.deliver([]inbound{{message(raftpb.MsgPreVoteResp, id, 1), h}})
 		n.turn(n.inbox.take())
 	}

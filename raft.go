@@ -73,6 +73,8 @@ type transport interface {
 	// setMembers says whom to keep a stream to, by raft ID, and whom never to
 	// hear again.
 	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
+	// setLevel says which level peers have to speak from now on.
+	setLevel(level uint32)
 }
 
 // raftLimits bound what raft does at a time. All but inflight are bytes of entries, of
@@ -154,7 +156,7 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	n.catchup.written = newMeter(o.heartbeat)
 	n.claims = newClaims(self, n.ticksOf(claimTime), n.ticksOf(n.redialTime()))
 	n.newLife()
-	n.status.latest.Store(&published{})
+	n.status.latest.Store(&published{glance: glance{level: firstLevel}})
 	n.publish()
 	return n
 }
@@ -596,7 +598,7 @@ func (n *node) checkAgainstRaft(m *raftpb.Message) error {
 		leading:     n.raft.role == raft.StateLeader,
 		lead:        n.raft.lead,
 		readContext: n.outbox.readContext,
-		speaks:      n.opts.level,
+		level:       n.store.level,
 	}
 	return c.check(m)
 }
@@ -766,13 +768,11 @@ func (n *node) applyEntry(e *raftpb.Entry) error {
 		return n.applyConfChange(e)
 	}
 	before := s.version
-	level := s.level
 	proposer, sequence, results, err := s.apply(e.GetData())
 	if err != nil {
 		return err
 	}
 	n.status.count.WritesApplied += s.version - before
-	n.noteLevel(level)
 	if proposer == n.id.raftID {
 		n.calls.finishOwn(sequence, results)
 	}
@@ -806,6 +806,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 // logger.
 func (n *node) configured() {
 	n.peers.forget(n.store.removed)
+	n.level.forget(n.store.removed)
 	n.change.forgetMembers(n.store.removed)
 	n.endFounding()
 	n.net.setMembers(n.store.clusterID, n.id.raftID, n.store.members, n.store.removed)

@@ -48,6 +48,8 @@ func (l *lone) sendSnapshot(to, _ uint64, v *view) {
 	l.n.snapshotSent(to, v, errors.New("nobody is there"))
 }
 
+func (*lone) setLevel(uint32) {}
+
 func (*lone) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
 
 // The states in which what is sent may find a node.
@@ -70,7 +72,7 @@ func newLone(t *testing.T, state int) *lone {
 	for id := uint64(2); id <= 3; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(id), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
 		l.hellos = append(l.hellos, h)
-		l.n.peerUp(id, true, programLevel)
+		l.n.peerUp(id, true, nil)
 	}
 	l.turn(0)
 	switch state {
@@ -167,7 +169,7 @@ func (l *lone) do(what byte, data []byte) {
 		if proto.Unmarshal(data, &hello) == nil {
 			// As network.Stream does.
 			if w := l.n.accept(&hello); w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && hello.GetTo().GetRaftId() != 0 && len(l.hellos) < 8 {
-				l.n.peerUp(hello.From.RaftId, false, programLevel)
+				l.n.peerUp(hello.From.RaftId, false, nil)
 				l.hellos = append(l.hellos, &hello)
 			}
 		}
@@ -186,7 +188,7 @@ func (l *lone) do(what byte, data []byte) {
 	case 5:
 		l.n.peerDown(h.From.RaftId, stream%2 == 0)
 	case 6:
-		l.n.peerUp(h.From.RaftId, true, programLevel)
+		l.n.peerUp(h.From.RaftId, true, nil)
 	case 7:
 		var w kvpb.SetRequest
 		if proto.Unmarshal(data, &w) == nil && (&operation{kind: opGet, key: []byte(w.Key)}).check() == nil && (&operation{kind: opSet, key: []byte("k"), value: w.Value}).check() == nil && len(l.calls) < 64 {
@@ -322,6 +324,8 @@ func (deafNetwork) send(uint64, []*raftpb.Message) {}
 
 func (deafNetwork) sendSnapshot(uint64, uint64, *view) {}
 
+func (deafNetwork) setLevel(uint32) {}
+
 func (deafNetwork) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
 
 func plainNode(id uint64) *kvpb.Node {
@@ -374,6 +378,8 @@ func (e busEnd) sendSnapshot(to, _ uint64, v *view) {
 	e.b.nodes[e.id].snapshotSent(to, v, fmt.Errorf("the bus carries no snapshots"))
 }
 
+func (busEnd) setLevel(uint32) {}
+
 func (busEnd) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
 
 // newBus makes nodes that follow nobody yet, are connected, and have entry 1.
@@ -389,7 +395,7 @@ func newBus(t *testing.T, ids ...uint64) *bus {
 		b.nodes[id] = n
 		for _, other := range ids {
 			if other != id {
-				n.peerUp(other, true, programLevel)
+				n.peerUp(other, true, nil)
 			}
 		}
 		b.turn(id, 0)
@@ -436,7 +442,7 @@ func (b *bus) turn(id uint64, ticks int) {
 
 // connect and disconnect tell a node that its stream to a peer is up, or down.
 func (b *bus) connect(id, peer uint64) {
-	b.nodes[id].peerUp(peer, true, programLevel)
+	b.nodes[id].peerUp(peer, true, nil)
 	b.turn(id, 0)
 }
 
@@ -878,7 +884,7 @@ func TestLeaderLost(t *testing.T) {
 	if l.hears(0, heartbeat); l.n.raft.lead != 0 {
 		t.Error("it follows the dead leader again")
 	}
-	l.n.peerUp(2, false, programLevel)
+	l.n.peerUp(2, false, nil)
 	if l.hears(0, heartbeat); l.n.raft.lead != 2 {
 		t.Error("it does not follow a leader that is back")
 	}
@@ -890,7 +896,7 @@ func TestLeaderLost(t *testing.T) {
 	if asked == nil {
 		t.Fatal("it does not ask the leader")
 	}
-	l.n.peerUp(2, true, programLevel)
+	l.n.peerUp(2, true, nil)
 	if l.turn(0); bytes.Equal(l.n.calls.round.ctx, asked) {
 		t.Error("it does not ask again what it could not send")
 	}
@@ -958,7 +964,7 @@ func TestSlowReads(t *testing.T) {
 		l := newLone(t, following)
 		p := &postbox{lone: l}
 		l.n.net = p
-		l.n.peerUp(2, true, programLevel)
+		l.n.peerUp(2, true, nil)
 		c := &call{done: make(chan outcome, 1)}
 		if err := l.n.inbox.call(c); err != nil {
 			t.Fatal(err)

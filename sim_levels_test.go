@@ -6,6 +6,8 @@ package main
 import (
 	"errors"
 	"fmt"
+
+	"raft-key-value/kvpb"
 )
 
 // installProgram draws which program a site's next process is of. Operators go up and back
@@ -15,20 +17,20 @@ func (s *sim) installProgram(st *site) {
 	if !s.cfg.levels {
 		return
 	}
-	mustBeNew := st.tooOld || s.calm && s.level == nextLevel
+	mustBeNew := st.mustUpgrade || s.calm && s.level == nextLevel
 	switch {
 	case mustBeNew:
 		st.speaks = nextLevel
 	case s.calm: // it stays
-	case levelOf(st.speaks) < nextLevel:
+	case levelFromWire(st.speaks) < nextLevel:
 		if s.rng.IntN(2) == 0 {
 			st.speaks = nextLevel
 		}
 	case s.rng.IntN(6) == 0:
 		st.speaks = firstLevel
 	}
-	st.tooOld = false
-	if levelOf(st.speaks) < s.level {
+	st.mustUpgrade = false
+	if levelFromWire(st.speaks) < s.level {
 		s.count["older programs started after the rise"]++
 		s.after(s.expo(s.cfg.outage), nil, func() { s.replaceOld(st) })
 	}
@@ -36,18 +38,18 @@ func (s *sim) installProgram(st *site) {
 
 // replaceOld has an operator replace a program that its cluster refuses.
 func (s *sim) replaceOld(st *site) {
-	isOld := levelOf(st.speaks) < s.level
+	isOld := levelFromWire(st.speaks) < s.level
 	if s.calm || !isOld || st.cur == nil {
 		return
 	}
-	st.tooOld = true
+	st.mustUpgrade = true
 	st.cur.die(s.expo(2))
 }
 
 // replaceRefused has an operator replace a program that could not be added.
 func (s *sim) replaceRefused(st *site) {
 	if st.cur != nil {
-		st.tooOld = true
+		st.mustUpgrade = true
 		st.cur.die(1)
 	}
 }
@@ -60,12 +62,12 @@ func (s *sim) replaceAllOld() {
 	}
 	goesUp := s.rng.IntN(2) == 0
 	for _, st := range s.sites {
-		if levelOf(st.speaks) == nextLevel {
+		if levelFromWire(st.speaks) == nextLevel {
 			continue
 		}
 		isRefused := s.level == nextLevel
-		st.tooOld = isRefused || goesUp && st.keeps() != 0
-		if st.tooOld && st.cur != nil {
+		st.mustUpgrade = isRefused || goesUp && st.keeps() != 0
+		if st.mustUpgrade && st.cur != nil {
 			st.cur.goOn()
 			st.cur.die(1)
 		}
@@ -74,7 +76,7 @@ func (s *sim) replaceAllOld() {
 
 // speak sets what the node's program speaks.
 func (p *proc) speak() {
-	p.n.opts.level = levelOf(p.site.speaks)
+	p.n.opts.level = levelFromWire(p.site.speaks)
 	p.n.store.speaks = p.n.opts.level
 	if p.s.cfg.overstated {
 		p.n.opts.level = nextLevel
@@ -83,7 +85,7 @@ func (p *proc) speak() {
 
 // noteProgram notes, for a raft ID, that a process of the newer program goes by it.
 func (p *proc) noteProgram() {
-	if levelOf(p.site.speaks) == nextLevel {
+	if levelFromWire(p.site.speaks) == nextLevel {
 		p.s.spoke[p.raftID] = true
 	}
 }
@@ -92,8 +94,8 @@ func (p *proc) noteProgram() {
 // and that the level does not fall (I11).
 func (p *proc) checkLevel() {
 	s, level := p.s, p.n.store.level
-	if level > levelOf(p.site.speaks) {
-		s.failf("I11: %v is in a cluster of level %d, and its program speaks %d", p, level, levelOf(p.site.speaks))
+	if level > levelFromWire(p.site.speaks) {
+		s.failf("I11: %v is in a cluster of level %d, and its program speaks %d", p, level, levelFromWire(p.site.speaks))
 	}
 	if level < p.level {
 		s.failf("I11: %v goes back from level %d to %d", p, p.level, level)
@@ -105,9 +107,9 @@ func (p *proc) checkLevel() {
 	}
 }
 
-// isTooOld reports whether a node has met something of a level that its program does not
+// stopsTooOld reports whether a node stops, for it has met something of a level that its program does not
 // speak. That may happen only to an older program that was started in place of a newer one.
-func (p *proc) isTooOld(err error) bool {
+func (p *proc) stopsTooOld(err error) bool {
 	if !errors.Is(err, errLevel) {
 		return false
 	}
@@ -115,7 +117,7 @@ func (p *proc) isTooOld(err error) bool {
 		p.s.failf("I11: %v stops, and no process of it ever spoke that level: %v", p, err)
 	}
 	p.s.count["stops of older programs"]++
-	p.site.tooOld = true
+	p.site.mustUpgrade = true
 	return true
 }
 
@@ -141,6 +143,8 @@ func (p *proc) raiseBadly() {
 		return
 	}
 	for id := range p.n.store.members {
-		p.n.level.risesTo[id] = nextLevel
+		said := &kvpb.Peer{RisesTo: nextLevel}
+		p.n.level.called[id] = said
+		p.n.level.callers[id] = said
 	}
 }

@@ -412,7 +412,8 @@ type site struct {
 	most  uint64 // index of the last entry that it ever applied
 
 	speaks uint32 // the level of the program that is installed; 0: the first
-	tooOld bool   // the next process is of the newer program
+	// mustUpgrade: the next process is of the newer program.
+	mustUpgrade bool
 
 	fs      *simFS // nil: it has no disk
 	slow    int64  // until then the disk does nothing
@@ -664,7 +665,7 @@ func (p *proc) turn(ticks int) {
 		p.installed = installed
 		p.replacedAt = p.received
 	}
-	if n := p.n; n.err == errRemoved || p.isTooOld(n.err) || n.err != nil && p.broken {
+	if n := p.n; n.err == errRemoved || p.stopsTooOld(n.err) || n.err != nil && p.broken {
 		p.giveUp()
 		return
 	}
@@ -684,7 +685,7 @@ func (p *proc) openDisk() bool {
 	d.background = func(f func()) { f() }
 	d.start = func(f func()) { s.after(s.diskTime(st), p, func() { p.onDisk(f) }) }
 	p.disk = d
-	if err := p.n.open(d); p.isTooOld(err) {
+	if err := p.n.open(d); p.stopsTooOld(err) {
 		d.close()
 		return false
 	} else if err != nil {
@@ -875,6 +876,21 @@ func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Nod
 	}
 }
 
+// setLevel breaks the streams from and to programs that do not speak a level.
+func (p *proc) setLevel(level uint32) {
+	for _, id := range slices.Sorted(maps.Keys(p.inbound)) {
+		if st := p.inbound[id]; levelFromWire(st.hello.From.Level) < level {
+			p.s.after(0, nil, st.breakBoth)
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
+		st := p.peers[id].stream
+		if st != nil && st.to != nil && st.to.n.opts.level < level {
+			p.s.after(0, nil, st.breakBoth)
+		}
+	}
+}
+
 func (p *proc) addPeer(raftID uint64, node *kvpb.Node, claim *moveHint) {
 	peer := &simPeer{raftID: raftID, node: node}
 	p.peers[raftID] = peer
@@ -981,7 +997,7 @@ func (st *simStream) greet() {
 			s.after(s.latency(), nil, old.broken)
 		}
 		p.inbound[from.RaftId] = st
-		p.n.peerUp(from.RaftId, false, from.RisesTo)
+		p.n.peerUp(from.RaftId, false, from)
 		p.wake()
 	}
 	s.after(s.latency(), nil, func() {
@@ -1011,7 +1027,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	p.s.trace("%v has a stream to %v", p, st.to)
 	p.s.count["streams"]++
 	peer.life, peer.at = w.Peer.Life, st.target.node
-	p.n.peerUp(peer.raftID, true, w.Peer.RisesTo)
+	p.n.peerUp(peer.raftID, true, w.Peer)
 	if st.target.hint != nil {
 		p.s.count["found elsewhere"]++
 		p.n.peerMoved(peer.raftID, st.target.node)

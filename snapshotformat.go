@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	// snapshotFormat is the version of the snapshot's encoding. Any new field needs
-	// another one: a node that does not know it would lose it.
+	// snapshotFormat is the version of the encoding. A new field needs a new level, not
+	// another format: only what programs of all levels have to know is of another format.
 	snapshotFormat = 3
 	// snapshotPageItems and snapshotPageBytes are what is written between two looks at the
 	// clock.
@@ -270,12 +270,14 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	switch {
 	case h == nil:
 		return errors.New("it does not start with a header")
-	case h.Level > s.speaks:
-		return checkLevel("it", h.Level, s.speaks)
-	case len(h.ProtoReflect().GetUnknown()) > 0:
-		return errors.New("its header has a field that this node does not know")
+	case h.Format > snapshotFormat:
+		return fmt.Errorf("%w: it knows format %d, and this is of format %d: start a newer one", errLevel, snapshotFormat, h.Format)
 	case h.Format != snapshotFormat:
 		return fmt.Errorf("its format is %d, this program knows %d", h.Format, snapshotFormat)
+	case h.Level > s.speaks:
+		return checkLevel("the snapshot", h.Level, s.speaks)
+	case len(h.ProtoReflect().GetUnknown()) > 0:
+		return fmt.Errorf("%w: the header has a field that it does not know: start a newer one", errLevel)
 	case h.ClusterId == 0 || h.Level == 0 || h.Index == 0 || h.Index >= maxCounter || h.Term == 0 || h.Term >= maxCounter || h.Version >= maxCounter || len(h.Removed) > maxRemoved:
 		return errors.New("its header is invalid")
 	}

@@ -155,8 +155,13 @@ func (n *node) readSnapshot(r io.Reader) (*store, error) {
 	return s, nil
 }
 
+// scanSnapshot reads a snapshot, and logs that this program is too old for it.
 func (n *node) scanSnapshot(r io.Reader) (*store, error) {
-	return scanSnapshot(r, true, n.opts.level, func(uint64, uint64) {})
+	s, err := scanSnapshot(r, true, n.opts.level, func(uint64, uint64) {})
+	if errors.Is(err, errLevel) {
+		n.logger.Error("a snapshot that was sent to this node is refused", "err", err)
+	}
+	return s, err
 }
 
 // receiveSnapshot hands a snapshot that came from a peer to raft and returns

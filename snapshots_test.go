@@ -609,7 +609,7 @@ func TestSnapshotOfChange(t *testing.T) {
 	n.net = box
 	n.opts.logBytes = 1 << 20
 	l.hellos = append(l.hellos, &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 4}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}})
-	n.peerUp(4, true, programLevel)
+	n.peerUp(4, true, nil)
 	l.turn(0)
 	ack := func(from, index uint64) {
 		l.hears(int(from-2), message(raftpb.MsgAppResp, from, n.raft.term, func(m *raftpb.Message) { *m.Index = index }))

@@ -80,6 +80,7 @@ func (n *node) publish() {
 		n.logger.Error("the cluster cannot go on", "err", err)
 	}
 	n.status.latest.Store(p)
+	n.followLevel(old, p)
 	n.status.onChange(p)
 }
 
@@ -150,7 +151,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 				CaughtUp:     n.isCaughtUp(pr),
 			}
 			ms.Lagging = n.lagging(member.RaftId, pr)
-			ms.RisesTo = n.level.risesTo[member.RaftId]
+			ms.RisesTo = n.level.risesTo(member.RaftId)
 			if member.RaftId == n.id.raftID {
 				ms.RisesTo = m.RisesTo
 			}

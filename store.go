@@ -127,8 +127,7 @@ func (s *store) apply(data []byte) (proposer, sequence uint64, results []outcome
 		return 0, 0, nil, fmt.Errorf("decoding a batch: %w", err)
 	}
 	if b.rise != nil {
-		s.rise(b.rise)
-		return 0, 0, nil, nil
+		return 0, 0, nil, s.rise(b.rise)
 	}
 	isMember := s.members[b.proposer] != nil
 	if !isMember || b.sequence <= s.proposers[b.proposer] {

@@ -326,8 +326,14 @@ func (s *survey) programLines(cluster uint64) string {
 	for _, program := range slices.Sorted(maps.Keys(runs)) {
 		lines += fmt.Sprintf("%s: %s\n", nodeList(runs[program]), program)
 	}
+	for _, r := range s.rows {
+		isMember := r.ClusterID == cluster && r.Reachable
+		if isMember && r.metrics.ProgramLevel < level {
+			lines += fmt.Sprintf("node %d is refused, for its program is too old: start a newer one there\n", r.NodeID)
+		}
+	}
 	if holds := s.holdsLevel(cluster, level); speaks > level && len(holds) > 0 {
-		lines += fmt.Sprintf("the level rises once %s\n", strings.Join(holds, ", "))
+		lines += fmt.Sprintf("the level rises once %s\n", strings.Join(holds, ", and "))
 	}
 	return lines
 }
@@ -346,6 +352,8 @@ func (s *survey) holdsLevel(cluster uint64, level uint32) []string {
 			holds = append(holds, fmt.Sprintf("node %d runs a newer program", r.NodeID))
 		case r.metrics.RisesTo <= level:
 			holds = append(holds, fmt.Sprintf("node %d is started without --max-level", r.NodeID))
+		case findMember(s.views[cluster], r.NodeID).GetRisesTo() == 0:
+			holds = append(holds, fmt.Sprintf("the leader is connected to node %d", r.NodeID))
 		}
 	}
 	return holds

@@ -99,6 +99,7 @@ func mergeBatch(b, c *kvpb.LogBatch) error {
 	b.Snapshot = cmp.Or(c.Snapshot, b.Snapshot)
 	b.FirstSegment = cmp.Or(c.FirstSegment, b.FirstSegment)
 	b.Boots = cmp.Or(c.Boots, b.Boots)
+	b.Level = max(b.Level, c.Level)
 	if c.Discards {
 		b.Discards = true
 		b.Entries = nil
@@ -483,7 +484,8 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (walTail, e
 		if err == nil {
 			err = w.checkKnown(batch)
 		}
-		if err == errWALFormat || errors.Is(err, errLevel) {
+		isNewer := err == errWALFormat || errors.Is(err, errLevel)
+		if isNewer {
 			return walTail{}, fmt.Errorf("%s: %w", w.path(n), err)
 		}
 		size := placeOf(raw).size
@@ -513,7 +515,7 @@ func (w *wal) checkKnown(batch *kvpb.LogBatch) error {
 		return err
 	}
 	if len(batch.ProtoReflect().GetUnknown()) > 0 {
-		return errWALFormat
+		return fmt.Errorf("%w: the log has a field that it does not know: start a newer one", errLevel)
 	}
 	return nil
 }
@@ -585,6 +587,7 @@ func headOf(b *kvpb.LogBatch) *kvpb.LogBatch {
 		Snapshot:     b.Snapshot,
 		FirstSegment: b.FirstSegment,
 		Boots:        b.Boots,
+		Level:        b.Level,
 	}
 }
 
@@ -595,6 +598,7 @@ func (w *wal) write(b *kvpb.LogBatch) error {
 		return err
 	}
 	w.head = headOf(withHead)
+	b.Level = w.head.Level
 	raw, err := w.at.encode(b, false)
 	if err != nil {
 		return err

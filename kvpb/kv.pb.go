@@ -4299,8 +4299,8 @@ type Batch struct {
 	Proposer uint64   `protobuf:"varint,1,opt,name=proposer,proto3" json:"proposer,omitempty"`
 	Sequence uint64   `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Writes   []*Write `protobuf:"bytes,3,rep,name=writes,proto3" json:"writes,omitempty"`
-	// The level that it is written at; 0 stands for 1. A node stops at a level that it does
-	// not speak.
+	// The level that it is written at; 0 stands for 1. It goes before writes: a node stops at a
+	// level that it does not speak, and says so.
 	Level uint32 `protobuf:"varint,4,opt,name=level,proto3" json:"level,omitempty"`
 	// Raises the level of the cluster. Then there is nothing else: no proposer, for a
 	// repeat changes nothing.
