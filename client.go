@@ -29,6 +29,7 @@ type client struct {
 	stdout    io.Writer
 	stderr    io.Writer
 	madeFiles bool // all that the sub-command is to make is there
+	showsLine bool // the last line on stderr shows progress, and has no end
 }
 
 func newClient(in *invocation, stdin io.Reader, stdout, stderr io.Writer) *client {
@@ -49,7 +50,7 @@ func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stde
 	for _, name := range unknownVariables(os.Environ()) {
 		c.warn("no flag has the environment variable " + name)
 	}
-	if in.tls.areGiven() {
+	if in.callsNodes() && in.tls.areGiven() {
 		quiet := slog.New(slog.DiscardHandler)
 		c.calls.certificates, err = openCertificates(in.tls, 0, quiet)
 		if err != nil {
@@ -69,6 +70,7 @@ func (c *client) exit(err error) int {
 	if err == nil {
 		return exitYes
 	}
+	c.endLine()
 	e := &commandError{Status: exitNotDone}
 	if known, ok := errors.AsType[*commandError](err); ok {
 		e = known
@@ -118,6 +120,7 @@ func usageError(format string, args ...any) error {
 
 // warn prints to stderr what does not change the exit status.
 func (c *client) warn(text string) {
+	c.endLine()
 	if c.output == "json" {
 		_ = encodeJSON(c.stderr, map[string]string{"warning": text})
 		return
@@ -132,10 +135,9 @@ func (c *client) progress(format string, args ...any) {
 	}
 }
 
-func (c *client) keysDone(keys, all uint64) { c.progress("%d of %d keys", keys, all) }
-
 // print prints a result as JSON, or the text that says the same.
 func (c *client) print(v any, text string) error {
+	c.endLine()
 	var err error
 	if c.output == "json" {
 		err = json.NewEncoder(c.stdout).Encode(v)

@@ -11,94 +11,64 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"raft-key-value/kvpb"
 )
 
-// backup makes a file that has its name only once all of it is there, was checked,
-// and is durable.
+// backup writes a backup of a running cluster, or of a data directory. A file has its name only
+// once all of it is there, was checked, and is durable.
 func (c *client) backup(ctx context.Context) error {
-	path := c.args[0]
-	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("%w: if no other backup writes it, one was killed: delete it", err)
-	}
+	out, err := c.openOutput(ctx, c.args[0])
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // If all goes well, the file has its final name by then.
-	defer f.Close()
-	if err := checkAbsent(path); err != nil {
-		return err
+	defer out.close()
+	h, err := c.backupTo(ctx, out)
+	if err == nil {
+		err = out.finish()
 	}
-	s, err := c.backupInto(ctx, f)
 	if err != nil {
-		return err
-	}
-	if err := giveName(f, path); err != nil {
-		return err
+		return out.spoilt(err)
 	}
 	c.madeFiles = true
-	return c.printState(s, "wrote")
+	c.warnOfOrigin(h)
+	return c.printState(h, "wrote")
 }
 
-// checkAbsent returns an error if there is a file of this name.
-func checkAbsent(path string) error {
-	_, err := os.Lstat(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+func (c *client) backupTo(ctx context.Context, out backupOutput) (*kvpb.SnapshotHeader, error) {
+	if c.dataDir != "" {
+		return c.backupDirectory(ctx, out)
 	}
-	if err == nil {
-		err = &os.PathError{Op: "create", Path: path, Err: os.ErrExist}
-	}
-	return err
+	return c.backupCluster(ctx, out)
 }
 
-// giveName makes a file durable under its final name, which no other file may have.
-func giveName(f *os.File, path string) error {
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := checkAbsent(path); err != nil { // Downloading it took a while.
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return osFS{}.syncDir(filepath.Dir(path))
-}
-
-// backupInto asks one endpoint after another, until one has sent a whole backup.
-func (c *client) backupInto(ctx context.Context, f *os.File) (*store, error) {
+// backupCluster asks one endpoint after another, until one has sent a whole backup.
+func (c *client) backupCluster(ctx context.Context, out backupOutput) (*kvpb.SnapshotHeader, error) {
 	r := c.calls.newRound(ctx)
 	defer r.end()
 	for e := r.next(); e != nil; e = r.next() {
-		s, err := c.backupFrom(ctx, e, f)
+		h, err := c.backupFrom(ctx, e, out)
 		if err == nil {
-			return s, nil
+			return h, nil
 		}
-		if _, isOfFile := errors.AsType[*os.PathError](err); isOfFile {
-			return nil, err // No other node would help.
+		if failed, isOutput := errors.AsType[outputError](err); isOutput {
+			return nil, failed // No other node would help.
 		}
 		r.record(e, err)
-		if err := rewind(f); err != nil {
-			return nil, err
+		if err := out.rewind(); err != nil {
+			failed := callError(r.replies)
+			return nil, failed.withText(fmt.Sprintf("%s; %v", failed.Text, err))
 		}
 	}
 	return nil, callError(r.replies)
 }
 
-// rewind empties a file.
-func rewind(f *os.File) error {
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	return f.Truncate(0)
-}
-
-// backupFrom writes what one endpoint sends to a file, and checks it on its way.
-func (c *client) backupFrom(ctx context.Context, e *endpoint, f *os.File) (*store, error) {
+// backupFrom writes what one endpoint sends.
+func (c *client) backupFrom(
+	ctx context.Context, e *endpoint, out backupOutput,
+) (*kvpb.SnapshotHeader, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := kvpb.NewClusterServiceClient(e.conn).Backup(ctx, &kvpb.BackupRequest{})
@@ -113,32 +83,113 @@ func (c *client) backupFrom(ctx context.Context, e *endpoint, f *os.File) (*stor
 		}
 		return resp.GetData(), err
 	}
-	s, err := scanSnapshot(io.TeeReader(&chunkReader{recv: receive}, f), false, programLevel, c.keysDone)
-	return s, cmp.Or(broken, err)
+	h, err := c.copyBackup(&chunkReader{recv: receive}, out)
+	if err == errBareSnapshot {
+		err = errors.New("it runs an older program, whose backups are not marked as such, and not restored")
+	}
+	return h, cmp.Or(broken, err)
+}
+
+// copyBackup writes a backup, and checks it on its way.
+func (c *client) copyBackup(from io.Reader, out backupOutput) (*kvpb.SnapshotHeader, error) {
+	_, h, err := scanSnapshot(io.TeeReader(from, out), snapshotScan{
+		speaks:     programLevel,
+		countsOnly: true,
+		check:      checkIsBackup,
+		say:        c.progressOf("writing the backup", "keys"),
+	})
+	if failed, isOutput := errors.AsType[outputError](err); isOutput {
+		return nil, failed // The snapshot that is read may be whole.
+	}
+	return h, err
+}
+
+// backupDirectory writes a backup of what a data directory holds.
+func (c *client) backupDirectory(ctx context.Context, out backupOutput) (*kvpb.SnapshotHeader, error) {
+	saved, err := c.readDirectory(ctx, c.dataDir)
+	if err != nil {
+		return nil, err
+	}
+	v := saved.store.openView()
+	defer v.close()
+	v.header.Origin = kvpb.SnapshotOrigin_SNAPSHOT_ORIGIN_DIRECTORY
+	v.header.Committed = saved.committed
+	r, w := io.Pipe()
+	defer r.Close() // That ends the goroutine.
+	go func() { w.CloseWithError(v.writeTo(w)) }()
+	return c.copyBackup(r, out)
+}
+
+// readDirectory reads a data directory, and shows how far it is.
+func (c *client) readDirectory(ctx context.Context, dir string) (*savedDirectory, error) {
+	if _, err := os.Stat(dir); err != nil {
+		return nil, err
+	}
+	var what string // is read now
+	var show func(done, all uint64)
+	say := func(now, unit string, done, all uint64) {
+		if now != what {
+			what = now
+			show = c.progressOf("reading the "+now, unit)
+		}
+		show(done, all)
+	}
+	saved, err := readDirectory(ctx, readOnlyFS{ctx: ctx}, dir, say)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		err = fmt.Errorf("%w: if that is a node, stop it, or ask it for a backup while it runs, "+
+			"by --endpoints", err)
+	}
+	return saved, err
+}
+
+// checkIsBackup refuses a snapshot by its header if it is no backup.
+func checkIsBackup(h *kvpb.SnapshotHeader) error {
+	switch h.Origin {
+	case kvpb.SnapshotOrigin_SNAPSHOT_ORIGIN_CLUSTER, kvpb.SnapshotOrigin_SNAPSHOT_ORIGIN_DIRECTORY:
+		return nil
+	case kvpb.SnapshotOrigin_SNAPSHOT_ORIGIN_UNSPECIFIED:
+		return errBareSnapshot
+	}
+	return fmt.Errorf("it is a backup of a kind that a newer program has made: %w", errUnknownFormat)
+}
+
+var errBareSnapshot = errors.New("it is a snapshot out of a data directory, and no backup: " +
+	"what was written after it is in the log beside it. Make a backup of the whole directory, " +
+	"by backup --data-dir. If its log is lost, restore --bare-snapshot does without")
+
+// warnOfOrigin says what a backup of one directory may lack, and may have.
+func (c *client) warnOfOrigin(h *kvpb.SnapshotHeader) {
+	if h.Origin != kvpb.SnapshotOrigin_SNAPSHOT_ORIGIN_DIRECTORY {
+		return
+	}
+	c.warn(fmt.Sprintf("this is what one node had, up to entry %d of term %d: "+
+		"if it was behind, what was acknowledged later is missing", h.Index, h.Term))
+	if h.Index > h.Committed {
+		c.warn(fmt.Sprintf("after entry %d, none was known there to be committed: "+
+			"the later ones may never have been, and were not acknowledged then", h.Committed))
+	}
 }
 
 // restore makes a data directory. If it fails, it takes away what it has made, and
 // the directory, too, if that was not there.
 func (c *client) restore(ctx context.Context) error {
-	f, err := os.Open(c.args[0])
+	f, err := openSaved(ctx, c.args[0], c.stdin)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer f.close()
 	before := lookAt(c.dataDir)
 	d, err := openDisk(osFS{}, c.dataDir, defaultOptions().logBytes, c.logger())
 	if err != nil {
 		return err
 	}
 	defer d.close()
-	stopWatching := context.AfterFunc(ctx, func() { f.Close() }) // That ends reading.
-	defer stopWatching()
+	var h *kvpb.SnapshotHeader
 	s, err := d.restore(c.node, time.Now(), func() (*store, error) {
 		before.wasEmpty = true // Else d would not read the snapshot.
-		s, err := scanSnapshot(f, true, programLevel, c.keysDone)
-		if err != nil {
-			err = fmt.Errorf("%s: %w", f.Name(), cmp.Or(ctx.Err(), err))
-		}
+		var s *store
+		var err error
+		s, h, err = f.scan(snapshotScan{check: c.checkMayRestore, say: c.progressOf("restoring", "keys")})
 		return s, err
 	})
 	if err != nil {
@@ -146,7 +197,17 @@ func (c *client) restore(ctx context.Context) error {
 		return err
 	}
 	c.madeFiles = true
-	return c.printState(s, "restored")
+	c.warnOfOrigin(h)
+	return c.printState(s.header(), "restored")
+}
+
+// checkMayRestore refuses what is no backup, but for a snapshot that the operator calls one.
+func (c *client) checkMayRestore(h *kvpb.SnapshotHeader) error {
+	err := checkIsBackup(h)
+	if err == errBareSnapshot && c.bareSnapshot {
+		return nil
+	}
+	return err
 }
 
 // directoryBefore is what a data directory was before restore.
@@ -190,8 +251,7 @@ func (c *client) logger() *slog.Logger {
 	return slog.New(slog.NewTextHandler(c.stderr, nil))
 }
 
-func (c *client) printState(s *store, did string) error {
-	h := s.header()
+func (c *client) printState(h *kvpb.SnapshotHeader, did string) error {
 	text := fmt.Sprintf("%s keys: %d, version: %d, cluster: %016x\n", did, h.Keys, h.Version, h.ClusterId)
 	return c.print(protoJSON{h}, text)
 }

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -84,5 +86,104 @@ func TestClientAsksBeforeDelete(t *testing.T) {
 	args := []string{"delete", "--prefix", "k", "-o", "json", "--endpoints", f.addr}
 	if got := runClient(t.Context(), args, terminal, &bytes.Buffer{}, &errs); got != exitUsage || !strings.Contains(errs.String(), "--yes") {
 		t.Errorf("exit status %d: %s", got, &errs)
+	}
+}
+
+// TestClientBackupToTerminal: nobody wants that.
+func TestClientBackupToTerminal(t *testing.T) {
+	_, terminal := openTerminal(t)
+	for _, from := range [][]string{{"--data-dir", realDirectory(t)}, {"--endpoints", closedAddress}} {
+		var errs bytes.Buffer
+		exit := runClient(t.Context(), append([]string{"backup", "-"}, from...), nil, terminal, &errs)
+		if exit != exitUsage {
+			t.Errorf("exit status %d: %s", exit, &errs)
+		}
+		wantPart(t, errs.String(), "stdout is a terminal, and a backup is no text")
+	}
+}
+
+// TestClientProgress: a terminal is shown how far a restore is, and that goes away; a program sees
+// nothing of it.
+func TestClientProgress(t *testing.T) {
+	for _, test := range []struct {
+		output string
+		shows  bool
+	}{{"text", true}, {"json", false}} {
+		keyboard, terminal := openTerminal(t)
+		log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer log.Close()
+		for _, stderr := range []*os.File{terminal, log} {
+			c := newClient(&invocation{output: test.output}, nil, &bytes.Buffer{}, stderr)
+			say := c.progressOf("restoring", "keys")
+			say(10, 200)
+			say(20, 200)
+			_ = c.print("done", "done\n")
+			fmt.Fprintln(stderr, "end")
+		}
+		text, err := os.ReadFile(log.Name())
+		if err != nil || string(text) != "end\n" {
+			t.Errorf("a file is shown %q, %v", text, err)
+		}
+		var shown []byte
+		for !bytes.Contains(shown, []byte("end")) {
+			b := make([]byte, 4096)
+			n, err := keyboard.Read(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			shown = append(shown, b[:n]...)
+		}
+		if !test.shows {
+			wantText(t, "shown", string(shown), "end\r\n")
+			continue
+		}
+		wantPart(t, string(shown), "\r\x1b[Krestoring: 10 of 200 keys, ")
+		wantPart(t, string(shown), " a second\r\x1b[Krestoring: 20 of 200 keys, ")
+		wantPart(t, string(shown), " a second\r\x1b[Kend")
+	}
+}
+
+// TestClientProgressOfRestore: it is told while the file is read.
+func TestClientProgressOfRestore(t *testing.T) {
+	backup, path, pipe := pipeOf(t, 20000)
+	keyboard, terminal := openTerminal(t)
+	ended := make(chan int, 1)
+	go func() {
+		args := []string{"restore", path, "--data-dir", filepath.Join(t.TempDir(), "data"), "--id", "5", "--addr", "127.0.0.1:5"}
+		ended <- runClient(t.Context(), args, nil, &bytes.Buffer{}, terminal)
+	}()
+	shown := make(chan struct{})
+	go func() {
+		defer close(shown)
+		var all []byte
+		for b := make([]byte, 4096); !bytes.Contains(all, []byte(" of 20000 keys, ")); {
+			n, err := keyboard.Read(b)
+			if err != nil {
+				return
+			}
+			all = append(all, b[:n]...)
+		}
+	}()
+	sent := 0
+	eventually(t, func() error { // more and more of it, but for the end, until something is shown
+		select {
+		case <-shown:
+			return nil
+		default:
+		}
+		n := min(8<<10, len(backup)*9/10-sent)
+		_, err := pipe.Write(backup[sent : sent+n])
+		sent += n
+		return errors.Join(err, errors.New("nothing is shown"))
+	})
+	if _, err := pipe.Write(backup[sent:]); err != nil {
+		t.Fatal(err)
+	}
+	pipe.Close()
+	if exit := <-ended; exit != exitYes {
+		t.Errorf("exit status %d", exit)
 	}
 }

@@ -354,7 +354,7 @@ func TestClientUsageErrors(t *testing.T) {
 		"set k -5": "goes behind --", "get k --timeout 1": "number and its unit", "health --service nosuch": "restart", "list --limit -1": "want a whole number", "list --limit x": "want a whole number",
 		"set k v --if-version x": "want a version", "delete k --if-version 99999999999999999999": "want a version", "get k --timeout x": "number and its unit",
 		"get k --timeout 0": "--timeout 0s: want more than 0", "health --wait --timeout -5s": "--timeout -5s: want more than 0",
-		"backup -": "name of a file", "restore - --id 1": "name of a file",
+		"backup f --data-dir=": "it is empty; leave the flag out", "restore f --id 1": "--data-dir, --id and --addr are needed",
 	} {
 		_, errs := runCommand(t, 2, "", strings.Fields(line)...)
 		wantPart(t, errs, hint)
@@ -380,7 +380,7 @@ func TestClientHelp(t *testing.T) {
 		if strings.Contains(help, " \n") {
 			t.Errorf("a blank at the end of a line: %s", help)
 		}
-		if calls := !slices.Contains([]string{"certs", "help", "restore", "version"}, name); calls != strings.Contains(help, "\n  -endpoints ") {
+		if calls := !slices.Contains([]string{"certs", "help", "restore", "verify", "version"}, name); calls != strings.Contains(help, "\n  -endpoints ") {
 			t.Errorf("it calls a node %v, but: %s", calls, help)
 		}
 	}
@@ -399,7 +399,7 @@ func TestClientTimeouts(t *testing.T) {
 		switch name {
 		case "init", "add-learner", "change-membership", "promote", "demote", "remove", "watch":
 			want = time.Minute
-		case "backup", "restore":
+		case "backup", "restore", "verify":
 			want = time.Hour
 		}
 		if cmd.timeout != want {
@@ -1453,7 +1453,8 @@ var wrongArguments = map[argument][]string{
 	keyArgument:       {"", "\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
 	valueArgument:     {strings.Repeat("v", maxValueBytes+1)},
 	prefixArgument:    {"\xff", "a\xc3", strings.Repeat("k", maxKeyBytes+1)},
-	fileArgument:      {"", "-"},
+	fileArgument:      {""},
+	savedArgument:     {""},
 	directoryArgument: {""},
 	idArgument:        {"", "0", "x", "1=a:1", "1.5", "18446744073709551616", " 1"},
 	memberArgument: {
@@ -1464,7 +1465,7 @@ var wrongArguments = map[argument][]string{
 }
 
 var rightArguments = map[argument]string{
-	keyArgument: "k", valueArgument: "v", prefixArgument: "p", fileArgument: "f", directoryArgument: "d", idArgument: "7",
+	keyArgument: "k", valueArgument: "v", prefixArgument: "p", fileArgument: "f", savedArgument: "s", directoryArgument: "d", idArgument: "7",
 	memberArgument: "7=a:1", commandArgument: "get",
 }
 

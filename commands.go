@@ -228,22 +228,47 @@ endpoints are in several clusters.`,
 		},
 		"backup": {
 			args:    []argument{fileArgument},
-			summary: "write all that a cluster holds to a file",
-			details: "The file must not be there yet, and is only once it is whole.",
+			summary: "write all that a cluster holds to a file, or to stdout",
+			details: `The file must not be there yet, and is only once it is whole. The FILE - is stdout: then the
+result goes to stderr, and the exit status is 0 only if the whole backup was written.
+With --data-dir, it is a backup of what one node has in its data directory, offline: the way out
+when a majority of the directories is lost. Nothing in the directory is changed. The backup may
+lack what was acknowledged, if this node was behind, and may have what was not: the last entries
+of its log. Of several directories, take that whose entry has the highest term, and among these the
+highest number; verify prints both. It takes as much memory as the node.`,
 			timeout: fileTimeout,
+			flags:   (*invocation).backupFlags,
 			run:     (*client).backup,
 		},
 		"restore": {
 			args:    []argument{fileArgument},
 			summary: "make a data directory from a backup, offline",
-			details: `It is that of a new cluster with one voter. Start that node with the same id, address
-and directory, and add others. Keys, with their versions, and sessions are those of the
-backup. What is written then has higher versions than any before, by this machine's clock.`,
+			details: `The FILE - is stdin. The directory is that of a new cluster with one voter. Start that node
+with the same id, address and directory, and add others. Keys, with their versions, and
+sessions are those of the backup. What is written then has higher versions than any before, by
+this machine's clock. What is no backup is refused: a segment of a log, a directory, and a
+snapshot out of a directory, which lacks what is in the log beside it.`,
 			timeout: fileTimeout,
 			offline: true,
 			flags:   (*invocation).restoreFlags,
 			check:   (*invocation).checkRestoreFlags,
 			run:     (*client).restore,
+		},
+		"verify": {
+			args:    []argument{savedArgument},
+			summary: "check a backup, or the data directory of a node that does not run",
+			details: `It reads all that counts, compares every checksum and every record, and changes nothing. Of a
+backup, FILE may be - for stdin. Of a directory, it takes as much memory as the node.
+It prints what it is, the cluster and its level, and the last entry of raft's log in it, with the term; then the
+version, keys and sessions as they are after that entry. With -o json, the answer is {"kind",
+"cluster_id", "node_id", "raft_id", "level", "index", "term", "committed", "version", "keys",
+"sessions", "snapshot_index", "torn", "left_over"}, where kind is backup_of_cluster, backup_of_directory,
+snapshot or directory.
+The exit status is 0 if it is whole, 1 if it is damaged, 3 if it cannot be read: for there is none,
+or a node uses it, or another version of the program has written it.`,
+			timeout: fileTimeout,
+			offline: true,
+			run:     (*client).verify,
 		},
 		"certs": {
 			args:    []argument{directoryArgument},

@@ -91,6 +91,9 @@ type disk struct {
 	background func(func()) // see walOptions
 	running    sync.WaitGroup
 
+	// say is told now and then how far reading has got: how many of all there are, and of what.
+	say func(what, unit string, done, all uint64)
+
 	closing atomic.Bool // a snapshot that is being written need not be finished
 	failed  atomic.Bool // writing has failed: close appends no last batch
 
@@ -124,18 +127,24 @@ type recovered struct {
 	batch    *kvpb.LogBatch // all that the log says
 }
 
-// adviceOn returns what to tell the operator after an error of reading a file. An error
-// of the system, such as EIO or EACCES, is no sign of damage, and says itself what it is.
-// But a file that is not there is damage.
+// adviceOn returns what to tell the operator after an error of reading a file.
 func adviceOn(err error) string {
-	if errors.Is(err, errLevel) {
-		return "Nothing was changed"
-	}
-	var errno syscall.Errno
-	if errors.As(err, &errno) && errno != syscall.ENOENT {
+	if isUnreadable(err) {
 		return "Nothing was changed"
 	}
 	return whatToDo
+}
+
+// isUnreadable reports whether an error of reading a file is no sign of damage. Such are errors of
+// the system, like EIO or EACCES, which say themselves what they are, and what another version
+// of the program has written. But a file that is not there is damage.
+func isUnreadable(err error) bool {
+	isNewer := errors.Is(err, errUnknownFormat) || errors.Is(err, errLevel)
+	if isNewer {
+		return true
+	}
+	errno, isOfSystem := errors.AsType[syscall.Errno](err)
+	return isOfSystem && errno != syscall.ENOENT
 }
 
 // openDisk locks a directory, and makes it if it is not there. It refuses one that has no
@@ -151,6 +160,7 @@ func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger)
 		speaks:       programLevel,
 	}
 	d.start = d.running.Go
+	d.say = func(what, unit string, done, all uint64) { logger.Info("reading the "+what, unit, done, "of", all) }
 	d.beginOnce = sync.OnceValue(d.createTempIdentity)
 	// Before lock puts a file into a directory that is somebody else's. An error is found
 	// by lock, too, which names it better.
@@ -237,20 +247,10 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	if id.NodeId != nodeID {
 		return nil, d.refuse("it is that of node %d, this is node %d", id.NodeId, nodeID)
 	}
-	if !slices.ContainsFunc(names, isSegment) {
-		return nil, d.refuse("its log, files named *.wal, is missing. %s", whatToDo)
-	}
 	r := &recovered{identity: id}
-	o := d.walOptions(id)
-	o.verify = func(b *kvpb.LogBatch) error { // it loads the snapshot, too, for only the log names it
-		last := b.Snapshot.GetIndex() + uint64(len(b.Entries))
-		if commit := b.HardState.GetCommit(); commit > last {
-			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s",
-				last, commit, whatToDo)
-		}
-		var err error
-		r.store, err = d.loadSnapshot(b.Snapshot, id)
-		return err
+	o, err := d.toRecover(r, names)
+	if err != nil {
+		return nil, err
 	}
 	d.wal, r.batch, err = openWAL(d.fs, d.dir, o)
 	if err != nil {
@@ -269,14 +269,44 @@ func (d *disk) recover(nodeID uint64) (*recovered, error) {
 	return r, nil
 }
 
-// recoverEmpty empties a directory that has no identity. It refuses one that has lost
-// its identity.
-func (d *disk) recoverEmpty(names []string) error {
-	begun := slices.Contains(names, "identity.tmp")
+// toRecover returns the options by which the log of an identity is read. They have the snapshot
+// read, too, for only the log names it.
+func (d *disk) toRecover(r *recovered, names []string) (walOptions, error) {
+	o := d.walOptions(r.identity)
+	if !slices.ContainsFunc(names, isSegment) {
+		return o, d.refuse("its log, files named *.wal, is missing. %s", whatToDo)
+	}
+	o.verify = func(b *kvpb.LogBatch) error {
+		last := b.Snapshot.GetIndex() + uint64(len(b.Entries))
+		if commit := b.HardState.GetCommit(); commit > last {
+			return d.refuse("its log ends at entry %d, and says that entry %d is committed. %s",
+				last, commit, whatToDo)
+		}
+		var err error
+		r.store, err = d.loadSnapshot(b.Snapshot, r.identity)
+		return err
+	}
+	return o, nil
+}
+
+// checkNotLost refuses a directory that has lost its identity. Begun: what is there was never
+// finished.
+func (d *disk) checkNotLost(names []string) (begun bool, err error) {
+	begun = slices.Contains(names, "identity.tmp")
 	counting := slices.DeleteFunc(slices.Clone(names), isUnfinished)
 	if !begun && len(counting) > 0 {
 		found := strings.Join(counting, ", ")
-		return d.refuse("it has %s, but no file named identity that says whose. %s", found, whatToDo)
+		return false, d.refuse("it has %s, but no file named identity that says whose. %s", found, whatToDo)
+	}
+	return begun, nil
+}
+
+// recoverEmpty empties a directory that has no identity. It refuses one that has lost
+// its identity.
+func (d *disk) recoverEmpty(names []string) error {
+	begun, err := d.checkNotLost(names)
+	if err != nil {
+		return err
 	}
 	for _, name := range names {
 		if name == "identity.tmp" {
@@ -320,6 +350,7 @@ func (d *disk) walOptions(id *kvpb.Identity) walOptions {
 		logger:       d.logger,
 		background:   d.background,
 		speaks:       d.speaks,
+		say:          func(segments, all uint64) { d.say("log", "segments", segments, all) },
 	}
 }
 
@@ -361,8 +392,8 @@ func (d *disk) loadSnapshot(mark *kvpb.SnapshotMark, id *kvpb.Identity) (*store,
 		return nil, d.refuse("%s, the snapshot that its log names: %w. %s", path, err, adviceOn(err))
 	}
 	defer f.Close()
-	progress := func(keys, all uint64) { d.logger.Info("reading the snapshot", "keys", keys, "of", all) }
-	s, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), true, d.speaks, progress)
+	say := func(keys, all uint64) { d.say("snapshot", "keys", keys, all) }
+	s, _, err := scanSnapshot(io.NewSectionReader(f, 0, math.MaxInt64), snapshotScan{speaks: d.speaks, say: say})
 	if err != nil {
 		return nil, d.refuse("%s: %w. %s", path, err, adviceOn(err))
 	}

@@ -378,6 +378,10 @@ func TestDiskFaults(t *testing.T) {
 		return r, nil
 	}
 	verify := func(fs *simFS, r aloneRun) error {
+		saved, savedErr := readSaved(fs)
+		if fs.mutates() {
+			return fmt.Errorf("whoever only reads it changes it: %q", fs.calls)
+		}
 		p, err := openDiskNode(fs, 1)
 		if err != nil {
 			return err
@@ -386,10 +390,13 @@ func TestDiskFaults(t *testing.T) {
 			if r.made {
 				return errors.New("it is in no cluster any more")
 			}
+			if err := holdsNothing(savedErr); err != nil {
+				return err
+			}
 			if _, err := p.n.bootstrap(); err != nil {
 				return err
 			}
-		} else if err := p.lead(); err != nil {
+		} else if err := cmp.Or(p.lead(), differsFromSaved(p.n, saved, savedErr)); err != nil {
 			return err
 		}
 		if err := p.settle(); err != nil {
@@ -636,6 +643,10 @@ func TestDiskFollowerFaults(t *testing.T) {
 		return f.acked, nil
 	}
 	verify := func(fs *simFS, p promise) error {
+		saved, savedErr := readSaved(fs)
+		if fs.mutates() {
+			return fmt.Errorf("whoever only reads it changes it: %q", fs.calls)
+		}
 		f, err := openFollower(fs)
 		if err != nil {
 			return err
@@ -645,7 +656,7 @@ func TestDiskFollowerFaults(t *testing.T) {
 			if p.term > 0 {
 				return fmt.Errorf("it has forgotten all, and had promised %+v", p)
 			}
-			return cmp.Or(f.snapshot(), tidy(fs, f.diskNode))
+			return cmp.Or(holdsNothing(savedErr), f.snapshot(), tidy(fs, f.diskNode))
 		}
 		if p.raftID != 0 && n.id.raftID != p.raftID {
 			return errors.New("it is somebody else")
@@ -664,7 +675,7 @@ func TestDiskFollowerFaults(t *testing.T) {
 		if n.store.index != f.last || keysOf(n.store) != model[f.last] {
 			return fmt.Errorf("not what it was at %d: applied %d, of %d\n%s\n%s", f.last, n.store.index, len(model), keysOf(n.store), model[f.last])
 		}
-		return tidy(fs, f.diskNode)
+		return cmp.Or(differsFromSaved(n, saved, savedErr), tidy(fs, f.diskNode))
 	}
 	eachFault(t, run, verify)
 }
@@ -684,7 +695,15 @@ func backupOf(t *testing.T, keys int) (*store, []byte) {
 	s := filledStore(keys)
 	s.clusterID, s.index, s.term = 9, 7, 3
 	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID}}, []*kvpb.Member{{RaftId: leaderID, Node: &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}}})
-	return s, snapshotBytes(t, s)
+	return s, backupBytes(t, s)
+}
+
+// backupBytes is a backup that a node would send of a store.
+func backupBytes(t *testing.T, s *store) []byte {
+	t.Helper()
+	v := s.openBackup()
+	defer v.close()
+	return viewBytes(t, v)
 }
 
 // TestRestoreFaults: a restore to which anything happens leaves an empty
@@ -852,6 +871,11 @@ func wantRefusal(t *testing.T, fs *simFS, id uint64, words ...string) {
 			t.Errorf("%v\ndoes not say %q", err, w)
 		}
 	}
+	_, savedErr := readSaved(fs)
+	isSame := savedErr != nil && savedErr.Error() == err.Error()
+	if isAnothers := strings.Contains(err.Error(), "this is node"); !isSame && !isAnothers {
+		t.Errorf("who only reads it is told %v\ninstead of %v", savedErr, err)
+	}
 	if fs.mutates() {
 		t.Errorf("something was changed: %q", fs.calls)
 	}
@@ -860,7 +884,7 @@ func wantRefusal(t *testing.T, fs *simFS, id uint64, words ...string) {
 // usedDir is the directory of a cluster of one voter, with a torn last batch,
 // segments and a snapshot that a start would remove, so that all that it could
 // change is there. Snap is the snapshot that counts.
-func usedDir(t *testing.T) (fs *simFS, snap string) {
+func usedDir(t testing.TB) (fs *simFS, snap string) {
 	t.Helper()
 	fs = newSimFS()
 	p, err := openDiskNode(fs, 1)
@@ -1009,7 +1033,14 @@ func TestDiskEveryByte(t *testing.T) {
 		for i := 0; i < len(b); i += step {
 			bit := byte(1) << (i % 8)
 			b[i] ^= bit
-			wantRefusal(t, fs, 1, path[2:], "offset", cmp.Or(map[bool]string{true: "does not begin as it should"}[i < 8], "move the data directory away"))
+			words := "move the data directory away"
+			switch {
+			case i < 7:
+				words = "does not begin as it should"
+			case i == 7:
+				words = "of a format that this program does not know"
+			}
+			wantRefusal(t, fs, 1, path[2:], "offset", words)
 			if b[i] ^= bit; t.Failed() {
 				t.Fatalf("byte %d of %d of %s", i, len(b), path)
 			}
@@ -1918,6 +1949,10 @@ func TestBackupRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, errs := runCommand(t, exitNotDone, "", "restore", file, "--data-dir", data, "--id", "1", "--addr", "127.0.0.1:1")
+			if at == 0 && len(bad) == 0 {
+				wantPart(t, errs, file+": offset 0: it is empty")
+				continue
+			}
 			wantPart(t, errs, file+": snapshot")
 		}
 	}

@@ -23,8 +23,10 @@ const (
 
 var (
 	castagnoli      = crc32.MakeTable(crc32.Castagnoli)
-	errFrameFormat  = errors.New("it does not begin as it should, or is of a format that this program does not know")
+	errFrameFormat  = errors.New("it does not begin as it should")
 	errFrameDamaged = errors.New("a frame is damaged")
+	// errUnknownFormat is no sign of damage: another version of the program reads it.
+	errUnknownFormat = errors.New("it is of a format that this program does not know")
 )
 
 // frameWriter makes frames of what is written to it, and writes each by one Write.
@@ -100,6 +102,10 @@ func (f *frameReader) next() error {
 		magic := make([]byte, len(frameMagic))
 		if _, err := io.ReadFull(f.r, magic); err != nil {
 			return noEOF(err)
+		}
+		version := len(magic) - 1
+		if string(magic[:version]) == frameMagic[:version] && magic[version] > frameMagic[version] {
+			return errUnknownFormat
 		}
 		if string(magic) != frameMagic {
 			return errFrameFormat

@@ -77,16 +77,17 @@ func (osFS) lock(dir string) (io.Closer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := lockFile(f); err != nil {
+	if err := lockFile(f, syscall.LOCK_EX); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("the data directory %s: %w", dir, lockError(f.Name(), err))
 	}
 	return f, nil
 }
 
-func lockFile(f *os.File) error {
+// lockFile locks a file at once, or not at all. How is LOCK_EX or LOCK_SH.
+func lockFile(f *os.File, how int) error {
 	for {
-		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB)
 		if err != syscall.EINTR { // EINTR: it did nothing, and is called again
 			return err
 		}

@@ -50,7 +50,8 @@ type invocation struct {
 	ifVersion    *uint64    // nil: any version
 	service      string     // the health name
 	wait         bool       // for SERVING
-	dataDir      string     // to be made by restore
+	dataDir      string     // to be made by restore, or read by backup
+	bareSnapshot bool       // restore takes a snapshot that is no backup
 	node         *kvpb.Node // whose data directory restore makes
 	certs        *certOrder
 	watch        *watchOrder
@@ -162,10 +163,13 @@ func (in *invocation) flagSet() *flag.FlagSet {
 	return fs
 }
 
+// callsNodes reports whether the sub-command calls nodes. What it needs for that is else ignored.
+func (in *invocation) callsNodes() bool { return !in.command.offline && in.dataDir == "" }
+
 // chooseEndpoints takes the endpoints from the flag, or else from the environment, or
 // else the default.
 func (in *invocation) chooseEndpoints(isFlagGiven bool) error {
-	if in.command.offline {
+	if !in.callsNodes() {
 		return nil
 	}
 	list := in.endpointList
@@ -190,7 +194,7 @@ func (in *invocation) chooseEndpoints(isFlagGiven bool) error {
 
 // chooseCertificates takes the files for TLS that no flag has given from the environment.
 func (in *invocation) chooseCertificates(fs *flag.FlagSet) error {
-	if in.command.offline {
+	if !in.callsNodes() {
 		return nil
 	}
 	for _, name := range []string{"cert-file", "key-file", "trusted-ca-file"} {
@@ -361,11 +365,17 @@ func (in *invocation) versionFlag(fs *flag.FlagSet, usage string) {
 	})
 }
 
+func (in *invocation) backupFlags(fs *flag.FlagSet) {
+	notEmptyVar(fs, &in.dataDir, "data-dir", "back up this `DIRECTORY` of a node that does not run, and call no node")
+}
+
 func (in *invocation) restoreFlags(fs *flag.FlagSet) {
 	in.node = &kvpb.Node{}
 	fs.StringVar(&in.dataDir, "data-dir", "", "`DIRECTORY` to make; it may be there, and empty")
 	numberVar(fs, &in.node.Id, "id", "the node's `NUMBER`, not 0")
 	fs.StringVar(&in.node.Address, "addr", "", "`HOST:PORT` at which others reach the node")
+	boolVar(fs, &in.bareSnapshot, "bare-snapshot", "FILE is a snapshot out of a data directory whose log is lost, "+
+		"and what was in that, too")
 }
 
 func (in *invocation) checkRestoreFlags() error {
@@ -386,7 +396,8 @@ const (
 	keyArgument argument = iota
 	valueArgument
 	prefixArgument
-	fileArgument
+	fileArgument // - is stdin, or stdout
+	savedArgument
 	directoryArgument
 	idArgument
 	memberArgument
@@ -395,7 +406,7 @@ const (
 
 // String is the argument's name in the help text.
 func (a argument) String() string {
-	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "DIR", "ID", "ID=ADDR", "COMMAND"}[a]
+	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "FILE|DIR", "DIR", "ID", "ID=ADDR", "COMMAND"}[a]
 }
 
 // takeArguments checks the arguments and sets the invocation's fields by them.
@@ -431,11 +442,7 @@ func (in *invocation) takeArgument(kind argument, arg string) error {
 		in.prefix = arg
 	case valueArgument:
 		err = checkLength(kind, arg, maxValueBytes)
-	case fileArgument:
-		if arg == "" || arg == "-" {
-			err = fmt.Errorf("%v %q: want the name of a file, not stdin or stdout", kind, arg)
-		}
-	case directoryArgument:
+	case fileArgument, savedArgument, directoryArgument:
 		if arg == "" {
 			err = fmt.Errorf("%v: it is empty", kind)
 		}

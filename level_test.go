@@ -302,11 +302,11 @@ func TestTooOldIsRefused(t *testing.T) {
 		s := newTestStore()
 		s.level = nextLevel
 		b := snapshotBytes(t, s)
-		_, err := scanSnapshot(bytes.NewReader(b), true, firstLevel, func(uint64, uint64) {})
+		_, _, err := scanSnapshot(bytes.NewReader(b), snapshotScan{speaks: firstLevel})
 		if !errors.Is(err, errLevel) {
 			t.Errorf("an old program reads it: %v", err)
 		}
-		again, err := scanSnapshot(bytes.NewReader(b), true, nextLevel, func(uint64, uint64) {})
+		again, _, err := scanSnapshot(bytes.NewReader(b), snapshotScan{speaks: nextLevel})
 		if err != nil || again.level != nextLevel {
 			t.Errorf("a newer one does not: %v", err)
 		}

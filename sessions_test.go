@@ -705,7 +705,7 @@ func TestRestoreByTheClock(t *testing.T) {
 	s.version = versionAt(time.Now().Add(time.Hour))
 	dir := t.TempDir()
 	file, data := filepath.Join(dir, "backup"), filepath.Join(dir, "data")
-	if err := os.WriteFile(file, snapshotBytes(t, s), 0o600); err != nil {
+	if err := os.WriteFile(file, backupBytes(t, s), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	_, errs := runCommand(t, exitNotDone, "", "restore", file, "--data-dir", data, "--id", "1", "--addr", "127.0.0.1:1")

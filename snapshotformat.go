@@ -171,15 +171,23 @@ func parseKeyValue(b []byte) (it keyItem, ok bool) {
 	return it, utf8.Valid(it.key)
 }
 
-// readSnapshot reads a snapshot into a new store, or says why it is none.
-func readSnapshot(r io.Reader) (*store, error) {
-	return scanSnapshot(r, true, programLevel, func(uint64, uint64) {})
+// snapshotScan is how a snapshot is read. Each field but speaks may be left out.
+type snapshotScan struct {
+	speaks     uint32                           // a higher level is refused
+	countsOnly bool                             // the store does not keep the keys
+	check      func(*kvpb.SnapshotHeader) error // may refuse it by its header
+	say        func(keys, all uint64)           // is told now and then how many of all keys were read
 }
 
-// scanSnapshot reads a snapshot into a new store, which only counts the keys if
-// it is not to keep them. It refuses a level that is not spoken. It says now and then how
-// many of all it has read.
-func scanSnapshot(r io.Reader, keep bool, speaks uint32, say func(keys, all uint64)) (*store, error) {
+// readSnapshot reads a snapshot into a new store, or says why it is none.
+func readSnapshot(r io.Reader) (*store, error) {
+	s, _, err := scanSnapshot(r, snapshotScan{speaks: programLevel})
+	return s, err
+}
+
+// scanSnapshot reads a snapshot into a new store. It returns the header, too, which has what is
+// no part of the state.
+func scanSnapshot(r io.Reader, o snapshotScan) (*store, *kvpb.SnapshotHeader, error) {
 	frames := newFrameReader(r)
 	br := bufio.NewReaderSize(frames, 64<<10)
 	var b []byte // holds what next has read
@@ -207,52 +215,60 @@ func scanSnapshot(r io.Reader, keep bool, speaks uint32, say func(keys, all uint
 		}
 		return it, rec, nil
 	}
+	invalid := func(format string, args ...any) error {
+		return fmt.Errorf("snapshot, before offset %d: %w", frames.offset, fmt.Errorf(format, args...))
+	}
 	_, rec, err := next()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	s, header := newStore(), rec.GetHeader()
-	s.speaks = speaks
+	s.speaks = o.speaks
 	if err := s.restoreHeader(header); err != nil {
-		return nil, fmt.Errorf("snapshot: %w", err)
+		return nil, nil, invalid("%w", err)
+	}
+	if o.check != nil {
+		if err := o.check(header); err != nil {
+			return nil, nil, err
+		}
 	}
 	keys, last, said := uint64(0), []byte(nil), time.Now()
 	for {
 		it, rec, err := next()
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if rec == nil {
 			if !it.isValid(s.version) || bytes.Compare(it.key, last) <= 0 {
-				return nil, fmt.Errorf("snapshot: key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
+				return nil, nil, invalid("key %d is invalid, or out of place: they are sorted, and none is there twice", keys+1)
 			}
 			keys, last = keys+1, append(last[:0], it.key...)
-			if keep {
+			if !o.countsOnly {
 				s.tree.set(it.key, it.item)
 			}
-			if keys%16 == 0 && time.Since(said) > progressEvery {
+			if o.say != nil && keys%16 == 0 && time.Since(said) > progressEvery {
 				said = time.Now()
-				say(keys, header.Keys)
+				o.say(keys, header.Keys)
 			}
 			continue
 		}
 		switch rec := rec.Record.(type) {
 		case *kvpb.SnapshotRecord_Session:
 			if err := s.sessions.restore(rec.Session, s.version); err != nil || keys > 0 {
-				return nil, fmt.Errorf("snapshot: session %d: %w", s.sessions.count()+1, cmp.Or(err, errors.New("it follows a key")))
+				return nil, nil, invalid("session %d: %w", s.sessions.count()+1, cmp.Or(err, errors.New("it follows a key")))
 			}
 		case *kvpb.SnapshotRecord_Footer:
 			if n := uint64(s.sessions.count()); rec.Footer.Keys != keys || header.Keys != keys || header.Sessions != n {
-				return nil, fmt.Errorf("snapshot: it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
+				return nil, nil, invalid("it has %d sessions and %d keys, its header says %d and %d, its footer %d keys", n, keys, header.Sessions, header.Keys, rec.Footer.Keys)
 			}
 			if _, err := br.ReadByte(); err != io.EOF {
 				more := errors.New("something follows its footer")
-				return nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, cmp.Or(noEOF(err), more))
+				return nil, nil, fmt.Errorf("snapshot, offset %d: %w", frames.offset, cmp.Or(noEOF(err), more))
 			}
 			s.tree.keys = keys // also of those that were not kept
-			return s, nil
+			return s, header, nil
 		default:
-			return nil, errors.New("snapshot: a record of an unknown kind, or a key with a field that this node does not know")
+			return nil, nil, invalid("a record of an unknown kind, or a key with a field that this node does not know")
 		}
 	}
 }
@@ -271,9 +287,10 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	case h == nil:
 		return errors.New("it does not start with a header")
 	case h.Format > snapshotFormat:
-		return fmt.Errorf("%w: it knows format %d, and this is of format %d: start a newer one", errLevel, snapshotFormat, h.Format)
+		return fmt.Errorf("%w: it knows format %d, and this is of format %d: start a newer one",
+			errLevel, snapshotFormat, h.Format)
 	case h.Format != snapshotFormat:
-		return fmt.Errorf("its format is %d, this program knows %d", h.Format, snapshotFormat)
+		return fmt.Errorf("its format is %d, this program knows %d: %w", h.Format, snapshotFormat, errUnknownFormat)
 	case h.Level > s.speaks:
 		return checkLevel("the snapshot", h.Level, s.speaks)
 	case len(h.ProtoReflect().GetUnknown()) > 0:

@@ -157,7 +157,7 @@ func (n *node) readSnapshot(r io.Reader) (*store, error) {
 
 // scanSnapshot reads a snapshot, and logs that this program is too old for it.
 func (n *node) scanSnapshot(r io.Reader) (*store, error) {
-	s, err := scanSnapshot(r, true, n.opts.level, func(uint64, uint64) {})
+	s, _, err := scanSnapshot(r, snapshotScan{speaks: n.opts.level})
 	if errors.Is(err, errLevel) {
 		n.logger.Error("a snapshot that was sent to this node is refused", "err", err)
 	}

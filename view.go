@@ -89,6 +89,7 @@ func (s *store) openView() *view {
 // openBackup is openView for a client, whose view the store may end. Only the loop may call it.
 func (s *store) openBackup() *view {
 	v := s.openView()
+	v.header.Origin = kvpb.SnapshotOrigin_SNAPSHOT_ORIGIN_CLUSTER
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.addClientView(v)

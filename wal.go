@@ -76,7 +76,7 @@ const (
 
 var (
 	errWALClosed = errors.New("the log is closed")
-	errWALFormat = errors.New("it is of a format that this program does not know: start the newer one that wrote it")
+	errWALFormat = fmt.Errorf("%w: start the newer one that wrote it", errUnknownFormat)
 	errNoBatch   = errors.New("no intact batch")
 )
 
@@ -87,6 +87,8 @@ type walOptions struct {
 	logger       *slog.Logger
 	background   func(func()) // runs what fills a segment; nil: a goroutine
 	speaks       uint32       // the highest level that this program speaks
+	// say is told now and then how many of all segments were read; nil: nobody wants to know.
+	say func(segments, all uint64)
 	// verify finds out whether what the log holds fits the rest of the directory. It is
 	// called before openWAL changes anything, and may be nil.
 	verify func(*kvpb.LogBatch) error
@@ -340,6 +342,24 @@ func (w *wal) start() (*kvpb.LogBatch, error) {
 	return state, nil
 }
 
+// readWAL reads the log in a directory, which has one, as openWAL does, and changes nothing. Torn
+// says where a torn batch is left out; empty: there is none.
+func readWAL(fs fileSystem, dir string, o walOptions) (state *kvpb.LogBatch, torn string, err error) {
+	w := &wal{fs: fs, dir: dir, opts: o}
+	numbers, filled, err := w.list()
+	if err != nil {
+		return nil, "", err
+	}
+	state, tail, err := w.read(numbers, filled)
+	if err != nil {
+		return nil, "", err
+	}
+	if tail.torn {
+		torn = fmt.Sprintf("%s, offset %d", w.path(w.at.segment), w.offset)
+	}
+	return state, torn, nil
+}
+
 func (w *wal) path(segment uint64) string {
 	return filepath.Join(w.dir, fmt.Sprintf("%016x.wal", segment))
 }
@@ -377,9 +397,31 @@ func (w *wal) list() (numbers []uint64, filled uint64, err error) {
 	return numbers, filled, nil
 }
 
-// replay reads the newest segment and those that precede it without a gap, and merges
-// all that they say. That includes which segment is the oldest one needed.
+// replay reads the log, and has it go on from there.
 func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
+	s, tail, err := w.read(numbers, filled)
+	if err != nil {
+		return nil, err
+	}
+	// All is intact: from here on, the log is changed.
+	if tail.torn {
+		w.opts.logger.Warn("the last batch of the log is torn: cut there",
+			"file", w.path(w.at.segment), "offset", w.offset)
+	}
+	w.head = headOf(s)
+	if err := w.rewrite(tail); err != nil {
+		return nil, err
+	}
+	if err := w.removeFront(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// read reads the newest segment and those that precede it without a gap, and merges
+// all that they say. That includes which segment is the oldest one needed. It changes
+// nothing.
+func (w *wal) read(numbers []uint64, filled uint64) (*kvpb.LogBatch, walTail, error) {
 	first := len(numbers) - 1
 	for first > 0 && numbers[first-1] == numbers[first]-1 {
 		first--
@@ -395,37 +437,28 @@ func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
 		var err error
 		tail, err = w.replaySegment(s, n, newest)
 		if err != nil {
-			return nil, err
+			return nil, walTail{}, err
 		}
-		if time.Since(said) > progressEvery {
+		if w.opts.say != nil && time.Since(said) > progressEvery {
 			said = time.Now()
-			w.opts.logger.Info("reading the log", "segments", i+1, "of", len(numbers)-first)
+			w.opts.say(uint64(i+1), uint64(len(numbers)-first))
 		}
 	}
 
 	mark := s.Snapshot.GetIndex()
 	s.Entries = slices.DeleteFunc(s.Entries, func(e *kvpb.Entry) bool { return e.Index <= mark })
 	if err := w.findGaps(s, numbers[first], filled); err != nil {
-		return nil, err
+		return nil, walTail{}, err
 	}
 	if h := s.HardState; h != nil {
 		h.Commit = max(h.Commit, mark) // raft insists, and a snapshot holds what is committed
 	}
 	if w.opts.verify != nil {
 		if err := w.opts.verify(s); err != nil {
-			return nil, err
+			return nil, walTail{}, err
 		}
 	}
-
-	// All is intact: from here on, the log is changed.
-	w.head = headOf(s)
-	if err := w.rewrite(tail); err != nil {
-		return nil, err
-	}
-	if err := w.removeFront(); err != nil {
-		return nil, err
-	}
-	return s, nil
+	return s, tail, nil
 }
 
 // findGaps refuses a log that is intact as far as it is there, but not all there.
@@ -450,6 +483,7 @@ func (w *wal) findGaps(s *kvpb.LogBatch, oldest, filled uint64) error {
 type walTail struct {
 	data   []byte
 	offset int
+	torn   bool // zeros are in place of a torn batch
 }
 
 // rewrite opens the newest segment and writes its tail once more. If the process that
@@ -503,10 +537,11 @@ func (w *wal) replaySegment(s *kvpb.LogBatch, n uint64, newest bool) (walTail, e
 		w.wrote(batch, raw)
 	}
 	rest := b[w.offset:]
-	if err := w.cutTorn(rest, newest); err != nil {
+	torn, err := w.cutTorn(rest, newest)
+	if err != nil {
 		return walTail{}, err
 	}
-	return walTail{data: b[last:], offset: last}, nil
+	return walTail{data: b[last:], offset: last, torn: torn}, nil
 }
 
 // checkKnown refuses a batch of a newer program.
@@ -535,26 +570,25 @@ func (w *wal) replayBatch(s, batch *kvpb.LogBatch, raw []byte) error {
 	return mergeBatch(s, batch)
 }
 
-// cutTorn clears the rest of a segment, behind its last intact batch, if a torn batch is
-// there. It refuses anything else but zeros.
-func (w *wal) cutTorn(rest []byte, newest bool) error {
+// cutTorn clears the rest of a segment, as it was read, behind its last intact batch, if a torn
+// batch is there. It refuses anything else but zeros.
+func (w *wal) cutTorn(rest []byte, newest bool) (torn bool, err error) {
 	n := w.at.segment
 	if w.offset == 0 {
-		return w.damage(n, 0, "the first batch is damaged, which was whole before the segment got its name")
+		return false, w.damage(n, 0, "the first batch is damaged, which was whole before the segment got its name")
 	}
 	if allZero(rest) {
-		return nil
+		return false, nil
 	}
 	if !newest {
-		return w.damage(n, w.offset, "a batch is damaged, and later ones were written")
+		return false, w.damage(n, w.offset, "a batch is damaged, and later ones were written")
 	}
 	if !w.at.torn(rest) {
-		return w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: "+
+		return false, w.damage(n, w.offset, "a batch is damaged, and not by a loss of power: "+
 			"that leaves each sector as it was written, or as zeros")
 	}
-	w.opts.logger.Warn("the last batch of the log is torn: cut there", "file", w.path(n), "offset", w.offset)
 	clear(rest)
-	return nil
+	return true, nil
 }
 
 // wrote moves the place of the next batch behind a batch that is in the segment.

@@ -1012,7 +1012,7 @@ func TestWALNewerFormat(t *testing.T) {
 	}
 }
 
-func encodeAt(t *testing.T, p walPlace, b *kvpb.LogBatch) []byte {
+func encodeAt(t testing.TB, p walPlace, b *kvpb.LogBatch) []byte {
 	t.Helper()
 	raw, err := p.encode(b, false)
 	if err != nil {

@@ -612,6 +612,62 @@ func (EntryType) EnumDescriptor() ([]byte, []int) {
 	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{6}
 }
 
+// SnapshotOrigin is what a snapshot was made for.
+type SnapshotOrigin int32
+
+const (
+	// A node has made it for itself, or for a peer: what was written later is in the log
+	// that goes with it. It is no backup.
+	SnapshotOrigin_SNAPSHOT_ORIGIN_UNSPECIFIED SnapshotOrigin = 0
+	// A backup of a running cluster: it has all that was acknowledged before it was begun.
+	SnapshotOrigin_SNAPSHOT_ORIGIN_CLUSTER SnapshotOrigin = 1
+	// A backup of one data directory: its snapshot, and all entries of its log. It may lack
+	// what was acknowledged, for this node may have been behind. And it may have what was
+	// not: the entries after committed.
+	SnapshotOrigin_SNAPSHOT_ORIGIN_DIRECTORY SnapshotOrigin = 2
+)
+
+// Enum value maps for SnapshotOrigin.
+var (
+	SnapshotOrigin_name = map[int32]string{
+		0: "SNAPSHOT_ORIGIN_UNSPECIFIED",
+		1: "SNAPSHOT_ORIGIN_CLUSTER",
+		2: "SNAPSHOT_ORIGIN_DIRECTORY",
+	}
+	SnapshotOrigin_value = map[string]int32{
+		"SNAPSHOT_ORIGIN_UNSPECIFIED": 0,
+		"SNAPSHOT_ORIGIN_CLUSTER":     1,
+		"SNAPSHOT_ORIGIN_DIRECTORY":   2,
+	}
+)
+
+func (x SnapshotOrigin) Enum() *SnapshotOrigin {
+	p := new(SnapshotOrigin)
+	*p = x
+	return p
+}
+
+func (x SnapshotOrigin) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SnapshotOrigin) Descriptor() protoreflect.EnumDescriptor {
+	return file_raftkv_v1_kv_proto_enumTypes[7].Descriptor()
+}
+
+func (SnapshotOrigin) Type() protoreflect.EnumType {
+	return &file_raftkv_v1_kv_proto_enumTypes[7]
+}
+
+func (x SnapshotOrigin) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SnapshotOrigin.Descriptor instead.
+func (SnapshotOrigin) EnumDescriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{7}
+}
+
 // RequestId names a write: under one id, a write takes effect once and every
 // repeat gets the first answer.
 type RequestId struct {
@@ -4982,7 +5038,11 @@ type SnapshotHeader struct {
 	Keys     uint64 `protobuf:"varint,10,opt,name=keys,proto3" json:"keys,omitempty"`
 	Sessions uint64 `protobuf:"varint,11,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	// The level of the cluster, 1 or more. A node refuses one that it does not speak.
-	Level         uint32 `protobuf:"varint,12,opt,name=level,proto3" json:"level,omitempty"`
+	Level uint32 `protobuf:"varint,12,opt,name=level,proto3" json:"level,omitempty"`
+	// What it was made for. It is no part of the state.
+	Origin SnapshotOrigin `protobuf:"varint,30,opt,name=origin,proto3,enum=raftkv.v1.SnapshotOrigin" json:"origin,omitempty"`
+	// DIRECTORY: the last entry that the node knew to be committed.
+	Committed     uint64 `protobuf:"varint,31,opt,name=committed,proto3" json:"committed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5104,6 +5164,20 @@ func (x *SnapshotHeader) GetSessions() uint64 {
 func (x *SnapshotHeader) GetLevel() uint32 {
 	if x != nil {
 		return x.Level
+	}
+	return 0
+}
+
+func (x *SnapshotHeader) GetOrigin() SnapshotOrigin {
+	if x != nil {
+		return x.Origin
+	}
+	return SnapshotOrigin_SNAPSHOT_ORIGIN_UNSPECIFIED
+}
+
+func (x *SnapshotHeader) GetCommitted() uint64 {
+	if x != nil {
+		return x.Committed
 	}
 	return 0
 }
@@ -6002,7 +6076,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\tkey_value\x18\x02 \x01(\v2\x13.raftkv.v1.KeyValueH\x00R\bkeyValue\x123\n" +
 	"\x06footer\x18\x03 \x01(\v2\x19.raftkv.v1.SnapshotFooterH\x00R\x06footer\x12.\n" +
 	"\asession\x18\x04 \x01(\v2\x12.raftkv.v1.SessionH\x00R\asessionB\b\n" +
-	"\x06record\"\x98\x03\n" +
+	"\x06record\"\xe9\x03\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -6019,7 +6093,9 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x04keys\x18\n" +
 	" \x01(\x04R\x04keys\x12\x1a\n" +
 	"\bsessions\x18\v \x01(\x04R\bsessions\x12\x14\n" +
-	"\x05level\x18\f \x01(\rR\x05level\"v\n" +
+	"\x05level\x18\f \x01(\rR\x05level\x121\n" +
+	"\x06origin\x18\x1e \x01(\x0e2\x19.raftkv.v1.SnapshotOriginR\x06origin\x12\x1c\n" +
+	"\tcommitted\x18\x1f \x01(\x04R\tcommitted\"v\n" +
 	"\aSession\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\ahighest\x18\x02 \x01(\x04R\ahighest\x12+\n" +
@@ -6139,7 +6215,11 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"#RAFT_MESSAGE_TYPE_PRE_VOTE_RESPONSE\x10\x13*F\n" +
 	"\tEntryType\x12\x1a\n" +
 	"\x16ENTRY_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
-	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x022\xcd\x04\n" +
+	"\x19ENTRY_TYPE_CONF_CHANGE_V2\x10\x02*m\n" +
+	"\x0eSnapshotOrigin\x12\x1f\n" +
+	"\x1bSNAPSHOT_ORIGIN_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17SNAPSHOT_ORIGIN_CLUSTER\x10\x01\x12\x1d\n" +
+	"\x19SNAPSHOT_ORIGIN_DIRECTORY\x10\x022\xcd\x04\n" +
 	"\tKVService\x124\n" +
 	"\x03Get\x12\x15.raftkv.v1.GetRequest\x1a\x16.raftkv.v1.GetResponse\x124\n" +
 	"\x03Set\x12\x15.raftkv.v1.SetRequest\x1a\x16.raftkv.v1.SetResponse\x12=\n" +
@@ -6175,7 +6255,7 @@ func file_raftkv_v1_kv_proto_rawDescGZIP() []byte {
 	return file_raftkv_v1_kv_proto_rawDescData
 }
 
-var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
 var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
 var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: raftkv.v1.ErrorReason
@@ -6185,189 +6265,191 @@ var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ClaimVerdict)(0),                // 4: raftkv.v1.ClaimVerdict
 	(RaftMessageType)(0),             // 5: raftkv.v1.RaftMessageType
 	(EntryType)(0),                   // 6: raftkv.v1.EntryType
-	(*RequestId)(nil),                // 7: raftkv.v1.RequestId
-	(*OpenSessionRequest)(nil),       // 8: raftkv.v1.OpenSessionRequest
-	(*OpenSessionResponse)(nil),      // 9: raftkv.v1.OpenSessionResponse
-	(*PipelineRequest)(nil),          // 10: raftkv.v1.PipelineRequest
-	(*Operation)(nil),                // 11: raftkv.v1.Operation
-	(*PipelineResponse)(nil),         // 12: raftkv.v1.PipelineResponse
-	(*OperationResult)(nil),          // 13: raftkv.v1.OperationResult
-	(*OperationError)(nil),           // 14: raftkv.v1.OperationError
-	(*GetRequest)(nil),               // 15: raftkv.v1.GetRequest
-	(*GetResponse)(nil),              // 16: raftkv.v1.GetResponse
-	(*SetRequest)(nil),               // 17: raftkv.v1.SetRequest
-	(*SetResponse)(nil),              // 18: raftkv.v1.SetResponse
-	(*DeleteRequest)(nil),            // 19: raftkv.v1.DeleteRequest
-	(*DeleteResponse)(nil),           // 20: raftkv.v1.DeleteResponse
-	(*ListRequest)(nil),              // 21: raftkv.v1.ListRequest
-	(*ListResponse)(nil),             // 22: raftkv.v1.ListResponse
-	(*ScanRequest)(nil),              // 23: raftkv.v1.ScanRequest
-	(*ScanResponse)(nil),             // 24: raftkv.v1.ScanResponse
-	(*WatchRequest)(nil),             // 25: raftkv.v1.WatchRequest
-	(*WatchResponse)(nil),            // 26: raftkv.v1.WatchResponse
-	(*Event)(nil),                    // 27: raftkv.v1.Event
-	(*DeleteRangeRequest)(nil),       // 28: raftkv.v1.DeleteRangeRequest
-	(*DeleteRangeResponse)(nil),      // 29: raftkv.v1.DeleteRangeResponse
-	(*Node)(nil),                     // 30: raftkv.v1.Node
-	(*InitRequest)(nil),              // 31: raftkv.v1.InitRequest
-	(*InitResponse)(nil),             // 32: raftkv.v1.InitResponse
-	(*AddLearnerRequest)(nil),        // 33: raftkv.v1.AddLearnerRequest
-	(*AddLearnerResponse)(nil),       // 34: raftkv.v1.AddLearnerResponse
-	(*ChangeMembershipRequest)(nil),  // 35: raftkv.v1.ChangeMembershipRequest
-	(*Membership)(nil),               // 36: raftkv.v1.Membership
-	(*ExpectedMember)(nil),           // 37: raftkv.v1.ExpectedMember
-	(*ChangeMembershipResponse)(nil), // 38: raftkv.v1.ChangeMembershipResponse
-	(*TransferLeaderRequest)(nil),    // 39: raftkv.v1.TransferLeaderRequest
-	(*TransferLeaderResponse)(nil),   // 40: raftkv.v1.TransferLeaderResponse
-	(*BackupRequest)(nil),            // 41: raftkv.v1.BackupRequest
-	(*BackupResponse)(nil),           // 42: raftkv.v1.BackupResponse
-	(*MetricsRequest)(nil),           // 43: raftkv.v1.MetricsRequest
-	(*Progress)(nil),                 // 44: raftkv.v1.Progress
-	(*MemberStatus)(nil),             // 45: raftkv.v1.MemberStatus
-	(*MetricsResponse)(nil),          // 46: raftkv.v1.MetricsResponse
-	(*Hello)(nil),                    // 47: raftkv.v1.Hello
-	(*Peer)(nil),                     // 48: raftkv.v1.Peer
-	(*Welcome)(nil),                  // 49: raftkv.v1.Welcome
-	(*ClaimRequest)(nil),             // 50: raftkv.v1.ClaimRequest
-	(*ClaimResponse)(nil),            // 51: raftkv.v1.ClaimResponse
-	(*StreamRequest)(nil),            // 52: raftkv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 53: raftkv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 54: raftkv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 55: raftkv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 56: raftkv.v1.RaftMessage
-	(*Entry)(nil),                    // 57: raftkv.v1.Entry
-	(*Batch)(nil),                    // 58: raftkv.v1.Batch
-	(*LevelRise)(nil),                // 59: raftkv.v1.LevelRise
-	(*Write)(nil),                    // 60: raftkv.v1.Write
-	(*NewSession)(nil),               // 61: raftkv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 62: raftkv.v1.ConfChangeContext
-	(*Member)(nil),                   // 63: raftkv.v1.Member
-	(*ConfState)(nil),                // 64: raftkv.v1.ConfState
-	(*Proposer)(nil),                 // 65: raftkv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 66: raftkv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 67: raftkv.v1.SnapshotHeader
-	(*Session)(nil),                  // 68: raftkv.v1.Session
-	(*Answer)(nil),                   // 69: raftkv.v1.Answer
-	(*KeyValue)(nil),                 // 70: raftkv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 71: raftkv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 72: raftkv.v1.LogBatch
-	(*Identity)(nil),                 // 73: raftkv.v1.Identity
-	(*HardState)(nil),                // 74: raftkv.v1.HardState
-	(*SnapshotMark)(nil),             // 75: raftkv.v1.SnapshotMark
+	(SnapshotOrigin)(0),              // 7: raftkv.v1.SnapshotOrigin
+	(*RequestId)(nil),                // 8: raftkv.v1.RequestId
+	(*OpenSessionRequest)(nil),       // 9: raftkv.v1.OpenSessionRequest
+	(*OpenSessionResponse)(nil),      // 10: raftkv.v1.OpenSessionResponse
+	(*PipelineRequest)(nil),          // 11: raftkv.v1.PipelineRequest
+	(*Operation)(nil),                // 12: raftkv.v1.Operation
+	(*PipelineResponse)(nil),         // 13: raftkv.v1.PipelineResponse
+	(*OperationResult)(nil),          // 14: raftkv.v1.OperationResult
+	(*OperationError)(nil),           // 15: raftkv.v1.OperationError
+	(*GetRequest)(nil),               // 16: raftkv.v1.GetRequest
+	(*GetResponse)(nil),              // 17: raftkv.v1.GetResponse
+	(*SetRequest)(nil),               // 18: raftkv.v1.SetRequest
+	(*SetResponse)(nil),              // 19: raftkv.v1.SetResponse
+	(*DeleteRequest)(nil),            // 20: raftkv.v1.DeleteRequest
+	(*DeleteResponse)(nil),           // 21: raftkv.v1.DeleteResponse
+	(*ListRequest)(nil),              // 22: raftkv.v1.ListRequest
+	(*ListResponse)(nil),             // 23: raftkv.v1.ListResponse
+	(*ScanRequest)(nil),              // 24: raftkv.v1.ScanRequest
+	(*ScanResponse)(nil),             // 25: raftkv.v1.ScanResponse
+	(*WatchRequest)(nil),             // 26: raftkv.v1.WatchRequest
+	(*WatchResponse)(nil),            // 27: raftkv.v1.WatchResponse
+	(*Event)(nil),                    // 28: raftkv.v1.Event
+	(*DeleteRangeRequest)(nil),       // 29: raftkv.v1.DeleteRangeRequest
+	(*DeleteRangeResponse)(nil),      // 30: raftkv.v1.DeleteRangeResponse
+	(*Node)(nil),                     // 31: raftkv.v1.Node
+	(*InitRequest)(nil),              // 32: raftkv.v1.InitRequest
+	(*InitResponse)(nil),             // 33: raftkv.v1.InitResponse
+	(*AddLearnerRequest)(nil),        // 34: raftkv.v1.AddLearnerRequest
+	(*AddLearnerResponse)(nil),       // 35: raftkv.v1.AddLearnerResponse
+	(*ChangeMembershipRequest)(nil),  // 36: raftkv.v1.ChangeMembershipRequest
+	(*Membership)(nil),               // 37: raftkv.v1.Membership
+	(*ExpectedMember)(nil),           // 38: raftkv.v1.ExpectedMember
+	(*ChangeMembershipResponse)(nil), // 39: raftkv.v1.ChangeMembershipResponse
+	(*TransferLeaderRequest)(nil),    // 40: raftkv.v1.TransferLeaderRequest
+	(*TransferLeaderResponse)(nil),   // 41: raftkv.v1.TransferLeaderResponse
+	(*BackupRequest)(nil),            // 42: raftkv.v1.BackupRequest
+	(*BackupResponse)(nil),           // 43: raftkv.v1.BackupResponse
+	(*MetricsRequest)(nil),           // 44: raftkv.v1.MetricsRequest
+	(*Progress)(nil),                 // 45: raftkv.v1.Progress
+	(*MemberStatus)(nil),             // 46: raftkv.v1.MemberStatus
+	(*MetricsResponse)(nil),          // 47: raftkv.v1.MetricsResponse
+	(*Hello)(nil),                    // 48: raftkv.v1.Hello
+	(*Peer)(nil),                     // 49: raftkv.v1.Peer
+	(*Welcome)(nil),                  // 50: raftkv.v1.Welcome
+	(*ClaimRequest)(nil),             // 51: raftkv.v1.ClaimRequest
+	(*ClaimResponse)(nil),            // 52: raftkv.v1.ClaimResponse
+	(*StreamRequest)(nil),            // 53: raftkv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 54: raftkv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 55: raftkv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 56: raftkv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 57: raftkv.v1.RaftMessage
+	(*Entry)(nil),                    // 58: raftkv.v1.Entry
+	(*Batch)(nil),                    // 59: raftkv.v1.Batch
+	(*LevelRise)(nil),                // 60: raftkv.v1.LevelRise
+	(*Write)(nil),                    // 61: raftkv.v1.Write
+	(*NewSession)(nil),               // 62: raftkv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 63: raftkv.v1.ConfChangeContext
+	(*Member)(nil),                   // 64: raftkv.v1.Member
+	(*ConfState)(nil),                // 65: raftkv.v1.ConfState
+	(*Proposer)(nil),                 // 66: raftkv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 67: raftkv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 68: raftkv.v1.SnapshotHeader
+	(*Session)(nil),                  // 69: raftkv.v1.Session
+	(*Answer)(nil),                   // 70: raftkv.v1.Answer
+	(*KeyValue)(nil),                 // 71: raftkv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 72: raftkv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 73: raftkv.v1.LogBatch
+	(*Identity)(nil),                 // 74: raftkv.v1.Identity
+	(*HardState)(nil),                // 75: raftkv.v1.HardState
+	(*SnapshotMark)(nil),             // 76: raftkv.v1.SnapshotMark
 }
 var file_raftkv_v1_kv_proto_depIdxs = []int32{
-	11, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
-	17, // 1: raftkv.v1.Operation.set:type_name -> raftkv.v1.SetRequest
-	19, // 2: raftkv.v1.Operation.delete:type_name -> raftkv.v1.DeleteRequest
-	8,  // 3: raftkv.v1.Operation.open_session:type_name -> raftkv.v1.OpenSessionRequest
-	15, // 4: raftkv.v1.Operation.get:type_name -> raftkv.v1.GetRequest
-	28, // 5: raftkv.v1.Operation.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
-	13, // 6: raftkv.v1.PipelineResponse.results:type_name -> raftkv.v1.OperationResult
-	18, // 7: raftkv.v1.OperationResult.set:type_name -> raftkv.v1.SetResponse
-	20, // 8: raftkv.v1.OperationResult.delete:type_name -> raftkv.v1.DeleteResponse
-	9,  // 9: raftkv.v1.OperationResult.open_session:type_name -> raftkv.v1.OpenSessionResponse
-	16, // 10: raftkv.v1.OperationResult.get:type_name -> raftkv.v1.GetResponse
-	14, // 11: raftkv.v1.OperationResult.error:type_name -> raftkv.v1.OperationError
-	29, // 12: raftkv.v1.OperationResult.delete_range:type_name -> raftkv.v1.DeleteRangeResponse
+	12, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
+	18, // 1: raftkv.v1.Operation.set:type_name -> raftkv.v1.SetRequest
+	20, // 2: raftkv.v1.Operation.delete:type_name -> raftkv.v1.DeleteRequest
+	9,  // 3: raftkv.v1.Operation.open_session:type_name -> raftkv.v1.OpenSessionRequest
+	16, // 4: raftkv.v1.Operation.get:type_name -> raftkv.v1.GetRequest
+	29, // 5: raftkv.v1.Operation.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	14, // 6: raftkv.v1.PipelineResponse.results:type_name -> raftkv.v1.OperationResult
+	19, // 7: raftkv.v1.OperationResult.set:type_name -> raftkv.v1.SetResponse
+	21, // 8: raftkv.v1.OperationResult.delete:type_name -> raftkv.v1.DeleteResponse
+	10, // 9: raftkv.v1.OperationResult.open_session:type_name -> raftkv.v1.OpenSessionResponse
+	17, // 10: raftkv.v1.OperationResult.get:type_name -> raftkv.v1.GetResponse
+	15, // 11: raftkv.v1.OperationResult.error:type_name -> raftkv.v1.OperationError
+	30, // 12: raftkv.v1.OperationResult.delete_range:type_name -> raftkv.v1.DeleteRangeResponse
 	0,  // 13: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
-	7,  // 14: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
-	7,  // 15: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
-	70, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
-	70, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
-	27, // 18: raftkv.v1.WatchResponse.events:type_name -> raftkv.v1.Event
-	7,  // 19: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
-	30, // 20: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
-	30, // 21: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
-	36, // 22: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
-	37, // 23: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
-	30, // 24: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
+	8,  // 14: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
+	8,  // 15: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
+	71, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
+	71, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
+	28, // 18: raftkv.v1.WatchResponse.events:type_name -> raftkv.v1.Event
+	8,  // 19: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
+	31, // 20: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
+	31, // 21: raftkv.v1.AddLearnerRequest.node:type_name -> raftkv.v1.Node
+	37, // 22: raftkv.v1.ChangeMembershipRequest.expected:type_name -> raftkv.v1.Membership
+	38, // 23: raftkv.v1.Membership.members:type_name -> raftkv.v1.ExpectedMember
+	31, // 24: raftkv.v1.ExpectedMember.node:type_name -> raftkv.v1.Node
 	2,  // 25: raftkv.v1.Progress.state:type_name -> raftkv.v1.ProgressState
-	30, // 26: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
-	44, // 27: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
-	30, // 28: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
+	31, // 26: raftkv.v1.MemberStatus.node:type_name -> raftkv.v1.Node
+	45, // 27: raftkv.v1.MemberStatus.progress:type_name -> raftkv.v1.Progress
+	31, // 28: raftkv.v1.MetricsResponse.node:type_name -> raftkv.v1.Node
 	1,  // 29: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
-	30, // 30: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
-	45, // 31: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
-	48, // 32: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
-	48, // 33: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
-	30, // 34: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
+	31, // 30: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
+	46, // 31: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
+	49, // 32: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
+	49, // 33: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
+	31, // 34: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
 	3,  // 35: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
-	48, // 36: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
-	48, // 37: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
-	30, // 38: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
-	48, // 39: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
-	30, // 40: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
+	49, // 36: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
+	49, // 37: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
+	31, // 38: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
+	49, // 39: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
+	31, // 40: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
 	4,  // 41: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
-	30, // 42: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
-	30, // 43: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
-	30, // 44: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
-	47, // 45: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
-	56, // 46: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
-	49, // 47: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
-	47, // 48: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
+	31, // 42: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
+	31, // 43: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
+	31, // 44: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
+	48, // 45: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
+	57, // 46: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
+	50, // 47: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
+	48, // 48: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
 	5,  // 49: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
-	57, // 50: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
+	58, // 50: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
 	6,  // 51: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
-	60, // 52: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
-	59, // 53: raftkv.v1.Batch.rise:type_name -> raftkv.v1.LevelRise
-	17, // 54: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
-	19, // 55: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
-	61, // 56: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
-	28, // 57: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
-	63, // 58: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
-	30, // 59: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
-	67, // 60: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
-	70, // 61: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
-	71, // 62: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
-	68, // 63: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
-	64, // 64: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
-	63, // 65: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
-	65, // 66: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
-	69, // 67: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	74, // 68: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	75, // 69: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	57, // 70: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	15, // 71: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	17, // 72: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	19, // 73: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	21, // 74: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	23, // 75: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
-	28, // 76: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
-	25, // 77: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
-	8,  // 78: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	10, // 79: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	31, // 80: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	33, // 81: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	35, // 82: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	39, // 83: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	43, // 84: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	41, // 85: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	52, // 86: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	54, // 87: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	50, // 88: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	16, // 89: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	18, // 90: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	20, // 91: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	22, // 92: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	24, // 93: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
-	29, // 94: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
-	26, // 95: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
-	9,  // 96: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	12, // 97: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	32, // 98: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	34, // 99: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	38, // 100: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	40, // 101: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	46, // 102: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	42, // 103: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	53, // 104: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	55, // 105: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	51, // 106: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	89, // [89:107] is the sub-list for method output_type
-	71, // [71:89] is the sub-list for method input_type
-	71, // [71:71] is the sub-list for extension type_name
-	71, // [71:71] is the sub-list for extension extendee
-	0,  // [0:71] is the sub-list for field type_name
+	61, // 52: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
+	60, // 53: raftkv.v1.Batch.rise:type_name -> raftkv.v1.LevelRise
+	18, // 54: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
+	20, // 55: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
+	62, // 56: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
+	29, // 57: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	64, // 58: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
+	31, // 59: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
+	68, // 60: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
+	71, // 61: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
+	72, // 62: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
+	69, // 63: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
+	65, // 64: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
+	64, // 65: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
+	66, // 66: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
+	7,  // 67: raftkv.v1.SnapshotHeader.origin:type_name -> raftkv.v1.SnapshotOrigin
+	70, // 68: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	75, // 69: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	76, // 70: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	58, // 71: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	16, // 72: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	18, // 73: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	20, // 74: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	22, // 75: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	24, // 76: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
+	29, // 77: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
+	26, // 78: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
+	9,  // 79: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	11, // 80: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	32, // 81: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	34, // 82: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	36, // 83: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	40, // 84: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	44, // 85: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	42, // 86: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	53, // 87: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	55, // 88: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	51, // 89: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	17, // 90: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	19, // 91: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	21, // 92: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	23, // 93: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	25, // 94: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
+	30, // 95: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
+	27, // 96: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
+	10, // 97: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	13, // 98: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	33, // 99: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	35, // 100: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	39, // 101: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	41, // 102: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	47, // 103: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	43, // 104: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	54, // 105: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	56, // 106: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	52, // 107: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	90, // [90:108] is the sub-list for method output_type
+	72, // [72:90] is the sub-list for method input_type
+	72, // [72:72] is the sub-list for extension type_name
+	72, // [72:72] is the sub-list for extension extendee
+	0,  // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
@@ -6413,7 +6495,7 @@ func file_raftkv_v1_kv_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_raftkv_v1_kv_proto_rawDesc), len(file_raftkv_v1_kv_proto_rawDesc)),
-			NumEnums:      7,
+			NumEnums:      8,
 			NumMessages:   69,
 			NumExtensions: 0,
 			NumServices:   3,

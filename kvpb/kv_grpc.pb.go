@@ -590,7 +590,7 @@ type ClusterServiceClient interface {
 	// Metrics answers with the called node's own view, with or without a leader.
 	Metrics(ctx context.Context, in *MetricsRequest, opts ...grpc.CallOption) (*MetricsResponse, error)
 	// Backup streams the state of the cluster at one moment after the call began,
-	// from the called node. The parts' data, joined, are a snapshot.
+	// from the called node. The parts' data, joined, are a snapshot of origin CLUSTER.
 	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupResponse], error)
 }
 
@@ -707,7 +707,7 @@ type ClusterServiceServer interface {
 	// Metrics answers with the called node's own view, with or without a leader.
 	Metrics(context.Context, *MetricsRequest) (*MetricsResponse, error)
 	// Backup streams the state of the cluster at one moment after the call began,
-	// from the called node. The parts' data, joined, are a snapshot.
+	// from the called node. The parts' data, joined, are a snapshot of origin CLUSTER.
 	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupResponse]) error
 	mustEmbedUnimplementedClusterServiceServer()
 }

@@ -1,0 +1,208 @@
+// Where a backup goes: a file that has its name only once all is in it, or stdout.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+)
+
+// backupOutput is a backup that is being written.
+type backupOutput interface {
+	io.Writer
+	// rewind takes back what was written, or says why it cannot.
+	rewind() error
+	// finish makes what was written the backup.
+	finish() error
+	// close ends the writing. What is not finished is removed, where it can be.
+	close()
+	// spoilt adds to an error of a backup that is not finished what became of it.
+	spoilt(error) error
+}
+
+// outputError is an error of writing a backup: no other node would help.
+type outputError struct{ error }
+
+func (e outputError) Unwrap() error { return e.error }
+
+// openOutput begins the file of a backup, or writes to stdout, which - stands for.
+func (c *client) openOutput(ctx context.Context, path string) (backupOutput, error) {
+	if path != "-" {
+		return createBackup(path)
+	}
+	if c.printsToTerminal() {
+		return nil, usageError("stdout is a terminal, and a backup is no text: " +
+			"name a FILE, or send stdout to a file or a program")
+	}
+	out := newBackupStream(ctx, c.stdout)
+	c.stdout = c.stderr // The result goes there: stdout is the backup.
+	return out, nil
+}
+
+// backupFile is a backup in a file.
+type backupFile struct {
+	*os.File
+	path  string // its final name
+	named bool   // it has that
+}
+
+func createBackup(path string) (*backupFile, error) {
+	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("%w: if no other backup writes it, one was killed: delete it", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	b := &backupFile{File: f, path: path}
+	if err := checkAbsent(path); err != nil {
+		b.close()
+		return nil, err
+	}
+	return b, nil
+}
+
+func (b *backupFile) Write(p []byte) (int, error) {
+	n, err := b.File.Write(p)
+	if err != nil {
+		return n, outputError{err}
+	}
+	return n, nil
+}
+
+func (b *backupFile) rewind() error {
+	if _, err := b.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	return b.Truncate(0)
+}
+
+// finish makes the file durable under its final name, which no other file may have.
+func (b *backupFile) finish() error {
+	if err := b.Sync(); err != nil {
+		return err
+	}
+	if err := checkAbsent(b.path); err != nil { // Writing it took a while.
+		return err
+	}
+	if err := os.Rename(b.Name(), b.path); err != nil {
+		return err
+	}
+	b.named = true
+	return osFS{}.syncDir(filepath.Dir(b.path))
+}
+
+func (b *backupFile) close() {
+	_ = b.Close()
+	if !b.named {
+		_ = os.Remove(b.Name())
+	}
+}
+
+func (b *backupFile) spoilt(err error) error { return err }
+
+// checkAbsent returns an error if there is a file of this name.
+func checkAbsent(path string) error {
+	_, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = &os.PathError{Op: "create", Path: path, Err: os.ErrExist}
+	}
+	return err
+}
+
+// backupStream is a backup that is written to stdout, from a goroutine: whoever reads it may stop
+// reading, and nothing can interrupt a write. If ctx ends first, the goroutine goes on until the
+// process ends.
+type backupStream struct {
+	ctx     context.Context
+	stdout  io.Writer
+	pipe    *io.PipeWriter // to the goroutine
+	written bool           // something may have got out
+	ended   chan error     // gets the goroutine's error
+	stop    func() bool    // stops waiting for ctx
+	broken  chan os.Signal // SIGPIPE, which would end the process without a word
+}
+
+func newBackupStream(ctx context.Context, stdout io.Writer) *backupStream {
+	r, w := io.Pipe()
+	s := &backupStream{
+		ctx:    ctx,
+		stdout: stdout,
+		pipe:   w,
+		ended:  make(chan error, 1),
+		stop:   context.AfterFunc(ctx, func() { r.CloseWithError(ctx.Err()) }),
+		broken: make(chan os.Signal, 1),
+	}
+	signal.Notify(s.broken, syscall.SIGPIPE)
+	go func() {
+		_, err := io.Copy(stdout, r)
+		r.CloseWithError(err)
+		s.ended <- err
+	}()
+	return s
+}
+
+func (s *backupStream) Write(p []byte) (int, error) {
+	s.written = true
+	n, err := s.pipe.Write(p)
+	if err != nil {
+		return n, outputError{err}
+	}
+	return n, nil
+}
+
+func (s *backupStream) rewind() error {
+	if s.written {
+		return errors.New("stdout cannot be begun anew at another node")
+	}
+	return nil
+}
+
+// finish waits until all is written.
+func (s *backupStream) finish() error {
+	_ = s.pipe.Close()
+	select {
+	case err := <-s.ended:
+		if err != nil {
+			return err
+		}
+	case <-s.ctx.Done():
+		return s.ctx.Err()
+	}
+	return s.sync()
+}
+
+// sync makes a file durable that the shell has opened.
+func (s *backupStream) sync() error {
+	f, isFile := s.stdout.(*os.File)
+	if !isFile {
+		return nil
+	}
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return err
+	}
+	return f.Sync()
+}
+
+func (s *backupStream) close() {
+	s.stop()
+	_ = s.pipe.CloseWithError(errors.New("the backup has failed"))
+	signal.Stop(s.broken)
+}
+
+func (s *backupStream) spoilt(err error) error {
+	if !s.written {
+		return err
+	}
+	return fmt.Errorf("%w; what was written to stdout is no backup", err)
+}

@@ -1,0 +1,399 @@
+// Tests of the sub-commands backup, restore and verify, of the files that they read and write, and of
+// their progress. Those of whole clusters are in disk_test.go.
+
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"raft-key-value/kvpb"
+)
+
+// TestBackupToStdout: all of it, and nothing else, goes to stdout.
+func TestBackupToStdout(t *testing.T) {
+	f := newFakeNode(t)
+	_, whole := backupOf(t, 1000)
+	f.do(func() { f.backup = whole })
+	dir := realDirectory(t)
+	for _, from := range [][]string{{"--endpoints", f.addr}, {"--data-dir", dir}} {
+		for _, output := range []string{"text", "json"} {
+			out, errs := runCommand(t, exitYes, "", append([]string{"backup", "-", "-o", output}, from...)...)
+			result := map[string]string{"text": "wrote keys: ", "json": `"keys":"`}[output]
+			wantPart(t, errs, result)
+			if strings.Contains(out, result) {
+				t.Errorf("stdout has the result, too")
+			}
+			if from[0] == "--endpoints" && out != string(whole) {
+				t.Errorf("%d bytes, want %d", len(out), len(whole))
+			}
+			text, _ := runCommand(t, exitYes, out, "verify", "-")
+			wantPart(t, text, "whole:     a backup of a ")
+			data := filepath.Join(t.TempDir(), "data")
+			runCommand(t, exitYes, out, "restore", "-", "--data-dir", data, "--id", "1", "--addr", "127.0.0.1:1")
+		}
+	}
+}
+
+// TestBackupToStdoutOfSeveral: another node may be asked only before anything is written.
+func TestBackupToStdoutOfSeveral(t *testing.T) {
+	broken, live := newFakeNode(t), newFakeNode(t)
+	_, whole := backupOf(t, 100)
+	broken.do(func() { broken.backup = whole[:len(whole)/2] })
+	live.do(func() { live.backup = whole })
+	_, errs := runCommand(t, exitNotDone, "", "backup", "-", "--endpoints", broken.addr+","+live.addr)
+	wantPart(t, errs, "stdout cannot be begun anew at another node; what was written to stdout is no backup")
+	out, _ := runCommand(t, exitYes, "", "backup", "-", "--endpoints", closedAddress+","+live.addr)
+	wantText(t, "stdout", out, string(whole))
+	_, errs = runCommand(t, exitNotDone, "", "backup", "-", "--endpoints", closedAddress)
+	if strings.Contains(errs, "no backup") {
+		t.Errorf("nothing was written: %s", errs)
+	}
+}
+
+// TestBackupOfOlderNode: a backup that could not be restored is none.
+func TestBackupOfOlderNode(t *testing.T) {
+	f := newFakeNode(t)
+	s, _ := backupOf(t, 3)
+	f.do(func() { f.backup = snapshotBytes(t, s) })
+	_, errs := runCommand(t, exitNotDone, "", "backup", filepath.Join(t.TempDir(), "b"), "--endpoints", f.addr)
+	wantPart(t, errs, "it runs an older program")
+}
+
+// TestBackupThatCannotBeWritten: the exit status is 3, and the error says so.
+func TestBackupThatCannotBeWritten(t *testing.T) {
+	f := newFakeNode(t)
+	_, whole := backupOf(t, 20000) // more than a pipe holds
+	f.do(func() { f.backup = whole })
+	dir := realDirectory(t)
+	r, closed, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closed.Close()
+	r.Close()
+	unread, full, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unread.Close()
+	defer full.Close()
+	stdouts := map[string]io.Writer{"broken pipe": closed, "deadline exceeded": full}
+	for why, stdout := range stdouts {
+		for _, from := range [][]string{{"--endpoints", f.addr}, {"--data-dir", dir}} {
+			isShort := from[0] == "--data-dir"
+			if isShort && stdout == full {
+				continue // a pipe holds all of it
+			}
+			var errs bytes.Buffer
+			timeout := "20s"
+			if stdout == full {
+				timeout = "500ms"
+			}
+			exit := runClient(t.Context(), append([]string{"backup", "-", "--timeout", timeout}, from...), nil, stdout, &errs)
+			if exit != exitNotDone {
+				t.Errorf("%s: exit status %d", why, exit)
+			}
+			wantPart(t, errs.String(), why)
+			wantPart(t, errs.String(), "what was written to stdout is no backup\n")
+		}
+	}
+}
+
+// TestBackupToBrokenPipe: the process says what has happened, and is not ended by a signal.
+func TestBackupToBrokenPipe(t *testing.T) {
+	t.Parallel()
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	cmd := commandOf(log, "backup", "-", "--data-dir", realDirectory(t))
+	cmd.Stdout = w
+	_ = cmd.Run()
+	w.Close()
+	text, err := os.ReadFile(log.Name())
+	if err != nil || cmd.ProcessState.ExitCode() != exitNotDone {
+		t.Errorf("%v, %v: %s", cmd.ProcessState, err, text)
+	}
+	wantPart(t, string(text), "broken pipe; what was written to stdout is no backup\n")
+}
+
+// TestBackupOfDirectoryCallsNobody: what is needed for calls only does not keep it from being made.
+func TestBackupOfDirectoryCallsNobody(t *testing.T) {
+	t.Setenv(endpointVariable, "nonsense")
+	t.Setenv(variableOf("cert-file"), "/nosuch")
+	dir := realDirectory(t)
+	file := filepath.Join(t.TempDir(), "b")
+	out, errs := runCommand(t, exitYes, "", "backup", "--data-dir", dir, file)
+	wantPart(t, out, "wrote keys: ")
+	wantPart(t, errs, "if it was behind, what was acknowledged later is missing")
+	_, errs = runCommand(t, exitNotDone, "", "backup", "--data-dir", dir, file)
+	wantPart(t, errs, "file already exists")
+	_, errs = runCommand(t, exitNotDone, "", "backup", "--data-dir", dir+"2", file+"2")
+	wantPart(t, errs, "no such file")
+	if _, err := os.Lstat(dir + "2"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it has made a directory: %v", err)
+	}
+}
+
+// TestBackupOfDirectorySays: what may be missing, and what may be too much.
+func TestBackupOfDirectorySays(t *testing.T) {
+	var errs bytes.Buffer
+	c := newClient(&invocation{output: "text"}, nil, io.Discard, &errs)
+	for _, test := range []struct {
+		h    *kvpb.SnapshotHeader
+		want []string
+	}{
+		{&kvpb.SnapshotHeader{Index: 7, Term: 3, Origin: 1}, nil},
+		{&kvpb.SnapshotHeader{Index: 7, Term: 3, Origin: 2, Committed: 7}, []string{"up to entry 7 of term 3: if it was behind"}},
+		{&kvpb.SnapshotHeader{Index: 7, Term: 3, Origin: 2, Committed: 5}, []string{"up to entry 7 of term 3: if it was behind", "after entry 5, none was known"}},
+	} {
+		errs.Reset()
+		c.warnOfOrigin(test.h)
+		if lines := strings.Count(errs.String(), "\n"); lines != len(test.want) {
+			t.Errorf("%v: %s", test.h, &errs)
+		}
+		for _, want := range test.want {
+			wantPart(t, errs.String(), want)
+		}
+	}
+}
+
+// savedFiles are files by what they are, as restore calls them.
+func savedFiles(t *testing.T) (files map[string]string, backup string) {
+	t.Helper()
+	dir := realDirectory(t)
+	_, whole := backupOf(t, 100)
+	names, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = map[string]string{"it is a directory, and no backup": dir}
+	for _, e := range names {
+		path := filepath.Join(dir, e.Name())
+		switch {
+		case isSegment(e.Name()):
+			files["it is a segment of a node's log"] = path
+		case isSnapshot(e.Name()):
+			files["it is a snapshot out of a data directory, and no backup"] = path
+		case e.Name() == "identity":
+			files["it is the file identity of a data directory"] = path
+		}
+	}
+	other := t.TempDir()
+	backup = filepath.Join(other, "backup")
+	newerFrames := slices.Clone(whole)
+	newerFrames[7]++
+	newer := recordBytes(t, headerRecord(func(h *kvpb.SnapshotHeader) { h.Format++ }))
+	kind := recordBytes(t, headerRecord(func(h *kvpb.SnapshotHeader) { h.Origin = 7 }))
+	for what, content := range map[string][]byte{
+		"": whole, "offset 0: it is empty": nil, "it ends in the middle": whole[:len(whole)-1],
+		"it does not begin as it should": []byte("a text, but no backup"), fmt.Sprint("this program knows ", snapshotFormat): newer,
+		"it is of a format that this program does not know": newerFrames, "of a kind that a newer program has made": kind,
+	} {
+		path := filepath.Join(other, fmt.Sprint("file", len(files)))
+		if what == "" {
+			path = backup
+		} else {
+			files[what] = path
+		}
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return files, backup
+}
+
+// TestRestoreNamesWhatIsNoBackup: and makes nothing of it.
+func TestRestoreNamesWhatIsNoBackup(t *testing.T) {
+	files, backup := savedFiles(t)
+	data := filepath.Join(t.TempDir(), "data")
+	restore := func(want int, path string, more ...string) string {
+		t.Helper()
+		_, errs := runCommand(t, want, "", append([]string{"restore", path, "--data-dir", data, "--id", "1", "--addr", "127.0.0.1:1"}, more...)...)
+		return errs
+	}
+	if len(files) != 10 {
+		t.Errorf("%d files", len(files))
+	}
+	for what, path := range files {
+		wantPart(t, restore(exitNotDone, path), path+": ")
+		wantPart(t, restore(exitNotDone, path), what)
+		if _, err := os.Lstat(data); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: it has made a directory: %v", what, err)
+		}
+		if !strings.Contains(what, "snapshot") {
+			restore(exitNotDone, path, "--bare-snapshot")
+		}
+	}
+	restore(exitYes, backup)
+	data += "2"
+	restore(exitYes, files["it is a snapshot out of a data directory, and no backup"], "--bare-snapshot")
+	data += "3"
+	restore(exitYes, backup, "--bare-snapshot")
+}
+
+// TestVerifyFiles: whole, damaged, or neither.
+func TestVerifyFiles(t *testing.T) {
+	files, backup := savedFiles(t)
+	delete(files, "it is a directory, and no backup")
+	for what, path := range files {
+		want := exitNotDone
+		switch what {
+		case "offset 0: it is empty", "it ends in the middle", "it does not begin as it should":
+			want = exitNo
+		case "it is a snapshot out of a data directory, and no backup":
+			out, _ := runCommand(t, exitYes, "", "verify", path)
+			wantPart(t, out, "whole:     a snapshot out of a data directory, and no backup\n")
+			continue
+		case "of a kind that a newer program has made":
+			continue // which verify need not understand
+		}
+		_, errs := runCommand(t, want, "", "verify", path)
+		wantPart(t, errs, path+": ")
+		wantPart(t, errs, what)
+		if want == exitNo {
+			wantPart(t, errs, "raft-key-value: verify: damaged: ")
+			wantPart(t, errs, "offset ")
+		}
+	}
+	runCommand(t, exitNotDone, "", "verify", backup+"2") // there is none
+
+	out, _ := runCommand(t, exitYes, "", "verify", backup)
+	wantText(t, "verify", out, `whole:     a backup of a cluster
+cluster:   0000000000000009
+level:     1
+entry:     7 of term 3
+version:   100
+keys:      100
+sessions:  0
+`)
+	out, _ = runCommand(t, exitYes, "", "verify", backup, "-o", "json")
+	wantText(t, "verify", out, `{"kind":"backup_of_cluster","cluster_id":"9","node_id":"0","raft_id":"0","level":1,"index":"7","term":"3",`+
+		`"committed":"7","version":"100","keys":"100","sessions":"0","snapshot_index":"0","torn":"","left_over":[]}`+"\n")
+
+	b, err := os.ReadFile(backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	damaged := backup + ".damaged"
+	for at := 0; at < len(b); at += 61 {
+		if at == 7 {
+			continue // the version
+		}
+		b[at] ^= 1 << (at % 8)
+		if err := os.WriteFile(damaged, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		b[at] ^= 1 << (at % 8)
+		_, errs := runCommand(t, exitNo, "", "verify", damaged)
+		wantPart(t, errs, damaged+": snapshot, offset ")
+	}
+	_, errs := runCommand(t, exitNo, "", "verify", damaged, "-o", "json")
+	var e commandError
+	if err := json.Unmarshal([]byte(errs), &e); err != nil || e.Status != exitNo {
+		t.Errorf("%v: %s", err, errs)
+	}
+}
+
+// TestVerifyDirectories: what counts there is whole, or the damage is named; what does not count is
+// listed.
+func TestVerifyDirectories(t *testing.T) {
+	dir := realDirectory(t)
+	out, _ := runCommand(t, exitYes, "", "verify", dir)
+	for _, part := range []string{
+		"whole:     a data directory\n", "node:      1, raft ID ", "snapshot:  entry ", "entry:     ", "torn:      " + dir,
+		"left over: 0000000000000001-0000000000000001.snap, 00000000000000aa.tmp: not read",
+	} {
+		wantPart(t, out, part)
+	}
+	out, _ = runCommand(t, exitYes, "", "verify", dir, "-o", "json")
+	var v verification
+	if err := json.Unmarshal([]byte(out), &v); err != nil || v.Kind != "directory" || v.NodeID != 1 || v.RaftID == 0 || len(v.LeftOver) != 2 || v.Torn == "" {
+		t.Errorf("%v: %s", err, out)
+	}
+	if v.SnapshotIndex > v.Committed || v.Committed > v.Index || v.Keys == 0 || v.Version == 0 {
+		t.Errorf("%+v", v)
+	}
+	file := filepath.Join(t.TempDir(), "backup")
+	runCommand(t, exitYes, "", "backup", "--data-dir", dir, file)
+	out, _ = runCommand(t, exitYes, "", "verify", file, "-o", "json")
+	want := verification{
+		Kind: "backup_of_directory", ClusterID: v.ClusterID, Level: v.Level, Index: v.Index, Term: v.Term,
+		Committed: v.Committed, Version: v.Version, Keys: v.Keys, LeftOver: []string{},
+	}
+	wantJSON, err := json.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantText(t, "of its backup", out, string(wantJSON)+"\n")
+
+	names, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checked := map[bool]int{}
+	for _, e := range names {
+		path := filepath.Join(dir, e.Name())
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		isKept := isSegment(e.Name()) || isSnapshot(e.Name()) || e.Name() == "identity"
+		counts := isKept && !slices.Contains(v.LeftOver, e.Name())
+		checked[counts]++
+		at := len(b) / 2
+		damaged := slices.Clone(b)
+		damaged[at] ^= 1
+		if err := os.WriteFile(path, damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if counts {
+			_, errs := runCommand(t, exitNo, "", "verify", dir)
+			wantPart(t, errs, e.Name())
+			wantPart(t, errs, "offset ")
+			_, errs = runCommand(t, exitNotDone, "", "backup", "--data-dir", dir, file+"2")
+			wantPart(t, errs, e.Name())
+			if found, _ := filepath.Glob(file + "2*"); len(found) > 0 {
+				t.Errorf("there is %q", found)
+			}
+		} else {
+			runCommand(t, exitYes, "", "verify", dir)
+		}
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if checked[true] < 3 || checked[false] < 3 {
+		t.Errorf("of these kinds there are %v", checked)
+	}
+	empty := t.TempDir()
+	_, errs := runCommand(t, exitNotDone, "", "verify", empty)
+	wantPart(t, errs, "it has nothing of a node in it")
+}
+
+// TestKindsHaveWords: whatever verify finds, it can say.
+func TestKindsHaveWords(t *testing.T) {
+	found := map[string]bool{"directory": true}
+	for origin := range kvpb.SnapshotOrigin_name {
+		found[verificationOf(&kvpb.SnapshotHeader{Origin: kvpb.SnapshotOrigin(origin)}).Kind] = true
+	}
+	if !maps.EqualFunc(found, kinds, func(bool, string) bool { return true }) {
+		t.Errorf("%v, and words for %v", found, kinds)
+	}
+}
