@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"go.etcd.io/raft/v3/raftpb"
 
 	"raft-key-value/kvpb"
 )
@@ -395,5 +398,67 @@ func TestKindsHaveWords(t *testing.T) {
 	}
 	if !maps.EqualFunc(found, kinds, func(bool, string) bool { return true }) {
 		t.Errorf("%v, and words for %v", found, kinds)
+	}
+}
+
+// FuzzSavedFile: whatever is in a file, it is refused, or is the backup as it was. It is never called
+// whole with a bit that is flipped.
+func FuzzSavedFile(f *testing.F) {
+	s := filledStore(40)
+	s.clusterID, s.index, s.term = 9, 7, 3
+	s.configure(&raftpb.ConfState{Voters: []uint64{leaderID}}, plainMembers(leaderID))
+	v := s.openBackup()
+	whole := viewBytes(f, v)
+	v.close()
+	f.Add(uint32(0), uint8(0), []byte(nil), uint32(0))
+	f.Add(uint32(7), uint8(0), []byte(walMagic), uint32(3))
+	f.Add(uint32(16), uint8(3), []byte(identityBeginning), uint32(0))
+	f.Add(uint32(700), uint8(7), bytes.Repeat([]byte{0}, 100), uint32(1))
+	scan := func(b []byte) error {
+		saved := readStdin(context.Background(), bytes.NewReader(b))
+		defer saved.close()
+		_, _, err := saved.scan(snapshotScan{countsOnly: true})
+		return err
+	}
+	if err := scan(whole); err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, at uint32, bit uint8, over []byte, cut uint32) {
+		flipped := slices.Clone(whole)
+		flipped[int(at)%len(whole)] ^= 1 << (bit % 8)
+		if scan(flipped) == nil {
+			t.Fatalf("bit %d of byte %d: whole", bit%8, int(at)%len(whole))
+		}
+		mutated := slices.Clone(whole)
+		copy(mutated[int(at)%len(whole):], over)
+		mutated = mutated[:len(mutated)-int(cut)%len(mutated)]
+		if err := scan(mutated); err == nil && !bytes.Equal(mutated, whole) {
+			t.Fatal("whole, and not what it was")
+		}
+	})
+}
+
+// shortWriter takes so many bytes, and then fails.
+type shortWriter struct{ left int }
+
+func (w *shortWriter) Write(b []byte) (int, error) {
+	if len(b) > w.left {
+		return 0, io.ErrShortWrite
+	}
+	w.left -= len(b)
+	return len(b), nil
+}
+
+// TestBackupWhoseEndIsNotWritten: not even the last byte may be missing.
+func TestBackupWhoseEndIsNotWritten(t *testing.T) {
+	f := newFakeNode(t)
+	_, whole := backupOf(t, 1000)
+	f.do(func() { f.backup = whole })
+	for missing, want := range map[int]int{0: exitYes, 1: exitNotDone, len(whole): exitNotDone} {
+		var errs bytes.Buffer
+		args := []string{"backup", "-", "--endpoints", f.addr}
+		if exit := runClient(t.Context(), args, nil, &shortWriter{len(whole) - missing}, &errs); exit != want {
+			t.Errorf("%d bytes are missing: exit status %d: %s", missing, exit, &errs)
+		}
 	}
 }
