@@ -171,6 +171,11 @@ is_logged() {
   grep -q -E "$pattern" "$tmp"/*.log
 }
 
+# says TEXT: what the last sub-command has printed has to have that in it.
+says() {
+  grep -q -F "$1" "$tmp/out" || fail "it does not print \"$1\""
+}
+
 # write ID KEY VALUE: writes through a node.
 write() {
   run 0 set --endpoints "${addr[$1]}" "$2" "$3"
@@ -459,8 +464,10 @@ expect_all "${!pid[@]}"
 title 'A backup becomes a new cluster, which goes on from there'
 run 0 backup "$tmp/backup"
 run 3 backup "$tmp/backup" # it is there already
+run 0 verify "$tmp/backup"
+says 'a backup of a cluster'
 for id in "${!pid[@]}"; do stop TERM "$id"; done
-run 0 certs "$pki" --nodes 6=127.0.0.1,7=127.0.0.1 # by the same CA
+run 0 certs "$pki" --nodes 6=127.0.0.1,7=127.0.0.1,8=127.0.0.1,9=127.0.0.1 # by the same CA
 addr[6]=${addr[1]}
 export RAFT_KEY_VALUE_ENDPOINTS=${addr[6]}
 run 0 restore "$tmp/backup" --data-dir "$data/6" --id 6 --addr "${addr[6]}"
@@ -475,5 +482,32 @@ run 0 change-membership 6 7
 await_status '^6 .* ok yes' '^7 .* ok yes'
 expect_all 7
 
-printf '\nok: twice, in memory and with data directories over TLS, 5 nodes formed a cluster, whose leader was killed and came back, and all were restarted; strangers were refused, all were killed at once, and a backup was restored; %s reads on all nodes found what had been written, in %s s\n' \
+title 'Two of three machines are lost: what the third one has becomes a new cluster'
+addr[8]='' && start 8
+run 0 add-learner "8=${addr[8]}"
+run 0 change-membership 6 7 8
+await_status '^6 .* ok yes' '^7 .* ok yes' '^8 .* ok yes'
+write 8 before-the-loss 'written before two machines are lost'
+for id in 7 8; do
+  stop KILL "$id"
+  rm -r "${data:?}/$id"
+done
+refused 'there is no leader' get foo
+refused 'another process uses it' verify "$data/6"
+refused 'another process uses it' backup --data-dir "$data/6" "$tmp/rescued"
+stop KILL 6
+run 0 verify "$data/6"
+says 'a data directory'
+run 0 backup --data-dir "$data/6" "$tmp/rescued"
+run 0 verify "$tmp/rescued"
+says 'a backup of a data directory'
+refused 'it is a directory, and no backup' restore "$data/6" --data-dir "$data/9" --id 9 --addr "${addr[6]}"
+addr[9]=${addr[6]}
+run 0 restore "$tmp/rescued" --data-dir "$data/9" --id 9 --addr "${addr[9]}"
+start 9
+healed 9
+expect_all 9
+write 9 after-the-loss 'written to what was saved'
+
+printf '\nok: twice, in memory and with data directories over TLS, 5 nodes formed a cluster, whose leader was killed and came back, and all were restarted; strangers were refused, all were killed at once, a backup was restored, and what one of three had was saved; %s reads on all nodes found what had been written, in %s s\n' \
   "$reads" "$SECONDS"
