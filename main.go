@@ -40,8 +40,8 @@
 //     once a second whether their files have changed.
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its
 //     GracefulStop, each in a goroutine.
-//   - A sub-command asks several nodes at once, and waits for stdin, in
-//     goroutines of its own.
+//   - A sub-command asks several nodes at once, waits for stdin and stdout, and makes a
+//     backup of a directory, in goroutines of its own.
 //
 // # Words
 //
