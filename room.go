@@ -86,7 +86,7 @@ func (r *room) take(ctx context.Context, s sharer, amount int) error {
 	}
 }
 
-// tryTake takes an amount if it is there and nobody waits for it.
+// tryTake takes an amount if it is there, and it is nobody else's turn.
 func (r *room) tryTake(s sharer, amount int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -94,7 +94,9 @@ func (r *room) tryTake(s sharer, amount int) bool {
 	if h == nil {
 		h = &roomHolder{}
 	}
-	if len(h.waiting) > 0 || !r.mayHave(h, amount) || r.used+amount > r.limits.all {
+	// Who came earlier goes first: else there might never be room for a large amount.
+	othersFirst := len(h.waiting) > 0 || r.next() != nil
+	if othersFirst || !r.mayHave(h, amount) || r.used+amount > r.limits.all {
 		return false
 	}
 	h.used += amount
@@ -136,9 +138,8 @@ func (r *room) leave(s sharer, w *roomWaiter) {
 
 // serve lets those take what they wait for whose turn it is. mu is held.
 func (r *room) serve() {
-	for r.waiters > 0 {
-		h := r.next()
-		if h == nil || r.used+h.waiting[0].amount > r.limits.all {
+	for h := r.next(); h != nil; h = r.next() {
+		if r.used+h.waiting[0].amount > r.limits.all {
 			return
 		}
 		w := h.waiting[0]
@@ -165,6 +166,9 @@ func (r *room) mayHave(h *roomHolder, amount int) bool {
 // next returns the sharer whose turn it is: of those that wait and have not all of their
 // share, the one that has least; nil: there is none. mu is held.
 func (r *room) next() *roomHolder {
+	if r.waiters == 0 {
+		return nil
+	}
 	var next *roomHolder
 	for _, h := range r.holders {
 		if len(h.waiting) == 0 || !r.mayHave(h, h.waiting[0].amount) {

@@ -114,6 +114,29 @@ func TestRoomIsLeft(t *testing.T) {
 	})
 }
 
+// TestRoomIsNotOvertaken: while somebody waits whose turn it is, others take nothing, though what
+// they want is there: a large amount would never be.
+func TestRoomIsNotOvertaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRoom(roomLimits{all: 10, share: 10, late: 10}, func() {})
+		has, waits, comes := sharer{conn: &limitedConn{}}, sharer{conn: &limitedConn{}}, sharer{conn: &limitedConn{}}
+		if !r.tryTake(has, 8) {
+			t.Fatal("there is no room in an empty one")
+		}
+		got := false
+		go func() { got = r.take(t.Context(), waits, 5) == nil }()
+		synctest.Wait()
+		if r.tryTake(comes, 1) {
+			t.Error("who comes later has overtaken who waits")
+		}
+		r.release(has, 8)
+		synctest.Wait()
+		if !got || !r.tryTake(comes, 1) {
+			t.Errorf("there is room for both: %v", got)
+		}
+	})
+}
+
 // TestArrivalsYield: over the limit, the oldest request ends of the connection that has most,
 // and what has ended counts no more.
 func TestArrivalsYield(t *testing.T) {
