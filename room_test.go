@@ -371,6 +371,29 @@ func TestWaitingGetCopiesNothing(t *testing.T) {
 	})
 }
 
+// TestAnswerThatGrows: an answer that has become larger while it waited for room has room for what
+// it is, not for what it was.
+func TestAnswerThatGrows(t *testing.T) {
+	const was = 2 * uncountedAnswer
+	for _, is := range []int{smallAnswer / 2, maxValueBytes} {
+		c := accepted(t, 1)[0]
+		as := c.l.answers
+		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
+		resp := &kvpb.GetResponse{Value: make([]byte, is)}
+		answer, err := answerWhole(ctx, was, func() (any, error) { return resp, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		large, small := 0, len(answer.(*encoded).b)
+		if is > smallAnswer {
+			large, small = 1, 0
+		}
+		if as.large.used != large || as.small.used != small {
+			t.Errorf("an answer of %d bytes has room for %d large ones and %d bytes", is, as.large.used, as.small.used)
+		}
+	}
+}
+
 // TestPipelineIsReadNoFurther: while enough of a stream is not answered, no more is read of it.
 func TestPipelineIsReadNoFurther(t *testing.T) {
 	for name, fill := range map[string]func(p *pipeline){

@@ -461,7 +461,8 @@ func (s *server) answer(ctx context.Context, req any, handler grpc.UnaryHandler)
 }
 
 // answerWhole has f make an answer once there is room for so many bytes, and encodes it. If it
-// has become a large one meanwhile, it is made again once there is room for that.
+// has become larger meanwhile, it is made again once there is room for that: else those that wait
+// while their key grows would take more than there is.
 func answerWhole(ctx context.Context, bytes int, f func() (any, error)) (any, error) {
 	c := connOf(ctx)
 	for {
@@ -477,7 +478,8 @@ func answerWhole(ctx context.Context, bytes int, f func() (any, error)) (any, er
 		m := resp.(proto.Message)
 		has := bytes
 		bytes = proto.Size(m)
-		if bytes > smallAnswer && has <= smallAnswer {
+		hasGrown := bytes > has && has <= smallAnswer // a large one has room for any
+		if hasGrown {
 			a.Put(nil)
 			continue
 		}
