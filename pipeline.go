@@ -36,9 +36,10 @@ const (
 	maxQueuedRequests = 64
 	// answerBytes is where answers are cut into messages: one more may follow.
 	answerBytes = 256 << 10
-	// resultBytes is what a result takes at most, but that of a Get, and errorBytes an error.
+	// resultBytes is what a result takes at most, but that of a Get, and errorBytes what an error
+	// takes besides its message.
 	resultBytes = 32
-	errorBytes  = 256
+	errorBytes  = 64
 	// inboxPause is between two tries to get into an inbox that is full.
 	inboxPause = 10 * time.Millisecond
 )
@@ -343,16 +344,17 @@ func (p *pipeline) answer(r *pipelineRequest) error {
 func (r *pipelineRequest) mostOf(from int) int {
 	bytes := 0
 	for i := from; i < len(r.ops); i++ {
+		err := r.calls[i].outcome.err
 		switch {
-		case r.calls[i].outcome.err != nil:
-			bytes += errorBytes
+		case err != nil:
+			bytes += errorBytes + min(len(err.Error()), maxErrorBytes)
 		case r.ops[i].kind == opGet:
 			return answerBytes + maxValueBytes
 		default:
 			bytes += resultBytes
 		}
 	}
-	return max(leastCounted, min(bytes, answerBytes+errorBytes))
+	return max(leastCounted, min(bytes, answerBytes+errorBytes+maxErrorBytes))
 }
 
 // appendResults appends a PipelineResponse with results from an operation on, up to the

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -541,12 +542,21 @@ func TestResultsFit(t *testing.T) {
 		if next != 500 || len(b) > r.mostOf(0) || r.mostOf(0) > smallAnswer {
 			t.Errorf("operation %d: %d results are %d bytes, for which %d were reserved", kind, next, len(b), r.mostOf(0))
 		}
-		for i := range r.calls {
-			r.calls[i].outcome.err = errUnknownInTime
-		}
-		b, _ = s.appendResults(nil, r, 0)
-		if len(b) > r.mostOf(0) {
-			t.Errorf("operation %d: errors are %d bytes, for which %d were reserved", kind, len(b), r.mostOf(0))
+		noLeader := fmt.Errorf("%w: %s", errNoLeader, strings.Repeat("x", 2*maxErrorBytes)) // it names many voters
+		for _, err := range []error{errUnknownInTime, errOutcomeUnknown, noLeader, errReadOnly, errMalformed} {
+			for _, many := range []int{10, 500} {
+				r.ops, r.calls = r.ops[:many], r.calls[:many]
+				for i := range r.calls {
+					r.ops[i].hasID = true
+					r.calls[i].outcome.err = err
+				}
+				b, _ = s.appendResults(nil, r, 0)
+				if len(b) > r.mostOf(0) {
+					t.Errorf("operation %d: %d errors are %d bytes, for which %d were reserved: %v",
+						kind, many, len(b), r.mostOf(0), beginning(err.Error(), 50))
+				}
+				r.ops, r.calls = r.ops[:500], r.calls[:500]
+			}
 		}
 	}
 }
