@@ -1525,7 +1525,11 @@ func sameOperation(p operation, o *kvpb.Operation) bool {
 	case *kvpb.Operation_Delete:
 		return p.kind == opDelete && string(p.key) == op.Delete.Key && expects(op.Delete.ExpectedVersion) && id(op.Delete.RequestId)
 	case *kvpb.Operation_Get:
-		return p.kind == opGet && string(p.key) == op.Get.Key && p.local == op.Get.Local
+		return p.kind == opGet && string(p.key) == op.Get.Key && p.local == op.Get.Local && p.minVersion == op.Get.MinVersion
+	case *kvpb.Operation_DeleteRange:
+		r := op.DeleteRange
+		isRange := string(p.prefix) == r.Prefix && string(p.start) == r.Start && string(p.end) == r.End
+		return p.kind == opDeleteRange && isRange && id(r.RequestId)
 	}
 	return p.kind == opOpenSession && o.GetOpenSession() != nil
 }
@@ -1579,7 +1583,18 @@ func TestNumbersAreNotChosen(t *testing.T) {
 
 // FuzzParseOperation: what is accepted says the same to protobuf.
 func FuzzParseOperation(f *testing.F) {
-	for _, o := range []*kvpb.Operation{setOp("k", "v"), deleteOp("k"), getOp("k", true), {Operation: &kvpb.Operation_Set{Set: &kvpb.SetRequest{Key: "k", ExpectedVersion: new(uint64(3)), RequestId: &kvpb.RequestId{Session: 1, Sequence: 2}}}}} {
+	id := &kvpb.RequestId{Session: 1, Sequence: 2}
+	set := &kvpb.SetRequest{Key: "k", ExpectedVersion: new(uint64(3)), RequestId: id}
+	get := &kvpb.GetRequest{Key: "k", Local: true, MinVersion: 4}
+	for _, o := range []*kvpb.Operation{
+		setOp("k", "v"),
+		deleteOp("k"),
+		getOp("k", true),
+		{Operation: &kvpb.Operation_Set{Set: set}},
+		{Operation: &kvpb.Operation_Get{Get: get}},
+		{Operation: &kvpb.Operation_DeleteRange{DeleteRange: &kvpb.DeleteRangeRequest{Prefix: "k", RequestId: id}}},
+		{Operation: &kvpb.Operation_DeleteRange{DeleteRange: &kvpb.DeleteRangeRequest{Start: "k", End: "l"}}},
+	} {
 		b, err := proto.Marshal(o)
 		if err != nil {
 			f.Fatal(err)
@@ -1595,8 +1610,9 @@ func FuzzParseOperation(f *testing.F) {
 		if err := proto.Unmarshal(b, &o); err != nil || !sameOperation(p, &o) {
 			t.Errorf("%+v is %v, %v", p, &o, err)
 		}
-		if _, err := parseBatch(append([]byte{0x1a}, protowire.AppendBytes(nil, b)...), nil, programLevel); (err == nil) != (p.kind == opSet || p.kind == opDelete) {
-			t.Error(err)
+		isWrite := p.kind == opSet || p.kind == opDelete || p.kind == opDeleteRange
+		if _, err := parseBatch(append([]byte{0x1a}, protowire.AppendBytes(nil, b)...), nil, programLevel); (err == nil) != isWrite {
+			t.Errorf("%+v as a write: %v", p, err)
 		}
 	})
 }
