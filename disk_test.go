@@ -1384,9 +1384,11 @@ func newestSegment(fs *simFS) (path string, from, to int) {
 			path = max(path, name)
 		}
 	}
+	b := fs.names[path].cache
 	for {
-		raw, _, err := decodeBatch(fs.names[path].cache[to:])
-		if err != nil {
+		raw, _, err := decodeBatch(b[to:])
+		isOlder := err == nil && placeOf(raw).segment < placeOf(b).segment // the file's, as an earlier one
+		if err != nil || isOlder {
 			return path, from, to
 		}
 		from, to = to, to+len(raw)
