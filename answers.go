@@ -18,9 +18,10 @@ import (
 const (
 	// An answer over smallAnswer bytes takes one of largeAnswers places of the node, of which
 	// a sharer has connLargeAnswers at most, and lateLargeAnswers once half of them are taken.
-	// Answers below share smallAnswerBytes, of which a sharer has connSmallBytes, or
-	// lateSmallBytes. Those up to uncountedAnswer count as calls that are open: gRPC itself has
-	// more of such a call, and gives no buffer below leastCounted back.
+	// Smaller ones share smallAnswerBytes, of which a sharer has connSmallBytes, or
+	// lateSmallBytes. Those up to uncountedAnswer are not counted here: gRPC takes more than
+	// that for the call itself, which counts until it is closed (runningCalls). Nor could they
+	// be: gRPC gives no buffer below leastCounted back.
 	smallAnswer      = 64 << 10
 	largeAnswers     = 16
 	connLargeAnswers = 4
@@ -38,7 +39,8 @@ const (
 // gRPC's own pool has no size between 32 KiB and 1 MiB, and clears all of a
 // buffer whenever it is used.
 func init() {
-	pool, _ := mem.NewBinaryTieredBufferPool(8, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21) // fails over sizes that an int cannot have
+	// It fails only over sizes that an int cannot have.
+	pool, _ := mem.NewBinaryTieredBufferPool(8, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21)
 	experimental.SetDefaultBufferPool(pool)
 }
 
@@ -60,12 +62,12 @@ func newAnswers(l *limiter) *answers {
 }
 
 // answerPool is the pool of one answer's buffer. gRPC gives the buffer back when it is written,
-// or its call was cancelled; it loses it when the connection ends, or the call does just
-// before.
+// or its call was cancelled. It just drops the buffer when the connection ends, or if the call
+// ended before gRPC queued it: then lost gives the place back.
 type answerPool struct {
 	mem.NopBufferPool // gRPC's own has buffers that are up to twice too large
 	place             *answerPlace
-	lost              runtime.Cleanup
+	lost              runtime.Cleanup // runs when the collector finds that nobody has the pool
 }
 
 // answerPlace is what an answer has of a room.
@@ -172,8 +174,8 @@ func (l *limiter) cutStalled() {
 	}
 }
 
-// fit has an answer count as what it has become. A large one that has become small leaves its
-// place, if there is room for it among the small ones.
+// fit has an answer count as what it has become, which is not more than it had room for. A large
+// one that has become small leaves its place, if there is room for it among the small ones.
 func (a *answerPool) fit(bytes int) {
 	p := a.place
 	isLarge := p.room == p.answers.large
@@ -201,8 +203,8 @@ func (p *answerPlace) shrink(amount int) {
 	p.amount = amount
 }
 
-// move has a place be one of another room, of which so much was taken; false: it was given
-// back before.
+// move makes a place one of another room, of which the caller has taken an amount for it; false:
+// the place was given back before.
 func (p *answerPlace) move(to *room, amount int) bool {
 	p.answers.mu.Lock()
 	defer p.answers.mu.Unlock()

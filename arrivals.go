@@ -155,6 +155,8 @@ type callContext struct {
 
 type callContextKey struct{}
 
+// Value implements context.Context. By it, newRequestReader finds the callContext among the contexts
+// that gRPC has made of it since.
 func (c *callContext) Value(key any) any {
 	if key == (callContextKey{}) {
 		return c
@@ -244,11 +246,12 @@ type requestReader struct {
 
 func newRequestReader(ctx context.Context, as *arrivals) *requestReader {
 	method, _ := grpc.Method(ctx)
+	stream := grpc.ServerTransportStreamFromContext(ctx)
 	return &requestReader{
 		arrivals: as,
 		conn:     connOf(ctx),
 		call:     ctx.Value(callContextKey{}).(*callContext),
-		stream:   grpc.ServerTransportStreamFromContext(ctx).(transportStream), // checkTransport has seen that it is one
+		stream:   stream.(transportStream), // checkTransport has seen that it is one
 		limit:    requestLimit(method),
 	}
 }
@@ -325,11 +328,11 @@ func (r *requestReader) whyEnded(err error) error {
 	return err
 }
 
-// whyNoRoom is why a call has not got room: err, if its context has not ended for its request
-// was the one to yield.
+// whyNoRoom is why a call has not got room: err, or that its request had to yield, if that is what
+// ended its context.
 func whyNoRoom(ctx context.Context, err error) error {
 	if context.Cause(ctx) == errRequestYielded {
-		return apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED, errRequestYielded.Error())
+		return toStatus(errRequestYielded, true)
 	}
 	return err
 }
@@ -362,9 +365,10 @@ func (s *readStream) RecvMsg(m any) error {
 	return decode(b, m.(proto.Message))
 }
 
-// SendMsg implements grpc.ServerStream. An answer to one of many requests of a stream counts
-// until it is taken, but those of a Pipeline count already. Until it is sent, nothing of the
-// stream is read.
+// SendMsg implements grpc.ServerStream. If the stream has many requests, the answer to each counts
+// until it is taken, as that to a unary call. While it waits for room, nothing of the stream is
+// read, so what gRPC has received of it counts, too. A Pipeline has counted its answers itself, and
+// sends them encoded.
 func (s *readStream) SendMsg(m any) error {
 	answer, ok := m.(proto.Message)
 	if !ok || !s.info.IsClientStream {

@@ -137,8 +137,8 @@ type limitedConn struct {
 	who      principal   // at the other end
 	l        *limiter
 	ahead    int // bytes that were read since it let others run; its reader alone uses it
-	// running, watches and open are its calls; guarded by l.calls. untaken are its answers; guarded by l.answers,
-	// as is isClosed.
+	// running, watches and open are its calls; guarded by l.calls. untaken are its answers; guarded
+	// by l.answers, as is isClosed.
 	running  int
 	watches  int
 	open     openCalls

@@ -115,7 +115,12 @@ func (e *entryEvents) addDeleted(keys [][]byte, version uint64) {
 	if len(keys) == 0 {
 		return
 	}
-	c := eventChunk{first: version, last: version, refs: make([]eventRef, len(keys)), data: slices.Concat(keys...)}
+	c := eventChunk{
+		first: version,
+		last:  version,
+		data:  slices.Concat(keys...),
+		refs:  make([]eventRef, len(keys)),
+	}
 	c.bytes = uint64(len(c.data))
 	at := uint32(0)
 	for i, key := range keys {
@@ -126,8 +131,8 @@ func (e *entryEvents) addDeleted(keys [][]byte, version uint64) {
 	e.isOpen = false
 }
 
-// eventHistory is the events of the last writes, as far back as its limit allows. The loop adds to it; any
-// goroutine may read it.
+// eventHistory is the events of the last writes, as far back as its limit allows. The loop adds to
+// it; any goroutine may read it.
 type eventHistory struct {
 	limit  uint64 // of bytes; set before the node runs
 	passed int    // events that one read passes over: maxPassed, but in tests
@@ -202,7 +207,7 @@ func (h *eventHistory) reset(clusterID, version uint64) {
 type historyView struct {
 	clusterID, resets, oldest, version uint64
 	chunks                             []eventChunk
-	passed                             int // events that one read passes over
+	passed                             int // after so many events a read stops
 }
 
 func (h *eventHistory) view() historyView {
@@ -212,9 +217,9 @@ func (h *eventHistory) view() historyView {
 }
 
 // read returns events of a range of keys from a version on, and the version to go on from: all
-// before that was told. It stops at the first version behind maxBytes of events, or behind so
-// many events that it has passed: so it may return none before the end. What one write made is
-// not divided.
+// events of the range before that are returned. It goes up to the end of the history, or stops
+// before a version, once it has maxBytes of events, or has passed over so many of other keys that
+// others should have their turn: then it may have returned none. What one write made is not divided.
 func (v *historyView) read(from uint64, r keyRange, maxBytes int) (events []keyEvent, next uint64, err error) {
 	if from < v.oldest {
 		return nil, from, &compactedError{v.oldest}

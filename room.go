@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// room is so many bytes, or places, that sharers have in common. Whoever finds it full waits
-// for its turn: it is the turn of the sharer that has the least of it. Any goroutine may call
-// its methods.
+// room is an amount of bytes, or of places, that sharers have in common. Whoever finds it full
+// waits. When there is room again, it is the turn of the sharer that has least: until what that one
+// waits for is there, nobody else takes anything. Any goroutine may call its methods.
 type room struct {
 	limits  roomLimits
 	stalled func() // called each roomTick while somebody waits
@@ -21,9 +21,9 @@ type room struct {
 	holders map[sharer]*roomHolder // that have some of it, or wait for it
 }
 
-// roomLimits bound what there is of a room, and what each sharer has of it. Once half of the
-// room is taken, late takes the place of share: so those that have half of it, and keep it,
-// leave something to others. But who has nothing may always have one amount.
+// roomLimits are how much there is of a room, and how much of it each sharer may have: share, and
+// late once half of the room is taken. So a few sharers that give nothing back have half of it, and
+// leave the other half to many. A sharer that has nothing may have one amount, however large.
 type roomLimits struct {
 	all, share, late int
 }
@@ -86,7 +86,7 @@ func (r *room) take(ctx context.Context, s sharer, amount int) error {
 	}
 }
 
-// tryTake takes an amount if it is there, and it is nobody else's turn.
+// tryTake takes an amount if it is there and it is nobody else's turn, and does not wait.
 func (r *room) tryTake(s sharer, amount int) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -116,7 +116,7 @@ func (r *room) release(s sharer, amount int) {
 	r.serve()
 }
 
-// leave ends the wait of somebody who waits no longer, or gives back what was taken just now.
+// leave ends a wait. If the amount was taken just before, it gives that back.
 func (r *room) leave(s sharer, w *roomWaiter) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -151,7 +151,7 @@ func (r *room) serve() {
 	}
 }
 
-// mayHave reports whether a sharer may have so much more. mu is held.
+// mayHave reports whether a sharer's limit allows it an amount more. mu is held.
 func (r *room) mayHave(h *roomHolder, amount int) bool {
 	if h.used == 0 {
 		return true
@@ -163,8 +163,8 @@ func (r *room) mayHave(h *roomHolder, amount int) bool {
 	return h.used+amount <= share
 }
 
-// next returns the sharer whose turn it is: of those that wait and have not all of their
-// share, the one that has least; nil: there is none. mu is held.
+// next returns the sharer whose turn it is: of those that wait, and whose limit allows what they
+// wait for, the one that has least; nil: there is none. mu is held.
 func (r *room) next() *roomHolder {
 	if r.waiters == 0 {
 		return nil

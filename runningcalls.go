@@ -14,9 +14,9 @@ const (
 	// than maxLateCalls, so that a few connections do not take all.
 	maxCalls     = 4096
 	maxLateCalls = 64
-	// maxOpenCalls bounds the calls that are open on a node: so many as may run, and half as
-	// many whose answers are not taken, or that have not begun. One of these takes some 8 KiB,
-	// in gRPC.
+	// maxOpenCalls bounds the calls that are open on a node: those that run, and half as many
+	// that do not, for their answers are not taken, or they have not begun. gRPC takes some 8 KiB
+	// for one of these.
 	maxOpenCalls = maxCalls + maxCalls/2
 	// maxUnaryBytes and maxConnUnaryBytes bound the writes of unary calls, of the node and of
 	// a connection, which has lateUnaryBytes once half of the former is taken; those up to
@@ -63,8 +63,8 @@ func (r *runningCalls) begin(c *limitedConn) bool {
 	return true
 }
 
-// beginWatch counts a call that runs as a watch, which the watchers have taken in, until endWatch:
-// it stays open for long, and makes room for other calls.
+// beginWatch counts a call that runs as a watch until endWatch, and no more as a call that runs:
+// watches stay open for long, and their own limits bound them.
 func (r *runningCalls) beginWatch(c *limitedConn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -118,8 +118,8 @@ func (r *runningCalls) wrote(c *limitedConn, b []byte) {
 	}
 }
 
-// opened notes that a client has begun a call. A stream that is not the newest is none: gRPC
-// takes the connection for broken.
+// opened notes that a client has sent the headers of a stream, which begin a call if the stream is
+// newer than all before. Else gRPC closes the connection.
 func (r *runningCalls) opened(o *openCalls, stream uint32) (tooMany bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -155,7 +155,7 @@ func (r *runningCalls) forget(c *limitedConn) {
 	c.open.isClosed = true
 }
 
-// untaken is how many calls of a connection are open, but do not run, if too many are open.
+// untaken is, if too many calls are open, how many of a connection are open and do not run; else 0.
 func (r *runningCalls) untaken(c *limitedConn) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -55,9 +55,11 @@ func markOf(key []byte) byte { return byte(maphash.Bytes(markSeed, key)) }
 type page struct {
 	epoch uint64 // of the tree, when the page was made: see tree.own
 	cells
-	children []*page       // of a branch, by cell
-	marks    []byte        // of a leaf, by cell: markOf its key, so that most cells need no look
-	large    []*largeValue // of a leaf, by cell: its value, if that is over maxPacked, else nil; the slice is nil if no cell has one
+	children []*page // of a branch, by cell
+	marks    []byte  // of a leaf, by cell: markOf its key, so that most cells need no look
+	// large is of a leaf, by cell: its value, if that is over maxPacked, else nil. If it is nil, no
+	// cell has one.
+	large []*largeValue
 }
 
 func (p *page) isLeaf() bool { return p.children == nil }
@@ -244,10 +246,11 @@ type tree struct {
 	keys   uint64
 	bytes  uint64 // of all keys and values
 	copied uint64 // bytes of pages that writes have copied since the tree was made
-	// kept is the memory, in bytes, that writes have replaced since the tree was made and that
-	// views up to the epoch counted keep. It only grows.
+	// kept is the memory, in bytes, of what writes have replaced since the tree was made, while it
+	// was a part of a view that counts. It only grows. Views count up to the epoch counted: what
+	// was made in an earlier one may be a part of them.
 	kept    uint64
-	counted uint64
+	counted uint64 // 0: no view counts
 }
 
 // treeView is a tree as it was when the view was taken. Anyone may read it, without a lock,

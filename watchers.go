@@ -1,14 +1,18 @@
-// Watchers: who is told of which keys. One goroutine passes over the events, once for all of
-// them, and wakes those whom an event concerns: a write costs nothing that grows with their
-// number.
+// Watchers: who is told of which keys. One goroutine, the teller, passes over the events, once
+// for all watchers, and wakes those whom an event concerns: a write costs nothing that grows with
+// their number.
 //
-// It gives each watcher whom an event concerns a mark, the event's version, unless it has one,
-// and only then says that all up to there is seen. A cursor loads what is seen, and then takes
-// the mark. If there is none, nothing up to what was seen concerns it: it goes on behind that,
-// without a look at the events. If there is one, it reads the history, from the mark on, to the
-// history's end. So of all events that one pass goes over, a watcher needs a mark for the first.
-// When events may be missing, for they were dropped before they were passed over or the whole
-// state was replaced, all watchers get a mark, and what they read tells them.
+//   - The teller gives each watcher whom an event concerns a mark, the event's version, unless
+//     the watcher has a mark. Only when it has done so for all events up to a version, it says
+//     that this version is seen.
+//   - The watch's cursor loads the version that is seen, and after that takes the mark.
+//   - If there is no mark, no event up to that version concerns the watch. The cursor goes on
+//     behind the version, without a look at the events.
+//   - If there is a mark, the cursor reads the history from there on to its end, in parts. A
+//     pass is over events that are in the history, so the cursor finds all of that pass: a watcher
+//     needs a mark for the first of them alone.
+//   - Events may be missing: they were dropped before they were passed over, or the whole state
+//     was replaced. Then all watchers get a mark, and what they read tells them.
 
 package main
 
@@ -61,7 +65,7 @@ func filterOf(req *kvpb.WatchRequest) (watchFilter, error) {
 		return watchFilter{}, invalid("key", "it is not for a request that has prefix, start or end")
 	}
 	if req.Key != "" {
-		end := append([]byte(req.Key), 0)
+		end := append([]byte(req.Key), 0) // the next key that there can be
 		key := end[:len(req.Key)]
 		if err := checkKey(key); err != nil {
 			return watchFilter{}, err
@@ -131,7 +135,7 @@ type watchers struct {
 	prefixes map[string]*watcherSet
 	lengths  map[int]int              // how many different prefixes there are, by their length
 	ranges   map[*watcher]*watcherSet // each alone
-	passes   uint64                   // begun
+	passes   uint64                   // that were begun; the teller alone uses it
 
 	// The loop does not wait for passes: whether the watches may go on has a lock of its own.
 	endMu sync.Mutex
