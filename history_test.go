@@ -266,7 +266,8 @@ func TestCursor(t *testing.T) {
 			}
 			ws.remove(w.c.w)
 		}
-		if ws.total != (watchShare{}) || len(ws.keys)+len(ws.prefixes)+len(ws.lengths)+len(ws.ranges)+len(ws.of) != 0 {
+		counted := ws.total.count + ws.total.bytes + ws.total.ranges + len(ws.total.prefixes)
+		if counted+len(ws.keys)+len(ws.prefixes)+len(ws.ranges)+len(ws.of) != 0 {
 			t.Fatalf("seed %d: %+v is left, %v", seed, ws.total, ws.of)
 		}
 	}
@@ -409,14 +410,21 @@ func TestWatchersAreBounded(t *testing.T) {
 	}
 	a := principal{role: roleClient, name: "a"}
 	b := principal{role: roleReader, name: "b"}
-	some := fill(ranged, a, maxWatchedRanges)
-	fill(key, a, maxWatchers/2-maxWatchedRanges)
-	fill(key, b, maxWatchers/2)
+	some := fill(ranged, a, maxWatchedRanges/2)
+	fill(ranged, principal{}, maxWatchedRanges/2)
+	fill(key, a, maxWatchers/2-maxWatchedRanges/2)
+	fill(key, b, maxWatchers/2-maxWatchedRanges/2)
 	fill(key, principal{}, 0)
 	for _, w := range some {
 		ws.remove(w)
 	}
-	fill(key, principal{}, maxWatchedRanges)
+	fill(ranged, a, maxWatchedRanges/2)
+	fill(key, principal{}, 0)
+
+	// Without TLS all are of one.
+	ws = newWatchers(newEventHistory(1 << 20))
+	fill(ranged, principal{}, maxWatchedRanges)
+	fill(key, principal{}, maxWatchers-maxWatchedRanges)
 
 	// What they name, and the lengths of prefixes.
 	ws = newWatchers(newEventHistory(1 << 20))
@@ -424,16 +432,34 @@ func TestWatchersAreBounded(t *testing.T) {
 	fill(long, a, maxWatchedBytes/2/long.bytes())
 	fill(long, b, maxWatchedBytes/2/long.bytes())
 	ws = newWatchers(newEventHistory(1 << 20))
-	for n := range maxPrefixLengths {
-		f, _ := filterOf(&kvpb.WatchRequest{Prefix: strings.Repeat("p", n)})
-		if _, err := ws.add(f, a); err != nil {
-			t.Fatal(err)
+	addLengths := func(from, many int, p principal) (added []*watcher) {
+		t.Helper()
+		for n := range many {
+			f, _ := filterOf(&kvpb.WatchRequest{Prefix: strings.Repeat("p", from+n)})
+			w, err := ws.add(f, p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			added = append(added, w)
 		}
+		return added
 	}
-	known, _ := filterOf(&kvpb.WatchRequest{Prefix: "q"})
-	if _, err := ws.add(known, a); err != nil {
-		t.Error(err)
+	const half = maxPrefixLengths / 2
+	ofLength := func(n int) watchFilter {
+		f, _ := filterOf(&kvpb.WatchRequest{Prefix: strings.Repeat("q", n)})
+		return f
 	}
-	further, _ := filterOf(&kvpb.WatchRequest{Prefix: strings.Repeat("p", maxPrefixLengths)})
-	fill(further, a, 0)
+	of := addLengths(0, half, a)
+	fill(ofLength(half), a, 0)
+	if _, err := ws.add(ofLength(1), a); err != nil {
+		t.Error(err) // of a length that it has
+	}
+	addLengths(half, half, b)
+	fill(ofLength(2*half), principal{}, 0)
+	if _, err := ws.add(ofLength(half), principal{}); err != nil {
+		t.Error(err) // of a length that another has
+	}
+	ws.remove(of[half-1])
+	addLengths(2*half, 1, principal{})
+	fill(ofLength(2*half+1), principal{}, 0)
 }

@@ -30,7 +30,7 @@ import (
 const (
 	// maxWatchers bounds the watches of a node: each takes some 20 KiB, of goroutine and
 	// stream. maxWatchedBytes bounds the keys, prefixes and bounds that they name. A principal may
-	// have half of both; without TLS there is one principal, which may have all.
+	// have half of these and of what follows; without TLS there is one principal, which may have all.
 	maxWatchers     = 10_000
 	maxWatchedBytes = 8 << 20
 	// maxWatchedRanges bounds the ranges that are watched, which are neither keys nor
@@ -112,8 +112,12 @@ type watcherSet struct {
 	pass    uint64 // the last one that has marked them
 }
 
-// watchShare is what a principal has.
-type watchShare struct{ count, bytes int }
+// watchShare is what a principal has, or all principals together.
+type watchShare struct {
+	count, bytes int
+	ranges       int
+	prefixes     map[int]int // watches of prefixes, by the length of these
+}
 
 // seenVersion is a version up to which all events were passed over, of a history that was
 // replaced so often.
@@ -129,11 +133,10 @@ type watchers struct {
 	plantedAhead bool   // a bug that the simulator plants: seen runs ahead of the marks
 
 	mu       sync.Mutex
-	total    watchShare
-	of       map[principal]watchShare
+	total    watchShare // its prefixes say which lengths are to be looked at
+	of       map[principal]*watchShare
 	keys     map[string]*watcherSet
 	prefixes map[string]*watcherSet
-	lengths  map[int]int              // how many different prefixes there are, by their length
 	ranges   map[*watcher]*watcherSet // each alone
 	passes   uint64                   // that were begun; the teller alone uses it
 
@@ -146,10 +149,10 @@ type watchers struct {
 func newWatchers(h *eventHistory) *watchers {
 	ws := &watchers{
 		history:  h,
-		of:       map[principal]watchShare{},
+		total:    watchShare{prefixes: map[int]int{}},
+		of:       map[principal]*watchShare{},
 		keys:     map[string]*watcherSet{},
 		prefixes: map[string]*watcherSet{},
-		lengths:  map[int]int{},
 		ranges:   map[*watcher]*watcherSet{},
 
 		passedAtOnce: maxPassedAtOnce,
@@ -172,14 +175,17 @@ func (ws *watchers) add(f watchFilter, p principal) (*watcher, error) {
 	case watchKey:
 		addTo(ws.keys, f.text, w)
 	case watchPrefix:
-		if ws.prefixes[f.text] == nil {
-			ws.lengths[len(f.text)]++
-		}
 		addTo(ws.prefixes, f.text, w)
 	case watchRange:
 		ws.ranges[w] = &watcherSet{members: map[*watcher]struct{}{w: {}}}
 	}
-	ws.count(w, 1)
+	share := ws.of[p]
+	if share == nil {
+		share = &watchShare{prefixes: map[int]int{}}
+		ws.of[p] = share
+	}
+	share.change(&f, 1)
+	ws.total.change(&f, 1)
 	w.concern(lookAnyway)
 	return w, nil
 }
@@ -189,21 +195,28 @@ const lookAnyway = 1
 
 // hasPlace returns an error if there are too many watches for another one. mu is held.
 func (ws *watchers) hasPlace(w *watcher) error {
-	divisor := 2
-	if w.principal.role == roleAnyone {
-		divisor = 1
+	if err := ws.total.hasPlace(&w.filter, 1); err != nil {
+		return err
 	}
-	f := &w.filter
 	share := ws.of[w.principal]
-	isNewLength := f.kind == watchPrefix && ws.lengths[len(f.text)] == 0
+	if share == nil || w.principal.role == roleAnyone {
+		return nil
+	}
+	return share.hasPlace(&w.filter, 2)
+}
+
+// hasPlace returns an error if there are too many watches for another one, for whom a part of the
+// limits is.
+func (s *watchShare) hasPlace(f *watchFilter, divisor int) error {
+	isNewLength := f.kind == watchPrefix && s.prefixes[len(f.text)] == 0
 	switch {
-	case ws.total.count >= maxWatchers || share.count >= maxWatchers/divisor:
+	case s.count >= maxWatchers/divisor:
 		return tooManyWatches("watches")
-	case ws.total.bytes+f.bytes() > maxWatchedBytes || share.bytes+f.bytes() > maxWatchedBytes/divisor:
+	case s.bytes+f.bytes() > maxWatchedBytes/divisor:
 		return tooManyWatches("bytes of watched keys")
-	case f.kind == watchRange && len(ws.ranges) >= maxWatchedRanges:
+	case f.kind == watchRange && s.ranges >= maxWatchedRanges/divisor:
 		return tooManyWatches("watches of ranges")
-	case isNewLength && len(ws.lengths) >= maxPrefixLengths:
+	case isNewLength && len(s.prefixes) >= maxPrefixLengths/divisor:
 		return tooManyWatches("watches of prefixes of different lengths")
 	}
 	return nil
@@ -214,17 +227,19 @@ func tooManyWatches(what string) error {
 		fmt.Sprintf("this node, or this caller, has too many %s", what))
 }
 
-// count counts a watch, or with -1 counts it no more. mu is held.
-func (ws *watchers) count(w *watcher, by int) {
-	bytes := by * w.filter.bytes()
-	ws.total.count += by
-	ws.total.bytes += bytes
-	share := ws.of[w.principal]
-	share.count += by
-	share.bytes += bytes
-	ws.of[w.principal] = share
-	if share.count == 0 {
-		delete(ws.of, w.principal)
+// change counts a watch, or with -1 counts it no more.
+func (s *watchShare) change(f *watchFilter, by int) {
+	s.count += by
+	s.bytes += by * f.bytes()
+	switch f.kind {
+	case watchPrefix:
+		length := len(f.text)
+		s.prefixes[length] += by
+		if s.prefixes[length] == 0 {
+			delete(s.prefixes, length)
+		}
+	case watchRange:
+		s.ranges += by
 	}
 }
 
@@ -238,19 +253,17 @@ func addTo(sets map[string]*watcherSet, text string, w *watcher) {
 func (ws *watchers) remove(w *watcher) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	ws.count(w, -1)
+	ws.total.change(&w.filter, -1)
+	share := ws.of[w.principal]
+	share.change(&w.filter, -1)
+	if share.count == 0 {
+		delete(ws.of, w.principal)
+	}
 	switch f := w.filter; f.kind {
 	case watchKey:
 		removeFrom(ws.keys, f.text, w)
 	case watchPrefix:
 		removeFrom(ws.prefixes, f.text, w)
-		if ws.prefixes[f.text] != nil {
-			return
-		}
-		ws.lengths[len(f.text)]--
-		if ws.lengths[len(f.text)] == 0 {
-			delete(ws.lengths, len(f.text))
-		}
 	case watchRange:
 		delete(ws.ranges, w)
 	}
@@ -376,7 +389,7 @@ func (ws *watchers) markAll(events []keyEvent) {
 	}
 	for _, e := range events {
 		ws.markOnce(ws.keys[string(e.key)], e.version)
-		for length := range ws.lengths {
+		for length := range ws.total.prefixes {
 			if length <= len(e.key) {
 				ws.markOnce(ws.prefixes[string(e.key[:length])], e.version)
 			}
