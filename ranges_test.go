@@ -278,6 +278,46 @@ func TestPagesOfKeys(t *testing.T) {
 	}
 }
 
+// TestScansAreBounded: a node has its limit, and a principal half of it; without TLS there is one.
+func TestScansAreBounded(t *testing.T) {
+	begin := func(r *runningScans, p principal) int {
+		n := 0
+		for r.begin(p) {
+			n++
+		}
+		return n
+	}
+	r := &runningScans{}
+	a, b := principal{role: roleClient, name: "a"}, principal{role: roleReader, name: "b"}
+	for i, p := range []principal{a, b, {role: roleAdmin}} {
+		if n, want := begin(r, p), []int{maxScans / 2, maxScans / 2, 0}[i]; n != want {
+			t.Errorf("%v has begun %d Scans, want %d", p, n, want)
+		}
+	}
+	r.end(a)
+	if n := begin(r, a); n != 1 {
+		t.Errorf("when one has ended, %d more begin", n)
+	}
+	for range maxScans / 2 {
+		r.end(a)
+		r.end(b)
+	}
+	if r.count != 0 || len(r.of) != 0 {
+		t.Errorf("%d Scans of %d principals are left", r.count, len(r.of))
+	}
+	if n := begin(r, principal{}); n != maxScans {
+		t.Errorf("without TLS, %d Scans begin", n)
+	}
+	c := newCluster(t, 1)
+	c.nodes[1].server.scans.count = maxScans
+	stream, err := c.nodes[1].Scan(c.ctx, &kvpb.ScanRequest{Local: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = stream.Recv()
+	wantError(t, err, codes.ResourceExhausted, "OVERLOADED")
+}
+
 // bareStream is a stream of which only the context is asked for.
 type bareStream struct {
 	grpc.ServerStream
@@ -404,7 +444,7 @@ func TestReadsThatAreGivenUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	waits(22)
-	if running := n.server.scans.Load(); running != 0 {
+	if running := n.server.scans.count; running != 0 {
 		t.Errorf("%d Scans that wait have the place of one that runs", running)
 	}
 	cancel()

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"math"
+	"sync"
 
 	"google.golang.org/grpc/codes"
 
@@ -13,14 +14,51 @@ import (
 
 const (
 	// maxScans bounds the Scans of a node. Each has two goroutines, and scanBytes or one item,
-	// up to twice, in memory.
+	// up to twice, in memory. A principal may have half of them, for one that reads slowly keeps
+	// its Scans for long; without TLS there is one principal, which may have all.
 	maxScans = 32
 	// scanBytes is the keys and values of one response, unless a single item has more.
 	scanBytes = 64 << 10
 )
 
 var errTooManyScans = apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED,
-	"this node runs as many Scans as it may")
+	"this node runs as many Scans as it may, in all or for this caller")
+
+// runningScans are the Scans of a node. Any goroutine may call its methods.
+type runningScans struct {
+	mu    sync.Mutex
+	count int
+	of    map[principal]int
+}
+
+// begin counts a Scan until end; false: it is one too many.
+func (r *runningScans) begin(p principal) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	share := maxScans / 2
+	if p.role == roleAnyone {
+		share = maxScans
+	}
+	if r.count >= maxScans || r.of[p] >= share {
+		return false
+	}
+	if r.of == nil {
+		r.of = map[principal]int{}
+	}
+	r.count++
+	r.of[p]++
+	return true
+}
+
+func (r *runningScans) end(p principal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.count--
+	r.of[p]--
+	if r.of[p] == 0 {
+		delete(r.of, p)
+	}
+}
 
 // Scan implements KVService. It gives up a caller who does not read.
 func (s *server) Scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) error {
@@ -42,11 +80,11 @@ func (s *server) scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) e
 	if err := s.awaitRead(soon, req.Local, req.MinVersion); err != nil {
 		return err
 	}
-	running := s.scans.Add(1)
-	defer s.scans.Add(-1)
-	if running > maxScans {
+	who := callerOf(stream.Context())
+	if !s.scans.begin(who) {
 		return errTooManyScans
 	}
+	defer s.scans.end(who)
 	v, err := s.n.store.openKeys()
 	if err != nil {
 		return err

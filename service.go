@@ -83,8 +83,8 @@ type server struct {
 	// known. The loop sets it, calls read it.
 	leaderMD atomic.Pointer[metadata.MD]
 
-	backups atomic.Int32  // that run
-	scans   atomic.Int32  // that run
+	backups atomic.Int32 // that run
+	scans   runningScans
 	lists   chan struct{} // full while maxLists run
 
 	watchers *watchers
