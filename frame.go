@@ -14,7 +14,9 @@ import (
 // A framed stream is 8 bytes of magic, the last of them the version, and then frames. A
 // frame is the length of its data, the CRC-32C of the data continued from the frame
 // before, both 4 bytes and little-endian, and the data. Frames do not tell whether the
-// stream is complete: the data have to, as a snapshot does by its footer.
+// stream is complete: the data have to, as a snapshot does by its footer. A checksum in the
+// footer alone would save 8 bytes of 256 KiB, and find damage only after all was parsed, and not
+// where it is.
 const (
 	frameMagic       = "rkvsnap\x01"
 	frameHeaderBytes = 8
