@@ -206,7 +206,7 @@ func savedFiles(t *testing.T) (files map[string]string, backup string) {
 	kind := recordBytes(t, headerRecord(func(h *kvpb.SnapshotHeader) { h.Origin = 7 }))
 	for what, content := range map[string][]byte{
 		"": whole, "offset 0: it is empty": nil, "it ends in the middle": whole[:len(whole)-1],
-		"it does not begin as it should": []byte("a text, but no backup"), fmt.Sprint("this program knows ", snapshotFormat): newer,
+		"it does not begin as it should": []byte("a text, but no backup"), fmt.Sprint("it knows format ", snapshotFormat): newer,
 		"it is of a format that this program does not know": newerFrames, "of a kind that a newer program has made": kind,
 	} {
 		path := filepath.Join(other, fmt.Sprint("file", len(files)))
