@@ -55,7 +55,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -147,8 +146,7 @@ func isUnreadable(err error) bool {
 	if isNewer {
 		return true
 	}
-	errno, isOfSystem := errors.AsType[syscall.Errno](err)
-	return isOfSystem && errno != syscall.ENOENT
+	return isOfSystem(err)
 }
 
 // openDisk locks a directory, and makes it if it is not there. It refuses one that has no
@@ -171,7 +169,7 @@ func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger)
 	names, _ := fsys.readDir(dir)
 	stranger := slices.IndexFunc(names, isForeign)
 	if stranger >= 0 && !slices.Contains(names, "identity") {
-		return nil, d.refuse("it is not empty: there is %s. Nothing was changed", names[stranger])
+		return nil, unfit{d.refuse("it is not empty: there is %s. Nothing was changed", names[stranger])}
 	}
 	unlock, err := fsys.lock(dir)
 	if err != nil {

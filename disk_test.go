@@ -876,6 +876,9 @@ func wantRefusal(t *testing.T, fs *simFS, id uint64, words ...string) {
 	if isAnothers := strings.Contains(err.Error(), "this is node"); !isSame && !isAnothers {
 		t.Errorf("who only reads it is told %v\ninstead of %v", savedErr, err)
 	}
+	if !isForGood(err) {
+		t.Errorf("it says that another start may succeed: %v", err)
+	}
 	if fs.mutates() {
 		t.Errorf("something was changed: %q", fs.calls)
 	}
@@ -1012,6 +1015,9 @@ func TestDiskSystemErrors(t *testing.T) {
 		}
 		if !errors.Is(err, syscall.EIO) || strings.Contains(err.Error(), "move the data directory") || fs.mutates() {
 			t.Errorf("%s: %v, %q", call, err, fs.calls)
+		}
+		if isForGood(err) {
+			t.Errorf("%s: it says that another start is no use: %v", call, err)
 		}
 	}
 	if reads < 8 || !slices.Contains(opened.calls[:reads], "open "+snap) {

@@ -102,10 +102,6 @@ const (
 	flushTimeout = time.Second     // for their answers to be written
 )
 
-// exitFailed is the exit status of a node that could not start, or could not go on.
-// A node's others are exitYes, once it was told to stop, and exitUsage.
-const exitFailed = 1
-
 // ballast is memory that nobody touches, so the system never provides it. The
 // collector counts it as live, and lets 64 MiB more garbage gather before it starts:
 // a node takes up to so much more, and a large store hardly notices. A collection
@@ -153,12 +149,13 @@ func execute(ctx context.Context, args []string) int {
 	for _, name := range unknownVariables(os.Environ()) {
 		logger.Warn("no flag has this environment variable", "name", name)
 	}
-	if err := run(ctx, o, logger, func(*server) {}); err != nil {
-		logger.Error("stopped", "err", err)
-		return exitFailed
+	err = run(ctx, o, logger, func(*server) {})
+	if err != nil {
+		logger.Error("stopped", "err", err, "start_again", !isForGood(err))
+	} else {
+		logger.Info("stopped")
 	}
-	logger.Info("stopped")
-	return exitYes
+	return exitOf(err)
 }
 
 // run runs a node until ctx ends or the node cannot go on. It calls ready once the

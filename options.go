@@ -164,6 +164,7 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 			"RAFT_KEY_VALUE_ELECTION_TIMEOUT for --election-timeout:\n", commandList())
 		fs.SetOutput(stdout)
 		fs.PrintDefaults()
+		fmt.Fprint(stdout, exitHelp)
 		return o, err
 	}
 	if environmentErr != nil {

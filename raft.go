@@ -196,7 +196,7 @@ func (n *node) open(d *disk) error {
 	d.speaks = n.opts.level
 	r, err := d.recover(n.self.Id)
 	if err != nil {
-		return err
+		return unlessOfSystem(err)
 	}
 	if r == nil {
 		n.logger.Info("the data directory has nothing of a node in it: this node is new", "dir", d.dir)
