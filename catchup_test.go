@@ -407,7 +407,7 @@ func TestNobodyRests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap(nil) })
 	if err := p.lead(); err != nil {
 		t.Fatal(err)
 	}

@@ -37,8 +37,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -101,10 +99,6 @@ type claims struct {
 	current   *claim        // the last claim that was made; held says whether it still holds
 	currentAt uint64        // tick in which current was made, or was last kept
 	foreign   *foreignHello // the last hello of a cluster that meant this node; nil: none
-
-	// founding are the members of the Init for which this node has made its cluster,
-	// while the Init is not done; nil: there is no such Init.
-	founding []*kvpb.Node
 }
 
 // foreignHello is a hello of a cluster that took this node for its member.
@@ -118,11 +112,10 @@ func newClaims(self *kvpb.Node, claimTicks, redialTicks uint64) claims {
 	return claims{self: self, claimTicks: claimTicks, redialTicks: redialTicks}
 }
 
-// forget begins a new life, which has promised nothing and founded nothing.
+// forget begins a new life, which has promised nothing.
 func (c *claims) forget(now uint64) {
 	c.bornAt = now
 	c.current = nil
-	c.founding = nil
 }
 
 // held returns the claim that holds, or nil, while the node is in no cluster.
@@ -160,16 +153,6 @@ func (c *claims) answer(req *kvpb.ClaimRequest, now uint64) *kvpb.ClaimResponse 
 		c.currentAt = now
 	}
 	return &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_GRANTED}
-}
-
-// answerAsMember is answer once the node is in a cluster.
-func (c *claims) answerAsMember(clusterID uint64, voters []*kvpb.Node) *kvpb.ClaimResponse {
-	return &kvpb.ClaimResponse{
-		Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER,
-		ClusterId: clusterID,
-		Voters:    voters,
-		Members:   c.founding,
-	}
 }
 
 // withdraw ends the claim of a try, if the node has made it.
@@ -224,44 +207,12 @@ func (c *claims) isFresh(now uint64) bool {
 	return now-c.bornAt <= c.redialTicks
 }
 
-// beginFounding remembers that this node has made a cluster for an Init of these members.
-// That ends its own claim.
-func (c *claims) beginFounding(members []*kvpb.Node) {
-	c.current = nil
-	c.founding = members
-}
-
-// carriesOn reports whether this node has made its cluster for an Init of these members
-// that is not done: the same Init carries on with it.
-func (c *claims) carriesOn(members []*kvpb.Node) bool {
-	return c.founding != nil && sameNodes(c.founding, members)
-}
-
-// endFounding forgets the members of the Init once they are the voters, or once an
-// operator has added a node that is not among them. From then on the same Init changes
-// nothing: it compares. The loop calls endFounding whenever no change of membership is
-// halfway.
-func (c *claims) endFounding(members, voters []*kvpb.Node) {
-	addedByOperator := func(m *kvpb.Node) bool { return !containsNode(c.founding, m) }
-	if slices.ContainsFunc(members, addedByOperator) || sameNodes(voters, c.founding) {
-		c.founding = nil
-	}
-}
-
 // currentClaim returns the claim of this node that holds, or nil.
 func (n *node) currentClaim() *claim {
 	if n.store.clusterID != 0 {
 		return nil
 	}
 	return n.claims.held(n.clock.now)
-}
-
-// endFounding hands the configuration to claims.endFounding.
-func (n *node) endFounding() {
-	if isJoint(n.store.conf) {
-		return
-	}
-	n.claims.endFounding(slices.Collect(maps.Values(n.store.members)), n.voterNodes())
 }
 
 // Claim implements RaftService.
@@ -335,7 +286,12 @@ func (n *node) checkMeant(to *kvpb.Node) error {
 // for one.
 func (n *node) answerClaim(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 	if n.store.clusterID != 0 {
-		return n.claims.answerAsMember(n.store.clusterID, n.voterNodes())
+		return &kvpb.ClaimResponse{
+			Verdict:   kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER,
+			ClusterId: n.store.clusterID,
+			Voters:    n.voterNodes(),
+			Members:   n.store.founding,
+		}
 	}
 	return n.claims.answer(req, n.clock.now)
 }

@@ -376,7 +376,7 @@ func (s *claimSim) step() {
 	s.now = next.at
 	next.f()
 	id := 1 + s.r.Uint64N(claimSimSize)
-	if s.r.IntN(40) == 0 && s.nodes[id].claims.founding == nil {
+	if s.r.IntN(40) == 0 && s.nodes[id].store.founding == nil {
 		s.start(id, s.nodes[id].list)
 	}
 }
@@ -466,12 +466,12 @@ func (s *claimSim) withdraw(p *claimNode, try *initTry, claimed int) {
 // names, has made one.
 func (s *claimSim) check(p *claimNode) {
 	for id, q := range s.nodes {
-		if q == p || q.claims.founding == nil {
+		if q == p || q.store.founding == nil {
 			continue
 		}
-		if containsNode(p.claims.founding, q.self) && containsNode(q.claims.founding, p.self) {
+		if containsNode(p.store.founding, q.self) && containsNode(q.store.founding, p.self) {
 			s.t.Fatalf("seed %d: nodes %d and %d have both made a cluster, of %s and of %s",
-				s.seed, p.self.Id, id, formatNodes(p.claims.founding), formatNodes(q.claims.founding))
+				s.seed, p.self.Id, id, formatNodes(p.store.founding), formatNodes(q.store.founding))
 		}
 	}
 }

@@ -348,7 +348,7 @@ func TestDiskFaults(t *testing.T) {
 		if err != nil {
 			return r, err
 		}
-		if _, err := p.n.bootstrap(); err != nil {
+		if _, err := p.n.bootstrap(nil); err != nil {
 			return r, err
 		}
 		if err := p.settle(); err != nil {
@@ -393,7 +393,7 @@ func TestDiskFaults(t *testing.T) {
 			if err := holdsNothing(savedErr); err != nil {
 				return err
 			}
-			if _, err := p.n.bootstrap(); err != nil {
+			if _, err := p.n.bootstrap(nil); err != nil {
 				return err
 			}
 		} else if err := cmp.Or(p.lead(), differsFromSaved(p.n, saved, savedErr)); err != nil {
@@ -757,7 +757,7 @@ func TestDiskBounded(t *testing.T) {
 	for _, size := range []int{1, 400, 1500, 5000} {
 		p, err := openDiskNode(newSimFS(), 1)
 		if err == nil {
-			_, err = p.n.bootstrap()
+			_, err = p.n.bootstrap(nil)
 		}
 		if err = cmp.Or(err, p.settle()); err != nil {
 			t.Fatal(err)
@@ -892,7 +892,7 @@ func usedDir(t testing.TB) (fs *simFS, snap string) {
 	fs = newSimFS()
 	p, err := openDiskNode(fs, 1)
 	if err == nil {
-		_, err = p.n.bootstrap()
+		_, err = p.n.bootstrap(nil)
 	}
 	if err = cmp.Or(err, p.settle()); err != nil {
 		t.Fatal(err)
@@ -1069,7 +1069,7 @@ func TestDiskRemovalTold(t *testing.T) {
 			}
 		})
 	}
-	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap(nil) })
 	if err := p.settle(); err != nil {
 		t.Fatal(err)
 	}
@@ -1108,7 +1108,7 @@ func TestDiskChangeAnswered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap(nil) })
 	if err := p.settle(); err != nil {
 		t.Fatal(err)
 	}
@@ -1237,7 +1237,7 @@ func TestDiskSyncs(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.d.segmentBytes = 1 << 20
-	_, _ = p.n.bootstrap()
+	_, _ = p.n.bootstrap(nil)
 	if err := p.settle(); err != nil {
 		t.Fatal(err)
 	}
@@ -1370,7 +1370,7 @@ func writingNode(t *testing.T, writes, segmentBytes int) *diskNode {
 	p, err := openDiskNode(newSimFS(), 1)
 	if err == nil {
 		p.d.segmentBytes = segmentBytes
-		_, err = p.n.bootstrap()
+		_, err = p.n.bootstrap(nil)
 	}
 	if err = cmp.Or(err, p.settle()); err != nil {
 		t.Fatal(err)
@@ -2171,7 +2171,7 @@ func TestSnapshotsFollowTheData(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap(nil) })
 	if err := p.lead(); err != nil {
 		t.Fatal(err)
 	}

@@ -615,26 +615,26 @@ func (n *node) foundCluster(try *initTry, members []*kvpb.Node) (clusterID uint6
 	if age > n.ticksOf(claimTime)/2 {
 		return 0, nil
 	}
-	clusterID, err = n.bootstrap()
+	clusterID, err = n.bootstrap(members)
 	if err != nil {
 		return 0, err
 	}
-	n.claims.beginFounding(members)
-	n.endFounding() // if there are no others
+	n.claims.withdraw(try.id) // a member makes no claims
 	n.logger.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
 	return clusterID, nil
 }
 
-// carryOnOrCompare is the Init of a node that is a member of a cluster. If the node has
-// made the cluster for an Init of the same members, it adds those that are missing. If
-// not, it compares the voters with the members, and changes nothing.
+// carryOnOrCompare is the Init of a node that is a member of a cluster. If an Init of the
+// same members has made the cluster and is not done, it adds those that are missing: any
+// member knows that, also after a restart. If not, it compares the voters with the members,
+// and changes nothing.
 func (f *founder) carryOnOrCompare(ctx context.Context) (uint64, error) {
 	n := f.s.n
 	var clusterID uint64 // the loop writes it, perhaps after do has failed: so it is no named result
 	carriesOn := false
 	err := n.do(ctx, func() error {
 		clusterID = n.store.clusterID
-		carriesOn = n.claims.carriesOn(f.members)
+		carriesOn = n.store.carriesOn(f.members)
 		return nil
 	})
 	if err != nil {
@@ -843,7 +843,7 @@ func (f *founder) failedHalfway(err error, clusterID uint64) error {
 	left := ""
 	_ = n.do(context.Background(), func() error { // unless the node has ended
 		left = fmt.Sprintf("; what is left, with --endpoints %s: %s", n.self.Address, n.commandsFor(f.members))
-		if n.claims.carriesOn(f.members) {
+		if n.store.carriesOn(f.members) {
 			left += "; or the same init, which carries on"
 		}
 		return nil

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -328,12 +329,87 @@ func TestInitCarriesOn(t *testing.T) {
 			c.settled(1, 2, 3)
 			c.works(1, 2, 3)
 			c.inLoop(1, func(n *node) error {
-				if n.claims.founding != nil {
+				if n.store.founding != nil {
 					t.Error("the founder still carries on")
 				}
 				return nil
 			})
 		})
+	}
+}
+
+// TestInitOutlivesItsFounder: an Init that failed half way is carried on with after the
+// founder has started again, called at any member: they all know of it, from their disks.
+func TestInitOutlivesItsFounder(t *testing.T) {
+	t.Parallel()
+	c, _ := newDurable(t, 3)
+	members := c.proto(1, 2, 3)
+	address, _ := c.failHalfway()
+	for _, id := range []uint64{1, 2} {
+		c.killed(id)
+	}
+	cluster := c.clusterOf(1)
+	c.start(3, address)
+	c.done(func() error {
+		resp, err := c.nodes[2].Init(c.ctx, &kvpb.InitRequest{Members: members})
+		if err == nil && resp.ClusterId != cluster {
+			t.Errorf("cluster %x, want %x", resp.ClusterId, cluster)
+		}
+		return err
+	})
+	c.settled(1, 2, 3)
+	for id := range c.nodes {
+		c.inLoop(id, func(n *node) error {
+			if n.store.founding != nil {
+				t.Errorf("node %d takes the Init for unfinished", id)
+			}
+			return nil
+		})
+	}
+}
+
+// TestFoundingEnds: what ends an Init that is half way, and what does not.
+func TestFoundingEnds(t *testing.T) {
+	t.Parallel()
+	members := []*kvpb.Node{plainNode(1), plainNode(2), plainNode(3)}
+	node := func(id uint64) *kvpb.Member { return &kvpb.Member{RaftId: id, Node: plainNode(id)} }
+	begin := func() *store {
+		s := newStore()
+		s.founding = members
+		s.configure(&raftpb.ConfState{Voters: []uint64{1}}, []*kvpb.Member{node(1)})
+		s.configure(&raftpb.ConfState{Voters: []uint64{1}, Learners: []uint64{2}}, []*kvpb.Member{node(2)})
+		return s
+	}
+	if s := begin(); !s.carriesOn(members) || s.carriesOn(members[:2]) {
+		t.Error("it has ended before all are added")
+	}
+	reborn := &kvpb.Member{RaftId: 12, Node: plainNode(2)}
+	s := begin()
+	s.configure(&raftpb.ConfState{Voters: []uint64{1}, Learners: []uint64{12}}, []*kvpb.Member{reborn})
+	if !s.carriesOn(members) {
+		t.Error("it has ended when a member came back without its memory")
+	}
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 12, 3}, VotersOutgoing: []uint64{1}}, []*kvpb.Member{node(3)})
+	if !s.carriesOn(members) {
+		t.Error("it has ended when its own change was half way")
+	}
+	for name, conf := range map[string]*raftpb.ConfState{
+		"all vote":                       {Voters: []uint64{1, 2, 3}},
+		"an operator has made one voter": {Voters: []uint64{1, 2}},
+		"an operator has removed one":    {Voters: []uint64{1}},
+		"an operator has added another":  {Voters: []uint64{1}, Learners: []uint64{2, 4}},
+	} {
+		s := begin()
+		s.configure(conf, []*kvpb.Member{node(3), node(4)})
+		if s.carriesOn(members) {
+			t.Errorf("%s, and it goes on", name)
+		}
+	}
+	alone := newStore()
+	alone.founding = members[:1]
+	alone.configure(&raftpb.ConfState{Voters: []uint64{1}}, []*kvpb.Member{node(1)})
+	if alone.founding != nil {
+		t.Error("there is nobody to add, and it goes on")
 	}
 }
 

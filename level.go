@@ -131,7 +131,7 @@ func (n *node) levelOfAll() uint32 {
 // waits for an Init that is not done: its other members may speak less.
 func (n *node) raiseLevel() {
 	level := n.levelOfAll()
-	if level <= n.store.level || n.claims.founding != nil {
+	if level <= n.store.level || n.store.founding != nil {
 		return
 	}
 	isOnItsWay := n.level.proposedAt != 0 && n.clock.now-n.level.proposedAt <= n.electionTicks()

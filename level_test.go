@@ -170,11 +170,11 @@ func TestLevelWaitsForInit(t *testing.T) {
 	l := newLone(t, alone)
 	l.n.opts.level = nextLevel
 	l.n.store.speaks = nextLevel
-	l.n.claims.beginFounding([]*kvpb.Node{plainNode(1), plainNode(2)})
+	l.n.store.founding = []*kvpb.Node{plainNode(1), plainNode(2)}
 	if l.risesLevel() {
 		t.Error("it goes up while an Init is not done")
 	}
-	l.n.claims.founding = nil
+	l.n.store.founding = nil
 	if !l.risesLevel() {
 		t.Error("it does not go up")
 	}

@@ -244,14 +244,15 @@ func (n *node) restore(r *recovered) error {
 	return nil
 }
 
-// bootstrap makes this node a cluster of itself alone. Index 1, so that
-// whoever joins gets a snapshot, and with it the cluster's id.
-func (n *node) bootstrap() (clusterID uint64, err error) {
+// bootstrap makes this node a cluster of itself alone, for an Init of these members. Index 1,
+// so that whoever joins gets a snapshot, and with it the cluster's id.
+func (n *node) bootstrap(members []*kvpb.Node) (clusterID uint64, err error) {
 	if n.rn != nil {
 		return 0, errInCluster
 	}
 	s := newStore()
 	s.clusterID = randomID()
+	s.founding = members
 	s.index = 1
 	s.term = 1
 	conf := &raftpb.ConfState{Voters: []uint64{n.id.raftID}, AutoLeave: new(false)}
@@ -802,13 +803,11 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 }
 
 // configured has the parts of the node follow a new configuration: it forgets who was
-// removed, ends an Init that waits for it, tells the network, and says so by the
-// logger.
+// removed, tells the network, and says so by the logger.
 func (n *node) configured() {
 	n.peers.forget(n.store.removed)
 	n.level.forget(n.store.removed)
 	n.change.forgetMembers(n.store.removed)
-	n.endFounding()
 	n.net.setMembers(n.store.clusterID, n.id.raftID, n.store.members, n.store.removed)
 	n.logger.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf),
 		"members", describeMembers(n.store.conf, n.store.members))

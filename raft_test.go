@@ -84,7 +84,7 @@ func newLone(t *testing.T, state int) *lone {
 		})
 		l.turn(0)
 	case alone:
-		l.n.inbox.event(func() { _, _ = l.n.bootstrap() })
+		l.n.inbox.event(func() { _, _ = l.n.bootstrap(nil) })
 		l.turn(0)
 	}
 	if state == leading {
@@ -936,7 +936,7 @@ func TestNoLeaderIsLogged(t *testing.T) {
 	n.net = deafNetwork{}
 	long := 5 * int(n.electionTicks())
 	n.turn(input{ticks: long}) // in no cluster, there is nothing to be missed
-	if _, err := n.bootstrap(); err != nil {
+	if _, err := n.bootstrap(nil); err != nil {
 		t.Fatal(err)
 	}
 	logged := func(want int) {
@@ -1145,7 +1145,7 @@ func TestInboundWaits(t *testing.T) {
 func TestAGivenUpCallIsNotProposed(t *testing.T) {
 	n := turnNode()
 	n.net = deafNetwork{}
-	if _, err := n.bootstrap(); err != nil {
+	if _, err := n.bootstrap(nil); err != nil {
 		t.Fatal(err)
 	}
 	n.turn(input{})

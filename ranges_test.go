@@ -494,7 +494,7 @@ func TestListsThatWaitHaveNoPlace(t *testing.T) {
 func TestVersionWaitsEnd(t *testing.T) {
 	n := turnNode()
 	n.net = deafNetwork{}
-	if _, err := n.bootstrap(); err != nil {
+	if _, err := n.bootstrap(nil); err != nil {
 		t.Fatal(err)
 	}
 	n.turn(input{ticks: int(n.ticksOf(leaderWait)) / 2})

@@ -102,7 +102,7 @@ func TestSavedDirectoryOfAnyHistory(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := p.n.bootstrap(); err != nil {
+		if _, err := p.n.bootstrap(nil); err != nil {
 			t.Fatal(err)
 		}
 		if err := p.settle(); err != nil {

@@ -1390,11 +1390,9 @@ func (s *sim) boot() {
 		founding = append(founding, st.node)
 	}
 	p.n.inbox.event(func() {
-		if _, err := p.n.bootstrap(); err != nil {
+		if _, err := p.n.bootstrap(founding); err != nil {
 			s.failf("bootstrap: %v", err)
 		}
-		p.n.claims.beginFounding(founding)
-		p.n.endFounding()
 	})
 	p.turn(0)
 	s.operate()

@@ -48,6 +48,7 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		Members:   sortedMembers(s.members),
 		Removed:   slices.Clone(s.removed),
 		Former:    slices.Clone(s.former),
+		Founding:  s.founding,
 		Keys:      s.tree.keys,
 		Sessions:  uint64(s.sessions.count()),
 	}
@@ -304,7 +305,15 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 	if len(h.Former) > maxRemoved || slices.Contains(h.Former, 0) {
 		return errors.New("its header has invalid former members")
 	}
-	s.removed, s.former = h.Removed, h.Former
+	if len(h.Founding) > maxMembers {
+		return errors.New("its header has too many members of an Init")
+	}
+	for _, m := range h.Founding {
+		if m.GetId() == 0 {
+			return errors.New("its header has an invalid member of an Init")
+		}
+	}
+	s.removed, s.former, s.founding = h.Removed, h.Former, h.Founding
 	for _, m := range h.Members {
 		if m.GetRaftId() == 0 || m.GetRaftId() >= maxRaftID || m.GetNode().GetId() == 0 || s.members[m.RaftId] != nil {
 			return errors.New("its header has an invalid member")

@@ -51,14 +51,17 @@ var firstClock = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
 // may open a view, which needs mu for writing.
 type store struct {
 	// The state that the loop alone reads, and so without a lock.
-	index     uint64 // of the last entry applied
-	term      uint64 // of the last entry applied
-	conf      *raftpb.ConfState
-	members   map[uint64]*kvpb.Node // by raft ID: all that conf names
-	removed   []uint64              // raft IDs, oldest first
-	former    []uint64              // ids of nodes that were removed, each once, the last one last
-	proposers map[uint64]uint64     // by raft ID: the sequence of the last batch applied
-	level     uint32                // of the cluster
+	index   uint64 // of the last entry applied
+	term    uint64 // of the last entry applied
+	conf    *raftpb.ConfState
+	members map[uint64]*kvpb.Node // by raft ID: all that conf names
+	removed []uint64              // raft IDs, oldest first
+	former  []uint64              // ids of nodes that were removed, each once, the last one last
+	// founding are the members of the Init that has made this cluster, while it is not done;
+	// nil: it is.
+	founding  []*kvpb.Node
+	proposers map[uint64]uint64 // by raft ID: the sequence of the last batch applied
+	level     uint32            // of the cluster
 	sessions  *sessions
 
 	// The state that all read: the loop writes it under mu.
@@ -277,6 +280,7 @@ func (s *store) beginCluster(id *kvpb.Identity, self *kvpb.Node, now time.Time) 
 	s.members = map[uint64]*kvpb.Node{}
 	s.removed = nil
 	s.former = nil
+	s.founding = nil
 	s.proposers = map[uint64]uint64{}
 	conf := &raftpb.ConfState{Voters: []uint64{id.RaftId}}
 	s.configure(conf, []*kvpb.Member{{RaftId: id.RaftId, Node: self}})
@@ -318,6 +322,40 @@ func (s *store) configure(cs *raftpb.ConfState, changed []*kvpb.Member) {
 			s.addFormer(m.Node.Id)
 		}
 	}
+	s.endFounding()
+}
+
+// endFounding forgets the members of the Init once it is done, or once an operator has changed
+// the membership meanwhile: has added a node that the Init does not name, removed one that it
+// names, or made some of them voters. The Init itself makes all of them voters in one change.
+// From then on the same Init changes nothing: it compares.
+func (s *store) endFounding() {
+	if isJoint(s.conf) {
+		return
+	}
+	hasOtherVoters := len(s.conf.GetVoters()) > 1
+	isAlone := len(s.founding) == 1
+	if hasOtherVoters || isAlone || s.wasChangedByOperator() {
+		s.founding = nil
+	}
+}
+
+// wasChangedByOperator reports whether a node is a member that the Init does not name, or one
+// that it names has been removed.
+func (s *store) wasChangedByOperator() bool {
+	for _, m := range s.members {
+		if !containsNode(s.founding, m) {
+			return true
+		}
+	}
+	wasRemoved := func(m *kvpb.Node) bool { return slices.Contains(s.former, m.Id) }
+	return slices.ContainsFunc(s.founding, wasRemoved)
+}
+
+// carriesOn reports whether an Init of these members has made the cluster and is not done: the
+// same Init carries on with it.
+func (s *store) carriesOn(members []*kvpb.Node) bool {
+	return s.founding != nil && sameNodes(s.founding, members)
 }
 
 // addFormer notes that a node is no member any more.
@@ -361,6 +399,7 @@ func (s *store) install(t *store) {
 	s.members = t.members
 	s.removed = t.removed
 	s.former = t.former
+	s.founding = t.founding
 	s.proposers = t.proposers
 	s.level = t.level
 	s.sessions.replace(t.sessions)

@@ -3894,8 +3894,8 @@ type ClaimResponse struct {
 	ClusterId uint64 `protobuf:"varint,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	// MEMBER: the voters of that cluster once no change of membership is running.
 	Voters []*Node `protobuf:"bytes,3,rep,name=voters,proto3" json:"voters,omitempty"`
-	// MEMBER: the members of an Init that the called node has made that cluster for,
-	// while it is not done. CLAIMED: the members of the other Init.
+	// MEMBER: the members of the Init that has made that cluster, while it is not done.
+	// CLAIMED: the members of the other Init.
 	Members []*Node `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
 	// CLAIMED: the founder. NAMED: the node that called.
 	By            *Node `protobuf:"bytes,5,opt,name=by,proto3" json:"by,omitempty"`
@@ -5042,7 +5042,10 @@ type SnapshotHeader struct {
 	// What it was made for. It is no part of the state.
 	Origin SnapshotOrigin `protobuf:"varint,30,opt,name=origin,proto3,enum=raftkv.v1.SnapshotOrigin" json:"origin,omitempty"`
 	// DIRECTORY: the last entry that the node knew to be committed.
-	Committed     uint64 `protobuf:"varint,31,opt,name=committed,proto3" json:"committed,omitempty"`
+	Committed uint64 `protobuf:"varint,31,opt,name=committed,proto3" json:"committed,omitempty"`
+	// The members of the Init that has made the cluster, while they are not its voters and
+	// no operator has changed the membership.
+	Founding      []*Node `protobuf:"bytes,20,rep,name=founding,proto3" json:"founding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5180,6 +5183,13 @@ func (x *SnapshotHeader) GetCommitted() uint64 {
 		return x.Committed
 	}
 	return 0
+}
+
+func (x *SnapshotHeader) GetFounding() []*Node {
+	if x != nil {
+		return x.Founding
+	}
+	return nil
 }
 
 // Session is what is known of a client's writes.
@@ -6076,7 +6086,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\tkey_value\x18\x02 \x01(\v2\x13.raftkv.v1.KeyValueH\x00R\bkeyValue\x123\n" +
 	"\x06footer\x18\x03 \x01(\v2\x19.raftkv.v1.SnapshotFooterH\x00R\x06footer\x12.\n" +
 	"\asession\x18\x04 \x01(\v2\x12.raftkv.v1.SessionH\x00R\asessionB\b\n" +
-	"\x06record\"\xe9\x03\n" +
+	"\x06record\"\x96\x04\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -6095,7 +6105,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\bsessions\x18\v \x01(\x04R\bsessions\x12\x14\n" +
 	"\x05level\x18\f \x01(\rR\x05level\x121\n" +
 	"\x06origin\x18\x1e \x01(\x0e2\x19.raftkv.v1.SnapshotOriginR\x06origin\x12\x1c\n" +
-	"\tcommitted\x18\x1f \x01(\x04R\tcommitted\"v\n" +
+	"\tcommitted\x18\x1f \x01(\x04R\tcommitted\x12+\n" +
+	"\bfounding\x18\x14 \x03(\v2\x0f.raftkv.v1.NodeR\bfounding\"v\n" +
 	"\aSession\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\ahighest\x18\x02 \x01(\x04R\ahighest\x12+\n" +
@@ -6405,51 +6416,52 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	64, // 65: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
 	66, // 66: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
 	7,  // 67: raftkv.v1.SnapshotHeader.origin:type_name -> raftkv.v1.SnapshotOrigin
-	70, // 68: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	75, // 69: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	76, // 70: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	58, // 71: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	16, // 72: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	18, // 73: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	20, // 74: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	22, // 75: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	24, // 76: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
-	29, // 77: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
-	26, // 78: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
-	9,  // 79: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	11, // 80: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	32, // 81: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	34, // 82: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	36, // 83: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	40, // 84: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	44, // 85: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	42, // 86: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	53, // 87: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	55, // 88: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	51, // 89: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	17, // 90: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	19, // 91: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	21, // 92: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	23, // 93: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	25, // 94: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
-	30, // 95: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
-	27, // 96: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
-	10, // 97: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	13, // 98: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	33, // 99: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	35, // 100: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	39, // 101: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	41, // 102: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	47, // 103: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	43, // 104: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	54, // 105: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	56, // 106: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	52, // 107: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	90, // [90:108] is the sub-list for method output_type
-	72, // [72:90] is the sub-list for method input_type
-	72, // [72:72] is the sub-list for extension type_name
-	72, // [72:72] is the sub-list for extension extendee
-	0,  // [0:72] is the sub-list for field type_name
+	31, // 68: raftkv.v1.SnapshotHeader.founding:type_name -> raftkv.v1.Node
+	70, // 69: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	75, // 70: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	76, // 71: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	58, // 72: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	16, // 73: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	18, // 74: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	20, // 75: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	22, // 76: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	24, // 77: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
+	29, // 78: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
+	26, // 79: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
+	9,  // 80: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	11, // 81: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	32, // 82: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	34, // 83: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	36, // 84: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	40, // 85: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	44, // 86: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	42, // 87: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	53, // 88: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	55, // 89: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	51, // 90: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	17, // 91: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	19, // 92: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	21, // 93: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	23, // 94: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	25, // 95: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
+	30, // 96: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
+	27, // 97: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
+	10, // 98: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	13, // 99: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	33, // 100: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	35, // 101: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	39, // 102: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	41, // 103: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	47, // 104: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	43, // 105: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	54, // 106: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	56, // 107: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	52, // 108: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	91, // [91:109] is the sub-list for method output_type
+	73, // [73:91] is the sub-list for method input_type
+	73, // [73:73] is the sub-list for extension type_name
+	73, // [73:73] is the sub-list for extension extendee
+	0,  // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
