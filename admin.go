@@ -168,20 +168,25 @@ func (s *server) AddLearner(ctx context.Context, req *kvpb.AddLearnerRequest) (*
 	}
 	resp := &kvpb.AddLearnerResponse{}
 	err := s.onLeader(ctx, kvpb.ClusterService_AddLearner_FullMethodName, req, resp, func(ctx context.Context) error {
-		return s.addLearner(ctx, req.Node)
+		return s.addLearner(ctx, req)
 	})
 	return resp, err
 }
 
 // addLearner adds a node on the leader and waits until it has caught up.
-func (s *server) addLearner(ctx context.Context, m *kvpb.Node) error {
-	m = &kvpb.Node{Id: m.Id, Address: m.Address} // without unknown fields
+func (s *server) addLearner(ctx context.Context, req *kvpb.AddLearnerRequest) error {
+	m := &kvpb.Node{Id: req.Node.Id, Address: req.Node.Address} // without unknown fields
 	p, err := s.probe(ctx, m)
 	if err != nil {
 		return err
 	}
 	for {
-		err := s.awaitChange(ctx, func(l *leaderState) nextStep { return l.learnerStep(p) })
+		err := s.awaitChange(ctx, func(l *leaderState) nextStep {
+			if req.WhileFounding && l.founding == nil {
+				return failStep(errFounded)
+			}
+			return l.learnerStep(p)
+		})
 		if err != errPastLife {
 			return err
 		}
@@ -224,7 +229,8 @@ func (s *server) ChangeMembership(
 		return nil, err
 	}
 	resp := &kvpb.ChangeMembershipResponse{}
-	err := s.onLeader(ctx, kvpb.ClusterService_ChangeMembership_FullMethodName, req, resp, func(ctx context.Context) error {
+	method := kvpb.ClusterService_ChangeMembership_FullMethodName
+	err := s.onLeader(ctx, method, req, resp, func(ctx context.Context) error {
 		return s.changeMembership(ctx, req)
 	})
 	return resp, err
@@ -264,7 +270,12 @@ func validateChange(req *kvpb.ChangeMembershipRequest) error {
 }
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
-	return s.awaitChange(ctx, func(l *leaderState) nextStep { return l.membershipStep(req) })
+	return s.awaitChange(ctx, func(l *leaderState) nextStep {
+		if req.WhileFounding && l.founding == nil {
+			return failStep(errFounded)
+		}
+		return l.membershipStep(req)
+	})
 }
 
 // awaitChange waits on the leader until a rule that changes the membership is done.

@@ -24,13 +24,16 @@
 //
 // # What keeps a node from making a claim
 //
-// Besides the claim of another founder, there are two things, which an Init by force
-// ignores. Both are for a member in memory that has restarted: it is in no cluster until
+// Besides the claim of another founder, there are three things, which an Init by force
+// ignores. Two are for a member in memory that has restarted: it is in no cluster until
 // its leader takes it back, and no Init may take it for a new node.
 //   - A node that has just started is fresh: it makes no claim until the other members
 //     would have called it, if there were any (redialTime).
 //   - A node is named while a cluster calls it as its member, by its id or address, and
 //     for redialTime after that.
+//
+// The third: a node that was started to become a member of one cluster, by --initial-cluster
+// or --join, makes no claim for an Init of another one.
 
 package main
 
@@ -92,6 +95,7 @@ func isPastLife(before, now *kvpb.Peer) bool {
 // has made, and the clusters that call it. The loop owns it, and hands in the tick.
 type claims struct {
 	self        *kvpb.Node // constant
+	plan        startPlan  // constant
 	claimTicks  uint64     // claimTime; constant
 	redialTicks uint64     // redialTime; constant
 
@@ -99,6 +103,8 @@ type claims struct {
 	current   *claim        // the last claim that was made; held says whether it still holds
 	currentAt uint64        // tick in which current was made, or was last kept
 	foreign   *foreignHello // the last hello of a cluster that meant this node; nil: none
+
+	otherListSaid uint64 // tick in which the log last had a founder with another list; 0: never
 }
 
 // foreignHello is a hello of a cluster that took this node for its member.
@@ -108,8 +114,8 @@ type foreignHello struct {
 	tick      uint64 // of the hello, or of the last message on its stream
 }
 
-func newClaims(self *kvpb.Node, claimTicks, redialTicks uint64) claims {
-	return claims{self: self, claimTicks: claimTicks, redialTicks: redialTicks}
+func newClaims(self *kvpb.Node, plan startPlan, claimTicks, redialTicks uint64) claims {
+	return claims{self: self, plan: plan, claimTicks: claimTicks, redialTicks: redialTicks}
 }
 
 // forget begins a new life, which has promised nothing.
@@ -129,6 +135,12 @@ func (c *claims) held(now uint64) *claim {
 // answer says whether the node, which is in no cluster, can be claimed, and makes the
 // claim if the request has the id of a try.
 func (c *claims) answer(req *kvpb.ClaimRequest, now uint64) *kvpb.ClaimResponse {
+	if c.plan.excludes(req.Members) && !req.Force {
+		return &kvpb.ClaimResponse{
+			Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_OTHER_LIST,
+			Members: c.plan.members,
+		}
+	}
 	held := c.held(now)
 	if held != nil && held.refuses(req) {
 		return &kvpb.ClaimResponse{
@@ -293,7 +305,11 @@ func (n *node) answerClaim(req *kvpb.ClaimRequest) *kvpb.ClaimResponse {
 			Members:   n.store.founding,
 		}
 	}
-	return n.claims.answer(req, n.clock.now)
+	resp := n.claims.answer(req, n.clock.now)
+	if resp.Verdict == kvpb.ClaimVerdict_CLAIM_VERDICT_OTHER_LIST {
+		n.noteOtherList(req)
+	}
+	return resp
 }
 
 // awaitMember answers a founder that waits for this node to become a member, of its

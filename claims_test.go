@@ -58,7 +58,7 @@ type loneClaims struct {
 
 func newFreshClaims(t *testing.T) *loneClaims {
 	const claimTicks, redialTicks = 200, 30
-	l := &loneClaims{claims: newClaims(plainNode(1), claimTicks, redialTicks), t: t, now: firstTick}
+	l := &loneClaims{claims: newClaims(plainNode(1), startPlan{}, claimTicks, redialTicks), t: t, now: firstTick}
 	l.forget(l.now)
 	return l
 }

@@ -37,8 +37,10 @@ type clusterState struct {
 	members map[uint64]*kvpb.Node // by raft ID
 	removed []uint64              // raft IDs
 	former  []uint64              // ids of nodes that were members
-	applied uint64                // index of the last entry applied
-	level   uint32                // of the cluster
+	// founding are the members of the Init that has made the cluster; nil: it is done.
+	founding []*kvpb.Node
+	applied  uint64 // index of the last entry applied
+	level    uint32 // of the cluster
 
 	// What is known of members, by raft ID.
 	connected map[uint64]bool

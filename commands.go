@@ -66,8 +66,8 @@ func commands() map[string]*command {
 			timeout:          changeTimeout,
 			callsFirstMember: true,
 			flags: func(in *invocation, fs *flag.FlagSet) {
-				boolVar(fs, &in.force, "force", "make it although a cluster has just called a member, "+
-					"and do not wait for members that have just started, which one may call yet")
+				boolVar(fs, &in.force, "force", "make it although a cluster has just called a member, or one "+
+					"was started for another cluster, and do not wait for members that have just started, which one may call yet")
 			},
 			run: (*client).init,
 		},

@@ -174,12 +174,14 @@ type founder struct {
 	members []*kvpb.Node // by id
 	force   bool
 
+	planned bool // the Init is that of --initial-cluster: it undoes nothing
+
 	waitsFor error // what the Init is waiting for, as it says if it has waited in vain
 	doubted  bool  // the survey before this one has found a cluster that refuses
 }
 
 func newFounder(s *server, req *kvpb.InitRequest) *founder {
-	f := &founder{s: s, force: req.Force}
+	f := &founder{s: s, force: req.Force, planned: req.Planned}
 	for _, m := range req.Members {
 		f.members = append(f.members, &kvpb.Node{Id: m.Id, Address: m.Address}) // without unknown fields
 	}
@@ -294,6 +296,9 @@ func (f *founder) makeCluster(ctx context.Context, otherVoters error) initResult
 	if founded.outcome != initDone {
 		return founded
 	}
+	if f.planned {
+		f.warnOfBeginning(founded.clusterID)
+	}
 	endTurn() // an Init of other members need not wait until these are added
 	if err := f.addOthers(ctx, try, founded.clusterID); err != nil {
 		return initResult{outcome: initFailed, err: err}
@@ -393,7 +398,8 @@ func (f *founder) survey(ctx context.Context) ([]surveyAnswer, error) {
 	}
 	answers := make([]surveyAnswer, len(f.members))
 	forEachMember(f.members, func(i int, m *kvpb.Node) {
-		resp, err := f.sendClaim(ctx, m, &kvpb.ClaimRequest{Founder: asks.founder, Force: f.force})
+		req := &kvpb.ClaimRequest{Founder: asks.founder, Members: f.members, Force: f.force}
+		resp, err := f.sendClaim(ctx, m, req)
 		answers[i] = surveyAnswer{resp, err}
 	})
 	return answers, nil
@@ -423,6 +429,7 @@ type surveyTally struct {
 	member     *kvpb.Node      // of a cluster that the Init wants; nil: none
 
 	silent  error // the first member that does not answer
+	planned error // a member that was started for another cluster, and why that is a refusal
 	claimed error // what to wait for, of members claimed
 	fresh   error // what to wait for, of members that have just started
 	named   error // a member that a cluster calls, and why that is a refusal
@@ -445,6 +452,8 @@ func (t *surveyTally) add(members []*kvpb.Node, m *kvpb.Node, a surveyAnswer) {
 				"wait until it has taken the node in; "+
 				"if that cluster is known to be lost, init --force makes another",
 				a.resp.ClusterId, m.Id, shown(m.Address), a.resp.By.GetId(), shown(a.resp.By.GetAddress())))
+	case kvpb.ClaimVerdict_CLAIM_VERDICT_OTHER_LIST:
+		t.planned = cmp.Or(t.planned, otherList(members, m, a.resp.Members))
 	case kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH:
 		t.fresh = waitsForMember(m, a.resp)
 	default:
@@ -477,6 +486,9 @@ func (t *surveyTally) outcome() surveyOutcome {
 	if t.member != nil {
 		return surveyOutcome{member: t.member}
 	}
+	if t.planned != nil {
+		return surveyOutcome{refusal: t.planned}
+	}
 	if t.silent != nil {
 		return surveyOutcome{refusal: t.silent}
 	}
@@ -487,6 +499,18 @@ func (t *surveyTally) outcome() surveyOutcome {
 		return surveyOutcome{refusal: t.named, refusedByCluster: true}
 	}
 	return surveyOutcome{waitsFor: t.fresh}
+}
+
+// otherList is the error of an Init of members of whom m was started to become one of another
+// cluster, of planned; none: to join one.
+func otherList(members []*kvpb.Node, m *kvpb.Node, planned []*kvpb.Node) error {
+	how := "with --join, to join a cluster that there is"
+	if len(planned) > 0 {
+		how = fmt.Sprintf("with --initial-cluster %s", formatNodes(planned))
+	}
+	return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_OTHER_LIST,
+		fmt.Sprintf("node %d at %s was started %s, and not for a cluster of %s",
+			m.Id, shown(m.Address), how, formatNodes(members)))
 }
 
 // waitsForMember is what an Init says if it cannot claim a member until the deadline.
@@ -508,7 +532,7 @@ func waitsForMember(m *kvpb.Node, resp *kvpb.ClaimResponse) error {
 // forward sends this Init to a member of the cluster that it wants.
 func (f *founder) forward(ctx context.Context, m *kvpb.Node) initResult {
 	ctx = forwarding(ctx)
-	req := &kvpb.InitRequest{Members: f.members, Force: f.force}
+	req := &kvpb.InitRequest{Members: f.members, Force: f.force, Planned: f.planned}
 	var resp *kvpb.InitResponse
 	err := f.withConnection(ctx, m, func(conn *grpc.ClientConn) (err error) {
 		resp, err = kvpb.NewClusterServiceClient(conn).Init(ctx, req)
@@ -697,7 +721,8 @@ func (f *founder) addOthers(ctx context.Context, try *initTry, clusterID uint64)
 		sleep(ctx, n.opts.heartbeat)
 		err = f.addAndWatch(ctx, try, clusterID)
 	}
-	if err != nil {
+	isEnded := f.planned && errorReason(err) == "ALREADY_INITIALIZED"
+	if err != nil && !isEnded {
 		return f.failedHalfway(err, clusterID)
 	}
 	_, err = f.compareVoters(ctx)
@@ -738,7 +763,8 @@ func (f *founder) addAndWatch(ctx context.Context, try *initTry, clusterID uint6
 }
 
 // addMembers makes the other members learners one after another, and then all of them
-// voters. It makes the requests that an operator would make of this node, which need not
+// voters. A planned Init, which nobody has asked for now, does nothing more once an operator
+// has changed anything. It makes the requests that an operator would make of this node, which need not
 // lead any more: they may be forwarded, even if the Init was. It removes nobody: an operator
 // may have made others voters meanwhile.
 func (f *founder) addMembers(ctx context.Context) error {
@@ -749,11 +775,11 @@ func (f *founder) addMembers(ctx context.Context) error {
 		if m.Id == f.s.n.self.Id {
 			continue
 		}
-		if _, err := f.s.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m}); err != nil {
+		if _, err := f.s.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m, WhileFounding: f.planned}); err != nil {
 			return toStatus(err, false)
 		}
 	}
-	_, err := f.s.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids})
+	_, err := f.s.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids, WhileFounding: f.planned})
 	if err != nil {
 		return toStatus(err, false)
 	}

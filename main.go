@@ -36,6 +36,8 @@
 //     and wakes the watches that they concern, each in its call.
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second
 //     whether it turns.
+//   - The starter (starter.run), one a node: while the node is in no cluster, it does what
+//     --initial-cluster or --join says.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks
 //     once a second whether their files have changed.
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its
@@ -215,8 +217,12 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 		"addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,
 		"connections", room.clients, "peers", room.peers, "files", room.files)
 	if n.status.latest.Load().clusterID == 0 {
-		logger.Info(errNotInitialized.Error())
+		logger.Info(cmp.Or(o.plan.String(), errNotInitialized.Error()))
 	}
+	starting := inBackground(func() error {
+		newStarter(s).run(loopContext)
+		return nil
+	})
 	ready(s)
 
 	var serveErr error
@@ -235,6 +241,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	// that are not written yet.
 	endLoop()
 	<-loop.ended
+	<-starting.ended
 	s.watchers.stop(s.n.inbox.whyClosed()) // a node that has failed sends them elsewhere
 	nw.close()
 	stopServing(s.grpc)

@@ -140,6 +140,11 @@ func memberExists(format string, args ...any) error {
 	return apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf(format, args...))
 }
 
+// errFounded ends what a planned Init wants of a cluster that is made, or that an operator has
+// changed.
+var errFounded = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
+	"the cluster is made, or its membership was changed since")
+
 func unknownMember(nodeID uint64) error {
 	return apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER,
 		fmt.Sprintf("no member has the id %d", nodeID))
@@ -551,6 +556,7 @@ func (n *node) gather(c *clusterState) {
 		members:         n.store.members,
 		removed:         n.store.removed,
 		former:          n.store.former,
+		founding:        n.store.founding,
 		applied:         n.store.index,
 		level:           n.store.level,
 		connected:       n.peers.connected,

@@ -32,6 +32,7 @@ type options struct {
 	logBytes  uint64 // of entries, before old ones are dropped
 	// watchBytes bounds the history of writes that watches can go back to.
 	watchBytes uint64
+	plan       startPlan // which cluster the node is to become a member of
 	tls        certificateFiles
 	insecure   bool // beyond loopback without TLS
 	logLevel   slog.Level
@@ -118,6 +119,7 @@ func nodeFlags(o *options) *flag.FlagSet {
 			o.maxLevel = uint32(level)
 			return nil
 		})
+	planFlags(fs, &o.plan)
 	certificateFlags(fs, &o.tls)
 	fileVar(fs, &o.tls.peerCA, "peer-ca-file",
 		"`file` with the CAs of the nodes' certificates (default: those of --trusted-ca-file)")
@@ -282,7 +284,10 @@ func (o *options) check() error {
 	if err := o.checkReach("addr", o.addr); err != nil {
 		return err
 	}
-	return o.checkAdvertised()
+	if err := o.checkAdvertised(); err != nil {
+		return err
+	}
+	return o.checkPlan()
 }
 
 // checkTLS checks that there is all or nothing of what TLS needs.

@@ -259,6 +259,11 @@ func (n *node) endRemoved(by []uint64) {
 	}
 	n.logger.Warn("this node was removed from its cluster: it drops its state and waits to be added again",
 		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "say", n.names(by))
+	n.leaveCluster()
+}
+
+// leaveCluster drops all that a node in memory has as a member.
+func (n *node) leaveCluster() {
 	n.flush(true)
 	n.calls.failAll(errNotInitialized)
 	n.newLife()

@@ -154,7 +154,7 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	n.inbox.wake = newBell()
 	n.clock = clock{now: firstTick, wall: firstTick}
 	n.catchup.written = newMeter(o.heartbeat)
-	n.claims = newClaims(self, n.ticksOf(claimTime), n.ticksOf(n.redialTime()))
+	n.claims = newClaims(self, o.plan, n.ticksOf(claimTime), n.ticksOf(n.redialTime()))
 	n.newLife()
 	n.status.latest.Store(&published{glance: glance{level: firstLevel}})
 	n.publish()
@@ -429,6 +429,7 @@ func (n *node) heartbeat() {
 		n.raiseLevel()
 		n.heal()
 	}
+	n.giveUpFounding()
 }
 
 // leads reports whether this node leads and has applied an entry of its term,

@@ -19,6 +19,7 @@ type nodeStatus struct {
 	latest   atomic.Pointer[published] // any goroutine
 	onChange func(*published)          // called by the loop whenever latest has changed
 	count    kvpb.MetricsResponse      // its counters
+	waitsFor atomic.Pointer[string]    // of a node in no cluster: what keeps it from one; nil: nothing is known
 }
 
 // published is what other goroutines may know of the loop's state. It is never
@@ -27,6 +28,7 @@ type published struct {
 	glance
 	leader   *kvpb.Node // nil: unknown
 	members  map[uint64]*kvpb.Node
+	founding []*kvpb.Node // the members of an Init that is half way; nil: there is none
 	removed  []uint64
 	noLeader error // what to say if there is none
 }
@@ -68,6 +70,7 @@ func (n *node) publish() {
 		glance:   now,
 		leader:   n.nodeOf(n.raft.lead),
 		members:  n.store.members,
+		founding: n.store.founding,
 		removed:  n.durable.removed,
 		noLeader: n.noLeader(),
 	}
@@ -117,6 +120,9 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Durable = n.durable.disk != nil
 	m.UnhealthyReason = n.whyUnhealthy()
 	m.Healthy = m.UnhealthyReason == ""
+	if waitsFor := n.status.waitsFor.Load(); n.rn == nil && waitsFor != nil {
+		m.UnhealthyReason += ": " + *waitsFor
+	}
 	m.NoRestartReason = n.whyNotRestart()
 
 	m.Leader = n.nodeOf(n.raft.lead)

@@ -130,6 +130,9 @@ const (
 	// FAILED_PRECONDITION: a node that is to be added does not speak the level of the
 	// cluster. Nothing was changed. Start a newer program there.
 	ErrorReason_ERROR_REASON_LEVEL_TOO_LOW ErrorReason = 29
+	// FAILED_PRECONDITION: a node was started with --initial-cluster of other members than
+	// those of the Init, or with --join; the message names them. Nothing was changed.
+	ErrorReason_ERROR_REASON_OTHER_LIST ErrorReason = 50
 )
 
 // Enum value maps for ErrorReason.
@@ -165,6 +168,7 @@ var (
 		27: "ERROR_REASON_COMPACTED",
 		28: "ERROR_REASON_OTHER_CLUSTER",
 		29: "ERROR_REASON_LEVEL_TOO_LOW",
+		50: "ERROR_REASON_OTHER_LIST",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -197,6 +201,7 @@ var (
 		"ERROR_REASON_COMPACTED":           27,
 		"ERROR_REASON_OTHER_CLUSTER":       28,
 		"ERROR_REASON_LEVEL_TOO_LOW":       29,
+		"ERROR_REASON_OTHER_LIST":          50,
 	}
 )
 
@@ -433,17 +438,21 @@ const (
 	ClaimVerdict_CLAIM_VERDICT_NAMED ClaimVerdict = 4
 	// It is in a cluster.
 	ClaimVerdict_CLAIM_VERDICT_MEMBER ClaimVerdict = 5
+	// It was started to become a member of another cluster: with --initial-cluster of other
+	// members, or with --join.
+	ClaimVerdict_CLAIM_VERDICT_OTHER_LIST ClaimVerdict = 10
 )
 
 // Enum value maps for ClaimVerdict.
 var (
 	ClaimVerdict_name = map[int32]string{
-		0: "CLAIM_VERDICT_UNSPECIFIED",
-		1: "CLAIM_VERDICT_GRANTED",
-		2: "CLAIM_VERDICT_CLAIMED",
-		3: "CLAIM_VERDICT_FRESH",
-		4: "CLAIM_VERDICT_NAMED",
-		5: "CLAIM_VERDICT_MEMBER",
+		0:  "CLAIM_VERDICT_UNSPECIFIED",
+		1:  "CLAIM_VERDICT_GRANTED",
+		2:  "CLAIM_VERDICT_CLAIMED",
+		3:  "CLAIM_VERDICT_FRESH",
+		4:  "CLAIM_VERDICT_NAMED",
+		5:  "CLAIM_VERDICT_MEMBER",
+		10: "CLAIM_VERDICT_OTHER_LIST",
 	}
 	ClaimVerdict_value = map[string]int32{
 		"CLAIM_VERDICT_UNSPECIFIED": 0,
@@ -452,6 +461,7 @@ var (
 		"CLAIM_VERDICT_FRESH":       3,
 		"CLAIM_VERDICT_NAMED":       4,
 		"CLAIM_VERDICT_MEMBER":      5,
+		"CLAIM_VERDICT_OTHER_LIST":  10,
 	}
 )
 
@@ -2348,8 +2358,12 @@ type InitRequest struct {
 	// All voters of the new cluster, the called node among them; 1 to 64.
 	Members []*Node `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
 	// Do not wait for members that have just started, and do not refuse those that
-	// another cluster has called by their id or address: it is known to be lost.
-	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	// another cluster has called by their id or address: it is known to be lost. Nor those
+	// that were started to become members of another one.
+	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	// The Init is that of --initial-cluster, which a node makes by itself. It adds no
+	// member once an operator has changed the membership. For nodes only.
+	Planned       bool `protobuf:"varint,50,opt,name=planned,proto3" json:"planned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2394,6 +2408,13 @@ func (x *InitRequest) GetMembers() []*Node {
 func (x *InitRequest) GetForce() bool {
 	if x != nil {
 		return x.Force
+	}
+	return false
+}
+
+func (x *InitRequest) GetPlanned() bool {
+	if x != nil {
+		return x.Planned
 	}
 	return false
 }
@@ -2447,7 +2468,10 @@ type AddLearnerRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A node in no cluster; or a member, whose address this becomes unless it still
 	// answers at another one.
-	Node          *Node `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Node *Node `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// Only while the Init that has made the cluster is not done: else
+	// ALREADY_INITIALIZED. For nodes only.
+	WhileFounding bool `protobuf:"varint,50,opt,name=while_founding,json=whileFounding,proto3" json:"while_founding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2487,6 +2511,13 @@ func (x *AddLearnerRequest) GetNode() *Node {
 		return x.Node
 	}
 	return nil
+}
+
+func (x *AddLearnerRequest) GetWhileFounding() bool {
+	if x != nil {
+		return x.WhileFounding
+	}
+	return false
 }
 
 type AddLearnerResponse struct {
@@ -2543,7 +2574,9 @@ type ChangeMembershipRequest struct {
 	Demote []uint64 `protobuf:"varint,5,rep,packed,name=demote,proto3" json:"demote,omitempty"`
 	// The membership that the change was made for. If it is another: ABORTED
 	// MEMBERSHIP_CHANGED, unless what is asked for is so already. Absent: any.
-	Expected      *Membership `protobuf:"bytes,6,opt,name=expected,proto3" json:"expected,omitempty"`
+	Expected *Membership `protobuf:"bytes,6,opt,name=expected,proto3" json:"expected,omitempty"`
+	// As in AddLearnerRequest.
+	WhileFounding bool `protobuf:"varint,50,opt,name=while_founding,json=whileFounding,proto3" json:"while_founding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2618,6 +2651,13 @@ func (x *ChangeMembershipRequest) GetExpected() *Membership {
 		return x.Expected
 	}
 	return nil
+}
+
+func (x *ChangeMembershipRequest) GetWhileFounding() bool {
+	if x != nil {
+		return x.WhileFounding
+	}
+	return false
 }
 
 // Membership is a membership as operators know it.
@@ -3794,7 +3834,7 @@ type ClaimRequest struct {
 	Id uint64 `protobuf:"varint,2,opt,name=id,proto3" json:"id,omitempty"`
 	// The called node of the Init, in this life.
 	Founder *Peer `protobuf:"bytes,3,opt,name=founder,proto3" json:"founder,omitempty"`
-	// All members of the Init.
+	// All members of the Init, also if it only asks.
 	Members []*Node `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
 	// Of the InitRequest.
 	Force bool `protobuf:"varint,5,opt,name=force,proto3" json:"force,omitempty"`
@@ -3895,7 +3935,8 @@ type ClaimResponse struct {
 	// MEMBER: the voters of that cluster once no change of membership is running.
 	Voters []*Node `protobuf:"bytes,3,rep,name=voters,proto3" json:"voters,omitempty"`
 	// MEMBER: the members of the Init that has made that cluster, while it is not done.
-	// CLAIMED: the members of the other Init.
+	// CLAIMED: the members of the other Init. OTHER_LIST: those of --initial-cluster; none:
+	// the called node was started with --join.
 	Members []*Node `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
 	// CLAIMED: the founder. NAMED: the node that called.
 	By            *Node `protobuf:"bytes,5,opt,name=by,proto3" json:"by,omitempty"`
@@ -5886,23 +5927,26 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\btoo_many\x18\x03 \x01(\bR\atooMany\"0\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"N\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"h\n" +
 	"\vInitRequest\x12)\n" +
 	"\amembers\x18\x01 \x03(\v2\x0f.raftkv.v1.NodeR\amembers\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"-\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x12\x18\n" +
+	"\aplanned\x182 \x01(\bR\aplanned\"-\n" +
 	"\fInitResponse\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"8\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"_\n" +
 	"\x11AddLearnerRequest\x12#\n" +
-	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\"\x14\n" +
-	"\x12AddLearnerResponse\"\xc8\x01\n" +
+	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12%\n" +
+	"\x0ewhile_founding\x182 \x01(\bR\rwhileFounding\"\x14\n" +
+	"\x12AddLearnerResponse\"\xef\x01\n" +
 	"\x17ChangeMembershipRequest\x12\x18\n" +
 	"\amembers\x18\x01 \x03(\x04R\amembers\x12\x16\n" +
 	"\x06retain\x18\x02 \x01(\bR\x06retain\x12\x16\n" +
 	"\x06remove\x18\x03 \x03(\x04R\x06remove\x12\x18\n" +
 	"\apromote\x18\x04 \x03(\x04R\apromote\x12\x16\n" +
 	"\x06demote\x18\x05 \x03(\x04R\x06demote\x121\n" +
-	"\bexpected\x18\x06 \x01(\v2\x15.raftkv.v1.MembershipR\bexpected\"A\n" +
+	"\bexpected\x18\x06 \x01(\v2\x15.raftkv.v1.MembershipR\bexpected\x12%\n" +
+	"\x0ewhile_founding\x182 \x01(\bR\rwhileFounding\"A\n" +
 	"\n" +
 	"Membership\x123\n" +
 	"\amembers\x18\x01 \x03(\v2\x19.raftkv.v1.ExpectedMemberR\amembers\"K\n" +
@@ -6148,7 +6192,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xc5\a\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\xe2\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -6180,7 +6224,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x17ERROR_REASON_VIEW_ENDED\x10\x1a\x12\x1a\n" +
 	"\x16ERROR_REASON_COMPACTED\x10\x1b\x12\x1e\n" +
 	"\x1aERROR_REASON_OTHER_CLUSTER\x10\x1c\x12\x1e\n" +
-	"\x1aERROR_REASON_LEVEL_TOO_LOW\x10\x1d*~\n" +
+	"\x1aERROR_REASON_LEVEL_TOO_LOW\x10\x1d\x12\x1b\n" +
+	"\x17ERROR_REASON_OTHER_LIST\x102*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -6201,14 +6246,16 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x0fVERDICT_REMOVED\x10\x04\x12\x11\n" +
 	"\rVERDICT_RIVAL\x10\x05\x12\x1a\n" +
 	"\x16VERDICT_CALLER_TOO_OLD\x10\x06\x12\x1a\n" +
-	"\x16VERDICT_CALLED_TOO_OLD\x10\a*\xaf\x01\n" +
+	"\x16VERDICT_CALLED_TOO_OLD\x10\a*\xcd\x01\n" +
 	"\fClaimVerdict\x12\x1d\n" +
 	"\x19CLAIM_VERDICT_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15CLAIM_VERDICT_GRANTED\x10\x01\x12\x19\n" +
 	"\x15CLAIM_VERDICT_CLAIMED\x10\x02\x12\x17\n" +
 	"\x13CLAIM_VERDICT_FRESH\x10\x03\x12\x17\n" +
 	"\x13CLAIM_VERDICT_NAMED\x10\x04\x12\x18\n" +
-	"\x14CLAIM_VERDICT_MEMBER\x10\x05*\xdd\x03\n" +
+	"\x14CLAIM_VERDICT_MEMBER\x10\x05\x12\x1c\n" +
+	"\x18CLAIM_VERDICT_OTHER_LIST\x10\n" +
+	"*\xdd\x03\n" +
 	"\x0fRaftMessageType\x12!\n" +
 	"\x1dRAFT_MESSAGE_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19RAFT_MESSAGE_TYPE_PROPOSE\x10\x03\x12\x1c\n" +

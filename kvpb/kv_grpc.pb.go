@@ -568,7 +568,8 @@ type ClusterServiceClient interface {
 	//
 	// It changes nothing and fails if a member does not answer (UNREACHABLE), is
 	// another node (WRONG_NODE), or is in a cluster or named by one
-	// (ALREADY_INITIALIZED; the message has that cluster's id). While a member has
+	// (ALREADY_INITIALIZED; the message has that cluster's id), or was started to become a
+	// member of another one (OTHER_LIST). While a member has
 	// just started, or is claimed by another Init, it waits; INIT_IN_PROGRESS if that
 	// lasts until the deadline.
 	//
@@ -685,7 +686,8 @@ type ClusterServiceServer interface {
 	//
 	// It changes nothing and fails if a member does not answer (UNREACHABLE), is
 	// another node (WRONG_NODE), or is in a cluster or named by one
-	// (ALREADY_INITIALIZED; the message has that cluster's id). While a member has
+	// (ALREADY_INITIALIZED; the message has that cluster's id), or was started to become a
+	// member of another one (OTHER_LIST). While a member has
 	// just started, or is claimed by another Init, it waits; INIT_IN_PROGRESS if that
 	// lasts until the deadline.
 	//

@@ -1,0 +1,288 @@
+// How a node becomes a member by flags: the plan that it was started with, and the starter,
+// which carries it out. Both may stay for ever: in a cluster, the plan means nothing.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/status"
+
+	"raft-key-value/kvpb"
+)
+
+const (
+	// planPause is how often the starter looks whether there is something to do.
+	planPause = 500 * time.Millisecond
+	// firstTryPause and longestTryPause are the longest first pause between two tries, and the
+	// longest of all: they double. The nodes of a cluster are started one after the other, so
+	// most tries are made too early.
+	firstTryPause   = 250 * time.Millisecond
+	longestTryPause = 4 * time.Second
+	// tryTime bounds a try that waits for others.
+	tryTime = claimTime
+	// sayAgain is how often the log says the same of why a node is in no cluster.
+	sayAgain = 30 * time.Second
+)
+
+// startPlan is which cluster a node was started to become a member of. The zero plan: it waits
+// for init or add-learner.
+type startPlan struct {
+	members []*kvpb.Node // by --initial-cluster: of the new cluster, by id
+}
+
+// planFlags are the flags that make the plan.
+func planFlags(fs *flag.FlagSet, p *startPlan) {
+	setMembers := func(s string) (err error) {
+		p.members, err = parseMembers(s)
+		return err
+	}
+	fs.Func("initial-cluster", "`ID=HOST:PORT,...`, all voters of a new cluster, this node among them; the same on all: "+
+		"they form it once all are up. A node that is in a cluster, or was, ignores it", setMembers)
+}
+
+// parseMembers parses members of a cluster, each ID=HOST:PORT, with commas between them.
+func parseMembers(text string) ([]*kvpb.Node, error) {
+	var members []*kvpb.Node
+	for part := range strings.SplitSeq(text, ",") {
+		number, address, _ := strings.Cut(part, "=")
+		id, err := strconv.ParseUint(number, 10, 64)
+		if err != nil || id == 0 {
+			return nil, fmt.Errorf("%s: want ID=HOST:PORT, an ID being a positive number", quoteInput(part))
+		}
+		if err := checkMemberAddress(address); err != nil {
+			return nil, err
+		}
+		members = append(members, &kvpb.Node{Id: id, Address: address})
+	}
+	if err := checkMembers(members); err != nil {
+		return nil, errors.New(status.Convert(err).Message())
+	}
+	return sortedNodes(members), nil
+}
+
+// checkPlan checks that the plan is for this node.
+func (o *options) checkPlan() error {
+	if o.plan.members == nil {
+		return nil
+	}
+	name := o.nameOf("initial-cluster")
+	address := o.addr
+	if o.advertise != "" {
+		address = o.advertise
+	}
+	_, port, err := splitListenAddress(address)
+	if err != nil {
+		return err
+	}
+	if port == 0 {
+		return fmt.Errorf("%s needs the port of this node: %s picks one", name, address)
+	}
+	self := &kvpb.Node{Id: o.id, Address: address}
+	for _, m := range o.plan.members {
+		sameID := m.Id == self.Id
+		sameAddress := m.Address == self.Address
+		if sameID && sameAddress {
+			return nil
+		}
+		if sameID || sameAddress {
+			return fmt.Errorf("%s has %s, and this node is %s, by %s and %s: make them agree, letter by letter",
+				name, formatNode(m), formatNode(self), o.nameOf("id"), o.advertisedBy())
+		}
+	}
+	return fmt.Errorf("%s does not name this node, %s", name, formatNode(self))
+}
+
+// advertisedBy is the flag, or the variable, that says at which address others reach this node.
+func (o *options) advertisedBy() string {
+	if o.advertise != "" {
+		return o.nameOf("advertise")
+	}
+	return o.nameOf("addr")
+}
+
+// excludes reports whether the node was started for another cluster than one that an Init of
+// these members makes.
+func (p *startPlan) excludes(members []*kvpb.Node) bool {
+	return p.members != nil && !sameNodes(p.members, members)
+}
+
+// String says what the node does while it is in no cluster; empty: it waits.
+func (p *startPlan) String() string {
+	if p.members != nil {
+		return "this node is in no cluster: it forms one of " + formatNodes(p.members) +
+			" once all of them are up, unless one of them is in a cluster"
+	}
+	return ""
+}
+
+// starter carries out a node's plan, in one goroutine.
+type starter struct {
+	s     *server
+	plan  *startPlan
+	pause tryPauses
+	said  sayings
+}
+
+func newStarter(s *server) *starter {
+	return &starter{s: s, plan: &s.n.opts.plan}
+}
+
+// run carries out the plan whenever the node is in no cluster, until ctx ends: a node in memory
+// may be removed from one.
+func (b *starter) run(ctx context.Context) {
+	if b.plan.members == nil {
+		return
+	}
+	for ctx.Err() == nil {
+		if !b.mustForm() {
+			b.settle()
+			sleep(ctx, planPause)
+			continue
+		}
+		err := b.form(ctx)
+		if err != nil && ctx.Err() == nil {
+			b.say(err)
+		}
+		sleep(ctx, b.pause.next()) // also without an error: who is taken back is not a member at once
+	}
+}
+
+// settle forgets what kept the node from a cluster, now that it is in one.
+func (b *starter) settle() {
+	b.pause = tryPauses{}
+	b.said = sayings{}
+	b.s.n.status.waitsFor.Store(nil)
+}
+
+// say tells the log, and whoever asks for the node's metrics, what keeps it from a cluster.
+func (b *starter) say(err error) {
+	text := status.Convert(err).Message()
+	b.s.n.status.waitsFor.Store(&text)
+	if !b.said.isDue(text, time.Now()) {
+		return
+	}
+	level := slog.LevelWarn
+	if mayPass(err) {
+		level = slog.LevelInfo
+	}
+	said := notYet
+	if b.s.n.status.latest.Load().clusterID != 0 {
+		said = "not all members are in the cluster yet: this node tries again"
+	}
+	b.s.n.logger.Log(context.Background(), level, said, "err", text)
+}
+
+// notYet is what the log says of a node that is in no cluster yet, although it tries.
+const notYet = "this node is not a member yet, and tries again"
+
+// mayPass reports whether an error is one that the start of a cluster has in any case: others
+// are not up yet, or are at it, too.
+func mayPass(err error) bool {
+	switch errorReason(err) {
+	case "UNREACHABLE", "DEADLINE", "INIT_IN_PROGRESS":
+		return true
+	}
+	return false
+}
+
+// tryPauses are the pauses between tries. Each is random, so that nodes that were started
+// together do not try together. The zero value is that before the first.
+type tryPauses struct {
+	limit time.Duration // of the last pause
+}
+
+func (p *tryPauses) next() time.Duration {
+	p.limit = min(max(2*p.limit, firstTryPause), longestTryPause)
+	return p.limit/2 + rand.N(p.limit/2)
+}
+
+// sayings say whether something is to be said: if it is new, but not more often than once in
+// rareLogInterval, or was last said long ago.
+type sayings struct {
+	last string
+	at   time.Time
+}
+
+func (s *sayings) isDue(text string, now time.Time) bool {
+	age := now.Sub(s.at)
+	isNew := text != s.last && age > rareLogInterval
+	if !isNew && age < sayAgain {
+		return false
+	}
+	s.last = text
+	s.at = now
+	return true
+}
+
+// mustForm reports whether there is a cluster to be formed: the node is in none, or the one that
+// it is in was made by an Init of these members, which is half way.
+func (b *starter) mustForm() bool {
+	p := b.s.n.status.latest.Load()
+	isHalfWay := p.founding != nil && sameNodes(p.founding, b.plan.members)
+	return p.clusterID == 0 || isHalfWay
+}
+
+// form makes the Init of the plan's members, as an operator might. The head of init.go says why
+// there is never a second cluster, though all members do it.
+func (b *starter) form(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, tryTime)
+	defer cancel()
+	f := newFounder(b.s, &kvpb.InitRequest{Members: b.plan.members, Planned: true})
+	_, err := f.run(ctx)
+	return err
+}
+
+// warnOfBeginning says that a cluster begins with nothing. If one of the same nodes was there
+// before, none of them remembers it.
+func (f *founder) warnOfBeginning(clusterID uint64) {
+	n := f.s.n
+	text := "the cluster begins anew, with no keys: if these nodes were in one before, what it had in memory is lost"
+	if n.durable.disk != nil {
+		text = "the cluster begins anew, with no keys: all data directories were empty. " +
+			"If they should not have been, stop all nodes and see whether their disks are mounted"
+	}
+	n.logger.Warn(text, "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(f.members))
+}
+
+// noteOtherList logs now and then that a founder has another list than this node.
+func (n *node) noteOtherList(req *kvpb.ClaimRequest) {
+	if n.clock.now-n.claims.otherListSaid < n.ticksOf(sayAgain) {
+		return
+	}
+	n.claims.otherListSaid = n.clock.now
+	n.logger.Warn("a node forms a cluster of others than this node was started for: start them with the same",
+		"founder", formatNode(req.GetFounder().GetNode()), "there", beginning(formatNodes(req.Members), maxErrorBytes),
+		"here", formatNodes(n.claims.plan.members))
+}
+
+// giveUpFounding has a node in memory drop what it has if the founder of its cluster has lost
+// its memory before there was a second voter. That cluster never goes on, and this node keeps
+// the members from forming another one.
+func (n *node) giveUpFounding() {
+	isHalfWay := n.store.founding != nil && n.durable.disk == nil
+	if !isHalfWay || n.isVoter(n.id.raftID) {
+		return
+	}
+	if n.quorumLost() == nil {
+		return
+	}
+	n.logger.Warn("the node that was forming this cluster has lost it: this node drops it, too, and waits to be in another",
+		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "founder", formatNodes(n.voterNodes()))
+	n.leaveCluster()
+}
+
+// sortedNodes returns nodes in ascending order of their ids.
+func sortedNodes(nodes []*kvpb.Node) []*kvpb.Node {
+	return slices.SortedFunc(slices.Values(nodes), func(a, b *kvpb.Node) int { return cmp.Compare(a.Id, b.Id) })
+}
