@@ -32,6 +32,9 @@ var (
 	errInCluster      = errors.New("this node is in a cluster already")
 	errNotInitialized = errors.New("this node is in no cluster: " +
 		"init makes one, or add-learner, at a member, adds it to one")
+	errDiskMissing = errors.New("the members of its cluster know this node as one with a data directory, and it was " +
+		"started without --data-dir: start it with the directory that it had. To have it in memory from now on, " +
+		"remove it from the cluster first, and add it again")
 	errRemoved = fmt.Errorf("%w: most of the other voters that it knows say that it is no member of its "+
 		"cluster any more: it was removed, or has come back since without this data directory, in which "+
 		"nothing was changed. Start it again once: if those voters were wrong, it goes on. If it stops "+

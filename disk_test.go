@@ -1651,6 +1651,61 @@ func TestDurableAlone(t *testing.T) {
 	}
 }
 
+// TestDurableMissed: a node that is started without the directory that its members know of
+// ends, whoever tells it, and is not taken back in memory. With an empty one it is taken back,
+// and its log says that it should not be empty. Once it was removed, it may be in memory.
+func TestDurableMissed(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c, _ := newDurable(t, 3)
+	c.init(1, 2, 3)
+	durable := c.options
+	leader := c.settled(1, 2, 3)
+	for _, id := range []uint64{1 + leader%3, leader} {
+		c.inLoop(1+id%3, func(n *node) error {
+			if !slices.Contains(n.peers.durableNodes, id) {
+				return fmt.Errorf("it does not know node %d as durable", id)
+			}
+			return nil
+		})
+		before := c.raftIDs(id)
+		address := c.nodes[id].address
+		c.kill(id)
+		c.options = func(o *options) { durable(o); o.durable, o.dataDir = false, "" }
+		c.start(id, address)
+		c.ends(id, errDiskMissing, "start it with the directory that it had", "says node ")
+		c.options = durable
+		c.start(id, address)
+		c.settled(1, 2, 3)
+		if after := c.raftIDs(id); !slices.Equal(before, after) {
+			t.Errorf("node %d was %x and is %x", id, before, after)
+		}
+	}
+	log := &sharedLog{}
+	c.log = log
+	address := c.nodes[3].address
+	c.kill(3)
+	empty := t.TempDir()
+	c.options = func(o *options) { durable(o); o.dataDir = empty }
+	c.start(3, address)
+	c.settled(1, 2, 3)
+	wantPart(t, log.String(), "the data directory is empty, and its members know this node as one that had data in it")
+	c.change(1, &kvpb.ChangeMembershipRequest{Remove: []uint64{3}})
+	c.ends(3, errRemoved)
+	for _, id := range []uint64{1, 2} {
+		c.inLoop(id, func(n *node) error {
+			if slices.Contains(n.peers.durableNodes, 3) {
+				return errors.New("it takes node 3 for a durable member")
+			}
+			return nil
+		})
+	}
+	c.options = func(o *options) { durable(o); o.durable, o.dataDir = false, "" }
+	c.start(3, address)
+	c.addLearner(1, 3)
+	c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{3}})
+	c.settled(1, 2, 3)
+}
+
 // TestDurableForgotten: a node that was started without its directory, and then with
 // it, is healthy again, although its cluster has taken the other life in.
 func TestDurableForgotten(t *testing.T) {
@@ -1663,7 +1718,8 @@ func TestDurableForgotten(t *testing.T) {
 		before := c.raftIDs(id)
 		address := c.nodes[id].address
 		c.kill(id)
-		c.options = func(o *options) { durable(o); o.durable, o.dataDir = false, "" }
+		empty := t.TempDir()
+		c.options = func(o *options) { durable(o); o.dataDir = empty }
 		added := c.when(livesOf(id, 2))
 		c.start(id, address)
 		added(func() { c.kill(id) })

@@ -20,6 +20,7 @@ type durable struct {
 	logged        uint64 // bytes of the entries on disk that the last snapshot there does not cover
 	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 	lastBytes     uint64 // about the length of the last snapshot on disk
+	missed        bool   // the log has said that the directory should not have been empty
 	// removed are the raft IDs whom this node tells that they were removed: it must know
 	// so after a restart, too, or it might need the vote of one that has left for good.
 	removed []uint64

@@ -15,7 +15,7 @@ const (
 
 // errorsForGood are those of the loop after which the node must not be started again as it is:
 // an operator has to decide, or to start a newer program.
-var errorsForGood = []error{errRemoved, errContradiction, errLevel}
+var errorsForGood = []error{errRemoved, errContradiction, errLevel, errDiskMissing}
 
 // unfit is an error over what a node was given to start with, which no restart alters.
 type unfit struct{ error }
@@ -70,6 +70,6 @@ Exit status of a node:
   1  it could not start, or could not go on: start it again
   2  usage error
   5  it must not be started again as it is: it was removed, or its data directory is damaged, is
-     another's, or contradicts the cluster, or the program is too old; the last line of the log
-     says what to do
+     another's, missing, or contradicts the cluster, or the program is too old; the last line of
+     the log says what to do
 `

@@ -72,6 +72,8 @@ func TestNodesExitStatus(t *testing.T) {
 	wantEnd(t, exitUsage, "--addr is needed", "--id", "9")
 	dir := ps[0].args[1]
 	wantEnd(t, exitFailed, "another process uses it", "--id", "1", "--addr", "127.0.0.1:0", "--data-dir", dir)
+	ps[1].signal(syscall.SIGTERM)
+	wantEnd(t, exitForGood, "started without --data-dir", "--id", "2", "--addr", ps[1].address)
 	ps[0].signal(syscall.SIGTERM)
 	if status := ps[0].cmd.ProcessState.ExitCode(); status != exitYes {
 		t.Errorf("SIGTERM: status %d", status)

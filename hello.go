@@ -13,7 +13,14 @@ import (
 // hello is how this life of the node introduces itself. Any goroutine may call it.
 func (n *node) hello() *kvpb.Hello {
 	p := n.status.latest.Load()
-	return &kvpb.Hello{ClusterId: p.clusterID, From: n.peer(p), Removed: p.removed, ClusterLevel: p.level}
+	return &kvpb.Hello{
+		ClusterId:    p.clusterID,
+		From:         n.peer(p),
+		Removed:      p.removed,
+		ClusterLevel: p.level,
+		Durable:      n.durable.disk != nil,
+		DurableNodes: p.durableNodes,
+	}
 }
 
 // peer is this life of the node.
@@ -35,11 +42,18 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 		n.inbox.event(func() { n.takeNewID(p.raftID) })
 	}
 	if inNoCluster && isForeignHello(h, n.self) {
-		n.inbox.event(func() { n.claims.noteForeign(h, n.clock.now) })
+		n.inbox.event(func() {
+			n.claims.noteForeign(h, n.clock.now)
+			n.missDisk(h)
+		})
 	}
 	verdict := n.verdictOn(h, p)
 	if verdict == kvpb.Verdict_VERDICT_CALLED_TOO_OLD {
 		n.inbox.event(func() { n.noteTooOld(h) })
+	}
+	isPeers := verdict == kvpb.Verdict_VERDICT_ACCEPTED && h.GetTo().GetRaftId() != 0
+	if isPeers && h.Durable {
+		n.inbox.event(func() { n.noteDurable(h.From.RaftId) })
 	}
 	return &kvpb.Welcome{
 		Verdict:      verdict,

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -25,6 +26,11 @@ type peerStates struct {
 	disownedBy map[uint64]bool
 	// refusals are why members do not talk to this node, until they do.
 	refusals map[uint64]string
+	// durable are the peers that have said that they have a data directory, perhaps before they
+	// were members, and durableNodes the ids of those that are; a new slice whenever it changes,
+	// for it is published.
+	durable      map[uint64]bool
+	durableNodes []uint64
 }
 
 func newPeerStates() peerStates {
@@ -35,6 +41,7 @@ func newPeerStates() peerStates {
 		moved:      map[uint64]*kvpb.Node{},
 		disownedBy: map[uint64]bool{},
 		refusals:   map[uint64]string{},
+		durable:    map[uint64]bool{},
 	}
 }
 
@@ -46,7 +53,55 @@ func (p *peerStates) forget(removed []uint64) {
 		delete(p.heard, id)
 		delete(p.moved, id)
 		delete(p.refusals, id)
+		delete(p.durable, id)
 	}
+}
+
+// noteDurable learns that a peer has a data directory.
+func (n *node) noteDurable(raftID uint64) {
+	if n.peers.durable[raftID] {
+		return
+	}
+	if len(n.peers.durable) >= 2*maxMembers { // most are of strangers that came and went
+		maps.DeleteFunc(n.peers.durable, func(id uint64, _ bool) bool { return n.store.members[id] == nil })
+	}
+	n.peers.durable[raftID] = true
+	n.listDurable()
+}
+
+// listDurable lists the nodes of the members that are known to have data directories.
+func (n *node) listDurable() {
+	var ids []uint64
+	for raftID := range n.peers.durable {
+		if m := n.store.members[raftID]; m != nil {
+			ids = append(ids, m.Id)
+		}
+	}
+	slices.Sort(ids)
+	n.peers.durableNodes = slices.Compact(ids)
+}
+
+// missDisk ends a node in no cluster that was started without the data directory that its
+// members know it to have: taken back in memory, it would keep less than its operator asked
+// for, and nobody would know. One with an empty directory goes on, and says so: that is how
+// a directory is replaced that was lost.
+func (n *node) missDisk(h *kvpb.Hello) {
+	isForThis := h.GetTo().GetNode().GetId() == n.self.Id
+	isKnown := isForThis && slices.Contains(h.DurableNodes, n.self.Id)
+	if !isKnown || n.store.clusterID != 0 {
+		return
+	}
+	if n.durable.disk == nil {
+		n.err = fmt.Errorf("%w, says node %d at %s", errDiskMissing, h.From.GetNode().GetId(), shown(h.From.GetNode().GetAddress()))
+		return
+	}
+	if n.durable.missed {
+		return
+	}
+	n.durable.missed = true
+	n.logger.Warn("the data directory is empty, and its members know this node as one that had data in it: "+
+		"the cluster takes it back as a new one. If its disk is not mounted, stop this node now and mount it",
+		"dir", n.durable.disk.dir, "say", h.From.GetNode().GetId())
 }
 
 // receiveMessages queues a peer's messages; it waits while the queue is full.

@@ -808,6 +808,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 func (n *node) configured() {
 	n.peers.forget(n.store.removed)
 	n.level.forget(n.store.removed)
+	n.listDurable()
 	n.change.forgetMembers(n.store.removed)
 	n.net.setMembers(n.store.clusterID, n.id.raftID, n.store.members, n.store.removed)
 	n.logger.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf),

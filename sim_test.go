@@ -959,6 +959,9 @@ func (p *proc) dial(peer *simPeer) {
 		return
 	}
 	st := &simStream{from: p, to: to.cur, peer: peer, target: target, hello: p.n.hello()}
+	if to.forgets {
+		st.hello.DurableNodes = nil // or it would end at once
+	}
 	st.hello.To = &kvpb.Peer{Node: target.node, RaftId: peer.raftID}
 	peer.stream = st
 	st.to.hellos = append(st.to.hellos, st)

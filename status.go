@@ -30,7 +30,9 @@ type published struct {
 	members  map[uint64]*kvpb.Node
 	founding []*kvpb.Node // the members of an Init that is half way; nil: there is none
 	removed  []uint64
-	noLeader error // what to say if there is none
+	// durableNodes are the ids of members that have said that they have a data directory.
+	durableNodes []uint64
+	noLeader     error // what to say if there is none
 }
 
 // glance is the part of published that shows by comparison whether anything is new.
@@ -63,7 +65,8 @@ func (n *node) publish() {
 	}
 	old := n.status.latest.Load()
 	now := n.glance()
-	if old.glance == now && slices.Equal(old.removed, n.durable.removed) {
+	isSame := old.glance == now && slices.Equal(old.removed, n.durable.removed)
+	if isSame && slices.Equal(old.durableNodes, n.peers.durableNodes) {
 		return
 	}
 	p := &published{
@@ -72,7 +75,9 @@ func (n *node) publish() {
 		members:  n.store.members,
 		founding: n.store.founding,
 		removed:  n.durable.removed,
-		noLeader: n.noLeader(),
+
+		durableNodes: n.peers.durableNodes,
+		noLeader:     n.noLeader(),
 	}
 	isNewLeader := old.lead != p.lead || old.term != p.term
 	if p.lead != 0 && isNewLeader {

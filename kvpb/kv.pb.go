@@ -3591,7 +3591,12 @@ type Hello struct {
 	// cluster ignores them.
 	Removed []uint64 `protobuf:"varint,4,rep,packed,name=removed,proto3" json:"removed,omitempty"`
 	// The level of the caller's cluster, as far as the caller knows; 1 in no cluster.
-	ClusterLevel  uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
+	ClusterLevel uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
+	// The caller has a data directory.
+	Durable bool `protobuf:"varint,15,opt,name=durable,proto3" json:"durable,omitempty"`
+	// The ids of members that have said so to the caller. A node in no cluster that finds
+	// its own there was started without its directory, or with an empty one.
+	DurableNodes  []uint64 `protobuf:"varint,16,rep,packed,name=durable_nodes,json=durableNodes,proto3" json:"durable_nodes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3659,6 +3664,20 @@ func (x *Hello) GetClusterLevel() uint32 {
 		return x.ClusterLevel
 	}
 	return 0
+}
+
+func (x *Hello) GetDurable() bool {
+	if x != nil {
+		return x.Durable
+	}
+	return false
+}
+
+func (x *Hello) GetDurableNodes() []uint64 {
+	if x != nil {
+		return x.DurableNodes
+	}
+	return nil
 }
 
 // Peer is one life of one node.
@@ -6026,14 +6045,16 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x05level\x18# \x01(\rR\x05level\x12#\n" +
 	"\rprogram_level\x18$ \x01(\rR\fprogramLevel\x12\x19\n" +
 	"\brises_to\x18% \x01(\rR\arisesToB\t\n" +
-	"\a_leader\"\xab\x01\n" +
+	"\a_leader\"\xea\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12#\n" +
 	"\x04from\x18\x02 \x01(\v2\x0f.raftkv.v1.PeerR\x04from\x12\x1f\n" +
 	"\x02to\x18\x03 \x01(\v2\x0f.raftkv.v1.PeerR\x02to\x12\x18\n" +
 	"\aremoved\x18\x04 \x03(\x04R\aremoved\x12#\n" +
-	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\"\x89\x01\n" +
+	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\x12\x18\n" +
+	"\adurable\x18\x0f \x01(\bR\adurable\x12#\n" +
+	"\rdurable_nodes\x18\x10 \x03(\x04R\fdurableNodes\"\x89\x01\n" +
 	"\x04Peer\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x12\n" +
