@@ -68,6 +68,7 @@ var access = map[string]roles{
 	kvpb.RaftService_Stream_FullMethodName:          nodes,
 	kvpb.RaftService_InstallSnapshot_FullMethodName: nodes,
 	kvpb.RaftService_Claim_FullMethodName:           nodes,
+	kvpb.RaftService_Join_FullMethodName:            nodes,
 
 	grpc_health_v1.Health_Check_FullMethodName: everybody,
 	grpc_health_v1.Health_List_FullMethodName:  everybody,

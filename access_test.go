@@ -50,6 +50,7 @@ var mayCall = map[string]string{
 	"raftkv.v1.RaftService/Stream":                                  "node",
 	"raftkv.v1.RaftService/InstallSnapshot":                         "node",
 	"raftkv.v1.RaftService/Claim":                                   "node",
+	"raftkv.v1.RaftService/Join":                                    "node",
 	"grpc.health.v1.Health/Check":                                   "reader client admin node",
 	"grpc.health.v1.Health/List":                                    "reader client admin node",
 	"grpc.health.v1.Health/Watch":                                   "reader client admin node",

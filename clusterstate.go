@@ -39,8 +39,9 @@ type clusterState struct {
 	former  []uint64              // ids of nodes that were members
 	// founding are the members of the Init that has made the cluster; nil: it is done.
 	founding []*kvpb.Node
-	applied  uint64 // index of the last entry applied
-	level    uint32 // of the cluster
+	joiners  []uint64 // raft IDs of learners that become voters once they have caught up
+	applied  uint64   // index of the last entry applied
+	level    uint32   // of the cluster
 
 	// What is known of members, by raft ID.
 	connected map[uint64]bool

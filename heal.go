@@ -174,10 +174,12 @@ func (c *clusterState) replaceBy(raftID uint64, ids []uint64) []*raftpb.ConfChan
 // addMember adds a raft ID of a node as a learner, in place of other learners of the node.
 func (c *clusterState) addMember(p *kvpb.Peer) nextStep {
 	changes := []*raftpb.ConfChangeSingle{confChange(raftpb.ConfChangeAddLearnerNode, p.RaftId)}
+	m := &kvpb.Member{RaftId: p.RaftId, Node: p.Node, Level: levelToWire(levelFromWire(p.Level))}
 	for _, id := range c.raftIDsOf(p.Node.Id) {
 		if c.isLearner(id) {
 			changes = append(changes, confChange(raftpb.ConfChangeRemoveNode, id))
+			m.Promote = m.Promote || slices.Contains(c.joiners, id)
 		}
 	}
-	return proposeStep([]*kvpb.Member{{RaftId: p.RaftId, Node: p.Node, Level: levelToWire(levelFromWire(p.Level))}}, changes...)
+	return proposeStep([]*kvpb.Member{m}, changes...)
 }

@@ -36,8 +36,8 @@
 //     and wakes the watches that they concern, each in its call.
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second
 //     whether it turns.
-//   - The starter (starter.run), one a node: while the node is in no cluster, it does what
-//     --initial-cluster or --join says.
+//   - The starter (starter.run), one a node: while the node is in no cluster, or with --join
+//     finds no member, it does what --initial-cluster or --join says.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks
 //     once a second whether their files have changed.
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its

@@ -99,7 +99,7 @@ func (l *leaderState) learnerStep(p *kvpb.Peer) nextStep {
 		return nextStep{kind: stepWait}
 	}
 	if present != nil {
-		moved := []*kvpb.Member{{RaftId: raftID, Node: m}}
+		moved := []*kvpb.Member{{RaftId: raftID, Node: m, Promote: slices.Contains(l.joiners, raftID)}}
 		return proposeStep(moved, confChange(raftpb.ConfChangeUpdateNode, raftID))
 	}
 	others := l.mayBeOthers(m)
@@ -209,7 +209,18 @@ func (l *leaderState) membershipStep(req *kvpb.ChangeMembershipRequest) nextStep
 			return transferStep(successors)
 		}
 	}
-	return proposeStep(nil, changes...)
+	return proposeStep(l.updated(changes), changes...)
+}
+
+// updated are the members that changes of kind UpdateNode are of, as they are.
+func (c *clusterState) updated(changes []*raftpb.ConfChangeSingle) []*kvpb.Member {
+	var members []*kvpb.Member
+	for _, change := range changes {
+		if change.GetType() == raftpb.ConfChangeUpdateNode {
+			members = append(members, &kvpb.Member{RaftId: change.GetNodeId(), Node: c.members[change.GetNodeId()]})
+		}
+	}
+	return members
 }
 
 // checkMajority refuses voters of which no majority answers.
@@ -318,6 +329,12 @@ func (l *leaderState) changesTo(
 			continue
 		}
 		isRemoved := slices.Contains(req.Remove, nodeID)
+		staysLearner := len(req.Members) > 0 || slices.Contains(req.Demote, nodeID)
+		if slices.Contains(l.joiners, id) && staysLearner && !isRemoved {
+			// It has asked to become a voter, and the operator says who votes.
+			changes = append(changes, confChange(raftpb.ConfChangeUpdateNode, id))
+			continue
+		}
 		isKept := req.Retain || slices.Contains(req.Demote, nodeID)
 		becomesLearner := isKept && !isRemoved
 		if stopsVoting(id) && becomesLearner {
@@ -557,6 +574,7 @@ func (n *node) gather(c *clusterState) {
 		removed:         n.store.removed,
 		former:          n.store.former,
 		founding:        n.store.founding,
+		joiners:         n.store.joiners,
 		applied:         n.store.index,
 		level:           n.store.level,
 		connected:       n.peers.connected,

@@ -206,7 +206,7 @@ func (n *node) proposeMove() bool {
 		if !hasMoved || n.isTaken(at.Address, m.Node.Id) {
 			continue
 		}
-		moved := []*kvpb.Member{{RaftId: m.RaftId, Node: at}}
+		moved := []*kvpb.Member{{RaftId: m.RaftId, Node: at, Promote: slices.Contains(n.store.joiners, m.RaftId)}}
 		return n.proposeChange(moved, confChange(raftpb.ConfChangeUpdateNode, m.RaftId)) == nil
 	}
 	return false

@@ -429,6 +429,9 @@ func (n *node) heartbeat() {
 		n.raiseLevel()
 		n.heal()
 	}
+	if n.mayChange() {
+		n.promoteJoiner()
+	}
 	n.giveUpFounding()
 }
 

@@ -138,7 +138,7 @@ func newServer(n *node, nw *network, c *certificates) *server {
 	kvpb.RegisterClusterServiceServer(services, s)
 	grpc_health_v1.RegisterHealthServer(services, s.health)
 	reflection.Register(services)
-	kvpb.RegisterRaftServiceServer(services, nw)
+	kvpb.RegisterRaftServiceServer(services, raftService{nw, s})
 	s.onPublish(n.status.latest.Load())
 	n.status.onChange = s.onPublish
 	nw.mu.Lock()

@@ -45,7 +45,7 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		Version:   s.version,
 		Level:     s.level,
 		ConfState: recode(s.conf, &kvpb.ConfState{}),
-		Members:   sortedMembers(s.members),
+		Members:   s.describedMembers(),
 		Removed:   slices.Clone(s.removed),
 		Former:    slices.Clone(s.former),
 		Founding:  s.founding,
@@ -56,6 +56,15 @@ func (s *store) header() *kvpb.SnapshotHeader {
 		h.Proposers = append(h.Proposers, &kvpb.Proposer{RaftId: id, Sequence: s.proposers[id]})
 	}
 	return h
+}
+
+// describedMembers are the members with all that is replicated of them.
+func (s *store) describedMembers() []*kvpb.Member {
+	members := sortedMembers(s.members)
+	for _, m := range members {
+		m.Promote = slices.Contains(s.joiners, m.RaftId)
+	}
+	return members
 }
 
 // recode makes a message of raft's one of kv.proto that has the same fields, or
@@ -319,6 +328,15 @@ func (s *store) restoreHeader(h *kvpb.SnapshotHeader) error {
 			return errors.New("its header has an invalid member")
 		}
 		s.members[m.RaftId] = m.Node
+		if m.Promote {
+			s.joiners = append(s.joiners, m.RaftId)
+		}
+	}
+	slices.Sort(s.joiners)
+	learners := slices.Concat(s.conf.GetLearners(), s.conf.GetLearnersNext())
+	isNone := func(id uint64) bool { return !slices.Contains(learners, id) }
+	if slices.ContainsFunc(s.joiners, isNone) {
+		return errors.New("its header has a member to be promoted that is no learner")
 	}
 	for _, p := range h.Proposers {
 		if s.members[p.GetRaftId()] == nil {

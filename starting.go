@@ -29,6 +29,8 @@ const (
 	// most tries are made too early.
 	firstTryPause   = 250 * time.Millisecond
 	longestTryPause = 4 * time.Second
+	// longestRefusedPause is longestTryPause for what only an operator can change.
+	longestRefusedPause = 30 * time.Second
 	// tryTime bounds a try that waits for others.
 	tryTime = claimTime
 	// sayAgain is how often the log says the same of why a node is in no cluster.
@@ -38,7 +40,10 @@ const (
 // startPlan is which cluster a node was started to become a member of. The zero plan: it waits
 // for init or add-learner.
 type startPlan struct {
-	members []*kvpb.Node // by --initial-cluster: of the new cluster, by id
+	members   []*kvpb.Node // by --initial-cluster: of the new cluster, by id
+	join      []string     // by --join: addresses of members of the cluster
+	asLearner bool         // by --join-as: it does not become a voter
+	joinsAs   bool         // --join-as is given
 }
 
 // planFlags are the flags that make the plan.
@@ -48,7 +53,42 @@ func planFlags(fs *flag.FlagSet, p *startPlan) {
 		return err
 	}
 	fs.Func("initial-cluster", "`ID=HOST:PORT,...`, all voters of a new cluster, this node among them; the same on all: "+
-		"they form it once all are up. A node that is in a cluster, or was, ignores it", setMembers)
+		"they form it once all are up. A node that has a cluster ignores it", setMembers)
+	setJoin := func(s string) (err error) {
+		p.join, err = parseJoin(s)
+		return err
+	}
+	fs.Func("join", "`HOST:PORT,...` of members of a cluster, which this node asks to add it, "+
+		"and where members are that have moved. A node that was removed is not added", setJoin)
+	setJoinAs := func(s string) error {
+		if s != "voter" && s != "learner" {
+			return errors.New("want voter or learner")
+		}
+		p.asLearner = s == "learner"
+		p.joinsAs = true
+		return nil
+	}
+	fs.Func("join-as", "voter, once it has caught up, or learner, when it is added by --join (default voter)", setJoinAs)
+}
+
+// parseJoin parses addresses of members, with commas between them.
+func parseJoin(text string) ([]string, error) {
+	addresses := strings.Split(text, ",")
+	if len(addresses) > maxMembers {
+		return nil, fmt.Errorf("there are %d addresses, the limit is %d", len(addresses), maxMembers)
+	}
+	for i, address := range addresses {
+		if strings.Contains(address, "=") {
+			return nil, fmt.Errorf("%s: want HOST:PORT, without an id, which --initial-cluster has", quoteInput(address))
+		}
+		if err := checkMemberAddress(address); err != nil {
+			return nil, err
+		}
+		if slices.Contains(addresses[:i], address) {
+			return nil, fmt.Errorf("%s stands there twice", quoteInput(address))
+		}
+	}
+	return addresses, nil
 }
 
 // parseMembers parses members of a cluster, each ID=HOST:PORT, with commas between them.
@@ -73,6 +113,17 @@ func parseMembers(text string) ([]*kvpb.Node, error) {
 
 // checkPlan checks that the plan is for this node.
 func (o *options) checkPlan() error {
+	if o.plan.members != nil && o.plan.join != nil {
+		return fmt.Errorf("%s forms a cluster and %s joins one that there is: want one of them",
+			o.nameOf("initial-cluster"), o.nameOf("join"))
+	}
+	if o.plan.joinsAs && o.plan.join == nil {
+		return fmt.Errorf("%s goes with --join", o.nameOf("join-as"))
+	}
+	isOwn := func(address string) bool { return address == o.addr || address == o.advertise }
+	if o.plan.join != nil && !slices.ContainsFunc(o.plan.join, func(a string) bool { return !isOwn(a) }) {
+		return fmt.Errorf("%s names only this node: want members of the cluster that it is to join", o.nameOf("join"))
+	}
 	if o.plan.members == nil {
 		return nil
 	}
@@ -114,7 +165,9 @@ func (o *options) advertisedBy() string {
 // excludes reports whether the node was started for another cluster than one that an Init of
 // these members makes.
 func (p *startPlan) excludes(members []*kvpb.Node) bool {
-	return p.members != nil && !sameNodes(p.members, members)
+	isForInit := p.members != nil && sameNodes(p.members, members)
+	isNone := p.members == nil && p.join == nil
+	return !isForInit && !isNone
 }
 
 // String says what the node does while it is in no cluster; empty: it waits.
@@ -122,6 +175,9 @@ func (p *startPlan) String() string {
 	if p.members != nil {
 		return "this node is in no cluster: it forms one of " + formatNodes(p.members) +
 			" once all of them are up, unless one of them is in a cluster"
+	}
+	if p.join != nil {
+		return "this node is in no cluster: it asks " + strings.Join(p.join, ", ") + " to add it, as --join says"
 	}
 	return ""
 }
@@ -141,21 +197,44 @@ func newStarter(s *server) *starter {
 // run carries out the plan whenever the node is in no cluster, until ctx ends: a node in memory
 // may be removed from one.
 func (b *starter) run(ctx context.Context) {
-	if b.plan.members == nil {
-		return
-	}
 	for ctx.Err() == nil {
-		if !b.mustForm() {
+		act := b.next()
+		if act == nil {
 			b.settle()
 			sleep(ctx, planPause)
 			continue
 		}
-		err := b.form(ctx)
+		err := act(ctx)
 		if err != nil && ctx.Err() == nil {
 			b.say(err)
 		}
-		sleep(ctx, b.pause.next()) // also without an error: who is taken back is not a member at once
+		sleep(ctx, b.pause.next(longestPauseAfter(err))) // also without an error: it takes time to become a member
 	}
+}
+
+// next is what is to be done now; nil: nothing.
+func (b *starter) next() func(context.Context) error {
+	p := b.s.n.status.latest.Load()
+	isMember := p.clusterID != 0
+	switch {
+	case b.plan.members != nil && b.mustForm(p):
+		return b.form
+	case b.plan.join != nil && !isMember:
+		return b.join
+	case b.plan.join != nil && p.longLeaderless():
+		return b.find
+	}
+	return nil
+}
+
+// longestPauseAfter is the longest pause after a try that ended with an error. What only an
+// operator can change is tried seldom.
+func longestPauseAfter(err error) time.Duration {
+	switch errorReason(err) {
+	case "REMOVED_MEMBER", "MEMBER_EXISTS":
+		return longestRefusedPause
+	}
+	return longestTryPause
 }
 
 // settle forgets what kept the node from a cluster, now that it is in one.
@@ -177,8 +256,12 @@ func (b *starter) say(err error) {
 		level = slog.LevelInfo
 	}
 	said := notYet
-	if b.s.n.status.latest.Load().clusterID != 0 {
+	isMember := b.s.n.status.latest.Load().clusterID != 0
+	if isMember {
 		said = "not all members are in the cluster yet: this node tries again"
+	}
+	if isMember && b.plan.join != nil {
+		said = "this node has no leader, and asks where the members are now"
 	}
 	b.s.n.logger.Log(context.Background(), level, said, "err", text)
 }
@@ -190,7 +273,7 @@ const notYet = "this node is not a member yet, and tries again"
 // are not up yet, or are at it, too.
 func mayPass(err error) bool {
 	switch errorReason(err) {
-	case "UNREACHABLE", "DEADLINE", "INIT_IN_PROGRESS":
+	case "UNREACHABLE", "DEADLINE", "INIT_IN_PROGRESS", "NO_LEADER", "NOT_INITIALIZED", "CHANGE_IN_PROGRESS":
 		return true
 	}
 	return false
@@ -202,8 +285,8 @@ type tryPauses struct {
 	limit time.Duration // of the last pause
 }
 
-func (p *tryPauses) next() time.Duration {
-	p.limit = min(max(2*p.limit, firstTryPause), longestTryPause)
+func (p *tryPauses) next(longest time.Duration) time.Duration {
+	p.limit = min(max(2*p.limit, firstTryPause), longest)
 	return p.limit/2 + rand.N(p.limit/2)
 }
 
@@ -227,8 +310,7 @@ func (s *sayings) isDue(text string, now time.Time) bool {
 
 // mustForm reports whether there is a cluster to be formed: the node is in none, or the one that
 // it is in was made by an Init of these members, which is half way.
-func (b *starter) mustForm() bool {
-	p := b.s.n.status.latest.Load()
+func (b *starter) mustForm(p *published) bool {
 	isHalfWay := p.founding != nil && sameNodes(p.founding, b.plan.members)
 	return p.clusterID == 0 || isHalfWay
 }

@@ -361,7 +361,7 @@ func TestTryPauses(t *testing.T) {
 	var p tryPauses
 	seen := map[time.Duration]bool{}
 	for range 1000 {
-		d := p.next()
+		d := p.next(longestTryPause)
 		between(t, "a pause", d, firstTryPause/2, longestTryPause)
 		between(t, "a pause", d, p.limit/2, p.limit)
 		seen[d] = true

@@ -59,7 +59,10 @@ type store struct {
 	former  []uint64              // ids of nodes that were removed, each once, the last one last
 	// founding are the members of the Init that has made this cluster, while it is not done;
 	// nil: it is.
-	founding  []*kvpb.Node
+	founding []*kvpb.Node
+	// joiners are the raft IDs of learners that the leader makes voters once they have caught
+	// up, sorted. Never changed: a new slice takes its place.
+	joiners   []uint64
 	proposers map[uint64]uint64 // by raft ID: the sequence of the last batch applied
 	level     uint32            // of the cluster
 	sessions  *sessions
@@ -322,7 +325,24 @@ func (s *store) configure(cs *raftpb.ConfState, changed []*kvpb.Member) {
 			s.addFormer(m.Node.Id)
 		}
 	}
+	s.followJoiners(changed)
 	s.endFounding()
+}
+
+// followJoiners notes who has asked to join, and forgets who is no learner any more, or of whom
+// a change says that it shall stay one.
+func (s *store) followJoiners(changed []*kvpb.Member) {
+	joiners := slices.Clone(s.joiners)
+	for _, m := range changed {
+		joiners = slices.DeleteFunc(joiners, func(id uint64) bool { return id == m.RaftId })
+		if m.Promote {
+			joiners = append(joiners, m.RaftId)
+		}
+	}
+	learners := slices.Concat(s.conf.GetLearners(), s.conf.GetLearnersNext())
+	joiners = slices.DeleteFunc(joiners, func(id uint64) bool { return !slices.Contains(learners, id) })
+	slices.Sort(joiners)
+	s.joiners = slices.Compact(joiners)
 }
 
 // endFounding forgets the members of the Init once it is done, or once an operator has changed
@@ -400,6 +420,7 @@ func (s *store) install(t *store) {
 	s.removed = t.removed
 	s.former = t.former
 	s.founding = t.founding
+	s.joiners = t.joiners
 	s.proposers = t.proposers
 	s.level = t.level
 	s.sessions.replace(t.sessions)

@@ -998,6 +998,7 @@ func TestSnapshotRefused(t *testing.T) {
 		"format 0":               with(func(h *kvpb.SnapshotHeader) { h.Format = 0 }),
 		"format 2":               with(func(h *kvpb.SnapshotHeader) { h.Format = 2 }),
 		"format 4":               with(func(h *kvpb.SnapshotHeader) { h.Format = 4 }),
+		"voter to be promoted":   with(func(h *kvpb.SnapshotHeader) { h.Members[0].Promote = true }),
 		"member of an Init":      with(func(h *kvpb.SnapshotHeader) { h.Founding = []*kvpb.Node{{Address: "a:1"}} }),
 		"members of an Init": with(func(h *kvpb.SnapshotHeader) {
 			h.Founding = slices.Repeat([]*kvpb.Node{{Id: 1, Address: "a:1"}}, maxMembers+1)

@@ -133,6 +133,9 @@ const (
 	// FAILED_PRECONDITION: a node was started with --initial-cluster of other members than
 	// those of the Init, or with --join; the message names them. Nothing was changed.
 	ErrorReason_ERROR_REASON_OTHER_LIST ErrorReason = 50
+	// FAILED_PRECONDITION: a node that was removed from the cluster asks to join it. Only an
+	// operator adds it again, by AddLearner.
+	ErrorReason_ERROR_REASON_REMOVED_MEMBER ErrorReason = 51
 )
 
 // Enum value maps for ErrorReason.
@@ -169,6 +172,7 @@ var (
 		28: "ERROR_REASON_OTHER_CLUSTER",
 		29: "ERROR_REASON_LEVEL_TOO_LOW",
 		50: "ERROR_REASON_OTHER_LIST",
+		51: "ERROR_REASON_REMOVED_MEMBER",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -202,6 +206,7 @@ var (
 		"ERROR_REASON_OTHER_CLUSTER":       28,
 		"ERROR_REASON_LEVEL_TOO_LOW":       29,
 		"ERROR_REASON_OTHER_LIST":          50,
+		"ERROR_REASON_REMOVED_MEMBER":      51,
 	}
 )
 
@@ -4028,6 +4033,104 @@ func (x *ClaimResponse) GetBy() *Node {
 	return nil
 }
 
+type JoinRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The caller, in this life.
+	From *Peer `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	// It stays a learner.
+	AsLearner     bool `protobuf:"varint,2,opt,name=as_learner,json=asLearner,proto3" json:"as_learner,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinRequest) Reset() {
+	*x = JoinRequest{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinRequest) ProtoMessage() {}
+
+func (x *JoinRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
+func (*JoinRequest) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *JoinRequest) GetFrom() *Peer {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+func (x *JoinRequest) GetAsLearner() bool {
+	if x != nil {
+		return x.AsLearner
+	}
+	return false
+}
+
+type JoinResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     uint64                 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinResponse) Reset() {
+	*x = JoinResponse{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinResponse) ProtoMessage() {}
+
+func (x *JoinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
+func (*JoinResponse) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *JoinResponse) GetClusterId() uint64 {
+	if x != nil {
+		return x.ClusterId
+	}
+	return 0
+}
+
 type StreamRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// In the first request only.
@@ -4040,7 +4143,7 @@ type StreamRequest struct {
 
 func (x *StreamRequest) Reset() {
 	*x = StreamRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4052,7 +4155,7 @@ func (x *StreamRequest) String() string {
 func (*StreamRequest) ProtoMessage() {}
 
 func (x *StreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[45]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4065,7 +4168,7 @@ func (x *StreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamRequest.ProtoReflect.Descriptor instead.
 func (*StreamRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{45}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *StreamRequest) GetHello() *Hello {
@@ -4091,7 +4194,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4103,7 +4206,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[46]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4116,7 +4219,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{46}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -4139,7 +4242,7 @@ type InstallSnapshotRequest struct {
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4151,7 +4254,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[47]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4164,7 +4267,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{47}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -4196,7 +4299,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4208,7 +4311,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4221,7 +4324,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -4247,7 +4350,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4259,7 +4362,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4272,7 +4375,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -4351,7 +4454,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4363,7 +4466,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4376,7 +4479,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -4427,7 +4530,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4439,7 +4542,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4452,7 +4555,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -4503,7 +4606,7 @@ type LevelRise struct {
 
 func (x *LevelRise) Reset() {
 	*x = LevelRise{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4515,7 +4618,7 @@ func (x *LevelRise) String() string {
 func (*LevelRise) ProtoMessage() {}
 
 func (x *LevelRise) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4528,7 +4631,7 @@ func (x *LevelRise) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LevelRise.ProtoReflect.Descriptor instead.
 func (*LevelRise) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *LevelRise) GetLevel() uint32 {
@@ -4562,7 +4665,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4574,7 +4677,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4587,7 +4690,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -4675,7 +4778,7 @@ type NewSession struct {
 
 func (x *NewSession) Reset() {
 	*x = NewSession{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4687,7 +4790,7 @@ func (x *NewSession) String() string {
 func (*NewSession) ProtoMessage() {}
 
 func (x *NewSession) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4700,7 +4803,7 @@ func (x *NewSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
 func (*NewSession) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *NewSession) GetSession() uint64 {
@@ -4728,7 +4831,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4740,7 +4843,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4753,7 +4856,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -4770,14 +4873,17 @@ type Member struct {
 	Node   *Node                  `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
 	// Of ConfChangeContext: the highest level that the process of a new member speaks; 0
 	// stands for 1. If it is below the level of the cluster, the change is skipped.
-	Level         uint32 `protobuf:"varint,3,opt,name=level,proto3" json:"level,omitempty"`
+	Level uint32 `protobuf:"varint,3,opt,name=level,proto3" json:"level,omitempty"`
+	// A learner that has asked to join: the leader makes it a voter once it has caught up.
+	// Once it is one, or an operator has said that it shall be none, that is forgotten.
+	Promote       bool `protobuf:"varint,4,opt,name=promote,proto3" json:"promote,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4789,7 +4895,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4802,7 +4908,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -4826,6 +4932,13 @@ func (x *Member) GetLevel() uint32 {
 	return 0
 }
 
+func (x *Member) GetPromote() bool {
+	if x != nil {
+		return x.Promote
+	}
+	return false
+}
+
 // ConfState is etcd raft's, in raft IDs.
 type ConfState struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -4840,7 +4953,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4852,7 +4965,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4865,7 +4978,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -4914,7 +5027,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4926,7 +5039,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4939,7 +5052,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -4976,7 +5089,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4988,7 +5101,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5001,7 +5114,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -5112,7 +5225,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5124,7 +5237,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5137,7 +5250,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -5269,7 +5382,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5281,7 +5394,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5294,7 +5407,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *Session) GetId() uint64 {
@@ -5341,7 +5454,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5353,7 +5466,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5366,7 +5479,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -5424,7 +5537,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5436,7 +5549,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5449,7 +5562,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -5483,7 +5596,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5495,7 +5608,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5508,7 +5621,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -5543,7 +5656,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5555,7 +5668,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5568,7 +5681,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{65}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -5636,7 +5749,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5648,7 +5761,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5661,7 +5774,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{66}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -5711,7 +5824,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5723,7 +5836,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5736,7 +5849,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{67}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -5772,7 +5885,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5784,7 +5897,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5797,7 +5910,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{68}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -6083,7 +6196,14 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"cluster_id\x18\x02 \x01(\x04R\tclusterId\x12'\n" +
 	"\x06voters\x18\x03 \x03(\v2\x0f.raftkv.v1.NodeR\x06voters\x12)\n" +
 	"\amembers\x18\x04 \x03(\v2\x0f.raftkv.v1.NodeR\amembers\x12\x1f\n" +
-	"\x02by\x18\x05 \x01(\v2\x0f.raftkv.v1.NodeR\x02by\"k\n" +
+	"\x02by\x18\x05 \x01(\v2\x0f.raftkv.v1.NodeR\x02by\"Q\n" +
+	"\vJoinRequest\x12#\n" +
+	"\x04from\x18\x01 \x01(\v2\x0f.raftkv.v1.PeerR\x04from\x12\x1d\n" +
+	"\n" +
+	"as_learner\x18\x02 \x01(\bR\tasLearner\"-\n" +
+	"\fJoinResponse\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"k\n" +
 	"\rStreamRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.raftkv.v1.HelloR\x05hello\x122\n" +
 	"\bmessages\x18\x02 \x03(\v2\x16.raftkv.v1.RaftMessageR\bmessages\">\n" +
@@ -6131,11 +6251,12 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x14\n" +
 	"\x05owner\x18\x02 \x01(\tR\x05owner\"@\n" +
 	"\x11ConfChangeContext\x12+\n" +
-	"\amembers\x18\x01 \x03(\v2\x11.raftkv.v1.MemberR\amembers\"\\\n" +
+	"\amembers\x18\x01 \x03(\v2\x11.raftkv.v1.MemberR\amembers\"v\n" +
 	"\x06Member\x12\x17\n" +
 	"\araft_id\x18\x01 \x01(\x04R\x06raftId\x12#\n" +
 	"\x04node\x18\x02 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x14\n" +
-	"\x05level\x18\x03 \x01(\rR\x05level\"\xac\x01\n" +
+	"\x05level\x18\x03 \x01(\rR\x05level\x12\x18\n" +
+	"\apromote\x18\x04 \x01(\bR\apromote\"\xac\x01\n" +
 	"\tConfState\x12\x16\n" +
 	"\x06voters\x18\x01 \x03(\x04R\x06voters\x12\x1a\n" +
 	"\blearners\x18\x02 \x03(\x04R\blearners\x12'\n" +
@@ -6213,7 +6334,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\xe2\a\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\x83\b\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -6246,7 +6367,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x16ERROR_REASON_COMPACTED\x10\x1b\x12\x1e\n" +
 	"\x1aERROR_REASON_OTHER_CLUSTER\x10\x1c\x12\x1e\n" +
 	"\x1aERROR_REASON_LEVEL_TOO_LOW\x10\x1d\x12\x1b\n" +
-	"\x17ERROR_REASON_OTHER_LIST\x102*~\n" +
+	"\x17ERROR_REASON_OTHER_LIST\x102\x12\x1f\n" +
+	"\x1bERROR_REASON_REMOVED_MEMBER\x103*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -6316,11 +6438,12 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x10ChangeMembership\x12\".raftkv.v1.ChangeMembershipRequest\x1a#.raftkv.v1.ChangeMembershipResponse\x12U\n" +
 	"\x0eTransferLeader\x12 .raftkv.v1.TransferLeaderRequest\x1a!.raftkv.v1.TransferLeaderResponse\x12@\n" +
 	"\aMetrics\x12\x19.raftkv.v1.MetricsRequest\x1a\x1a.raftkv.v1.MetricsResponse\x12?\n" +
-	"\x06Backup\x12\x18.raftkv.v1.BackupRequest\x1a\x19.raftkv.v1.BackupResponse0\x012\xe8\x01\n" +
+	"\x06Backup\x12\x18.raftkv.v1.BackupRequest\x1a\x19.raftkv.v1.BackupResponse0\x012\xa1\x02\n" +
 	"\vRaftService\x12A\n" +
 	"\x06Stream\x12\x18.raftkv.v1.StreamRequest\x1a\x19.raftkv.v1.StreamResponse(\x010\x01\x12Z\n" +
 	"\x0fInstallSnapshot\x12!.raftkv.v1.InstallSnapshotRequest\x1a\".raftkv.v1.InstallSnapshotResponse(\x01\x12:\n" +
-	"\x05Claim\x12\x17.raftkv.v1.ClaimRequest\x1a\x18.raftkv.v1.ClaimResponseB\x15Z\x13raft-key-value/kvpbb\x06proto3"
+	"\x05Claim\x12\x17.raftkv.v1.ClaimRequest\x1a\x18.raftkv.v1.ClaimResponse\x127\n" +
+	"\x04Join\x12\x16.raftkv.v1.JoinRequest\x1a\x17.raftkv.v1.JoinResponseB\x15Z\x13raft-key-value/kvpbb\x06proto3"
 
 var (
 	file_raftkv_v1_kv_proto_rawDescOnce sync.Once
@@ -6335,7 +6458,7 @@ func file_raftkv_v1_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
-var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
+var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 71)
 var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: raftkv.v1.ErrorReason
 	(Role)(0),                        // 1: raftkv.v1.Role
@@ -6390,30 +6513,32 @@ var file_raftkv_v1_kv_proto_goTypes = []any{
 	(*Welcome)(nil),                  // 50: raftkv.v1.Welcome
 	(*ClaimRequest)(nil),             // 51: raftkv.v1.ClaimRequest
 	(*ClaimResponse)(nil),            // 52: raftkv.v1.ClaimResponse
-	(*StreamRequest)(nil),            // 53: raftkv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 54: raftkv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 55: raftkv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 56: raftkv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 57: raftkv.v1.RaftMessage
-	(*Entry)(nil),                    // 58: raftkv.v1.Entry
-	(*Batch)(nil),                    // 59: raftkv.v1.Batch
-	(*LevelRise)(nil),                // 60: raftkv.v1.LevelRise
-	(*Write)(nil),                    // 61: raftkv.v1.Write
-	(*NewSession)(nil),               // 62: raftkv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 63: raftkv.v1.ConfChangeContext
-	(*Member)(nil),                   // 64: raftkv.v1.Member
-	(*ConfState)(nil),                // 65: raftkv.v1.ConfState
-	(*Proposer)(nil),                 // 66: raftkv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 67: raftkv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 68: raftkv.v1.SnapshotHeader
-	(*Session)(nil),                  // 69: raftkv.v1.Session
-	(*Answer)(nil),                   // 70: raftkv.v1.Answer
-	(*KeyValue)(nil),                 // 71: raftkv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 72: raftkv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 73: raftkv.v1.LogBatch
-	(*Identity)(nil),                 // 74: raftkv.v1.Identity
-	(*HardState)(nil),                // 75: raftkv.v1.HardState
-	(*SnapshotMark)(nil),             // 76: raftkv.v1.SnapshotMark
+	(*JoinRequest)(nil),              // 53: raftkv.v1.JoinRequest
+	(*JoinResponse)(nil),             // 54: raftkv.v1.JoinResponse
+	(*StreamRequest)(nil),            // 55: raftkv.v1.StreamRequest
+	(*StreamResponse)(nil),           // 56: raftkv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 57: raftkv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 58: raftkv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 59: raftkv.v1.RaftMessage
+	(*Entry)(nil),                    // 60: raftkv.v1.Entry
+	(*Batch)(nil),                    // 61: raftkv.v1.Batch
+	(*LevelRise)(nil),                // 62: raftkv.v1.LevelRise
+	(*Write)(nil),                    // 63: raftkv.v1.Write
+	(*NewSession)(nil),               // 64: raftkv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 65: raftkv.v1.ConfChangeContext
+	(*Member)(nil),                   // 66: raftkv.v1.Member
+	(*ConfState)(nil),                // 67: raftkv.v1.ConfState
+	(*Proposer)(nil),                 // 68: raftkv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 69: raftkv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 70: raftkv.v1.SnapshotHeader
+	(*Session)(nil),                  // 71: raftkv.v1.Session
+	(*Answer)(nil),                   // 72: raftkv.v1.Answer
+	(*KeyValue)(nil),                 // 73: raftkv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 74: raftkv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 75: raftkv.v1.LogBatch
+	(*Identity)(nil),                 // 76: raftkv.v1.Identity
+	(*HardState)(nil),                // 77: raftkv.v1.HardState
+	(*SnapshotMark)(nil),             // 78: raftkv.v1.SnapshotMark
 }
 var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	12, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
@@ -6432,8 +6557,8 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	0,  // 13: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
 	8,  // 14: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
 	8,  // 15: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
-	71, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
-	71, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
+	73, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
+	73, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
 	28, // 18: raftkv.v1.WatchResponse.events:type_name -> raftkv.v1.Event
 	8,  // 19: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
 	31, // 20: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
@@ -6461,75 +6586,78 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	31, // 42: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
 	31, // 43: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
 	31, // 44: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
-	48, // 45: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
-	57, // 46: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
-	50, // 47: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
-	48, // 48: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
-	5,  // 49: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
-	58, // 50: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
-	6,  // 51: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
-	61, // 52: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
-	60, // 53: raftkv.v1.Batch.rise:type_name -> raftkv.v1.LevelRise
-	18, // 54: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
-	20, // 55: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
-	62, // 56: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
-	29, // 57: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
-	64, // 58: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
-	31, // 59: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
-	68, // 60: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
-	71, // 61: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
-	72, // 62: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
-	69, // 63: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
-	65, // 64: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
-	64, // 65: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
-	66, // 66: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
-	7,  // 67: raftkv.v1.SnapshotHeader.origin:type_name -> raftkv.v1.SnapshotOrigin
-	31, // 68: raftkv.v1.SnapshotHeader.founding:type_name -> raftkv.v1.Node
-	70, // 69: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	75, // 70: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	76, // 71: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	58, // 72: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	16, // 73: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	18, // 74: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	20, // 75: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	22, // 76: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	24, // 77: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
-	29, // 78: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
-	26, // 79: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
-	9,  // 80: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	11, // 81: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	32, // 82: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	34, // 83: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	36, // 84: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	40, // 85: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	44, // 86: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	42, // 87: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	53, // 88: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	55, // 89: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	51, // 90: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	17, // 91: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	19, // 92: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	21, // 93: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	23, // 94: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	25, // 95: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
-	30, // 96: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
-	27, // 97: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
-	10, // 98: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	13, // 99: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	33, // 100: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	35, // 101: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	39, // 102: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	41, // 103: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	47, // 104: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	43, // 105: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	54, // 106: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	56, // 107: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	52, // 108: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	91, // [91:109] is the sub-list for method output_type
-	73, // [73:91] is the sub-list for method input_type
-	73, // [73:73] is the sub-list for extension type_name
-	73, // [73:73] is the sub-list for extension extendee
-	0,  // [0:73] is the sub-list for field type_name
+	49, // 45: raftkv.v1.JoinRequest.from:type_name -> raftkv.v1.Peer
+	48, // 46: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
+	59, // 47: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
+	50, // 48: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
+	48, // 49: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
+	5,  // 50: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
+	60, // 51: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
+	6,  // 52: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
+	63, // 53: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
+	62, // 54: raftkv.v1.Batch.rise:type_name -> raftkv.v1.LevelRise
+	18, // 55: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
+	20, // 56: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
+	64, // 57: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
+	29, // 58: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	66, // 59: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
+	31, // 60: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
+	70, // 61: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
+	73, // 62: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
+	74, // 63: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
+	71, // 64: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
+	67, // 65: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
+	66, // 66: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
+	68, // 67: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
+	7,  // 68: raftkv.v1.SnapshotHeader.origin:type_name -> raftkv.v1.SnapshotOrigin
+	31, // 69: raftkv.v1.SnapshotHeader.founding:type_name -> raftkv.v1.Node
+	72, // 70: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	77, // 71: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	78, // 72: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	60, // 73: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	16, // 74: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	18, // 75: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	20, // 76: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	22, // 77: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	24, // 78: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
+	29, // 79: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
+	26, // 80: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
+	9,  // 81: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	11, // 82: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	32, // 83: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	34, // 84: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	36, // 85: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	40, // 86: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	44, // 87: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	42, // 88: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	55, // 89: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	57, // 90: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	51, // 91: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	53, // 92: raftkv.v1.RaftService.Join:input_type -> raftkv.v1.JoinRequest
+	17, // 93: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	19, // 94: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	21, // 95: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	23, // 96: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	25, // 97: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
+	30, // 98: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
+	27, // 99: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
+	10, // 100: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	13, // 101: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	33, // 102: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	35, // 103: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	39, // 104: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	41, // 105: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	47, // 106: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	43, // 107: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	56, // 108: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	58, // 109: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	52, // 110: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	54, // 111: raftkv.v1.RaftService.Join:output_type -> raftkv.v1.JoinResponse
+	93, // [93:112] is the sub-list for method output_type
+	74, // [74:93] is the sub-list for method input_type
+	74, // [74:74] is the sub-list for extension type_name
+	74, // [74:74] is the sub-list for extension extendee
+	0,  // [0:74] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
@@ -6558,13 +6686,13 @@ func file_raftkv_v1_kv_proto_init() {
 	file_raftkv_v1_kv_proto_msgTypes[20].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[38].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[39].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[53].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[55].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 		(*Write_NewSession)(nil),
 		(*Write_DeleteRange)(nil),
 	}
-	file_raftkv_v1_kv_proto_msgTypes[59].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[61].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -6576,7 +6704,7 @@ func file_raftkv_v1_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_raftkv_v1_kv_proto_rawDesc), len(file_raftkv_v1_kv_proto_rawDesc)),
 			NumEnums:      8,
-			NumMessages:   69,
+			NumMessages:   71,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -903,6 +903,7 @@ const (
 	RaftService_Stream_FullMethodName          = "/raftkv.v1.RaftService/Stream"
 	RaftService_InstallSnapshot_FullMethodName = "/raftkv.v1.RaftService/InstallSnapshot"
 	RaftService_Claim_FullMethodName           = "/raftkv.v1.RaftService/Claim"
+	RaftService_Join_FullMethodName            = "/raftkv.v1.RaftService/Join"
 )
 
 // RaftServiceClient is the client API for RaftService service.
@@ -921,6 +922,13 @@ type RaftServiceClient interface {
 	// promise to become none of any other. WRONG_NODE if it is not the one that is
 	// meant. init.go says what the promise is worth.
 	Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error)
+	// Join asks a cluster to add the calling node, and nobody else: as a learner, which the
+	// leader makes a voter once it has caught up, unless it is to stay one. Any member takes it,
+	// and has the leader do it. It answers once the node is a member. If a member has this id
+	// and address already, it changes nothing. REMOVED_MEMBER if the node was removed:
+	// add-learner adds it again. MEMBER_EXISTS if a member with this id answers at another
+	// address.
+	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
 }
 
 type raftServiceClient struct {
@@ -967,6 +975,16 @@ func (c *raftServiceClient) Claim(ctx context.Context, in *ClaimRequest, opts ..
 	return out, nil
 }
 
+func (c *raftServiceClient) Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(JoinResponse)
+	err := c.cc.Invoke(ctx, RaftService_Join_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // RaftServiceServer is the server API for RaftService service.
 // All implementations must embed UnimplementedRaftServiceServer
 // for forward compatibility.
@@ -983,6 +1001,13 @@ type RaftServiceServer interface {
 	// promise to become none of any other. WRONG_NODE if it is not the one that is
 	// meant. init.go says what the promise is worth.
 	Claim(context.Context, *ClaimRequest) (*ClaimResponse, error)
+	// Join asks a cluster to add the calling node, and nobody else: as a learner, which the
+	// leader makes a voter once it has caught up, unless it is to stay one. Any member takes it,
+	// and has the leader do it. It answers once the node is a member. If a member has this id
+	// and address already, it changes nothing. REMOVED_MEMBER if the node was removed:
+	// add-learner adds it again. MEMBER_EXISTS if a member with this id answers at another
+	// address.
+	Join(context.Context, *JoinRequest) (*JoinResponse, error)
 	mustEmbedUnimplementedRaftServiceServer()
 }
 
@@ -1001,6 +1026,9 @@ func (UnimplementedRaftServiceServer) InstallSnapshot(grpc.ClientStreamingServer
 }
 func (UnimplementedRaftServiceServer) Claim(context.Context, *ClaimRequest) (*ClaimResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Claim not implemented")
+}
+func (UnimplementedRaftServiceServer) Join(context.Context, *JoinRequest) (*JoinResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Join not implemented")
 }
 func (UnimplementedRaftServiceServer) mustEmbedUnimplementedRaftServiceServer() {}
 func (UnimplementedRaftServiceServer) testEmbeddedByValue()                     {}
@@ -1055,6 +1083,24 @@ func _RaftService_Claim_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _RaftService_Join_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(JoinRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RaftServiceServer).Join(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RaftService_Join_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RaftServiceServer).Join(ctx, req.(*JoinRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // RaftService_ServiceDesc is the grpc.ServiceDesc for RaftService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1065,6 +1111,10 @@ var RaftService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Claim",
 			Handler:    _RaftService_Claim_Handler,
+		},
+		{
+			MethodName: "Join",
+			Handler:    _RaftService_Join_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
