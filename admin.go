@@ -182,10 +182,7 @@ func (s *server) addLearner(ctx context.Context, req *kvpb.AddLearnerRequest) er
 	}
 	for {
 		err := s.awaitChange(ctx, func(l *leaderState) nextStep {
-			if req.WhileFounding && l.founding == nil {
-				return failStep(errFounded)
-			}
-			return l.learnerStep(p)
+			return l.whileFounding(req.WhileFounding, l.learnerStep(p))
 		})
 		if err != errPastLife {
 			return err
@@ -271,10 +268,7 @@ func validateChange(req *kvpb.ChangeMembershipRequest) error {
 
 func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershipRequest) error {
 	return s.awaitChange(ctx, func(l *leaderState) nextStep {
-		if req.WhileFounding && l.founding == nil {
-			return failStep(errFounded)
-		}
-		return l.membershipStep(req)
+		return l.whileFounding(req.WhileFounding, l.membershipStep(req))
 	})
 }
 

@@ -145,6 +145,16 @@ func memberExists(format string, args ...any) error {
 var errFounded = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
 	"the cluster is made, or its membership was changed since")
 
+// whileFounding is a step towards what a request wants, unless the request is of a planned Init,
+// which the cluster is not being made by any more.
+func (c *clusterState) whileFounding(isPlanned bool, s nextStep) nextStep {
+	isOver := isPlanned && c.founding == nil
+	if isOver && s.kind != stepDone {
+		return failStep(errFounded)
+	}
+	return s
+}
+
 func unknownMember(nodeID uint64) error {
 	return apiError(codes.NotFound, kvpb.ErrorReason_ERROR_REASON_UNKNOWN_MEMBER,
 		fmt.Sprintf("no member has the id %d", nodeID))

@@ -623,7 +623,11 @@ func (s *sim) wish() {
 	case 0:
 		s.transferLeader(st.node.Id)
 	case 1, 2:
-		s.addLearner(st, func(error) {})
+		if s.cfg.joins && s.rng.IntN(2) == 0 {
+			s.join(st)
+		} else {
+			s.addLearner(st, func(error) {})
+		}
 	default:
 		req := s.drawChange(st)
 		isNothing := len(req.Members)+len(req.Promote)+len(req.Demote)+len(req.Remove) == 0

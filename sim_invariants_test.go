@@ -24,6 +24,7 @@
 // operator: whoever gives it led, and what it says was so, at some moment since the
 // request. At the end, I1: what clients saw is linearizable, by porcupine, and I9: all
 // heals, and watches are told of all. I10 is that planted bugs are found, see sim_planted_test.go.
+// I11: no cluster is formed beside the one that lives, see sim_starting_test.go.
 
 package main
 

@@ -50,6 +50,8 @@ type plantedBugs struct {
 	ahead     bool // watchers say that events were passed over before they are
 	lateStart bool // a watch from now on misses what comes until it is added
 	leftOut   bool // one key that a DeleteRange has deleted is no event
+	halfOfAll bool // a founder takes the claims of most for those of all
+	promised  bool // a member of a cluster makes claims
 
 	riseAlone  bool // a leader raises the level and asks nobody
 	overstated bool // programs say that they speak a level which they do not
@@ -118,6 +120,16 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"a level raised before all speak it", func(c *simConfig) { c.riseAlone, c.levels = true, true }},
 		{"programs that say a level which they do not speak", func(c *simConfig) { c.overstated, c.levels = true, true }},
 	}
+	bugs = append(bugs, []bug{
+		{"a cluster formed with the claims of most", func(c *simConfig) {
+			c.halfOfAll = true
+			c.formEvery = 20
+		}},
+		{"a member of a cluster that makes claims", func(c *simConfig) {
+			c.promised = true
+			c.formEvery = 20
+		}},
+	}...)
 	ofWatches := []bug{
 		{"a history that goes on after a snapshot", func(c *simConfig) { c.skip = true }},
 		{"a watch told twice where it goes on", func(c *simConfig) { c.toldAgain = true }},

@@ -10,6 +10,7 @@
 //   - sim_views_test.go: what clients list and scan, and what that shows;
 //   - sim_watches_test.go: what clients watch, and what they are told;
 //   - sim_levels_test.go: which programs nodes run;
+//   - sim_starting_test.go: nodes that form clusters and join them by themselves;
 //   - sim_faults_test.go: what goes wrong;
 //   - sim_invariants_test.go: what must hold, and the oracle that knows it;
 //   - sim_planted_test.go: bugs that are planted to see that they are found.
@@ -107,6 +108,9 @@ type simConfig struct {
 	operators  int     // requests at a time
 	reckless   bool    // operators ask for voters of whom a majority is dead
 
+	formEvery float64 // mean, between two tries of a node to form a cluster of all sites; 0: it has no list
+	joins     bool    // nodes ask to join, and operators need not add all
+
 	plantedBugs
 }
 
@@ -170,6 +174,8 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 	c.passing = pick(.1, 1, 10)
 	c.historyBytes = uint64(pick(2<<10, 16<<10, defaultWatchBytes, defaultWatchBytes))
 	c.levels = rng.IntN(2) == 0
+	c.formEvery = pick(0, 20, 100)
+	c.joins = rng.IntN(2) == 0
 	return c
 }
 
@@ -218,10 +224,11 @@ type sim struct {
 
 	// The world.
 	sites   []*site
-	cut     [][]int // by site, from and to: how many partitions in force cut them
-	lossNow float64 // probability that a message is lost, while a burst lasts
-	slowNow float64 // probability that it is late
-	late    int64   // when all has arrived that the network was given
+	list    []*kvpb.Node // all sites, as --initial-cluster names them
+	cut     [][]int      // by site, from and to: how many partitions in force cut them
+	lossNow float64      // probability that a message is lost, while a burst lasts
+	slowNow float64      // probability that it is late
+	late    int64        // when all has arrived that the network was given
 
 	// How far the run is.
 	running bool // faults have begun
@@ -282,6 +289,7 @@ func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 			st.fs = newSimFS()
 		}
 		s.sites = append(s.sites, st)
+		s.list = append(s.list, st.node)
 		s.cut = append(s.cut, make([]int, cfg.nodes))
 	}
 	s.trace("seed %d: %+v", seed, cfg)
@@ -570,6 +578,7 @@ func (s *sim) start(st *site) {
 	p.identify()
 	s.trace("%v starts at %s", p, st.node.Address)
 	s.after(s.rng.Float64(), p, p.tick)
+	p.formSoon()
 }
 
 // prepareStore makes limits of the store small, and plants the bugs that are in it.

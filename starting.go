@@ -52,8 +52,8 @@ func planFlags(fs *flag.FlagSet, p *startPlan) {
 		p.members, err = parseMembers(s)
 		return err
 	}
-	fs.Func("initial-cluster", "`ID=HOST:PORT,...`, all voters of a new cluster, this node among them; the same on all: "+
-		"they form it once all are up. A node that has a cluster ignores it", setMembers)
+	fs.Func("initial-cluster", "`ID=HOST:PORT,...`, all voters of a new cluster, this node among them: "+
+		"with the same list, they form it once all are up. A node that has a cluster ignores it", setMembers)
 	setJoin := func(s string) (err error) {
 		p.join, err = parseJoin(s)
 		return err
@@ -68,7 +68,8 @@ func planFlags(fs *flag.FlagSet, p *startPlan) {
 		p.joinsAs = true
 		return nil
 	}
-	fs.Func("join-as", "voter, once it has caught up, or learner, when it is added by --join (default voter)", setJoinAs)
+	fs.Func("join-as", "`ROLE` that this node gets by --join: voter, once it has caught up, or learner (default voter)",
+		setJoinAs)
 }
 
 // parseJoin parses addresses of members, with commas between them.
@@ -359,7 +360,8 @@ func (n *node) giveUpFounding() {
 	if n.quorumLost() == nil {
 		return
 	}
-	n.logger.Warn("the node that was forming this cluster has lost it: this node drops it, too, and waits to be in another",
+	n.logger.Warn("the node that was forming this cluster has lost it: this node drops it, too, "+
+		"and waits to be in another",
 		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "founder", formatNodes(n.voterNodes()))
 	n.leaveCluster()
 }

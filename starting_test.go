@@ -135,6 +135,11 @@ func TestFormsByItself(t *testing.T) {
 	} else {
 		p.says("the cluster begins anew", hex(again))
 	}
+	for line := range strings.Lines(p.said.String()) {
+		if strings.Contains(line, "level=WARN") && strings.Contains(line, "tries again") {
+			t.Errorf("nothing was wrong, and the log warns: %s", line)
+		}
+	}
 	if text := p.said.String(); strings.Count(text, "the cluster begins anew") != 2 {
 		t.Errorf("clusters were begun %d times", strings.Count(text, "the cluster begins anew"))
 	}

@@ -20,6 +20,7 @@ values=()  # their values
 reads=0    # how many values were read and found right
 data=''    # the directory of all data directories; empty: all is in memory only
 pki=''     # the directory of the certificates; empty: there is no TLS
+list=''    # of nodes 1 to 3, which form a cluster by themselves, and 4 and 5 join; empty: by commands
 
 cleanup() {
   local status=$? id
@@ -118,6 +119,9 @@ start() {
   if [[ -n $data ]]; then args+=(--data-dir "$data/$id"); fi
   if [[ -n $pki ]]; then
     args+=(--cert-file "$pki/node$id.pem" --key-file "$pki/node$id.key" --trusted-ca-file "$pki/ca.pem")
+  fi
+  if [[ -n $list ]]; then
+    if ((id <= 3)); then args+=(--initial-cluster "$list"); else args+=(--join "${addr[1]},${addr[2]},${addr[3]}"); fi
   fi
   printf '$ raft-key-value%s &' "$(quote "${args[@]}")"
   : >"$tmp/$id.log"
@@ -293,7 +297,8 @@ raft_id() {
 
 # walk: the sequence, with whatever data is.
 walk() {
-  pid=() addr=() keys=() values=()
+  pid=() keys=() values=()
+  if [[ -z $list ]]; then addr=(); fi
   unset RAFT_KEY_VALUE_ENDPOINTS
 
   title 'Three nodes, each a process of its own'
@@ -301,11 +306,15 @@ walk() {
   printf '$ export RAFT_KEY_VALUE_ENDPOINTS=%s\n' "${addr[1]}"
   export RAFT_KEY_VALUE_ENDPOINTS=${addr[1]}
 
-  title 'One of them becomes a cluster, the others learners, then voters'
-  run 0 init "1=${addr[1]}"
-  run 0 add-learner "2=${addr[2]}"
-  run 0 add-learner "3=${addr[3]}"
-  run 0 change-membership 1 2 3
+  if [[ -n $list ]]; then
+    title 'They form a cluster by themselves'
+  else
+    title 'One of them becomes a cluster, the others learners, then voters'
+    run 0 init "1=${addr[1]}"
+    run 0 add-learner "2=${addr[2]}"
+    run 0 add-learner "3=${addr[3]}"
+    run 0 change-membership 1 2 3
+  fi
   await_status '^1 .* ok yes leader 1 ' '^2 .* ok yes follower 1 ' '^3 .* ok yes follower 1 '
 
   title 'A write through a follower is there on every node'
@@ -366,8 +375,9 @@ walk() {
   title 'Five voters'
   for id in 4 5; do
     start "$id"
-    run 0 add-learner "$id=${addr[$id]}"
+    if [[ -z $list ]]; then run 0 add-learner "$id=${addr[$id]}"; fi
   done
+  if [[ -n $list ]]; then await_status '^4 .* ok yes' '^5 .* ok yes'; fi
   run 2 change-membership 4 5 # that would remove the others
   grep -q 'it would remove nodes 1, 2 and 3' "$tmp/err" || fail "change-membership does not say whom it would remove"
   run 0 change-membership 1 2 3 4 5
@@ -426,7 +436,8 @@ part 'All in memory'
 walk
 for id in "${!pid[@]}"; do stop KILL "$id"; done
 
-part 'With data directories, and TLS'
+part 'With data directories, and TLS; nodes form the cluster, and join it, by themselves'
+list="1=${addr[1]},2=${addr[2]},3=${addr[3]}"
 data=$tmp/data
 mkdir "$data"
 pki=$tmp/pki
@@ -462,6 +473,7 @@ for id in "${!pid[@]}"; do healed "$id"; done
 expect_all "${!pid[@]}"
 
 title 'A backup becomes a new cluster, which goes on from there'
+list=''
 run 0 backup "$tmp/backup"
 run 3 backup "$tmp/backup" # it is there already
 run 0 verify "$tmp/backup"
