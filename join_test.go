@@ -308,6 +308,13 @@ func TestJoinRules(t *testing.T) {
 	if s := state().joinStep(peer(7), false); reasonOf(s.err) != "REMOVED_MEMBER" {
 		t.Errorf("one that was removed: %+v", s)
 	}
+	moved := state() // a learner that has not asked to vote, or was demoted
+	moved.joiners = nil
+	delete(moved.connected, 4)
+	elsewhere := &kvpb.Peer{Node: &kvpb.Node{Id: 4, Address: "elsewhere:1"}, RaftId: 104, Life: 1}
+	if s := moved.joinStep(elsewhere, false); s.kind != stepPropose || s.members[0].Promote {
+		t.Errorf("a member that has moved without its memory: %+v", s)
+	}
 	l := state()
 	l.founding = []*kvpb.Node{plainNode(1), plainNode(2)}
 	if s := l.joinStep(peer(5), false); s.kind != stepWait {

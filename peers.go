@@ -87,7 +87,8 @@ func (n *node) listDurable() {
 // a directory is replaced that was lost.
 func (n *node) missDisk(h *kvpb.Hello) {
 	isForThis := h.GetTo().GetNode().GetId() == n.self.Id
-	isKnown := isForThis && slices.Contains(h.DurableNodes, n.self.Id)
+	isOfBefore := h.GetTo().GetRaftId() != n.id.raftID // else it is being added
+	isKnown := isForThis && isOfBefore && slices.Contains(h.DurableNodes, n.self.Id)
 	if !isKnown || n.store.clusterID != 0 {
 		return
 	}

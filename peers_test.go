@@ -952,3 +952,19 @@ func TestStrayLearner(t *testing.T) {
 		}
 	}
 }
+
+// TestDurableStrangers: what strangers say of their disks takes no memory for ever, and makes
+// nobody forget that of members.
+func TestDurableStrangers(t *testing.T) {
+	l := newLone(t, following)
+	l.n.noteDurable(2)
+	for i := range uint64(20 * maxMembers) {
+		l.n.noteDurable(1000 + i)
+		if known := len(l.n.peers.durable); known > 2*maxMembers {
+			t.Fatalf("after %d strangers it knows of %d", i, known)
+		}
+	}
+	if !slices.Equal(l.n.peers.durableNodes, []uint64{2}) {
+		t.Errorf("durable members: %v", l.n.peers.durableNodes)
+	}
+}

@@ -167,9 +167,11 @@ func (o *options) advertisedBy() string {
 // these members makes.
 func (p *startPlan) excludes(members []*kvpb.Node) bool {
 	isForInit := p.members != nil && sameNodes(p.members, members)
-	isNone := p.members == nil && p.join == nil
-	return !isForInit && !isNone
+	return !isForInit && !p.isNone()
 }
+
+// isNone reports whether there is no plan.
+func (p *startPlan) isNone() bool { return p.members == nil && p.join == nil }
 
 // String says what the node does while it is in no cluster; empty: it waits.
 func (p *startPlan) String() string {
@@ -198,6 +200,9 @@ func newStarter(s *server) *starter {
 // run carries out the plan whenever the node is in no cluster, until ctx ends: a node in memory
 // may be removed from one.
 func (b *starter) run(ctx context.Context) {
+	if b.plan.isNone() {
+		return
+	}
 	for ctx.Err() == nil {
 		act := b.next()
 		if act == nil {

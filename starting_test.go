@@ -223,6 +223,9 @@ func TestStateGoesBeforeTheList(t *testing.T) {
 	p.begin(1, 2, 3)
 	p.settled(threeNodes...)
 	p.says("the cluster begins anew", "all data directories were empty")
+	if strings.Contains(p.said.String(), "the data directory is empty, and its members know") {
+		t.Error("a new node is warned of its empty directory")
+	}
 	cluster := p.clusterOf(1)
 	version := p.set(1, "k", "v")
 	p.forms([]uint64{1}, 1)
