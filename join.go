@@ -234,7 +234,8 @@ func (b *starter) find(ctx context.Context) error {
 	return first
 }
 
-// askWhere asks the node at an address who it hears, and where.
+// askWhere asks who is at an address. A member that is found there tells this node of others,
+// once it has a stream to it.
 func (b *starter) askWhere(ctx context.Context, address string) error {
 	n := b.s.n
 	ctx, cancel := context.WithTimeout(ctx, n.opts.probeTimeout())
@@ -249,6 +250,6 @@ func (b *starter) askWhere(ctx context.Context, address string) error {
 		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
 			fmt.Sprintf("node %d at %s is not in this node's cluster, %016x", w.Peer.Node.Id, shown(address), clusterID))
 	}
-	b.s.net.learnAddresses(clusterID, append(w.Peers, w.Peer))
+	b.s.net.learnAddresses(clusterID, []*kvpb.Peer{w.Peer})
 	return nil
 }

@@ -430,9 +430,6 @@ func (nw *network) receiveStream(
 ) error {
 	w := nw.receiver.accept(h)
 	isProbe := h.GetTo().GetRaftId() == 0
-	if isProbe && h.ClusterId != 0 && h.ClusterId == w.ClusterId {
-		w.Peers = nw.heardPeers(h.GetFrom().GetRaftId()) // a member that finds nobody asks where they are
-	}
 	if isProbe || w.Verdict != kvpb.Verdict_VERDICT_ACCEPTED {
 		return s.Send(&kvpb.StreamResponse{Welcome: w})
 	}
