@@ -6,7 +6,6 @@
 //	identity.tmp  the directory is being begun
 //	*.wal         the log's segments, see wal.go
 //	*.wal.tmp     the log's next segment
-//	*.wal.old     segments that are not needed any more, to be used again
 //	*.snap        snapshots; the log names the one that counts
 //	*.tmp         snapshots that are not finished
 //
@@ -28,13 +27,10 @@
 // is written without pauses; at four times, the writer of the log waits until the snapshot
 // is there. To this come
 //   - what was queued, which raft bounds to 64 MiB;
-//   - three segments: the one that is appended to, the next one, which is made
-//     beforehand, and the oldest one, of which a part is still needed; each has
+//   - three segments: the one that is appended to, the next one, which is filled with
+//     zeros beforehand, and the oldest one, of which a part is still needed; each has
 //     log-bytes / 4 at most;
 //   - the gaps at the ends of segments, together no larger than all of these.
-//
-// The segments that a snapshot takes the place of stay as spares: the log does not get smaller
-// by it, but grows into them.
 //
 // There are at most two snapshots of the node's own, one that is being removed, and one
 // for each that is being received.
@@ -79,7 +75,7 @@ const (
 
 // ownName matches the names of the files that a node makes, but for LOCK. A node leaves
 // all other files alone.
-var ownName = regexp.MustCompile(`^(identity(\.tmp)?|[0-9a-f]{16}(\.tmp|\.wal|\.wal\.tmp|\.wal\.old|-[0-9a-f]{16}\.snap))$`)
+var ownName = regexp.MustCompile(`^(identity(\.tmp)?|[0-9a-f]{16}(\.tmp|\.wal|\.wal\.tmp|-[0-9a-f]{16}\.snap))$`)
 
 // disk is an open data directory. The loop queues jobs, the writer does them.
 type disk struct {

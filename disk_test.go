@@ -1390,11 +1390,9 @@ func newestSegment(fs *simFS) (path string, from, to int) {
 			path = max(path, name)
 		}
 	}
-	b := fs.names[path].cache
 	for {
-		raw, _, err := decodeBatch(b[to:])
-		isOlder := err == nil && placeOf(raw).segment < placeOf(b).segment // the file's, as an earlier one
-		if err != nil || isOlder {
+		raw, _, err := decodeBatch(fs.names[path].cache[to:])
+		if err != nil {
 			return path, from, to
 		}
 		from, to = to, to+len(raw)

@@ -11,7 +11,7 @@
 //     the fields of node, and writes to the store. Everybody else leaves work in
 //     its inbox and reads what it publishes.
 //   - The writer (disk.run), one a node with a data directory: it alone touches
-//     the log on disk. Beside it, one goroutine makes the log's next segment and
+//     the log on disk. Beside it, one goroutine fills the log's next segment and
 //     one writes a snapshot from a view (disk.start).
 //   - A peer (peer.run), one for each other member, and for each stranger that has a
 //     stream to this node: it keeps a stream open and sends what the loop queued. Beside it a goroutine waits for the stream's
