@@ -86,6 +86,7 @@ type callsInFlight struct {
 	reads     []*call // that wait for a round
 	waits     versionWaits
 	own       *proposal   // this node's entry in flight; nil: none
+	room      admission   // of the next proposal
 	round     readRound   // in flight, if it has a context
 	confirmed []readRound // whose index this node has yet to apply
 	readWait  uint64      // ticks after which a round is asked for again
@@ -315,6 +316,12 @@ func (c *callsInFlight) propose(p *proposal, calls []*call, size, limit, most in
 		if isFull || len(p.calls)-before == most {
 			return calls[i:], size
 		}
+		if err := c.room.admit(call.write); err == errNotYet {
+			return calls[i:], size
+		} else if err != nil {
+			c.finish(call, outcome{err: err})
+			continue
+		}
 		if !call.state.CompareAndSwap(callQueued, callProposed) {
 			c.finish(call, outcome{}) // given up: nobody waits
 			continue
@@ -483,6 +490,9 @@ func (n *node) expireCalls() {
 func (n *node) propose() {
 	if n.raft.lead == 0 || !n.catchup.pace.mayPropose(n.clock.wall) {
 		return
+	}
+	if n.calls.canPropose() {
+		n.calls.room = n.admission(len(n.calls.writes) + len(n.calls.loads))
 	}
 	p := n.calls.nextProposal(n.id.raftID, n.store.level, n.clock.now)
 	if p == nil {

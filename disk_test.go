@@ -54,7 +54,8 @@ func (d *diskNode) send(_ uint64, ms []*raftpb.Message) { d.sent = append(d.sent
 
 func (d *diskNode) sendSnapshot(uint64, uint64, *view) {}
 
-func (d *diskNode) setLevel(uint32) {}
+func (d *diskNode) setLevel(uint32)                   {}
+func (d *diskNode) tellRooms(_, _ []*kvpb.RoomReport) {}
 
 func (d *diskNode) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {
 	d.masked = d.masked || d.n.hello().From.RaftId != d.n.id.raftID

@@ -28,13 +28,15 @@ const (
 )
 
 // apiError makes an error of the API. Its ErrorInfo names a field of the request, if one
-// is given. RESOURCE_EXHAUSTED has a RetryInfo, too: a queue is full, but not for long.
+// is given. RESOURCE_EXHAUSTED has a RetryInfo, too, but for QUOTA: a queue is full, but not for
+// long.
 func apiError(code codes.Code, reason kvpb.ErrorReason, message string, field ...string) error {
 	info := errorInfo(reason)
 	if len(field) > 0 {
 		info.Metadata = map[string]string{"field": field[0]}
 	}
-	if code == codes.ResourceExhausted {
+	isQueue := code == codes.ResourceExhausted && reason != kvpb.ErrorReason_ERROR_REASON_QUOTA
+	if isQueue {
 		return detailedError(code, message, info, retryIn(retryDelay))
 	}
 	return detailedError(code, message, info)
@@ -160,6 +162,7 @@ var apiErrors = []struct {
 	{errInCluster, codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED},
 	{errOverloaded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
 	{errRequestYielded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_OVERLOADED},
+	{errQuota, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_QUOTA},
 	{errViewEnded, codes.ResourceExhausted, kvpb.ErrorReason_ERROR_REASON_VIEW_ENDED},
 	{errStopping, codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_STOPPING},
 	{errContradiction, codes.DataLoss, kvpb.ErrorReason_ERROR_REASON_CORRUPT},

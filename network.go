@@ -47,8 +47,8 @@ const (
 )
 
 // receiver is what the network hands things to. Its methods may be called by any
-// goroutine, and call nothing of the network. Only receiveMessages, receiveClaim and the
-// two that take in a snapshot may block.
+// goroutine, and call nothing of the network. Only receiveRooms, receiveMessages, receiveClaim and
+// the two that take in a snapshot may block.
 type receiver interface {
 	// hello introduces this node.
 	hello() *kvpb.Hello
@@ -66,6 +66,9 @@ type receiver interface {
 	// peerDown learns that messages to a peer are lost: all of them, since there is no
 	// stream to it (noStream), or some, since its queue is full.
 	peerDown(raftID uint64, noStream bool)
+	// receiveRooms takes what a peer says of who has how much room, before the messages that
+	// came with it.
+	receiveRooms(context.Context, *kvpb.Hello, []*kvpb.RoomReport) error
 	// receiveMessages takes a peer's messages, and waits while there is no room.
 	receiveMessages(context.Context, []inbound) error
 	// readSnapshot reads the snapshot that a peer sends.
@@ -107,6 +110,7 @@ type network struct {
 	level   uint32           // that peers have to speak
 	peers   map[uint64]*peer // by raft ID: the members, and strangers that have a stream to this node
 	inbound map[inboundKey]*inboundStream
+	rooms   []*kvpb.RoomReport // what each stream to a peer begins with
 }
 
 // inboundKey names a stream from a peer: the one for messages, or a snapshot's. There is
@@ -276,6 +280,16 @@ func (nw *network) send(to uint64, ms []*raftpb.Message) {
 	}
 }
 
+// tellRooms implements transport.
+func (nw *network) tellRooms(all, news []*kvpb.RoomReport) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	nw.rooms = all
+	for _, p := range nw.peers {
+		p.tellRooms(news)
+	}
+}
+
 // streamBegan lets messages to a peer, which was found, in and tells the receiver;
 // false: another peer has taken this one's place.
 func (nw *network) streamBegan(p *peer, found *kvpb.Peer, target peerTarget) bool {
@@ -288,6 +302,7 @@ func (nw *network) streamBegan(p *peer, found *kvpb.Peer, target peerTarget) boo
 		return false // the level has risen since it was called: at the next try, it is refused
 	}
 	p.connected(found, target.node)
+	p.tellRooms(nw.rooms)
 	nw.receiver.peerUp(p.raftID, true, found)
 	if target.hint != nil {
 		nw.receiver.peerMoved(p.raftID, target.node)
@@ -452,6 +467,11 @@ func (nw *network) receiveStream(
 		req, err := s.Recv()
 		if err != nil {
 			return err
+		}
+		if len(req.Rooms) > 0 {
+			if err := nw.receiver.receiveRooms(ctx, h, req.Rooms); err != nil {
+				return err
+			}
 		}
 		if err := nw.receiver.receiveMessages(ctx, fromWire(req.Messages, h)); err != nil {
 			return err

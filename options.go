@@ -32,12 +32,14 @@ type options struct {
 	logBytes  uint64 // of entries, before old ones are dropped
 	// watchBytes bounds the history of writes that watches can go back to.
 	watchBytes uint64
-	plan       startPlan // which cluster the node is to become a member of
-	tls        certificateFiles
-	insecure   bool // beyond loopback without TLS
-	logLevel   slog.Level
-	maxLevel   uint32 // that the cluster may rise to as far as this node goes; 0: any
-	version    bool   // the version is to be printed, and no node to be run
+	// maxStoreBytes is how large the store may become, by store.size; 0: as large as it will.
+	maxStoreBytes uint64
+	plan          startPlan // which cluster the node is to become a member of
+	tls           certificateFiles
+	insecure      bool // beyond loopback without TLS
+	logLevel      slog.Level
+	maxLevel      uint32 // that the cluster may rise to as far as this node goes; 0: any
+	version       bool   // the version is to be printed, and no node to be run
 
 	variables map[string]string // by flag: the environment variable that has set it
 
@@ -120,6 +122,8 @@ func nodeFlags(o *options) *flag.FlagSet {
 			return nil
 		})
 	planFlags(fs, &o.plan)
+	numberVar(fs, &o.maxStoreBytes, "max-store-bytes", "`bytes` of keys and values, and 64 for each key, "+
+		"beyond which Sets that need more are refused (default: by the memory)")
 	certificateFlags(fs, &o.tls)
 	fileVar(fs, &o.tls.peerCA, "peer-ca-file",
 		"`file` with the CAs of the nodes' certificates (default: those of --trusted-ca-file)")

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -54,7 +55,8 @@ type peer struct {
 	level     uint32     // that this process speaks
 	at        *kvpb.Node // where the stream goes
 	queue     sendQueue
-	yielding  *streamAttempt // ends when a hint names another address; nil: there is none that does
+	rooms     []*kvpb.RoomReport // that wait to be sent, one of each member; while there is a stream
+	yielding  *streamAttempt     // ends when a hint names another address; nil: there is none that does
 	rivals    rivals
 }
 
@@ -91,11 +93,31 @@ func (p *peer) enqueue(ms []*raftpb.Message) bool {
 	return true
 }
 
-// takeBatch takes the next messages to send out of the queue; none: it is empty.
-func (p *peer) takeBatch() []*raftpb.Message {
+// tellRooms has the peer told who has how much room, if there is a stream to it.
+func (p *peer) tellRooms(rooms []*kvpb.RoomReport) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.queue.takeBatch()
+	if p.life == 0 || len(rooms) == 0 {
+		return
+	}
+	for _, r := range rooms {
+		isOld := func(o *kvpb.RoomReport) bool { return o.RaftId == r.RaftId }
+		p.rooms = append(slices.DeleteFunc(p.rooms, isOld), r)
+	}
+	p.wake.ring()
+}
+
+// takeBatch takes what is to be sent next; nil: there is nothing.
+func (p *peer) takeBatch() *kvpb.StreamRequest {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	ms := p.queue.takeBatch()
+	if len(ms)+len(p.rooms) == 0 {
+		return nil
+	}
+	batch := &kvpb.StreamRequest{Messages: toWire(ms), Rooms: p.rooms}
+	p.rooms = nil
+	return batch
 }
 
 // connected begins to queue messages for the peer: a process, found, has answered at where.
@@ -106,6 +128,7 @@ func (p *peer) connected(found *kvpb.Peer, where *kvpb.Node) {
 	p.level = levelFromWire(found.Level)
 	p.at = where
 	p.queue = sendQueue{}
+	p.rooms = nil
 	if where.Address == p.addresses.known.Address {
 		p.addresses.hint = nil // the peer is where it was
 	}
@@ -118,6 +141,7 @@ func (p *peer) disconnected() {
 	p.life = 0
 	p.at = nil
 	p.queue = sendQueue{}
+	p.rooms = nil
 }
 
 // speaks reports whether the process at the other end of the stream, if there is one, speaks
@@ -406,8 +430,8 @@ func (a *streamAttempt) send(s kvpb.RaftService_StreamClient) error {
 		case <-a.ctx.Done():
 			return context.Cause(a.ctx)
 		}
-		for ms := a.peer.takeBatch(); len(ms) > 0; ms = a.peer.takeBatch() {
-			if err := s.Send(&kvpb.StreamRequest{Messages: toWire(ms)}); err != nil {
+		for batch := a.peer.takeBatch(); batch != nil; batch = a.peer.takeBatch() {
+			if err := s.Send(batch); err != nil {
 				return fmt.Errorf("sending: %w", err)
 			}
 		}

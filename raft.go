@@ -75,6 +75,9 @@ type transport interface {
 	setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64)
 	// setLevel says which level peers have to speak from now on.
 	setLevel(level uint32)
+	// tellRooms tells all peers what is new of who has how much room, and each whose
+	// stream begins later all of it.
+	tellRooms(all, news []*kvpb.RoomReport)
 }
 
 // raftLimits bound what raft does at a time. All but inflight are bytes of entries, of
@@ -119,6 +122,7 @@ type node struct {
 	level     levelReports
 	catchup   catchup
 	health    nodeHealth
+	quota     quota
 	outbox    outbox
 	status    nodeStatus
 }
@@ -151,6 +155,7 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 		n.opts.onApply = func(*raftpb.Entry) {}
 	}
 	n.status.onChange = func(*published) {}
+	n.quota = newQuota(o.maxStoreBytes)
 	n.inbox.wake = newBell()
 	n.clock = clock{now: firstTick, wall: firstTick}
 	n.catchup.written = newMeter(o.heartbeat)
@@ -178,6 +183,7 @@ func (n *node) newLife() {
 	n.durable.removed = nil
 	n.catchup.forget()
 	n.health.forgetLeader(0)
+	n.quota.forget()
 	n.outbox.messages = nil
 }
 
@@ -374,6 +380,9 @@ func (n *node) turn(in input) {
 	n.drain() // what the requests and leaveJoint have proposed
 
 	// What goes out; with a tick, what can wait for one, too.
+	if n.err == nil {
+		n.tellRooms()
+	}
 	n.flush(in.ticks > 0)
 	n.publish()
 }
@@ -421,6 +430,7 @@ func (n *node) tick() {
 func (n *node) heartbeat() {
 	n.catchup.noteCommit(n.rn.BasicStatus().GetCommit())
 	n.health.countReady(n.leaderState())
+	n.weighRooms()
 	if n.raft.role == raft.StateLeader {
 		n.followMembers()
 	}
@@ -812,6 +822,7 @@ func (n *node) configured() {
 	n.peers.forget(n.store.removed)
 	n.level.forget(n.store.removed)
 	n.listDurable()
+	n.forgetRooms(n.store.removed)
 	n.change.forgetMembers(n.store.removed)
 	n.net.setMembers(n.store.clusterID, n.id.raftID, n.store.members, n.store.removed)
 	n.logger.Info("membership", "index", n.store.index, "joint", isJoint(n.store.conf),

@@ -52,6 +52,8 @@ func (*lone) setLevel(uint32) {}
 
 func (*lone) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
 
+func (*lone) tellRooms(_, _ []*kvpb.RoomReport) {}
+
 // The states in which what is sent may find a node.
 const (
 	inNoCluster = iota
@@ -314,7 +316,9 @@ func (b *snapBox) sendSnapshot(_, _ uint64, v *view) { b.views = append(b.views,
 
 // turnNode is a node without goroutines and network.
 func turnNode() *node {
-	return newNode(defaultOptions(), &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, slog.New(slog.DiscardHandler))
+	n := newNode(defaultOptions(), &kvpb.Node{Id: 1, Address: "127.0.0.1:1"}, slog.New(slog.DiscardHandler))
+	n.net = deafNetwork{}
+	return n
 }
 
 // deafNetwork is a network without anybody in it.
@@ -327,6 +331,8 @@ func (deafNetwork) sendSnapshot(uint64, uint64, *view) {}
 func (deafNetwork) setLevel(uint32) {}
 
 func (deafNetwork) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
+
+func (deafNetwork) tellRooms(_, _ []*kvpb.RoomReport) {}
 
 func plainNode(id uint64) *kvpb.Node {
 	return &kvpb.Node{Id: id, Address: fmt.Sprintf("n%d:1", id)}
@@ -381,6 +387,15 @@ func (e busEnd) sendSnapshot(to, _ uint64, v *view) {
 func (busEnd) setLevel(uint32) {}
 
 func (busEnd) setMembers(uint64, uint64, map[uint64]*kvpb.Node, []uint64) {}
+
+// tellRooms leaves what is new in the inboxes of all others, but nobody takes a turn for it.
+func (e busEnd) tellRooms(_, news []*kvpb.RoomReport) {
+	for id, n := range e.b.nodes {
+		if id != e.id {
+			n.inbox.event(func() { n.learnRooms(e.b.hello(e.id, id), news) })
+		}
+	}
+}
 
 // newBus makes nodes that follow nobody yet, are connected, and have entry 1.
 func newBus(t *testing.T, ids ...uint64) *bus {

@@ -159,6 +159,16 @@ func (s *sessions) replace(t *sessions) {
 	s.owners = t.owners
 }
 
+// knows reports whether a write of a session has its answer.
+func (s *sessions) knows(id, sequence uint64) bool {
+	e := s.byID[id]
+	if e == nil {
+		return false
+	}
+	_, isAnswered := e.Value.(*session).answer(sequence)
+	return isAnswered
+}
+
 // restore adds a session of a snapshot whose last version this is. It refuses one that
 // no store can have, or not at this place: the order is that of inOrder.
 func (s *sessions) restore(m *kvpb.Session, version uint64) error {

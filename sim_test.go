@@ -470,6 +470,7 @@ type proc struct {
 	receiving map[uint64]*transfer
 	sending   []*transfer
 	hellos    []*simStream // on their way to here
+	rooms     []*kvpb.RoomReport
 
 	calls   []*attempt // that have not ended
 	witness witness    // of the last operator's request
@@ -861,6 +862,40 @@ type simStream struct {
 	held     []*raftpb.Message
 }
 
+// tellRooms implements transport.
+func (p *proc) tellRooms(all, news []*kvpb.RoomReport) {
+	p.rooms = all
+	for _, id := range slices.Sorted(maps.Keys(p.peers)) {
+		peer := p.peers[id]
+		if peer.life != 0 && peer.stream != nil {
+			peer.stream.tellRooms(news)
+		}
+	}
+}
+
+// tellRooms sends who has how much room. Unlike messages, it is not lost while the stream
+// lasts, and nothing overtakes it.
+func (st *simStream) tellRooms(rooms []*kvpb.RoomReport) {
+	s := st.from.s
+	if len(rooms) == 0 {
+		return
+	}
+	at := max(s.now+int64(s.latency()*simTick), st.last+1)
+	st.last = at
+	s.schedule(at, nil, func() {
+		cut := s.isCut(st.from.site, st.to.site)
+		if st.closed || cut {
+			st.breakBoth()
+			return
+		}
+		s.at(st.to, func() {
+			p := st.to
+			p.n.inbox.event(func() { p.n.learnRooms(st.hello, rooms) })
+			p.wake()
+		})
+	})
+}
+
 // setMembers implements transport.
 func (p *proc) setMembers(clusterID, raftID uint64, members map[uint64]*kvpb.Node, removed []uint64) {
 	p.members, p.removed = members, removed
@@ -1040,6 +1075,7 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 	p.s.count["streams"]++
 	peer.life, peer.at = w.Peer.Life, st.target.node
 	p.n.peerUp(peer.raftID, true, w.Peer)
+	st.tellRooms(p.rooms)
 	if st.target.hint != nil {
 		p.s.count["found elsewhere"]++
 		p.n.peerMoved(peer.raftID, st.target.node)

@@ -140,6 +140,11 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Version = s.version
 	m.Keys = s.tree.keys
 	m.StoreBytes = s.tree.bytes
+	m.QuotaUsed = s.size()
+	m.Quota = n.quota.limit
+	m.QuotaOf = n.nodeOf(n.quota.of)
+	m.MaxStoreBytes = n.quota.own.MaxStoreBytes
+	m.WritesRefused = n.whyRefused()
 	m.Sessions = uint64(s.sessions.count())
 	m.ProgramLevel = n.opts.level
 	m.RisesTo = n.opts.risesTo()

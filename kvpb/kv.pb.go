@@ -136,6 +136,11 @@ const (
 	// FAILED_PRECONDITION: a node that was removed from the cluster asks to join it. Only an
 	// operator adds it again, by AddLearner.
 	ErrorReason_ERROR_REASON_REMOVED_MEMBER ErrorReason = 51
+	// RESOURCE_EXHAUSTED, without a RetryInfo: a Set would make the store larger than
+	// the member with the least room may have it, or a member's disk is about to be
+	// full: then no Set is taken. The message says which member, and what it has.
+	// This try was not applied. Deletes are taken: they make room.
+	ErrorReason_ERROR_REASON_QUOTA ErrorReason = 40
 )
 
 // Enum value maps for ErrorReason.
@@ -173,6 +178,7 @@ var (
 		29: "ERROR_REASON_LEVEL_TOO_LOW",
 		50: "ERROR_REASON_OTHER_LIST",
 		51: "ERROR_REASON_REMOVED_MEMBER",
+		40: "ERROR_REASON_QUOTA",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -207,6 +213,7 @@ var (
 		"ERROR_REASON_LEVEL_TOO_LOW":       29,
 		"ERROR_REASON_OTHER_LIST":          50,
 		"ERROR_REASON_REMOVED_MEMBER":      51,
+		"ERROR_REASON_QUOTA":               40,
 	}
 )
 
@@ -3289,7 +3296,25 @@ type MetricsResponse struct {
 	// The highest level that the called node's program speaks.
 	ProgramLevel uint32 `protobuf:"varint,36,opt,name=program_level,json=programLevel,proto3" json:"program_level,omitempty"`
 	// The highest level that the called node lets its cluster rise to.
-	RisesTo       uint32 `protobuf:"varint,37,opt,name=rises_to,json=risesTo,proto3" json:"rises_to,omitempty"`
+	RisesTo uint32 `protobuf:"varint,37,opt,name=rises_to,json=risesTo,proto3" json:"rises_to,omitempty"`
+	// What counts against the quota: the bytes of keys and values, and 64 for each key.
+	QuotaUsed uint64 `protobuf:"varint,60,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
+	// The least max_store_bytes of all members, as far as the called node knows.
+	Quota uint64 `protobuf:"varint,61,opt,name=quota,proto3" json:"quota,omitempty"`
+	// Whose that is.
+	QuotaOf *Node `protobuf:"bytes,62,opt,name=quota_of,json=quotaOf,proto3" json:"quota_of,omitempty"`
+	// Why the called node refuses Sets: all, or those that make the store larger, or has
+	// refused one in the last 10 s; empty: it does not.
+	WritesRefused string `protobuf:"bytes,63,opt,name=writes_refused,json=writesRefused,proto3" json:"writes_refused,omitempty"`
+	// The flag --max-store-bytes of the called node, or what follows from its memory.
+	MaxStoreBytes uint64 `protobuf:"varint,64,opt,name=max_store_bytes,json=maxStoreBytes,proto3" json:"max_store_bytes,omitempty"`
+	// Free bytes of the data directory's file system, when they were last looked at, and
+	// how many have to be free for Sets to be taken. 0: there is no data directory, or
+	// its file system does not say.
+	DiskFree    uint64 `protobuf:"varint,65,opt,name=disk_free,json=diskFree,proto3" json:"disk_free,omitempty"`
+	DiskReserve uint64 `protobuf:"varint,66,opt,name=disk_reserve,json=diskReserve,proto3" json:"disk_reserve,omitempty"`
+	// Counted since the process started. Sets that were refused with QUOTA.
+	SetsRefused   uint64 `protobuf:"varint,67,opt,name=sets_refused,json=setsRefused,proto3" json:"sets_refused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3579,6 +3604,62 @@ func (x *MetricsResponse) GetProgramLevel() uint32 {
 func (x *MetricsResponse) GetRisesTo() uint32 {
 	if x != nil {
 		return x.RisesTo
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetQuotaUsed() uint64 {
+	if x != nil {
+		return x.QuotaUsed
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetQuota() uint64 {
+	if x != nil {
+		return x.Quota
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetQuotaOf() *Node {
+	if x != nil {
+		return x.QuotaOf
+	}
+	return nil
+}
+
+func (x *MetricsResponse) GetWritesRefused() string {
+	if x != nil {
+		return x.WritesRefused
+	}
+	return ""
+}
+
+func (x *MetricsResponse) GetMaxStoreBytes() uint64 {
+	if x != nil {
+		return x.MaxStoreBytes
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetDiskFree() uint64 {
+	if x != nil {
+		return x.DiskFree
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetDiskReserve() uint64 {
+	if x != nil {
+		return x.DiskReserve
+	}
+	return 0
+}
+
+func (x *MetricsResponse) GetSetsRefused() uint64 {
+	if x != nil {
+		return x.SetsRefused
 	}
 	return 0
 }
@@ -4136,7 +4217,10 @@ type StreamRequest struct {
 	// In the first request only.
 	Hello *Hello `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
 	// In all others.
-	Messages      []*RaftMessage `protobuf:"bytes,2,rep,name=messages,proto3" json:"messages,omitempty"`
+	Messages []*RaftMessage `protobuf:"bytes,2,rep,name=messages,proto3" json:"messages,omitempty"`
+	// Who has how much room: as the sender knows it when the stream begins, and
+	// whatever is new later. At most 81. They are taken in before the messages.
+	Rooms         []*RoomReport `protobuf:"bytes,10,rep,name=rooms,proto3" json:"rooms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4185,6 +4269,104 @@ func (x *StreamRequest) GetMessages() []*RaftMessage {
 	return nil
 }
 
+func (x *StreamRequest) GetRooms() []*RoomReport {
+	if x != nil {
+		return x.Rooms
+	}
+	return nil
+}
+
+// RoomReport is what a member has said of its room.
+type RoomReport struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	RaftId uint64                 `protobuf:"varint,1,opt,name=raft_id,json=raftId,proto3" json:"raft_id,omitempty"`
+	// Of two reports of a member, the one with the higher number is the newer one.
+	Sequence uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// How large the member lets the store become, as MetricsResponse.quota_used counts
+	// it.
+	MaxStoreBytes uint64 `protobuf:"varint,3,opt,name=max_store_bytes,json=maxStoreBytes,proto3" json:"max_store_bytes,omitempty"`
+	// The member's disk is about to be full. It says so again every 5 s; 30 s later it
+	// counts no more.
+	DiskLow bool `protobuf:"varint,4,opt,name=disk_low,json=diskLow,proto3" json:"disk_low,omitempty"`
+	// Free bytes of its disk then, and how many should be free.
+	DiskFree      uint64 `protobuf:"varint,5,opt,name=disk_free,json=diskFree,proto3" json:"disk_free,omitempty"`
+	DiskReserve   uint64 `protobuf:"varint,6,opt,name=disk_reserve,json=diskReserve,proto3" json:"disk_reserve,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoomReport) Reset() {
+	*x = RoomReport{}
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoomReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoomReport) ProtoMessage() {}
+
+func (x *RoomReport) ProtoReflect() protoreflect.Message {
+	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoomReport.ProtoReflect.Descriptor instead.
+func (*RoomReport) Descriptor() ([]byte, []int) {
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *RoomReport) GetRaftId() uint64 {
+	if x != nil {
+		return x.RaftId
+	}
+	return 0
+}
+
+func (x *RoomReport) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *RoomReport) GetMaxStoreBytes() uint64 {
+	if x != nil {
+		return x.MaxStoreBytes
+	}
+	return 0
+}
+
+func (x *RoomReport) GetDiskLow() bool {
+	if x != nil {
+		return x.DiskLow
+	}
+	return false
+}
+
+func (x *RoomReport) GetDiskFree() uint64 {
+	if x != nil {
+		return x.DiskFree
+	}
+	return 0
+}
+
+func (x *RoomReport) GetDiskReserve() uint64 {
+	if x != nil {
+		return x.DiskReserve
+	}
+	return 0
+}
+
 type StreamResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Welcome       *Welcome               `protobuf:"bytes,1,opt,name=welcome,proto3" json:"welcome,omitempty"`
@@ -4194,7 +4376,7 @@ type StreamResponse struct {
 
 func (x *StreamResponse) Reset() {
 	*x = StreamResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4206,7 +4388,7 @@ func (x *StreamResponse) String() string {
 func (*StreamResponse) ProtoMessage() {}
 
 func (x *StreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[48]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4219,7 +4401,7 @@ func (x *StreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamResponse.ProtoReflect.Descriptor instead.
 func (*StreamResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{48}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *StreamResponse) GetWelcome() *Welcome {
@@ -4242,7 +4424,7 @@ type InstallSnapshotRequest struct {
 
 func (x *InstallSnapshotRequest) Reset() {
 	*x = InstallSnapshotRequest{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4254,7 +4436,7 @@ func (x *InstallSnapshotRequest) String() string {
 func (*InstallSnapshotRequest) ProtoMessage() {}
 
 func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[49]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4267,7 +4449,7 @@ func (x *InstallSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{49}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *InstallSnapshotRequest) GetHello() *Hello {
@@ -4299,7 +4481,7 @@ type InstallSnapshotResponse struct {
 
 func (x *InstallSnapshotResponse) Reset() {
 	*x = InstallSnapshotResponse{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4311,7 +4493,7 @@ func (x *InstallSnapshotResponse) String() string {
 func (*InstallSnapshotResponse) ProtoMessage() {}
 
 func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[50]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4324,7 +4506,7 @@ func (x *InstallSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstallSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*InstallSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{50}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
 }
 
 // RaftMessage is etcd raft's Message as it crosses the network. Sender and
@@ -4350,7 +4532,7 @@ type RaftMessage struct {
 
 func (x *RaftMessage) Reset() {
 	*x = RaftMessage{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4362,7 +4544,7 @@ func (x *RaftMessage) String() string {
 func (*RaftMessage) ProtoMessage() {}
 
 func (x *RaftMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[51]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4375,7 +4557,7 @@ func (x *RaftMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftMessage.ProtoReflect.Descriptor instead.
 func (*RaftMessage) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{51}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RaftMessage) GetType() RaftMessageType {
@@ -4454,7 +4636,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4466,7 +4648,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[52]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4479,7 +4661,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{52}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Entry) GetTerm() uint64 {
@@ -4530,7 +4712,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4542,7 +4724,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[53]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4555,7 +4737,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{53}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Batch) GetProposer() uint64 {
@@ -4606,7 +4788,7 @@ type LevelRise struct {
 
 func (x *LevelRise) Reset() {
 	*x = LevelRise{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4618,7 +4800,7 @@ func (x *LevelRise) String() string {
 func (*LevelRise) ProtoMessage() {}
 
 func (x *LevelRise) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[54]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4631,7 +4813,7 @@ func (x *LevelRise) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LevelRise.ProtoReflect.Descriptor instead.
 func (*LevelRise) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{54}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LevelRise) GetLevel() uint32 {
@@ -4665,7 +4847,7 @@ type Write struct {
 
 func (x *Write) Reset() {
 	*x = Write{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4677,7 +4859,7 @@ func (x *Write) String() string {
 func (*Write) ProtoMessage() {}
 
 func (x *Write) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[55]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4690,7 +4872,7 @@ func (x *Write) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Write.ProtoReflect.Descriptor instead.
 func (*Write) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{55}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Write) GetOperation() isWrite_Operation {
@@ -4778,7 +4960,7 @@ type NewSession struct {
 
 func (x *NewSession) Reset() {
 	*x = NewSession{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4790,7 +4972,7 @@ func (x *NewSession) String() string {
 func (*NewSession) ProtoMessage() {}
 
 func (x *NewSession) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[56]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4803,7 +4985,7 @@ func (x *NewSession) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewSession.ProtoReflect.Descriptor instead.
 func (*NewSession) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{56}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *NewSession) GetSession() uint64 {
@@ -4831,7 +5013,7 @@ type ConfChangeContext struct {
 
 func (x *ConfChangeContext) Reset() {
 	*x = ConfChangeContext{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4843,7 +5025,7 @@ func (x *ConfChangeContext) String() string {
 func (*ConfChangeContext) ProtoMessage() {}
 
 func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[57]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4856,7 +5038,7 @@ func (x *ConfChangeContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfChangeContext.ProtoReflect.Descriptor instead.
 func (*ConfChangeContext) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{57}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ConfChangeContext) GetMembers() []*Member {
@@ -4883,7 +5065,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4895,7 +5077,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[58]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4908,7 +5090,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{58}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Member) GetRaftId() uint64 {
@@ -4953,7 +5135,7 @@ type ConfState struct {
 
 func (x *ConfState) Reset() {
 	*x = ConfState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4965,7 +5147,7 @@ func (x *ConfState) String() string {
 func (*ConfState) ProtoMessage() {}
 
 func (x *ConfState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[59]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4978,7 +5160,7 @@ func (x *ConfState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfState.ProtoReflect.Descriptor instead.
 func (*ConfState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{59}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ConfState) GetVoters() []uint64 {
@@ -5027,7 +5209,7 @@ type Proposer struct {
 
 func (x *Proposer) Reset() {
 	*x = Proposer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5039,7 +5221,7 @@ func (x *Proposer) String() string {
 func (*Proposer) ProtoMessage() {}
 
 func (x *Proposer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[60]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5052,7 +5234,7 @@ func (x *Proposer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proposer.ProtoReflect.Descriptor instead.
 func (*Proposer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{60}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Proposer) GetRaftId() uint64 {
@@ -5089,7 +5271,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5101,7 +5283,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[61]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5114,7 +5296,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{61}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -5225,7 +5407,7 @@ type SnapshotHeader struct {
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5237,7 +5419,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[62]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5250,7 +5432,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{62}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -5382,7 +5564,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5394,7 +5576,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[63]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5407,7 +5589,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{63}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *Session) GetId() uint64 {
@@ -5454,7 +5636,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5466,7 +5648,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[64]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5479,7 +5661,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{64}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Answer) GetSequence() uint64 {
@@ -5537,7 +5719,7 @@ type KeyValue struct {
 
 func (x *KeyValue) Reset() {
 	*x = KeyValue{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5549,7 +5731,7 @@ func (x *KeyValue) String() string {
 func (*KeyValue) ProtoMessage() {}
 
 func (x *KeyValue) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[65]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5562,7 +5744,7 @@ func (x *KeyValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyValue.ProtoReflect.Descriptor instead.
 func (*KeyValue) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{65}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *KeyValue) GetKey() string {
@@ -5596,7 +5778,7 @@ type SnapshotFooter struct {
 
 func (x *SnapshotFooter) Reset() {
 	*x = SnapshotFooter{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5608,7 +5790,7 @@ func (x *SnapshotFooter) String() string {
 func (*SnapshotFooter) ProtoMessage() {}
 
 func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[66]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5621,7 +5803,7 @@ func (x *SnapshotFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotFooter.ProtoReflect.Descriptor instead.
 func (*SnapshotFooter) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{66}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *SnapshotFooter) GetKeys() uint64 {
@@ -5656,7 +5838,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5668,7 +5850,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[67]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5681,7 +5863,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{67}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *LogBatch) GetHardState() *HardState {
@@ -5749,7 +5931,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5761,7 +5943,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[68]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5774,7 +5956,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{68}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Identity) GetFormat() uint32 {
@@ -5824,7 +6006,7 @@ type HardState struct {
 
 func (x *HardState) Reset() {
 	*x = HardState{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[69]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5836,7 +6018,7 @@ func (x *HardState) String() string {
 func (*HardState) ProtoMessage() {}
 
 func (x *HardState) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[69]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5849,7 +6031,7 @@ func (x *HardState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HardState.ProtoReflect.Descriptor instead.
 func (*HardState) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{69}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *HardState) GetTerm() uint64 {
@@ -5885,7 +6067,7 @@ type SnapshotMark struct {
 
 func (x *SnapshotMark) Reset() {
 	*x = SnapshotMark{}
-	mi := &file_raftkv_v1_kv_proto_msgTypes[70]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5897,7 +6079,7 @@ func (x *SnapshotMark) String() string {
 func (*SnapshotMark) ProtoMessage() {}
 
 func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
-	mi := &file_raftkv_v1_kv_proto_msgTypes[70]
+	mi := &file_raftkv_v1_kv_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5910,7 +6092,7 @@ func (x *SnapshotMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMark.ProtoReflect.Descriptor instead.
 func (*SnapshotMark) Descriptor() ([]byte, []int) {
-	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{70}
+	return file_raftkv_v1_kv_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *SnapshotMark) GetIndex() uint64 {
@@ -6111,8 +6293,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\bprogress\x18\a \x01(\v2\x13.raftkv.v1.ProgressH\x00R\bprogress\x88\x01\x01\x12\x18\n" +
 	"\alagging\x18\b \x01(\tR\alagging\x12\x19\n" +
 	"\brises_to\x18\t \x01(\rR\arisesToB\v\n" +
-	"\t_progress\"\xae\n" +
-	"\n" +
+	"\t_progress\"\xc1\f\n" +
 	"\x0fMetricsResponse\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -6157,7 +6338,16 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x11handshakes_failed\x18\" \x01(\x04R\x10handshakesFailed\x12\x14\n" +
 	"\x05level\x18# \x01(\rR\x05level\x12#\n" +
 	"\rprogram_level\x18$ \x01(\rR\fprogramLevel\x12\x19\n" +
-	"\brises_to\x18% \x01(\rR\arisesToB\t\n" +
+	"\brises_to\x18% \x01(\rR\arisesTo\x12\x1d\n" +
+	"\n" +
+	"quota_used\x18< \x01(\x04R\tquotaUsed\x12\x14\n" +
+	"\x05quota\x18= \x01(\x04R\x05quota\x12*\n" +
+	"\bquota_of\x18> \x01(\v2\x0f.raftkv.v1.NodeR\aquotaOf\x12%\n" +
+	"\x0ewrites_refused\x18? \x01(\tR\rwritesRefused\x12&\n" +
+	"\x0fmax_store_bytes\x18@ \x01(\x04R\rmaxStoreBytes\x12\x1b\n" +
+	"\tdisk_free\x18A \x01(\x04R\bdiskFree\x12!\n" +
+	"\fdisk_reserve\x18B \x01(\x04R\vdiskReserve\x12!\n" +
+	"\fsets_refused\x18C \x01(\x04R\vsetsRefusedB\t\n" +
 	"\a_leader\"\xea\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
@@ -6203,10 +6393,20 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"as_learner\x18\x02 \x01(\bR\tasLearner\"-\n" +
 	"\fJoinResponse\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"k\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"\x98\x01\n" +
 	"\rStreamRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.raftkv.v1.HelloR\x05hello\x122\n" +
-	"\bmessages\x18\x02 \x03(\v2\x16.raftkv.v1.RaftMessageR\bmessages\">\n" +
+	"\bmessages\x18\x02 \x03(\v2\x16.raftkv.v1.RaftMessageR\bmessages\x12+\n" +
+	"\x05rooms\x18\n" +
+	" \x03(\v2\x15.raftkv.v1.RoomReportR\x05rooms\"\xc4\x01\n" +
+	"\n" +
+	"RoomReport\x12\x17\n" +
+	"\araft_id\x18\x01 \x01(\x04R\x06raftId\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12&\n" +
+	"\x0fmax_store_bytes\x18\x03 \x01(\x04R\rmaxStoreBytes\x12\x19\n" +
+	"\bdisk_low\x18\x04 \x01(\bR\adiskLow\x12\x1b\n" +
+	"\tdisk_free\x18\x05 \x01(\x04R\bdiskFree\x12!\n" +
+	"\fdisk_reserve\x18\x06 \x01(\x04R\vdiskReserve\">\n" +
 	"\x0eStreamResponse\x12,\n" +
 	"\awelcome\x18\x01 \x01(\v2\x12.raftkv.v1.WelcomeR\awelcome\"h\n" +
 	"\x16InstallSnapshotRequest\x12&\n" +
@@ -6334,7 +6534,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fSnapshotMark\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\x04R\x04term\x12\x12\n" +
-	"\x04file\x18\x03 \x01(\tR\x04file*\x83\b\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file*\x9b\b\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1a\n" +
@@ -6368,7 +6568,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x1aERROR_REASON_OTHER_CLUSTER\x10\x1c\x12\x1e\n" +
 	"\x1aERROR_REASON_LEVEL_TOO_LOW\x10\x1d\x12\x1b\n" +
 	"\x17ERROR_REASON_OTHER_LIST\x102\x12\x1f\n" +
-	"\x1bERROR_REASON_REMOVED_MEMBER\x103*~\n" +
+	"\x1bERROR_REASON_REMOVED_MEMBER\x103\x12\x16\n" +
+	"\x12ERROR_REASON_QUOTA\x10(*~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -6458,7 +6659,7 @@ func file_raftkv_v1_kv_proto_rawDescGZIP() []byte {
 }
 
 var file_raftkv_v1_kv_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
-var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 71)
+var file_raftkv_v1_kv_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
 var file_raftkv_v1_kv_proto_goTypes = []any{
 	(ErrorReason)(0),                 // 0: raftkv.v1.ErrorReason
 	(Role)(0),                        // 1: raftkv.v1.Role
@@ -6516,29 +6717,30 @@ var file_raftkv_v1_kv_proto_goTypes = []any{
 	(*JoinRequest)(nil),              // 53: raftkv.v1.JoinRequest
 	(*JoinResponse)(nil),             // 54: raftkv.v1.JoinResponse
 	(*StreamRequest)(nil),            // 55: raftkv.v1.StreamRequest
-	(*StreamResponse)(nil),           // 56: raftkv.v1.StreamResponse
-	(*InstallSnapshotRequest)(nil),   // 57: raftkv.v1.InstallSnapshotRequest
-	(*InstallSnapshotResponse)(nil),  // 58: raftkv.v1.InstallSnapshotResponse
-	(*RaftMessage)(nil),              // 59: raftkv.v1.RaftMessage
-	(*Entry)(nil),                    // 60: raftkv.v1.Entry
-	(*Batch)(nil),                    // 61: raftkv.v1.Batch
-	(*LevelRise)(nil),                // 62: raftkv.v1.LevelRise
-	(*Write)(nil),                    // 63: raftkv.v1.Write
-	(*NewSession)(nil),               // 64: raftkv.v1.NewSession
-	(*ConfChangeContext)(nil),        // 65: raftkv.v1.ConfChangeContext
-	(*Member)(nil),                   // 66: raftkv.v1.Member
-	(*ConfState)(nil),                // 67: raftkv.v1.ConfState
-	(*Proposer)(nil),                 // 68: raftkv.v1.Proposer
-	(*SnapshotRecord)(nil),           // 69: raftkv.v1.SnapshotRecord
-	(*SnapshotHeader)(nil),           // 70: raftkv.v1.SnapshotHeader
-	(*Session)(nil),                  // 71: raftkv.v1.Session
-	(*Answer)(nil),                   // 72: raftkv.v1.Answer
-	(*KeyValue)(nil),                 // 73: raftkv.v1.KeyValue
-	(*SnapshotFooter)(nil),           // 74: raftkv.v1.SnapshotFooter
-	(*LogBatch)(nil),                 // 75: raftkv.v1.LogBatch
-	(*Identity)(nil),                 // 76: raftkv.v1.Identity
-	(*HardState)(nil),                // 77: raftkv.v1.HardState
-	(*SnapshotMark)(nil),             // 78: raftkv.v1.SnapshotMark
+	(*RoomReport)(nil),               // 56: raftkv.v1.RoomReport
+	(*StreamResponse)(nil),           // 57: raftkv.v1.StreamResponse
+	(*InstallSnapshotRequest)(nil),   // 58: raftkv.v1.InstallSnapshotRequest
+	(*InstallSnapshotResponse)(nil),  // 59: raftkv.v1.InstallSnapshotResponse
+	(*RaftMessage)(nil),              // 60: raftkv.v1.RaftMessage
+	(*Entry)(nil),                    // 61: raftkv.v1.Entry
+	(*Batch)(nil),                    // 62: raftkv.v1.Batch
+	(*LevelRise)(nil),                // 63: raftkv.v1.LevelRise
+	(*Write)(nil),                    // 64: raftkv.v1.Write
+	(*NewSession)(nil),               // 65: raftkv.v1.NewSession
+	(*ConfChangeContext)(nil),        // 66: raftkv.v1.ConfChangeContext
+	(*Member)(nil),                   // 67: raftkv.v1.Member
+	(*ConfState)(nil),                // 68: raftkv.v1.ConfState
+	(*Proposer)(nil),                 // 69: raftkv.v1.Proposer
+	(*SnapshotRecord)(nil),           // 70: raftkv.v1.SnapshotRecord
+	(*SnapshotHeader)(nil),           // 71: raftkv.v1.SnapshotHeader
+	(*Session)(nil),                  // 72: raftkv.v1.Session
+	(*Answer)(nil),                   // 73: raftkv.v1.Answer
+	(*KeyValue)(nil),                 // 74: raftkv.v1.KeyValue
+	(*SnapshotFooter)(nil),           // 75: raftkv.v1.SnapshotFooter
+	(*LogBatch)(nil),                 // 76: raftkv.v1.LogBatch
+	(*Identity)(nil),                 // 77: raftkv.v1.Identity
+	(*HardState)(nil),                // 78: raftkv.v1.HardState
+	(*SnapshotMark)(nil),             // 79: raftkv.v1.SnapshotMark
 }
 var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	12, // 0: raftkv.v1.PipelineRequest.operations:type_name -> raftkv.v1.Operation
@@ -6557,8 +6759,8 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	0,  // 13: raftkv.v1.OperationError.reason:type_name -> raftkv.v1.ErrorReason
 	8,  // 14: raftkv.v1.SetRequest.request_id:type_name -> raftkv.v1.RequestId
 	8,  // 15: raftkv.v1.DeleteRequest.request_id:type_name -> raftkv.v1.RequestId
-	73, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
-	73, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
+	74, // 16: raftkv.v1.ListResponse.items:type_name -> raftkv.v1.KeyValue
+	74, // 17: raftkv.v1.ScanResponse.items:type_name -> raftkv.v1.KeyValue
 	28, // 18: raftkv.v1.WatchResponse.events:type_name -> raftkv.v1.Event
 	8,  // 19: raftkv.v1.DeleteRangeRequest.request_id:type_name -> raftkv.v1.RequestId
 	31, // 20: raftkv.v1.InitRequest.members:type_name -> raftkv.v1.Node
@@ -6573,91 +6775,93 @@ var file_raftkv_v1_kv_proto_depIdxs = []int32{
 	1,  // 29: raftkv.v1.MetricsResponse.role:type_name -> raftkv.v1.Role
 	31, // 30: raftkv.v1.MetricsResponse.leader:type_name -> raftkv.v1.Node
 	46, // 31: raftkv.v1.MetricsResponse.members:type_name -> raftkv.v1.MemberStatus
-	49, // 32: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
-	49, // 33: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
-	31, // 34: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
-	3,  // 35: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
-	49, // 36: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
-	49, // 37: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
-	31, // 38: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
-	49, // 39: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
-	31, // 40: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
-	4,  // 41: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
-	31, // 42: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
-	31, // 43: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
-	31, // 44: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
-	49, // 45: raftkv.v1.JoinRequest.from:type_name -> raftkv.v1.Peer
-	48, // 46: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
-	59, // 47: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
-	50, // 48: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
-	48, // 49: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
-	5,  // 50: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
-	60, // 51: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
-	6,  // 52: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
-	63, // 53: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
-	62, // 54: raftkv.v1.Batch.rise:type_name -> raftkv.v1.LevelRise
-	18, // 55: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
-	20, // 56: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
-	64, // 57: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
-	29, // 58: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
-	66, // 59: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
-	31, // 60: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
-	70, // 61: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
-	73, // 62: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
-	74, // 63: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
-	71, // 64: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
-	67, // 65: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
-	66, // 66: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
-	68, // 67: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
-	7,  // 68: raftkv.v1.SnapshotHeader.origin:type_name -> raftkv.v1.SnapshotOrigin
-	31, // 69: raftkv.v1.SnapshotHeader.founding:type_name -> raftkv.v1.Node
-	72, // 70: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
-	77, // 71: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
-	78, // 72: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
-	60, // 73: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
-	16, // 74: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
-	18, // 75: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
-	20, // 76: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
-	22, // 77: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
-	24, // 78: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
-	29, // 79: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
-	26, // 80: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
-	9,  // 81: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
-	11, // 82: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
-	32, // 83: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
-	34, // 84: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
-	36, // 85: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
-	40, // 86: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
-	44, // 87: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
-	42, // 88: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
-	55, // 89: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
-	57, // 90: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
-	51, // 91: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
-	53, // 92: raftkv.v1.RaftService.Join:input_type -> raftkv.v1.JoinRequest
-	17, // 93: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
-	19, // 94: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
-	21, // 95: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
-	23, // 96: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
-	25, // 97: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
-	30, // 98: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
-	27, // 99: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
-	10, // 100: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
-	13, // 101: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
-	33, // 102: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
-	35, // 103: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
-	39, // 104: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
-	41, // 105: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
-	47, // 106: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
-	43, // 107: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
-	56, // 108: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
-	58, // 109: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
-	52, // 110: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
-	54, // 111: raftkv.v1.RaftService.Join:output_type -> raftkv.v1.JoinResponse
-	93, // [93:112] is the sub-list for method output_type
-	74, // [74:93] is the sub-list for method input_type
-	74, // [74:74] is the sub-list for extension type_name
-	74, // [74:74] is the sub-list for extension extendee
-	0,  // [0:74] is the sub-list for field type_name
+	31, // 32: raftkv.v1.MetricsResponse.quota_of:type_name -> raftkv.v1.Node
+	49, // 33: raftkv.v1.Hello.from:type_name -> raftkv.v1.Peer
+	49, // 34: raftkv.v1.Hello.to:type_name -> raftkv.v1.Peer
+	31, // 35: raftkv.v1.Peer.node:type_name -> raftkv.v1.Node
+	3,  // 36: raftkv.v1.Welcome.verdict:type_name -> raftkv.v1.Verdict
+	49, // 37: raftkv.v1.Welcome.peer:type_name -> raftkv.v1.Peer
+	49, // 38: raftkv.v1.Welcome.peers:type_name -> raftkv.v1.Peer
+	31, // 39: raftkv.v1.ClaimRequest.to:type_name -> raftkv.v1.Node
+	49, // 40: raftkv.v1.ClaimRequest.founder:type_name -> raftkv.v1.Peer
+	31, // 41: raftkv.v1.ClaimRequest.members:type_name -> raftkv.v1.Node
+	4,  // 42: raftkv.v1.ClaimResponse.verdict:type_name -> raftkv.v1.ClaimVerdict
+	31, // 43: raftkv.v1.ClaimResponse.voters:type_name -> raftkv.v1.Node
+	31, // 44: raftkv.v1.ClaimResponse.members:type_name -> raftkv.v1.Node
+	31, // 45: raftkv.v1.ClaimResponse.by:type_name -> raftkv.v1.Node
+	49, // 46: raftkv.v1.JoinRequest.from:type_name -> raftkv.v1.Peer
+	48, // 47: raftkv.v1.StreamRequest.hello:type_name -> raftkv.v1.Hello
+	60, // 48: raftkv.v1.StreamRequest.messages:type_name -> raftkv.v1.RaftMessage
+	56, // 49: raftkv.v1.StreamRequest.rooms:type_name -> raftkv.v1.RoomReport
+	50, // 50: raftkv.v1.StreamResponse.welcome:type_name -> raftkv.v1.Welcome
+	48, // 51: raftkv.v1.InstallSnapshotRequest.hello:type_name -> raftkv.v1.Hello
+	5,  // 52: raftkv.v1.RaftMessage.type:type_name -> raftkv.v1.RaftMessageType
+	61, // 53: raftkv.v1.RaftMessage.entries:type_name -> raftkv.v1.Entry
+	6,  // 54: raftkv.v1.Entry.type:type_name -> raftkv.v1.EntryType
+	64, // 55: raftkv.v1.Batch.writes:type_name -> raftkv.v1.Write
+	63, // 56: raftkv.v1.Batch.rise:type_name -> raftkv.v1.LevelRise
+	18, // 57: raftkv.v1.Write.set:type_name -> raftkv.v1.SetRequest
+	20, // 58: raftkv.v1.Write.delete:type_name -> raftkv.v1.DeleteRequest
+	65, // 59: raftkv.v1.Write.new_session:type_name -> raftkv.v1.NewSession
+	29, // 60: raftkv.v1.Write.delete_range:type_name -> raftkv.v1.DeleteRangeRequest
+	67, // 61: raftkv.v1.ConfChangeContext.members:type_name -> raftkv.v1.Member
+	31, // 62: raftkv.v1.Member.node:type_name -> raftkv.v1.Node
+	71, // 63: raftkv.v1.SnapshotRecord.header:type_name -> raftkv.v1.SnapshotHeader
+	74, // 64: raftkv.v1.SnapshotRecord.key_value:type_name -> raftkv.v1.KeyValue
+	75, // 65: raftkv.v1.SnapshotRecord.footer:type_name -> raftkv.v1.SnapshotFooter
+	72, // 66: raftkv.v1.SnapshotRecord.session:type_name -> raftkv.v1.Session
+	68, // 67: raftkv.v1.SnapshotHeader.conf_state:type_name -> raftkv.v1.ConfState
+	67, // 68: raftkv.v1.SnapshotHeader.members:type_name -> raftkv.v1.Member
+	69, // 69: raftkv.v1.SnapshotHeader.proposers:type_name -> raftkv.v1.Proposer
+	7,  // 70: raftkv.v1.SnapshotHeader.origin:type_name -> raftkv.v1.SnapshotOrigin
+	31, // 71: raftkv.v1.SnapshotHeader.founding:type_name -> raftkv.v1.Node
+	73, // 72: raftkv.v1.Session.answers:type_name -> raftkv.v1.Answer
+	78, // 73: raftkv.v1.LogBatch.hard_state:type_name -> raftkv.v1.HardState
+	79, // 74: raftkv.v1.LogBatch.snapshot:type_name -> raftkv.v1.SnapshotMark
+	61, // 75: raftkv.v1.LogBatch.entries:type_name -> raftkv.v1.Entry
+	16, // 76: raftkv.v1.KVService.Get:input_type -> raftkv.v1.GetRequest
+	18, // 77: raftkv.v1.KVService.Set:input_type -> raftkv.v1.SetRequest
+	20, // 78: raftkv.v1.KVService.Delete:input_type -> raftkv.v1.DeleteRequest
+	22, // 79: raftkv.v1.KVService.List:input_type -> raftkv.v1.ListRequest
+	24, // 80: raftkv.v1.KVService.Scan:input_type -> raftkv.v1.ScanRequest
+	29, // 81: raftkv.v1.KVService.DeleteRange:input_type -> raftkv.v1.DeleteRangeRequest
+	26, // 82: raftkv.v1.KVService.Watch:input_type -> raftkv.v1.WatchRequest
+	9,  // 83: raftkv.v1.KVService.OpenSession:input_type -> raftkv.v1.OpenSessionRequest
+	11, // 84: raftkv.v1.KVService.Pipeline:input_type -> raftkv.v1.PipelineRequest
+	32, // 85: raftkv.v1.ClusterService.Init:input_type -> raftkv.v1.InitRequest
+	34, // 86: raftkv.v1.ClusterService.AddLearner:input_type -> raftkv.v1.AddLearnerRequest
+	36, // 87: raftkv.v1.ClusterService.ChangeMembership:input_type -> raftkv.v1.ChangeMembershipRequest
+	40, // 88: raftkv.v1.ClusterService.TransferLeader:input_type -> raftkv.v1.TransferLeaderRequest
+	44, // 89: raftkv.v1.ClusterService.Metrics:input_type -> raftkv.v1.MetricsRequest
+	42, // 90: raftkv.v1.ClusterService.Backup:input_type -> raftkv.v1.BackupRequest
+	55, // 91: raftkv.v1.RaftService.Stream:input_type -> raftkv.v1.StreamRequest
+	58, // 92: raftkv.v1.RaftService.InstallSnapshot:input_type -> raftkv.v1.InstallSnapshotRequest
+	51, // 93: raftkv.v1.RaftService.Claim:input_type -> raftkv.v1.ClaimRequest
+	53, // 94: raftkv.v1.RaftService.Join:input_type -> raftkv.v1.JoinRequest
+	17, // 95: raftkv.v1.KVService.Get:output_type -> raftkv.v1.GetResponse
+	19, // 96: raftkv.v1.KVService.Set:output_type -> raftkv.v1.SetResponse
+	21, // 97: raftkv.v1.KVService.Delete:output_type -> raftkv.v1.DeleteResponse
+	23, // 98: raftkv.v1.KVService.List:output_type -> raftkv.v1.ListResponse
+	25, // 99: raftkv.v1.KVService.Scan:output_type -> raftkv.v1.ScanResponse
+	30, // 100: raftkv.v1.KVService.DeleteRange:output_type -> raftkv.v1.DeleteRangeResponse
+	27, // 101: raftkv.v1.KVService.Watch:output_type -> raftkv.v1.WatchResponse
+	10, // 102: raftkv.v1.KVService.OpenSession:output_type -> raftkv.v1.OpenSessionResponse
+	13, // 103: raftkv.v1.KVService.Pipeline:output_type -> raftkv.v1.PipelineResponse
+	33, // 104: raftkv.v1.ClusterService.Init:output_type -> raftkv.v1.InitResponse
+	35, // 105: raftkv.v1.ClusterService.AddLearner:output_type -> raftkv.v1.AddLearnerResponse
+	39, // 106: raftkv.v1.ClusterService.ChangeMembership:output_type -> raftkv.v1.ChangeMembershipResponse
+	41, // 107: raftkv.v1.ClusterService.TransferLeader:output_type -> raftkv.v1.TransferLeaderResponse
+	47, // 108: raftkv.v1.ClusterService.Metrics:output_type -> raftkv.v1.MetricsResponse
+	43, // 109: raftkv.v1.ClusterService.Backup:output_type -> raftkv.v1.BackupResponse
+	57, // 110: raftkv.v1.RaftService.Stream:output_type -> raftkv.v1.StreamResponse
+	59, // 111: raftkv.v1.RaftService.InstallSnapshot:output_type -> raftkv.v1.InstallSnapshotResponse
+	52, // 112: raftkv.v1.RaftService.Claim:output_type -> raftkv.v1.ClaimResponse
+	54, // 113: raftkv.v1.RaftService.Join:output_type -> raftkv.v1.JoinResponse
+	95, // [95:114] is the sub-list for method output_type
+	76, // [76:95] is the sub-list for method input_type
+	76, // [76:76] is the sub-list for extension type_name
+	76, // [76:76] is the sub-list for extension extendee
+	0,  // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_raftkv_v1_kv_proto_init() }
@@ -6686,13 +6890,13 @@ func file_raftkv_v1_kv_proto_init() {
 	file_raftkv_v1_kv_proto_msgTypes[20].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[38].OneofWrappers = []any{}
 	file_raftkv_v1_kv_proto_msgTypes[39].OneofWrappers = []any{}
-	file_raftkv_v1_kv_proto_msgTypes[55].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[56].OneofWrappers = []any{
 		(*Write_Set)(nil),
 		(*Write_Delete)(nil),
 		(*Write_NewSession)(nil),
 		(*Write_DeleteRange)(nil),
 	}
-	file_raftkv_v1_kv_proto_msgTypes[61].OneofWrappers = []any{
+	file_raftkv_v1_kv_proto_msgTypes[62].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_KeyValue)(nil),
 		(*SnapshotRecord_Footer)(nil),
@@ -6704,7 +6908,7 @@ func file_raftkv_v1_kv_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_raftkv_v1_kv_proto_rawDesc), len(file_raftkv_v1_kv_proto_rawDesc)),
 			NumEnums:      8,
-			NumMessages:   71,
+			NumMessages:   72,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

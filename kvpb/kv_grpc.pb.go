@@ -63,7 +63,8 @@ type KVServiceClient interface {
 	// have taken effect, or may do so later: if the code is UNAVAILABLE, it has a
 	// request_id and may be sent again; if it is DEADLINE_EXCEEDED or CANCELLED, only
 	// a write with a request_id may. After any other error that a node gives, the write
-	// takes no effect. SESSION_UNKNOWN and SEQUENCE_TOO_OLD say so of this try only.
+	// takes no effect. SESSION_UNKNOWN, SEQUENCE_TOO_OLD and QUOTA say so of this try
+	// only.
 	// A write with a field that the node does not know is INVALID_ARGUMENT: it might
 	// mean something else.
 	Set(ctx context.Context, in *SetRequest, opts ...grpc.CallOption) (*SetResponse, error)
@@ -249,7 +250,8 @@ type KVServiceServer interface {
 	// have taken effect, or may do so later: if the code is UNAVAILABLE, it has a
 	// request_id and may be sent again; if it is DEADLINE_EXCEEDED or CANCELLED, only
 	// a write with a request_id may. After any other error that a node gives, the write
-	// takes no effect. SESSION_UNKNOWN and SEQUENCE_TOO_OLD say so of this try only.
+	// takes no effect. SESSION_UNKNOWN, SEQUENCE_TOO_OLD and QUOTA say so of this try
+	// only.
 	// A write with a field that the node does not know is INVALID_ARGUMENT: it might
 	// mean something else.
 	Set(context.Context, *SetRequest) (*SetResponse, error)
