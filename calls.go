@@ -609,6 +609,8 @@ type inbox struct {
 	callCount    int
 	messageBytes int
 	wake         bell
+	// queuedCalls and queuedBytes bound callCount and callBytes; constant.
+	queuedCalls, queuedBytes int
 }
 
 // call queues calls, all or none.
@@ -622,7 +624,7 @@ func (b *inbox) call(calls ...*call) error {
 	switch {
 	case b.closed != nil:
 		return b.closed
-	case b.callCount+len(calls) > maxQueuedCalls || b.callBytes+bytes > maxQueuedBytes:
+	case b.callCount+len(calls) > b.queuedCalls || b.callBytes+bytes > b.queuedBytes:
 		return errOverloaded
 	}
 	b.callCount += len(calls)

@@ -172,6 +172,26 @@ func newLimiter(l net.Listener, p places, c *certificates, log *slog.Logger) *li
 	return made
 }
 
+// shrink makes the limits those of a node that has less memory for clients: each is a part of
+// what it was, but has room for the largest request, or answer.
+func (l *limiter) shrink(o *options) {
+	l.places.clients = min(l.places.clients, o.part(maxConnections, 16))
+	l.calls.limit = o.part(maxCalls, 128)
+	l.calls.openLimit = l.calls.limit + l.calls.limit/2
+	l.arrivals.limit = o.part(maxArrivingBytes, 2*maxMessageBytes)
+	l.writes.limits.all = o.part(maxUnaryBytes, 2*maxRequestBytes)
+	l.writes.limits.share = o.part(maxConnUnaryBytes, maxRequestBytes)
+	l.writes.limits.late = o.part(lateUnaryBytes, uncountedWrite)
+	l.pipelines.limits.all = o.part(maxPipelinesBytes, mostOfPipeline)
+	l.pipelines.limits.share = o.part(maxConnPipelinesBytes, mostOfPipeline/2)
+	l.pipelines.limits.late = o.part(latePipelinesBytes, requestBytes)
+	l.answers.large.limits.all = o.part(largeAnswers, 2)
+	l.answers.large.limits.share = o.part(connLargeAnswers, 1)
+	l.answers.small.limits.all = o.part(smallAnswerBytes, 8*smallAnswer)
+	l.answers.small.limits.share = o.part(connSmallBytes, 2*smallAnswer)
+	l.answers.small.limits.late = o.part(lateSmallBytes, smallAnswer)
+}
+
 // Accept returns an error that gRPC waits and tries again after, unless l is closed.
 func (l *limiter) Accept() (net.Conn, error) {
 	for {

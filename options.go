@@ -34,14 +34,19 @@ type options struct {
 	watchBytes uint64
 	// maxStoreBytes is how large the store may become, by store.size; 0: as large as it will.
 	maxStoreBytes uint64
-	plan          startPlan // which cluster the node is to become a member of
-	tls           certificateFiles
-	insecure      bool // beyond loopback without TLS
-	logLevel      slog.Level
-	maxLevel      uint32 // that the cluster may rise to as far as this node goes; 0: any
-	version       bool   // the version is to be printed, and no node to be run
+	// viewBytes, queuedBytes and clientBytes are what the budget has for them; 0: as much as
+	// they ever get.
+	viewBytes, queuedBytes, clientBytes uint64
+
+	plan     startPlan // which cluster the node is to become a member of
+	tls      certificateFiles
+	insecure bool // beyond loopback without TLS
+	logLevel slog.Level
+	maxLevel uint32 // that the cluster may rise to as far as this node goes; 0: any
+	version  bool   // the version is to be printed, and no node to be run
 
 	variables map[string]string // by flag: the environment variable that has set it
+	given     map[string]bool   // by flag: it is set, by one or the other
 
 	files    uint64                                          // in place of RLIMIT_NOFILE, for tests
 	listener net.Listener                                    // in place of addr, for tests
@@ -60,6 +65,8 @@ const (
 	minLogBytes   = 1 << 20
 	minWatchBytes = 4 << 20 // several times the largest entry
 	maxLogBytes   = 1 << 40
+	minStoreBytes = 1 << 20
+	maxStoreBytes = 1 << 50
 )
 
 func defaultOptions() options {
@@ -109,9 +116,9 @@ func nodeFlags(o *options) *flag.FlagSet {
 	fs.Func("data-dir",
 		"`directory` that keeps all that the node has promised (default: it is in memory only)", setDataDir)
 	numberVar(fs, &o.logBytes, "log-bytes",
-		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d)", o.logBytes))
+		fmt.Sprintf("`bytes` of log entries kept before old ones are dropped (default %d, or less by the memory)", o.logBytes))
 	numberVar(fs, &o.watchBytes, "watch-bytes",
-		fmt.Sprintf("`bytes` of past writes kept for watches that go on (default %d)", o.watchBytes))
+		fmt.Sprintf("`bytes` of past writes kept for watches that go on (default %d, or less by the memory)", o.watchBytes))
 	fs.Func("max-level", "`level` that this node lets its cluster rise to at most (default: all that its program speaks)",
 		func(s string) error {
 			level, err := strconv.ParseUint(s, 10, 32)
@@ -188,13 +195,17 @@ func parseOptions(args []string, stdout io.Writer, env func(string) (string, boo
 	if o.version {
 		return o, nil
 	}
-	fs.Visit(func(f *flag.Flag) { delete(o.variables, f.Name) })
+	fs.Visit(func(f *flag.Flag) {
+		delete(o.variables, f.Name)
+		o.given[f.Name] = true
+	})
 	return o, o.check()
 }
 
 // takeEnvironment sets what environment variables set.
 func (o *options) takeEnvironment(env func(string) (string, bool)) error {
 	o.variables = map[string]string{}
+	o.given = map[string]bool{}
 	fs := nodeFlags(o)
 	var first error
 	fs.VisitAll(func(f *flag.Flag) {
@@ -204,6 +215,7 @@ func (o *options) takeEnvironment(env func(string) (string, bool)) error {
 			return
 		}
 		o.variables[f.Name] = name
+		o.given[f.Name] = true
 		err := fs.Set(f.Name, value)
 		if err != nil && first == nil {
 			first = fmt.Errorf("invalid value %q of %s: %w", value, name, err)
@@ -281,6 +293,10 @@ func (o *options) check() error {
 	}
 	if o.watchBytes < minWatchBytes || o.watchBytes > maxLogBytes {
 		return fmt.Errorf("%s %d is not between 4 MiB and 1 TiB", o.nameOf("watch-bytes"), o.watchBytes)
+	}
+	isTooSmall := o.given["max-store-bytes"] && o.maxStoreBytes < minStoreBytes
+	if isTooSmall || o.maxStoreBytes > maxStoreBytes {
+		return fmt.Errorf("%s %d is not between 1 MiB and 1 PiB", o.nameOf("max-store-bytes"), o.maxStoreBytes)
 	}
 	if err := o.checkTLS(); err != nil {
 		return err

@@ -32,6 +32,8 @@ const (
 	// besides what was sent. So many operations as there is room for fit the inbox.
 	operationBytes = 448
 	requestBytes   = 512
+	// mostOfPipeline is what one request takes at most.
+	mostOfPipeline = requestBytes + maxRequestBytes + maxPipelineCalls*operationBytes
 	// maxQueuedRequests bounds the requests of a stream that wait to be answered.
 	maxQueuedRequests = 64
 	// answerBytes is where answers are cut into messages: one more may follow.

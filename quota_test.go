@@ -131,19 +131,23 @@ func TestQuota(t *testing.T) {
 // it: whatever the sizes of values, and however many there are.
 func TestQuotaFarOff(t *testing.T) {
 	for _, bytes := range []int{keyBytes + 4, 500, 2000, maxValueBytes} {
-		l := newFull(t, 3<<20)
+		limit := uint64(3 << 20)
+		if bytes < 100 {
+			limit = 8 << 20 // so that what keys count besides is more than an entry has
+		}
+		l := newFull(t, limit)
 		for i := 0; i < 100_000 && l.n.quota.refusedAt == 0; i++ {
 			w := []*kvpb.Write{sized(fmt.Sprintf("%04d", i), bytes)}
 			if bytes < 1000 { // as many as an entry takes
 				w = nil
-				for j := range 8000 {
-					w = append(w, sized(fmt.Sprintf("%02d%04d", i, j), bytes+2))
+				for j := range 60_000 {
+					w = append(w, sized(fmt.Sprintf("%02d%05d", i, j), bytes+3))
 				}
 			}
 			l.write(w...)
 		}
 		size := l.n.store.size()
-		if size > 3<<20 || size < 3<<20-uint64(bytes)-keyBytes {
+		if size > limit || size < limit-uint64(bytes)-keyBytes {
 			t.Errorf("of values of %d bytes, the store has %d", bytes, size)
 		}
 	}
@@ -223,6 +227,8 @@ func TestQuotaOfTheLeast(t *testing.T) {
 	}
 	l.n.forgetRooms([]uint64{2})
 	want(1000, 1)
+	hears(0, report(2, 1, 900)) // a member finds a place
+	want(900, 2)
 }
 
 // TestQuotaOfNewMember: what a node says before it is a member counts once it is.

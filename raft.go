@@ -21,6 +21,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -43,7 +44,8 @@ const (
 	ticksPerHeartbeat = 5
 	// maxEntryBytes bounds the writes that share an entry, but a single larger one.
 	maxEntryBytes = 1 << 20
-	// maxQueuedCalls and maxQueuedBytes bound the calls that have not ended, and their writes.
+	// maxQueuedCalls and maxQueuedBytes bound the calls that have not ended, and their writes;
+	// with little memory, the budget has less for them.
 	maxQueuedCalls = 64 << 10
 	maxQueuedBytes = 64 << 20
 	// maxInboundBytes bounds what peers sent and the loop has not seen.
@@ -151,6 +153,10 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	n.opts.limits = defaultRaftLimits()
 	n.store.history.limit = o.watchBytes
 	n.store.speaks = o.level
+	n.store.viewBytes = cmp.Or(o.viewBytes, minViewBytes)
+	n.opts.limits.uncommitted = cmp.Or(o.queuedBytes, n.opts.limits.uncommitted)
+	n.inbox.queuedBytes = int(cmp.Or(o.queuedBytes, maxQueuedBytes))
+	n.inbox.queuedCalls = o.part(maxQueuedCalls, 2*maxPipelineCalls)
 	if n.opts.onApply == nil {
 		n.opts.onApply = func(*raftpb.Entry) {}
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"math"
 	"sync"
@@ -26,6 +27,8 @@ var errTooManyScans = apiError(codes.ResourceExhausted, kvpb.ErrorReason_ERROR_R
 
 // runningScans are the Scans of a node. Any goroutine may call its methods.
 type runningScans struct {
+	limit int // maxScans, or less with little memory; constant
+
 	mu    sync.Mutex
 	count int
 	of    map[principal]int
@@ -35,11 +38,12 @@ type runningScans struct {
 func (r *runningScans) begin(p principal) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	share := maxScans / 2
+	most := cmp.Or(r.limit, maxScans)
+	share := most / 2
 	if p.role == roleAnyone {
-		share = maxScans
+		share = most
 	}
-	if r.count >= maxScans || r.of[p] >= share {
+	if r.count >= most || r.of[p] >= share {
 		return false
 	}
 	if r.of == nil {

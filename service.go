@@ -109,9 +109,11 @@ func newServer(n *node, nw *network, c *certificates) *server {
 		stopping:     make(chan struct{}),
 		lists:        make(chan struct{}, maxLists),
 		watchers:     newWatchers(n.store.history),
+		scans:        runningScans{limit: n.opts.part(maxScans, 2)},
 		surveying:    make(chan struct{}, 1),
 		adding:       make(chan struct{}, 1),
 	}
+	s.watchers.limit = n.opts.part(maxWatchers, 16)
 	transport := insecure.NewCredentials()
 	if c != nil {
 		transport = serverCredentials{}

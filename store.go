@@ -34,7 +34,7 @@ const (
 	maxRangeKeys  = 10_000  // store.rangeKeys
 	maxRangeBytes = 1 << 20 // of keys
 	// minViewBytes bounds the memory that the views of clients may keep, or a quarter of the
-	// store's data if that is more.
+	// store's data if that is more; with little memory, the budget has less for them.
 	minViewBytes = 64 << 20
 	// defaultWatchBytes bounds the history that watches can go back to.
 	defaultWatchBytes = 64 << 20
@@ -78,6 +78,7 @@ type store struct {
 	history            *eventHistory // of the last writes
 	events             entryEvents   // of the entry that is being applied
 	rangeKeys          int           // that a DeleteRange deletes at most: maxRangeKeys, but in tests
+	viewBytes          uint64        // in place of minViewBytes, set before the node runs
 	clientViews        []*view       // that are open, in the order in which they were opened: mu guards them
 	file               string        // the snapshot in the data directory that it was read from, if it was
 	room               []operation   // memory for the writes of an entry
@@ -97,6 +98,7 @@ func newStore() *store {
 		speaks:    programLevel,
 		history:   newEventHistory(defaultWatchBytes),
 		rangeKeys: maxRangeKeys,
+		viewBytes: minViewBytes,
 	}
 }
 

@@ -121,7 +121,7 @@ func (s *store) countViews() {
 
 // endCostlyViews ends the oldest views of clients, while they keep too much memory. mu is held.
 func (s *store) endCostlyViews() {
-	limit := max(minViewBytes, s.tree.bytes/4)
+	limit := max(s.viewBytes, s.tree.bytes/4)
 	for len(s.clientViews) > 0 && s.tree.kept-s.clientViews[0].kept > limit {
 		s.endOldestView()
 	}

@@ -128,6 +128,7 @@ type watchers struct {
 	history *eventHistory
 	seen    atomic.Pointer[seenVersion] // marks are set first, then seen
 
+	limit        int    // of watches: maxWatchers, or less with little memory
 	passedAtOnce int    // maxPassedAtOnce, but in tests
 	interleave   func() // nil; the simulator does here what other goroutines may do
 	plantedAhead bool   // a bug that the simulator plants: seen runs ahead of the marks
@@ -155,6 +156,7 @@ func newWatchers(h *eventHistory) *watchers {
 		prefixes: map[string]*watcherSet{},
 		ranges:   map[*watcher]*watcherSet{},
 
+		limit:        maxWatchers,
 		passedAtOnce: maxPassedAtOnce,
 	}
 	ws.seen.Store(&seenVersion{})
@@ -195,22 +197,22 @@ const lookAnyway = 1
 
 // hasPlace returns an error if there are too many watches for another one. mu is held.
 func (ws *watchers) hasPlace(w *watcher) error {
-	if err := ws.total.hasPlace(&w.filter, 1); err != nil {
+	if err := ws.total.hasPlace(&w.filter, ws.limit, 1); err != nil {
 		return err
 	}
 	share := ws.of[w.principal]
 	if share == nil || w.principal.role == roleAnyone {
 		return nil
 	}
-	return share.hasPlace(&w.filter, 2)
+	return share.hasPlace(&w.filter, ws.limit, 2)
 }
 
 // hasPlace returns an error if there are too many watches for another one, for whom a part of the
 // limits is.
-func (s *watchShare) hasPlace(f *watchFilter, divisor int) error {
+func (s *watchShare) hasPlace(f *watchFilter, limit, divisor int) error {
 	isNewLength := f.kind == watchPrefix && s.prefixes[len(f.text)] == 0
 	switch {
-	case s.count >= maxWatchers/divisor:
+	case s.count >= limit/divisor:
 		return tooManyWatches("watches")
 	case s.bytes+f.bytes() > maxWatchedBytes/divisor:
 		return tooManyWatches("bytes of watched keys")
