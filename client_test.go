@@ -1179,7 +1179,7 @@ func TestClientStatus(t *testing.T) {
 	members := []*kvpb.MemberStatus{member(1, a.addr, true), member(2, b.addr, false), member(4, closedAddress, true), member(5, silent, true)}
 	members[1].Lagging = "too slow"
 	a.setMetrics(&kvpb.MetricsResponse{Node: members[0].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Leader: members[0].Node, Term: 3,
-		AppliedIndex: 99, Keys: 5, Version: 7, Healthy: true, Members: members})
+		AppliedIndex: 99, Keys: 5, Version: 7, Healthy: true, Members: members, QuotaUsed: 4<<20 - 1, Quota: 20 << 20, WritesRefused: "it is full"})
 	b.setMetrics(&kvpb.MetricsResponse{Node: members[1].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEARNER, UnhealthyReason: "no leader", Members: members})
 	c.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 3, Address: c.addr}, Role: kvpb.Role_ROLE_UNINITIALIZED, UnhealthyReason: "new"})
 
@@ -1187,13 +1187,14 @@ func TestClientStatus(t *testing.T) {
 	out, _ := runCommand(t, 0, "", "status", "--timeout", "4s", endpoints)
 	rows := strings.Split(strings.TrimSpace(out), "\n")
 	want := []string{
-		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS DISK CLUSTER REASON ",
-		"1 " + a.addr + " ok yes leader 1 3 99 7 5 no 0000000000000abc ",
-		"2 " + b.addr + " unhealthy no learner - - 0 0 0 no 0000000000000abc no leader ",
-		"3 " + c.addr + " unhealthy no uninitialized - - - - - no - new ",
-		"4 " + closedAddress + " unreachable yes - - - - - - - 0000000000000abc \"dial tcp ",
-		"5 " + silent + " unreachable yes - - - - - - - 0000000000000abc no answer in 2s (DEADLINE_EXCEEDED) ",
+		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS STORE DISK CLUSTER REASON ",
+		"1 " + a.addr + " ok yes leader 1 3 99 7 5 3M/20M no 0000000000000abc ",
+		"2 " + b.addr + " unhealthy no learner - - 0 0 0 0M/0M no 0000000000000abc no leader ",
+		"3 " + c.addr + " unhealthy no uninitialized - - - - - - no - new ",
+		"4 " + closedAddress + " unreachable yes - - - - - - - - 0000000000000abc \"dial tcp ",
+		"5 " + silent + " unreachable yes - - - - - - - - 0000000000000abc no answer in 2s (DEADLINE_EXCEEDED) ",
 		"node 2 is too slow",
+		"node 1 refuses Sets: it is full",
 	}
 	if len(rows) != len(want) {
 		t.Fatalf("%d rows, want %d:\n%s", len(rows), len(want), out)
@@ -1241,7 +1242,7 @@ func TestClientStatus(t *testing.T) {
 	_, errs := runCommand(t, 0, "", "status", "--endpoints", c.addr)
 	wantText(t, "stderr", errs, "raft-key-value: warning: no node that was asked is in a cluster; --endpoints asks others\n")
 	out, errs = runCommand(t, exitNotDone, "", "status", "--endpoints", closedAddress)
-	wantPart(t, out, "-     "+closedAddress+"  unreachable  -      -     -       -     -        -        -     -     -        \"dial tcp")
+	wantPart(t, out, "-     "+closedAddress+"  unreachable  -      -     -       -     -        -        -     -      -     -        \"dial tcp")
 	wantPart(t, errs, "no node answered: "+closedAddress+": ")
 }
 

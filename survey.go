@@ -227,7 +227,7 @@ var blanksAtEnd = regexp.MustCompile(" +\n")
 func (s *survey) table() string {
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tVERSION\tKEYS\tDISK\tCLUSTER\tREASON")
+	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tVERSION\tKEYS\tSTORE\tDISK\tCLUSTER\tREASON")
 	for _, r := range s.rows {
 		fmt.Fprintln(w, strings.Join(s.cells(r), "\t"))
 	}
@@ -235,6 +235,7 @@ func (s *survey) table() string {
 	for _, m := range s.laggards() {
 		fmt.Fprintf(&table, "node %d is %s\n", m.Node.GetId(), m.Lagging)
 	}
+	table.WriteString(s.refusalLines())
 	for _, id := range slices.Sorted(maps.Keys(s.views)) {
 		table.WriteString(s.programLines(id))
 	}
@@ -258,7 +259,7 @@ func (s *survey) cells(r *memberRow) []string {
 	cells := []string{numberCell(r.NodeID), r.Address}
 	if !r.Reachable {
 		cells = append(cells, "unreachable", voter)
-		cells = append(cells, slices.Repeat([]string{unknownCell}, 7)...) // from ROLE to DISK
+		cells = append(cells, slices.Repeat([]string{unknownCell}, 8)...) // from ROLE to DISK
 		return append(cells, cluster, r.Error)
 	}
 	m := r.metrics
@@ -275,7 +276,18 @@ func (s *survey) cells(r *memberRow) []string {
 			cells = append(cells, strconv.FormatUint(n, 10))
 		}
 	}
-	return append(cells, yesOrNo(m.Durable), cluster, m.UnhealthyReason)
+	return append(cells, storeCell(m), yesOrNo(m.Durable), cluster, m.UnhealthyReason)
+}
+
+// storeCell is what of its quota a node's store takes, in MiB, both rounded down.
+func storeCell(m *kvpb.MetricsResponse) string {
+	switch {
+	case m.ClusterId == 0:
+		return unknownCell
+	case m.Quota > maxStoreBytes: // there is none, or the node is too old to say so
+		return fmt.Sprintf("%dM", m.QuotaUsed>>20)
+	}
+	return fmt.Sprintf("%dM/%dM", m.QuotaUsed>>20, m.Quota>>20)
 }
 
 // numberCell is a number in the table; 0 is not known.
@@ -304,6 +316,17 @@ func (s *survey) laggards() []*kvpb.MemberStatus {
 		}
 	}
 	return slow
+}
+
+// refusalLines say which nodes refuse Sets, and why.
+func (s *survey) refusalLines() string {
+	var lines strings.Builder
+	for _, r := range s.rows {
+		if why := r.metrics.GetWritesRefused(); why != "" {
+			fmt.Fprintf(&lines, "node %d refuses Sets: %s\n", r.NodeID, why)
+		}
+	}
+	return lines.String()
 }
 
 // programLines say which programs the nodes of a cluster run, and what keeps its level from
