@@ -40,6 +40,7 @@
 //     finds no member, it does what --initial-cluster or --join says.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks
 //     once a second whether their files have changed.
+//   - The one that runs Go's collector when the store has dropped much (node.collect).
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its
 //     GracefulStop, each in a goroutine.
 //   - A sub-command asks several nodes at once, waits for stdin and stdout, and makes a
@@ -211,6 +212,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	defer endLoop()
 	loop := inBackground(func() error { return n.run(loopContext) })
 	go s.watchLoop(loopContext)
+	go n.collect(loopContext)
 	limiter := newLimiter(listener, room, certificates, logger)
 	limiter.shrink(&o)
 	s.limiter = limiter

@@ -204,3 +204,50 @@ func overwrite(ctx context.Context, t *testing.T, p *process, size int, length t
 	}
 	working.Wait()
 }
+
+// TestMemoryComesBack: what was deleted, and what small values have replaced, is given back to the
+// system within a minute, but for what the log and the history keep, though nothing is called.
+func TestMemoryComesBack(t *testing.T) {
+	const keys = 400
+	for name, shrink := range map[string]func(context.Context, *process) error{
+		"deleted": func(ctx context.Context, p *process) error {
+			_, err := p.kv.DeleteRange(ctx, &kvpb.DeleteRangeRequest{Prefix: "k"})
+			return err
+		},
+		"replaced": func(ctx context.Context, p *process) error {
+			for i := range keys {
+				if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: fmt.Sprintf("k%d", i)}); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &process{id: 1, address: "127.0.0.1:0", args: []string{"--log-bytes", "1048576", "--watch-bytes", "4194304"}}
+			formCluster(t, []*process{p})
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+			defer cancel()
+			idle := p.rss()
+			for i := range keys {
+				req := &kvpb.SetRequest{Key: fmt.Sprintf("k%d", i), Value: make([]byte, maxValueBytes)}
+				if _, err := p.kv.Set(ctx, req); err != nil {
+					t.Fatal(err)
+				}
+			}
+			full := p.rss()
+			if err := shrink(ctx, p); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			within(t, time.Minute, func() error {
+				left := p.rss() - idle
+				if left < 64<<20 {
+					return nil
+				}
+				return fmt.Errorf("%d MiB are not given back, of %d", left>>20, (full-idle)>>20)
+			})
+			t.Logf("of %d MiB, %d are left after %v", (full-idle)>>20, (p.rss()-idle)>>20, time.Since(start))
+		})
+	}
+}

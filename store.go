@@ -432,6 +432,7 @@ func (s *store) install(t *store) {
 	defer s.mu.Unlock()
 	s.clusterID = t.clusterID
 	s.version = t.version
+	t.tree.dropped = s.tree.dropped + s.tree.bytes
 	s.tree = t.tree
 	for len(s.clientViews) > 0 { // they would keep all that was here before
 		s.endOldestView()

@@ -246,6 +246,8 @@ type tree struct {
 	keys   uint64
 	bytes  uint64 // of all keys and values
 	copied uint64 // bytes of pages that writes have copied since the tree was made
+	// dropped is the bytes of the values that writes have replaced or deleted. It only grows.
+	dropped uint64
 	// kept is the memory, in bytes, of what writes have replaced since the tree was made, while it
 	// was a part of a view that counts. It only grows. Views count up to the epoch counted: what
 	// was made in an earlier one may be a part of them.
@@ -355,6 +357,7 @@ func (t *tree) setInLeaf(p *page, key []byte, it item) (added int, found bool) {
 func (t *tree) uncount(p *page, i int) {
 	bytes := uint64(len(p.item(i).value))
 	t.bytes -= bytes
+	t.dropped += bytes
 	if large := p.largeOf(i); large != nil {
 		t.countKept(large.epoch, bytes)
 	}
