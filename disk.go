@@ -90,6 +90,7 @@ type disk struct {
 	background func(func()) // see walOptions
 	running    sync.WaitGroup
 
+	saved atomic.Int64 // bytes of the snapshot that is being saved
 	// say is told now and then how far reading has got: how many of all there are, and of what.
 	say func(what, unit string, done, all uint64)
 
@@ -412,7 +413,8 @@ type snapshotWriter struct {
 	w    io.Writer // appends to file
 	err  error     // the first one of the disk: nothing is written after it
 
-	unsynced int // bytes
+	unsynced int  // bytes
+	isOwn    bool // it is of this node's state
 }
 
 // newSnapshot creates a snapshot's file. An error shows in the writer's first Write or in
@@ -442,6 +444,9 @@ func (w *snapshotWriter) Write(b []byte) (int, error) {
 	}
 	n, err := w.w.Write(b)
 	w.unsynced += n
+	if w.isOwn {
+		w.d.saved.Add(int64(n))
+	}
 	if err == nil && w.unsynced > syncEvery {
 		err = w.file.sync()
 		w.unsynced = 0
@@ -487,6 +492,8 @@ func (w *snapshotWriter) publish(name string) error {
 // save writes a view as a snapshot.
 func (d *disk) save(v *view) (*kvpb.SnapshotMark, error) {
 	w := d.newSnapshot()
+	w.isOwn = true
+	d.saved.Store(0)
 	name, err := w.finish(v.header.Index, v.writeTo(w))
 	if err != nil {
 		return nil, err

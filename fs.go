@@ -23,6 +23,9 @@ type fileSystem interface {
 	// lock locks a directory for this process, until the Closer is closed. It makes the
 	// directory if it is not there.
 	lock(dir string) (io.Closer, error)
+	// free returns how many bytes of the file system that a directory is in are free for this
+	// process. It may block.
+	free(dir string) (uint64, error)
 	// syncDir makes the names in a directory durable.
 	syncDir(dir string) error
 }

@@ -2,7 +2,13 @@
 
 package main
 
-import "os"
+import (
+	"errors"
+	"os"
+)
+
+// free is not known here.
+func (osFS) free(string) (uint64, error) { return 0, errors.ErrUnsupported }
 
 // syncData makes a file durable.
 func syncData(f *os.File) error { return f.Sync() }

@@ -40,6 +40,8 @@
 //     finds no member, it does what --initial-cluster or --join says.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks
 //     once a second whether their files have changed.
+//   - The one that looks at the free space of the disk, one a node with a data directory
+//     (node.watchSpace).
 //   - The one that runs Go's collector when the store has dropped much (node.collect).
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its
 //     GracefulStop, each in a goroutine.
@@ -213,6 +215,9 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	loop := inBackground(func() error { return n.run(loopContext) })
 	go s.watchLoop(loopContext)
 	go n.collect(loopContext)
+	if o.durable {
+		go n.watchSpace(loopContext)
+	}
 	limiter := newLimiter(listener, room, certificates, logger)
 	limiter.shrink(&o)
 	s.limiter = limiter

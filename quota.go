@@ -44,14 +44,15 @@ var errQuota = errors.New("the Set was refused")
 
 // quota is what members have said of their room, and this node's own. The loop alone uses it.
 type quota struct {
-	own   kvpb.RoomReport        // of this node, in its life under own.raft_id
+	own   kvpb.RoomReport // of this node, in its life under own.raft_id
+	space diskSpace
 	rooms map[uint64]*memberRoom // by raft ID, of others
 	news  []*kvpb.RoomReport     // that peers are yet to be told of
 	// changed: what streams begin with is out of date.
 	changed bool
 	saidAt  uint64 // tick in which peers were last told that the own disk is low
 	led     bool   // this node led when it last told peers
-	// refusedAt is the tick in which a Set was last refused; 0: none was.
+	// refusedAt is the tick in which a Set was last refused for its size; 0: none was.
 	refusedAt uint64
 
 	// What follows from it, for this moment.
@@ -317,18 +318,19 @@ func (a *admission) refused() error {
 	n := a.node
 	q := &n.quota
 	n.status.count.SetsRefused++
-	if a.why == nil {
-		text := n.whyFull()
-		if a.refuse {
-			text = n.whyDiskLow(q.lowest)
-		}
-		a.why = fmt.Errorf("%w: %s", errQuota, text)
-		isNews := q.refusedAt == 0 || n.clock.now-q.refusedAt > n.ticksOf(time.Minute)
-		if isNews {
-			n.logger.Warn("a Set was refused", "why", text)
-		}
-		q.refusedAt = n.clock.now
+	if a.why != nil {
+		return a.why
 	}
+	if a.refuse { // weighRooms has logged it
+		a.why = fmt.Errorf("%w: %s", errQuota, n.whyDiskLow(q.lowest))
+		return a.why
+	}
+	a.why = fmt.Errorf("%w: %s", errQuota, n.whyFull())
+	isNews := q.refusedAt == 0 || n.clock.now-q.refusedAt > n.ticksOf(time.Minute)
+	if isNews {
+		n.logger.Warn("Sets are refused", "why", n.whyFull())
+	}
+	q.refusedAt = n.clock.now
 	return a.why
 }
 

@@ -251,3 +251,14 @@ func TestMemoryComesBack(t *testing.T) {
 		})
 	}
 }
+
+// TestFreeSpace: the file system says how much of it is free.
+func TestFreeSpace(t *testing.T) {
+	free, err := osFS{}.free(t.TempDir())
+	if err != nil || free < 1<<20 || free > 1<<60 {
+		t.Errorf("%d, %v", free, err)
+	}
+	if _, err := (osFS{}).free(filepath.Join(t.TempDir(), "nothing")); err == nil {
+		t.Error("there is free space where nothing is")
+	}
+}

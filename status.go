@@ -144,6 +144,8 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Quota = n.quota.limit
 	m.QuotaOf = n.nodeOf(n.quota.of)
 	m.MaxStoreBytes = n.quota.own.MaxStoreBytes
+	m.DiskFree = n.quota.space.free
+	m.DiskReserve = n.quota.space.reserve
 	m.WritesRefused = n.whyRefused()
 	m.Sessions = uint64(s.sessions.count())
 	m.ProgramLevel = n.opts.level

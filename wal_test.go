@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -33,6 +34,8 @@ type simFS struct {
 	names   map[string]*simFile
 	durable map[string]*simFile
 	pending []map[string]*simFile // changes of names, each atomic, since syncDir; nil: removed
+
+	space uint64 // bytes that files may have; 0: as many as they want
 
 	calls   []string // all that were made
 	failAt  int      // the call that fails, from 1 on; 0: none
@@ -164,6 +167,22 @@ func (s *simFS) syncDir(dir string) error {
 	return err
 }
 
+// used is how many bytes all files have that have a name.
+func (s *simFS) used() (used uint64) {
+	for _, f := range s.names {
+		used += uint64(len(f.cache))
+	}
+	return used
+}
+
+// free implements fileSystem. It is no call that fails.
+func (s *simFS) free(string) (uint64, error) {
+	if s.space == 0 {
+		return math.MaxInt64, nil
+	}
+	return less(s.space, s.used()), nil
+}
+
 type simHandle struct {
 	fs *simFS
 	f  *simFile
@@ -194,6 +213,9 @@ func (h simHandle) WriteAt(b []byte, offset int64) (int, error) {
 		b = b[:max(0, half/sectorBytes*sectorBytes-int(offset))] // a file system has space in blocks
 	}
 	end := int(offset) + len(b)
+	if more := end - len(h.f.cache); h.fs.space != 0 && more > 0 && h.fs.used()+uint64(more) > h.fs.space {
+		return 0, syscall.ENOSPC
+	}
 	if grow := end - len(h.f.cache); grow > 0 {
 		h.f.cache = append(h.f.cache, make([]byte, grow)...)
 	}
@@ -240,6 +262,7 @@ func (s *simFS) lose(r *rand.Rand) *simFS {
 		}
 	}
 	n := newSimFS()
+	n.space = s.space
 	n.names, n.durable = s.durable, maps.Clone(s.durable)
 	for _, path := range slices.Sorted(maps.Keys(n.names)) {
 		f := n.names[path]
@@ -253,6 +276,7 @@ func (s *simFS) lose(r *rand.Rand) *simFS {
 // may: clean pages.
 func (s *simFS) restart(evict bool) *simFS {
 	n := newSimFS()
+	n.space = s.space
 	n.names, n.durable, n.pending = s.names, s.durable, s.pending
 	for _, f := range n.names {
 		for i := range len(f.disk) / sectorBytes {
@@ -267,6 +291,7 @@ func (s *simFS) restart(evict bool) *simFS {
 // clone copies what the process sees, as if all of it were durable.
 func (s *simFS) clone() *simFS {
 	n := newSimFS()
+	n.space = s.space
 	for path, f := range s.names {
 		n.names[path] = &simFile{slices.Clone(f.cache), slices.Clone(f.cache), map[int]bool{}}
 	}

@@ -1,0 +1,214 @@
+// Tests of the space on the disk.
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"raft-key-value/kvpb"
+)
+
+// newDiskOf is a cluster of one node with a disk of so many bytes.
+func newDiskOf(t *testing.T, space uint64) *diskNode {
+	t.Helper()
+	fs := newSimFS()
+	fs.space = space
+	p, err := openDiskNode(fs, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
+	if err := p.settle(); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// look has the node look at the free space.
+func (p *diskNode) look(t *testing.T) {
+	t.Helper()
+	free, _ := p.fs.free(simDir)
+	p.n.inbox.event(func() { p.n.noteSpace(free) })
+	if err := p.settle(); err != nil {
+		t.Fatalf("%v: %d bytes are free, %d should be", err, free, p.n.quota.space.reserve)
+	}
+}
+
+// write makes a call, and looks at the free space.
+func (p *diskNode) write(t *testing.T, w *kvpb.Write) outcome {
+	t.Helper()
+	c := &call{write: mustMarshal(t, w), done: make(chan outcome, 1)}
+	if err := p.n.inbox.call(c); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.settle(); err != nil {
+		t.Fatal(err)
+	}
+	p.look(t)
+	return <-c.done
+}
+
+// TestDiskSpace: whatever the size of the disk and of values, it is never used up: Sets are
+// refused before. Deletes are not, however many, and once they have made room, Sets are
+// taken again.
+func TestDiskSpace(t *testing.T) {
+	for _, space := range []uint64{64 << 10, 200 << 10, 1 << 20} {
+		for _, size := range []int{100, 1000, 5000} {
+			t.Run(fmt.Sprint(space, size), func(t *testing.T) {
+				p := newDiskOf(t, space)
+				value := strings.Repeat("v", size)
+				fill := func() (keys int) {
+					for {
+						o := p.write(t, setWrite(fmt.Sprintf("k%d", keys), value))
+						if o.err == nil {
+							keys++
+							continue
+						}
+						if !errors.Is(o.err, errQuota) || !strings.Contains(o.err.Error(), "disk of node 1") {
+							t.Fatalf("after %d keys: %v", keys, o.err)
+						}
+						return keys
+					}
+				}
+				first := fill()
+				if uint64(first*size) < space/8 {
+					t.Errorf("%d keys of %d bytes fill %d", first, size, space)
+				}
+				if m := p.n.metrics(); m.WritesRefused == "" || m.DiskFree == 0 || m.DiskReserve <= m.DiskFree {
+					t.Errorf("refused: %q; %d are free, %d should be", m.WritesRefused, m.DiskFree, m.DiskReserve)
+				}
+				if o := p.write(t, setWrite("k0", "smaller")); !errors.Is(o.err, errQuota) {
+					t.Errorf("a smaller value is written: %v", o.err)
+				}
+				for i := range first {
+					if o := p.write(t, deleteWrite(fmt.Sprintf("k%d", i))); o.err != nil {
+						t.Fatal(o.err)
+					}
+				}
+				for range 3 {
+					p.look(t)
+				}
+				if m := p.n.metrics(); m.WritesRefused != "" {
+					t.Fatalf("all is deleted, and %q", m.WritesRefused)
+				}
+				if again := fill(); again < first/2 {
+					t.Errorf("the second time, %d keys fill it, the first time %d", again, first)
+				}
+				if _, err := openDiskNode(p.fs.restart(false), 1); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+// TestDiskOfOther: a member's disk that is low counts until it says otherwise, and no longer than
+// diskLowLasts, unless it says so again; its limit counts on.
+func TestDiskOfOther(t *testing.T) {
+	l := newLone(t, leading)
+	l.n.quota = newQuota(1 << 20)
+	sequence := uint64(0)
+	hears := func(isLow bool) {
+		sequence++
+		r := report(3, sequence, 1<<20)
+		r.DiskLow = isLow
+		r.DiskFree = 77
+		r.DiskReserve = 1234
+		l.n.inbox.event(func() { l.n.learnRooms(l.hellos[0], []*kvpb.RoomReport{r}) })
+		l.turn(0)
+	}
+	want := func(refused bool, when string) {
+		t.Helper()
+		c := &call{write: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}
+		if err := l.n.inbox.call(c); err != nil {
+			t.Fatal(err)
+		}
+		l.turn(0)
+		l.ack(2)
+		o := <-c.done
+		if errors.Is(o.err, errQuota) != refused {
+			t.Errorf("%s: %v", when, o.err)
+		}
+		for _, part := range []string{"disk of node 3", "77", "1234"} {
+			if refused && !strings.Contains(o.err.Error(), part) {
+				t.Errorf("%v says nothing of %s", o.err, part)
+			}
+		}
+		if got := l.n.metrics().WritesRefused != ""; got != refused {
+			t.Errorf("%s: status says that Sets are refused: %v", when, got)
+		}
+	}
+	passes := func(ticks uint64) {
+		for range ticks {
+			l.turn(1)
+			l.ack(2, 3) // or it would lead no more
+		}
+	}
+	most := l.n.ticksOf(diskLowLasts)
+	want(false, "at first")
+	hears(true)
+	want(true, "it is low")
+	passes(most - 10)
+	want(true, "just before its end")
+	hears(true)
+	passes(most - 10)
+	want(true, "said again")
+	hears(false)
+	want(false, "not low any more")
+	hears(true)
+	passes(most + 10)
+	want(false, "not said again")
+	hears(true)
+	l.n.forgetRooms([]uint64{3})
+	want(false, "removed")
+}
+
+// TestLowDiskIsTold: a node whose disk is low says so at once, and again while it is; and when it
+// is not any more. One look is not enough.
+func TestLowDiskIsTold(t *testing.T) {
+	p := newDiskOf(t, 0)
+	l := &toldRooms{lone: &lone{t: t, n: p.n}}
+	p.n.net = l
+	turn := func() {
+		in := p.n.inbox.take()
+		in.ticks = 1
+		p.n.turn(in)
+	}
+	turn()
+	said := func(free uint64) (low []bool) {
+		l.news = nil
+		p.n.inbox.event(func() { p.n.noteSpace(free) })
+		turn()
+		for _, news := range l.news {
+			for _, r := range news {
+				low = append(low, r.DiskLow)
+			}
+		}
+		return low
+	}
+	reserve := p.n.durable.reserve(0, p.n.opts.logBytes)
+	for i, step := range []struct {
+		free uint64
+		want string
+	}{{reserve, "[]"}, {reserve - 1, "[]"}, {reserve, "[]"}, {1, "[]"}, {1, "[true]"}, {1, "[]"}, {reserve, "[]"}, {2 * reserve, "[false]"}} {
+		if got := fmt.Sprint(said(step.free)); got != step.want {
+			t.Errorf("step %d: it says %s, want %s", i, got, step.want)
+		}
+	}
+	said(1)
+	said(1)
+	last := uint64(0)
+	for range 3 {
+		l.news = nil
+		for range p.n.ticksOf(diskLowAgain) {
+			turn()
+		}
+		if len(l.news) != 1 || !l.news[0][0].DiskLow || l.news[0][0].Sequence <= last {
+			t.Fatalf("in 5 s it says %v", l.news)
+		}
+		last = l.news[0][0].Sequence
+	}
+}
