@@ -498,6 +498,7 @@ func (n *node) propose() {
 	if p == nil {
 		return
 	}
+	n.opts.onPropose(p.sequence, p.data)
 	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
 		p.proposeAt = n.clock.now + 1
 		return

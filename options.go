@@ -48,13 +48,14 @@ type options struct {
 	variables map[string]string // by flag: the environment variable that has set it
 	given     map[string]bool   // by flag: it is set, by one or the other
 
-	files    uint64                                          // in place of RLIMIT_NOFILE, for tests
-	listener net.Listener                                    // in place of addr, for tests
-	dialer   func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
-	redial   time.Duration                                   // in place of redialTime, for tests; 0: not
-	onApply  func(*raftpb.Entry)                             // called by the loop, for tests
-	limits   raftLimits                                      // of a node that has been made
-	level    uint32                                          // that the program speaks: programLevel, but in tests
+	files     uint64                                          // in place of RLIMIT_NOFILE, for tests
+	listener  net.Listener                                    // in place of addr, for tests
+	dialer    func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
+	redial    time.Duration                                   // in place of redialTime, for tests; 0: not
+	onApply   func(*raftpb.Entry)                             // called by the loop, for tests
+	onPropose func(sequence uint64, data []byte)              // called by the loop, for tests
+	limits    raftLimits                                      // of a node that has been made
+	level     uint32                                          // that the program speaks: programLevel, but in tests
 }
 
 const (

@@ -160,6 +160,9 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	if n.opts.onApply == nil {
 		n.opts.onApply = func(*raftpb.Entry) {}
 	}
+	if n.opts.onPropose == nil {
+		n.opts.onPropose = func(uint64, []byte) {}
+	}
 	n.status.onChange = func(*published) {}
 	n.quota = newQuota(o.maxStoreBytes)
 	n.inbox.wake = newBell()

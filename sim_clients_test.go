@@ -315,6 +315,9 @@ func (c *caller) finish(a *attempt, out outcome) {
 		c.giveUp(o)
 	case out.err != nil:
 		s.count["calls refused"]++
+		if errors.Is(out.err, errQuota) {
+			s.checkRefusal(a)
+		}
 		c.again(a, true)
 	case o.isRead():
 		if s.rng.IntN(4) > 0 {

@@ -15,6 +15,11 @@
 // the version of the response before to its own, and nothing else. A node says that its
 // history is too short only if it is.
 //
+// With each proposal: it makes the store no larger than any member allows of which its node was
+// told. With each entry: the store exceeds that by no more than what all nodes have in flight. At
+// the end all members know the least limit, and deletes make room for Sets. That what is refused
+// is never applied holds for all calls.
+//
 // With each page of a list or a scan: it is what the log has made of the range by the
 // version of its view, which is as new as the read asks for. With each local read: it is
 // as new as it asks for.
@@ -185,6 +190,7 @@ type oracle struct {
 	first    map[[2]uint64]result // all answers ever, likewise
 	applied  []appliedEntry       // by index
 	eras     []era
+	size     uint64           // of the store, as quotas count it
 	terms    map[uint64]int64 // when an entry of each was first applied
 }
 
@@ -334,6 +340,7 @@ func (s *sim) commit(e *raftpb.Entry) {
 	for _, w := range b.Writes {
 		s.commitWrite(e.GetIndex(), w)
 	}
+	s.checkSize(&b)
 }
 
 // begins notes that another membership holds.
@@ -774,6 +781,7 @@ func (s *sim) settle() {
 		return s.unsettled()
 	})
 	s.until(settleTicks, s.unrisen)
+	s.makeRoom()
 	s.checkFreshCalls()
 	s.until(settleTicks, s.unequal)
 	s.until(settleTicks, s.untold)

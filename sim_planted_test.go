@@ -55,6 +55,8 @@ type plantedBugs struct {
 
 	riseAlone  bool // a leader raises the level and asks nobody
 	overstated bool // programs say that they speak a level which they do not
+	deaf       bool // what other nodes say of their room does not count
+	refusedToo bool // a Set that is refused for want of room is proposed all the same
 }
 
 // TestSimulatorFindsBugs plants bugs and sees that they are found (I10).
@@ -119,6 +121,8 @@ func TestSimulatorFindsBugs(t *testing.T) {
 		{"snapshots without the counts of DeleteRanges", func(c *simConfig) { c.uncounted = true }},
 		{"a level raised before all speak it", func(c *simConfig) { c.riseAlone, c.levels = true, true }},
 		{"programs that say a level which they do not speak", func(c *simConfig) { c.overstated, c.levels = true, true }},
+		{"a quota by the node's own limit alone", func(c *simConfig) { c.deaf = true }},
+		{"Sets that were refused and proposed", func(c *simConfig) { c.refusedToo = true }},
 	}
 	bugs = append(bugs, []bug{
 		{"a cluster formed with the claims of most", func(c *simConfig) {

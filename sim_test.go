@@ -11,6 +11,7 @@
 //   - sim_watches_test.go: what clients watch, and what they are told;
 //   - sim_levels_test.go: which programs nodes run;
 //   - sim_starting_test.go: nodes that form clusters and join them by themselves;
+//   - sim_quota_test.go: what may be stored, where sites have room for less;
 //   - sim_faults_test.go: what goes wrong;
 //   - sim_invariants_test.go: what must hold, and the oracle that knows it;
 //   - sim_planted_test.go: bugs that are planted to see that they are found.
@@ -98,7 +99,8 @@ type simConfig struct {
 	passing      float64 // mean, until a node's watchers pass over what is new
 	historyBytes uint64  // of past writes that a node keeps for watches
 
-	levels bool // nodes run programs of two levels
+	levels bool   // nodes run programs of two levels
+	quota  uint64 // the least that a site lets the store become, others let it twice as large, or more; 0: there is none
 
 	faultEvery float64 // mean, between two faults
 	outage     float64 // mean, of a fault that lasts
@@ -176,6 +178,12 @@ func drawConfig(rng *rand.Rand, steps int) simConfig {
 	c.levels = rng.IntN(2) == 0
 	c.formEvery = pick(0, 20, 100)
 	c.joins = rng.IntN(2) == 0
+	if rng.IntN(4) == 0 { // clients would soon store far more
+		c.quota = uint64(pick(1500, 4000))
+		c.keys = 100
+		c.valueBytes = 300
+		c.clients = min(c.clients, 3)
+	}
 	return c
 }
 
@@ -287,6 +295,9 @@ func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 		st := &site{i: i, node: &kvpb.Node{Id: uint64(i + 1), Address: fmt.Sprintf("node%d:1", i+1)}}
 		if rng.Float64() < cfg.durable || i == 0 && cfg.anchored() {
 			st.fs = newSimFS()
+		}
+		if cfg.quota != 0 {
+			st.limit = cfg.quota * uint64(1+(i+int(seed))%3)
 		}
 		s.sites = append(s.sites, st)
 		s.list = append(s.list, st.node)
@@ -422,6 +433,7 @@ type site struct {
 	speaks uint32 // the level of the program that is installed; 0: the first
 	// mustUpgrade: the next process is of the newer program.
 	mustUpgrade bool
+	limit       uint64 // how large a store it has room for
 
 	fs      *simFS // nil: it has no disk
 	slow    int64  // until then the disk does nothing
@@ -471,6 +483,8 @@ type proc struct {
 	sending   []*transfer
 	hellos    []*simStream // on their way to here
 	rooms     []*kvpb.RoomReport
+	told      map[uint64]toldLimit // by raft ID: what members have said that they have room for
+	proposed  map[uint64]uint64    // by sequence: the least limit that counted when it was proposed
 
 	calls   []*attempt // that have not ended
 	witness witness    // of the last operator's request
@@ -539,6 +553,7 @@ func (s *sim) start(st *site) {
 	o.election = time.Duration(s.cfg.election) * 20 * time.Millisecond
 	o.logBytes = s.cfg.logBytes
 	o.watchBytes = s.cfg.historyBytes
+	o.maxStoreBytes = st.limit
 	o.id = st.node.Id
 	s.installProgram(st)
 	p := &proc{
@@ -549,9 +564,13 @@ func (s *sim) start(st *site) {
 		receiving: map[uint64]*transfer{},
 		rate:      .8 + .4*s.rng.Float64(),
 		fresh:     map[uint64]*raftpb.Entry{},
+		told:      map[uint64]toldLimit{},
+		proposed:  map[uint64]uint64{},
 	}
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
+	p.n.opts.onPropose = p.checkRoom
+	p.n.quota.plantedDeaf = s.cfg.deaf
 	p.n.opts.onApply = func(e *raftpb.Entry) {
 		p.fresh[e.GetIndex()] = e
 		if e.GetType() != raftpb.EntryNormal {
@@ -890,7 +909,10 @@ func (st *simStream) tellRooms(rooms []*kvpb.RoomReport) {
 		}
 		s.at(st.to, func() {
 			p := st.to
-			p.n.inbox.event(func() { p.n.learnRooms(st.hello, rooms) })
+			p.n.inbox.event(func() {
+				p.hearLimits(st.hello, rooms)
+				p.n.learnRooms(st.hello, rooms)
+			})
 			p.wake()
 		})
 	})
