@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -260,5 +261,76 @@ func TestFreeSpace(t *testing.T) {
 	}
 	if _, err := (osFS{}).free(filepath.Join(t.TempDir(), "nothing")); err == nil {
 		t.Error("there is free space where nothing is")
+	}
+}
+
+// costlyFloods are those that cost a node in 200 MiB the most. The others are run with a -soak of a
+// minute or more.
+var costlyFloods = []string{
+	"Sets that lack a byte, on 100 connections", "Sets in frames of a byte that lack one", "Pipelines of Gets that nobody reads",
+	"idle Pipelines with large headers",
+}
+
+// TestSmallNodeIsAbused: in 200 MiB, a full node is not killed by clients that misbehave either.
+func TestSmallNodeIsAbused(t *testing.T) {
+	t.Parallel()
+	for _, a := range slices.Concat(abuses, floods) {
+		if *soak < time.Minute && !slices.Contains(costlyFloods, a.name) {
+			continue
+		}
+		t.Run(a.name, func(t *testing.T) {
+			p := &process{id: 1, address: "127.0.0.1:0", within: inCgroup(memoryCgroup(t, 200<<20))}
+			formCluster(t, []*process{p})
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+			defer cancel()
+			for key, bytes := range map[string]int{"large": maxValueBytes, "small": uncountedAnswer - 64} {
+				if _, err := p.kv.Set(ctx, &kvpb.SetRequest{Key: key, Value: make([]byte, bytes)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			fillNode(ctx, t, p, 20<<10)
+			most := sampleMemory(p)
+			ready, stop := a.begin(p.address)
+			select {
+			case <-ready:
+			case <-ctx.Done():
+			}
+			more := most()
+			stop()
+			if !p.isRunning() {
+				t.Errorf("it was killed, after it had taken %d MiB more", more>>20)
+			}
+			t.Logf("%d MiB more", more>>20)
+		})
+	}
+}
+
+// TestSmallCluster: of three nodes with 200 MiB each that are full, one is killed, and catches up
+// while all is overwritten. None runs out of memory.
+func TestSmallCluster(t *testing.T) {
+	var ps []*process
+	for i := range 3 {
+		p := &process{id: uint64(i + 1), address: "127.0.0.1:0", within: inCgroup(memoryCgroup(t, 200<<20))}
+		ps = append(ps, p)
+	}
+	formCluster(t, ps)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	for _, p := range ps {
+		fillNode(ctx, t, p, 100<<10)
+	}
+	for range 3 {
+		leader := leaderOf(t, ps)
+		other := ps[leader.id%3]
+		other.signal(syscall.SIGKILL)
+		overwrite(ctx, t, leader, 100<<10, time.Second)
+		other.start()
+		overwrite(ctx, t, leader, 100<<10, 2*time.Second)
+		awaitHealthy(t, ps, time.Minute)
+		for _, p := range ps {
+			if !p.isRunning() {
+				t.Fatalf("node %d was killed", p.id)
+			}
+		}
 	}
 }
