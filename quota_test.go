@@ -227,6 +227,7 @@ func TestQuotaOfTheLeast(t *testing.T) {
 	}
 	l.n.forgetRooms([]uint64{2})
 	want(1000, 1)
+	hears(0, report(99, 1, 1))
 	hears(0, report(2, 1, 900)) // a member finds a place
 	want(900, 2)
 }
