@@ -21,6 +21,9 @@ type durable struct {
 	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 	lastBytes     uint64 // about the length of the last snapshot on disk
 	missed        bool   // the log has said that the directory should not have been empty
+	written       uint64 // bytes of the log, by this process
+	crowded       bool   // the disk was low since the last snapshot
+	removing      uint64 // about the bytes of the snapshot, and of the log, that a new snapshot has replaced, until they are gone
 	// removed are the raft IDs whom this node tells that they were removed: it must know
 	// so after a restart, too, or it might need the vote of one that has left for good.
 	removed []uint64
@@ -40,7 +43,9 @@ func (d *durable) wantsSnapshot(logBytes uint64) bool {
 // noteLogged counts a batch that is about to be written. While a snapshot is saved that
 // takes its time, the snapshot gets more of the disk, and in the end all of it.
 func (d *durable) noteLogged(batch *kvpb.LogBatch, logBytes uint64) {
-	d.logged += uint64(sectors(headerBytes + proto.Size(batch)))
+	bytes := uint64(sectors(headerBytes + proto.Size(batch)))
+	d.logged += bytes
+	d.written += bytes
 	if d.saving == 0 {
 		return
 	}
@@ -122,6 +127,8 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 		n.logger.Info("saved a snapshot", "index", mark.Index)
 		n.durable.snapshotIndex = mark.Index
 		n.durable.logged -= n.durable.saving
+		n.durable.crowded = false
+		n.durable.removing = n.durable.lastBytes + n.durable.saving
 		n.durable.lastBytes = snapshotLength(v.keys, v.bytes)
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
@@ -131,8 +138,17 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 // removeBefore removes the snapshots before the one that counts, beside the loop.
 func (n *node) removeBefore(mark *kvpb.SnapshotMark) {
 	n.durable.disk.start(func() {
-		if err := n.durable.disk.removeBefore(mark); err != nil {
-			n.inbox.event(func() { n.diskFailed(err) })
-		}
+		err := n.durable.disk.removeBefore(mark)
+		n.inbox.event(func() { n.removedBefore(err) })
 	})
+}
+
+// removedBefore learns that the snapshots before the one that counts are gone.
+func (n *node) removedBefore(err error) {
+	if err != nil {
+		n.diskFailed(err)
+		return
+	}
+	n.quota.space.free += n.durable.removing // until the next look
+	n.durable.removing = 0
 }

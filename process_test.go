@@ -251,6 +251,8 @@ func (c *counter) note(ctx context.Context, err error) {
 		return
 	}
 	switch code := status.Code(err); {
+	case errorReason(err) == "QUOTA": // a disk is full
+		c.unknown["QUOTA"]++
 	case code == codes.Unavailable, code == codes.DeadlineExceeded && errorReason(err) == "OUTCOME_UNKNOWN":
 		c.unknown[code.String()+" "+errorReason(err)]++
 	default:

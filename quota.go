@@ -266,6 +266,7 @@ var errNotYet = errors.New("it may not fit once this proposal is applied")
 
 // admit begins an admission, for a proposal of so many writes at most.
 func (n *node) admission(writes int) admission {
+	n.weighSpace()
 	a := admission{node: n, refuse: n.quota.lowest != nil}
 	size := n.store.size()
 	if size < n.quota.limit {

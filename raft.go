@@ -439,6 +439,7 @@ func (n *node) tick() {
 func (n *node) heartbeat() {
 	n.catchup.noteCommit(n.rn.BasicStatus().GetCommit())
 	n.health.countReady(n.leaderState())
+	n.weighSpace()
 	n.weighRooms()
 	if n.raft.role == raft.StateLeader {
 		n.followMembers()

@@ -13,9 +13,6 @@ import (
 const (
 	// spaceEvery is between two looks at how much space is free.
 	spaceEvery = 500 * time.Millisecond
-	// A node says that its disk is low once lowLooks looks in a row have found less than the
-	// reserve: for a moment after a snapshot was saved, the one before is still there.
-	lowLooks = 2
 	// maxGap is the largest gap at the end of a segment: a batch did not fit there, as a rule of
 	// one entry.
 	maxGap = maxEntryBytes + maxWriteBytes
@@ -23,23 +20,27 @@ const (
 
 // diskSpace is what the loop knows of the space on its disk.
 type diskSpace struct {
+	known   bool   // there was a look
 	free    uint64 // at the last look
-	reserve uint64 // that should be, then
-	low     int    // looks in a row that have found less
+	written uint64 // by the log until then
+	saved   uint64 // of a snapshot on its way, until then
+	reserve uint64 // that should be free
 }
 
 // reserve is how much has to be free until the next snapshot has taken the place of the last one: for
 // the rest of the log that is written until then, with the gaps at the ends of its segments, for
-// that snapshot, and for three segments of
-// the log, as they are in use beside. A snapshot that is on its way has a part of it already.
-func (d *durable) reserve(snapshot, logBytes uint64) uint64 {
+// that snapshot, and for three segments of the log, as they are in use beside. A snapshot that
+// is on its way has a part of it already, saved. Besides, once the last one and its log are gone,
+// there has to be space for one more: so that what is deleted can always be followed by one.
+func (d *durable) reserve(snapshot, logBytes, saved uint64) uint64 {
 	segment := uint64(d.disk.segmentBytes)
+	later := less(2*snapshot+3*segment, d.lastBytes+d.logged)
 	if d.saving != 0 {
-		return 3*segment + less(snapshot, uint64(d.disk.saved.Load()))
+		return max(3*segment+less(snapshot, saved), less(later, saved))
 	}
 	rest := less(d.logLimit(logBytes), d.logged)
 	gaps := rest / segment * min(segment, maxGap)
-	return 3*segment + snapshot + rest + gaps
+	return max(3*segment+snapshot+rest+gaps, later)
 }
 
 // less is a - b, or 0 if that is less.
@@ -62,32 +63,40 @@ func (n *node) watchSpace(ctx context.Context) {
 	}
 }
 
-// noteSpace follows how much space is free, in the loop.
+// noteSpace takes in how much space is free, in the loop.
 func (n *node) noteSpace(free uint64) {
 	if !n.isRunning() {
 		return
 	}
+	d := &n.durable
+	n.quota.space = diskSpace{known: true, free: free, written: d.written, saved: uint64(d.disk.saved.Load())}
+	n.weighSpace()
+	if d.crowded && n.wantsSmallSnapshot() {
+		n.save()
+	}
+}
+
+// weighSpace follows whether the disk is low, by what was free at the last look, less what the log has
+// taken since, and with what a new snapshot is about to free.
+func (n *node) weighSpace() {
 	s := &n.quota.space
-	s.free = free
-	s.reserve = n.durable.reserve(snapshotLength(n.store.tree.keys, n.store.tree.bytes), n.opts.logBytes)
+	d := &n.durable
+	if !s.known {
+		return
+	}
+	free := less(s.free+d.removing, d.written-s.written)
+	s.reserve = d.reserve(snapshotLength(n.store.tree.keys, n.store.tree.bytes), n.opts.logBytes, s.saved)
 	wasLow := n.quota.own.DiskLow
 	enough := s.reserve
 	if wasLow {
 		enough += s.reserve / 16 // or what is free just now would have it go to and fro
 	}
-	if free >= enough {
-		s.low = 0
-	} else {
-		s.low++
-	}
-	isLow := s.low >= lowLooks || wasLow && s.low > 0
-	n.quota.own.DiskFree = s.free
+	isLow := free < enough
+	d.crowded = d.crowded || isLow
+	n.quota.own.DiskFree = free
 	n.quota.own.DiskReserve = s.reserve
 	if isLow != wasLow {
 		n.changeRoom(func(r *kvpb.RoomReport) { r.DiskLow = isLow })
-	}
-	if isLow && n.wantsSmallSnapshot() {
-		n.save()
 	}
 }
 

@@ -144,7 +144,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Quota = n.quota.limit
 	m.QuotaOf = n.nodeOf(n.quota.of)
 	m.MaxStoreBytes = n.quota.own.MaxStoreBytes
-	m.DiskFree = n.quota.space.free
+	m.DiskFree = n.quota.own.DiskFree
 	m.DiskReserve = n.quota.space.reserve
 	m.WritesRefused = n.whyRefused()
 	m.Sessions = uint64(s.sessions.count())
