@@ -20,7 +20,7 @@ func newDiskOf(t *testing.T, space uint64) *diskNode {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.n.inbox.event(func() { _, _ = p.n.bootstrap() })
+	p.n.inbox.event(func() { _, _ = p.n.bootstrap(nil) })
 	if err := p.settle(); err != nil {
 		t.Fatal(err)
 	}
