@@ -532,6 +532,7 @@ func TestDisks(t *testing.T) {
 	run("ip", "link", "set", "lo", "up")
 	run("mkfs.ext4", "-q", "-m", "0", "-F", image)
 	run("mount", "--make-rprivate", "/")
+	run("mount", "-t", "proc", "proc", "/proc") // has the processes of this namespace
 	run("mount", "-o", "loop", image, mount)
 	t.Cleanup(func() { _ = syscall.Unmount(mount, 0) }) // after the nodes
 	disk, err := os.Open(mount)
