@@ -132,15 +132,15 @@ const (
 	ErrorReason_ERROR_REASON_LEVEL_TOO_LOW ErrorReason = 29
 	// FAILED_PRECONDITION: a node was started with --initial-cluster of other members than
 	// those of the Init, or with --join; the message names them. Nothing was changed.
-	ErrorReason_ERROR_REASON_OTHER_LIST ErrorReason = 50
+	ErrorReason_ERROR_REASON_OTHER_LIST ErrorReason = 30
 	// FAILED_PRECONDITION: a node that was removed from the cluster asks to join it. Only an
 	// operator adds it again, by AddLearner.
-	ErrorReason_ERROR_REASON_REMOVED_MEMBER ErrorReason = 51
+	ErrorReason_ERROR_REASON_REMOVED_MEMBER ErrorReason = 31
 	// RESOURCE_EXHAUSTED, without a RetryInfo: a Set would make the store larger than
 	// the member with the least room may have it, or a member's disk is about to be
 	// full: then no Set is taken. The message says which member, and what it has.
 	// This try was not applied. Deletes are taken: they make room.
-	ErrorReason_ERROR_REASON_QUOTA ErrorReason = 40
+	ErrorReason_ERROR_REASON_QUOTA ErrorReason = 32
 )
 
 // Enum value maps for ErrorReason.
@@ -176,9 +176,9 @@ var (
 		27: "ERROR_REASON_COMPACTED",
 		28: "ERROR_REASON_OTHER_CLUSTER",
 		29: "ERROR_REASON_LEVEL_TOO_LOW",
-		50: "ERROR_REASON_OTHER_LIST",
-		51: "ERROR_REASON_REMOVED_MEMBER",
-		40: "ERROR_REASON_QUOTA",
+		30: "ERROR_REASON_OTHER_LIST",
+		31: "ERROR_REASON_REMOVED_MEMBER",
+		32: "ERROR_REASON_QUOTA",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":         0,
@@ -211,9 +211,9 @@ var (
 		"ERROR_REASON_COMPACTED":           27,
 		"ERROR_REASON_OTHER_CLUSTER":       28,
 		"ERROR_REASON_LEVEL_TOO_LOW":       29,
-		"ERROR_REASON_OTHER_LIST":          50,
-		"ERROR_REASON_REMOVED_MEMBER":      51,
-		"ERROR_REASON_QUOTA":               40,
+		"ERROR_REASON_OTHER_LIST":          30,
+		"ERROR_REASON_REMOVED_MEMBER":      31,
+		"ERROR_REASON_QUOTA":               32,
 	}
 )
 
@@ -452,19 +452,19 @@ const (
 	ClaimVerdict_CLAIM_VERDICT_MEMBER ClaimVerdict = 5
 	// It was started to become a member of another cluster: with --initial-cluster of other
 	// members, or with --join.
-	ClaimVerdict_CLAIM_VERDICT_OTHER_LIST ClaimVerdict = 10
+	ClaimVerdict_CLAIM_VERDICT_OTHER_LIST ClaimVerdict = 6
 )
 
 // Enum value maps for ClaimVerdict.
 var (
 	ClaimVerdict_name = map[int32]string{
-		0:  "CLAIM_VERDICT_UNSPECIFIED",
-		1:  "CLAIM_VERDICT_GRANTED",
-		2:  "CLAIM_VERDICT_CLAIMED",
-		3:  "CLAIM_VERDICT_FRESH",
-		4:  "CLAIM_VERDICT_NAMED",
-		5:  "CLAIM_VERDICT_MEMBER",
-		10: "CLAIM_VERDICT_OTHER_LIST",
+		0: "CLAIM_VERDICT_UNSPECIFIED",
+		1: "CLAIM_VERDICT_GRANTED",
+		2: "CLAIM_VERDICT_CLAIMED",
+		3: "CLAIM_VERDICT_FRESH",
+		4: "CLAIM_VERDICT_NAMED",
+		5: "CLAIM_VERDICT_MEMBER",
+		6: "CLAIM_VERDICT_OTHER_LIST",
 	}
 	ClaimVerdict_value = map[string]int32{
 		"CLAIM_VERDICT_UNSPECIFIED": 0,
@@ -473,7 +473,7 @@ var (
 		"CLAIM_VERDICT_FRESH":       3,
 		"CLAIM_VERDICT_NAMED":       4,
 		"CLAIM_VERDICT_MEMBER":      5,
-		"CLAIM_VERDICT_OTHER_LIST":  10,
+		"CLAIM_VERDICT_OTHER_LIST":  6,
 	}
 )
 
@@ -2375,7 +2375,7 @@ type InitRequest struct {
 	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	// The Init is that of --initial-cluster, which a node makes by itself. It adds no
 	// member once an operator has changed the membership. For nodes only.
-	Planned       bool `protobuf:"varint,50,opt,name=planned,proto3" json:"planned,omitempty"`
+	Planned       bool `protobuf:"varint,3,opt,name=planned,proto3" json:"planned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2483,7 +2483,7 @@ type AddLearnerRequest struct {
 	Node *Node `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	// Only while the Init that has made the cluster is not done: else
 	// ALREADY_INITIALIZED. For nodes only.
-	WhileFounding bool `protobuf:"varint,50,opt,name=while_founding,json=whileFounding,proto3" json:"while_founding,omitempty"`
+	WhileFounding bool `protobuf:"varint,2,opt,name=while_founding,json=whileFounding,proto3" json:"while_founding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2588,7 +2588,7 @@ type ChangeMembershipRequest struct {
 	// MEMBERSHIP_CHANGED, unless what is asked for is so already. Absent: any.
 	Expected *Membership `protobuf:"bytes,6,opt,name=expected,proto3" json:"expected,omitempty"`
 	// As in AddLearnerRequest.
-	WhileFounding bool `protobuf:"varint,50,opt,name=while_founding,json=whileFounding,proto3" json:"while_founding,omitempty"`
+	WhileFounding bool `protobuf:"varint,7,opt,name=while_founding,json=whileFounding,proto3" json:"while_founding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3298,23 +3298,23 @@ type MetricsResponse struct {
 	// The highest level that the called node lets its cluster rise to.
 	RisesTo uint32 `protobuf:"varint,37,opt,name=rises_to,json=risesTo,proto3" json:"rises_to,omitempty"`
 	// What counts against the quota: the bytes of keys and values, and 64 for each key.
-	QuotaUsed uint64 `protobuf:"varint,60,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
+	QuotaUsed uint64 `protobuf:"varint,38,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
 	// The least max_store_bytes of all members, as far as the called node knows.
-	Quota uint64 `protobuf:"varint,61,opt,name=quota,proto3" json:"quota,omitempty"`
+	Quota uint64 `protobuf:"varint,39,opt,name=quota,proto3" json:"quota,omitempty"`
 	// Whose that is.
-	QuotaOf *Node `protobuf:"bytes,62,opt,name=quota_of,json=quotaOf,proto3" json:"quota_of,omitempty"`
+	QuotaOf *Node `protobuf:"bytes,40,opt,name=quota_of,json=quotaOf,proto3" json:"quota_of,omitempty"`
 	// Why the called node refuses Sets: all, or those that make the store larger, or has
 	// refused one in the last 10 s; empty: it does not.
-	WritesRefused string `protobuf:"bytes,63,opt,name=writes_refused,json=writesRefused,proto3" json:"writes_refused,omitempty"`
+	WritesRefused string `protobuf:"bytes,41,opt,name=writes_refused,json=writesRefused,proto3" json:"writes_refused,omitempty"`
 	// The flag --max-store-bytes of the called node, or what follows from its memory.
-	MaxStoreBytes uint64 `protobuf:"varint,64,opt,name=max_store_bytes,json=maxStoreBytes,proto3" json:"max_store_bytes,omitempty"`
+	MaxStoreBytes uint64 `protobuf:"varint,42,opt,name=max_store_bytes,json=maxStoreBytes,proto3" json:"max_store_bytes,omitempty"`
 	// Free bytes of the data directory's file system, when they were last looked at, and
 	// how many have to be free for Sets to be taken. 0: there is no data directory, or
 	// its file system does not say.
-	DiskFree    uint64 `protobuf:"varint,65,opt,name=disk_free,json=diskFree,proto3" json:"disk_free,omitempty"`
-	DiskReserve uint64 `protobuf:"varint,66,opt,name=disk_reserve,json=diskReserve,proto3" json:"disk_reserve,omitempty"`
+	DiskFree    uint64 `protobuf:"varint,43,opt,name=disk_free,json=diskFree,proto3" json:"disk_free,omitempty"`
+	DiskReserve uint64 `protobuf:"varint,44,opt,name=disk_reserve,json=diskReserve,proto3" json:"disk_reserve,omitempty"`
 	// Counted since the process started. Sets that were refused with QUOTA.
-	SetsRefused   uint64 `protobuf:"varint,67,opt,name=sets_refused,json=setsRefused,proto3" json:"sets_refused,omitempty"`
+	SetsRefused   uint64 `protobuf:"varint,45,opt,name=sets_refused,json=setsRefused,proto3" json:"sets_refused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3679,10 +3679,10 @@ type Hello struct {
 	// The level of the caller's cluster, as far as the caller knows; 1 in no cluster.
 	ClusterLevel uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
 	// The caller has a data directory.
-	Durable bool `protobuf:"varint,15,opt,name=durable,proto3" json:"durable,omitempty"`
+	Durable bool `protobuf:"varint,6,opt,name=durable,proto3" json:"durable,omitempty"`
 	// The ids of members that have said so to the caller. A node in no cluster that finds
 	// its own there was started without its directory, or with an empty one.
-	DurableNodes  []uint64 `protobuf:"varint,16,rep,packed,name=durable_nodes,json=durableNodes,proto3" json:"durable_nodes,omitempty"`
+	DurableNodes  []uint64 `protobuf:"varint,7,rep,packed,name=durable_nodes,json=durableNodes,proto3" json:"durable_nodes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4220,7 +4220,7 @@ type StreamRequest struct {
 	Messages []*RaftMessage `protobuf:"bytes,2,rep,name=messages,proto3" json:"messages,omitempty"`
 	// Who has how much room: as the sender knows it when the stream begins, and
 	// whatever is new later. At most 81. They are taken in before the messages.
-	Rooms         []*RoomReport `protobuf:"bytes,10,rep,name=rooms,proto3" json:"rooms,omitempty"`
+	Rooms         []*RoomReport `protobuf:"bytes,3,rep,name=rooms,proto3" json:"rooms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5395,12 +5395,12 @@ type SnapshotHeader struct {
 	// The level of the cluster, 1 or more. A node refuses one that it does not speak.
 	Level uint32 `protobuf:"varint,12,opt,name=level,proto3" json:"level,omitempty"`
 	// What it was made for. It is no part of the state.
-	Origin SnapshotOrigin `protobuf:"varint,30,opt,name=origin,proto3,enum=raftkv.v1.SnapshotOrigin" json:"origin,omitempty"`
+	Origin SnapshotOrigin `protobuf:"varint,14,opt,name=origin,proto3,enum=raftkv.v1.SnapshotOrigin" json:"origin,omitempty"`
 	// DIRECTORY: the last entry that the node knew to be committed.
-	Committed uint64 `protobuf:"varint,31,opt,name=committed,proto3" json:"committed,omitempty"`
+	Committed uint64 `protobuf:"varint,16,opt,name=committed,proto3" json:"committed,omitempty"`
 	// The members of the Init that has made the cluster, while they are not its voters and
 	// no operator has changed the membership.
-	Founding      []*Node `protobuf:"bytes,20,rep,name=founding,proto3" json:"founding,omitempty"`
+	Founding      []*Node `protobuf:"bytes,13,rep,name=founding,proto3" json:"founding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -6245,13 +6245,13 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\vInitRequest\x12)\n" +
 	"\amembers\x18\x01 \x03(\v2\x0f.raftkv.v1.NodeR\amembers\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12\x18\n" +
-	"\aplanned\x182 \x01(\bR\aplanned\"-\n" +
+	"\aplanned\x18\x03 \x01(\bR\aplanned\"-\n" +
 	"\fInitResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"_\n" +
 	"\x11AddLearnerRequest\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12%\n" +
-	"\x0ewhile_founding\x182 \x01(\bR\rwhileFounding\"\x14\n" +
+	"\x0ewhile_founding\x18\x02 \x01(\bR\rwhileFounding\"\x14\n" +
 	"\x12AddLearnerResponse\"\xef\x01\n" +
 	"\x17ChangeMembershipRequest\x12\x18\n" +
 	"\amembers\x18\x01 \x03(\x04R\amembers\x12\x16\n" +
@@ -6260,7 +6260,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\apromote\x18\x04 \x03(\x04R\apromote\x12\x16\n" +
 	"\x06demote\x18\x05 \x03(\x04R\x06demote\x121\n" +
 	"\bexpected\x18\x06 \x01(\v2\x15.raftkv.v1.MembershipR\bexpected\x12%\n" +
-	"\x0ewhile_founding\x182 \x01(\bR\rwhileFounding\"A\n" +
+	"\x0ewhile_founding\x18\a \x01(\bR\rwhileFounding\"A\n" +
 	"\n" +
 	"Membership\x123\n" +
 	"\amembers\x18\x01 \x03(\v2\x19.raftkv.v1.ExpectedMemberR\amembers\"K\n" +
@@ -6340,14 +6340,14 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\rprogram_level\x18$ \x01(\rR\fprogramLevel\x12\x19\n" +
 	"\brises_to\x18% \x01(\rR\arisesTo\x12\x1d\n" +
 	"\n" +
-	"quota_used\x18< \x01(\x04R\tquotaUsed\x12\x14\n" +
-	"\x05quota\x18= \x01(\x04R\x05quota\x12*\n" +
-	"\bquota_of\x18> \x01(\v2\x0f.raftkv.v1.NodeR\aquotaOf\x12%\n" +
-	"\x0ewrites_refused\x18? \x01(\tR\rwritesRefused\x12&\n" +
-	"\x0fmax_store_bytes\x18@ \x01(\x04R\rmaxStoreBytes\x12\x1b\n" +
-	"\tdisk_free\x18A \x01(\x04R\bdiskFree\x12!\n" +
-	"\fdisk_reserve\x18B \x01(\x04R\vdiskReserve\x12!\n" +
-	"\fsets_refused\x18C \x01(\x04R\vsetsRefusedB\t\n" +
+	"quota_used\x18& \x01(\x04R\tquotaUsed\x12\x14\n" +
+	"\x05quota\x18' \x01(\x04R\x05quota\x12*\n" +
+	"\bquota_of\x18( \x01(\v2\x0f.raftkv.v1.NodeR\aquotaOf\x12%\n" +
+	"\x0ewrites_refused\x18) \x01(\tR\rwritesRefused\x12&\n" +
+	"\x0fmax_store_bytes\x18* \x01(\x04R\rmaxStoreBytes\x12\x1b\n" +
+	"\tdisk_free\x18+ \x01(\x04R\bdiskFree\x12!\n" +
+	"\fdisk_reserve\x18, \x01(\x04R\vdiskReserve\x12!\n" +
+	"\fsets_refused\x18- \x01(\x04R\vsetsRefusedB\t\n" +
 	"\a_leader\"\xea\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
@@ -6356,8 +6356,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x02to\x18\x03 \x01(\v2\x0f.raftkv.v1.PeerR\x02to\x12\x18\n" +
 	"\aremoved\x18\x04 \x03(\x04R\aremoved\x12#\n" +
 	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\x12\x18\n" +
-	"\adurable\x18\x0f \x01(\bR\adurable\x12#\n" +
-	"\rdurable_nodes\x18\x10 \x03(\x04R\fdurableNodes\"\x89\x01\n" +
+	"\adurable\x18\x06 \x01(\bR\adurable\x12#\n" +
+	"\rdurable_nodes\x18\a \x03(\x04R\fdurableNodes\"\x89\x01\n" +
 	"\x04Peer\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x12\n" +
@@ -6397,8 +6397,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\rStreamRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.raftkv.v1.HelloR\x05hello\x122\n" +
 	"\bmessages\x18\x02 \x03(\v2\x16.raftkv.v1.RaftMessageR\bmessages\x12+\n" +
-	"\x05rooms\x18\n" +
-	" \x03(\v2\x15.raftkv.v1.RoomReportR\x05rooms\"\xc4\x01\n" +
+	"\x05rooms\x18\x03 \x03(\v2\x15.raftkv.v1.RoomReportR\x05rooms\"\xc4\x01\n" +
 	"\n" +
 	"RoomReport\x12\x17\n" +
 	"\araft_id\x18\x01 \x01(\x04R\x06raftId\x12\x1a\n" +
@@ -6490,9 +6489,9 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	" \x01(\x04R\x04keys\x12\x1a\n" +
 	"\bsessions\x18\v \x01(\x04R\bsessions\x12\x14\n" +
 	"\x05level\x18\f \x01(\rR\x05level\x121\n" +
-	"\x06origin\x18\x1e \x01(\x0e2\x19.raftkv.v1.SnapshotOriginR\x06origin\x12\x1c\n" +
-	"\tcommitted\x18\x1f \x01(\x04R\tcommitted\x12+\n" +
-	"\bfounding\x18\x14 \x03(\v2\x0f.raftkv.v1.NodeR\bfounding\"v\n" +
+	"\x06origin\x18\x0e \x01(\x0e2\x19.raftkv.v1.SnapshotOriginR\x06origin\x12\x1c\n" +
+	"\tcommitted\x18\x10 \x01(\x04R\tcommitted\x12+\n" +
+	"\bfounding\x18\r \x03(\v2\x0f.raftkv.v1.NodeR\bfounding\"v\n" +
 	"\aSession\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x18\n" +
 	"\ahighest\x18\x02 \x01(\x04R\ahighest\x12+\n" +
@@ -6567,9 +6566,9 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x16ERROR_REASON_COMPACTED\x10\x1b\x12\x1e\n" +
 	"\x1aERROR_REASON_OTHER_CLUSTER\x10\x1c\x12\x1e\n" +
 	"\x1aERROR_REASON_LEVEL_TOO_LOW\x10\x1d\x12\x1b\n" +
-	"\x17ERROR_REASON_OTHER_LIST\x102\x12\x1f\n" +
-	"\x1bERROR_REASON_REMOVED_MEMBER\x103\x12\x16\n" +
-	"\x12ERROR_REASON_QUOTA\x10(*~\n" +
+	"\x17ERROR_REASON_OTHER_LIST\x10\x1e\x12\x1f\n" +
+	"\x1bERROR_REASON_REMOVED_MEMBER\x10\x1f\x12\x16\n" +
+	"\x12ERROR_REASON_QUOTA\x10 *~\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROLE_UNINITIALIZED\x10\x01\x12\x10\n" +
@@ -6598,8 +6597,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x13CLAIM_VERDICT_FRESH\x10\x03\x12\x17\n" +
 	"\x13CLAIM_VERDICT_NAMED\x10\x04\x12\x18\n" +
 	"\x14CLAIM_VERDICT_MEMBER\x10\x05\x12\x1c\n" +
-	"\x18CLAIM_VERDICT_OTHER_LIST\x10\n" +
-	"*\xdd\x03\n" +
+	"\x18CLAIM_VERDICT_OTHER_LIST\x10\x06*\xdd\x03\n" +
 	"\x0fRaftMessageType\x12!\n" +
 	"\x1dRAFT_MESSAGE_TYPE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19RAFT_MESSAGE_TYPE_PROPOSE\x10\x03\x12\x1c\n" +
