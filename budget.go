@@ -133,7 +133,8 @@ func (b *budget) announce(logger *slog.Logger, o *options) {
 
 // limitMemory sets Go's memory limit, unless the environment has, and returns the ballast.
 func (b *budget) limitMemory(m memoryFound) []byte {
-	if m.goLimit == 0 && b.goal != 0 {
+	isUnlimited := m.goLimit == 0 || m.goLimit > b.goal+b.ballast // more than there is does not help
+	if isUnlimited && b.goal != 0 {
 		debug.SetMemoryLimit(int64(min(b.goal+b.ballast, math.MaxInt64)))
 	}
 	return make([]byte, b.ballast)

@@ -166,7 +166,7 @@ func (c *client) warnOfOrigin(h *kvpb.SnapshotHeader) {
 		"if it was behind, what was acknowledged later is missing", h.Index, h.Term))
 	if h.Index > h.Committed {
 		c.warn(fmt.Sprintf("after entry %d, none was known there to be committed: "+
-			"the later ones may never have been, and were not acknowledged then", h.Committed))
+			"the later ones may have been acknowledged, or may never have been committed", h.Committed))
 	}
 }
 

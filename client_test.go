@@ -2170,7 +2170,7 @@ func rowsOf(t *testing.T, table string) []string {
 	var rows []string
 	for _, line := range strings.Split(strings.TrimSpace(table), "\n")[1:] {
 		words := strings.Fields(line)
-		rows = append(rows, strings.Join(append(words[:5], words[11]), " "))
+		rows = append(rows, strings.Join(append(words[:5], words[12]), " "))
 	}
 	return rows
 }

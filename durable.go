@@ -21,6 +21,7 @@ type durable struct {
 	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 	lastBytes     uint64 // about the length of the last snapshot on disk
 	missed        bool   // the log has said that the directory should not have been empty
+	savingBytes   uint64 // about the length of the snapshot on its way; 0: there is none
 	written       uint64 // bytes of the log, by this process
 	crowded       bool   // the disk was low since the last snapshot
 	removing      uint64 // about the bytes of the snapshot, and of the log, that a new snapshot has replaced, until they are gone
@@ -108,6 +109,9 @@ func (n *node) save() {
 	v := n.store.openView()
 	v.rest = n.durable.disk.pause
 	n.durable.saving = n.durable.logged
+	n.durable.savingBytes = snapshotLength(v.keys, v.bytes)
+	n.durable.disk.saved.Store(0) // or what was saved of the last one would count
+	n.quota.space.saved = 0
 	n.durable.disk.start(func() {
 		mark, err := n.durable.disk.save(v)
 		n.inbox.event(func() { n.saved(v, mark, err) })
@@ -133,6 +137,9 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
 	n.durable.saving = 0
+	n.durable.savingBytes = 0
+	space := &n.quota.space
+	space.free = less(space.free, less(uint64(n.durable.disk.saved.Load()), space.saved)) // since the last look
 }
 
 // removeBefore removes the snapshots before the one that counts, beside the loop.

@@ -197,7 +197,7 @@ var floods = []abuse{
 	{"small answers without a window", 60, callsOver(dialShut, 1000, getMethod, messages(true,
 		&kvpb.GetRequest{Key: "small", Local: true}))},
 	{"errors that nobody reads", 60, callsOver(dialDeaf, 1000, getMethod, messages(true, &kvpb.GetRequest{Local: true}))},
-	{"idle Pipelines with large headers", 20, calls(1000, pipelineMethod, messages(false), "x-large", strings.Repeat("x", 15<<10))},
+	{"idle Pipelines with large headers", 20, calls(1000, pipelineMethod, messages(false), "x-large", strings.Repeat("x", maxHeaderBytes-1<<10))},
 	{"idle Watches of health", 20, calls(1000, healthMethod, messages(true, &grpc_health_v1.HealthCheckRequest{}))},
 	{"Scans that nobody reads", 4, callsOver(dialShut, 100, scanMethod, messages(true, &kvpb.ScanRequest{}))},
 	{"Watches that nobody reads", 20, callsOver(dialShut, 600, watchMethod, messages(true, &kvpb.WatchRequest{}))},

@@ -69,6 +69,16 @@ type memberRoom struct {
 	heardAt uint64 // tick
 }
 
+// asOf is what others are told of a report: that a disk is low not any longer than it counts.
+func (r *memberRoom) asOf(now, lasts uint64) *kvpb.RoomReport {
+	if now-r.heardAt <= lasts {
+		return r.RoomReport
+	}
+	old := proto.CloneOf(r.RoomReport)
+	old.DiskLow = false
+	return old
+}
+
 func newQuota(limit uint64) quota {
 	if limit == 0 {
 		limit = math.MaxUint64
@@ -201,7 +211,7 @@ func (n *node) tellRooms() {
 	all := []*kvpb.RoomReport{proto.CloneOf(&q.own)}
 	for _, m := range sortedMembers(n.store.members) {
 		if r := q.rooms[m.RaftId]; r != nil {
-			all = append(all, r.RoomReport)
+			all = append(all, r.asOf(n.clock.now, n.ticksOf(diskLowLasts)))
 		}
 	}
 	news := q.news
@@ -264,7 +274,7 @@ type admission struct {
 // errNotYet keeps a Set for the next proposal: what is in this one decides about it.
 var errNotYet = errors.New("it may not fit once this proposal is applied")
 
-// admit begins an admission, for a proposal of so many writes at most.
+// admission begins an admission, for a proposal of so many writes at most.
 func (n *node) admission(writes int) admission {
 	n.weighSpace()
 	a := admission{node: n, refuse: n.quota.lowest != nil}
@@ -302,6 +312,7 @@ func (a *admission) admit(write []byte) error {
 	}
 	growth := s.growth(o.key, o.value)
 	if growth == 0 {
+		a.opens = true // a shorter value makes room
 		return nil
 	}
 	if a.grows+growth <= a.room {

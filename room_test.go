@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -350,12 +351,15 @@ func TestWaitingGetCopiesNothing(t *testing.T) {
 		s := &server{n: turnNode()}
 		s.n.store.clusterID = 1
 		s.n.store.tree.set([]byte("k"), item{make([]byte, maxValueBytes), 1})
+		var answers []any // that nobody has taken: the collector gives back what is lost
+		defer func() { runtime.KeepAlive(answers) }()
 		get := func() error {
 			ctx, cancel := context.WithTimeout(ctx, time.Second/2)
 			defer cancel()
-			_, err := s.answer(ctx, &kvpb.GetRequest{Key: "k", Local: true}, func(ctx context.Context, req any) (any, error) {
+			resp, err := s.answer(ctx, &kvpb.GetRequest{Key: "k", Local: true}, func(ctx context.Context, req any) (any, error) {
 				return s.Get(ctx, req.(*kvpb.GetRequest))
 			})
+			answers = append(answers, resp)
 			return err
 		}
 		for range connLargeAnswers {

@@ -51,7 +51,7 @@ const (
 	streamWorkers = 1024
 	// maxHeaderBytes bounds the metadata of a call, which is for traces and tokens;
 	// gRPC has it in memory before it looks at the call.
-	maxHeaderBytes = 16 << 10
+	maxHeaderBytes = 8 << 10
 	// minPingPause is the least time between two pings of a client. gRPC closes a connection
 	// whose third ping in a row came sooner; what the node sends in between pardons them.
 	// Clients may ping every 5 s: less than that by what the network delays one ping more

@@ -557,7 +557,9 @@ func (s *sim) changeMembership(req *kvpb.ChangeMembershipRequest, then func(erro
 		case errorReason(err) == "MEMBERSHIP_CHANGED":
 			return s.oracle.held(a.begun, func(e era) bool {
 				another := !isJoint(e.conf) && !proto.Equal(e.membership(), req.Expected)
-				return another && (!e.fulfils(req) || e.lacks(req)) // to remove who never was there is no success
+				// To remove who never was there is no success, nor is it if somebody has asked to join,
+				// whose wish the change would end.
+				return another && (!e.fulfils(req) || e.lacks(req) || s.cfg.joins)
 			})
 		}
 		return true

@@ -177,6 +177,7 @@ func (s *sim) compareState(p *proc) {
 type oracle struct {
 	entries  []*raftpb.Entry // [0]: nil; [1]: made by bootstrap
 	conf     *raftpb.ConfState
+	level    uint32
 	last     map[uint64]uint64 // by proposer
 	version  uint64
 	keys     map[string][]change
@@ -316,7 +317,11 @@ func (s *sim) commit(e *raftpb.Entry) {
 		if err != nil {
 			s.failf("entry %d: %v", e.GetIndex(), err)
 		}
-		if cs, err := tryConfChange(o.conf, cc); err == nil {
+		cs, err := tryConfChange(o.conf, cc)
+		if err == nil && !o.speak(ctx.Members) {
+			err = errLevel
+		}
+		if err == nil {
 			o.conf = cs
 			s.begins(cs, ctx.Members)
 			s.count["changes of membership"]++
@@ -328,6 +333,9 @@ func (s *sim) commit(e *raftpb.Entry) {
 	var b kvpb.Batch
 	if err := proto.Unmarshal(e.GetData(), &b); err != nil {
 		s.failf("entry %d: %v", e.GetIndex(), err)
+	}
+	if b.Rise != nil {
+		o.rise(b.Rise)
 	}
 	if len(b.Writes) == 0 {
 		return
@@ -862,6 +870,12 @@ func (s *sim) unsettled() string {
 		return "nobody leads: " + s.overview()
 	}
 	members := leader.n.store.members
+	for _, st := range s.sites {
+		if st.cur != nil && st.cur.n.opts.level < s.level {
+			s.replaceRefused(st) // as an operator does who reads status
+			return fmt.Sprintf("the program of node %d is too old", st.node.Id)
+		}
+	}
 	for _, p := range s.alive() {
 		stranger := !proto.Equal(members[p.n.id.raftID], p.site.node)
 		if stranger && p.astray() {

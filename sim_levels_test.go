@@ -6,6 +6,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"raft-key-value/kvpb"
 )
@@ -118,6 +119,27 @@ func (p *proc) stopsTooOld(err error) bool {
 	}
 	p.s.count["stops of older programs"]++
 	p.site.mustUpgrade = true
+	return true
+}
+
+// rise applies a rise of the level to the oracle.
+func (o *oracle) rise(r *kvpb.LevelRise) {
+	for _, id := range confIDs(o.conf) {
+		if !slices.Contains(r.Members, id) {
+			return
+		}
+	}
+	o.level = max(o.level, r.Level)
+}
+
+// speak reports whether the members that a change adds speak the level.
+func (o *oracle) speak(members []*kvpb.Member) bool {
+	for _, m := range members {
+		isNew := !slices.Contains(confIDs(o.conf), m.RaftId)
+		if isNew && levelFromWire(m.Level) < max(o.level, firstLevel) {
+			return false
+		}
+	}
 	return true
 }
 

@@ -142,4 +142,12 @@ func (s *sim) makeRoom() {
 		s.finishWrite(o, s.ask(p, w))
 		s.history = append(s.history, o)
 	}
+	s.until(settleTicks, func() string { // a node decides by what it has applied
+		for _, q := range s.members() {
+			if q.n.store.version < p.n.store.version {
+				return fmt.Sprintf("%v has not applied the deletions", q)
+			}
+		}
+		return ""
+	})
 }

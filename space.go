@@ -35,8 +35,8 @@ type diskSpace struct {
 func (d *durable) reserve(snapshot, logBytes, saved uint64) uint64 {
 	segment := uint64(d.disk.segmentBytes)
 	later := less(2*snapshot+3*segment, d.lastBytes+d.logged)
-	if d.saving != 0 {
-		return max(3*segment+less(snapshot, saved), less(later, saved))
+	if d.savingBytes != 0 { // it is of what was there when it was begun
+		return max(3*segment+less(max(snapshot, d.savingBytes), saved), less(later, saved))
 	}
 	rest := less(d.logLimit(logBytes), d.logged)
 	gaps := rest / segment * min(segment, maxGap)
