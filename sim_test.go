@@ -957,6 +957,15 @@ func (p *proc) setLevel(level uint32) {
 	}
 }
 
+// helloTo is the process's hello to whoever is at a site.
+func (p *proc) helloTo(to *site) *kvpb.Hello {
+	h := p.n.hello()
+	if to.forgets {
+		h.DurableNodes = nil // or it would end at once
+	}
+	return h
+}
+
 func (p *proc) addPeer(raftID uint64, node *kvpb.Node, claim *moveHint) {
 	peer := &simPeer{raftID: raftID, node: node}
 	p.peers[raftID] = peer
@@ -1024,10 +1033,7 @@ func (p *proc) dial(peer *simPeer) {
 		again(5 + 15*s.rng.Float64())
 		return
 	}
-	st := &simStream{from: p, to: to.cur, peer: peer, target: target, hello: p.n.hello()}
-	if to.forgets {
-		st.hello.DurableNodes = nil // or it would end at once
-	}
+	st := &simStream{from: p, to: to.cur, peer: peer, target: target, hello: p.helloTo(to)}
 	st.hello.To = &kvpb.Peer{Node: target.node, RaftId: peer.raftID}
 	peer.stream = st
 	st.to.hellos = append(st.to.hellos, st)
@@ -1324,6 +1330,7 @@ func (t *transfer) start() {
 	}
 	st := s.siteOf(node)
 	t.data, t.hello = bytesOf(t.v), p.n.hello()
+	t.hello.DurableNodes = nil // a stream has said it
 	t.hello.To = &kvpb.Peer{Node: node, RaftId: t.peer.raftID, Life: t.peer.life}
 	s.after(500, nil, func() { t.end(errors.New("the receiver is silent")) })
 	if st != nil {
