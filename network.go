@@ -606,14 +606,30 @@ func (nw *network) heardPeers(by uint64) []*kvpb.Peer {
 	return peers
 }
 
+// callStranger says hello to somebody whom another peer hears and this node does not know: its
+// configuration may be older than that of others, who look for it at an earlier address.
+// They find it by that hello. nw.mu is held.
+func (nw *network) callStranger(other *kvpb.Peer) {
+	isSelf := other.Node.Id == nw.receiver.hello().From.Node.Id
+	isRemoved := slices.Contains(nw.removed, other.RaftId)
+	if isSelf || isRemoved || len(nw.peers) >= nw.maxPeers {
+		return
+	}
+	nw.addPeer(other.RaftId, other.Node, nil)
+}
+
 // learnAddresses takes in where a peer hears other peers. Those with a stream to this
 // node have said themselves where they are.
 func (nw *network) learnAddresses(clusterID uint64, peers []*kvpb.Peer) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	for _, other := range peers {
-		p := nw.peers[other.GetRaftId()]
-		if p == nil || validateNode("peers", other.GetNode()) != nil {
+		if !isPeer(other) {
+			continue
+		}
+		p := nw.peers[other.RaftId]
+		if p == nil {
+			nw.callStranger(other)
 			continue
 		}
 		if !p.isConnected() && nw.messagesFrom(other.RaftId) == nil {

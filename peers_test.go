@@ -598,6 +598,20 @@ func TestMoved(t *testing.T) {
 		c.works(1, 2, 3)
 	})
 
+	t.Run("a learner that knows only those who do not lead", func(t *testing.T) {
+		t.Parallel()
+		c, _ := newDurable(t, 4)
+		c.init(1, 2)
+		c.addLearner(1, 4)
+		c.kill(4)
+		c.addLearner(1, 3)
+		c.change(1, &kvpb.ChangeMembershipRequest{Members: []uint64{1, 2, 3}, Retain: true})
+		c.transfer(1, 3)
+		c.start(4, "127.0.0.1:0")
+		c.follows(1, 2, 3, 4)
+		c.works(1, 2, 3, 4)
+	})
+
 	t.Run("each reaches another one", func(t *testing.T) { // the leader is known to neither by itself
 		t.Parallel()
 		c, _ := newDurable(t, 3)

@@ -1114,7 +1114,12 @@ func (st *simStream) welcome(w *kvpb.Welcome) {
 		old.breakBoth()
 	}
 	for _, at := range w.Peers {
-		if other := p.peers[at.RaftId]; other != nil && other.life == 0 && p.inbound[at.RaftId] == nil {
+		other := p.peers[at.RaftId]
+		isSelf := at.Node.Id == p.n.self.Id
+		switch {
+		case other == nil && !isSelf && !slices.Contains(p.removed, at.RaftId):
+			p.addPeer(at.RaftId, at.Node, nil)
+		case other != nil && other.life == 0 && p.inbound[at.RaftId] == nil:
 			other.claimed(&moveHint{st.hello.ClusterId, at})
 		}
 	}
