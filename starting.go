@@ -356,19 +356,33 @@ func (n *node) noteOtherList(req *kvpb.ClaimRequest) {
 
 // giveUpFounding has a node in memory drop what it has if the founder of its cluster has lost
 // its memory before there was a second voter. That cluster never goes on, and this node keeps
-// the members from forming another one.
+// the members from forming another one. But there may be a second voter that this node does not
+// know of: its own configuration may be old. So it waits until it has seen all members for
+// several election timeouts without a leader: that voter would lead by then.
 func (n *node) giveUpFounding() {
 	isHalfWay := n.store.founding != nil && n.durable.disk == nil
 	if !isHalfWay || n.isVoter(n.id.raftID) {
 		return
 	}
-	if n.quorumLost() == nil {
+	isLeaderless := n.raft.lead == 0 && n.election.leaderlessTicks > 4*n.electionTicks()
+	if !isLeaderless || !n.seesAllMembers() || n.quorumLost() == nil {
 		return
 	}
 	n.logger.Warn("the node that was forming this cluster has lost it: this node drops it, too, "+
 		"and waits to be in another",
 		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "founder", formatNodes(n.voterNodes()))
 	n.leaveCluster()
+}
+
+// seesAllMembers reports whether each other member is connected, or has lost its memory.
+func (n *node) seesAllMembers() bool {
+	for id := range n.store.members {
+		isSeen := id == n.id.raftID || n.peers.connected[id] || n.peers.reborn[id] != nil
+		if !isSeen {
+			return false
+		}
+	}
+	return true
 }
 
 // sortedNodes returns nodes in ascending order of their ids.
