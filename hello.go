@@ -13,17 +13,13 @@ import (
 // hello is how this life of the node introduces itself. Any goroutine may call it.
 func (n *node) hello() *kvpb.Hello {
 	p := n.status.latest.Load()
-	durable := p.durableNodes
-	if p.lead == 0 { // what this node knows may be old: it may have been removed
-		durable = nil
-	}
 	return &kvpb.Hello{
 		ClusterId:    p.clusterID,
 		From:         n.peer(p),
 		Removed:      p.removed,
 		ClusterLevel: p.level,
 		Durable:      n.durable.disk != nil,
-		DurableNodes: durable,
+		DurableNodes: p.durableNodes,
 	}
 }
 
