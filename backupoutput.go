@@ -127,7 +127,8 @@ type backupStream struct {
 	stdout  io.Writer
 	pipe    *io.PipeWriter // to the goroutine
 	written bool           // something may have got out
-	ended   chan error     // gets the goroutine's error
+	ended   chan struct{}  // closed when the goroutine has ended
+	err     error          // of the goroutine, once it has ended
 	stop    func() bool    // stops waiting for ctx
 	broken  chan os.Signal // SIGPIPE, which would end the process without a word
 }
@@ -138,15 +139,15 @@ func newBackupStream(ctx context.Context, stdout io.Writer) *backupStream {
 		ctx:    ctx,
 		stdout: stdout,
 		pipe:   w,
-		ended:  make(chan error, 1),
+		ended:  make(chan struct{}),
 		stop:   context.AfterFunc(ctx, func() { r.CloseWithError(ctx.Err()) }),
 		broken: make(chan os.Signal, 1),
 	}
 	signal.Notify(s.broken, syscall.SIGPIPE)
 	go func() {
-		_, err := io.Copy(stdout, r)
-		r.CloseWithError(err)
-		s.ended <- err
+		defer close(s.ended)
+		_, s.err = io.Copy(stdout, r)
+		r.CloseWithError(s.err)
 	}()
 	return s
 }
@@ -171,9 +172,9 @@ func (s *backupStream) rewind() error {
 func (s *backupStream) finish() error {
 	_ = s.pipe.Close()
 	select {
-	case err := <-s.ended:
-		if err != nil {
-			return err
+	case <-s.ended:
+		if s.err != nil {
+			return s.err
 		}
 	case <-s.ctx.Done():
 		return s.ctx.Err()
@@ -195,8 +196,12 @@ func (s *backupStream) sync() error {
 }
 
 func (s *backupStream) close() {
-	s.stop()
 	_ = s.pipe.CloseWithError(errors.New("the backup has failed"))
+	select {
+	case <-s.ended:
+	case <-s.ctx.Done():
+	}
+	s.stop()
 	signal.Stop(s.broken)
 }
 
