@@ -307,7 +307,9 @@ walk() {
   export RAFT_KEY_VALUE_ENDPOINTS=${addr[1]}
 
   if [[ -n $list ]]; then
-    title 'They form a cluster by themselves'
+    title 'They form a cluster by themselves; any of them may lead, here the first shall'
+    await_status '^1 .* ok yes' '^2 .* ok yes' '^3 .* ok yes'
+    run 0 transfer-leader 1
   else
     title 'One of them becomes a cluster, the others learners, then voters'
     run 0 init "1=${addr[1]}"
