@@ -98,14 +98,6 @@ func (r *levelReports) risesTo(raftID uint64) uint32 {
 	return levelFromWire(called.RisesTo)
 }
 
-// forget drops what members have said that were removed.
-func (r *levelReports) forget(removed []uint64) {
-	for _, id := range removed {
-		delete(r.called, id)
-		delete(r.callers, id)
-	}
-}
-
 // risesTo is how far this node lets the level of its cluster rise.
 func (o *options) risesTo() uint32 {
 	if o.maxLevel == 0 {

@@ -53,7 +53,6 @@ func (p *peerStates) forget(removed []uint64) {
 		delete(p.heard, id)
 		delete(p.moved, id)
 		delete(p.refusals, id)
-		delete(p.durable, id)
 	}
 }
 
@@ -62,11 +61,17 @@ func (n *node) noteDurable(raftID uint64) {
 	if n.peers.durable[raftID] {
 		return
 	}
-	if len(n.peers.durable) >= 2*maxMembers { // most are of strangers that came and went
-		maps.DeleteFunc(n.peers.durable, func(id uint64, _ bool) bool { return n.store.members[id] == nil })
-	}
+	boundStrangers(n.peers.durable, n.store.members)
 	n.peers.durable[raftID] = true
 	n.listDurable()
+}
+
+// boundStrangers bounds what is known of peers, by raft ID: once there is too much, it drops what
+// is of strangers that came and went. What is of members that were removed goes with that.
+func boundStrangers[V any](known map[uint64]V, members map[uint64]*kvpb.Node) {
+	if len(known) >= 2*maxMembers {
+		maps.DeleteFunc(known, func(id uint64, _ V) bool { return members[id] == nil })
+	}
 }
 
 // listDurable lists the nodes of the members that are known to have data directories.
@@ -131,6 +136,7 @@ func (n *node) followUp(raftID uint64, outbound bool, p *kvpb.Peer) {
 	if raftID == n.election.deafTo {
 		n.election.deafTo = 0 // it is alive still, or alive again
 	}
+	boundStrangers(n.level.callers, n.store.members)
 	n.level.note(raftID, outbound, p)
 	if !outbound {
 		return

@@ -941,6 +941,7 @@ func TestPastLifeIsNeeded(t *testing.T) {
 // TestStrangersAreForgotten: of those who come and go nothing is kept.
 func TestStrangersAreForgotten(t *testing.T) {
 	n := newLone(t, following).n
+	n.peerUp(2, false, &kvpb.Peer{Life: 2}) // a member
 	for id := uint64(1000); id < 2000; id++ {
 		h := &kvpb.Hello{ClusterId: 7, From: &kvpb.Peer{Node: plainNode(9), RaftId: id, Life: id}, To: &kvpb.Peer{Node: plainNode(1), RaftId: 1}}
 		n.peerUp(id, false, nil)
@@ -949,6 +950,9 @@ func TestStrangersAreForgotten(t *testing.T) {
 	}
 	if len(n.peers.heard) > maxMembers {
 		t.Errorf("it has heard %d", len(n.peers.heard))
+	}
+	if len(n.level.callers) > 2*maxMembers || n.level.callers[2] == nil {
+		t.Errorf("it knows %d callers, and of node 2 %v", len(n.level.callers), n.level.callers[2])
 	}
 }
 

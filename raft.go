@@ -830,7 +830,6 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 // removed, tells the network, and says so by the logger.
 func (n *node) configured() {
 	n.peers.forget(n.store.removed)
-	n.level.forget(n.store.removed)
 	n.listDurable()
 	n.forgetRooms(n.store.removed)
 	n.change.forgetMembers(n.store.removed)

@@ -189,12 +189,6 @@ type snapshotScan struct {
 	say        func(keys, all uint64)           // is told now and then how many of all keys were read
 }
 
-// readSnapshot reads a snapshot into a new store, or says why it is none.
-func readSnapshot(r io.Reader) (*store, error) {
-	s, _, err := scanSnapshot(r, snapshotScan{speaks: programLevel})
-	return s, err
-}
-
 // scanSnapshot reads a snapshot into a new store. It returns the header, too, which has what is
 // no part of the state.
 func scanSnapshot(r io.Reader, o snapshotScan) (*store, *kvpb.SnapshotHeader, error) {

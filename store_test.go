@@ -26,6 +26,12 @@ import (
 	"raft-key-value/kvpb"
 )
 
+// readSnapshot reads a snapshot into a new store, or says why it is none.
+func readSnapshot(r io.Reader) (*store, error) {
+	s, _, err := scanSnapshot(r, snapshotScan{speaks: programLevel})
+	return s, err
+}
+
 // newTestStore is the store of a cluster whose voters are 1 to 3.
 func newTestStore() *store {
 	s := newStore()
