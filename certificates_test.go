@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -511,7 +510,7 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 // that is late, are used once it is.
 func TestNewCertificateNotYetValid(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		dir, ca := testPKI(t, 1)
 		c, err := openCertificates(testFiles(dir, "node1"), 1, quiet())
 		if err != nil {

@@ -15,7 +15,6 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
@@ -61,7 +60,7 @@ func inBubble(t *testing.T, n uint64, f func(*testing.T, *bubble), set ...func(*
 }
 
 func inOneBubble(t *testing.T, n uint64, pki string, f func(*testing.T, *bubble), set ...func(*options)) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		b := &bubble{
 			testCluster: &testCluster{t: t, ctx: t.Context(), nodes: map[uint64]*testNode{}, pki: pki}, latency: time.Millisecond, think: 5 * time.Millisecond,
 			listeners: map[string]*bufconn.Listener{}, wires: map[*wire]bool{}, faults: map[string]fault{}, sent: map[[2]string]int{},

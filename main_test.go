@@ -136,11 +136,24 @@ func between(t *testing.T, what string, d, low, high time.Duration) {
 // raceStep is every how manieth case is tried: the race detector makes the
 // tests slow, and has nothing to find in those that run in one goroutine.
 func raceStep(step int) int {
-	info, _ := debug.ReadBuildInfo()
-	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	if hasRaceDetector() {
 		return step
 	}
 	return 1
+}
+
+func hasRaceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// needsOwnMemory skips a test that measures, or bounds, what the program takes of memory:
+// the race detector takes several times as much.
+func needsOwnMemory(t *testing.T) {
+	t.Helper()
+	if hasRaceDetector() {
+		t.Skip("the race detector has memory of its own")
+	}
 }
 
 // sharedLog is a log that a test reads while nodes write it.

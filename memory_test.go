@@ -269,7 +269,7 @@ func TestMemory(t *testing.T) {
 			}
 			more := most()
 			stop()
-			limit := maxAbuse * raceStep(8) // the race detector has memory of its own
+			limit := maxAbuse * raceStep(16) // the race detector has memory of its own
 			if more > limit {
 				t.Errorf("%d MiB, the limit is %d", more>>20, limit>>20)
 			}

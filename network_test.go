@@ -399,7 +399,7 @@ func TestMoveClaims(t *testing.T) {
 // TestMoveClaimsAreTriedBriefly: whoever says hello from an address where nobody answers
 // does not keep a node from dialing the known one.
 func TestMoveClaimsAreTriedBriefly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		l := bufconn.Listen(64 << 10)
 		g := grpc.NewServer()
 		kvpb.RegisterRaftServiceServer(g, silentNode{})
@@ -630,7 +630,7 @@ func TestHellosAreBounded(t *testing.T) {
 
 // TestUnreachable: that a peer cannot be reached is said once, with the reason.
 func TestUnreachable(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		var log strings.Builder
 		dials := 0
 		nw := newNetwork(&sender{}, slog.New(slog.NewTextHandler(&log, nil)), func(context.Context, string) (net.Conn, error) {
@@ -952,7 +952,7 @@ func TestDial(t *testing.T) {
 		}, one, second + far},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			withFakeClock(t, func(t *testing.T) {
 				h := tt.hosts
 				h.names = map[string][]string{"both": {"10.0.0.1", "10.0.0.2"}, "all": {"fd00::1", "10.0.0.1", "fd00::2", "10.0.0.2"}}
 				connects(t, h.target(t, tt.address), tt.want, tt.after, tt.after)
@@ -967,7 +967,7 @@ func TestDial(t *testing.T) {
 
 // TestDialLosers: of two that connect at the same time, one is closed.
 func TestDialLosers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		h := &fakeHosts{
 			names: map[string][]string{"both": {"10.0.0.1", "10.0.0.2"}},
 			trips: map[string]time.Duration{"10.0.0.1:1": second, "10.0.0.2:1": second - dialStagger},
@@ -995,7 +995,7 @@ func TestDialFails(t *testing.T) {
 		}
 		return err.Error()
 	}
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		h := &fakeHosts{
 			names:   map[string][]string{"both": {"10.0.0.1", "10.0.0.2"}},
 			refused: map[string]bool{"10.0.0.1:1": true, "10.0.0.2:1": true},
@@ -1019,7 +1019,7 @@ func TestDialFails(t *testing.T) {
 
 // TestDialCancelled: a dial that nobody wants any more ends at once, and all tries.
 func TestDialCancelled(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		h := &fakeHosts{names: map[string][]string{"both": {"10.0.0.1", "10.0.0.2"}}}
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(second, cancel)
@@ -1037,7 +1037,7 @@ func TestDialCancelled(t *testing.T) {
 // TestDialReturns: a host that comes back is found soon, also while a try at it is
 // under way that began when it was away; and tries are bounded meanwhile.
 func TestDialReturns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		h := &fakeHosts{names: map[string][]string{"both": {"10.0.0.1", "10.0.0.2"}}, trips: map[string]time.Duration{}}
 		back := 5*second + dialStagger/2
 		time.AfterFunc(back, func() { h.set(func() { h.trips["10.0.0.2:1"] = 0 }) })
@@ -1051,7 +1051,7 @@ func TestDialReturns(t *testing.T) {
 // TestDialBounded: many dials of many addresses share places for their tries. Each
 // has one try at least, and each address its turn.
 func TestDialBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		const dials = 30
 		h := &fakeHosts{names: map[string][]string{"many": nil}, trips: map[string]time.Duration{"10.0.0.5:1": 0}}
 		for i := range 3 * maxDialAddresses {
@@ -1104,7 +1104,7 @@ func TestDialBounded(t *testing.T) {
 // TestDialNames: a lookup outlasts a dial that has no time to wait for it, and what a
 // name stood for last is used while nobody says what it stands for now.
 func TestDialNames(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		h := &fakeHosts{
 			lookups: 5 * second,
 			names:   map[string][]string{"node": {"10.0.0.1"}},

@@ -29,6 +29,7 @@ import (
 // test is skipped where it may not.
 func memoryCgroup(t *testing.T, bytes int) string {
 	t.Helper()
+	needsOwnMemory(t)
 	for top, file := range map[string]string{"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"} {
 		if _, err := os.Stat(filepath.Join(top, "cgroup.procs")); err != nil { // no group is there
 			continue
@@ -209,6 +210,7 @@ func overwrite(ctx context.Context, t *testing.T, p *process, size int, length t
 // TestMemoryComesBack: what was deleted, and what small values have replaced, is given back to the
 // system within a minute, but for what the log and the history keep, though nothing is called.
 func TestMemoryComesBack(t *testing.T) {
+	needsOwnMemory(t)
 	const keys = 400
 	for name, shrink := range map[string]func(context.Context, *process) error{
 		"deleted": func(ctx context.Context, p *process) error {

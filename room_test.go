@@ -24,7 +24,7 @@ import (
 // TestRoomTurns: it is the turn of the connection that has least, however many wait before
 // it, and none has more than its share.
 func TestRoomTurns(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		var looks atomic.Int32 // those who wait look, each in a goroutine of its own
 		r := newRoom(roomLimits{4, 3, 3}, func() { looks.Add(1) })
 		greedy, modest := sharer{conn: &limitedConn{}}, sharer{conn: &limitedConn{}}
@@ -98,7 +98,7 @@ func TestRoomIsLeft(t *testing.T) {
 			t.Errorf("sharer %d has got %d places, want %d", i, got, want)
 		}
 	}
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		got := false
 		go func() { got = r.take(t.Context(), streams, 1) == nil }()
 		synctest.Wait()
@@ -119,7 +119,7 @@ func TestRoomIsLeft(t *testing.T) {
 // TestRoomIsNotOvertaken: while somebody waits whose turn it is, others take nothing, though what
 // they want is there: a large amount would never be.
 func TestRoomIsNotOvertaken(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		r := newRoom(roomLimits{all: 10, share: 10, late: 10}, func() {})
 		has, waits, comes := sharer{conn: &limitedConn{}}, sharer{conn: &limitedConn{}}, sharer{conn: &limitedConn{}}
 		if !r.tryTake(has, 8) {
@@ -306,7 +306,7 @@ func TestAnswersUntaken(t *testing.T) {
 // TestStalledIsClosed: while others wait, a connection is closed that has not taken an answer
 // for long. One that takes its answers stays, and so does one for which nobody waits.
 func TestStalledIsClosed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		// Two connections have half of the places, and each of the others one, but the last.
 		conns := accepted(t, 2+largeAnswers/2+1)
 		as := conns[0].l.answers
@@ -345,7 +345,7 @@ func TestStalledIsClosed(t *testing.T) {
 // TestWaitingGetCopiesNothing: a Get that waits for room has no copy of the value,
 // or a thousand of them would have a thousand.
 func TestWaitingGetCopiesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		c := accepted(t, 1)[0]
 		ctx := grpcpeer.NewContext(t.Context(), &grpcpeer.Peer{Addr: c.RemoteAddr()})
 		s := &server{n: turnNode()}

@@ -138,7 +138,7 @@ func TestEncodeAsWrite(t *testing.T) {
 // there is some, and answers what is there by then. One whose answer is small waits for
 // nothing.
 func TestGetThatWaits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		l := newLimiter(&refusing{left: 1}, wide, nil, quiet())
 		conn, err := l.Accept()
 		if err != nil {
@@ -922,7 +922,7 @@ func (s *unreadBackup) Send(*kvpb.BackupResponse) error {
 
 // TestNoRoomInTime: an answer that waits for room ends before its caller's deadline.
 func TestNoRoomInTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		l := newLimiter(&refusing{left: 1}, wide, nil, quiet())
 		conn, err := l.Accept()
 		if err != nil {
@@ -1741,7 +1741,7 @@ func FuzzServices(f *testing.F) {
 		stream(1, &kvpb.InstallSnapshotRequest{Hello: hello, Term: 5, Data: snapshotBytes(f, newTestStore())}), step(254, []byte("nonsense")),
 	))
 	f.Fuzz(func(t *testing.T, script []byte) {
-		synctest.Test(t, func(t *testing.T) {
+		withFakeClock(t, func(t *testing.T) {
 			l := bufconn.Listen(64 << 10)
 			o := defaultOptions()
 			o.id, o.advertise, o.listener, o.logLevel = 1, plainNode(1).Address, l, slog.LevelError
