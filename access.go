@@ -268,12 +268,18 @@ func (s *server) logRefusal(ctx context.Context, method string, err error) {
 // logRefusals is logRefusal for so many refusals of one kind. A method that nobody may
 // call is whatever its caller has sent.
 func (s *server) logRefusals(ctx context.Context, method string, err error, many int) {
+	s.noteRefusals(callerArgs(ctx), method, status.Convert(err).Message(), many)
+}
+
+// noteRefusals counts refusals, and logs one of them, if there are not many others. by says who
+// has called.
+func (s *server) noteRefusals(by []any, method, why string, many int) {
 	s.refused.Add(uint64(many))
 	leftOut, isDue := s.refusalLog.due(time.Now())
 	if !isDue {
 		return
 	}
-	args := append(callerArgs(ctx), "method", beginning(method, maxQuotedInput), "err", status.Convert(err).Message(), "others", leftOut)
+	args := append(by, "method", beginning(method, maxQuotedInput), "err", why, "others", leftOut)
 	s.n.logger.Warn("a call was refused", args...)
 }
 

@@ -63,13 +63,17 @@ type places struct {
 // placesOf divides the files that a process may have open. Peers get at most half of
 // what a node does not need itself: that is enough for all that there may be, or, of
 // a low limit, for a cluster that is smaller. With TLS, handshakes get at most a quarter
-// of the rest.
-func placesOf(files uint64, secure bool) (places, error) {
-	if files < leastFiles {
-		return places{}, fmt.Errorf("this process may have %d files open (RLIMIT_NOFILE, ulimit -n), a node needs %d",
-			files, leastFiles)
+// of the rest. The HTTP server, if there is one, has its files before that.
+func placesOf(files uint64, secure, hasHTTP bool) (places, error) {
+	own := uint64(0)
+	if hasHTTP {
+		own = httpFiles
 	}
-	rest := files - nodeFiles
+	if files < leastFiles+own {
+		return places{}, fmt.Errorf("this process may have %d files open (RLIMIT_NOFILE, ulimit -n), a node needs %d",
+			files, leastFiles+own)
+	}
+	rest := files - nodeFiles - own
 	peers := min(maxPeers, rest/2/peerFiles)
 	rest -= peers * peerFiles
 	handshakes := uint64(0)
@@ -239,6 +243,7 @@ func (l *limiter) Close() error {
 type temporary struct{ error }
 
 func (temporary) Temporary() bool { return true }
+func (temporary) Timeout() bool   { return false }
 func (t temporary) Unwrap() error { return t.error }
 
 // fullEvery is between two lines of log that say that clients find no place.

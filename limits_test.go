@@ -414,13 +414,18 @@ func TestConnectionLimits(t *testing.T) {
 
 // TestPlaces: what a process may have open is enough for all that it may open.
 func TestPlaces(t *testing.T) {
-	if _, err := placesOf(leastFiles-1, false); err == nil {
+	if _, err := placesOf(leastFiles-1, false, false); err == nil {
 		t.Error("a node starts with too few files")
 	}
 	for _, files := range []uint64{leastFiles, 256, 1024, 4096, 20_000, 1 << 20, math.MaxUint64} {
-		p, err := placesOf(files, false)
+		p, err := placesOf(files, false, false)
 		if err != nil {
 			t.Fatal(err)
+		}
+		web, err := placesOf(files, false, true)
+		isEnough := files >= leastFiles+httpFiles
+		if isEnough != (err == nil) || uint64(nodeFiles+httpFiles+web.clients+web.peers*peerFiles) > files {
+			t.Errorf("with %d files and HTTP: %+v, %v", files, web, err)
 		}
 		if uint64(nodeFiles+p.clients+p.peers*peerFiles) > files || p.clients < 16 || p.peers < 4 {
 			t.Errorf("with %d files: %+v", files, p)
@@ -498,7 +503,7 @@ func TestConnectionsLeaveFiles(t *testing.T) {
 		}
 	}
 	text, _ := os.ReadFile(p.log)
-	room, _ := placesOf(256, false)
+	room, _ := placesOf(256, false, false)
 	wantPart(t, string(text), fmt.Sprintf("connections=%d peers=%d files=256", room.clients, room.peers))
 	wantPart(t, string(text), "clients have all connections")
 }
@@ -613,7 +618,7 @@ func TestPeersAreKept(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 1, func(o *options) { o.files = leastFiles })
 	n := c.nodes[1]
-	room, err := placesOf(leastFiles, false)
+	room, err := placesOf(leastFiles, false, false)
 	if err != nil {
 		t.Fatal(err)
 	}

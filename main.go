@@ -36,6 +36,8 @@
 //     and wakes the watches that they concern, each in its call.
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second
 //     whether it turns.
+//   - The HTTP server (httpServer.start), with --http-addr: one that accepts, and one for each
+//     connection, which ends with its request.
 //   - The starter (starter.run), one a node: while the node is in no cluster, or with --join
 //     finds no member, it does what --initial-cluster or --join says.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks
@@ -174,7 +176,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	if err := checkTransport(canReadRequest); err != nil {
 		return err
 	}
-	room, err := placesOf(cmp.Or(o.files, openFiles()), o.tls.areGiven())
+	room, err := placesOf(cmp.Or(o.files, openFiles()), o.tls.areGiven(), o.httpAddr != "")
 	if err != nil {
 		return err
 	}
@@ -199,12 +201,18 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	nw.dialer.certificates = certificates
 	n.net = nw
 	s := newServer(n, nw, certificates)
+	s.limiter = newLimiter(listener, room, certificates, logger)
+	s.limiter.shrink(&o)
+	web, err := startHTTP(s, &o) // before the disk: a probe may ask while that is read
+	if err != nil {
+		s.abandon()
+		return err
+	}
+	defer web.stop()
 	if o.durable {
 		d, err := startDisk(n, &o, logger)
 		if err != nil {
-			_ = listener.Close()
-			nw.close()
-			s.grpc.Stop() // ends its workers
+			s.abandon()
 			return err
 		}
 		defer d.close()
@@ -218,17 +226,17 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	if o.durable {
 		go n.watchSpace(loopContext)
 	}
-	limiter := newLimiter(listener, room, certificates, logger)
-	limiter.shrink(&o)
-	s.limiter = limiter
 	if certificates != nil {
 		go certificates.watch(loopContext)
 	}
-	serving := inBackground(func() error { return s.grpc.Serve(limiter) })
+	serving := inBackground(func() error { return s.grpc.Serve(s.limiter) })
 	// It is logged whatever the level: scripts wait for it.
-	logger.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready",
-		"addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,
-		"connections", room.clients, "peers", room.peers, "files", room.files)
+	about := []any{"addr", listener.Addr(), "advertise", self.Address, "durable", o.durable,
+		"connections", room.clients, "peers", room.peers, "files", room.files}
+	if web != nil {
+		about = append(about, "http", web.address)
+	}
+	logger.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", about...)
 	if n.status.latest.Load().clusterID == 0 {
 		logger.Info(cmp.Or(o.plan.String(), errNotInitialized.Error()))
 	}
@@ -260,6 +268,13 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	stopServing(s.grpc)
 	<-serving.ended
 	return errors.Join(serveErr, loop.err)
+}
+
+// abandon ends what there is of a server that serves nothing yet.
+func (s *server) abandon() {
+	_ = s.limiter.Close()
+	s.net.close()
+	s.grpc.Stop() // ends its workers
 }
 
 // listen listens where the node is to be reached.

@@ -284,6 +284,14 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --join-as voter", want: "--join-as goes with --join"},
 		{args: "--id 1 --addr 127.0.0.1:1 --join 127.0.0.1:2 --join-as leader", want: "flag -join-as: want voter or learner"},
 		{args: "--id 1 --addr 127.0.0.1:1 --join 127.0.0.1:2 --initial-cluster 1=127.0.0.1:1", want: "want one of them"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr 127.0.0.1:0"},
+		{args: "--id 1 --addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_HTTP_ADDR=localhost:8080"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr :8080", want: ":8080 is beyond loopback, and there is no TLS"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr 10.0.0.1:8080", want: "beyond loopback"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr :8080 --insecure"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr :8080 --cert-file c --key-file k --trusted-ca-file t"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr 8080", want: "--http-addr: address \"8080\": want host:port"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr=", want: "--http-addr is empty"},
 		{args: "--version"},
 		{args: "--version nosuch", want: "unknown sub-command"},
 	} {
@@ -305,7 +313,7 @@ func TestOptions(t *testing.T) {
 func TestErrorsNameWhatSetTheValue(t *testing.T) {
 	for flag, wrong := range map[string]string{
 		"id": "0", "addr": "nonsense", "advertise": "127.0.0.1:0", "heartbeat": "1ms", "election-timeout": "1ms",
-		"data-dir": "", "log-bytes": "5",
+		"data-dir": "", "log-bytes": "5", "http-addr": "nonsense",
 	} {
 		right := map[string]string{"id": "1", "addr": "127.0.0.1:1"}
 		right[flag] = wrong

@@ -40,7 +40,8 @@ type options struct {
 
 	plan     startPlan // which cluster the node is to become a member of
 	tls      certificateFiles
-	insecure bool // beyond loopback without TLS
+	insecure bool   // beyond loopback without TLS
+	httpAddr string // host:port to serve HTTP on; empty: there is no HTTP
 	logLevel slog.Level
 	maxLevel uint32 // that the cluster may rise to as far as this node goes; 0: any
 	version  bool   // the version is to be printed, and no node to be run
@@ -48,14 +49,16 @@ type options struct {
 	variables map[string]string // by flag: the environment variable that has set it
 	given     map[string]bool   // by flag: it is set, by one or the other
 
-	files     uint64                                          // in place of RLIMIT_NOFILE, for tests
-	listener  net.Listener                                    // in place of addr, for tests
-	dialer    func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
-	redial    time.Duration                                   // in place of redialTime, for tests; 0: not
-	onApply   func(*raftpb.Entry)                             // called by the loop, for tests
-	onPropose func(sequence uint64, data []byte)              // called by the loop, for tests
-	limits    raftLimits                                      // of a node that has been made
-	level     uint32                                          // that the program speaks: programLevel, but in tests
+	files    uint64       // in place of RLIMIT_NOFILE, for tests
+	listener net.Listener // in place of addr, for tests
+	// httpListener stands in place of httpAddr, which is then any name, for tests.
+	httpListener net.Listener
+	dialer       func(context.Context, string) (net.Conn, error) // in place of TCP, for tests
+	redial       time.Duration                                   // in place of redialTime, for tests; 0: not
+	onApply      func(*raftpb.Entry)                             // called by the loop, for tests
+	onPropose    func(sequence uint64, data []byte)              // called by the loop, for tests
+	limits       raftLimits                                      // of a node that has been made
+	level        uint32                                          // that the program speaks: programLevel, but in tests
 }
 
 const (
@@ -142,6 +145,8 @@ func nodeFlags(o *options) *flag.FlagSet {
 		}
 		return nil
 	}
+	fs.StringVar(&o.httpAddr, "http-addr", "",
+		"`host:port` to serve HTTP on: /livez, /readyz (default: there is no HTTP)")
 	fs.Func("log-level", "debug, info, warn or error (default INFO)", setLogLevel)
 	return fs
 }
@@ -308,7 +313,21 @@ func (o *options) check() error {
 	if err := o.checkAdvertised(); err != nil {
 		return err
 	}
+	if err := o.checkHTTP(); err != nil {
+		return err
+	}
 	return o.checkPlan()
+}
+
+// checkHTTP checks where HTTP is to be served.
+func (o *options) checkHTTP() error {
+	if o.httpAddr == "" {
+		if o.given["http-addr"] { // A variable in the command line may not have been set.
+			return fmt.Errorf("%s is empty: give host:port, or leave it out", o.nameOf("http-addr"))
+		}
+		return nil
+	}
+	return o.checkReach("http-addr", o.httpAddr)
 }
 
 // checkTLS checks that there is all or nothing of what TLS needs.
@@ -354,7 +373,7 @@ func (o *options) isExposed() bool {
 	if o.tls.areGiven() {
 		return false
 	}
-	for _, address := range []string{o.addr, o.advertise} {
+	for _, address := range []string{o.addr, o.advertise, o.httpAddr} {
 		host, _, err := net.SplitHostPort(address)
 		if err == nil && !isLoopback(host) {
 			return true

@@ -123,11 +123,8 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.ClusterId = s.clusterID
 	m.Role = n.publicRole()
 	m.Durable = n.durable.disk != nil
-	m.UnhealthyReason = n.whyUnhealthy()
+	m.UnhealthyReason = n.whyUnhealthyNow()
 	m.Healthy = m.UnhealthyReason == ""
-	if waitsFor := n.status.waitsFor.Load(); n.rn == nil && waitsFor != nil {
-		m.UnhealthyReason += ": " + *waitsFor
-	}
 	m.NoRestartReason = n.whyNotRestart()
 
 	m.Leader = n.nodeOf(n.raft.lead)
@@ -177,6 +174,15 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 		m.Members = append(m.Members, ms)
 	}
 	return m
+}
+
+// whyUnhealthyNow is whyUnhealthy, and says what keeps a node in no cluster from one.
+func (n *node) whyUnhealthyNow() string {
+	why := n.whyUnhealthy()
+	if waitsFor := n.status.waitsFor.Load(); n.rn == nil && waitsFor != nil {
+		why += ": " + *waitsFor
+	}
+	return why
 }
 
 // publicRole is the node's role as the API has it.
