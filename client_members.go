@@ -7,8 +7,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 
 	"raft-key-value/kvpb"
@@ -166,13 +164,12 @@ func roleText(ids []uint64, role string) string {
 func nodeList(ids []uint64) string {
 	var words []string
 	for _, id := range ids {
-		words = append(words, strconv.FormatUint(id, 10))
+		words = append(words, formatID(id))
 	}
-	last := len(words) - 1
-	if last == 0 {
+	if len(words) == 1 {
 		return "node " + words[0]
 	}
-	return "nodes " + strings.Join(words[:last], ", ") + " and " + words[last]
+	return "nodes " + listInWords(words)
 }
 
 func (c *client) remove(ctx context.Context) error {

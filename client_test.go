@@ -1145,8 +1145,12 @@ func TestClientStatusOfLevels(t *testing.T) {
 	}
 	status := func(last []*kvpb.MemberStatus, speaks, risesTo []uint32) string {
 		for i, f := range nodes {
+			role := kvpb.Role_ROLE_FOLLOWER
+			if i == 0 {
+				role = kvpb.Role_ROLE_LEADER
+			}
 			f.setMetrics(&kvpb.MetricsResponse{
-				Node: members[i].Node, RaftId: uint64(i + 1), ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Term: 3,
+				Node: members[i].Node, RaftId: uint64(i + 1), ClusterId: 0xabc, Role: role, Term: 3,
 				Members: append(slices.Clone(members[:3]), last...), BuildVersion: fmt.Sprint("v", speaks[i]),
 				Level: 1, ProgramLevel: speaks[i], RisesTo: risesTo[i],
 			})
@@ -1174,25 +1178,29 @@ func TestClientStatus(t *testing.T) {
 	a, b, c := newFakeNode(t), newFakeNode(t), newFakeNode(t)
 	silent := listenSilently(t)
 	member := func(id uint64, addr string, voter bool) *kvpb.MemberStatus {
-		return &kvpb.MemberStatus{Node: &kvpb.Node{Id: id, Address: addr}, Voter: voter, Learner: !voter}
+		return &kvpb.MemberStatus{Node: &kvpb.Node{Id: id, Address: addr}, RaftId: id, Voter: voter, Learner: !voter}
 	}
 	members := []*kvpb.MemberStatus{member(1, a.addr, true), member(2, b.addr, false), member(4, closedAddress, true), member(5, silent, true)}
 	members[1].Lagging = "too slow"
-	a.setMetrics(&kvpb.MetricsResponse{Node: members[0].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Leader: members[0].Node, Term: 3,
-		AppliedIndex: 99, Keys: 5, Version: 7, Healthy: true, Members: members, QuotaUsed: 4<<20 - 1, Quota: 20 << 20, WritesRefused: "it is full"})
-	b.setMetrics(&kvpb.MetricsResponse{Node: members[1].Node, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEARNER, UnhealthyReason: "no leader", Members: members})
+	members[0].Progress = &kvpb.Progress{MatchIndex: 99}
+	members[1].Progress = &kvpb.Progress{MatchIndex: 59}
+	members[2].Progress = &kvpb.Progress{}
+	a.setMetrics(&kvpb.MetricsResponse{Node: members[0].Node, RaftId: 1, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEADER, Leader: members[0].Node, Term: 3,
+		AppliedIndex: 99, LastIndex: 99, Keys: 5, Version: 7, Healthy: true, Members: members, Durable: true, DiskFree: 4<<30 - 1, QuotaUsed: 4<<20 - 1, Quota: 20 << 20, WritesRefused: "it is full"})
+	b.setMetrics(&kvpb.MetricsResponse{Node: members[1].Node, RaftId: 2, ClusterId: 0xabc, Role: kvpb.Role_ROLE_LEARNER, UnhealthyReason: "no leader", Members: members})
 	c.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 3, Address: c.addr}, Role: kvpb.Role_ROLE_UNINITIALIZED, UnhealthyReason: "new"})
 
 	endpoints := "--endpoints=" + strings.Join([]string{closedAddress, c.addr, a.addr}, ",")
 	out, _ := runCommand(t, 0, "", "status", "--timeout", "4s", endpoints)
 	rows := strings.Split(strings.TrimSpace(out), "\n")
 	want := []string{
-		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED VERSION KEYS STORE DISK CLUSTER REASON ",
-		"1 " + a.addr + " ok yes leader 1 3 99 7 5 3M/20M no 0000000000000abc ",
-		"2 " + b.addr + " unhealthy no learner - - 0 0 0 0M/0M no 0000000000000abc no leader ",
-		"3 " + c.addr + " unhealthy no uninitialized - - - - - - no - new ",
-		"4 " + closedAddress + " unreachable yes - - - - - - - - 0000000000000abc \"dial tcp ",
-		"5 " + silent + " unreachable yes - - - - - - - - 0000000000000abc no answer in 2s (DEADLINE_EXCEEDED) ",
+		"leader 1, but only 1 of 3 voters and 0 of 1 learners are up, and that is too few to go on ",
+		"NODE ADDRESS HEALTH VOTER ROLE LEADER TERM APPLIED LAG VERSION KEYS STORE DISK CLUSTER REASON ",
+		"1 " + a.addr + " ok yes leader 1 3 99 0 7 5 3M/20M 3G free 0000000000000abc ",
+		"2 " + b.addr + " unhealthy no learner - - 0 40 0 0 0M/0M no 0000000000000abc no leader ",
+		"3 " + c.addr + " unhealthy no uninitialized - - - - - - - no - new ",
+		"4 " + closedAddress + " unreachable yes - - - - 99 - - - - 0000000000000abc \"dial tcp ",
+		"5 " + silent + " unreachable yes - - - - - - - - - 0000000000000abc no answer in 2s (DEADLINE_EXCEEDED) ",
 		"node 2 is too slow",
 		"node 1 refuses Sets: it is full",
 	}
@@ -1232,7 +1240,7 @@ func TestClientStatus(t *testing.T) {
 	d.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 9, Address: d.addr}, RaftId: 88})
 	out, _ = runCommand(t, 0, "", "status", "--endpoints", e.addr+","+strings.Replace(e.addr, "127.0.0.1", "localhost", 1))
 	rows = strings.Split(strings.TrimSpace(out), "\n")
-	if len(rows) != 3 || !strings.HasPrefix(rows[1], "1 ") || !strings.HasPrefix(rows[2], "2 ") || !strings.HasSuffix(rows[2], "node 9 answers there") {
+	if len(rows) != 4 || !strings.HasPrefix(rows[2], "1 ") || !strings.HasPrefix(rows[3], "2 ") || !strings.HasSuffix(rows[3], "node 9 answers there") {
 		t.Errorf("rows %q", rows)
 	}
 	if strings.Contains(out, " \n") {
@@ -1242,7 +1250,8 @@ func TestClientStatus(t *testing.T) {
 	_, errs := runCommand(t, 0, "", "status", "--endpoints", c.addr)
 	wantText(t, "stderr", errs, "raft-key-value: warning: no node that was asked is in a cluster; --endpoints asks others\n")
 	out, errs = runCommand(t, exitNotDone, "", "status", "--endpoints", closedAddress)
-	wantPart(t, out, "-     "+closedAddress+"  unreachable  -      -     -       -     -        -        -     -      -     -        \"dial tcp")
+	wantPart(t, out, "-     "+closedAddress+"  unreachable  -      -     -       -     -        -    -        -     -      -     -        \"dial tcp")
+	wantPart(t, out, "no node answers\nNODE ")
 	wantPart(t, errs, "no node answered: "+closedAddress+": ")
 }
 
@@ -2168,9 +2177,9 @@ func memberAt(cluster, id uint64, address string, voter bool) *kvpb.MemberStatus
 func rowsOf(t *testing.T, table string) []string {
 	t.Helper()
 	var rows []string
-	for _, line := range strings.Split(strings.TrimSpace(table), "\n")[1:] {
+	for _, line := range strings.Split(strings.TrimSpace(table), "\n")[2:] {
 		words := strings.Fields(line)
-		rows = append(rows, strings.Join(append(words[:5], words[12]), " "))
+		rows = append(rows, strings.Join(append(words[:5], words[13]), " "))
 	}
 	return rows
 }
@@ -2222,6 +2231,88 @@ func TestStatusOfTwoClusters(t *testing.T) {
 	}
 }
 
+// TestStatusSummary: the summary goes by what each node says of itself, and of one that does not
+// answer here, by what others say.
+func TestStatusSummary(t *testing.T) {
+	t.Parallel()
+	a, b, c := newFakeNode(t), newFakeNode(t), newFakeNode(t)
+	say := func(f *fakeNode, id, raftID, leader, term uint64, members ...*kvpb.MemberStatus) {
+		m := &kvpb.MetricsResponse{Node: &kvpb.Node{Id: id, Address: f.addr}, RaftId: raftID, Term: term, Role: kvpb.Role_ROLE_FOLLOWER}
+		if len(members) > 0 {
+			m.ClusterId = 0xa
+			m.Members = members
+			m.Healthy = leader != 0
+		}
+		if leader != 0 {
+			m.Leader = &kvpb.Node{Id: leader}
+		}
+		if leader == id {
+			m.Role = kvpb.Role_ROLE_LEADER
+		}
+		f.setMetrics(m)
+	}
+	members := func(third string) []*kvpb.MemberStatus {
+		return []*kvpb.MemberStatus{memberAt(0xa, 1, a.addr, true), memberAt(0xa, 2, b.addr, true), memberAt(0xa, 3, third, true)}
+	}
+	first := func(want int) string {
+		out, _ := runCommand(t, want, "", "status", "--timeout", "4s", "--endpoints", a.addr+","+b.addr)
+		line, _, _ := strings.Cut(out, "\n")
+		return line
+	}
+
+	all := members(c.addr)
+	say(a, 1, 0xa<<8|1, 1, 5, all...)
+	say(b, 2, 0xa<<8|2, 1, 5, all...)
+	say(c, 3, 0xa<<8|3, 1, 5, all...)
+	wantText(t, "all up", first(exitYes), "3 of 3 voters are up, leader 1, one more may fail")
+	say(c, 3, 0x77, 0, 5)
+	wantText(t, "one is back without memory", first(exitYes), "2 of 3 voters are up, leader 1, no more may fail")
+	say(a, 1, 0xa<<8|1, 0, 5, all...)
+	say(b, 2, 0x78, 0, 5)
+	wantText(t, "two are", first(exitYes), "the cluster cannot go on: 2 of 3 voters have lost all that they knew, and 2 are needed with it")
+	say(a, 1, 0xa<<8|1, 1, 6, all...)
+	say(b, 2, 0xa<<8|2, 2, 6, all...)
+	const twoLead = "ATTENTION: nodes 1 and 2 lead term 6 at once, which must never be: end all clients, and keep all directories"
+	wantText(t, "two leaders", first(exitNotDone), twoLead)
+	_, errs := runCommand(t, exitNotDone, "", "status", "--endpoints", a.addr)
+	wantText(t, "stderr", errs, "raft-key-value: status: "+twoLead+"\n")
+	say(b, 2, 0xa<<8|2, 2, 7, all...)
+	wantPart(t, first(exitYes), ", leader 2, ")
+
+	away := members(closedAddress)
+	say(a, 1, 0xa<<8|1, 1, 8, away...)
+	say(b, 2, 0xa<<8|2, 1, 8, away...)
+	wantText(t, "one is away", first(exitYes), "2 of 3 voters are up, leader 1, no more may fail")
+	away[2].Connected = true
+	away[2].Progress = &kvpb.Progress{CaughtUp: true}
+	say(a, 1, 0xa<<8|1, 1, 8, away...)
+	wantText(t, "the leader reaches it", first(exitYes), "3 of 3 voters are up, leader 1, one more may fail")
+	away[2].Connected = false
+	say(a, 1, 0xa<<8|1, 3, 9, away...)
+	say(b, 2, 0xa<<8|2, 3, 9, away...)
+	wantText(t, "the leader does not answer here", first(exitYes), "3 of 3 voters are up, leader 3, one more may fail")
+	say(a, 1, 0xa<<8|1, 0, 9, away...)
+	say(b, 2, 0xa<<8|2, 0, 9, away...)
+	wantText(t, "no leader", first(exitYes), "no leader: 2 of 3 voters answer, which is enough: they elect one, or do not reach each other")
+
+	out, _ := runCommand(t, exitYes, "", "status", "-o", "json", "--endpoints", a.addr)
+	var answer struct {
+		Summary struct {
+			State    string
+			Clusters []struct {
+				Voters struct{ All, Answer int }
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &answer); err != nil || len(answer.Summary.Clusters) != 1 {
+		t.Fatal(err, out)
+	}
+	wantText(t, "state", answer.Summary.State, stateNoLeader)
+	if v := answer.Summary.Clusters[0].Voters; v.All != 3 || v.Answer != 2 {
+		t.Errorf("voters: %+v", v)
+	}
+}
+
 // TestStatusNamesCertificatesThatEnd: the table and the JSON name each node whose certificate
 // ends within 30 days, or has ended; if there is none, the table says which one ends first.
 func TestStatusNamesCertificatesThatEnd(t *testing.T) {
@@ -2255,7 +2346,7 @@ func TestStatusNamesCertificatesThatEnd(t *testing.T) {
 		t.Helper()
 		out, _ := runCommand(t, exitYes, "", "status", endpoints)
 		rows := strings.Split(strings.TrimSpace(out), "\n")
-		got := rows[1+len(nodes):]
+		got := rows[2+len(nodes):]
 		if !slices.Equal(got, want) {
 			t.Errorf("below the table is %q, want %q", got, want)
 		}

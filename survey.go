@@ -11,10 +11,11 @@ import (
 	"maps"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -208,7 +209,9 @@ func findMember(m *kvpb.MetricsResponse, id uint64) *kvpb.MemberStatus {
 
 func (c *client) status(ctx context.Context) error {
 	s := takeSurvey(ctx, c.calls)
-	if err := c.print(map[string]any{"members": s.rows}, s.table()); err != nil {
+	sum := summarize(s.facts())
+	answer := map[string]any{"summary": sum, "members": s.rows}
+	if err := c.print(answer, sum.Text+"\n"+s.table()); err != nil {
 		return err
 	}
 	if !slices.ContainsFunc(s.rows, func(r *memberRow) bool { return r.Reachable }) {
@@ -217,7 +220,77 @@ func (c *client) status(ctx context.Context) error {
 	if len(s.views) == 0 {
 		c.warn("no node that was asked is in a cluster; --endpoints asks others")
 	}
-	return oneCluster(s.members())
+	if err := oneCluster(s.members()); err != nil {
+		return err
+	}
+	if sum.State == stateSplit {
+		return &commandError{Text: sum.Text, Status: exitNotDone}
+	}
+	return nil
+}
+
+// facts are what a summary goes by.
+func (s *survey) facts() *surveyFacts {
+	f := &surveyFacts{}
+	for _, r := range s.rows {
+		if r.Reachable {
+			f.answers++
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.views)) {
+		f.clusters = append(f.clusters, s.factsOf(id))
+	}
+	return f
+}
+
+// factsOf are those of one cluster.
+func (s *survey) factsOf(cluster uint64) clusterFacts {
+	f := clusterFacts{id: cluster}
+	term := uint64(0) // of the leader that is known
+	for _, r := range s.rows {
+		m := r.metrics
+		if m.GetClusterId() != cluster {
+			continue
+		}
+		if m.Leader != nil && m.Term >= term {
+			f.leader = m.Leader.Id
+			term = m.Term
+		}
+		if m.Role == kvpb.Role_ROLE_LEADER {
+			f.leading = append(f.leading, leaderFacts{r.NodeID, m.Term})
+		}
+	}
+	for _, m := range s.views[cluster].GetMembers() {
+		f.members = append(f.members, s.factsOfMember(cluster, m, f.leader))
+	}
+	return f
+}
+
+// factsOfMember are what the member itself says, or else what others say of it.
+func (s *survey) factsOfMember(cluster uint64, m *kvpb.MemberStatus, leader uint64) memberFacts {
+	f := memberFacts{id: m.Node.GetId(), voter: m.Voter, outgoing: m.VoterOutgoing, learner: m.Learner}
+	isFollowed := false // somebody is up who says that it leads
+	for _, r := range s.rows {
+		other := r.metrics
+		isElsewhere := other.GetClusterId() != 0 && other.GetClusterId() != cluster
+		if other == nil || isElsewhere {
+			continue
+		}
+		isFollowed = isFollowed || other.Healthy && other.Leader.GetId() == f.id
+		switch {
+		case other.RaftId == m.RaftId && other.ClusterId == cluster:
+			f.answers = true
+			f.up = other.Healthy
+		case other.RaftId != m.RaftId && proto.Equal(other.Node, m.Node):
+			f.lostMemory = true
+		}
+	}
+	if f.answers {
+		return f
+	}
+	isLeader := f.id == leader
+	f.up = isLeader && isFollowed || !isLeader && m.Connected && m.GetProgress().GetCaughtUp()
+	return f
 }
 
 // blanksAtEnd are those of a line, which tabwriter leaves there.
@@ -227,7 +300,7 @@ var blanksAtEnd = regexp.MustCompile(" +\n")
 func (s *survey) table() string {
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tVERSION\tKEYS\tSTORE\tDISK\tCLUSTER\tREASON")
+	fmt.Fprintln(w, "NODE\tADDRESS\tHEALTH\tVOTER\tROLE\tLEADER\tTERM\tAPPLIED\tLAG\tVERSION\tKEYS\tSTORE\tDISK\tCLUSTER\tREASON")
 	for _, r := range s.rows {
 		fmt.Fprintln(w, strings.Join(s.cells(r), "\t"))
 	}
@@ -256,10 +329,13 @@ func (s *survey) cells(r *memberRow) []string {
 	if r.ClusterID != 0 {
 		cluster = fmt.Sprintf("%016x", r.ClusterID)
 	}
+	lag := s.lagCell(r)
 	cells := []string{numberCell(r.NodeID), r.Address}
 	if !r.Reachable {
 		cells = append(cells, "unreachable", voter)
-		cells = append(cells, slices.Repeat([]string{unknownCell}, 8)...) // from ROLE to DISK
+		cells = append(cells, slices.Repeat([]string{unknownCell}, 4)...) // from ROLE to APPLIED
+		cells = append(cells, lag)
+		cells = append(cells, slices.Repeat([]string{unknownCell}, 4)...) // from VERSION to DISK
 		return append(cells, cluster, r.Error)
 	}
 	m := r.metrics
@@ -269,14 +345,37 @@ func (s *survey) cells(r *memberRow) []string {
 	}
 	role := strings.ToLower(strings.TrimPrefix(m.Role.String(), "ROLE_"))
 	cells = append(cells, health, voter, role, numberCell(m.Leader.GetId()), numberCell(m.Term))
-	for _, n := range []uint64{m.AppliedIndex, m.Version, m.Keys} {
-		if m.ClusterId == 0 {
-			cells = append(cells, unknownCell)
-		} else {
-			cells = append(cells, strconv.FormatUint(n, 10))
+	applied, version, keys := formatID(m.AppliedIndex), formatID(m.Version), formatID(m.Keys)
+	if m.ClusterId == 0 {
+		applied, version, keys = unknownCell, unknownCell, unknownCell
+	}
+	return append(cells, applied, lag, version, keys, storeCell(m), diskCell(m), cluster, m.UnhealthyReason)
+}
+
+// lagCell is how many entries of the leader's log a member has not stored, as the leader knows.
+func (s *survey) lagCell(r *memberRow) string {
+	view := s.views[r.ClusterID]
+	for _, m := range view.GetMembers() {
+		isThis := m.Node.GetId() == r.NodeID
+		if r.metrics.GetClusterId() != 0 { // It may be listed twice.
+			isThis = isThis && m.RaftId == r.metrics.RaftId
+		}
+		if isThis && m.Progress != nil {
+			return formatID(view.LastIndex - min(view.LastIndex, m.Progress.MatchIndex))
 		}
 	}
-	return append(cells, storeCell(m), yesOrNo(m.Durable), cluster, m.UnhealthyReason)
+	return unknownCell
+}
+
+// diskCell is what is free on the disk of a node's data directory, in GiB, rounded down.
+func diskCell(m *kvpb.MetricsResponse) string {
+	switch {
+	case !m.Durable:
+		return "no"
+	case m.DiskFree == 0: // its file system does not say, or the node is too old to
+		return "yes"
+	}
+	return fmt.Sprintf("%dG free", m.DiskFree>>30)
 }
 
 // storeCell is what of its quota a node's store takes, in MiB, both rounded down.
@@ -295,7 +394,7 @@ func numberCell(n uint64) string {
 	if n == 0 {
 		return unknownCell
 	}
-	return strconv.FormatUint(n, 10)
+	return formatID(n)
 }
 
 func yesOrNo(b bool) string {
