@@ -151,7 +151,7 @@ func execute(ctx context.Context, args []string) int {
 	if o.version {
 		return runClient(ctx, []string{"version"}, os.Stdin, os.Stdout, os.Stderr)
 	}
-	logger := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: o.logLevel})).With("node", o.id)
+	logger := newLogger(os.Stderr, &o)
 	for _, name := range unknownVariables(os.Environ()) {
 		logger.Warn("no flag has this environment variable", "name", name)
 	}

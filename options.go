@@ -43,8 +43,10 @@ type options struct {
 	insecure bool   // beyond loopback without TLS
 	httpAddr string // host:port to serve HTTP on; empty: there is no HTTP
 	logLevel slog.Level
-	maxLevel uint32 // that the cluster may rise to as far as this node goes; 0: any
-	version  bool   // the version is to be printed, and no node to be run
+	// logFormat is text or json.
+	logFormat string
+	maxLevel  uint32 // that the cluster may rise to as far as this node goes; 0: any
+	version   bool   // the version is to be printed, and no node to be run
 
 	variables map[string]string // by flag: the environment variable that has set it
 	given     map[string]bool   // by flag: it is set, by one or the other
@@ -74,7 +76,7 @@ const (
 )
 
 func defaultOptions() options {
-	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20, watchBytes: defaultWatchBytes, level: programLevel}
+	return options{heartbeat: 100 * time.Millisecond, election: 600 * time.Millisecond, logBytes: 64 << 20, watchBytes: defaultWatchBytes, level: programLevel, logFormat: "text"}
 }
 
 // variablePrefix begins the names of all environment variables of the program.
@@ -147,7 +149,15 @@ func nodeFlags(o *options) *flag.FlagSet {
 	}
 	fs.StringVar(&o.httpAddr, "http-addr", "",
 		"`host:port` to serve HTTP on: /livez, /readyz (default: there is no HTTP)")
-	fs.Func("log-level", "debug, info, warn or error (default INFO)", setLogLevel)
+	fs.Func("log-level", "`LEVEL` from which on lines are logged: debug, info, warn or error (default info)", setLogLevel)
+	setLogFormat := func(s string) error {
+		if s != "text" && s != "json" {
+			return errors.New("want text or json")
+		}
+		o.logFormat = s
+		return nil
+	}
+	fs.Func("log-format", "`FORMAT` of the log: text or json (default text)", setLogFormat)
 	return fs
 }
 
