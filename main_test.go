@@ -57,7 +57,7 @@ func TestMain(m *testing.M) {
 // eventually polls f until it returns nil. Nothing else sleeps.
 func eventually(t testing.TB, f func() error) {
 	t.Helper()
-	within(t, pollDeadline, f)
+	within(t, pollDeadline*time.Duration(raceStep(4)), f)
 }
 
 // within is eventually with another deadline.
