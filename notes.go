@@ -14,33 +14,78 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// laggards are the members that their cluster's leader says are too slow to catch up.
-func (s *survey) laggards() []*kvpb.MemberStatus {
-	var slow []*kvpb.MemberStatus
+// note is a sentence about nodes. It is printed with -o json.
+type note struct {
+	// Attention says that an operator should look at it.
+	Attention bool   `json:"attention"`
+	Text      string `json:"text"`
+}
+
+// notes are what is to be said besides the summary and the table: first what an operator
+// should look at.
+func (s *survey) notes() []note {
+	notes := []note{} // In JSON it is a list, not null.
+	add := func(attention bool, lines []string) {
+		for _, text := range lines {
+			notes = append(notes, note{attention, text})
+		}
+	}
+	add(true, s.laggardLines())
+	add(true, s.refusalLines())
+	add(true, s.fullLines())
+	add(true, s.certificateLines())
+	for _, id := range slices.Sorted(maps.Keys(s.views)) {
+		add(false, s.programLines(id))
+	}
+	add(false, s.firstCertificateLine())
+	return notes
+}
+
+// laggardLines name the members that their cluster's leader says are too slow to catch up.
+func (s *survey) laggardLines() []string {
+	var lines []string
 	for _, id := range slices.Sorted(maps.Keys(s.views)) {
 		for _, m := range s.views[id].GetMembers() {
 			if m.Lagging != "" {
-				slow = append(slow, m)
+				lines = append(lines, fmt.Sprintf("node %d is %s", m.Node.GetId(), m.Lagging))
 			}
 		}
 	}
-	return slow
+	return lines
 }
 
 // refusalLines say which nodes refuse Sets, and why.
-func (s *survey) refusalLines() string {
-	var lines strings.Builder
+func (s *survey) refusalLines() []string {
+	var lines []string
 	for _, r := range s.rows {
 		if why := r.metrics.GetWritesRefused(); why != "" {
-			fmt.Fprintf(&lines, "node %d refuses Sets: %s\n", r.NodeID, why)
+			lines = append(lines, fmt.Sprintf("node %d refuses Sets: %s", r.NodeID, why))
 		}
 	}
-	return lines.String()
+	return lines
+}
+
+// fullLines say which clusters have nearly used their quota.
+func (s *survey) fullLines() []string {
+	var lines []string
+	for _, id := range slices.Sorted(maps.Keys(s.views)) {
+		view := s.views[id]
+		if view.GetWritesRefused() == "" && isNearlyFull(view) {
+			lines = append(lines, fmt.Sprintf("%d of %d MiB that may be stored are used: soon Sets are refused",
+				view.QuotaUsed>>20, view.Quota>>20))
+		}
+	}
+	return lines
+}
+
+// isNearlyFull reports whether nine tenths of the quota are used.
+func isNearlyFull(m *kvpb.MetricsResponse) bool {
+	return m.GetQuota() > 0 && m.QuotaUsed >= m.Quota-m.Quota/10
 }
 
 // programLines say which programs the nodes of a cluster run, and what keeps its level from
 // rising, if some of them speak a higher one.
-func (s *survey) programLines(cluster uint64) string {
+func (s *survey) programLines(cluster uint64) []string {
 	level := s.views[cluster].GetLevel()
 	speaks := uint32(0) // of all nodes that answer, the most
 	runs := map[string][]uint64{}
@@ -52,20 +97,20 @@ func (s *survey) programLines(cluster uint64) string {
 		}
 	}
 	if speaks == 0 {
-		return "" // programs without levels
+		return nil // programs without levels
 	}
-	lines := fmt.Sprintf("the cluster is of level %d\n", level)
+	lines := []string{fmt.Sprintf("the cluster is of level %d", level)}
 	for _, program := range slices.Sorted(maps.Keys(runs)) {
-		lines += fmt.Sprintf("%s: %s\n", nodeList(runs[program]), program)
+		lines = append(lines, fmt.Sprintf("%s: %s", nodeList(runs[program]), program))
 	}
 	for _, r := range s.rows {
 		isMember := r.ClusterID == cluster && r.Reachable
 		if isMember && r.metrics.ProgramLevel < level {
-			lines += fmt.Sprintf("node %d is refused, for its program is too old: start a newer one there\n", r.NodeID)
+			lines = append(lines, fmt.Sprintf("node %d is refused, for its program is too old: start a newer one there", r.NodeID))
 		}
 	}
 	if holds := s.holdsLevel(cluster, level); speaks > level && len(holds) > 0 {
-		lines += fmt.Sprintf("the level rises once %s\n", strings.Join(holds, ", and "))
+		lines = append(lines, "the level rises once "+strings.Join(holds, ", and "))
 	}
 	return lines
 }
@@ -97,31 +142,38 @@ func (r *memberRow) certificateEnd() (time.Time, bool) {
 	return time.Unix(end, 0), end != 0
 }
 
-// certificateLines name the nodes whose certificates end soon, the first to end first; if
-// there are none, the node whose certificate ends first.
-func (s *survey) certificateLines() string {
+// byCertificate are the nodes that have certificates, the first to end first.
+func (s *survey) byCertificate() []*memberRow {
 	var secure []*memberRow
 	for _, r := range s.rows {
 		if _, isSecure := r.certificateEnd(); isSecure {
 			secure = append(secure, r)
 		}
 	}
-	if len(secure) == 0 {
-		return ""
-	}
 	slices.SortStableFunc(secure, func(a, b *memberRow) int {
 		return cmp.Compare(a.metrics.CertificateNotAfter, b.metrics.CertificateNotAfter)
 	})
-	var lines strings.Builder
-	for _, r := range secure {
+	return secure
+}
+
+// certificateLines name the nodes whose certificates end soon.
+func (s *survey) certificateLines() []string {
+	var lines []string
+	for _, r := range s.byCertificate() {
 		if r.CertificateEndsSoon {
 			end, _ := r.certificateEnd()
-			fmt.Fprintf(&lines, "replace the certificate of node %d: it ends at %s\n", r.NodeID, clockText(end))
+			lines = append(lines, fmt.Sprintf("replace the certificate of node %d: it ends at %s", r.NodeID, clockText(end)))
 		}
 	}
-	if lines.Len() > 0 {
-		return lines.String()
+	return lines
+}
+
+// firstCertificateLine names the node whose certificate ends first, if none ends soon.
+func (s *survey) firstCertificateLine() []string {
+	secure := s.byCertificate()
+	if len(secure) == 0 || secure[0].CertificateEndsSoon {
+		return nil
 	}
 	end, _ := secure[0].certificateEnd()
-	return fmt.Sprintf("the first certificate to end is that of node %d, at %s\n", secure[0].NodeID, clockText(end))
+	return []string{fmt.Sprintf("the first certificate to end is that of node %d, at %s", secure[0].NodeID, clockText(end))}
 }

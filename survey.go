@@ -210,7 +210,7 @@ func findMember(m *kvpb.MetricsResponse, id uint64) *kvpb.MemberStatus {
 func (c *client) status(ctx context.Context) error {
 	s := takeSurvey(ctx, c.calls)
 	sum := summarize(s.facts())
-	answer := map[string]any{"summary": sum, "members": s.rows}
+	answer := map[string]any{"summary": sum, "members": s.rows, "notes": s.notes()}
 	if err := c.print(answer, sum.Text+"\n"+s.table()); err != nil {
 		return err
 	}
@@ -305,14 +305,9 @@ func (s *survey) table() string {
 		fmt.Fprintln(w, strings.Join(s.cells(r), "\t"))
 	}
 	_ = w.Flush() // A strings.Builder takes everything.
-	for _, m := range s.laggards() {
-		fmt.Fprintf(&table, "node %d is %s\n", m.Node.GetId(), m.Lagging)
+	for _, n := range s.notes() {
+		fmt.Fprintln(&table, n.Text)
 	}
-	table.WriteString(s.refusalLines())
-	for _, id := range slices.Sorted(maps.Keys(s.views)) {
-		table.WriteString(s.programLines(id))
-	}
-	table.WriteString(s.certificateLines())
 	return blanksAtEnd.ReplaceAllString(table.String(), "\n")
 }
 
