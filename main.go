@@ -155,6 +155,7 @@ func execute(ctx context.Context, args []string) int {
 	for _, name := range unknownVariables(os.Environ()) {
 		logger.Warn("no flag has this environment variable", "name", name)
 	}
+	o.supervisor = findSupervisor(os.LookupEnv)
 	found := findMemory("/", os.LookupEnv)
 	budget := budgetOf(found, &o)
 	budget.apply(&o)
@@ -237,6 +238,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 		about = append(about, "http", web.address)
 	}
 	logger.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", about...)
+	o.supervisor.tell(notifyReady, logger)
 	if n.status.latest.Load().clusterID == 0 {
 		logger.Info(cmp.Or(o.plan.String(), errNotInitialized.Error()))
 	}
@@ -253,6 +255,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 		serveErr = serving.err
 	case <-ctx.Done():
 		logger.Info("stopping")
+		o.supervisor.tell(notifyStopping, logger)
 		stop, cancel := context.WithTimeout(context.Background(), stopTimeout)
 		s.stop(stop)
 		cancel()

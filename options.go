@@ -47,6 +47,8 @@ type options struct {
 	logFormat string
 	maxLevel  uint32 // that the cluster may rise to as far as this node goes; 0: any
 	version   bool   // the version is to be printed, and no node to be run
+	// supervisor is told when the node is ready, and when it stops.
+	supervisor supervisor
 
 	variables map[string]string // by flag: the environment variable that has set it
 	given     map[string]bool   // by flag: it is set, by one or the other
