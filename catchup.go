@@ -34,6 +34,7 @@ const (
 // catchup is what a leader keeps for members that are behind, and how it slows writes.
 type catchup struct {
 	followers map[uint64]*follower // by raft ID, while this node leads
+	silences  map[uint64]*silence  // by raft ID, of members that are connected, while this node leads
 	commitAt  [3]uint64            // what was committed at the last heartbeats, the newest first
 	written   meter                // of the log's entries
 	pace      pace                 // of writes, while this node leads
@@ -44,6 +45,7 @@ type catchup struct {
 func (c *catchup) forget() {
 	c.pace = pace{}
 	c.followers = map[uint64]*follower{}
+	c.silences = map[uint64]*silence{}
 }
 
 // noteCommit notes, at a heartbeat, what is committed.
@@ -130,6 +132,7 @@ func (n *node) followMembers() {
 			n.rn.ReportSnapshot(m.RaftId, raft.SnapshotFailure)
 		}
 	}
+	n.followSilences()
 }
 
 // mayRetry reports whether a member that was too slow may get another snapshot:

@@ -145,7 +145,17 @@ func (c *clusterState) nodeOf(raftID uint64) *kvpb.Node {
 	return cmp.Or(c.moved[raftID], m)
 }
 
-// describe names a raft ID in a log.
+// peerArgs name the node that a line of the log is about: always as peer, the id of the node, and
+// address. In lists, nodes are ID=ADDRESS (formatNode); in sentences, as locate has it. Raft IDs
+// are for debugging: a node has another one whenever it has lost its memory.
+func peerArgs(node *kvpb.Node) []any {
+	return []any{"peer", node.GetId(), "address", shown(node.GetAddress())}
+}
+
+// peerArgs name a member. One that is none any more has the id 0.
+func (c *clusterState) peerArgs(raftID uint64) []any { return peerArgs(c.nodeOf(raftID)) }
+
+// describe names a raft ID in a sentence.
 func (c *clusterState) describe(raftID uint64) string {
 	if m := c.members[raftID]; m != nil {
 		return fmt.Sprint(m.Id)

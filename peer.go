@@ -47,6 +47,7 @@ type peer struct {
 	cancel      context.CancelFunc
 	wake        bell    // rung when something was queued
 	log         peerLog // the goroutine's alone, but for its logger
+	slowSends   slowLog
 
 	// mu guards what follows. network.go says in which order locks are taken.
 	mu        sync.Mutex
@@ -431,9 +432,11 @@ func (a *streamAttempt) send(s kvpb.RaftService_StreamClient) error {
 			return context.Cause(a.ctx)
 		}
 		for batch := a.peer.takeBatch(); batch != nil; batch = a.peer.takeBatch() {
+			begun := time.Now()
 			if err := s.Send(batch); err != nil {
 				return fmt.Errorf("sending: %w", err)
 			}
+			a.peer.noteSlowSend(time.Since(begun))
 		}
 	}
 }

@@ -214,7 +214,10 @@ func (n *node) memberStatus(m *kvpb.Member) *kvpb.MemberStatus {
 	}
 }
 
-// describe names a raft ID in a log.
+// peerArgs name a member in the log.
+func (n *node) peerArgs(raftID uint64) []any { return n.clusterState().peerArgs(raftID) }
+
+// describe names a raft ID in a sentence.
 func (n *node) describe(raftID uint64) string { return n.clusterState().describe(raftID) }
 
 // locate names a raft ID, and says where it is.

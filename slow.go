@@ -1,0 +1,107 @@
+// What takes long is said once in a while, as a warning: peers that
+// do not keep up. Whoever does it measures it, by its own clock; the loop counts ticks.
+
+package main
+
+import (
+	"sync"
+	"time"
+)
+
+// What takes longer is slow.
+const (
+	slowSend = time.Second
+	// slowAnswer is how long a member may leave its leader without an answer, and an election
+	// timeout, if that is longer: it is asked with each heartbeat.
+	slowAnswer = time.Second
+)
+
+// slowLogInterval is the least time between two lines of a kind, unless the second one says at
+// least twice as much.
+const slowLogInterval = 10 * time.Second
+
+// slowLog says when a line of its kind may be logged. Any goroutine may call its methods.
+type slowLog struct {
+	mu      sync.Mutex
+	said    time.Time     // when a line was logged
+	took    time.Duration // what it has said
+	leftOut int           // how many were not logged since
+	worst   time.Duration // of these
+}
+
+// due takes in that something took long, and reports whether a line may be logged now. If so, it
+// returns what the line has to say of those that were left out since the last one.
+func (l *slowLog) due(now time.Time, took time.Duration) (others []any, isDue bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	isSoon := !l.said.IsZero() && now.Sub(l.said) < slowLogInterval
+	if isSoon && took < 2*l.took {
+		l.leftOut++
+		l.worst = max(l.worst, took)
+		return nil, false
+	}
+	if l.leftOut > 0 {
+		others = []any{"others", l.leftOut, "worst", max(l.worst, took).Round(time.Millisecond)}
+	}
+	l.said = now
+	l.took = took
+	l.leftOut = 0
+	l.worst = 0
+	return others, true
+}
+
+// noteSlowSend logs that a peer took long to take a batch of messages.
+func (p *peer) noteSlowSend(took time.Duration) {
+	if took < slowSend {
+		return
+	}
+	others, isDue := p.slowSends.due(time.Now(), took)
+	if !isDue {
+		return
+	}
+	p.mu.Lock()
+	node := p.addresses.known
+	waiting := len(p.queue.messages)
+	p.mu.Unlock()
+	args := append(peerArgs(node), "took", took.Round(time.Millisecond), "waiting", waiting)
+	p.log.logger.Warn("a peer takes messages slowly: it, or the network, is slow", append(args, others...)...)
+}
+
+// silence is what a leader has seen of a member that is connected.
+type silence struct {
+	since  uint64 // tick in which the leader first saw it connected
+	warned bool   // the log says that it does not answer
+}
+
+// followSilences says which members are connected and do not answer, and when they do again. The
+// leader calls it at each heartbeat.
+func (n *node) followSilences() {
+	silences := n.catchup.silences
+	for id := range silences {
+		if !n.peers.connected[id] || n.store.members[id] == nil {
+			delete(silences, id) // it is said that it is lost
+		}
+	}
+	for _, m := range sortedMembers(n.store.members) {
+		if !n.peers.connected[m.RaftId] {
+			continue
+		}
+		s := silences[m.RaftId]
+		if s == nil {
+			s = &silence{since: n.clock.now}
+			silences[m.RaftId] = s
+		}
+		heard := max(n.peers.heard[m.RaftId], s.since)
+		silent := n.clock.now - heard
+		isSilent := silent > max(n.ticksOf(slowAnswer), n.electionTicks())
+		switch {
+		case isSilent && !s.warned:
+			s.warned = true
+			args := append(n.peerArgs(m.RaftId), "for", n.durationOf(silent))
+			n.logger.Warn("a peer is connected and does not answer: it hangs, or the network does", args...)
+		case !isSilent && s.warned:
+			n.logger.Info("a peer answers again", n.peerArgs(m.RaftId)...)
+			delete(silences, m.RaftId)
+		}
+	}
+}
