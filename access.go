@@ -197,6 +197,7 @@ func (s *server) endUnary(ctx context.Context, method string, req any, begun tim
 		_ = grpc.SetTrailer(ctx, reasonTrailer(err)) // fails only if the call has ended
 	}
 	s.audit(ctx, method, req, begun, err)
+	s.noteSlowCall(ctx, method, req, time.Since(begun), err)
 	return err
 }
 

@@ -94,6 +94,8 @@ type disk struct {
 	// say is told now and then how far reading has got: how many of all there are, and of what.
 	say func(what, unit string, done, all uint64)
 
+	slowWrites slowLog // the writer's
+
 	closing atomic.Bool // a snapshot that is being written need not be finished
 	failed  atomic.Bool // writing has failed: close appends no last batch
 
@@ -550,15 +552,20 @@ func (d *disk) run() {
 		if d.closing.Load() {
 			return
 		}
-		if d.write() != nil {
+		jobs := d.takeQueue()
+		begun := time.Now()
+		if d.do(jobs) != nil {
 			return // the loop was told, and ends
 		}
+		d.noteSlowWrite(jobs, time.Since(begun))
 	}
 }
 
-// write makes all that is queued durable, and then says so to those who wait for it.
-func (d *disk) write() error {
-	jobs := d.takeQueue()
+// write does all jobs that are queued.
+func (d *disk) write() error { return d.do(d.takeQueue()) }
+
+// do makes jobs durable, and then says so to those who wait for it.
+func (d *disk) do(jobs []diskJob) error {
 	if len(jobs) == 0 {
 		return nil
 	}

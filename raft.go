@@ -127,6 +127,7 @@ type node struct {
 	quota     quota
 	outbox    outbox
 	status    nodeStatus
+	slowTurns slowLog // those of run
 }
 
 // identity is what tells one memory of a node from another.
@@ -331,8 +332,10 @@ func (n *node) run(ctx context.Context) error {
 		}
 		in := n.inbox.take()
 		in.ticks = ticks
-		in.elapsed = uint64(time.Since(start) / n.tickDuration())
+		begun := time.Now()
+		in.elapsed = uint64(begun.Sub(start) / n.tickDuration())
 		n.turn(in)
+		n.noteSlowTurn(&in, time.Since(begun))
 	}
 	n.end()
 	if n.err == errStopping {

@@ -98,6 +98,7 @@ type server struct {
 
 	refused    atomic.Uint64 // calls whose callers may not make them
 	refusalLog rareLog
+	slowCalls  slowLog
 }
 
 func newServer(n *node, nw *network, c *certificates) *server {

@@ -1,16 +1,26 @@
-// What takes long is said once in a while, as a warning: peers that
-// do not keep up. Whoever does it measures it, by its own clock; the loop counts ticks.
+// What takes long is said once in a while, as a warning: writes to the disk, turns of the loop,
+// calls, and peers. Whoever does it measures it, by its own clock; the loop counts ticks.
 
 package main
 
 import (
+	"context"
+	"strings"
 	"sync"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"raft-key-value/kvpb"
 )
 
 // What takes longer is slow.
 const (
-	slowSend = time.Second
+	slowTurn  = 100 * time.Millisecond // as long as the default between two heartbeats
+	slowWrite = 500 * time.Millisecond // less than the default election timeout
+	slowSend  = time.Second
+	slowCall  = time.Second
 	// slowAnswer is how long a member may leave its leader without an answer, and an election
 	// timeout, if that is longer: it is asked with each heartbeat.
 	slowAnswer = time.Second
@@ -48,6 +58,37 @@ func (l *slowLog) due(now time.Time, took time.Duration) (others []any, isDue bo
 	l.leftOut = 0
 	l.worst = 0
 	return others, true
+}
+
+// noteSlowCall logs a unary call that took long, or had less time than that and has used it up.
+func (s *server) noteSlowCall(ctx context.Context, method string, req any, took time.Duration, err error) {
+	code := status.Code(err)
+	isSlow := took >= slowCall || code == codes.DeadlineExceeded
+	if !isSlow || isMeantToWait(method, req) {
+		return
+	}
+	others, isDue := s.slowCalls.due(time.Now(), took)
+	if !isDue {
+		return
+	}
+	args := append(callerArgs(ctx), "method", strings.TrimPrefix(method, "/"),
+		"took", took.Round(time.Millisecond), "code", codeName(status.Convert(err)))
+	s.n.logger.Warn("a call took long", append(args, others...)...)
+}
+
+// isMeantToWait reports whether a unary call waits for something else than this cluster's work:
+// the requests of operators for nodes that catch up, of which the log says how long each took;
+// those of nodes for other nodes; and a local read for a version that is yet to be written.
+// Streams are not measured at all: they last as long as their callers want, or read slowly.
+func isMeantToWait(method string, req any) bool {
+	if method == kvpb.ClusterService_Metrics_FullMethodName {
+		return false
+	}
+	if strings.HasPrefix(method, clusterPrefix) || strings.HasPrefix(method, raftPrefix) {
+		return true
+	}
+	waiting, ok := req.(interface{ GetMinVersion() uint64 })
+	return ok && waiting.GetMinVersion() > 0
 }
 
 // noteSlowSend logs that a peer took long to take a batch of messages.
@@ -104,4 +145,33 @@ func (n *node) followSilences() {
 			delete(silences, m.RaftId)
 		}
 	}
+}
+
+// noteSlowTurn logs that a turn of the loop took long. Nothing else goes on meanwhile.
+func (n *node) noteSlowTurn(in *input, took time.Duration) {
+	if took < slowTurn {
+		return
+	}
+	others, isDue := n.slowTurns.due(time.Now(), took)
+	if !isDue {
+		return
+	}
+	args := []any{"took", took.Round(time.Millisecond), "messages", len(in.messages), "calls", len(in.calls)}
+	n.logger.Warn("a turn of the loop took long: this node does nothing else meanwhile; "+
+		"the machine, or the process, may have been halted", append(args, others...)...)
+}
+
+// noteSlowWrite logs that the disk took long to make the log durable. The first job of a directory
+// is exempt: it may have a snapshot of the whole store.
+func (d *disk) noteSlowWrite(jobs []diskJob, took time.Duration) {
+	isFirst := len(jobs) > 0 && jobs[0].identity != nil
+	if took < slowWrite || isFirst {
+		return
+	}
+	others, isDue := d.slowWrites.due(time.Now(), took)
+	if !isDue {
+		return
+	}
+	args := []any{"dir", d.dir, "took", took.Round(time.Millisecond), "batches", len(jobs)}
+	d.logger.Warn("a write to the disk took long: writes wait for it", append(args, others...)...)
 }

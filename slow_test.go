@@ -11,6 +11,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"raft-key-value/kvpb"
 )
 
@@ -50,6 +53,173 @@ func TestSlowLog(t *testing.T) {
 	note(slowLogInterval+2, 3999*time.Millisecond, "-")
 	note(slowLogInterval+3, 4*time.Second, "others 1 worst 4s")
 	note(2*slowLogInterval+3, time.Second, "")
+}
+
+// TestSlowCallIsSaid: a call over a second, or one that has used up its time, is; one that is
+// meant to wait is not.
+func TestSlowCallIsSaid(t *testing.T) {
+	t.Parallel()
+	late := status.Error(codes.DeadlineExceeded, "late")
+	for _, test := range []struct {
+		method string
+		req    any
+		took   time.Duration
+		err    error
+		isSaid bool
+	}{
+		{kvpb.KVService_Set_FullMethodName, &kvpb.SetRequest{}, slowCall, nil, true},
+		{kvpb.KVService_Set_FullMethodName, &kvpb.SetRequest{}, slowCall - 1, nil, false},
+		{kvpb.KVService_Set_FullMethodName, &kvpb.SetRequest{}, time.Millisecond, late, true},
+		{kvpb.KVService_Set_FullMethodName, &kvpb.SetRequest{}, time.Millisecond, errNoLeader, false},
+		{kvpb.KVService_Get_FullMethodName, &kvpb.GetRequest{}, slowCall, nil, true},
+		{kvpb.KVService_Get_FullMethodName, &kvpb.GetRequest{Local: true, MinVersion: 9}, time.Minute, late, false},
+		{kvpb.KVService_List_FullMethodName, &kvpb.ListRequest{Local: true, MinVersion: 9}, time.Minute, nil, false},
+		{kvpb.ClusterService_Metrics_FullMethodName, &kvpb.MetricsRequest{}, slowCall, nil, true},
+		{kvpb.ClusterService_AddLearner_FullMethodName, &kvpb.AddLearnerRequest{}, time.Minute, late, false},
+		{kvpb.ClusterService_Init_FullMethodName, &kvpb.InitRequest{}, time.Minute, nil, false},
+		{kvpb.RaftService_Join_FullMethodName, &kvpb.JoinRequest{}, time.Minute, nil, false},
+		{"/grpc.health.v1.Health/Check", nil, slowCall, nil, true},
+	} {
+		log := &lockedBuffer{}
+		s := &server{n: &node{logger: logInto(log)}}
+		s.noteSlowCall(context.Background(), test.method, test.req, test.took, test.err)
+		lines := linesWith(log, `msg="a call took long"`)
+		if isSaid := len(lines) == 1; isSaid != test.isSaid {
+			t.Errorf("%s, %v, %v: %q, want it said: %v", test.method, test.took, test.err, lines, test.isSaid)
+		}
+		if test.isSaid {
+			wantPart(t, lines[0], "method="+test.method[1:]+" took="+test.took.String()+" code=")
+		}
+	}
+}
+
+// TestSlowCallOfCluster: a Set that finds no majority in its time is said by the node that was
+// called, once.
+func TestSlowCallOfCluster(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 0)
+	log := &lockedBuffer{}
+	c.log = log
+	c.start(1, "127.0.0.1:0")
+	c.log = nil
+	c.start(2, "127.0.0.1:0")
+	c.init(1, 2)
+	c.settled(1, 2)
+	c.kill(2)
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		_, err := c.nodes[1].Set(ctx, &kvpb.SetRequest{Key: "k"})
+		cancel()
+		if err == nil {
+			t.Fatal("it has a majority")
+		}
+	}
+	eventually(t, func() error {
+		if lines := linesWith(log, "a call took long"); len(lines) != 1 || !strings.Contains(lines[0], "KVService/Set") {
+			return fmt.Errorf("lines %q", lines)
+		}
+		return nil
+	})
+}
+
+// slowFS takes long to sync files.
+type slowFS struct {
+	osFS
+	takes time.Duration
+}
+
+type slowFile struct {
+	file
+	takes time.Duration
+}
+
+func (f slowFile) sync() error {
+	time.Sleep(f.takes)
+	return f.file.sync()
+}
+
+func (fs slowFS) create(path string) (file, error) {
+	f, err := fs.osFS.create(path)
+	return slowFile{f, fs.takes}, err
+}
+
+func (fs slowFS) open(path string) (file, error) {
+	f, err := fs.osFS.open(path)
+	return slowFile{f, fs.takes}, err
+}
+
+// TestSlowDiskIsSaid: by the writer, which waits for it; that the first job took long is not.
+func TestSlowDiskIsSaid(t *testing.T) {
+	for _, takes := range []time.Duration{slowWrite / 2, slowWrite} {
+		dir := t.TempDir()
+		synctest.Test(t, func(t *testing.T) {
+			log := &lockedBuffer{}
+			o := defaultOptions()
+			n := newNode(o, plainNode(1), logInto(log))
+			n.net = deafNetwork{}
+			d, err := openDisk(slowFS{takes: takes}, dir, o.logBytes, n.logger)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := n.open(d); err != nil {
+				t.Fatal(err)
+			}
+			d.start(d.run)
+			ctx, cancel := context.WithCancel(t.Context())
+			loop := inBackground(func() error { return n.run(ctx) })
+			err = n.do(ctx, func() error { _, err := n.bootstrap(nil); return err })
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(5 * slowLogInterval) // of the bubble
+			cancel()
+			<-loop.ended
+			d.close()
+			lines := linesWith(log, "a write to the disk took long")
+			isSaid := len(lines) > 0
+			if isSaid != (takes >= slowWrite) {
+				t.Errorf("syncs take %v: %q", takes, lines)
+			}
+			for _, line := range lines {
+				wantPart(t, line, "level=WARN")
+				wantPart(t, line, "took="+takes.String())
+				wantPart(t, line, "dir="+dir)
+			}
+		})
+	}
+}
+
+// TestSlowTurnIsSaid: by the loop, with what came in.
+func TestSlowTurnIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &lockedBuffer{}
+		n := newNode(defaultOptions(), plainNode(1), logInto(log))
+		n.net = deafNetwork{}
+		ctx, cancel := context.WithCancel(t.Context())
+		loop := inBackground(func() error { return n.run(ctx) })
+		for _, takes := range []time.Duration{slowTurn - 1, 150 * time.Millisecond, 140 * time.Millisecond} {
+			err := n.do(ctx, func() error {
+				time.Sleep(takes)
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(slowLogInterval)
+		if err := n.do(ctx, func() error { time.Sleep(slowTurn); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		cancel()
+		<-loop.ended
+		lines := linesWith(log, "a turn of the loop took long")
+		if len(lines) != 2 {
+			t.Fatalf("lines %q", lines)
+		}
+		wantPart(t, lines[0], "took=150ms messages=0 calls=0")
+		wantPart(t, lines[1], "took=100ms messages=0 calls=0 others=1 worst=140ms")
+	})
 }
 
 // slowStream takes long to send.
