@@ -44,10 +44,8 @@ func (r raftService) Join(ctx context.Context, req *kvpb.JoinRequest) (*kvpb.Joi
 	if err := checkMemberAddress(req.From.Node.Address); err != nil {
 		return nil, invalid("from.node.address", "%v", err)
 	}
-	if !wasForwarded(ctx) { // a member that forwards has looked
-		if err := isFrom(ctx, req.From.Node); err != nil {
-			return nil, err
-		}
+	if err := r.s.mayJoin(ctx, req.From.Node); err != nil {
+		return nil, err
 	}
 	resp := &kvpb.JoinResponse{}
 	err := r.s.onLeader(ctx, kvpb.RaftService_Join_FullMethodName, req, resp, func(ctx context.Context) error {
@@ -58,6 +56,20 @@ func (r raftService) Join(ctx context.Context, req *kvpb.JoinRequest) (*kvpb.Joi
 		return nil, err
 	}
 	return resp, nil
+}
+
+// mayJoin returns an error if a request to add a node comes neither from that node, by its
+// certificate, nor from a member that forwards it, and has looked who asks.
+func (s *server) mayJoin(ctx context.Context, node *kvpb.Node) error {
+	if wasForwarded(ctx) && s.isMember(callerOf(ctx).node) {
+		return nil
+	}
+	return isFrom(ctx, node)
+}
+
+// isMember reports whether a node is a member of this node's cluster, as far as this node knows.
+func (s *server) isMember(nodeID uint64) bool {
+	return len(raftIDsOf(s.n.status.latest.Load().members, nodeID)) > 0
 }
 
 // addJoiner has the leader add a node that asks for it, once that answers at its address.

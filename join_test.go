@@ -11,6 +11,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.etcd.io/raft/v3/tracker"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 
 	"raft-key-value/kvpb"
 )
@@ -223,29 +224,40 @@ func TestJoinFindsWhoHasMoved(t *testing.T) {
 }
 
 // TestJoinIsForOneself: over TLS, a node joins by its own certificate, and may not have another
-// one added.
+// one added, unless it is a member that forwards the other one's request.
 func TestJoinIsForOneself(t *testing.T) {
 	t.Parallel()
-	p := newPlanned(t, 3)
-	p.pki, _ = testPKI(t, 3)
+	p := newPlanned(t, 4)
+	p.pki, _ = testPKI(t, 4)
 	p.joinsBy([]uint64{2}, 1)
 	p.begin(1)
 	p.init(1)
 	p.begin(2)
 	p.roles(2, []uint64{1, 2})
+	leader := p.settled(1, 2)
 	p.begin(3)
-	conn := dialNode(t, p.addresses[1], testCredentials(t, p.pki, "node2", p.addresses[1]))
-	defer func() { _ = conn.Close() }()
+	as := func(name string) kvpb.RaftServiceClient {
+		conn := dialNode(t, p.addresses[leader], testCredentials(t, p.pki, name, p.addresses[leader]))
+		t.Cleanup(func() { _ = conn.Close() })
+		return kvpb.NewRaftServiceClient(conn)
+	}
 	node3 := p.nodes[3].server.n
-	from := node3.peer(node3.status.latest.Load())
-	_, err := kvpb.NewRaftServiceClient(conn).Join(p.ctx, &kvpb.JoinRequest{From: from})
+	req := &kvpb.JoinRequest{From: node3.peer(node3.status.latest.Load())}
+	_, err := as("node2").Join(p.ctx, req)
+	wantError(t, err, codes.PermissionDenied, "PERMISSION_DENIED")
+	forwarded := metadata.AppendToOutgoingContext(p.ctx, forwardMetadata, "1")
+	_, err = as("node4").Join(forwarded, req)
 	wantError(t, err, codes.PermissionDenied, "PERMISSION_DENIED")
 	elsewhere := &kvpb.Peer{Node: &kvpb.Node{Id: 2, Address: p.addresses[3]}, RaftId: 5, Life: 5}
-	_, err = kvpb.NewRaftServiceClient(conn).Join(p.ctx, &kvpb.JoinRequest{From: elsewhere})
+	_, err = as("node2").Join(p.ctx, &kvpb.JoinRequest{From: elsewhere})
 	if reasonOf(err) != "UNREACHABLE" {
 		t.Errorf("node 2 joins at node 3's address: %v", err)
 	}
 	p.roles(1, []uint64{1, 2})
+	if _, err := as("node2").Join(forwarded, req); err != nil {
+		t.Errorf("a member does not forward: %v", err)
+	}
+	p.roles(1, threeNodes)
 }
 
 // TestJoinIsChecked: what is no node is refused, and so is a process that does not answer at the
