@@ -182,7 +182,7 @@ func (s *server) addLearner(ctx context.Context, req *kvpb.AddLearnerRequest) er
 	}
 	for {
 		err := s.awaitChange(ctx, func(l *leaderState) nextStep {
-			return l.whileFounding(req.WhileFounding, l.learnerStep(p))
+			return l.whileFounding(req.WhileFounding, l.operatorsLearnerStep(p))
 		})
 		if err != errPastLife {
 			return err

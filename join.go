@@ -5,7 +5,7 @@
 // replicated state (store.joiners), so whoever leads makes it a voter once it has caught up
 // (promotionStep), however often either side crashes, and once only: when it is a voter, the
 // wish is forgotten. So an operator's demotion stays. An operator who says that the node shall
-// be a learner, or who all the voters shall be, ends the wish, too.
+// be a learner, by add-learner or demote, or who all the voters shall be, ends the wish, too.
 //
 // A node whose id was a member's, and is no more, was removed by an operator: it is refused
 // until an operator adds it again. A node that is a member, and has lost its memory, is taken
@@ -130,6 +130,24 @@ func (l *leaderState) joinStep(p *kvpb.Peer, asLearner bool) nextStep {
 		s.members[0].Promote = !asLearner
 	}
 	return s
+}
+
+// operatorsLearnerStep takes the next step of adding a learner that an operator names: it is to be
+// one, whatever it has asked for before.
+func (l *leaderState) operatorsLearnerStep(p *kvpb.Peer) nextStep {
+	s := l.learnerStep(p)
+	for _, m := range s.members {
+		m.Promote = false
+	}
+	isOver := s.kind == stepFailed || s.kind == stepPropose
+	if isOver || !slices.Contains(l.joiners, p.RaftId) {
+		return s
+	}
+	if !l.mayChange {
+		return nextStep{kind: stepWait}
+	}
+	withoutWish := confChange(raftpb.ConfChangeUpdateNode, p.RaftId)
+	return proposeStep(l.updated([]*raftpb.ConfChangeSingle{withoutWish}), withoutWish)
 }
 
 // promotionStep makes a learner a voter that has asked to join as one, and has caught up. With

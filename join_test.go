@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"testing"
@@ -103,6 +104,13 @@ func TestJoiningUndoesNothing(t *testing.T) {
 	p.roles(4, threeNodes, 4)
 }
 
+func hasNoJoiner(n *node) error {
+	if len(n.store.joiners) > 0 {
+		return fmt.Errorf("joiners %x", n.store.joiners)
+	}
+	return nil
+}
+
 // TestJoinerIsPromotedByWhoeverLeads: a node that was added and has not caught up is promoted
 // once it has, by the leader of then, though it restarts meanwhile. If an operator says that
 // it shall be a learner, or who all voters are, it is not.
@@ -117,6 +125,16 @@ func TestJoinerIsPromotedByWhoeverLeads(t *testing.T) {
 		"it restarts":        {func(p *planned) {}, []uint64{1, 2, 3, 4}, nil},
 		"it is demoted": {func(p *planned) {
 			p.change(1, &kvpb.ChangeMembershipRequest{Demote: []uint64{4}, Promote: []uint64{1}})
+		}, threeNodes, []uint64{4}},
+		"it is added as a learner": {func(p *planned) {
+			ctx, cancel := context.WithCancel(p.ctx)
+			added := inBackground(func() error { // it would wait until the node has caught up
+				_, err := p.nodes[1].AddLearner(ctx, &kvpb.AddLearnerRequest{Node: p.list(4)[0]})
+				return err
+			})
+			p.inLoop(1, hasNoJoiner)
+			cancel()
+			<-added.ended
 		}, threeNodes, []uint64{4}},
 		"the voters are stated": {func(p *planned) { p.change(1, &kvpb.ChangeMembershipRequest{Members: threeNodes}) }, threeNodes, []uint64{4}},
 	} {
@@ -142,12 +160,7 @@ func TestJoinerIsPromotedByWhoeverLeads(t *testing.T) {
 			delete(p.nodes, 4)
 			p.begin(4)
 			p.roles(4, c.voters, c.learners...)
-			p.inLoop(1, func(n *node) error {
-				if len(n.store.joiners) > 0 {
-					return fmt.Errorf("joiners %x", n.store.joiners)
-				}
-				return nil
-			})
+			p.inLoop(1, hasNoJoiner)
 			p.roles(1, c.voters, c.learners...)
 		})
 	}
@@ -326,6 +339,28 @@ func TestJoinRules(t *testing.T) {
 	elsewhere := &kvpb.Peer{Node: &kvpb.Node{Id: 4, Address: "elsewhere:1"}, RaftId: 104, Life: 1}
 	if s := moved.joinStep(elsewhere, false); s.kind != stepPropose || s.members[0].Promote {
 		t.Errorf("a member that has moved without its memory: %+v", s)
+	}
+	if s := moved.operatorsLearnerStep(elsewhere); s.kind != stepPropose || s.members[0].Promote {
+		t.Errorf("the same, for an operator: %+v", s)
+	}
+	lost := state() // a joiner
+	delete(lost.connected, 4)
+	if s := lost.operatorsLearnerStep(elsewhere); s.kind != stepPropose || s.members[0].Promote {
+		t.Errorf("a joiner that has moved without its memory, and an operator wants as a learner: %+v", s)
+	}
+	present := &kvpb.Peer{Node: plainNode(4), RaftId: 4, Life: 1}
+	if s := state().operatorsLearnerStep(present); s.kind != stepPropose || s.members[0].Promote {
+		t.Errorf("a joiner that an operator wants as a learner: %+v", s)
+	}
+	busy := state()
+	busy.mayChange = false
+	if s := busy.operatorsLearnerStep(present); s.kind != stepWait {
+		t.Errorf("the same, while another change is made: %+v", s)
+	}
+	settled := state()
+	settled.joiners = nil
+	if s := settled.operatorsLearnerStep(present); s.kind != stepDone {
+		t.Errorf("a learner that has not asked to vote: %+v", s)
 	}
 	l := state()
 	l.founding = []*kvpb.Node{plainNode(1), plainNode(2)}
