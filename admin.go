@@ -292,6 +292,9 @@ func mayBeMade(err error) bool {
 	if err == errPastLife {
 		return false // the request is made again, with the node's next raft ID
 	}
+	if err == errFounded {
+		return false // there is one change at a time, and a later one has been made since
+	}
 	switch status.Code(toStatus(err, false)) {
 	case codes.Unavailable, codes.FailedPrecondition, codes.DeadlineExceeded, codes.Aborted:
 		return true

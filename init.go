@@ -174,7 +174,7 @@ type founder struct {
 	members []*kvpb.Node // by id
 	force   bool
 
-	planned bool // the Init is that of --initial-cluster: it undoes nothing
+	planned bool // the Init is that of --initial-cluster
 
 	waitsFor error // what the Init is waiting for, as it says if it has waited in vain
 	doubted  bool  // the survey before this one has found a cluster that refuses
@@ -721,18 +721,34 @@ func (f *founder) addOthers(ctx context.Context, try *initTry, clusterID uint64)
 		sleep(ctx, n.opts.heartbeat)
 		err = f.addAndWatch(ctx, try, clusterID)
 	}
-	isEnded := f.planned && errorReason(err) == "ALREADY_INITIALIZED"
-	if err != nil && !isEnded {
+	// So the cluster says once the Init is done, or an operator has changed the membership;
+	// and so does a member that is in another cluster.
+	mayBeEnded := errorReason(err) == "ALREADY_INITIALIZED"
+	if err != nil && !mayBeEnded {
 		return f.failedHalfway(err, clusterID)
 	}
-	_, err = f.compareVoters(ctx)
-	if errors.Is(err, errInCluster) {
-		return err // an operator has made others voters meanwhile
-	}
-	if err != nil {
+	_, other := f.compareVoters(ctx) // a linearizable read: this node has applied what has ended the Init
+	if mayBeEnded && f.carriesOn(ctx) {
 		return f.failedHalfway(err, clusterID)
+	}
+	if errors.Is(other, errInCluster) {
+		return other // an operator has made others voters meanwhile
+	}
+	if other != nil {
+		return f.failedHalfway(other, clusterID)
 	}
 	return nil
+}
+
+// carriesOn reports whether this node knows of an Init of these members that is half way.
+func (f *founder) carriesOn(ctx context.Context) bool {
+	n := f.s.n
+	isHalfWay := false // the loop writes it, perhaps after do has failed
+	err := n.do(ctx, func() error {
+		isHalfWay = n.store.carriesOn(f.members)
+		return nil
+	})
+	return err == nil && isHalfWay
 }
 
 // addAndWatch adds the members (addMembers), and watches each of them meanwhile: if one
@@ -763,10 +779,10 @@ func (f *founder) addAndWatch(ctx context.Context, try *initTry, clusterID uint6
 }
 
 // addMembers makes the other members learners one after another, and then all of them
-// voters. A planned Init, which nobody has asked for now, does nothing more once an operator
-// has changed anything. It makes the requests that an operator would make of this node, which need not
-// lead any more: they may be forwarded, even if the Init was. It removes nobody: an operator
-// may have made others voters meanwhile.
+// voters. Once the Init is done, or an operator has changed anything, nothing more is done
+// (whileFounding): whoever was removed or demoted meanwhile stays so. It makes the requests
+// that an operator would make of this node, which need not lead any more: they may be
+// forwarded, even if the Init was.
 func (f *founder) addMembers(ctx context.Context) error {
 	ctx = metadata.NewIncomingContext(ctx, nil)
 	var ids []uint64
@@ -775,11 +791,11 @@ func (f *founder) addMembers(ctx context.Context) error {
 		if m.Id == f.s.n.self.Id {
 			continue
 		}
-		if _, err := f.s.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m, WhileFounding: f.planned}); err != nil {
+		if _, err := f.s.AddLearner(ctx, &kvpb.AddLearnerRequest{Node: m, WhileFounding: true}); err != nil {
 			return toStatus(err, false)
 		}
 	}
-	_, err := f.s.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids, WhileFounding: f.planned})
+	_, err := f.s.ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Promote: ids, WhileFounding: true})
 	if err != nil {
 		return toStatus(err, false)
 	}

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -460,8 +461,56 @@ func TestInitRemovesNobody(t *testing.T) {
 		c.addLearner(1, 4)
 		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{4}})
 		release()
-		refused(t, c, <-ended)
+		wantError(t, <-ended, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+		c.wantVoters([]uint64{1, 4}, 1, 4)
 	})
+	t.Run("running, when a member was removed", func(t *testing.T) {
+		c := newCluster(t, 3)
+		held, release := c.holdWhen(3, hasClaim)
+		ended := c.beginInit(1, 2, 3)
+		<-held
+		c.inLoop(1, func(n *node) error {
+			if len(n.store.raftIDsOf(3)) == 0 {
+				return errors.New("it has not added node 3")
+			}
+			return nil
+		})
+		c.change(1, &kvpb.ChangeMembershipRequest{Remove: []uint64{3}})
+		release()
+		wantError(t, <-ended, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+		c.inLoop(1, func(n *node) error {
+			if len(n.store.raftIDsOf(3)) > 0 {
+				t.Error("it has added node 3 again")
+			}
+			return nil
+		})
+	})
+	t.Run("running, when a member was demoted", func(t *testing.T) {
+		c := newCluster(t, 3)
+		held, release := c.holdWhen(3, hasClaim)
+		ended := c.beginInit(1, 2, 3)
+		<-held
+		c.joins(2)
+		c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{2}})
+		c.change(1, &kvpb.ChangeMembershipRequest{Demote: []uint64{2}})
+		release()
+		wantError(t, <-ended, codes.FailedPrecondition, "ALREADY_INITIALIZED")
+		c.wantVoters([]uint64{1}, 1, 2)
+	})
+}
+
+// wantVoters waits until these nodes know these voters, and no change is half way.
+func (c *testCluster) wantVoters(voters []uint64, ids ...uint64) {
+	c.t.Helper()
+	for _, id := range ids {
+		eventually(c.t, func() error {
+			m, err := c.metrics(id)
+			if v, _ := membersOf(m); err == nil && (m.Joint || !slices.Equal(v, voters)) {
+				err = fmt.Errorf("node %d: voters %v, joint %v", id, v, m.Joint)
+			}
+			return err
+		})
+	}
 }
 
 // TestInitsShareConnections: however many Inits run at a node, of however many members

@@ -140,15 +140,14 @@ func memberExists(format string, args ...any) error {
 	return apiError(codes.AlreadyExists, kvpb.ErrorReason_ERROR_REASON_MEMBER_EXISTS, fmt.Sprintf(format, args...))
 }
 
-// errFounded ends what a planned Init wants of a cluster that is made, or that an operator has
-// changed.
+// errFounded ends what an Init wants of a cluster that is made, or that an operator has changed.
 var errFounded = apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_ALREADY_INITIALIZED,
 	"the cluster is made, or its membership was changed since")
 
-// whileFounding is a step towards what a request wants, unless the request is of a planned Init,
-// which the cluster is not being made by any more.
-func (c *clusterState) whileFounding(isPlanned bool, s nextStep) nextStep {
-	isOver := isPlanned && c.founding == nil
+// whileFounding is a step towards what a request wants, unless the request is of an Init by which
+// the cluster is not being made any more.
+func (c *clusterState) whileFounding(isOfInit bool, s nextStep) nextStep {
+	isOver := isOfInit && c.founding == nil
 	if isOver && s.kind != stepDone {
 		return failStep(errFounded)
 	}

@@ -2373,8 +2373,7 @@ type InitRequest struct {
 	// another cluster has called by their id or address: it is known to be lost. Nor those
 	// that were started to become members of another one.
 	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
-	// The Init is that of --initial-cluster, which a node makes by itself. It adds no
-	// member once an operator has changed the membership. For nodes only.
+	// The Init is that of --initial-cluster, which a node makes by itself. For nodes only.
 	Planned       bool `protobuf:"varint,3,opt,name=planned,proto3" json:"planned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2481,8 +2480,8 @@ type AddLearnerRequest struct {
 	// A node in no cluster; or a member, whose address this becomes unless it still
 	// answers at another one.
 	Node *Node `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
-	// Only while the Init that has made the cluster is not done: else
-	// ALREADY_INITIALIZED. For nodes only.
+	// Only while the Init that has made the cluster is not done, and nobody else has
+	// changed the membership: else ALREADY_INITIALIZED. For Inits only.
 	WhileFounding bool `protobuf:"varint,2,opt,name=while_founding,json=whileFounding,proto3" json:"while_founding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
