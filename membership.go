@@ -656,7 +656,17 @@ func (n *node) handOver(voters []uint64) {
 // proposeChange proposes a change of the configuration. Whether it was applied
 // shows in the configuration.
 func (n *node) proposeChange(members []*kvpb.Member, changes ...*raftpb.ConfChangeSingle) error {
-	who := &kvpb.ConfChangeContext{Members: members}
+	return n.proposeChangeOf(&kvpb.ConfChangeContext{Members: members}, changes...)
+}
+
+// proposeLoss proposes to remove a learner whose process is in another cluster.
+func (n *node) proposeLoss(raftID uint64) error {
+	return n.proposeChangeOf(&kvpb.ConfChangeContext{Lost: []uint64{raftID}},
+		confChange(raftpb.ConfChangeRemoveNode, raftID))
+}
+
+// proposeChangeOf is proposeChange with all that the change says of members.
+func (n *node) proposeChangeOf(who *kvpb.ConfChangeContext, changes ...*raftpb.ConfChangeSingle) error {
 	ctx, err := proto.Marshal(who)
 	if err != nil {
 		return err

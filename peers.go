@@ -253,7 +253,7 @@ func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
 		n.disowned(raftID)
 	case n.isLost(raftID, w):
 		if n.mayChange() {
-			_ = n.proposeChange(nil, confChange(raftpb.ConfChangeRemoveNode, raftID))
+			_ = n.proposeLoss(raftID)
 		}
 	case isTooOld: // if it has lost its memory, it is not taken back
 	case n.isWithoutMemory(raftID, w):

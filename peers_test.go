@@ -967,6 +967,11 @@ func TestStrayLearner(t *testing.T) {
 			if begun := l.n.change.startedAt != 0; begun != (stray && learner) {
 				t.Errorf("raft ID %d says that it is in cluster %d: a change is begun %v", raftID, cluster, begun)
 			}
+			l.hears(0, message(raftpb.MsgAppResp, 2, 2, func(m *raftpb.Message) { *m.Index = 4 }))
+			isMember := l.n.store.members[raftID] != nil
+			if isMember == (stray && learner) || len(l.n.store.former) > 0 {
+				t.Errorf("raft ID %d, in cluster %d: it is a member %v, operators have removed %v", raftID, cluster, isMember, l.n.store.former)
+			}
 		}
 	}
 }

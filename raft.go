@@ -820,7 +820,7 @@ func (n *node) applyConfChange(e *raftpb.Entry) error {
 		n.logger.Info("skipped a change of membership", "index", e.GetIndex(), "err", err)
 		return nil
 	}
-	n.store.configure(conf, ctx.Members) // first: raft may want a snapshot at once
+	n.store.configure(conf, ctx.Members, ctx.Lost...) // first: raft may want a snapshot at once
 	n.rn.ApplyConfChange(cc)
 	n.configured()
 	// The removed may be told once it is durable that this change is committed: when the

@@ -304,8 +304,9 @@ func timeOf(version uint64) time.Time { return time.Unix(int64(version/versionsP
 func clockText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }
 
 // configure makes cs the configuration. It takes the nodes that cs names from the present
-// members and from changed; members that cs does not name have been removed.
-func (s *store) configure(cs *raftpb.ConfState, changed []*kvpb.Member) {
+// members and from changed; members that cs does not name have been removed, by an operator
+// unless their raft IDs are among lost.
+func (s *store) configure(cs *raftpb.ConfState, changed []*kvpb.Member, lost ...uint64) {
 	s.conf = cs
 	members := maps.Clone(s.members)
 	for _, m := range changed {
@@ -323,7 +324,8 @@ func (s *store) configure(cs *raftpb.ConfState, changed []*kvpb.Member) {
 	before := s.members
 	s.members = members // a new map: the old one may have been published
 	for _, m := range sortedMembers(before) {
-		if len(s.raftIDsOf(m.Node.Id)) == 0 {
+		isLeft := len(s.raftIDsOf(m.Node.Id)) == 0
+		if isLeft && !slices.Contains(lost, m.RaftId) {
 			s.addFormer(m.Node.Id)
 		}
 	}

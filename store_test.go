@@ -309,6 +309,11 @@ func TestStoreConfigure(t *testing.T) {
 	if !slices.Equal(s.former, []uint64{3, 2}) {
 		t.Errorf("it remembers the nodes %v, want 3 and 2, once each", s.former)
 	}
+	s.configure(&raftpb.ConfState{Voters: []uint64{1, 5, 6}}, plainMembers(5, 6))
+	s.configure(&raftpb.ConfState{Voters: []uint64{1}}, nil, 5)
+	if !slices.Equal(s.former, []uint64{3, 2, 6}) {
+		t.Errorf("it remembers the nodes %v, want 3, 2 and 6: node 5 was lost", s.former)
+	}
 }
 
 // For -race: the loop writes and opens views, others read and close them.

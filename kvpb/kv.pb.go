@@ -5005,7 +5005,10 @@ func (x *NewSession) GetOwner() string {
 type ConfChangeContext struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Members that the change adds or whose address it changes.
-	Members       []*Member `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	Members []*Member `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	// Raft IDs that the change removes because their processes are in another cluster. No
+	// operator has removed their nodes: they may join.
+	Lost          []uint64 `protobuf:"varint,2,rep,packed,name=lost,proto3" json:"lost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5043,6 +5046,13 @@ func (*ConfChangeContext) Descriptor() ([]byte, []int) {
 func (x *ConfChangeContext) GetMembers() []*Member {
 	if x != nil {
 		return x.Members
+	}
+	return nil
+}
+
+func (x *ConfChangeContext) GetLost() []uint64 {
+	if x != nil {
+		return x.Lost
 	}
 	return nil
 }
@@ -5385,7 +5395,8 @@ type SnapshotHeader struct {
 	// Raft IDs that were removed, oldest first; the last 1,024.
 	Removed []uint64 `protobuf:"varint,8,rep,packed,name=removed,proto3" json:"removed,omitempty"`
 	// The ids of nodes that were members, each once, the one removed last at the
-	// end; the last 1,024. One of them may be a member again.
+	// end; the last 1,024. One of them may be a member again. Those of
+	// ConfChangeContext.lost are not there.
 	Former    []uint64    `protobuf:"varint,15,rep,packed,name=former,proto3" json:"former,omitempty"`
 	Proposers []*Proposer `protobuf:"bytes,9,rep,name=proposers,proto3" json:"proposers,omitempty"`
 	// The numbers of KeyValues and of Sessions that follow.
@@ -6447,9 +6458,10 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\n" +
 	"NewSession\x12\x18\n" +
 	"\asession\x18\x01 \x01(\x04R\asession\x12\x14\n" +
-	"\x05owner\x18\x02 \x01(\tR\x05owner\"@\n" +
+	"\x05owner\x18\x02 \x01(\tR\x05owner\"T\n" +
 	"\x11ConfChangeContext\x12+\n" +
-	"\amembers\x18\x01 \x03(\v2\x11.raftkv.v1.MemberR\amembers\"v\n" +
+	"\amembers\x18\x01 \x03(\v2\x11.raftkv.v1.MemberR\amembers\x12\x12\n" +
+	"\x04lost\x18\x02 \x03(\x04R\x04lost\"v\n" +
 	"\x06Member\x12\x17\n" +
 	"\araft_id\x18\x01 \x01(\x04R\x06raftId\x12#\n" +
 	"\x04node\x18\x02 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x14\n" +
