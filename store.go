@@ -365,10 +365,13 @@ func (s *store) endFounding() {
 }
 
 // wasChangedByOperator reports whether a node is a member that the Init does not name, or one
-// that it names has been removed.
+// that it names has been removed. One that has moved by itself is who it was.
 func (s *store) wasChangedByOperator() bool {
+	isNamed := func(m *kvpb.Node) bool {
+		return slices.ContainsFunc(s.founding, func(f *kvpb.Node) bool { return f.Id == m.Id })
+	}
 	for _, m := range s.members {
-		if !containsNode(s.founding, m) {
+		if !isNamed(m) {
 			return true
 		}
 	}
