@@ -630,6 +630,11 @@ func (c *testCluster) cut(id uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.isCut = map[string]bool{address: true}
+	w.breakAll(address)
+}
+
+// breakAll breaks all connections of a node; w.mu is held.
+func (w *wires) breakAll(address string) {
 	maps.DeleteFunc(w.conns, func(conn net.Conn, ends [2]string) bool {
 		if ends[0] == address || ends[1] == address {
 			_ = conn.Close()

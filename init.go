@@ -857,7 +857,8 @@ func (f *founder) awaitJoin(ctx context.Context, m *kvpb.Node, req *kvpb.ClaimRe
 	case "":
 		// The connection has broken. The member has failed only if it does not answer on
 		// another one.
-		if _, err := f.sendClaim(ctx, m, &kvpb.ClaimRequest{}); err != nil {
+		asks := &kvpb.ClaimRequest{Members: f.members, Force: f.force}
+		if _, err := f.sendClaim(ctx, m, asks); err != nil {
 			return initResult{outcome: initFailed, err: err}
 		}
 		return initResult{outcome: initWaiting}

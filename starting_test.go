@@ -192,6 +192,41 @@ func TestOtherListsFormNothing(t *testing.T) {
 	p.says("node=3 ", notYet, "is in another cluster")
 }
 
+// TestFounderAsksAgain: a founder whose connection to a member breaks asks that for the list that
+// it has claimed it for: the member warns of no other one.
+func TestFounderAsksAgain(t *testing.T) {
+	t.Parallel()
+	p := newPlanned(t, 3)
+	p.forms([]uint64{1, 2}, 1, 2, 3) // node 3 is never up
+	p.begin(1, 2)
+	f := newFounder(p.nodes[1].server, &kvpb.InitRequest{Members: p.list(1, 2, 3)})
+	node2 := p.list(2)[0]
+	waiting := inBackground(func() error {
+		joined := f.awaitJoin(p.ctx, node2, &kvpb.ClaimRequest{To: node2, ClusterId: 5})
+		if joined.outcome != initWaiting {
+			return fmt.Errorf("outcome %v, %w", joined.outcome, joined.err)
+		}
+		return nil
+	})
+	isWaited := func(n *node) error {
+		if len(n.calls.requests) == 0 {
+			return errors.New("nobody waits")
+		}
+		return nil
+	}
+	p.inLoop(2, isWaited)
+	p.wires.mu.Lock()
+	p.wires.breakAll(node2.Address)
+	p.wires.mu.Unlock()
+	<-waiting.ended
+	if waiting.err != nil {
+		t.Error(waiting.err)
+	}
+	if strings.Contains(p.said.String(), "a node forms a cluster of others") {
+		t.Error("the member has heard of another list")
+	}
+}
+
 // TestRemovedFormsNothing: a node that was removed, and comes back fresh with its list, forms no
 // other cluster and is not taken in by that which has removed it.
 func TestRemovedFormsNothing(t *testing.T) {
