@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionalphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/grpc/status"
@@ -114,7 +115,16 @@ func wasForwarded(ctx context.Context) bool {
 
 // forwarding is the context of a request that this node forwards, for whoever has called it.
 func forwarding(ctx context.Context) context.Context {
-	return metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1", forwardedForMetadata, callerOf(ctx).String())
+	return metadata.AppendToOutgoingContext(ctx, forwardMetadata, "1", forwardedForMetadata, forWhom(ctx))
+}
+
+// forWhom is for whom this node forwards a request: who has called it, or, if nobody has, itself.
+// That is the Init of --initial-cluster, and what it asks for.
+func forWhom(ctx context.Context) string {
+	if _, isCalled := grpcpeer.FromContext(ctx); !isCalled {
+		return "itself"
+	}
+	return callerOf(ctx).String()
 }
 
 // admitCall refuses a call before anything of its request is read: if its connection is in

@@ -307,12 +307,16 @@ func (p *planned) founder() (id uint64) {
 }
 
 // TestFormsOnAfterCrash: nodes that have died while their cluster was being formed go on with it
-// when they start again: it is the same one.
+// when they start again: it is the same one. What they ask of the leader they ask for themselves.
 func TestFormsOnAfterCrash(t *testing.T) {
 	t.Parallel()
 	parent := t.TempDir()
 	p := newPlanned(t, 3, func(o *options) { o.durable, o.dataDir = true, fmt.Sprintf("%s/%d", parent, o.id) })
 	cluster := p.formHalfway()
+	p.says("request of an operator", "method=AddLearner", "for=itself") // the learner's, which forms it, too
+	if strings.Contains(p.said.String(), "for=anyone") {
+		t.Error("a node has asked in the name of anyone")
+	}
 	p.kill(1)
 	p.kill(2)
 	p.begin(1, 2, 3)
