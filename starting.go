@@ -257,23 +257,34 @@ func (b *starter) say(err error) {
 	if !b.said.isDue(text, time.Now()) {
 		return
 	}
+	said := b.state(b.s.n.status.latest.Load())
 	level := slog.LevelWarn
-	if mayPass(err) {
+	if mayPass(err) || said == staysSo {
 		level = slog.LevelInfo
-	}
-	said := notYet
-	isMember := b.s.n.status.latest.Load().clusterID != 0
-	if isMember {
-		said = "not all members are in the cluster yet: this node tries again"
-	}
-	if isMember && b.plan.join != nil {
-		said = "this node has no leader, and asks where the members are now"
 	}
 	b.s.n.logger.Log(context.Background(), level, said, "err", text)
 }
 
-// notYet is what the log says of a node that is in no cluster yet, although it tries.
-const notYet = "this node is not a member yet, and tries again"
+// What the log says of a node whose try has failed.
+const (
+	notYet   = "this node is not a member yet, and tries again"
+	halfWay  = "not all members are in the cluster yet: this node tries again"
+	staysSo  = "an operator has changed the membership while the cluster was formed: this node leaves it as it is"
+	searches = "this node has no leader, and asks where the members are now"
+)
+
+// state is what the log says of this node once a try has failed.
+func (b *starter) state(p *published) string {
+	switch {
+	case p.clusterID == 0:
+		return notYet
+	case b.plan.join != nil:
+		return searches
+	case b.mustForm(p):
+		return halfWay
+	}
+	return staysSo
+}
 
 // mayPass reports whether an error is one that the start of a cluster has in any case: others
 // are not up yet, or are at it, too.

@@ -384,6 +384,30 @@ func TestFormsByCertificates(t *testing.T) {
 	p.works(threeNodes...)
 }
 
+// TestStarterSaysWhatIs: a node says that it tries again only if it does.
+func TestStarterSaysWhatIs(t *testing.T) {
+	list := []*kvpb.Node{plainNode(1), plainNode(2)}
+	isIn := glance{clusterID: 7}
+	forms := &starter{plan: &startPlan{members: list}}
+	joins := &starter{plan: &startPlan{join: []string{"a:1"}}}
+	for _, c := range []struct {
+		b    *starter
+		p    published
+		want string
+	}{
+		{forms, published{}, notYet},
+		{forms, published{glance: isIn, founding: list}, halfWay},
+		{forms, published{glance: isIn, founding: list[:1]}, staysSo},
+		{forms, published{glance: isIn}, staysSo},
+		{joins, published{}, notYet},
+		{joins, published{glance: isIn}, searches},
+	} {
+		if got := c.b.state(&c.p); got != c.want {
+			t.Errorf("cluster %d, founding %v: %q, want %q", c.p.clusterID, c.p.founding, got, c.want)
+		}
+	}
+}
+
 // TestSayings: the same is said again only once in a while, something new soon.
 func TestSayings(t *testing.T) {
 	var s sayings
