@@ -102,8 +102,13 @@ func (s *server) addJoiner(ctx context.Context, req *kvpb.JoinRequest) error {
 	return err
 }
 
+// errFounding has a node that asks to join while an Init is half way ask again: a call that waited
+// would keep its places among those of a node that has members to add.
+var errFounding = apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
+	"the cluster is being made: its first members are added before others")
+
 // knownStep is what a node that asks to join gets without a change: done, if a member has its id
-// and address; a refusal, if it was removed; and else, to wait.
+// and address; a refusal, if it was removed, or an Init is half way; and else, to wait.
 func (c *clusterState) knownStep(m *kvpb.Node) nextStep {
 	ids := c.raftIDsOf(m.Id)
 	isThere := func(id uint64) bool { return c.members[id].Address == m.Address }
@@ -114,14 +119,17 @@ func (c *clusterState) knownStep(m *kvpb.Node) nextStep {
 		return failStep(apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_REMOVED_MEMBER,
 			fmt.Sprintf("node %d was removed from the cluster: add-learner %s adds it again", m.Id, formatNode(m))))
 	}
+	if c.founding != nil {
+		return failStep(errFounding)
+	}
 	return nextStep{kind: stepWait}
 }
 
 // joinStep takes the next step of adding a node that asks for it. It is done when the node is a
-// member: that it has caught up is for promotionStep. While an Init is half way, it waits.
+// member: that it has caught up is for promotionStep.
 func (l *leaderState) joinStep(p *kvpb.Peer, asLearner bool) nextStep {
 	known := l.knownStep(p.Node)
-	if known.kind != stepWait || l.founding != nil {
+	if known.kind != stepWait {
 		return known
 	}
 	isNew := len(l.raftIDsOf(p.Node.Id)) == 0
