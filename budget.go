@@ -9,8 +9,9 @@
 //	- 1/24    of it, 64 MiB at most: the history for watches
 //	- 1/24    of it, 64 MiB at most: what views of clients keep
 //	- 1/24    of it, 64 MiB at most: writes that are queued and in flight
-//	= 4 times the store: the keys and values in pages, which are not full; what is replaced of
-//	          them while a snapshot is on its way, or a second store while one comes in; as
+//	= 4 times the store: the keys and values in pages, which are not full, and the answers that
+//	          sessions remember, in slices that are not full; what is replaced of all
+//	          these while a snapshot is on its way, or a second store while one comes in; as
 //	          much log, for who catches up; and a quarter that views may keep besides
 
 package main

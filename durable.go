@@ -109,7 +109,7 @@ func (n *node) save() {
 	v := n.store.openView()
 	v.rest = n.durable.disk.pause
 	n.durable.saving = n.durable.logged
-	n.durable.savingBytes = snapshotLength(v.keys, v.bytes)
+	n.durable.savingBytes = v.length
 	n.durable.disk.saved.Store(0) // or what was saved of the last one would count
 	n.quota.space.saved = 0
 	n.durable.disk.start(func() {
@@ -133,7 +133,7 @@ func (n *node) saved(v *view, mark *kvpb.SnapshotMark, err error) {
 		n.durable.logged -= n.durable.saving
 		n.durable.crowded = false
 		n.durable.removing = n.durable.lastBytes + n.durable.saving
-		n.durable.lastBytes = snapshotLength(v.keys, v.bytes)
+		n.durable.lastBytes = v.length
 		n.persist(diskJob{batch: &kvpb.LogBatch{Snapshot: mark}}, func() {})
 	}
 	n.durable.saving = 0

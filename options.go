@@ -137,7 +137,7 @@ func nodeFlags(o *options) *flag.FlagSet {
 			return nil
 		})
 	planFlags(fs, &o.plan)
-	numberVar(fs, &o.maxStoreBytes, "max-store-bytes", "`bytes` of keys and values, and 64 for each key, "+
+	numberVar(fs, &o.maxStoreBytes, "max-store-bytes", "`bytes` of keys and values, 64 for each key, and of sessions, "+
 		"beyond which Sets that need more are refused (default: by the memory)")
 	certificateFlags(fs, &o.tls)
 	fileVar(fs, &o.tls.peerCA, "peer-ca-file",

@@ -90,8 +90,14 @@ func newQuota(limit uint64) quota {
 	}
 }
 
-// size is what counts against the quota.
+// size is what keys and values count for.
 func (s *store) size() uint64 { return s.tree.bytes + keyBytes*s.tree.keys }
+
+// used is what counts against the quota: keys, values and sessions. But half of it is there for keys
+// and values whatever sessions take: who deletes keys makes room, and nobody can delete sessions.
+func (n *node) used() uint64 {
+	return n.store.size() + min(n.store.sessions.bytes(), n.quota.limit/2)
+}
 
 // forget drops what others have said: this node has left their cluster.
 func (q *quota) forget() {
@@ -243,7 +249,7 @@ func (n *node) whyRefused() string {
 		return n.whyDiskLow(n.quota.lowest)
 	}
 	hasJustRefused := n.quota.refusedAt != 0 && n.clock.now-n.quota.refusedAt <= n.ticksOf(refusalShown)
-	if n.store.size() >= n.quota.limit || hasJustRefused {
+	if n.used() >= n.quota.limit || hasJustRefused {
 		return n.whyFull()
 	}
 	return ""
@@ -255,9 +261,9 @@ func (n *node) whyDiskLow(r *kvpb.RoomReport) string {
 }
 
 func (n *node) whyFull() string {
-	return fmt.Sprintf("the store has %d bytes, with %d for each key, and node %s allows %d (--max-store-bytes): "+
-		"no Set is taken that makes it larger than that: delete keys, or give that node more",
-		n.store.size(), keyBytes, n.describe(n.quota.of), n.quota.limit)
+	return fmt.Sprintf("the store has %d bytes, with %d for each key and %d for sessions, and node %s allows %d "+
+		"(--max-store-bytes): no Set is taken that makes it larger than that: delete keys, or give that node more",
+		n.used(), keyBytes, n.used()-n.store.size(), n.describe(n.quota.of), n.quota.limit)
 }
 
 // admission decides for one proposal which Sets there is room for. Its zero value takes all.
@@ -278,10 +284,7 @@ var errNotYet = errors.New("it may not fit once this proposal is applied")
 func (n *node) admission(writes int) admission {
 	n.weighSpace()
 	a := admission{node: n, refuse: n.quota.lowest != nil}
-	size := n.store.size()
-	if size < n.quota.limit {
-		a.room = n.quota.limit - size
-	}
+	a.room = less(n.quota.limit, n.used())
 	most := uint64(maxEntryBytes + maxWriteBytes + keyBytes*writes)
 	a.isNear = a.refuse || a.room < most
 	return a

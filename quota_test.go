@@ -64,7 +64,8 @@ func sized(key string, bytes int) *kvpb.Write {
 
 // TestQuota: what makes the store larger than the limit is refused, and only that.
 func TestQuota(t *testing.T) {
-	const limit = 1000
+	const keys = 1000
+	const limit = keys + sessionBytes + rememberedBytes
 	id := func(sequence uint64, w *kvpb.Write) *kvpb.Write { return withID(5, sequence, w) }
 	full := []*kvpb.Write{openWrite(5), sized("a", 400), id(1, sized("b", 400)), sized("c", 200)}
 	for _, tt := range []struct {
@@ -97,7 +98,7 @@ func TestQuota(t *testing.T) {
 					t.Fatal(o.err)
 				}
 			}
-			if got := l.n.store.size(); got != limit {
+			if got := l.n.used(); got != limit {
 				t.Fatalf("it has %d bytes", got)
 			}
 			l.write(tt.before...)
@@ -117,7 +118,7 @@ func TestQuota(t *testing.T) {
 			if len(refused) == len(tt.writes) && (l.n.log.last() != last || l.n.store.version != version) {
 				t.Error("what was refused was proposed")
 			}
-			if got := l.n.store.size(); got > limit {
+			if got := l.n.store.size(); got > keys {
 				t.Errorf("it has %d bytes", got)
 			}
 			if got := l.n.metrics().SetsRefused; got != uint64(len(refused)) {
@@ -125,6 +126,44 @@ func TestQuota(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestQuotaOfSessions: sessions, and what they were answered, count against the quota, but half of it
+// is left to keys: so room can always be made.
+func TestQuotaOfSessions(t *testing.T) {
+	const half = 8 * sessionBytes
+	l := newFull(t, 2*half)
+	l.write(openWrite(5), openWrite(6))
+	want := func(used uint64, when string) {
+		t.Helper()
+		if got := l.n.metrics().QuotaUsed; got != used {
+			t.Errorf("%s: %d bytes are used, want %d", when, got, used)
+		}
+	}
+	fits := func(w *kvpb.Write, want bool, when string) {
+		t.Helper()
+		o := l.write(w)[0]
+		isRefused := errors.Is(o.err, errQuota)
+		if o.err != nil && !isRefused || isRefused == want {
+			t.Errorf("%s: %v", when, o.err)
+		}
+		if isRefused && !strings.Contains(o.err.Error(), fmt.Sprint(half, " for sessions")) {
+			t.Errorf("%v does not say what sessions take", o.err)
+		}
+	}
+	want(2*sessionBytes, "two sessions")
+	l.write(withID(5, 1, deleteWrite("a")), withID(6, 1, sized("a", 100)))
+	want(2*sessionBytes+2*rememberedBytes+100, "two answers")
+	for i := range uint64(1000) {
+		l.write(withID(5, 2+i, deleteWrite("a")))
+	}
+	want(half, "a thousand answers")
+	fits(sized("a", half+1), false, "more than keys may have")
+	fits(sized("a", half), true, "as much as keys may have")
+	want(2*half, "all is used")
+	fits(sized("b", 100), false, "all is used")
+	fits(withID(5, 1003, deleteWrite("a")), true, "a deletion")
+	fits(sized("b", half), true, "after the deletion")
 }
 
 // TestQuotaFarOff: a proposal that is far from the limit is not looked at, and does not exceed

@@ -254,7 +254,7 @@ func (n *node) restore(r *recovered) error {
 	h := r.batch.GetHardState()
 	n.log.hard = &raftpb.HardState{Term: new(h.GetTerm()), Vote: new(h.GetVote()), Commit: new(h.GetCommit())}
 	n.durable.snapshotIndex = r.store.index
-	n.durable.lastBytes = snapshotLength(n.store.tree.keys, n.store.tree.bytes)
+	n.durable.lastBytes = n.store.snapshotLength()
 	n.durable.removed = r.store.removed
 	n.durable.logged = n.log.bytes + sectorBytes*uint64(len(entries))
 	return nil

@@ -25,6 +25,14 @@ const (
 	// that it opened, and whoever opens many pushes out at most this part of the used ones
 	// of its own owner.
 	unusedDivisor = 10
+	// sessionBytes is about what a session takes that was never used, with an owner of its own.
+	sessionBytes = 256
+	// rememberedBytes is about what an answer takes: 24 bytes, in slices that are not full.
+	rememberedBytes = 32
+	// sessionRecordBytes and answerRecordBytes are about what a snapshot has of each, with a long
+	// name of the owner and with large versions.
+	sessionRecordBytes = 112
+	answerRecordBytes  = 20
 )
 
 // What a write that carries a request_id can end with besides an answer.
@@ -48,6 +56,8 @@ type sessions struct {
 	byID   map[uint64]*list.Element // of one of the lists of its owner
 	owners *owners
 	last   *owner // of the session that restore added last; nil: it added none
+	// answered is how many answers all of them remember.
+	answered uint64
 }
 
 // session is what is known of a client's writes. Whoever knows its number may write in it:
@@ -75,6 +85,16 @@ func newSessions() *sessions {
 }
 
 func (s *sessions) count() int { return len(s.byID) }
+
+// bytes is about what they take of memory.
+func (s *sessions) bytes() uint64 {
+	return sessionBytes*uint64(s.count()) + rememberedBytes*s.answered
+}
+
+// recordBytes is about what a snapshot has of them.
+func (s *sessions) recordBytes() uint64 {
+	return sessionRecordBytes*uint64(s.count()) + answerRecordBytes*s.answered
+}
 
 // all returns copies of all sessions, which share the answers: the unused ones of an owner,
 // then its used ones, then those of another owner. It clips the answers, which has the next
@@ -111,6 +131,7 @@ func (s *sessions) add(id uint64, ownerName string) error {
 	if len(s.byID) >= s.limit {
 		dropped := s.owners.takeFor(o)
 		delete(s.byID, dropped.id)
+		s.answered -= uint64(len(dropped.answers))
 	}
 	s.byID[id] = s.owners.add(&session{id: id, owner: o})
 	return nil
@@ -146,9 +167,11 @@ func (s *sessions) use(id, sequence uint64) (*session, error) {
 func (s *sessions) remember(ses *session, sequence uint64, r result) {
 	i, _ := ses.find(sequence)
 	ses.answers = slices.Insert(ses.answers, i, firstAnswer{sequence, r})
+	s.answered++
 	highest := ses.highest()
 	for highest > s.answerLimit && ses.answers[0].sequence <= highest-s.answerLimit {
 		ses.answers = ses.answers[1:]
+		s.answered--
 	}
 }
 
@@ -157,6 +180,7 @@ func (s *sessions) remember(ses *session, sequence uint64, r result) {
 func (s *sessions) replace(t *sessions) {
 	s.byID = t.byID
 	s.owners = t.owners
+	s.answered = t.answered
 }
 
 // knows reports whether a write of a session has its answer.
@@ -191,6 +215,7 @@ func (s *sessions) restore(m *kvpb.Session, version uint64) error {
 		return errors.New("it was never used, and follows one that was")
 	}
 	s.byID[m.Id] = s.owners.add(&session{id: m.Id, owner: o, answers: answers})
+	s.answered += uint64(len(answers))
 	s.last = o
 	return nil
 }

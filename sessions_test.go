@@ -264,6 +264,14 @@ func TestSessionsAreBounded(t *testing.T) {
 	}
 }
 
+// answersOf is how many answers sessions remember.
+func answersOf(all []session) (answers uint64) {
+	for _, ses := range all {
+		answers += uint64(len(ses.answers))
+	}
+	return answers
+}
+
 // sessionModel is what sessions mean, in the plainest words.
 type sessionModel struct {
 	version  uint64
@@ -426,7 +434,10 @@ func TestSessionModel(t *testing.T) {
 				if err != nil {
 					t.Fatalf("seed %d: %v", seed, err)
 				}
-				s.install(restored)
+				other := newTestStore() // what it has had does not help
+				other.sessions.limit, other.sessions.answerLimit = s.sessions.limit, s.sessions.answerLimit
+				other.install(restored)
+				s = other
 			}
 			var ws []*kvpb.Write
 			var want []outcome
@@ -464,6 +475,9 @@ func TestSessionModel(t *testing.T) {
 			all := inOrder(s.sessions.all())
 			if !slices.EqualFunc(byOwner(m.all()), all, (*modelSession).is) || s.sessions.count() != len(all) {
 				t.Fatalf("seed %d: sessions %v, want %v", seed, all, m.order)
+			}
+			if want := answersOf(all); s.sessions.answered != want {
+				t.Fatalf("seed %d: %d answers are counted, there are %d", seed, s.sessions.answered, want)
 			}
 		}
 		for len(views) > 0 {

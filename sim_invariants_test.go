@@ -948,6 +948,8 @@ func (s *sim) unequal() string {
 		}
 		if all := inOrder(st.sessions.all()); !slices.EqualFunc(byOwner(o.sessions), all, (*modelSession).is) {
 			s.failf("I5: %v has sessions %v", p, all)
+		} else if want := answersOf(all); st.sessions.answered != want {
+			s.failf("I5: %v counts %d answers of sessions, there are %d", p, st.sessions.answered, want)
 		}
 		if st.tree.keys != present || st.version != o.version || o.conf.Equivalent(st.conf) != nil {
 			s.failf("I5: %v has %d keys, version %d, %v; want %d, %d, %v",

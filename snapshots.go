@@ -234,7 +234,7 @@ func (n *node) installPending(snap *raftpb.Snapshot) {
 		n.durable.snapshotIndex = n.store.index
 	}
 	n.durable.logged = 0
-	n.durable.lastBytes = snapshotLength(n.store.tree.keys, n.store.tree.bytes)
+	n.durable.lastBytes = n.store.snapshotLength()
 	n.status.count.SnapshotsInstalled++
 	n.logger.Info("installed a snapshot", "cluster", fmt.Sprintf("%016x", n.store.clusterID), "index", n.store.index)
 	n.calls.failApplied(n.store.proposers[n.id.raftID])

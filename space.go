@@ -85,7 +85,7 @@ func (n *node) weighSpace() {
 		return
 	}
 	free := less(s.free+d.removing, d.written-s.written)
-	s.reserve = d.reserve(snapshotLength(n.store.tree.keys, n.store.tree.bytes), n.opts.logBytes, s.saved)
+	s.reserve = d.reserve(n.store.snapshotLength(), n.opts.logBytes, s.saved)
 	wasLow := n.quota.own.DiskLow
 	enough := s.reserve
 	if wasLow {
@@ -108,7 +108,7 @@ func (n *node) wantsSmallSnapshot() bool {
 	if d.saving != 0 || d.snapshotIndex == 0 {
 		return false
 	}
-	snapshot := snapshotLength(n.store.tree.keys, n.store.tree.bytes)
+	snapshot := n.store.snapshotLength()
 	segment := uint64(d.disk.segmentBytes)
 	hasSpace := snapshot+segment <= n.quota.space.free
 	return hasSpace && snapshot+segment <= (d.lastBytes+d.logged)/4*3

@@ -105,6 +105,26 @@ func TestDiskSpace(t *testing.T) {
 	}
 }
 
+// TestSnapshotLength: of keys or of what sessions were answered, a snapshot is about as long as the
+// reserve counts on, and not longer.
+func TestSnapshotLength(t *testing.T) {
+	keys := filledStore(3000)
+	sessions := newTestStore()
+	sessions.version = 1 << 50 // as after a restore
+	for id := range uint64(20) {
+		tryBatch(t, sessions, 1, 1+id, openWriteOf(1+id, "client/"+strings.Repeat("o", 60)))
+		for i := range uint64(maxAnswers) {
+			tryBatch(t, sessions, 2, id*maxAnswers+i+1, withID(1+id, 1+i, setWrite("k", "v")))
+		}
+	}
+	for name, s := range map[string]*store{"keys": keys, "sessions": sessions} {
+		got := uint64(len(snapshotBytes(t, s)))
+		if most := s.snapshotLength(); got > most+1<<10 || got < most/2 {
+			t.Errorf("%s: it has %d bytes, and %d are counted on", name, got, most)
+		}
+	}
+}
+
 // TestDiskOfOther: a member's disk that is low counts until it says otherwise, and no longer than
 // diskLowLasts, unless it says so again; its limit counts on.
 func TestDiskOfOther(t *testing.T) {

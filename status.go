@@ -137,7 +137,7 @@ func (n *node) metrics() *kvpb.MetricsResponse {
 	m.Version = s.version
 	m.Keys = s.tree.keys
 	m.StoreBytes = s.tree.bytes
-	m.QuotaUsed = s.size()
+	m.QuotaUsed = n.used()
 	m.Quota = n.quota.limit
 	m.QuotaOf = n.nodeOf(n.quota.of)
 	m.MaxStoreBytes = n.quota.own.MaxStoreBytes

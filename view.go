@@ -24,9 +24,9 @@ var errViewEnded = errors.New("so much was written since the call began that wha
 // view is the store at one moment. Any goroutine may read it. What was replaced since stays
 // in memory until the view is closed, or has ended, and its last reader is done.
 type view struct {
-	clusterID   uint64
-	version     uint64
-	keys, bytes uint64 // as the tree counts them
+	clusterID uint64
+	version   uint64
+	keys      uint64
 
 	root atomic.Pointer[page] // nil: the view was closed, or ended
 
@@ -39,6 +39,7 @@ type view struct {
 	conf     *raftpb.ConfState // the store's then
 	header   *kvpb.SnapshotHeader
 	sessions []session   // as all returns them
+	length   uint64      // about, of the snapshot
 	readers  int         // snapshots that are being sent from it; the loop's
 	givenUp  atomic.Bool // set by the loop: the log behind it is dropped, so it need not be sent
 	// rest is called by writeTo now and then, with how long that has worked, to leave processor
@@ -49,8 +50,10 @@ type view struct {
 // keyRecordBytes is what a snapshot has of a key besides key and value, about.
 const keyRecordBytes = 16
 
-// snapshotLength is about the length of a snapshot.
-func snapshotLength(keys, bytes uint64) uint64 { return bytes + keyRecordBytes*keys }
+// snapshotLength is about the length of a snapshot. Only the loop may call it.
+func (s *store) snapshotLength() uint64 {
+	return s.tree.bytes + keyRecordBytes*s.tree.keys + s.sessions.recordBytes()
+}
 
 // openKeys opens a view of the keys for a client. Any goroutine may call it.
 func (s *store) openKeys() (*view, error) {
@@ -83,6 +86,7 @@ func (s *store) openView() *view {
 	v.conf = s.conf
 	v.header = s.header()
 	v.sessions = s.sessions.all()
+	v.length = s.snapshotLength()
 	return v
 }
 
@@ -99,7 +103,7 @@ func (s *store) openBackup() *view {
 // takeView takes a view. mu is held.
 func (s *store) takeView() *view {
 	t := s.tree.view()
-	v := &view{clusterID: s.clusterID, version: s.version, keys: t.keys, bytes: t.bytes, epoch: t.epoch}
+	v := &view{clusterID: s.clusterID, version: s.version, keys: t.keys, epoch: t.epoch}
 	v.root.Store(t.root)
 	return v
 }

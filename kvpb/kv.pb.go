@@ -3296,7 +3296,9 @@ type MetricsResponse struct {
 	ProgramLevel uint32 `protobuf:"varint,36,opt,name=program_level,json=programLevel,proto3" json:"program_level,omitempty"`
 	// The highest level that the called node lets its cluster rise to.
 	RisesTo uint32 `protobuf:"varint,37,opt,name=rises_to,json=risesTo,proto3" json:"rises_to,omitempty"`
-	// What counts against the quota: the bytes of keys and values, and 64 for each key.
+	// What counts against the quota: the bytes of keys and values, 64 for each key, 256 for
+	// each session and 32 for each answer that it remembers, but for sessions at most half
+	// of the quota.
 	QuotaUsed uint64 `protobuf:"varint,38,opt,name=quota_used,json=quotaUsed,proto3" json:"quota_used,omitempty"`
 	// The least max_store_bytes of all members, as far as the called node knows.
 	Quota uint64 `protobuf:"varint,39,opt,name=quota,proto3" json:"quota,omitempty"`
