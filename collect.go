@@ -1,9 +1,9 @@
 // Memory that the store has dropped goes back to the system soon.
 //
 // Go's collector runs when as much was allocated as was in use, or after two minutes. When keys are
-// deleted, or large values replaced by small ones, and little is written then, that is long:
-// so the collector is started once, when that has ended. What it frees, Go's scavenger gives
-// back.
+// deleted, or large values replaced by small ones, or a view is closed that has kept such, and
+// little is written then, that is long: so the collector is started once, when that has ended.
+// What it frees, Go's scavenger gives back.
 
 package main
 
@@ -30,12 +30,13 @@ type garbage struct {
 	base    uint64    // of dropped, all before which is collected
 }
 
-// droppedBytes returns how many bytes of values the store has dropped since the start, and how many
-// of keys and values it has. Any goroutine may call it.
+// droppedBytes returns how many bytes the store has dropped since the start, and how many of keys and
+// values it has. What was dropped while a view was open counts again once that is closed, for
+// the collector has freed none of it if the view had it. Any goroutine may call it.
 func (s *store) droppedBytes() (dropped, has uint64) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.tree.dropped, s.tree.bytes
+	return s.tree.dropped + s.released, s.tree.bytes
 }
 
 // look takes in what was dropped, and how often the collector has run. It reports whether it should

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 
 	"raft-key-value/kvpb"
@@ -55,4 +57,65 @@ func TestDroppedBytes(t *testing.T) {
 	want(6, 11, setWrite("k", "1234567890"))
 	s.install(newTestStore())
 	want(17, 0)
+}
+
+// TestClosedViewsCount: what a view may have kept counts once it has let go, whoever had it, and however
+// it has ended.
+func TestClosedViewsCount(t *testing.T) {
+	const bytes = 500_000
+	openers := map[string]func(*store) *view{
+		"a Scan":     func(s *store) *view { v, _ := s.openKeys(); return v },
+		"a List":     func(s *store) *view { v, _ := s.openPage(); return v },
+		"a backup":   (*store).openBackup,
+		"a snapshot": (*store).openView,
+	}
+	ends := map[string]func(*store, *view){
+		"closed":       func(_ *store, v *view) { v.close() },
+		"closed twice": func(_ *store, v *view) { v.close(); v.close() },
+		"ended": func(s *store, v *view) {
+			for len(s.clientViews) > 0 {
+				s.endOldestView()
+			}
+			v.close()
+		},
+		"after a snapshot came": func(s *store, v *view) {
+			s.install(newTestStore())
+			v.close()
+		},
+	}
+	for by, open := range openers {
+		for how, end := range ends {
+			s := newTestStore()
+			tryBatch(t, s, 1, 1, setWrite("large", strings.Repeat("v", bytes)))
+			for i := range uint64(1000) {
+				tryBatch(t, s, 1, 2+i, setWrite(fmt.Sprintf("small%d", i), "value"))
+			}
+			earlier := open(s)
+			for i := range uint64(1000) {
+				tryBatch(t, s, 1, 2000+i, setWrite(fmt.Sprintf("small%d", i), "value"))
+			}
+			earlier.close()
+			v := open(s)
+			tryBatch(t, s, 1, 3000, setWrite("large", "v"))
+			for i := range uint64(1000) { // their pages are copied
+				tryBatch(t, s, 1, 3001+i, setWrite(fmt.Sprintf("small%d", i), "other"))
+			}
+			open, _ := s.droppedBytes()
+			end(s, v)
+			ended, _ := s.droppedBytes()
+			counted := ended - open
+			most := uint64(bytes + 100_000)
+			if how == "after a snapshot came" {
+				most += 20_000 // what the store had counts as dropped
+			}
+			if counted < bytes+20_000 || counted > most {
+				t.Errorf("%s that is %s: %d bytes are counted", by, how, counted)
+			}
+			v = openers[by](s)
+			v.close()
+			if again, _ := s.droppedBytes(); again != ended {
+				t.Errorf("%s that has kept nothing: %d bytes are counted", by, again-ended)
+			}
+		}
+	}
 }

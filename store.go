@@ -80,6 +80,7 @@ type store struct {
 	rangeKeys          int           // that a DeleteRange deletes at most: maxRangeKeys, but in tests
 	viewBytes          uint64        // in place of minViewBytes, set before the node runs
 	clientViews        []*view       // that are open, in the order in which they were opened: mu guards them
+	released           uint64        // what views that are closed may have kept, in all: mu guards it
 	file               string        // the snapshot in the data directory that it was read from, if it was
 	room               []operation   // memory for the writes of an entry
 	plantedSameVersion bool          // a bug that the simulator plants: all writes of an entry share a version
@@ -438,6 +439,7 @@ func (s *store) install(t *store) {
 	s.clusterID = t.clusterID
 	s.version = t.version
 	t.tree.dropped = s.tree.dropped + s.tree.bytes
+	t.tree.copied = s.tree.copied
 	s.tree = t.tree
 	for len(s.clientViews) > 0 { // they would keep all that was here before
 		s.endOldestView()

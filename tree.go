@@ -241,13 +241,13 @@ func (p *page) isTooSmall() bool { return p.size() < maxPageBytes/4 || p.count()
 // tree is an ordered map from keys to items. Its owner has a lock: set, delete and view need it
 // for writing, get for reading. A view needs none.
 type tree struct {
-	root   *page
-	epoch  uint64 // pages of earlier ones may be parts of views
-	keys   uint64
-	bytes  uint64 // of all keys and values
-	copied uint64 // bytes of pages that writes have copied since the tree was made
-	// dropped is the bytes of the values that writes have replaced or deleted. It only grows.
-	dropped uint64
+	root  *page
+	epoch uint64 // pages of earlier ones may be parts of views
+	keys  uint64
+	bytes uint64 // of all keys and values
+	// copied is the bytes of pages that writes have copied, and dropped those of values that they have
+	// replaced or deleted. They only grow.
+	copied, dropped uint64
 	// kept is the memory, in bytes, of what writes have replaced since the tree was made, while it
 	// was a part of a view that counts. It only grows. Views count up to the epoch counted: what
 	// was made in an earlier one may be a part of them.
@@ -270,6 +270,9 @@ func (t *tree) view() treeView {
 	t.epoch++
 	return treeView{root: t.root, keys: t.keys, bytes: t.bytes, epoch: t.epoch}
 }
+
+// replaced is what writes have replaced at most, while views may have had it. It only grows.
+func (t *tree) replaced() uint64 { return t.copied + t.dropped }
 
 // own returns a page that may be changed: a copy, if views may have the page.
 func (t *tree) own(p *page) *page {

@@ -30,8 +30,10 @@ type view struct {
 
 	root atomic.Pointer[page] // nil: the view was closed, or ended
 
+	store    *store
+	replaced uint64 // the tree's, when the view was opened
+
 	// Of a client's view, which the store may end.
-	store *store
 	epoch uint64 // it has pages of earlier ones only
 	kept  uint64 // the tree's, when the view was opened
 
@@ -103,13 +105,19 @@ func (s *store) openBackup() *view {
 // takeView takes a view. mu is held.
 func (s *store) takeView() *view {
 	t := s.tree.view()
-	v := &view{clusterID: s.clusterID, version: s.version, keys: t.keys, epoch: t.epoch}
+	v := &view{
+		clusterID: s.clusterID,
+		version:   s.version,
+		keys:      t.keys,
+		store:     s,
+		replaced:  s.tree.replaced(),
+		epoch:     t.epoch,
+	}
 	v.root.Store(t.root)
 	return v
 }
 
 func (s *store) addClientView(v *view) {
-	v.store = s
 	v.kept = s.tree.kept
 	s.clientViews = append(s.clientViews, v)
 	s.countViews()
@@ -133,21 +141,25 @@ func (s *store) endCostlyViews() {
 
 // endOldestView ends the oldest view of a client. mu is held.
 func (s *store) endOldestView() {
-	s.clientViews[0].root.Store(nil)
+	s.letGo(s.clientViews[0])
 	s.clientViews = slices.Delete(s.clientViews, 0, 1)
 	s.countViews()
 }
 
 // close lets go of what was replaced since the view was opened.
 func (v *view) close() {
-	v.root.Store(nil)
-	if v.store == nil {
-		return
-	}
 	v.store.mu.Lock()
 	defer v.store.mu.Unlock()
+	v.store.letGo(v)
 	v.store.clientViews = slices.DeleteFunc(v.store.clientViews, func(o *view) bool { return o == v })
 	v.store.countViews()
+}
+
+// letGo has a view let go of the tree, and counts what it may have kept. mu is held.
+func (s *store) letGo(v *view) {
+	if v.root.Swap(nil) != nil {
+		s.released += s.tree.replaced() - v.replaced
+	}
 }
 
 // page returns the first items of a range, as many as limit and maxBytes of keys and values
