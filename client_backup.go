@@ -150,12 +150,23 @@ func checkIsBackup(h *kvpb.SnapshotHeader) error {
 	case kvpb.SnapshotOrigin_SNAPSHOT_ORIGIN_UNSPECIFIED:
 		return errBareSnapshot
 	}
-	return fmt.Errorf("it is a backup of a kind that a newer program has made: %w", errUnknownFormat)
+	return errUnknownOrigin
 }
 
-var errBareSnapshot = errors.New("it is a snapshot out of a data directory, and no backup: " +
-	"what was written after it is in the log beside it. Make a backup of the whole directory, " +
-	"by backup --data-dir. If its log is lost, restore --bare-snapshot does without")
+// checkOriginIsKnown refuses a snapshot by its header if nobody here knows what it is of.
+func checkOriginIsKnown(h *kvpb.SnapshotHeader) error {
+	if err := checkIsBackup(h); err != errBareSnapshot {
+		return err
+	}
+	return nil
+}
+
+var errBareSnapshot = errors.New("it is a snapshot that is not marked as a backup. Out of a data directory, " +
+	"it lacks what was written after it, which is in the log beside it: make a backup of the whole directory, " +
+	"by backup --data-dir. If its log is lost, or if it is a backup by an older program, " +
+	"restore --bare-snapshot takes it as it is")
+
+var errUnknownOrigin = fmt.Errorf("it is a backup of a kind that a newer program has made: %w", errUnknownFormat)
 
 // warnOfOrigin says what a backup of one directory may lack, and may have.
 func (c *client) warnOfOrigin(h *kvpb.SnapshotHeader) {

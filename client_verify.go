@@ -35,7 +35,7 @@ type verification struct {
 var kinds = map[string]string{
 	"backup_of_cluster":   "a backup of a cluster",
 	"backup_of_directory": "a backup of a data directory",
-	"snapshot":            "a snapshot out of a data directory, and no backup",
+	"snapshot":            "a snapshot that is not marked as a backup",
 	"directory":           "a data directory",
 }
 
@@ -67,7 +67,11 @@ func (c *client) check(ctx context.Context, path string) (*verification, error) 
 		return nil, err
 	}
 	defer f.close()
-	_, h, err := f.scan(snapshotScan{countsOnly: true, say: c.progressOf("reading", "keys")})
+	_, h, err := f.scan(snapshotScan{
+		countsOnly: true,
+		check:      checkOriginIsKnown,
+		say:        c.progressOf("reading", "keys"),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -120,6 +124,9 @@ func (v *verification) text() string {
 		fmt.Fprintf(&b, "%-11s"+format+"\n", append([]any{name + ":"}, args...)...)
 	}
 	line("whole", "%s", kinds[v.Kind])
+	if v.Kind == "snapshot" {
+		line("but", "out of a data directory, it lacks what was written later: that is in the log beside it")
+	}
 	line("cluster", "%016x", v.ClusterID)
 	line("level", "%d", v.Level)
 	if v.Kind == "directory" {
@@ -134,7 +141,8 @@ func (v *verification) text() string {
 	line("keys", "%d", v.Keys)
 	line("sessions", "%d", v.Sessions)
 	if v.Torn != "" {
-		line("torn", "%s: a loss of power has cut the log's last batch, which was never acknowledged", v.Torn)
+		line("torn", "%s: the log's last batch is cut, as a loss of power leaves one that was not acknowledged yet; "+
+			"sectors of it that were lost later look the same", v.Torn)
 	}
 	if len(v.LeftOver) > 0 {
 		line("left over", "%s: not read, for they do not count", strings.Join(v.LeftOver, ", "))

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"unicode"
+	"unicode/utf8"
 
 	"raft-key-value/kvpb"
 )
@@ -95,19 +97,85 @@ const identityBeginning = "\x08\x01"
 
 var errEmpty = errors.New("offset 0: it is empty")
 
-// checkBeginning refuses files that are no snapshots for what they are.
+// otherFiles are beginnings of files that are no backups, and what such files are.
+var otherFiles = []struct{ beginning, is string }{
+	{walMagic[:len(walMagic)-1], "it is a segment of a node's log, out of a data directory, and no backup"},
+	{"\x1f\x8b", "it is compressed by gzip, and no backup as it is: read what gzip -dc makes of it, by -"},
+	{"\x28\xb5\x2f\xfd", "it is compressed by zstd, and no backup as it is: read what zstd -dc makes of it, by -"},
+	{"\xfd7zXZ\x00", "it is compressed by xz, and no backup as it is: read what xz -dc makes of it, by -"},
+	{"BZh", "it is compressed by bzip2, and no backup as it is: read what bzip2 -dc makes of it, by -"},
+	{"PK\x03\x04", "it is a zip archive, and no backup"},
+}
+
+const (
+	errText    = notSnapshot("it is a text, and no backup")
+	errUnknown = notSnapshot("it begins as no backup does, and as nothing else that is known here")
+)
+
+// beginningBytes are enough to tell a text from other files.
+const beginningBytes = 512
+
+// checkBeginning refuses files that are no snapshots for what they are. A file that begins a little
+// like a snapshot, or with zeros, as what was lost on a disk reads, may be a damaged one.
 func checkBeginning(br *bufio.Reader) error {
-	b, err := br.Peek(len(frameMagic) + frameHeaderBytes + len(identityBeginning))
+	b, err := br.Peek(beginningBytes)
 	if len(b) == 0 && err == io.EOF {
 		return errEmpty
 	}
-	name := len(walMagic) - 1 // without the version
-	if bytes.HasPrefix(b, []byte(walMagic[:name])) {
-		return notSnapshot("it is a segment of a node's log, out of a data directory, and no backup")
+	if len(b) == 0 {
+		return nil // whoever reads on finds the error
 	}
-	isFramed := bytes.HasPrefix(b, []byte(frameMagic))
-	if isFramed && bytes.HasSuffix(b, []byte(identityBeginning)) {
+	for _, other := range otherFiles {
+		if bytes.HasPrefix(b, []byte(other.beginning)) {
+			return notSnapshot(other.is)
+		}
+	}
+	if isIdentity(b) {
 		return notSnapshot("it is the file identity of a data directory, and no backup")
 	}
-	return nil // what else it is, or an error of reading, is found by whoever reads on
+	magic := b[:min(len(b), len(frameMagic))]
+	switch {
+	case resembles(magic, frameMagic), allZero(magic):
+		return nil
+	case isText(b):
+		return errText
+	}
+	return errUnknown
+}
+
+// isIdentity reports whether the beginning of a file is that of a file identity.
+func isIdentity(b []byte) bool {
+	data := len(frameMagic) + frameHeaderBytes
+	isFramed := bytes.HasPrefix(b, []byte(frameMagic)) && len(b) > data
+	return isFramed && bytes.HasPrefix(b[data:], []byte(identityBeginning))
+}
+
+// resembles reports whether half of the bytes are those of a magic.
+func resembles(b []byte, magic string) bool {
+	same := 0
+	for i := range b {
+		if b[i] == magic[i] {
+			same++
+		}
+	}
+	return 2*same >= len(b)
+}
+
+// isText reports whether the beginning of a file is UTF-8 without control characters. Its last character
+// may be cut.
+func isText(b []byte) bool {
+	isControl := func(r rune) bool { return unicode.IsControl(r) && !unicode.IsSpace(r) }
+	for len(b) > 0 {
+		r, size := utf8.DecodeRune(b)
+		isCut := !utf8.FullRune(b)
+		if isCut {
+			return true
+		}
+		isBroken := r == utf8.RuneError && size == 1
+		if isBroken || isControl(r) {
+			return false
+		}
+		b = b[size:]
+	}
+	return true
 }
