@@ -19,7 +19,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc/test/bufconn"
@@ -300,7 +299,7 @@ func newIdleServer(t *testing.T) *server {
 // TestHTTPWhileStarting: a node that reads its data directory is alive, and not ready.
 func TestHTTPWhileStarting(t *testing.T) {
 	s := newIdleServer(t)
-	synctest.Test(t, func(t *testing.T) { // it waits for the loop
+	withFakeClock(t, func(t *testing.T) { // it waits for the loop
 		o := defaultOptions()
 		h := newHTTPServer(s, &o)
 		for path, want := range map[string]string{
@@ -401,7 +400,7 @@ func TestHTTPConnectionYields(t *testing.T) {
 // or that has got its answer.
 func TestClockHTTPSlow(t *testing.T) {
 	s := newIdleServer(t)
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		o := defaultOptions()
 		h := newHTTPServer(s, &o)
 		l := bufconn.Listen(1 << 10)

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -152,7 +151,7 @@ func (fs slowFS) open(path string) (file, error) {
 func TestSlowDiskIsSaid(t *testing.T) {
 	for _, takes := range []time.Duration{slowWrite / 2, slowWrite} {
 		dir := t.TempDir()
-		synctest.Test(t, func(t *testing.T) {
+		withFakeClock(t, func(t *testing.T) {
 			log := &lockedBuffer{}
 			o := defaultOptions()
 			n := newNode(o, plainNode(1), logInto(log))
@@ -191,7 +190,7 @@ func TestSlowDiskIsSaid(t *testing.T) {
 
 // TestSlowTurnIsSaid: by the loop, with what came in.
 func TestSlowTurnIsSaid(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	withFakeClock(t, func(t *testing.T) {
 		log := &lockedBuffer{}
 		n := newNode(defaultOptions(), plainNode(1), logInto(log))
 		n.net = deafNetwork{}
@@ -244,7 +243,7 @@ func (s *slowStream) Recv() (*kvpb.StreamResponse, error) {
 // TestSlowPeerIsSaid: by its goroutine, which waits for it to take messages.
 func TestSlowPeerIsSaid(t *testing.T) {
 	for _, takes := range []time.Duration{slowSend - 1, slowSend} {
-		synctest.Test(t, func(t *testing.T) {
+		withFakeClock(t, func(t *testing.T) {
 			log := &lockedBuffer{}
 			nw := newNetwork(&sender{}, logInto(log), nil)
 			p := newPeer(nw, 22, plainNode(2))
