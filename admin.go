@@ -367,11 +367,14 @@ func (s *server) Metrics(ctx context.Context, _ *kvpb.MetricsRequest) (*kvpb.Met
 	var m *kvpb.MetricsResponse
 	err := s.n.do(ctx, func() error {
 		m = s.n.metrics()
+		m.Slow = s.n.slowTexts(time.Now())
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
+	m.Slow = append(m.Slow, s.net.slowPeers(time.Now())...)
+	m.Slow = withoutEmpty(append(m.Slow, s.slowCalls.text(time.Now(), "a call")))
 	m.MessagesDropped += s.net.dropped.Load()
 	m.RequestsRefused = s.refused.Load()
 	if s.limiter != nil {

@@ -32,6 +32,7 @@ func (s *survey) notes() []note {
 	}
 	add(true, s.laggardLines())
 	add(true, s.refusalLines())
+	add(true, s.slowLines())
 	add(true, s.fullLines())
 	add(true, s.certificateLines())
 	for _, id := range slices.Sorted(maps.Keys(s.views)) {
@@ -60,6 +61,17 @@ func (s *survey) refusalLines() []string {
 	for _, r := range s.rows {
 		if why := r.metrics.GetWritesRefused(); why != "" {
 			lines = append(lines, fmt.Sprintf("node %d refuses Sets: %s", r.NodeID, why))
+		}
+	}
+	return lines
+}
+
+// slowLines say what took long at which node in the last minute.
+func (s *survey) slowLines() []string {
+	var lines []string
+	for _, r := range s.rows {
+		for _, text := range r.metrics.GetSlow() {
+			lines = append(lines, fmt.Sprintf("slow at node %d: %s", r.NodeID, text))
 		}
 	}
 	return lines

@@ -5,6 +5,9 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,6 +29,9 @@ const (
 	slowAnswer = time.Second
 )
 
+// slowFor is for how long it is told in Metrics that something took long.
+const slowFor = time.Minute
+
 // slowLogInterval is the least time between two lines of a kind, unless the second one says at
 // least twice as much.
 const slowLogInterval = 10 * time.Second
@@ -37,6 +43,20 @@ type slowLog struct {
 	took    time.Duration // what it has said
 	leftOut int           // how many were not logged since
 	worst   time.Duration // of these
+
+	last   time.Time     // when something took long
+	lately time.Duration // the longest of those of which none came slowFor after the one before
+}
+
+// text says what took long in the last minute, and how long at most; empty: nothing.
+func (l *slowLog) text(now time.Time, what string) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ago := now.Sub(l.last)
+	if l.last.IsZero() || ago >= slowFor {
+		return ""
+	}
+	return fmt.Sprintf("%s took %v, the last time %v ago", what, l.lately.Round(time.Millisecond), ago.Round(time.Second))
 }
 
 // due takes in that something took long, and reports whether a line may be logged now. If so, it
@@ -44,6 +64,11 @@ type slowLog struct {
 func (l *slowLog) due(now time.Time, took time.Duration) (others []any, isDue bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if now.Sub(l.last) >= slowFor {
+		l.lately = 0
+	}
+	l.last = now
+	l.lately = max(l.lately, took)
 	isSoon := !l.said.IsZero() && now.Sub(l.said) < slowLogInterval
 	if isSoon && took < 2*l.took {
 		l.leftOut++
@@ -174,4 +199,41 @@ func (d *disk) noteSlowWrite(jobs []diskJob, took time.Duration) {
 	}
 	args := []any{"dir", d.dir, "took", took.Round(time.Millisecond), "batches", len(jobs)}
 	d.logger.Warn("a write to the disk took long: writes wait for it", append(args, others...)...)
+}
+
+// slowTexts says what has taken long in the last minute. Only the loop may call it.
+func (n *node) slowTexts(now time.Time) []string {
+	var texts []string
+	if n.durable.disk != nil {
+		texts = append(texts, n.durable.disk.slowWrites.text(now, "a write to the disk"))
+	}
+	texts = append(texts, n.slowTurns.text(now, "a turn of the loop"))
+	for _, m := range sortedMembers(n.store.members) {
+		s := n.catchup.silences[m.RaftId]
+		if s != nil && s.warned {
+			texts = append(texts, fmt.Sprintf("node %d is connected and does not answer", m.Node.Id))
+		}
+	}
+	return texts
+}
+
+// slowPeers says which peers have taken messages slowly in the last minute.
+func (nw *network) slowPeers(now time.Time) []string {
+	var texts []string
+	nw.mu.Lock()
+	peers := slices.Collect(maps.Values(nw.peers))
+	nw.mu.Unlock()
+	for _, p := range peers {
+		p.mu.Lock()
+		id := p.addresses.known.GetId()
+		p.mu.Unlock()
+		texts = append(texts, p.slowSends.text(now, fmt.Sprintf("sending to node %d", id)))
+	}
+	slices.Sort(texts)
+	return texts
+}
+
+// withoutEmpty leaves out what is not there.
+func withoutEmpty(texts []string) []string {
+	return slices.DeleteFunc(texts, func(text string) bool { return text == "" })
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -335,4 +336,72 @@ func TestLeaderSaysWhoIsSilent(t *testing.T) {
 		}
 	}
 	t.Errorf("nothing is said: leader %v, %s", l.n.leads(), log)
+}
+
+// TestSlowText: for a minute, it is told what took long, and how long at most.
+func TestSlowText(t *testing.T) {
+	t.Parallel()
+	var l slowLog
+	begin := time.Unix(1000, 0)
+	wantText(t, "nothing yet", l.text(begin, "it"), "")
+	l.due(begin, 3*time.Second)
+	l.due(begin.Add(50*time.Second), time.Second)
+	wantText(t, "the longest", l.text(begin.Add(80*time.Second), "it"), "it took 3s, the last time 30s ago")
+	wantText(t, "a minute later", l.text(begin.Add(50*time.Second+slowFor), "it"), "")
+	l.due(begin.Add(50*time.Second+slowFor), 2*time.Second)
+	wantText(t, "long after", l.text(begin.Add(50*time.Second+slowFor), "it"), "it took 2s, the last time 0s ago")
+}
+
+// TestSlowIsInMetrics: what took long, of each kind, is in Metrics, and in what status says.
+func TestSlowIsInMetrics(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := newCluster(t, 2, func(o *options) { o.durable, o.dataDir = true, fmt.Sprintf("%s/%d", dir, o.id) })
+	c.init(1, 2)
+	leader := c.settled(1, 2)
+	now := time.Now()
+	s := c.nodes[leader].server
+	s.slowCalls.due(now, time.Second)
+	for _, p := range s.net.peers {
+		p.slowSends.due(now, 2*time.Second)
+	}
+	c.inLoop(leader, func(n *node) error {
+		n.slowTurns.due(now, 3*time.Second)
+		n.durable.disk.slowWrites.due(now, 4*time.Second)
+		for id := range n.store.members {
+			n.catchup.silences[id] = &silence{warned: id != n.id.raftID, since: n.clock.now}
+		}
+		// The answer is made in this turn: the next heartbeat sees that the other one answers.
+		texts := strings.Join(n.slowTexts(now), "; ")
+		wantPart(t, texts, "connected and does not answer")
+		return nil
+	})
+	m, err := s.Metrics(t.Context(), &kvpb.MetricsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	texts := strings.Join(m.Slow, "\n")
+	for _, part := range []string{"a call took 1s", "sending to node ", "took 2s", "a turn of the loop took 3s", "a write to the disk took 4s"} {
+		wantPart(t, texts, part)
+	}
+	if other, err := c.metrics(3 - leader); err != nil || slices.Contains(other.Slow, "") {
+		t.Errorf("of the other node: %q, %v", other.GetSlow(), err)
+	}
+	notes := (&survey{rows: []*memberRow{{NodeID: leader, metrics: m}}}).notes()
+	wantPart(t, fmt.Sprint(notes), fmt.Sprintf("{true slow at node %d: a call took 1s", leader))
+}
+
+// TestNoteQuotaIsNearlyFull: it is said from nine tenths on, until writes are refused, which says more.
+func TestNoteQuotaIsNearlyFull(t *testing.T) {
+	for _, tt := range []struct {
+		used    uint64
+		refused string
+		isSaid  bool
+	}{{899 << 20, "", false}, {900 << 20, "", true}, {1000 << 20, "it is full", false}} {
+		m := &kvpb.MetricsResponse{Quota: 1000 << 20, QuotaUsed: tt.used, WritesRefused: tt.refused}
+		s := &survey{views: map[uint64]*kvpb.MetricsResponse{7: m}}
+		if isSaid := strings.Contains(fmt.Sprint(s.notes()), "of 1000 MiB that may be stored are used"); isSaid != tt.isSaid {
+			t.Errorf("%d used, %q: said: %v", tt.used, tt.refused, isSaid)
+		}
+	}
 }

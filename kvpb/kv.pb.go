@@ -3315,7 +3315,10 @@ type MetricsResponse struct {
 	DiskFree    uint64 `protobuf:"varint,43,opt,name=disk_free,json=diskFree,proto3" json:"disk_free,omitempty"`
 	DiskReserve uint64 `protobuf:"varint,44,opt,name=disk_reserve,json=diskReserve,proto3" json:"disk_reserve,omitempty"`
 	// Counted since the process started. Sets that were refused with QUOTA.
-	SetsRefused   uint64 `protobuf:"varint,45,opt,name=sets_refused,json=setsRefused,proto3" json:"sets_refused,omitempty"`
+	SetsRefused uint64 `protobuf:"varint,45,opt,name=sets_refused,json=setsRefused,proto3" json:"sets_refused,omitempty"`
+	// In words, what has taken long at the called node in the last minute: its disk, its
+	// loop, calls, and peers.
+	Slow          []string `protobuf:"bytes,46,rep,name=slow,proto3" json:"slow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3663,6 +3666,13 @@ func (x *MetricsResponse) GetSetsRefused() uint64 {
 		return x.SetsRefused
 	}
 	return 0
+}
+
+func (x *MetricsResponse) GetSlow() []string {
+	if x != nil {
+		return x.Slow
+	}
+	return nil
 }
 
 // Hello opens a stream between two nodes.
@@ -6305,7 +6315,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\bprogress\x18\a \x01(\v2\x13.raftkv.v1.ProgressH\x00R\bprogress\x88\x01\x01\x12\x18\n" +
 	"\alagging\x18\b \x01(\tR\alagging\x12\x19\n" +
 	"\brises_to\x18\t \x01(\rR\arisesToB\v\n" +
-	"\t_progress\"\xc1\f\n" +
+	"\t_progress\"\xd5\f\n" +
 	"\x0fMetricsResponse\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x1d\n" +
@@ -6359,7 +6369,8 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\x0fmax_store_bytes\x18* \x01(\x04R\rmaxStoreBytes\x12\x1b\n" +
 	"\tdisk_free\x18+ \x01(\x04R\bdiskFree\x12!\n" +
 	"\fdisk_reserve\x18, \x01(\x04R\vdiskReserve\x12!\n" +
-	"\fsets_refused\x18- \x01(\x04R\vsetsRefusedB\t\n" +
+	"\fsets_refused\x18- \x01(\x04R\vsetsRefused\x12\x12\n" +
+	"\x04slow\x18. \x03(\tR\x04slowB\t\n" +
 	"\a_leader\"\xea\x01\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
