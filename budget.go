@@ -120,15 +120,15 @@ func (b *budget) apply(o *options) {
 
 // announce logs the budget, and what is doubtful of it.
 func (b *budget) announce(logger *slog.Logger, o *options) {
-	logger.Info("memory", "bytes", b.memory, "from", b.from, "go-limit", b.goal, "max-store-bytes", b.store,
-		"log-bytes", b.log, "watch-bytes", b.watch, "views", b.views, "queued", b.queued, "clients", b.clients)
+	logger.Info("memory", "bytes", b.memory, "from", b.from, "go_limit", b.goal, "max_store_bytes", b.store,
+		"log_bytes", b.log, "watch_bytes", b.watch, "views", b.views, "queued", b.queued, "clients", b.clients)
 	if b.memory == 0 && b.goal == 0 && o.maxStoreBytes == 0 {
 		logger.Warn("nobody says how much memory there is: the store is not bounded; give --max-store-bytes")
 	}
 	needed := idleBytes + b.clients + 4*b.log + b.watch + b.views + b.queued + 4*min(b.store, maxStoreBytes)
 	if b.goal != 0 && needed > b.goal {
 		logger.Warn("the memory may not be enough, if all is used: a smaller --max-store-bytes, --log-bytes or "+
-			"--watch-bytes, or more memory", "needed", needed, "go-limit", b.goal)
+			"--watch-bytes, or more memory", "needed", needed, "go_limit", b.goal)
 	}
 }
 

@@ -243,7 +243,7 @@ func (n *node) tooSlow(id uint64, how string) {
 	c.lagging = fmt.Sprintf("too slow to catch up: %s, while %d were written, "+
 		"and %d bytes of the log were kept for it; it gets another snapshot after %v, or once half as much is written",
 		how, n.rate(c.written, ticksPerHeartbeat), n.keptBytes(), n.durationOf(c.wait))
-	n.logger.Warn("a member is too slow to catch up", "member", n.describe(id), "why", c.lagging)
+	n.logger.Warn("a peer is too slow to catch up", append(n.peerArgs(id), "why", c.lagging)...)
 }
 
 // lagging says why a member is behind, if that costs something; empty: it does not.
@@ -276,8 +276,8 @@ func (n *node) slowWrites() {
 	fastest := n.catchup.written.fastest(n.heartbeatNumber())
 	limit := max(1, fastest/ticksPerHeartbeat/2)
 	n.catchup.pace.slow(limit, n.ticksOf(time.Second), n.clock.wall)
-	n.logger.Info("slowing writes until all have caught up", "log-bytes", n.log.bytes,
-		"bytes/s", n.rate(fastest, ticksPerHeartbeat), "to", n.rate(limit, 1))
+	n.logger.Warn("writes are slowed until all have caught up: status names who has not", "log_bytes", n.log.bytes,
+		"bytes_per_second", n.rate(fastest, ticksPerHeartbeat), "slowed_to", n.rate(limit, 1))
 }
 
 // heartbeatNumber is the heartbeat that the clock is in.

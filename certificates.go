@@ -371,7 +371,7 @@ func (c *certificates) recheck(now time.Time) {
 			continue
 		}
 		c.logger.Warn("a connection is ended, for its certificates are not accepted any more",
-			"with", s.RemoteAddr(), "of", s.who.String(), "err", err)
+			"by", s.who.String(), "from", s.RemoteAddr(), "err", err)
 		s.forget()
 		s.cut()
 	}

@@ -25,7 +25,7 @@ func (n *node) countLeaderless() {
 	}
 	n.election.leaderlessTicks++
 	if n.election.leaderlessTicks == 2*n.electionTicks() {
-		n.logger.Warn("no leader", "for", 2*n.opts.election, "connected", len(n.peers.connected),
+		n.logger.Warn("no leader", "for", 2*n.opts.election, "why", n.noLeader().Error(),
 			"members", describeMembers(n.store.conf, n.store.members))
 	}
 }

@@ -40,6 +40,7 @@ const (
 	reasonOtherCluster   = "OTHER_CLUSTER"
 	reasonOutcomeUnknown = "OUTCOME_UNKNOWN"
 	reasonOverloaded     = "OVERLOADED"
+	reasonStopping       = "STOPPING"
 	reasonUnreachable    = "UNREACHABLE"
 )
 

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"slices"
 
+	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 
 	"raft-key-value/kvpb"
@@ -31,9 +32,42 @@ type rebirth struct {
 func (n *node) noteRebirth(raftID uint64, p *kvpb.Peer) {
 	old := n.peers.reborn[raftID]
 	if old == nil || old.RaftId != p.RaftId {
-		n.logger.Warn("a node has lost its memory", "peer", p.Node.Id, "address", p.Node.Address)
+		n.sayRebirth(raftID, p.Node)
 	}
 	n.peers.reborn[raftID] = &rebirth{Peer: p, seen: n.clock.now}
+}
+
+// sayRebirth logs that a member is back without its memory. It is a loss if the member has a data
+// directory, if our stream to it broke without a goodbye, or if this node has led for a while and
+// has no majority without it. Else it is no more than a planned restart of a node in memory, as far as this node
+// knows: one that has just started itself need not have had a stream to it.
+func (n *node) sayRebirth(raftID uint64, node *kvpb.Node) {
+	c := n.clusterState()
+	saidGoodbye, wasThere := n.peers.goodbyes[raftID]
+	knowsOthers := c.raft.role == raft.StateLeader && !c.isNewLeader()
+	const loss = "a node has lost its memory: "
+	switch {
+	case n.peers.durable[raftID]:
+		n.logger.Warn(loss+"its data directory is empty", peerArgs(node)...)
+	case wasThere && !saidGoodbye:
+		n.logger.Warn(loss+"it was not told to stop", peerArgs(node)...)
+	case knowsOthers && !c.hasMajorityWithout(raftID):
+		n.logger.Warn(loss+"it was stopped while too few others answered", peerArgs(node)...)
+	default:
+		n.logger.Info("a node is back from a restart, without its memory: the cluster takes it back", peerArgs(node)...)
+	}
+}
+
+// hasMajorityWithout reports whether this leader and the other voters that answer it are a majority.
+func (c *clusterState) hasMajorityWithout(raftID uint64) bool {
+	voters := c.conf.GetVoters()
+	others := 0
+	for _, id := range voters {
+		if id != raftID && c.isAlive(id) {
+			others++
+		}
+	}
+	return others > len(voters)/2
 }
 
 // heal takes the next step of healing. The loop calls it at each heartbeat in which it
@@ -111,15 +145,15 @@ func (h *healing) duplicateStep(l *leaderState, m *kvpb.Member, ids []uint64, lo
 		if !d.warned {
 			d.warned = true
 			logger.Warn("two processes go by the id of one node: stop one of them",
-				"peer", m.Node.Id, "at", l.addresses(ids))
+				"peer", m.Node.Id, "addresses", l.addresses(ids))
 		}
 	case answers && mayTakeOver:
 		// The node is back: the learner gets the role of the older ones.
 		return proposeStep(nil, l.replaceBy(m.RaftId, ids)...)
 	case olderAnswers && l.isSilentSince(m.RaftId, d.since):
 		// The learner's process has ended, and the node runs with its old memory.
-		logger.Warn("a life of a node that answers in an older one is given up",
-			"peer", m.Node.Id, "address", m.Node.Address)
+		logger.Warn("a node that came back without memory has ended, and answers with its memory again: "+
+			"it stays what it was", peerArgs(m.Node)...)
 		return proposeStep(nil, confChange(raftpb.ConfChangeRemoveNode, m.RaftId))
 	}
 	// The learner has yet to catch up, or somebody was silent for too short a time to be

@@ -166,7 +166,7 @@ func (n *node) followLevel(old, now *published) {
 	n.net.setLevel(now.level)
 	isNews := old.clusterID == now.clusterID && now.lead != 0
 	if isNews {
-		n.logger.Warn("the level of the cluster has risen: no program that does not speak it can be a member any more, "+
+		n.logger.Info("the level of the cluster has risen: no program that does not speak it can be a member any more, "+
 			"and there is no way back", "level", now.level, "before", old.level)
 	}
 }
@@ -180,7 +180,7 @@ func (n *node) noteTooOld(h *kvpb.Hello) {
 	n.level.tooOldFor = h.ClusterLevel
 	from := h.From.GetNode()
 	n.logger.Error("this program is too old for the cluster that calls this node: start a newer one",
-		"caller", from.GetId(), "address", from.GetAddress(), "level", h.ClusterLevel, "speaks", n.opts.level)
+		append(peerArgs(from), "level", h.ClusterLevel, "speaks", n.opts.level)...)
 }
 
 // levelVerdict refuses a hello if one of both nodes does not speak the level of the other

@@ -267,6 +267,7 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	<-loop.ended
 	<-starting.ended
 	s.watchers.stop(s.n.inbox.whyClosed()) // a node that has failed sends them elsewhere
+	nw.failed.Store(loop.err != nil)
 	nw.close()
 	stopServing(s.grpc)
 	<-serving.ended

@@ -63,6 +63,8 @@ type receiver interface {
 	// peerMoved learns that the stream to a peer, of which peerUp has just told, goes to
 	// another address than the known one.
 	peerMoved(raftID uint64, to *kvpb.Node)
+	// peerStops learns that a peer has said that it was told to stop; peerDown follows.
+	peerStops(raftID uint64)
 	// peerDown learns that messages to a peer are lost: all of them, since there is no
 	// stream to it (noStream), or some, since its queue is full.
 	peerDown(raftID uint64, noStream bool)
@@ -97,6 +99,7 @@ type network struct {
 	cancel     context.CancelFunc
 	goroutines sync.WaitGroup
 	dropped    atomic.Uint64 // messages that no queue took
+	failed     atomic.Bool   // the node cannot go on: set before close
 	callPlaces chan struct{} // has a place for each connection that serves but one call
 
 	// What follows is set by setLimits before there are members.
@@ -318,12 +321,16 @@ func (nw *network) streamBegan(p *peer, found *kvpb.Peer, target peerTarget) boo
 }
 
 // streamEnded drops the messages to a peer and tells the receiver, unless another peer
-// has taken this one's place. There may have been no stream: the attempt has failed.
-func (nw *network) streamEnded(p *peer) {
+// has taken this one's place. There may have been no stream: the attempt has failed. hasStopped:
+// the peer has said that it was told to stop.
+func (nw *network) streamEnded(p *peer, hasStopped bool) {
 	nw.mu.Lock()
 	defer nw.mu.Unlock()
 	p.disconnected()
 	if nw.peers[p.raftID] == p {
+		if hasStopped {
+			nw.receiver.peerStops(p.raftID)
+		}
 		nw.receiver.peerDown(p.raftID, true)
 	}
 }
@@ -358,7 +365,7 @@ func refusal(w *kvpb.Welcome) error {
 		return fmt.Errorf("the program of node %d at %s speaks levels up to %d, and the cluster of this node is of a higher level: "+
 			"start a newer one there", n.Id, n.Address, levelFromWire(w.Peer.Level))
 	}
-	return fmt.Errorf("it is node %d at %s, raft ID %x", n.Id, n.Address, w.Peer.RaftId)
+	return fmt.Errorf("node %d at %s is another node than the member that was called, or has lost its memory", n.Id, n.Address)
 }
 
 var errSilent = errors.New("the other node is silent")
@@ -499,8 +506,15 @@ func (nw *network) serveHello(s grpc.ServerStream, handle streamHandler) error {
 		_ = c.Close()
 		return status.Error(codes.ResourceExhausted, "too many hellos on this connection")
 	}
-	return nw.serve(s, handle)
+	err := nw.serve(s, handle)
+	if err != nil && nw.failed.Load() {
+		return &streamEnd{errNodeFailed}
+	}
+	return err
 }
+
+// errNodeFailed ends the streams of peers to a node that cannot go on: it was not told to stop.
+var errNodeFailed = errors.New("this node has failed")
 
 // streamEnd says why a stream was ended from outside: ABORTED, unless the API has a code
 // for the cause.

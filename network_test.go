@@ -105,6 +105,7 @@ func (r *recorder) peerUp(id uint64, outbound bool, _ *kvpb.Peer) {
 
 func (r *recorder) peerMoved(id uint64, to *kvpb.Node) { r.tell("moved %d %s", id, to.Address) }
 
+func (r *recorder) peerStops(id uint64)        { r.tell("stops %d", id) }
 func (r *recorder) peerDown(id uint64, _ bool) { r.tell("down %d", id) }
 
 func (r *recorder) refused(_, raftID uint64, w *kvpb.Welcome) {
@@ -122,6 +123,8 @@ func (s *sender) hello() *kvpb.Hello {
 }
 
 func (s *sender) peerDown(uint64, bool) {}
+
+func (s *sender) peerStops(uint64) {}
 
 func (s *sender) snapshotSent(_ uint64, _ *view, err error) { s.sent <- err }
 
@@ -447,7 +450,7 @@ func TestEventsOfReplacedStreams(t *testing.T) {
 	if nw.streamBegan(old, &kvpb.Peer{Life: 4}, peerTarget{node: here}) {
 		t.Error("the old stream is used")
 	}
-	nw.streamEnded(old)
+	nw.streamEnded(old, false)
 	// Two hellos: the later one counts, also if it is answered first.
 	first, err := hearFrom(nw, there, 6)
 	if err != nil {
@@ -671,10 +674,15 @@ func TestPeerStates(t *testing.T) {
 		{peerConnected, "", 1},
 		{peerDisconnected, "a", 1},
 		{peerRefuses, "b", 1},
+		{peerNotThere, "a", 1},
+		{peerNotThere, "a", 0},
+		{peerConnected, "", 1},
+		{peerStops, "", 1},
+		{peerUnreachable, "a", 0},
 	} {
 		log.Reset()
-		p.logState(s.state, "cause", s.cause)
-		if lines := strings.Count(log.String(), s.state); lines != s.lines || lines > 0 && !strings.Contains(log.String(), "cause="+s.cause) {
+		p.logState(s.state, "err", s.cause)
+		if lines := strings.Count(log.String(), s.state); lines != s.lines || lines > 0 && !strings.Contains(log.String(), "err="+s.cause) {
 			t.Errorf("%+v: %q", s, &log)
 		}
 	}

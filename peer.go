@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"slices"
@@ -14,6 +15,7 @@ import (
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	"raft-key-value/kvpb"
 )
@@ -330,8 +332,8 @@ func (p *peer) run() {
 			address = target.node.Address
 			conn = p.nw.dial(target.node)
 		}
-		p.attempt(conn, target)
-		p.nw.streamEnded(p)
+		state := p.attempt(conn, target)
+		p.nw.streamEnded(p, state == peerStops)
 		sleep(p.ctx, minRedialPause+rand.N(maxRedialPause-minRedialPause))
 	}
 	if conn != nil {
@@ -339,17 +341,25 @@ func (p *peer) run() {
 	}
 }
 
-// attempt opens a stream, sends on it until it ends, and logs what came of it.
-func (p *peer) attempt(conn *grpc.ClientConn, target peerTarget) {
+// attempt opens a stream, sends on it until it ends, and logs and returns what came of it.
+func (p *peer) attempt(conn *grpc.ClientConn, target peerTarget) (state string) {
 	a := &streamAttempt{peer: p, conn: conn, target: target}
 	a.ctx, a.cancel = context.WithCancelCause(p.ctx)
 	defer a.cancel(nil)
 	state, err := a.run()
-	if target.hint != nil && state != peerDisconnected {
-		p.logNotFound(target.node, err)
-	} else {
-		p.logState(state, "cause", err)
+	hadStream := state == peerDisconnected
+	if hadStream && errorReason(err) == reasonStopping {
+		state = peerStops
 	}
+	switch {
+	case target.hint != nil && !hadStream:
+		p.logNotFound(target.node, err)
+	case state == peerStops:
+		p.logState(state)
+	default:
+		p.logState(state, "err", err)
+	}
+	return state
 }
 
 // streamAttempt is one try to open a stream to a peer and, once it has succeeded, that stream.
@@ -388,6 +398,9 @@ func (a *streamAttempt) run() (state string, cause error) {
 	if !a.target.answers(p.raftID, w) {
 		if a.target.hint == nil { // at a hint's address it may be anybody
 			p.receiver.refused(h.From.RaftId, p.raftID, w)
+		}
+		if isOnItsWay(h, w) {
+			return peerNotThere, refusal(w)
 		}
 		return peerRefuses, refusal(w)
 	}
@@ -433,7 +446,12 @@ func (a *streamAttempt) send(s kvpb.RaftService_StreamClient) error {
 		}
 		for batch := a.peer.takeBatch(); batch != nil; batch = a.peer.takeBatch() {
 			begun := time.Now()
-			if err := s.Send(batch); err != nil {
+			err := s.Send(batch)
+			if err == io.EOF { // the stream has ended, and Recv says why
+				<-a.ctx.Done()
+				return context.Cause(a.ctx)
+			}
+			if err != nil {
 				return fmt.Errorf("sending: %w", err)
 			}
 			a.peer.noteSlowSend(time.Since(begun))
@@ -529,17 +547,41 @@ func (p *peer) logRival(from *kvpb.Peer) {
 	p.log.logger.Warn("another process goes by a peer's raft ID: "+
 		"the peer has moved, and its old connection breaks soon, "+
 		"or one of the two was started from a copy of the other's data directory and has to be stopped",
-		"peer", p.addresses.known.Id, "address", p.at.GetAddress(), "other", from.Node.Address)
+		"peer", p.addresses.known.Id, "address", p.at.GetAddress(), "other_address", shown(from.Node.Address))
 }
 
 // States of a peer, as they are logged.
 const (
 	peerConnected    = "peer connected"
 	peerMoved        = "peer connected at another address than the known one"
-	peerDisconnected = "peer disconnected"
+	peerStops        = "peer stops"
+	peerDisconnected = "peer lost: the connection to it has broken"
 	peerUnreachable  = "peer cannot be reached"
 	peerRefuses      = "peer refuses this node"
+	peerNotThere     = "peer and this node are not members of one cluster yet"
 )
+
+// levelOf is the level at which a state of a peer is logged.
+func levelOf(state string) slog.Level {
+	switch state {
+	case peerDisconnected, peerUnreachable, peerRefuses:
+		return slog.LevelWarn
+	}
+	return slog.LevelInfo
+}
+
+// isOnItsWay reports whether who refuses a hello does so for a while only: one of both nodes is in
+// no cluster yet, or it is the node that was called, which has lost its memory: it is being taken
+// back, or was already.
+func isOnItsWay(h *kvpb.Hello, w *kvpb.Welcome) bool {
+	switch w.Verdict {
+	case kvpb.Verdict_VERDICT_OTHER_CLUSTER:
+		return h.ClusterId == 0 || w.ClusterId == 0
+	case kvpb.Verdict_VERDICT_NOT_ME:
+		return proto.Equal(h.To.GetNode(), w.Peer.GetNode())
+	}
+	return false
+}
 
 // peerLog logs what becomes of a peer, but not the same state again at each attempt.
 type peerLog struct {
@@ -548,22 +590,23 @@ type peerLog struct {
 	notFoundAt string // the hint's address at which the peer was not found, as logged last
 }
 
-// state logs a state that is new. That a peer cannot be reached is not new if it was
-// disconnected before.
+// state logs a state that is new. That a peer cannot be reached is not new if it was lost, or has
+// stopped.
 func (l *peerLog) state(node *kvpb.Node, state string, cause []any) {
 	text := state
-	if state == peerRefuses {
+	if state == peerRefuses || state == peerNotThere {
 		text = fmt.Sprint(state, cause)
 	}
 	if text == l.last {
 		return
 	}
-	if state == peerUnreachable && l.last == peerDisconnected {
+	wasThere := l.last == peerDisconnected || l.last == peerStops
+	if state == peerUnreachable && wasThere {
 		return
 	}
 	l.last = text
-	args := append([]any{"peer", node.Id, "address", node.Address}, cause...)
-	l.logger.Info(state, args...)
+	args := append(peerArgs(node), cause...)
+	l.logger.Log(context.Background(), levelOf(state), state, args...)
 }
 
 // notFound logs once that a peer was not found at a hint's address.
@@ -573,7 +616,7 @@ func (l *peerLog) notFound(at *kvpb.Node, err error) {
 	}
 	l.notFoundAt = at.Address
 	l.logger.Info("peer not found where it says that it is",
-		"peer", at.Id, "address", at.Address, "cause", err)
+		append(peerArgs(at), "err", err)...)
 }
 
 // logState logs a state of the peer, unless the peer was given up.

@@ -31,6 +31,11 @@ type peerStates struct {
 	// for it is published.
 	durable      map[uint64]bool
 	durableNodes []uint64
+	// goodbyes are of members to which our stream has ended, until they are back: whether they
+	// have said that they were told to stop.
+	goodbyes map[uint64]bool
+	// fullAt is the tick in which the log has last said of a peer that its queue was full.
+	fullAt map[uint64]uint64
 }
 
 func newPeerStates() peerStates {
@@ -42,6 +47,8 @@ func newPeerStates() peerStates {
 		disownedBy: map[uint64]bool{},
 		refusals:   map[uint64]string{},
 		durable:    map[uint64]bool{},
+		goodbyes:   map[uint64]bool{},
+		fullAt:     map[uint64]uint64{},
 	}
 }
 
@@ -53,6 +60,8 @@ func (p *peerStates) forget(removed []uint64) {
 		delete(p.heard, id)
 		delete(p.moved, id)
 		delete(p.refusals, id)
+		delete(p.goodbyes, id)
+		delete(p.fullAt, id)
 	}
 }
 
@@ -107,7 +116,7 @@ func (n *node) missDisk(h *kvpb.Hello) {
 	n.durable.missed = true
 	n.logger.Warn("the data directory is empty, and its members know this node as one that had data in it: "+
 		"the cluster takes it back as a new one. If its disk is not mounted, stop this node now and mount it",
-		"dir", n.durable.disk.dir, "say", h.From.GetNode().GetId())
+		append(peerArgs(h.From.GetNode()), "dir", n.durable.disk.dir)...)
 }
 
 // receiveMessages queues a peer's messages; it waits while the queue is full.
@@ -133,6 +142,9 @@ func (n *node) followUp(raftID uint64, outbound bool, p *kvpb.Peer) {
 		return
 	}
 	delete(n.peers.reborn, raftID) // the member is there, whoever answered in its place before
+	if outbound {
+		delete(n.peers.goodbyes, raftID)
+	}
 	if raftID == n.election.deafTo {
 		n.election.deafTo = 0 // it is alive still, or alive again
 	}
@@ -180,10 +192,31 @@ func (n *node) peerDown(raftID uint64, noStream bool) {
 	n.inbox.event(func() { n.followDown(raftID, noStream) })
 }
 
+// peerStops learns that a peer was told to stop: it has said so when our stream to it ended. Any
+// goroutine may call it, before peerDown.
+func (n *node) peerStops(raftID uint64) {
+	n.inbox.event(func() {
+		if n.store.members[raftID] != nil {
+			n.peers.goodbyes[raftID] = true
+		}
+	})
+}
+
+// sayQueueFull logs, once in a while, that messages to a peer are dropped.
+func (n *node) sayQueueFull(raftID uint64) {
+	said, ok := n.peers.fullAt[raftID]
+	isSoon := ok && n.clock.now-said < n.ticksOf(slowLogInterval)
+	if isSoon || n.store.members[raftID] == nil {
+		return
+	}
+	n.peers.fullAt[raftID] = n.clock.now
+	n.logger.Warn("messages to a peer are dropped, for it takes none: it, or the network, is slow", n.peerArgs(raftID)...)
+}
+
 // followDown is peerDown in the loop.
 func (n *node) followDown(raftID uint64, noStream bool) {
 	if !noStream {
-		n.logger.Debug("peer's queue is full", "peer", n.describe(raftID))
+		n.sayQueueFull(raftID)
 	}
 	wasConnected := noStream && n.peers.disconnect(raftID)
 	if noStream {
@@ -194,6 +227,9 @@ func (n *node) followDown(raftID uint64, noStream bool) {
 	}
 	if wasConnected && raftID == n.raft.lead {
 		n.leaderLost()
+	}
+	if wasConnected && n.store.members[raftID] != nil {
+		n.peers.goodbyes[raftID] = n.peers.goodbyes[raftID] // false, unless it has said goodbye
 	}
 	if n.store.members[raftID] != nil {
 		n.rn.ReportUnreachable(raftID)

@@ -212,8 +212,9 @@ func wireHardState(h *raftpb.HardState) *kvpb.HardState {
 // raftPanic is what raft panics with when its state contradicts itself.
 type raftPanic string
 
-// raftLogger writes raft's log to ours. What raft says of each election and
-// message is for debugging.
+// raftLogger writes raft's log to ours. What raft says of each election and message is for
+// debugging, its warnings, too: they name nodes by raft IDs, and what an operator has to know of
+// them, this program says itself.
 type raftLogger struct{ log *slog.Logger }
 
 func (l *raftLogger) printf(level slog.Level, format string, v []any) {
@@ -232,7 +233,7 @@ func (l *raftLogger) Infof(f string, v ...any) { l.printf(slog.LevelDebug, f, v)
 
 func (l *raftLogger) Warning(v ...any) { l.Warningf("%s", fmt.Sprint(v...)) }
 
-func (l *raftLogger) Warningf(f string, v ...any) { l.printf(slog.LevelWarn, f, v) }
+func (l *raftLogger) Warningf(f string, v ...any) { l.printf(slog.LevelDebug, f, v) }
 
 func (l *raftLogger) Error(v ...any) { l.Errorf("%s", fmt.Sprint(v...)) }
 

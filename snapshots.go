@@ -100,7 +100,7 @@ func (n *node) sendSnapshot(m *raftpb.Message) {
 	v.readers++
 	c.givenUp = false
 	c.began = n.clock.now
-	n.logger.Info("sending a snapshot", "to", n.describe(to), "index", v.header.Index, "keys", v.header.Keys)
+	n.logger.Info("sending a snapshot", append(n.peerArgs(to), "index", v.header.Index, "keys", v.header.Keys)...)
 	n.net.sendSnapshot(to, m.GetTerm(), v)
 }
 
@@ -121,11 +121,11 @@ func (n *node) endTransfer(to uint64, v *view, err error) {
 	status := raft.SnapshotFinish
 	if err != nil {
 		status = raft.SnapshotFailure
-		n.logger.Warn("sending a snapshot failed", "to", n.describe(to), "err", err)
+		n.logger.Warn("sending a snapshot failed: it is tried again", append(n.peerArgs(to), "err", err)...)
 	} else {
 		n.status.count.SnapshotsSent++
 		n.nowSent(to, v.header.Index)
-		n.logger.Info("sent a snapshot", "to", n.describe(to), "index", v.header.Index)
+		n.logger.Info("sent a snapshot", append(n.peerArgs(to), "index", v.header.Index)...)
 	}
 	if n.rn != nil {
 		n.rn.ReportSnapshot(to, status)

@@ -405,7 +405,7 @@ func (w *wal) replay(numbers []uint64, filled uint64) (*kvpb.LogBatch, error) {
 	}
 	// All is intact: from here on, the log is changed.
 	if tail.torn {
-		w.opts.logger.Warn("the last batch of the log is torn: cut there",
+		w.opts.logger.Warn("the last batch of the log is torn, as after a crash: it is cut off, and nothing in it was acknowledged",
 			"file", w.path(w.at.segment), "offset", w.offset)
 	}
 	w.head = headOf(s)
