@@ -644,7 +644,7 @@ func (n *node) foundCluster(try *initTry, members []*kvpb.Node) (clusterID uint6
 		return 0, err
 	}
 	n.claims.withdraw(try.id) // a member makes no claims
-	n.logger.Info("makes a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
+	n.logger.Info("this node has made a cluster", "cluster", fmt.Sprintf("%016x", clusterID), "members", formatNodes(members))
 	return clusterID, nil
 }
 

@@ -94,7 +94,7 @@ func (s *server) addJoiner(ctx context.Context, req *kvpb.JoinRequest) error {
 		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
 			fmt.Sprintf("another process than the one that asks answers at %s", shown(node.Address)))
 	}
-	s.n.logger.Info("a node asks to join", "peer", node.Id, "address", node.Address, "as_learner", req.AsLearner)
+	s.n.logger.Info("a node asks to join", append(peerArgs(node), "as_learner", req.AsLearner)...)
 	err = s.awaitChange(ctx, func(l *leaderState) nextStep { return l.joinStep(p, req.AsLearner) })
 	if err == errPastLife { // the probe has told it: it takes another raft ID, and asks again
 		return hasPast(node)
@@ -247,7 +247,7 @@ func (b *starter) askToJoin(ctx context.Context, address string) error {
 	resp, err := kvpb.NewRaftServiceClient(conn).Join(ctx, req)
 	switch {
 	case err == nil:
-		n.logger.Info("this node joins a cluster", "cluster", fmt.Sprintf("%016x", resp.ClusterId), "by", address)
+		n.logger.Info("this node joins a cluster", "cluster", fmt.Sprintf("%016x", resp.ClusterId), "member", address)
 		return nil
 	case errorReason(err) == "NOT_INITIALIZED":
 		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED,

@@ -528,7 +528,7 @@ func (n *node) holdBack(m *raftpb.Message) bool {
 func (n *node) stepRaft(m *raftpb.Message) {
 	n.log.stale = n.log.stale || m.GetType() == raftpb.MsgApp
 	if err := n.rn.Step(m); err != nil && !errors.Is(err, raft.ErrProposalDropped) {
-		n.logger.Debug("raft refused a message", "type", m.GetType(), "from", m.GetFrom(), "err", err)
+		n.logger.Debug("raft refused a message", "type", m.GetType(), "from", n.describe(m.GetFrom()), "err", err)
 	}
 	n.syncSoftState()
 }

@@ -81,7 +81,7 @@ func (n *node) publish() {
 	}
 	isNewLeader := old.lead != p.lead || old.term != p.term
 	if p.lead != 0 && isNewLeader {
-		n.logger.Info("leader", "is", n.describe(p.lead), "term", p.term)
+		n.logger.Info("leader", append(n.peerArgs(p.lead), "term", p.term)...)
 	}
 	isNews := old.lost != p.lost || old.lead != 0
 	if err := n.quorumLost(); err != nil && p.lead == 0 && isNews {
