@@ -94,12 +94,20 @@ func (s *server) addJoiner(ctx context.Context, req *kvpb.JoinRequest) error {
 		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
 			fmt.Sprintf("another process than the one that asks answers at %s", shown(node.Address)))
 	}
-	s.n.logger.Info("a node asks to join", append(peerArgs(node), "as_learner", req.AsLearner)...)
+	s.logJoiner(node, req.AsLearner)
 	err = s.awaitChange(ctx, func(l *leaderState) nextStep { return l.joinStep(p, req.AsLearner) })
 	if err == errPastLife { // the probe has told it: it takes another raft ID, and asks again
 		return hasPast(node)
 	}
 	return err
+}
+
+// logJoiner says that a node asks to join, which it does until it is a member.
+func (s *server) logJoiner(node *kvpb.Node, asLearner bool) {
+	leftOut, isDue := s.joinLog.due(time.Now())
+	if isDue {
+		s.n.logger.Info("a node asks to join", append(peerArgs(node), "as_learner", asLearner, "others", leftOut)...)
+	}
 }
 
 // errFounding has a node that asks to join while an Init is half way ask again: a call that waited
@@ -247,7 +255,10 @@ func (b *starter) askToJoin(ctx context.Context, address string) error {
 	resp, err := kvpb.NewRaftServiceClient(conn).Join(ctx, req)
 	switch {
 	case err == nil:
-		n.logger.Info("this node joins a cluster", "cluster", fmt.Sprintf("%016x", resp.ClusterId), "member", address)
+		cluster := fmt.Sprintf("%016x", resp.ClusterId)
+		if b.joining.isDue(cluster, time.Now()) { // it asks until it is a member
+			n.logger.Info("this node joins a cluster", "cluster", cluster, "member", address)
+		}
 		return nil
 	case errorReason(err) == "NOT_INITIALIZED":
 		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_NOT_INITIALIZED,

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 
 	"go.etcd.io/raft/v3"
@@ -271,6 +272,33 @@ func TestJoinIsForOneself(t *testing.T) {
 		t.Errorf("a member does not forward: %v", err)
 	}
 	p.roles(1, threeNodes)
+}
+
+// TestJoiningIsLoggedRarely: neither side logs each try of a node that asks again and again.
+func TestJoiningIsLoggedRarely(t *testing.T) {
+	t.Parallel()
+	p := newPlanned(t, 4)
+	p.begin(1, 2)
+	p.init(1)
+	tries := func(b *starter, words string) {
+		t.Helper()
+		made := 0
+		eventually(t, func() error {
+			made++
+			err := b.askToJoin(p.ctx, p.addresses[1])
+			if said := strings.Count(p.said.String(), words); made < 2 || said == made {
+				return fmt.Errorf("%d tries, %d lines, the last one: %v", made, said, err)
+			}
+			return nil
+		})
+	}
+	tries(newStarter(p.nodes[2].server), "this node joins a cluster")
+	p.begin(3)
+	p.addLearner(1, 3)
+	p.nodes[4] = p.nodes[3] // to be stopped
+	delete(p.nodes, 3)
+	other := p.start(3, p.addresses[4]) // refused again and again
+	tries(newStarter(other.server), `msg="a node asks to join" node=1 peer=3`)
 }
 
 // TestJoinIsChecked: what is no node is refused, and so is a process that does not answer at the

@@ -99,6 +99,7 @@ type server struct {
 	refused    atomic.Uint64 // calls whose callers may not make them
 	refusalLog rareLog
 	slowCalls  slowLog
+	joinLog    rareLog
 }
 
 func newServer(n *node, nw *network, c *certificates) *server {

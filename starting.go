@@ -187,10 +187,11 @@ func (p *startPlan) String() string {
 
 // starter carries out a node's plan, in one goroutine.
 type starter struct {
-	s     *server
-	plan  *startPlan
-	pause tryPauses
-	said  sayings
+	s       *server
+	plan    *startPlan
+	pause   tryPauses
+	said    sayings // what keeps the node from a cluster
+	joining sayings // which cluster has taken it in
 }
 
 func newStarter(s *server) *starter {
@@ -247,6 +248,7 @@ func longestPauseAfter(err error) time.Duration {
 func (b *starter) settle() {
 	b.pause = tryPauses{}
 	b.said = sayings{}
+	b.joining = sayings{}
 	b.s.n.status.waitsFor.Store(nil)
 }
 
