@@ -284,7 +284,7 @@ func (b *starter) find(ctx context.Context) error {
 }
 
 // askWhere asks who is at an address. A member that is found there tells this node of others,
-// once it has a stream to it.
+// once it has a stream to it; also one that was added since this node last heard of its cluster.
 func (b *starter) askWhere(ctx context.Context, address string) error {
 	n := b.s.n
 	ctx, cancel := context.WithTimeout(ctx, n.opts.probeTimeout())
@@ -300,5 +300,10 @@ func (b *starter) askWhere(ctx context.Context, address string) error {
 			fmt.Sprintf("node %d at %s is not in this node's cluster, %016x", w.Peer.Node.Id, shown(address), clusterID))
 	}
 	b.s.net.learnAddresses(clusterID, []*kvpb.Peer{w.Peer})
+	if n.status.latest.Load().members[w.Peer.RaftId] == nil {
+		return apiError(codes.FailedPrecondition, kvpb.ErrorReason_ERROR_REASON_WRONG_NODE,
+			fmt.Sprintf("node %d at %s is in this node's cluster, but none of the members that this node knows: "+
+				"this node says hello to it, and asks it for them", w.Peer.Node.Id, shown(address)))
+	}
 	return nil
 }

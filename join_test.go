@@ -237,6 +237,27 @@ func TestJoinFindsWhoHasMoved(t *testing.T) {
 	})
 }
 
+// TestJoinFindsSomebodyNew: a node that looks for its members, and finds one that was added since,
+// says so.
+func TestJoinFindsSomebodyNew(t *testing.T) {
+	t.Parallel()
+	p := newPlanned(t, 4)
+	p.begin(1, 2, 3, 4)
+	p.init(1, 2, 3)
+	p.settled(threeNodes...)
+	p.transfer(1, 1)
+	release := p.hold(3)
+	p.addLearner(1, 4)
+	b := newStarter(p.nodes[3].server)
+	if err := b.askWhere(p.ctx, p.addresses[2]); err != nil {
+		t.Errorf("it finds a member: %v", err)
+	}
+	err := b.askWhere(p.ctx, p.addresses[4])
+	release()
+	wantError(t, err, codes.FailedPrecondition, "WRONG_NODE")
+	wantPart(t, fmt.Sprint(err), "node 4 at "+p.addresses[4]+" is in this node's cluster, but none of the members")
+}
+
 // TestJoinIsForOneself: over TLS, a node joins by its own certificate, and may not have another
 // one added, unless it is a member that forwards the other one's request.
 func TestJoinIsForOneself(t *testing.T) {
