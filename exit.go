@@ -22,6 +22,11 @@ type unfit struct{ error }
 
 func (u unfit) Unwrap() error { return u.error }
 
+// misuse is an error over how a node was started, which is a usage error.
+type misuse struct{ error }
+
+func (m misuse) Unwrap() error { return m.error }
+
 // unlessOfSystem makes an error over the content of a data directory one for good. An error of
 // the system, such as EIO or EACCES, may be gone at the next start.
 func unlessOfSystem(err error) error {
@@ -54,9 +59,12 @@ func isForGood(err error) bool {
 
 // exitOf is the exit status of a node that has ended with an error, or was told to stop: nil.
 func exitOf(err error) int {
+	var m misuse
 	switch {
 	case err == nil:
 		return exitYes
+	case errors.As(err, &m):
+		return exitUsage
 	case isForGood(err):
 		return exitForGood
 	}

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 var errGoesOn = errors.New("the process goes on")
@@ -94,6 +95,36 @@ func TestNodesExitStatus(t *testing.T) {
 	}
 	wantEnd(t, exitForGood, "it is not empty: there is photo.jpg", "--id", "9", "--addr", "127.0.0.1:0", "--data-dir", foreign)
 	wantEnd(t, exitFailed, "has to be there", "--id", "9", "--addr", "127.0.0.1:0", "--data-dir", filepath.Join(foreign, "no", "parent"))
+}
+
+// TestPlanOfANodeWithState: a list that does not name the node as it is now is a usage error of a
+// new one. One with state is who it was, and warns.
+func TestPlanOfANodeWithState(t *testing.T) {
+	t.Parallel()
+	p := &process{id: 1, address: "127.0.0.1:0"}
+	dir := filepath.Join(t.TempDir(), "data")
+	others := []string{"--data-dir", dir, "--initial-cluster", "2=127.0.0.1:2"}
+	isNotNamed := "--initial-cluster does not name this node"
+	args := append([]string{"--id", "1", "--addr", deadAddress(t)}, others...)
+	status, log := endOfProcess(t, args...)
+	if status != exitUsage || !strings.Contains(log, isNotNamed) || !strings.Contains(log, "start_again=false") {
+		t.Errorf("a new node: status %d, %s", status, log)
+	}
+	p.args = []string{"--data-dir", dir}
+	formCluster(t, []*process{p})
+	for _, plan := range [][]string{{"--initial-cluster", "2=127.0.0.1:2"}, {"--join", p.address}} {
+		p.signal(syscall.SIGTERM)
+		p.args = append([]string{"--data-dir", dir}, plan...)
+		p.start()
+		awaitHealthy(t, []*process{p}, 30*time.Second)
+		log, err := os.ReadFile(p.log)
+		if err != nil || !strings.Contains(string(log), "ignores a flag that would be refused") {
+			t.Errorf("%v: %v: %s", plan, err, log)
+		}
+		if err := os.Truncate(p.log, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // TestHelpHasExitStatuses: --help names each.

@@ -164,7 +164,7 @@ func execute(ctx context.Context, args []string) int {
 	defer runtime.KeepAlive(ballast)
 	err = run(ctx, o, logger, func(*server) {})
 	if err != nil {
-		logger.Error("stopped", "err", err, "start_again", !isForGood(err))
+		logger.Error("stopped", "err", err, "start_again", exitOf(err) == exitFailed)
 	} else {
 		logger.Info("stopped")
 	}
@@ -305,6 +305,10 @@ func startDisk(n *node, o *options, logger *slog.Logger) (*disk, error) {
 		return nil, err
 	}
 	if err := n.open(d); err != nil {
+		d.close()
+		return nil, err
+	}
+	if err := n.heedPlan(); err != nil {
 		d.close()
 		return nil, err
 	}

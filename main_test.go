@@ -272,6 +272,7 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:2 --advertise 127.0.0.1:1 --initial-cluster 1=127.0.0.1:2", want: "by --id and --advertise"},
 		{args: "--id 2 --addr 127.0.0.1:1 --initial-cluster 1=127.0.0.1:1,2=127.0.0.1:2", want: "has 1=127.0.0.1:1, and this node is 2=127.0.0.1:1"},
 		{args: "--id 3 --addr 127.0.0.1:3 --initial-cluster 1=127.0.0.1:1,2=127.0.0.1:2", want: "--initial-cluster does not name this node, 3=127.0.0.1:3"},
+		{args: "--id 3 --addr 127.0.0.1:3 --data-dir d --initial-cluster 1=127.0.0.1:1"}, // it may have state
 		{args: "--id 1 --addr 127.0.0.1:0 --initial-cluster 1=127.0.0.1:1", want: "--initial-cluster needs the port of this node"},
 		{args: "--id 1 --addr 127.0.0.1:1 --initial-cluster 1=127.0.0.1:1,2=127.0.0.1:1", want: "has the id or the address of another"},
 		{args: "--id 1 --addr 127.0.0.1:1 --initial-cluster=", want: "flag -initial-cluster: \"\": want ID=HOST:PORT"},

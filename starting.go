@@ -112,7 +112,9 @@ func parseMembers(text string) ([]*kvpb.Node, error) {
 	return sortedNodes(members), nil
 }
 
-// checkPlan checks that the plan is for this node.
+// checkPlan checks the flags that make the plan, and that the plan is for this node. With a data
+// directory, that waits until it is known what is there: a node that is in a cluster ignores the
+// plan, and may have moved since (heedPlan).
 func (o *options) checkPlan() error {
 	if o.plan.members != nil && o.plan.join != nil {
 		return fmt.Errorf("%s forms a cluster and %s joins one that there is: want one of them",
@@ -121,6 +123,27 @@ func (o *options) checkPlan() error {
 	if o.plan.joinsAs && o.plan.join == nil {
 		return fmt.Errorf("%s goes with --join", o.nameOf("join-as"))
 	}
+	if o.durable {
+		return nil
+	}
+	return o.checkPlanIsOwn()
+}
+
+// heedPlan checks that the plan is for this node, once its data directory is open.
+func (n *node) heedPlan() error {
+	err := n.opts.checkPlanIsOwn()
+	if err == nil {
+		return nil
+	}
+	if n.store.clusterID == 0 {
+		return misuse{err}
+	}
+	n.logger.Warn("this node is in a cluster already, and ignores a flag that would be refused if it were new", "flag", err)
+	return nil
+}
+
+// checkPlanIsOwn checks that the plan is for this node.
+func (o *options) checkPlanIsOwn() error {
 	isOwn := func(address string) bool { return address == o.addr || address == o.advertise }
 	if o.plan.join != nil && !slices.ContainsFunc(o.plan.join, func(a string) bool { return !isOwn(a) }) {
 		return fmt.Errorf("%s names only this node: want members of the cluster that it is to join", o.nameOf("join"))
