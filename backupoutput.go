@@ -33,6 +33,11 @@ func (e outputError) Unwrap() error { return e.error }
 
 // openOutput begins the file of a backup, or writes to stdout, which - stands for.
 func (c *client) openOutput(ctx context.Context, path string) (backupOutput, error) {
+	if path != "-" && c.dataDir != "" {
+		if err := checkOutside(path, c.dataDir); err != nil {
+			return nil, err
+		}
+	}
 	if path != "-" {
 		return createBackup(path)
 	}
@@ -88,14 +93,42 @@ func (b *backupFile) finish() error {
 	if err := b.Sync(); err != nil {
 		return err
 	}
-	if err := checkAbsent(b.path); err != nil { // Writing it took a while.
-		return err
-	}
-	if err := os.Rename(b.Name(), b.path); err != nil {
+	if err := nameOnce(b.Name(), b.path, os.Link); err != nil {
 		return err
 	}
 	b.named = true
 	return osFS{}.syncDir(filepath.Dir(b.path))
+}
+
+// nameOnce gives a file another name, which no file may have, not even one that was made just now:
+// that, a rename would replace. link is os.Link, but in tests.
+func nameOnce(from, to string, link func(from, to string) error) error {
+	err := link(from, to)
+	if errors.Is(err, os.ErrExist) {
+		return alreadyThere(to)
+	}
+	if err == nil {
+		_ = os.Remove(from) // what is left of it takes the name from no other backup
+		return nil
+	}
+	// A file system without links, such as FAT: a file that is empty takes the name first.
+	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return alreadyThere(to)
+	}
+	if err != nil {
+		return err
+	}
+	_ = f.Close()
+	err = os.Rename(from, to)
+	if err != nil {
+		_ = os.Remove(to)
+	}
+	return err
+}
+
+func alreadyThere(path string) error {
+	return &os.PathError{Op: "create", Path: path, Err: os.ErrExist}
 }
 
 func (b *backupFile) close() {
@@ -114,9 +147,36 @@ func checkAbsent(path string) error {
 		return nil
 	}
 	if err == nil {
-		err = &os.PathError{Op: "create", Path: path, Err: os.ErrExist}
+		return alreadyThere(path)
 	}
 	return err
+}
+
+// checkOutside refuses a file in a data directory that is saved, or anywhere below it: nothing
+// there is changed.
+func checkOutside(path, dataDir string) error {
+	saved, err := os.Stat(dataDir)
+	if err != nil {
+		return nil // whoever reads it finds the error
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	if err != nil {
+		return nil // likewise who makes the file
+	}
+	for {
+		info, err := os.Stat(dir)
+		if err == nil && os.SameFile(info, saved) {
+			return usageError("%s would be in the data directory %s, where nothing is changed", path, dataDir)
+		}
+		above := filepath.Dir(dir)
+		if above == dir {
+			return nil
+		}
+		dir = above
+	}
 }
 
 // backupStream is a backup that is written to stdout, from a goroutine: whoever reads it may stop

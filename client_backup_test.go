@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -153,6 +154,85 @@ func TestBackupOfDirectoryCallsNobody(t *testing.T) {
 	wantPart(t, errs, "no such file")
 	if _, err := os.Lstat(dir + "2"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("it has made a directory: %v", err)
+	}
+}
+
+// TestBackupIntoDirectory: what is saved is not changed, whatever the way to it.
+func TestBackupIntoDirectory(t *testing.T) {
+	dir := realDirectory(t)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	below := filepath.Join(dir, "below")
+	if err := os.Mkdir(below, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	linkBelow := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(below, linkBelow); err != nil {
+		t.Fatal(err)
+	}
+	before := lookOf(t, dir)
+	t.Chdir(below)
+	for _, file := range []string{
+		filepath.Join(dir, "b"), filepath.Join(link, "b"), filepath.Join(link, "below", "b"), filepath.Join(linkBelow, "b"),
+		"b", "../b",
+	} {
+		for _, saved := range []string{dir, link, ".."} {
+			_, errs := runCommand(t, exitUsage, "", "backup", "--data-dir", saved, file)
+			wantPart(t, errs, file+" would be in the data directory "+saved)
+		}
+	}
+	if after := lookOf(t, dir); after != before {
+		t.Errorf("it was\n%.300s\nand is\n%.300s", before, after)
+	}
+	runCommand(t, exitYes, "", "backup", "--data-dir", dir, filepath.Join(dir, "..", "b"))
+}
+
+// TestBackupTakesNoName: a file that was made while the backup was written stays what it is, with links
+// and without; and without one, the backup gets its name.
+func TestBackupTakesNoName(t *testing.T) {
+	noLinks := func(string, string) error { return syscall.EPERM }
+	for how, link := range map[string]func(string, string) error{"links": os.Link, "no links": noLinks} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "backup")
+		write := func(name, content string) {
+			t.Helper()
+			if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(path+".tmp", "backup")
+		write(path, "other")
+		err := nameOnce(path+".tmp", path, link)
+		text, readErr := os.ReadFile(path)
+		if !errors.Is(err, os.ErrExist) || readErr != nil || string(text) != "other" {
+			t.Errorf("%s: %v; the other file is %q, %v", how, err, text, readErr)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		err = nameOnce(path+".tmp", path, link)
+		text, readErr = os.ReadFile(path)
+		if err != nil || readErr != nil || string(text) != "backup" {
+			t.Errorf("%s: %v; the backup is %q, %v", how, err, text, readErr)
+		}
+		err = nameOnce(path+"2.tmp", path+"2", link) // there is none: no name is left behind
+		if names, _ := os.ReadDir(dir); err == nil || len(names) != 1 {
+			t.Errorf("%s: %v; there is %v", how, err, names)
+		}
+	}
+	path := filepath.Join(t.TempDir(), "backup")
+	b, err := createBackup(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.close()
+	if err := os.WriteFile(path, []byte("other"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.finish(); !errors.Is(err, os.ErrExist) {
+		t.Errorf("another file has the name: %v", err)
 	}
 }
 

@@ -153,9 +153,8 @@ func (v *verification) text() string {
 // isDamage reports whether an error of reading a backup or a directory means that it is damaged, and
 // not that it cannot be read, or is another thing.
 func isDamage(err error) bool {
-	ended := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 	isNothing := errors.Is(err, errNothingSaved) || errors.Is(err, errNeverFinished)
 	_, isOther := errors.AsType[notSnapshot](err)
-	cannot := ended || isNothing || isOther || errors.Is(err, errUsedMeanwhile)
+	cannot := isNothing || isOther || errors.Is(err, errUsedMeanwhile)
 	return !cannot && !isUnreadable(err)
 }

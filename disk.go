@@ -38,6 +38,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -138,9 +139,14 @@ func adviceOn(err error) string {
 }
 
 // isUnreadable reports whether an error of reading a file is no sign of damage. Such are errors of
-// the system, like EIO or EACCES, which say themselves what they are, and what another version
-// of the program has written. But a file that is not there is damage.
+// the system, like EIO or EACCES, which say themselves what they are, what another version
+// of the program has written, and that whoever reads was told to stop. But a file that is not
+// there is damage.
 func isUnreadable(err error) bool {
+	hasStopped := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+	if hasStopped {
+		return true
+	}
 	isNewer := errors.Is(err, errUnknownFormat) || errors.Is(err, errLevel)
 	if isNewer {
 		return true

@@ -249,6 +249,12 @@ func TestSavedDirectoryEnds(t *testing.T) {
 		t.Error(err)
 	}
 	r := readOnlyFS{ctx: ctx}
+	dir := realDirectory(t)
+	_, err = readDirectory(ctx, r, dir, func(string, string, uint64, uint64) {})
+	isTold := err != nil && strings.Contains(err.Error(), "move the data directory away")
+	if !errors.Is(err, context.Canceled) || isDamage(err) || isTold {
+		t.Errorf("in the midst of its identity: %v", err)
+	}
 	path := filepath.Join(t.TempDir(), "f")
 	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
