@@ -316,16 +316,23 @@ func (c *callsInFlight) propose(p *proposal, calls []*call, size, limit, most in
 		if isFull || len(p.calls)-before == most {
 			return calls[i:], size
 		}
-		if err := c.room.admit(call.write); err == errNotYet {
+		if call.isGivenUp() { // before it is judged: it is not refused, nor does it keep others waiting
+			c.finish(call, outcome{})
+			continue
+		}
+		effect, err := c.room.judge(call.write)
+		if err == errNotYet {
 			return calls[i:], size
-		} else if err != nil {
+		}
+		if err != nil {
 			c.finish(call, outcome{err: err})
 			continue
 		}
 		if !call.state.CompareAndSwap(callQueued, callProposed) {
-			c.finish(call, outcome{}) // given up: nobody waits
+			c.finish(call, outcome{}) // given up just now: it takes no room
 			continue
 		}
+		c.room.add(effect)
 		p.calls = append(p.calls, call)
 		size += bytes + 4
 	}

@@ -290,42 +290,51 @@ func (n *node) admission(writes int) admission {
 	return a
 }
 
-// admit returns why a write does not get into the proposal; nil: it does. A Set without
+// effect is what a write in a proposal means for those behind it.
+type effect struct {
+	grows uint64 // by so much the store becomes larger
+	opens bool   // it may make room
+}
+
+// add counts a write that gets into the proposal.
+func (a *admission) add(e effect) {
+	a.grows += e.grows
+	a.opens = a.opens || e.opens
+}
+
+// judge returns the effect of a write, or why it does not get into the proposal. A Set without
 // a compare, or whose compare would succeed, makes the store larger by what its key and value take more than
 // what this node has there. A compare that would fail here now may succeed later: it counts
 // as one that succeeds. A Set that repeats one which was applied gets the same answer again.
-func (a *admission) admit(write []byte) error {
+func (a *admission) judge(write []byte) (effect, error) {
 	if !a.isNear {
-		return nil
+		return effect{}, nil
 	}
 	var o operation
 	if o.parseWrite(write) != nil {
-		return nil // the log refuses it, as any that cannot be
+		return effect{}, nil // the log refuses it, as any that cannot be
 	}
 	if o.kind != opSet {
-		a.opens = a.opens || o.kind != opNewSession
-		return nil
+		return effect{opens: o.kind != opNewSession}, nil
 	}
 	s := a.node.store
 	if o.hasID && s.sessions.knows(o.session, o.sequence) {
-		return nil
+		return effect{}, nil
 	}
 	if a.refuse {
-		return a.refused()
+		return effect{}, a.refused()
 	}
 	growth := s.growth(o.key, o.value)
 	if growth == 0 {
-		a.opens = true // a shorter value makes room
-		return nil
+		return effect{opens: true}, nil // a shorter value makes room
 	}
 	if a.grows+growth <= a.room {
-		a.grows += growth
-		return nil
+		return effect{grows: growth}, nil
 	}
 	if a.grows > 0 || a.opens {
-		return errNotYet
+		return effect{}, errNotYet
 	}
-	return a.refused()
+	return effect{}, a.refused()
 }
 
 // refused notes that a Set is refused, and returns what it ends with.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.etcd.io/raft/v3"
@@ -164,6 +165,108 @@ func TestQuotaOfSessions(t *testing.T) {
 	fits(sized("b", 100), false, "all is used")
 	fits(withID(5, 1003, deleteWrite("a")), true, "a deletion")
 	fits(sized("b", half), true, "after the deletion")
+}
+
+// TestQuotaOfGivenUp: a Set that nobody waits for is not refused, takes no room from those behind it, and
+// keeps none of them waiting.
+func TestQuotaOfGivenUp(t *testing.T) {
+	l := newFull(t, 1000)
+	l.write(sized("a", 400))
+	turn := func(givenUp bool, ws ...*kvpb.Write) (last outcome) {
+		t.Helper()
+		var calls []*call
+		for _, w := range ws {
+			calls = append(calls, &call{write: mustMarshal(t, w), done: make(chan outcome, 1)})
+		}
+		if givenUp {
+			calls[len(calls)-2].state.Store(callGivenUp)
+		}
+		if err := l.n.inbox.call(calls...); err != nil {
+			t.Fatal(err)
+		}
+		l.turn(0)
+		select {
+		case o := <-calls[len(calls)-1].done:
+			return o
+		default:
+			t.Fatal("the last one waits for another proposal")
+		}
+		return outcome{}
+	}
+	if o := turn(true, sized("b", 600), sized("c", 600)); o.err != nil {
+		t.Errorf("behind one that would have taken the room: %v", o.err)
+	}
+	if o := turn(true, sized("d", 100), deleteWrite("x")); o.err != nil || l.n.metrics().SetsRefused != 0 {
+		t.Errorf("%d are counted as refused, %v", l.n.metrics().SetsRefused, o.err)
+	}
+	if o := turn(true, deleteWrite("x"), sized("d", 100), deleteWrite("y")); o.err != nil {
+		t.Error(o.err)
+	}
+	if o := turn(false, sized("d", 100)); !errors.Is(o.err, errQuota) || l.n.metrics().SetsRefused != 1 {
+		t.Errorf("one that is waited for: %v", o.err)
+	}
+}
+
+// TestQuotaOfGivenUpJustNow: a Set that is given up while it is judged takes no room.
+func TestQuotaOfGivenUpJustNow(t *testing.T) {
+	l := newFull(t, 1000)
+	l.write(sized("a", 400))
+	l.n.calls.room = l.n.admission(2)
+	late := &call{write: mustMarshal(t, sized("b", 600)), done: make(chan outcome, 1)}
+	effect, err := l.n.calls.room.judge(late.write)
+	if err != nil || effect.grows != 600 {
+		t.Fatalf("%+v, %v", effect, err)
+	}
+	if _, err := l.n.calls.room.judge(mustMarshal(t, sized("c", 600))); err != nil {
+		t.Errorf("it was judged only, and has taken the room: %v", err)
+	}
+	l.n.calls.room.add(effect)
+	if _, err := l.n.calls.room.judge(mustMarshal(t, setWrite("c", ""))); err != errNotYet {
+		t.Errorf("it is in the proposal, and has taken no room: %v", err)
+	}
+}
+
+// TestGivenUpOrProposed: a Set is either given up by its caller or proposed, at whatever moment the caller
+// tries to.
+func TestGivenUpOrProposed(t *testing.T) {
+	l := newFull(t, 1<<20)
+	var given, applied int
+	for round := 0; given == 0 || applied == 0 || round < 100; round++ {
+		var calls []*call
+		for i := range 200 {
+			w := mustMarshal(t, setWrite(fmt.Sprint(i), fmt.Sprint(round)))
+			calls = append(calls, &call{write: w, done: make(chan outcome, 1)})
+		}
+		if err := l.n.inbox.call(calls...); err != nil {
+			t.Fatal(err)
+		}
+		isGiven := make([]bool, len(calls))
+		var caller sync.WaitGroup
+		caller.Go(func() {
+			for i := range calls { // the other way round: so they meet
+				at := len(calls) - 1 - i
+				isGiven[at] = calls[at].state.CompareAndSwap(callQueued, callGivenUp)
+			}
+		})
+		l.turn(0)
+		caller.Wait()
+		l.turn(0)
+		for i := range calls {
+			it, _, err := l.n.store.get(fmt.Append(nil, i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			isApplied := string(it.value) == fmt.Sprint(round)
+			if isApplied == isGiven[i] {
+				t.Fatalf("round %d, call %d: given up: %v, applied: %v", round, i, isGiven[i], isApplied)
+			}
+			if isApplied {
+				applied++
+			} else {
+				given++
+			}
+		}
+	}
 }
 
 // TestQuotaFarOff: a proposal that is far from the limit is not looked at, and does not exceed
