@@ -13,6 +13,10 @@ import (
 const (
 	// spaceEvery is between two looks at how much space is free.
 	spaceEvery = 500 * time.Millisecond
+	// spaceLasts is how long a look counts that no other one has followed: later ones fail, or hang.
+	// A disk that was low then may have room now, and one that had room may be full: so nothing
+	// is refused for it. That does not depend on what ends a node, which is a write that fails.
+	spaceLasts = 30 * time.Second
 	// maxGap is the largest gap at the end of a segment: a batch did not fit there, as a rule of
 	// one entry.
 	maxGap = maxEntryBytes + maxWriteBytes
@@ -20,7 +24,9 @@ const (
 
 // diskSpace is what the loop knows of the space on its disk.
 type diskSpace struct {
-	known   bool   // there was a look
+	known   bool   // there was a look, and it counts
+	at      uint64 // tick of the last look
+	failure error  // of a look after that; nil: none has failed
 	free    uint64 // at the last look
 	written uint64 // by the log until then
 	saved   uint64 // of a snapshot on its way, until then
@@ -52,9 +58,7 @@ func (n *node) watchSpace(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		free, err := n.durable.disk.fs.free(n.durable.disk.dir)
-		if err == nil {
-			n.inbox.event(func() { n.noteSpace(free) })
-		}
+		n.inbox.event(func() { n.noteLook(free, err) })
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -63,13 +67,28 @@ func (n *node) watchSpace(ctx context.Context) {
 	}
 }
 
+// noteLook takes in what came of a look, in the loop.
+func (n *node) noteLook(free uint64, err error) {
+	if err != nil {
+		n.quota.space.failure = err
+		return
+	}
+	n.noteSpace(free)
+}
+
 // noteSpace takes in how much space is free, in the loop.
 func (n *node) noteSpace(free uint64) {
 	if !n.isRunning() {
 		return
 	}
 	d := &n.durable
-	n.quota.space = diskSpace{known: true, free: free, written: d.written, saved: uint64(d.disk.saved.Load())}
+	n.quota.space = diskSpace{
+		known:   true,
+		at:      n.clock.now,
+		free:    free,
+		written: d.written,
+		saved:   uint64(d.disk.saved.Load()),
+	}
 	n.weighSpace()
 	if d.crowded && n.wantsSmallSnapshot() {
 		n.save()
@@ -81,6 +100,9 @@ func (n *node) noteSpace(free uint64) {
 func (n *node) weighSpace() {
 	s := &n.quota.space
 	d := &n.durable
+	if s.known && n.clock.now-s.at > n.ticksOf(spaceLasts) {
+		n.forgetSpace()
+	}
 	if !s.known {
 		return
 	}
@@ -97,6 +119,19 @@ func (n *node) weighSpace() {
 	n.quota.own.DiskReserve = s.reserve
 	if isLow != wasLow {
 		n.changeRoom(func(r *kvpb.RoomReport) { r.DiskLow = isLow })
+	}
+}
+
+// forgetSpace has this node's disk be one of which nothing is known.
+func (n *node) forgetSpace() {
+	n.logger.Warn("how much of the disk is free is not known any more: no Set is refused for it, until it is",
+		"err", n.quota.space.failure)
+	n.quota.space = diskSpace{failure: n.quota.space.failure}
+	own := &n.quota.own
+	own.DiskFree = 0
+	own.DiskReserve = 0
+	if own.DiskLow {
+		n.changeRoom(func(r *kvpb.RoomReport) { r.DiskLow = false })
 	}
 }
 

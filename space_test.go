@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -185,6 +186,93 @@ func TestDiskOfOther(t *testing.T) {
 	l.n.forgetRooms([]uint64{3})
 	want(false, "removed")
 }
+
+// TestSpaceThatIsNotKnown: if looks fail for good, the last one counts for spaceLasts. Then no Set is
+// refused, whatever it has said, until there is another one.
+func TestSpaceThatIsNotKnown(t *testing.T) {
+	for _, free := range []uint64{1, 1 << 40} {
+		p := newDiskOf(t, 0)
+		turn := func(ticks uint64) {
+			for range ticks {
+				in := p.n.inbox.take()
+				in.ticks = 1
+				p.n.turn(in)
+			}
+		}
+		reports := func(free uint64, err error) {
+			p.n.inbox.event(func() { p.n.noteLook(free, err) })
+			turn(1)
+		}
+		wantLow := func(want bool, when string) {
+			t.Helper()
+			m := p.n.metrics()
+			if got := m.WritesRefused != ""; got != want || p.n.quota.own.DiskLow != want {
+				t.Errorf("of %d free bytes, %s: %q", free, when, m.WritesRefused)
+			}
+		}
+		isLow := free == 1
+		reports(free, nil)
+		wantLow(isLow, "at first")
+		lasts := p.n.ticksOf(spaceLasts)
+		reports(7, errors.New("nobody answers"))
+		turn(lasts - 5)
+		wantLow(isLow, "just before it counts no more")
+		reports(free, nil)
+		turn(lasts - 5)
+		wantLow(isLow, "looked at again")
+		for range lasts {
+			reports(7, errors.New("nobody answers"))
+		}
+		wantLow(false, "after failures")
+		if m := p.n.metrics(); m.DiskFree != 0 || m.DiskReserve != 0 {
+			t.Errorf("%d are free, %d should be, and nothing is known", m.DiskFree, m.DiskReserve)
+		}
+		c := &call{write: mustMarshal(t, setWrite("k", "v")), done: make(chan outcome, 1)}
+		if err := p.n.inbox.call(c); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.settle(); err != nil {
+			t.Fatal(err)
+		}
+		if o := <-c.done; o.err != nil {
+			t.Error(o.err)
+		}
+		reports(free, nil)
+		wantLow(isLow, "looked at once more")
+	}
+}
+
+// TestSpaceIsWatched: what a look says reaches the loop, and that it has failed.
+func TestSpaceIsWatched(t *testing.T) {
+	for _, want := range []error{nil, errors.New("nobody answers")} {
+		p := newDiskOf(t, 0)
+		p.n.durable.disk.fs = spaceFS{p.n.durable.disk.fs, want}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			p.n.watchSpace(ctx)
+		}()
+		eventually(t, func() error {
+			p.n.turn(p.n.inbox.take())
+			s := p.n.quota.space
+			if s.failure == want && s.known == (want == nil) && (want != nil || s.free == 77) {
+				return nil
+			}
+			return fmt.Errorf("%+v", s)
+		})
+		cancel()
+		<-ended
+	}
+}
+
+// spaceFS is a file system that says how much is free, or fails to.
+type spaceFS struct {
+	fileSystem
+	err error
+}
+
+func (s spaceFS) free(string) (uint64, error) { return 77, s.err }
 
 // TestLowDiskIsTold: a node whose disk is low says so at once, and again while it is; and when it
 // is not any more.
