@@ -131,14 +131,26 @@ func forWhom(ctx context.Context) string {
 // a place that is not its caller's, or if its caller may not call the method. Such a call
 // has no trailer with its reason.
 func (s *server) admitCall(ctx context.Context, call *tap.Info) (context.Context, error) {
-	if err := inPlace(ctx, call.FullMethodName); err != nil {
-		return ctx, err
+	err := inPlace(ctx, call.FullMethodName)
+	if err == nil {
+		err = s.authorize(ctx, call.FullMethodName)
+		if err != nil {
+			s.logRefusal(ctx, call.FullMethodName, err)
+		}
 	}
-	if err := s.authorize(ctx, call.FullMethodName); err != nil {
-		s.logRefusal(ctx, call.FullMethodName, err)
+	if err != nil {
+		s.noteEnd(call.FullMethodName, err)
 		return ctx, err
 	}
 	return newCallContext(ctx), nil
+}
+
+// noteEnd counts a call that was not begun, or a stream that has ended with an error, or nil. There
+// may be no such method.
+func (s *server) noteEnd(method string, err error) {
+	if m := s.methods[method]; m != nil {
+		m.note(err)
+	}
 }
 
 // authorize returns an error if the caller may not call a method.
@@ -220,6 +232,7 @@ func (s *server) interceptStream(
 	if err != nil {
 		stream.SetTrailer(reasonTrailer(err))
 	}
+	s.noteEnd(info.FullMethod, err)
 	s.audit(stream.Context(), info.FullMethod, nil, begun, err)
 	return err
 }

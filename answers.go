@@ -170,6 +170,7 @@ func (l *limiter) cutStalled() {
 	for c := l.answers.stalled(now); c != nil; c = l.answers.stalled(now) {
 		l.mu.Lock()
 		l.drop(c)
+		l.counts.stalled.Add(1)
 		l.mu.Unlock()
 	}
 }

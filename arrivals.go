@@ -64,9 +64,10 @@ func requestLimit(method string) int {
 type arrivals struct {
 	limit int
 
-	mu    sync.Mutex
-	bytes int
-	of    map[*limitedConn]*connArrivals
+	mu      sync.Mutex
+	bytes   int
+	yielded uint64 // requests, since the start
+	of      map[*limitedConn]*connArrivals
 }
 
 type connArrivals struct {
@@ -109,6 +110,7 @@ func (as *arrivals) begin(c *limitedConn, bytes int, yield context.CancelCauseFu
 	for as.bytes > as.limit {
 		oldest := as.largest().calls.Front().Value.(*arrival)
 		as.remove(oldest)
+		as.yielded++
 		oldest.yield(errRequestYielded)
 	}
 	return a

@@ -506,6 +506,7 @@ func (n *node) propose() {
 		return
 	}
 	n.opts.onPropose(p.sequence, p.data)
+	n.turns.proposalWrites.observe(uint64(len(p.calls)))
 	if n.rn.Propose(p.data) != nil { // during a transfer, or if too much is uncommitted
 		p.proposeAt = n.clock.now + 1
 		return
@@ -535,6 +536,7 @@ func (n *node) askRead() {
 		return
 	}
 	n.status.count.ReadRounds++
+	n.turns.roundReads.observe(uint64(len(n.calls.round.calls)))
 	n.rn.ReadIndex(ctx)
 }
 
@@ -695,6 +697,15 @@ func (b *inbox) take() input {
 	b.next = input{}
 	b.messageBytes = 0
 	return in
+}
+
+// inboxLoad is what an inbox has, and what was taken of it and has not ended.
+type inboxLoad struct{ calls, callBytes, messageBytes int }
+
+func (b *inbox) load() inboxLoad {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return inboxLoad{calls: b.callCount, callBytes: b.callBytes, messageBytes: b.messageBytes}
 }
 
 // close makes the inbox refuse everything from now on. Whoever calls then is told why, as

@@ -27,14 +27,31 @@ type encoded struct {
 
 // guard is a service whose unary methods read their request by a requestReader, and count as
 // running calls. They refuse a request that cannot be decoded, for it is no protobuf or a
-// string in it is not UTF-8, with INVALID_ARGUMENT and a reason.
+// string in it is not UTF-8, with INVALID_ARGUMENT and a reason. And the calls of its methods are
+// counted.
 func (s *server) guard(generated *grpc.ServiceDesc) *grpc.ServiceDesc {
 	desc := *generated
 	desc.Methods = slices.Clone(desc.Methods)
 	for i := range desc.Methods {
-		desc.Methods[i].Handler = s.guardMethod(desc.Methods[i].Handler)
+		m := newMethodCounts(desc.ServiceName, desc.Methods[i].MethodName, true)
+		s.methods["/"+m.name] = m
+		desc.Methods[i].Handler = m.around(s.guardMethod(desc.Methods[i].Handler))
+	}
+	for _, stream := range desc.Streams {
+		m := newMethodCounts(desc.ServiceName, stream.StreamName, false)
+		s.methods["/"+m.name] = m
 	}
 	return &desc
+}
+
+// around counts the calls that a method handles.
+func (m *methodCounts) around(handle grpc.MethodHandler) grpc.MethodHandler {
+	return func(srv any, ctx context.Context, d func(any) error, i grpc.UnaryServerInterceptor) (any, error) {
+		begun := time.Now()
+		resp, err := handle(srv, ctx, d, i)
+		m.ended(err, time.Since(begun))
+		return resp, err
+	}
 }
 
 func (s *server) guardMethod(handle grpc.MethodHandler) grpc.MethodHandler {

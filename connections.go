@@ -115,6 +115,7 @@ type limiter struct {
 	failed           bool // the last Accept has; it alone uses this
 	failedHandshakes atomic.Uint64
 	handshakeLog     rareLog
+	counts           connectionCounts
 
 	mu         sync.Mutex
 	handshakes handshakes
@@ -132,6 +133,15 @@ type limiter struct {
 	answers   *answers
 	writes    *room // bytes of the writes of unary calls
 	pipelines *room // bytes of what Pipelines ask, and wait for
+}
+
+// connectionCounts are connections that this node has refused, or closed. Any goroutine may use
+// it.
+type connectionCounts struct {
+	noPlace      atomic.Uint64 // refused, or closed when others came, for there were no places left
+	noPlaceAfter atomic.Uint64 // those of them whose handshake was done, which count as failed handshakes, too
+	stalled      atomic.Uint64 // closed, for their answers were not taken while others waited for room
+	untaken      atomic.Uint64 // closed, for they had too many calls open
 }
 
 // limitedConn is a connection and its own remote address: by that, calls find it.
@@ -259,10 +269,37 @@ func (l *limiter) take(c *limitedConn) bool {
 	}
 	l.logFull()
 	if !l.keep(c) {
+		l.counts.noPlace.Add(1)
 		return false
 	}
 	l.conns[c] = true
 	return true
+}
+
+// clientLoad is what the clients of a node occupy, and what was refused them.
+type clientLoad struct {
+	clients, handshakes, running, open, arriving          uint64
+	callsRefused, requestsYielded, badHandshakes, noPlace uint64
+}
+
+func (l *limiter) load() clientLoad {
+	c := clientLoad{}
+	l.mu.Lock()
+	c.clients = uint64(len(l.conns) - len(l.kept))
+	c.handshakes = uint64(len(l.handshakes.all()))
+	c.noPlace = l.counts.noPlace.Load()
+	c.badHandshakes = l.failedHandshakes.Load() - l.counts.noPlaceAfter.Load()
+	l.mu.Unlock()
+	l.calls.mu.Lock()
+	c.running = uint64(l.calls.running)
+	c.open = uint64(max(0, l.calls.open-l.calls.watches))
+	c.callsRefused = l.calls.refused
+	l.calls.mu.Unlock()
+	l.arrivals.mu.Lock()
+	defer l.arrivals.mu.Unlock()
+	c.arriving = uint64(l.arrivals.bytes)
+	c.requestsYielded = l.arrivals.yielded
+	return c
 }
 
 // logFull logs once in a while that clients find no place. l.mu is held.
@@ -290,6 +327,7 @@ func (l *limiter) keep(c *limitedConn) bool {
 			return false
 		}
 		l.drop(oldest)
+		l.counts.noPlace.Add(1)
 	}
 	l.kept[c] = true
 	return true

@@ -91,7 +91,8 @@ type disk struct {
 	background func(func()) // see walOptions
 	running    sync.WaitGroup
 
-	saved atomic.Int64 // bytes of the snapshot that is being saved
+	saved  atomic.Int64 // bytes of the snapshot that is being saved
+	counts diskCounts
 	// say is told now and then how far reading has got: how many of all there are, and of what.
 	say func(what, unit string, done, all uint64)
 
@@ -166,6 +167,7 @@ func openDisk(fsys fileSystem, dir string, logBytes uint64, logger *slog.Logger)
 		wake:         newBell(),
 		speaks:       programLevel,
 	}
+	d.counts = newDiskCounts()
 	d.start = d.running.Go
 	d.say = func(what, unit string, done, all uint64) { logger.Info("reading the "+what, unit, done, "of", all) }
 	d.beginOnce = sync.OnceValue(d.createTempIdentity)
@@ -356,6 +358,7 @@ func (d *disk) walOptions(id *kvpb.Identity) walOptions {
 		segmentBytes: d.segmentBytes,
 		logger:       d.logger,
 		background:   d.background,
+		counts:       &d.counts,
 		speaks:       d.speaks,
 		say:          func(segments, all uint64) { d.say("log", "segments", segments, all) },
 	}
@@ -502,10 +505,12 @@ func (d *disk) save(v *view) (*kvpb.SnapshotMark, error) {
 	w := d.newSnapshot()
 	w.isOwn = true
 	d.saved.Store(0)
+	begun := time.Now()
 	name, err := w.finish(v.header.Index, v.writeTo(w))
 	if err != nil {
 		return nil, err
 	}
+	d.counts.snapshotSeconds.observeTime(time.Since(begun))
 	return &kvpb.SnapshotMark{Index: v.header.Index, Term: v.header.Term, File: name}, nil
 }
 

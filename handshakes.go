@@ -174,6 +174,10 @@ func (l *limiter) takeAs(c *limitedConn, who principal) error {
 // many others. l.mu is held.
 func (l *limiter) noteFailure(c *limitedConn, err error) {
 	l.failedHandshakes.Add(1)
+	if err == errNoPlace || err == errNodePlaces {
+		l.counts.noPlace.Add(1)
+		l.counts.noPlaceAfter.Add(1)
+	}
 	leftOut, isDue := l.handshakeLog.due(time.Now())
 	if isDue {
 		l.log.Warn("a connection was refused", "from", c.Conn.RemoteAddr(),

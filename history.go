@@ -203,6 +203,15 @@ func (h *eventHistory) reset(clusterID, version uint64) {
 	h.added.ring()
 }
 
+// historyLoad is what a history has.
+type historyLoad struct{ bytes, limit, oldest uint64 }
+
+func (h *eventHistory) load() historyLoad {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return historyLoad{bytes: h.bytes, limit: h.limit, oldest: h.oldest}
+}
+
 // historyView is a history as it was at one moment.
 type historyView struct {
 	clusterID, resets, oldest, version uint64

@@ -77,8 +77,9 @@ func startHTTP(s *server, o *options) (*httpServer, error) {
 func newHTTPServer(s *server, o *options) *httpServer {
 	h := &httpServer{s: s, hosts: o.hostNames()}
 	h.pages = map[string]httpPage{
-		"/livez":  {nil, h.livez},
-		"/readyz": {nil, h.readyz},
+		"/livez":   {nil, h.livez},
+		"/readyz":  {nil, h.readyz},
+		"/metrics": {readers, newMetricsPage(s).ServeHTTP},
 	}
 	ctx, end := context.WithCancel(context.Background())
 	h.endRequests = end

@@ -283,6 +283,31 @@ func (nw *network) send(to uint64, ms []*raftpb.Message) {
 	}
 }
 
+// queueLoad is what waits to be sent to a peer.
+type queueLoad struct{ messages, bytes uint64 }
+
+// queueLoads are those of peers, by raft ID.
+type queueLoads map[uint64]queueLoad
+
+// of is what waits to be sent to some peers together.
+func (q queueLoads) of(raftIDs []uint64) (all queueLoad) {
+	for _, id := range raftIDs {
+		all.messages += q[id].messages
+		all.bytes += q[id].bytes
+	}
+	return all
+}
+
+func (nw *network) queues() queueLoads {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	loads := queueLoads{}
+	for id, p := range nw.peers {
+		loads[id] = p.queued()
+	}
+	return loads
+}
+
 // tellRooms implements transport.
 func (nw *network) tellRooms(all, news []*kvpb.RoomReport) {
 	nw.mu.Lock()

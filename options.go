@@ -150,7 +150,7 @@ func nodeFlags(o *options) *flag.FlagSet {
 		return nil
 	}
 	fs.StringVar(&o.httpAddr, "http-addr", "",
-		"`host:port` to serve HTTP on: /livez, /readyz (default: there is no HTTP)")
+		"`host:port` to serve HTTP on: /livez, /readyz and /metrics (default: there is no HTTP)")
 	fs.Func("log-level", "`LEVEL` from which on lines are logged: debug, info, warn or error (default info)", setLogLevel)
 	setLogFormat := func(s string) error {
 		if s != "text" && s != "json" {

@@ -96,6 +96,13 @@ func (p *peer) enqueue(ms []*raftpb.Message) bool {
 	return true
 }
 
+// queued is what waits to be sent to the peer.
+func (p *peer) queued() queueLoad {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return queueLoad{messages: uint64(len(p.queue.messages)), bytes: p.queue.bytes}
+}
+
 // tellRooms has the peer told who has how much room, if there is a stream to it.
 func (p *peer) tellRooms(rooms []*kvpb.RoomReport) {
 	p.mu.Lock()

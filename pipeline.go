@@ -363,10 +363,16 @@ func (r *pipelineRequest) mostOf(from int) int {
 // one that the next message begins with.
 func (s *server) appendResults(b []byte, r *pipelineRequest, from int) (_ []byte, next int) {
 	result := make([]byte, 0, 64)
+	failed := 0
 	for next = from; next < len(r.ops) && len(b) <= answerBytes; next++ {
 		o := r.calls[next].outcome
+		if o.err != nil {
+			failed++
+		}
 		b = protowire.AppendTag(b, 1, protowire.BytesType)
 		b = protowire.AppendBytes(b, s.appendResult(result, &r.ops[next], o.err, o.result))
 	}
+	s.operations.ok.Add(uint64(next - from - failed))
+	s.operations.failed.Add(uint64(failed))
 	return b, next
 }

@@ -128,6 +128,7 @@ type node struct {
 	outbox    outbox
 	status    nodeStatus
 	slowTurns slowLog // those of run
+	turns     turnCounts
 }
 
 // identity is what tells one memory of a node from another.
@@ -169,6 +170,7 @@ func newNode(o options, self *kvpb.Node, logger *slog.Logger) *node {
 	n.inbox.wake = newBell()
 	n.clock = clock{now: firstTick, wall: firstTick}
 	n.catchup.written = newMeter(o.heartbeat)
+	n.turns = newTurnCounts()
 	n.claims = newClaims(self, o.plan, n.ticksOf(claimTime), n.ticksOf(n.redialTime()))
 	n.newLife()
 	n.status.latest.Store(&published{glance: glance{level: firstLevel}})
@@ -335,7 +337,9 @@ func (n *node) run(ctx context.Context) error {
 		begun := time.Now()
 		in.elapsed = uint64(begun.Sub(start) / n.tickDuration())
 		n.turn(in)
-		n.noteSlowTurn(&in, time.Since(begun))
+		took := time.Since(begun)
+		n.turns.seconds.observeTime(took)
+		n.noteSlowTurn(&in, took)
 	}
 	n.end()
 	if n.err == errStopping {

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -13,7 +14,8 @@ import (
 // waits for is there, nobody else takes anything. Any goroutine may call its methods.
 type room struct {
 	limits  roomLimits
-	stalled func() // called each roomTick while somebody waits
+	stalled func()        // called each roomTick while somebody waits
+	waited  atomic.Uint64 // takes that had to wait, since the start
 
 	mu      sync.Mutex
 	used    int
@@ -71,6 +73,7 @@ func (r *room) take(ctx context.Context, s sharer, amount int) error {
 		return nil
 	default:
 	}
+	r.waited.Add(1)
 	tick := time.NewTicker(roomTick)
 	defer tick.Stop()
 	for {
@@ -114,6 +117,13 @@ func (r *room) release(s sharer, amount int) {
 	r.used -= amount
 	r.forget(s, h)
 	r.serve()
+}
+
+// taken is how much of the room is taken.
+func (r *room) taken() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return uint64(r.used)
 }
 
 // leave ends a wait. If the amount was taken just before, it gives that back.

@@ -33,7 +33,8 @@ type runningCalls struct {
 
 	mu            sync.Mutex
 	running, open int
-	watches       int // that are open: watchers.go bounds them
+	refused       uint64 // calls, since the start
+	watches       int    // that are open: watchers.go bounds them
 }
 
 // openCalls are the calls of a connection that are open, by their streams.
@@ -56,6 +57,7 @@ func (r *runningCalls) begin(c *limitedConn) bool {
 		share = r.late
 	}
 	if r.running >= r.limit || c.running >= share {
+		r.refused++
 		return false
 	}
 	r.running++
@@ -183,5 +185,6 @@ func (l *limiter) cutUntaken() {
 			return
 		}
 		l.drop(worst)
+		l.counts.untaken.Add(1)
 	}
 }

@@ -64,6 +64,13 @@ func (r *runningScans) end(p principal) {
 	}
 }
 
+// running is how many Scans run.
+func (r *runningScans) running() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.count
+}
+
 // Scan implements KVService. It gives up a caller who does not read.
 func (s *server) Scan(req *kvpb.ScanRequest, stream kvpb.KVService_ScanServer) error {
 	if err := s.scan(req, stream); err != nil {

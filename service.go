@@ -96,10 +96,13 @@ type server struct {
 	stopping chan struct{} // closed by stop
 	inFlight atomic.Int64  // unary calls of all services
 
-	refused    atomic.Uint64 // calls whose callers may not make them
-	refusalLog rareLog
-	slowCalls  slowLog
-	joinLog    rareLog
+	methods     map[string]*methodCounts // by "/", service, "/" and method; constant once the server is made
+	operations  operationCounts          // of Pipelines
+	queueIsFull atomic.Uint64            // calls that found the inbox full
+	refused     atomic.Uint64            // calls whose callers may not make them
+	refusalLog  rareLog
+	slowCalls   slowLog
+	joinLog     rareLog
 }
 
 func newServer(n *node, nw *network, c *certificates) *server {
@@ -110,6 +113,7 @@ func newServer(n *node, nw *network, c *certificates) *server {
 		health:       health.NewServer(),
 		stopping:     make(chan struct{}),
 		lists:        make(chan struct{}, maxLists),
+		methods:      map[string]*methodCounts{},
 		watchers:     newWatchers(n.store.history),
 		scans:        runningScans{limit: n.opts.part(maxScans, 2)},
 		surveying:    make(chan struct{}, 1),
@@ -341,6 +345,9 @@ func (s *server) call(ctx context.Context, c *call) (result, error) {
 	c.wait = s.ticksLeft(ctx)
 	c.done = make(chan outcome, 1)
 	if err := s.n.inbox.call(c); err != nil {
+		if err == errOverloaded {
+			s.queueIsFull.Add(1)
+		}
 		return result{}, err
 	}
 	var late <-chan time.Time // nil, which never fires, without a deadline

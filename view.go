@@ -131,9 +131,29 @@ func (s *store) countViews() {
 	}
 }
 
+// viewLoad is what the views of clients keep.
+type viewLoad struct {
+	open        int
+	kept, limit uint64 // bytes
+}
+
+// viewLoad returns it. Any goroutine may call it.
+func (s *store) viewLoad() viewLoad {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	load := viewLoad{open: len(s.clientViews), limit: s.viewLimit()}
+	if load.open > 0 {
+		load.kept = s.tree.kept - s.clientViews[0].kept
+	}
+	return load
+}
+
+// viewLimit bounds what they keep. mu is held.
+func (s *store) viewLimit() uint64 { return max(s.viewBytes, s.tree.bytes/4) }
+
 // endCostlyViews ends the oldest views of clients, while they keep too much memory. mu is held.
 func (s *store) endCostlyViews() {
-	limit := max(s.viewBytes, s.tree.bytes/4)
+	limit := s.viewLimit()
 	for len(s.clientViews) > 0 && s.tree.kept-s.clientViews[0].kept > limit {
 		s.endOldestView()
 	}

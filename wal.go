@@ -87,6 +87,7 @@ type walOptions struct {
 	logger       *slog.Logger
 	background   func(func()) // runs what fills a segment; nil: a goroutine
 	speaks       uint32       // the highest level that this program speaks
+	counts       *diskCounts  // of what append writes; nil: nobody wants to know
 	// say is told now and then how many of all segments were read; nil: nobody wants to know.
 	say func(segments, all uint64)
 	// verify finds out whether what the log holds fits the rest of the directory. It is
@@ -645,10 +646,23 @@ func (w *wal) write(b *kvpb.LogBatch) error {
 	if w.offset+len(raw)+sectorBytes > w.at.size { // the last sector is announce's
 		return w.roll(withHead)
 	}
-	if err := writeSync(w.file, raw, w.offset); err != nil {
+	if err := w.writeBatch(raw, w.offset); err != nil {
 		return err
 	}
 	w.wrote(b, raw)
+	return nil
+}
+
+// writeBatch makes a batch durable in the newest segment.
+func (w *wal) writeBatch(raw []byte, offset int) error {
+	if _, err := w.file.WriteAt(raw, int64(offset)); err != nil {
+		return err
+	}
+	begun := time.Now()
+	if err := w.file.sync(); err != nil {
+		return err
+	}
+	w.opts.counts.synced(len(raw), time.Since(begun))
 	return nil
 }
 
@@ -686,7 +700,7 @@ func (w *wal) roll(b *kvpb.LogBatch) error {
 	if err := w.lengthen(); err != nil {
 		return err
 	}
-	if err := writeSync(w.file, raw, 0); err != nil {
+	if err := w.writeBatch(raw, 0); err != nil {
 		return err
 	}
 	if err := w.fs.rename(temp, w.path(w.at.segment)); err != nil {

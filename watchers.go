@@ -229,6 +229,13 @@ func tooManyWatches(what string) error {
 		fmt.Sprintf("this node, or this caller, has too many %s", what))
 }
 
+// count is how many watches there are.
+func (ws *watchers) count() int {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	return ws.total.count
+}
+
 // change counts a watch, or with -1 counts it no more.
 func (s *watchShare) change(f *watchFilter, by int) {
 	s.count += by
