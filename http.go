@@ -81,6 +81,10 @@ func newHTTPServer(s *server, o *options) *httpServer {
 		"/readyz":  {nil, h.readyz},
 		"/metrics": {readers, newMetricsPage(s).ServeHTTP},
 	}
+	if o.pprof {
+		p := &profiler{s: s, busy: make(chan struct{}, 1)}
+		p.addPages(h.pages)
+	}
 	ctx, end := context.WithCancel(context.Background())
 	h.endRequests = end
 	h.server = &http.Server{
@@ -244,7 +248,7 @@ func (h *httpServer) isOwnHost(header string) bool {
 
 // authorize returns why whoever has sent a request may not see what these roles may.
 func (h *httpServer) authorize(r *http.Request, allowed roles) *httpRefusal {
-	who, err := h.callerOf(r)
+	who, err := h.s.httpCaller(r)
 	if err != nil {
 		refusal := refuseHTTP(http.StatusUnauthorized, "%v; this needs a certificate of the role %v", err, allowed)
 		h.noteRefusal(r, "nobody", refusal)
@@ -261,16 +265,16 @@ func (h *httpServer) authorize(r *http.Request, allowed roles) *httpRefusal {
 // errNoCertificate is why somebody is nobody.
 var errNoCertificate = errors.New("no certificate was shown")
 
-// callerOf returns who has sent a request, by the certificate that the connection has shown,
+// httpCaller returns who has sent a request, by the certificate that the connection has shown,
 // which has to be one that this node accepts now. Without TLS, it is anyone.
-func (h *httpServer) callerOf(r *http.Request) (principal, error) {
+func (s *server) httpCaller(r *http.Request) (principal, error) {
 	if r.TLS == nil {
 		return principal{}, nil
 	}
 	if len(r.TLS.PeerCertificates) == 0 {
 		return principal{}, errNoCertificate
 	}
-	v, err := h.s.certificates.latest().verify(r.TLS.PeerCertificates, x509.ExtKeyUsageClientAuth)
+	v, err := s.certificates.latest().verify(r.TLS.PeerCertificates, x509.ExtKeyUsageClientAuth)
 	if err != nil {
 		return principal{}, fmt.Errorf("the certificate that was shown is not accepted: %w", err)
 	}
@@ -284,7 +288,7 @@ func (h *httpServer) noteRefusal(r *http.Request, who string, refusal *httpRefus
 }
 
 // forHTTP is how the HTTP server shakes hands. A certificate of the other end is asked for, and
-// need not be there; callerOf checks it.
+// need not be there; httpCaller checks it.
 func (c *certificates) forHTTP() *tls.Config {
 	return &tls.Config{
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
@@ -330,7 +334,7 @@ func (h *httpServer) readyz(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	why := func(ask func(context.Context) string) string {
-		if _, err := h.callerOf(r); err != nil {
+		if _, err := h.s.httpCaller(r); err != nil {
 			return "why is for those who show a certificate"
 		}
 		return ask(r.Context())

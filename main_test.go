@@ -296,6 +296,10 @@ func TestOptions(t *testing.T) {
 		{args: "--id 1 --addr 127.0.0.1:1 --http-addr :8080 --cert-file c --key-file k --trusted-ca-file t"},
 		{args: "--id 1 --addr 127.0.0.1:1 --http-addr 8080", want: "--http-addr: address \"8080\": want host:port"},
 		{args: "--id 1 --addr 127.0.0.1:1 --http-addr=", want: "--http-addr is empty"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr 127.0.0.1:0 --pprof"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr :0 --pprof --cert-file c --key-file k --trusted-ca-file t"},
+		{args: "--id 1 --addr 127.0.0.1:1 --http-addr :0 --pprof --insecure", want: "--pprof needs TLS, or loopback"},
+		{args: "--id 1 --addr 127.0.0.1:1", env: "RAFT_KEY_VALUE_PPROF=true", want: "RAFT_KEY_VALUE_PPROF goes with --http-addr"},
 		{args: "--version"},
 		{args: "--version nosuch", want: "unknown sub-command"},
 	} {

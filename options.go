@@ -42,6 +42,7 @@ type options struct {
 	tls      certificateFiles
 	insecure bool   // beyond loopback without TLS
 	httpAddr string // host:port to serve HTTP on; empty: there is no HTTP
+	pprof    bool   // HTTP serves profiles
 	logLevel slog.Level
 	// logFormat is text or json.
 	logFormat string
@@ -151,6 +152,7 @@ func nodeFlags(o *options) *flag.FlagSet {
 	}
 	fs.StringVar(&o.httpAddr, "http-addr", "",
 		"`host:port` to serve HTTP on: /livez, /readyz and /metrics (default: there is no HTTP)")
+	boolVar(fs, &o.pprof, "pprof", "serve profiles by HTTP, at "+profilePrefix+", for admins")
 	fs.Func("log-level", "`LEVEL` from which on lines are logged: debug, info, warn or error (default info)", setLogLevel)
 	setLogFormat := func(s string) error {
 		if s != "text" && s != "json" {
@@ -333,13 +335,24 @@ func (o *options) check() error {
 
 // checkHTTP checks where HTTP is to be served.
 func (o *options) checkHTTP() error {
+	if o.httpAddr == "" && o.given["http-addr"] { // A variable in the command line may not have been set.
+		return fmt.Errorf("%s is empty: give host:port, or leave it out", o.nameOf("http-addr"))
+	}
 	if o.httpAddr == "" {
-		if o.given["http-addr"] { // A variable in the command line may not have been set.
-			return fmt.Errorf("%s is empty: give host:port, or leave it out", o.nameOf("http-addr"))
+		if o.pprof {
+			return fmt.Errorf("%s goes with --http-addr", o.nameOf("pprof"))
 		}
 		return nil
 	}
-	return o.checkReach("http-addr", o.httpAddr)
+	if err := o.checkReach("http-addr", o.httpAddr); err != nil {
+		return err
+	}
+	host, _, _ := net.SplitHostPort(o.httpAddr)
+	isForAnybody := !o.tls.areGiven() && !isLoopback(host)
+	if o.pprof && isForAnybody {
+		return fmt.Errorf("%s needs TLS, or loopback: profiles are for admins, and here anybody could have them", o.nameOf("pprof"))
+	}
+	return nil
 }
 
 // checkTLS checks that there is all or nothing of what TLS needs.
