@@ -59,7 +59,7 @@ var access = map[string]roles{
 	kvpb.KVService_DeleteRange_FullMethodName: writers,
 	kvpb.KVService_OpenSession_FullMethodName: writers,
 
-	kvpb.ClusterService_Metrics_FullMethodName:          readers,
+	kvpb.ClusterService_Metrics_FullMethodName:          everybody,
 	kvpb.ClusterService_Init_FullMethodName:             admins,
 	kvpb.ClusterService_AddLearner_FullMethodName:       admins,
 	kvpb.ClusterService_ChangeMembership_FullMethodName: admins,

@@ -41,7 +41,7 @@ var mayCall = map[string]string{
 	"raftkv.v1.KVService/Delete":                                    "client admin",
 	"raftkv.v1.KVService/DeleteRange":                               "client admin",
 	"raftkv.v1.KVService/OpenSession":                               "client admin",
-	"raftkv.v1.ClusterService/Metrics":                              "reader client admin",
+	"raftkv.v1.ClusterService/Metrics":                              "reader client admin node",
 	"raftkv.v1.ClusterService/Init":                                 "admin",
 	"raftkv.v1.ClusterService/AddLearner":                           "admin",
 	"raftkv.v1.ClusterService/ChangeMembership":                     "admin",

@@ -51,12 +51,14 @@ type httpServer struct {
 	address net.Addr // it listens on
 	hosts   []string // by which requests may name this node, without TLS
 	pages   map[string]httpPage
+	curves  *callRecorder
 
 	server      *http.Server
 	endRequests context.CancelFunc
 	connections sync.WaitGroup
 	serving     *background
-	errors      rareLog // lines of the log about what strangers send
+	recording   *background // of the curves
+	errors      rareLog     // lines of the log about what strangers send
 }
 
 // startHTTP starts the HTTP server of a node; nil: there is to be none.
@@ -76,7 +78,11 @@ func startHTTP(s *server, o *options) (*httpServer, error) {
 // newHTTPServer makes a server that does not listen yet.
 func newHTTPServer(s *server, o *options) *httpServer {
 	h := &httpServer{s: s, hosts: o.hostNames()}
+	h.curves = newCallRecorder(s.methods, &s.operations)
+	view := &clusterView{survey: (&surveyor{s, &o.plan, h.curves}).survey}
 	h.pages = map[string]httpPage{
+		"/":        {readers, view.page},
+		"/status":  {readers, view.status},
 		"/livez":   {nil, h.livez},
 		"/readyz":  {nil, h.readyz},
 		"/metrics": {readers, newMetricsPage(s).ServeHTTP},
@@ -110,6 +116,10 @@ func (h *httpServer) start(listener net.Listener) {
 	if h.s.certificates != nil {
 		listener = tls.NewListener(listener, h.s.certificates.forHTTP())
 	}
+	h.recording = inBackground(func() error {
+		h.curves.run(h.server.BaseContext(listener))
+		return nil
+	})
 	h.serving = inBackground(func() error {
 		err := h.server.Serve(listener)
 		if !errors.Is(err, http.ErrServerClosed) {
@@ -151,6 +161,7 @@ func (h *httpServer) stop() {
 		_ = h.server.Close()
 	}
 	<-h.serving.ended
+	<-h.recording.ended
 	h.connections.Wait()
 }
 

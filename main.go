@@ -37,7 +37,7 @@
 //   - The watcher (server.watchLoop), one a node: it asks the loop once a second
 //     whether it turns.
 //   - The HTTP server (httpServer.start), with --http-addr: one that accepts, and one for each
-//     connection, which ends with its request.
+//     connection, which ends with its request; and one that makes the curves of the page.
 //   - The starter (starter.run), one a node: while the node is in no cluster, or with --join
 //     finds no member, it does what --initial-cluster or --join says.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks

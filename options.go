@@ -151,7 +151,7 @@ func nodeFlags(o *options) *flag.FlagSet {
 		return nil
 	}
 	fs.StringVar(&o.httpAddr, "http-addr", "",
-		"`host:port` to serve HTTP on: /livez, /readyz and /metrics (default: there is no HTTP)")
+		"`host:port` to serve HTTP on: a page at /, /status, /metrics, /livez and /readyz (default: there is no HTTP)")
 	boolVar(fs, &o.pprof, "pprof", "serve profiles by HTTP, at "+profilePrefix+", for admins")
 	fs.Func("log-level", "`LEVEL` from which on lines are logged: debug, info, warn or error (default info)", setLogLevel)
 	setLogFormat := func(s string) error {
