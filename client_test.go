@@ -393,6 +393,45 @@ func TestClientHelp(t *testing.T) {
 	wantText(t, "version", version, fmt.Sprintf("{\"version\":%q}\n", buildVersion()))
 }
 
+// TestHelpFits: the help of a command has no more of what many commands have than fits it.
+func TestHelpFits(t *testing.T) {
+	t.Parallel()
+	for name, cmd := range commands() {
+		help := commandHelp(name)
+		has := func(words string, want bool) {
+			t.Helper()
+			if strings.Contains(help, words) != want {
+				t.Errorf("help %s: it has %q: %v; want %v\n%s", name, words, !want, want, help)
+			}
+		}
+		isFlag := func(name string) bool {
+			return strings.Contains(help, "\n  -"+name+" ") || strings.Contains(help, "\n  -"+name+"\n")
+		}
+		callsOne := cmd.asks == asksOne || cmd.asks == asksUntilTimeout || cmd.asks == asksFounder
+		if cmd.offline != (cmd.asks == asksNobody) {
+			t.Errorf("%s: it calls nobody, or asks nobody", name)
+		}
+		has("passed over", callsOne)
+		has("in no cluster.\n", callsOne && name != "init")
+		has("a local read", isFlag("local"))
+		has("RAFT_KEY_VALUE_CERT_FILE", isFlag("cert-file"))
+		has("--endpoints, --timeout and", isFlag("endpoints"))
+		has("ErrorReason", isFlag("endpoints"))
+		has("stderr has", isFlag("timeout"))
+		has("1 for no", cmd.saysNo)
+		has("and 4 if", cmd.mayBeUnknown)
+		has("1m0s", false)
+		has("0m0s", false)
+		details := cmd.details + cmd.summary
+		if strings.Contains(details, "exit status is 1") && !cmd.saysNo {
+			t.Errorf("%s: an exit status of 1 is not listed", name)
+		}
+		if strings.Contains(details, "exit status is 4") && !cmd.mayBeUnknown {
+			t.Errorf("%s: an exit status of 4 is not listed", name)
+		}
+	}
+}
+
 func TestClientTimeouts(t *testing.T) {
 	for name, cmd := range commands() {
 		want := 5 * time.Second

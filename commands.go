@@ -33,6 +33,17 @@ const (
 	fileTimeout   = time.Hour
 )
 
+// asking is which nodes a sub-command asks.
+type asking int
+
+const (
+	asksNobody       asking = iota
+	asksAll                 // all endpoints, or all members
+	asksOne                 // the first member that answers
+	asksUntilTimeout        // that, again and again
+	asksFounder             // the first endpoint that answers, in no cluster, too
+)
+
 // command is a sub-command.
 type command struct {
 	args     []argument
@@ -42,6 +53,12 @@ type command struct {
 	details  string // more lines of its help; empty: there are none
 	timeout  time.Duration
 	offline  bool // it calls no node
+	asks     asking
+	// What its help says of it:
+	readsLocally bool // it has the flag --local
+	saysNo       bool // it may have the exit status exitNo
+	mayBeUnknown bool // it may have the exit status exitUnknown
+	isInstant    bool // it waits for nothing
 	// getsOn: the timeout is not for all that it does, but for each time that it waits. It
 	// sees to that itself.
 	getsOn bool
@@ -63,6 +80,8 @@ func commands() map[string]*command {
 			summary:          "make a cluster of these voters",
 			details:          "If it is repeated, with the same voters, it succeeds and changes nothing.",
 			timeout:          changeTimeout,
+			asks:             asksFounder,
+			mayBeUnknown:     true,
 			callsFirstMember: true,
 			flags: func(in *invocation, fs *flag.FlagSet) {
 				boolVar(fs, &in.force, "force", "make it although a cluster has just called a member, or one "+
@@ -71,27 +90,33 @@ func commands() map[string]*command {
 			run: (*client).init,
 		},
 		"add-learner": {
-			args:    []argument{memberArgument},
-			summary: "add a node without a vote and wait until it has caught up",
-			details: "A member that has moved gets the new address, and keeps its role.",
-			timeout: changeTimeout,
-			run:     (*client).addLearner,
+			args:         []argument{memberArgument},
+			summary:      "add a node without a vote and wait until it has caught up",
+			details:      "A member that has moved gets the new address, and keeps its role.",
+			timeout:      changeTimeout,
+			asks:         asksOne,
+			mayBeUnknown: true,
+			run:          (*client).addLearner,
 		},
 		"promote": {
-			args:     []argument{idArgument},
-			repeated: true,
-			summary:  "make these learners voters",
-			details:  "All other members stay as they are.",
-			timeout:  changeTimeout,
-			run:      (*client).promote,
+			args:         []argument{idArgument},
+			repeated:     true,
+			summary:      "make these learners voters",
+			details:      "All other members stay as they are.",
+			timeout:      changeTimeout,
+			asks:         asksOne,
+			mayBeUnknown: true,
+			run:          (*client).promote,
 		},
 		"demote": {
-			args:     []argument{idArgument},
-			repeated: true,
-			summary:  "make these voters learners",
-			details:  "All other members stay as they are.",
-			timeout:  changeTimeout,
-			run:      (*client).demote,
+			args:         []argument{idArgument},
+			repeated:     true,
+			summary:      "make these voters learners",
+			details:      "All other members stay as they are.",
+			timeout:      changeTimeout,
+			asks:         asksOne,
+			mayBeUnknown: true,
+			run:          (*client).demote,
 		},
 		"change-membership": {
 			args:     []argument{idArgument},
@@ -100,7 +125,9 @@ func commands() map[string]*command {
 			details: `If others are voters, --remove-others or --retain has to say what becomes of them. Learners
 that are not named stay. To change the role of some members only, see promote and demote.
 It fails if somebody else changes the membership meanwhile.`,
-			timeout: changeTimeout,
+			timeout:      changeTimeout,
+			asks:         asksOne,
+			mayBeUnknown: true,
 			flags: func(in *invocation, fs *flag.FlagSet) {
 				boolVar(fs, &in.retain, "retain", "keep the other voters as learners")
 				boolVar(fs, &in.removeOthers, "remove-others", "remove the other voters from the cluster")
@@ -114,35 +141,45 @@ It fails if somebody else changes the membership meanwhile.`,
 			run: (*client).changeMembership,
 		},
 		"remove": {
-			args:    []argument{idArgument},
-			summary: "remove a voter or a learner",
-			timeout: changeTimeout,
-			run:     (*client).remove,
+			args:         []argument{idArgument},
+			summary:      "remove a voter or a learner",
+			timeout:      changeTimeout,
+			asks:         asksOne,
+			mayBeUnknown: true,
+			run:          (*client).remove,
 		},
 		"transfer-leader": {
-			args:    []argument{idArgument},
-			summary: "make this voter the leader",
-			timeout: callTimeout,
-			run:     (*client).transferLeader,
+			args:         []argument{idArgument},
+			summary:      "make this voter the leader",
+			timeout:      callTimeout,
+			asks:         asksOne,
+			mayBeUnknown: true,
+			run:          (*client).transferLeader,
 		},
 		"set": {
-			args:    []argument{keyArgument, valueArgument},
-			summary: "write a key; the VALUE - is read from stdin",
-			details: "The exit status is 1 if the key has not the version that --if-version wants.",
-			timeout: callTimeout,
+			args:         []argument{keyArgument, valueArgument},
+			summary:      "write a key; the VALUE - is read from stdin",
+			details:      "The exit status is 1 if the key has not the version that --if-version wants.",
+			timeout:      callTimeout,
+			asks:         asksUntilTimeout,
+			saysNo:       true,
+			mayBeUnknown: true,
 			flags: func(in *invocation, fs *flag.FlagSet) {
 				in.versionFlag(fs, "only if the key has this `VERSION`; 0: only if it is not there")
 			},
 			run: (*client).set,
 		},
 		"get": {
-			args:    []argument{keyArgument},
-			summary: "print the exact bytes of a value, and a newline on a terminal",
-			details: "The exit status is 1 if the key is not there.",
-			timeout: callTimeout,
-			flags:   (*invocation).localFlags,
-			check:   (*invocation).checkLocalFlags,
-			run:     (*client).get,
+			args:         []argument{keyArgument},
+			summary:      "print the exact bytes of a value, and a newline on a terminal",
+			details:      "The exit status is 1 if the key is not there.",
+			timeout:      callTimeout,
+			asks:         asksUntilTimeout,
+			readsLocally: true,
+			saysNo:       true,
+			flags:        (*invocation).localFlags,
+			check:        (*invocation).checkLocalFlags,
+			run:          (*client).get,
 		},
 		"list": {
 			args:     []argument{prefixArgument},
@@ -153,8 +190,10 @@ Go does, with tabs between. With -o json, a line is a ScanResponse: the first on
 cluster and the version of the last write, the others have the keys.
 If a node fails before the first key, another one is asked. Later, the command ends, and the
 error says how far it got. A node ends a list whose output nobody takes for 10 s.`,
-			timeout: callTimeout,
-			getsOn:  true,
+			timeout:      callTimeout,
+			asks:         asksUntilTimeout,
+			readsLocally: true,
+			getsOn:       true,
 			flags: func(in *invocation, fs *flag.FlagSet) {
 				in.localFlags(fs)
 				in.boundFlags(fs)
@@ -172,11 +211,14 @@ error says how far it got. A node ends a list whose output nobody takes for 10 s
 For a range it asks first, unless --yes is given, and prints how many keys it has removed.
 Up to 10,000 keys, or 1 MiB of keys, go at once. More go one part after the other, until none
 is left: others see some of them gone. If it fails half way, the exit status is 4.`,
-			timeout: callTimeout,
-			getsOn:  true,
-			flags:   (*invocation).deleteFlags,
-			check:   (*invocation).checkDeleteFlags,
-			run:     (*client).delete,
+			timeout:      callTimeout,
+			asks:         asksUntilTimeout,
+			saysNo:       true,
+			mayBeUnknown: true,
+			getsOn:       true,
+			flags:        (*invocation).deleteFlags,
+			check:        (*invocation).checkDeleteFlags,
+			run:          (*client).delete,
 		},
 		"watch": {
 			args:     []argument{prefixArgument},
@@ -192,6 +234,8 @@ ago, or the cluster is another one now, or was restored. To begin again without 
 is there by list -o json, and go on by watch --from-version, with the version of its first
 line plus 1.`,
 			timeout: watchTimeout,
+			asks:    asksUntilTimeout,
+			saysNo:  true,
 			getsOn:  true,
 			flags:   (*invocation).watchFlags,
 			check:   (*invocation).checkWatchFlags,
@@ -213,6 +257,7 @@ certificate_ends_soon says that the node's certificate ends within 30 days, by t
 ended, and metrics is a MetricsResponse or null; an id of 0 is not known.
 The exit status is 3 if no node answers, if nodes of several clusters do, or if two lead one term.`,
 			timeout: callTimeout,
+			asks:    asksAll,
 			run:     (*client).status,
 		},
 		"health": {
@@ -220,6 +265,8 @@ The exit status is 3 if no node answers, if nodes of several clusters do, or if 
 			details: `The exit status is 0 only if it is SERVING, 1 if it is not; 3 if none can answer, or if the
 endpoints are in several clusters.`,
 			timeout: callTimeout,
+			asks:    asksAll,
+			saysNo:  true,
 			flags: func(in *invocation, fs *flag.FlagSet) {
 				fs.StringVar(&in.service, "service", healthNames[0], "`NAME` to ask for: "+healthUsage)
 				boolVar(fs, &in.wait, "wait", "wait for SERVING until the timeout")
@@ -242,9 +289,11 @@ when a majority of the directories is lost. Nothing in the directory is changed.
 lack what was acknowledged, if this node was behind, and may have what was not: the last entries
 of its log. Of several directories, take that whose entry has the highest term, and among these the
 highest number; verify prints both. It takes as much memory as the node.`,
-			timeout: fileTimeout,
-			flags:   (*invocation).backupFlags,
-			run:     (*client).backup,
+			timeout:      fileTimeout,
+			asks:         asksOne,
+			mayBeUnknown: true,
+			flags:        (*invocation).backupFlags,
+			run:          (*client).backup,
 		},
 		"restore": {
 			args:    []argument{fileArgument},
@@ -254,11 +303,12 @@ with the same id, address and directory, and add others. Keys, with their versio
 sessions are those of the backup. What is written then has higher versions than any before, by
 this machine's clock. What is no backup is refused: a segment of a log, a directory, and a
 snapshot out of a directory, which lacks what is in the log beside it.`,
-			timeout: fileTimeout,
-			offline: true,
-			flags:   (*invocation).restoreFlags,
-			check:   (*invocation).checkRestoreFlags,
-			run:     (*client).restore,
+			timeout:      fileTimeout,
+			mayBeUnknown: true,
+			offline:      true,
+			flags:        (*invocation).restoreFlags,
+			check:        (*invocation).checkRestoreFlags,
+			run:          (*client).restore,
 		},
 		"verify": {
 			args:    []argument{savedArgument},
@@ -273,6 +323,7 @@ snapshot or directory.
 The exit status is 0 if it is whole, 1 if it is damaged, 3 if it cannot be read: for there is none,
 or a node uses it, or another version of the program has written it.`,
 			timeout: fileTimeout,
+			saysNo:  true,
 			offline: true,
 			run:     (*client).verify,
 		},
@@ -283,25 +334,28 @@ or a node uses it, or another version of the program has written it.`,
 an admin, a client and a reader. Each time, it gets those that are asked for. Nothing is
 overwritten. With -o json, the answer is {"files": [PATH, ...]}.
 Whoever has ca.key can be anybody: keep it away from the nodes.`,
-			timeout: callTimeout,
-			offline: true,
-			flags:   (*invocation).certsFlags,
-			check:   (*invocation).checkCertsFlags,
-			run:     (*client).makeCerts,
+			timeout:      callTimeout,
+			mayBeUnknown: true,
+			offline:      true,
+			flags:        (*invocation).certsFlags,
+			check:        (*invocation).checkCertsFlags,
+			run:          (*client).makeCerts,
 		},
 		"version": {
-			summary: "print the version",
-			timeout: callTimeout,
-			offline: true,
-			run:     (*client).version,
+			summary:   "print the version",
+			timeout:   callTimeout,
+			isInstant: true,
+			offline:   true,
+			run:       (*client).version,
 		},
 		"help": {
-			args:     []argument{commandArgument},
-			optional: true,
-			summary:  "explain a command",
-			timeout:  callTimeout,
-			offline:  true,
-			run:      (*client).help,
+			args:      []argument{commandArgument},
+			optional:  true,
+			summary:   "explain a command",
+			timeout:   callTimeout,
+			isInstant: true,
+			offline:   true,
+			run:       (*client).help,
 		},
 	}
 }

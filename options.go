@@ -255,7 +255,7 @@ func (o *options) nameOf(flag string) string {
 
 // durationVar is fs.DurationVar, but its error says what is wanted: a unit, too.
 func durationVar(fs *flag.FlagSet, d *time.Duration, name, usage string) {
-	fs.Func(name, fmt.Sprintf("%s (default %v)", usage, *d), func(s string) error {
+	fs.Func(name, fmt.Sprintf("%s (default %s)", usage, durationText(*d)), func(s string) error {
 		value, err := time.ParseDuration(s)
 		if err != nil {
 			return errors.New("want a number and its unit, such as 500ms or 2m")
@@ -263,6 +263,12 @@ func durationVar(fs *flag.FlagSet, d *time.Duration, name, usage string) {
 		*d = value
 		return nil
 	})
+}
+
+// durationText is a duration as people write it: 1m, not 1m0s.
+func durationText(d time.Duration) string {
+	text := strings.Replace(d.String(), "m0s", "m", 1)
+	return strings.Replace(text, "h0m", "h", 1)
 }
 
 // boolVar is fs.BoolVar, but its error says what is wanted. The default is false.
