@@ -37,9 +37,9 @@ var (
 		"remove it from the cluster first, and add it again")
 	errRemoved = fmt.Errorf("%w: most of the other voters that it knows say that it is no member of its "+
 		"cluster any more: it was removed, or has come back since without this data directory, in which "+
-		"nothing was changed. Start it again once: if those voters were wrong, it goes on. If it stops "+
-		"with this again, move the directory away, keep it until the cluster is known to be healthy, and "+
-		"start the node with an empty one; add-learner adds it, if status does not list it then", errStopping)
+		"nothing was changed. An operator may start it once more by hand: if those voters were wrong, it goes "+
+		"on. If it ends with this again, move the directory away, keep it until the cluster is known to be "+
+		"healthy, and start the node with an empty one; add-learner adds it, if status does not list it then", errStopping)
 )
 
 const (

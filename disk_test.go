@@ -1650,6 +1650,60 @@ func TestDurableAlone(t *testing.T) {
 	}
 }
 
+// TestDirectoryThatCannotBeApplied: an entry that the program cannot apply is there at each start:
+// no restart mends it.
+func TestDirectoryThatCannotBeApplied(t *testing.T) {
+	for name, kind := range map[string]raftpb.EntryType{"a write": raftpb.EntryNormal, "a change": raftpb.EntryConfChangeV2} {
+		fs := newSimFS()
+		f, err := openFollower(fs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := f.snapshot(); err != nil {
+			t.Fatal(err)
+		}
+		at := f.last + 1
+		b := &kvpb.LogBatch{
+			HardState: &kvpb.HardState{Term: f.term, Commit: at},
+			Entries:   []*kvpb.Entry{{Index: at, Term: f.term, Type: kvpb.EntryType(kind), Data: []byte{0xff}}},
+		}
+		if err := f.d.wal.append(b); err != nil {
+			t.Fatal(err)
+		}
+		_, err = openDiskNode(fs.restart(false), f.n.self.Id)
+		if exitOf(err) != exitForGood || !strings.Contains(err.Error(), fmt.Sprintf("applying entry %d", at)) {
+			t.Errorf("%s: %v, exit status %d", name, err, exitOf(err))
+		}
+	}
+}
+
+// TestToldToStop: a node that is told to stop ends with 0, whatever it hears in its last turn.
+func TestToldToStop(t *testing.T) {
+	hello := &kvpb.Hello{
+		ClusterId:    7,
+		From:         &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2},
+		To:           &kvpb.Peer{Node: plainNode(1), RaftId: 5},
+		DurableNodes: []uint64{1},
+	}
+	l := newLone(t, following)
+	l.n.durable.snapshotIndex = 1
+	for what, happens := range map[string]func(n *node){
+		"its directory is missed": func(n *node) { n.store.clusterID = 0; n.missDisk(hello) },
+		"it was removed":          func(n *node) { n.endRemoved(nil) },
+	} {
+		l.n.err = errStopping
+		happens(l.n)
+		if l.n.err != errStopping {
+			t.Errorf("%s: %v", what, l.n.err)
+		}
+		l.n.err = nil
+		happens(l.n)
+		if !isForGood(l.n.err) {
+			t.Errorf("%s, and it goes on: %v", what, l.n.err)
+		}
+	}
+}
+
 // TestDurableMissed: a node that is started without the directory that its members know of
 // ends, whoever tells it, and is not taken back in memory. With an empty one it is taken back,
 // and its log says that it should not be empty. Once it was removed, it may be in memory.

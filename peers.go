@@ -107,7 +107,7 @@ func (n *node) missDisk(h *kvpb.Hello) {
 		return
 	}
 	if n.durable.disk == nil {
-		n.err = fmt.Errorf("%w, says node %d at %s", errDiskMissing, h.From.GetNode().GetId(), shown(h.From.GetNode().GetAddress()))
+		n.fail(fmt.Errorf("%w, says node %d at %s", errDiskMissing, h.From.GetNode().GetId(), shown(h.From.GetNode().GetAddress())))
 		return
 	}
 	if n.durable.missed {
@@ -352,7 +352,7 @@ func (n *node) disowned(by uint64) {
 func (n *node) endRemoved(by []uint64) {
 	if n.durable.snapshotIndex != 0 {
 		n.logger.Error("this node was removed from its cluster", "say", n.names(by))
-		n.err = errRemoved
+		n.fail(errRemoved)
 		return
 	}
 	n.logger.Warn("this node was removed from its cluster: it drops its state and waits to be added again",

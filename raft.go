@@ -221,10 +221,10 @@ func (n *node) open(d *disk) error {
 		return nil
 	}
 	if err := n.restore(r); err != nil {
-		return err
+		return unlessOfSystem(err)
 	}
 	if err := n.start(); err != nil {
-		return err
+		return unlessOfSystem(err)
 	}
 	if slices.Equal(confIDs(n.store.conf), []uint64{n.id.raftID}) {
 		n.election.campaignAt = n.clock.now + 1 // there is nobody to wait for
@@ -237,7 +237,10 @@ func (n *node) open(d *disk) error {
 		n.logger.Info("the members know this node by another address: it says hello to them from this one",
 			"known", m.Address, "advertise", n.self.Address)
 	}
-	return n.err
+	if n.err != nil {
+		return unlessOfSystem(n.err) // nothing has come in yet but what the directory holds
+	}
+	return nil
 }
 
 // restore takes in what a data directory holds.
@@ -415,6 +418,14 @@ func (n *node) endOnPanic(p any, rest input) {
 	}
 	n.err = fmt.Errorf("raft: %s", string(cause))
 	n.inbox.giveBack(rest)
+}
+
+// fail ends the node, if it does not end anyway. Who was told to stop does not end with what it
+// hears in its last turn.
+func (n *node) fail(err error) {
+	if n.err == nil {
+		n.err = err
+	}
 }
 
 // isRunning reports whether there is a RawNode, which has not broken.
