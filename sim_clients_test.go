@@ -316,7 +316,7 @@ func (c *caller) finish(a *attempt, out outcome) {
 	case out.err != nil:
 		s.count["calls refused"]++
 		if errors.Is(out.err, errQuota) {
-			s.checkRefusal(a)
+			s.checkRefusal(a, out.err)
 		}
 		c.again(a, true)
 	case o.isRead():

@@ -778,6 +778,7 @@ func (s *sim) judge(a *admin, err error) {
 // settle ends all faults and checks that everything heals (I9).
 func (s *sim) settle() {
 	s.endFaults()
+	s.until(settleTicks, s.refusedForDisk)
 	s.until(settleTicks, s.unsettled)
 	s.quiet = true
 	s.until(settleTicks, func() string {
@@ -807,6 +808,7 @@ func (s *sim) endFaults() {
 			s.late = max(s.late, st.slow) // what a disk is at, it goes on with
 			st.fs.failAt = 0
 			st.slow = 0
+			st.space.lowUntil = 0
 		}
 		if st.cur == nil {
 			s.start(st)

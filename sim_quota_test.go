@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"google.golang.org/protobuf/proto"
 
@@ -74,11 +75,19 @@ func (p *proc) checkRoom(sequence uint64, data []byte) {
 	s.count["proposals with a quota"]++
 }
 
-// checkRefusal checks that what was refused would have been too much.
-func (s *sim) checkRefusal(a *attempt) {
-	s.count["Sets refused for their size"]++
+// checkRefusal checks what was refused, and why.
+func (s *sim) checkRefusal(a *attempt, err error) {
+	isForDisk := strings.Contains(err.Error(), "disk of node")
+	if isForDisk {
+		s.count["Sets refused for want of disk"]++
+	} else {
+		s.count["Sets refused for their size"]++
+	}
+	if isForDisk && !s.wasLow {
+		s.failf("%v is refused for want of disk, and none was ever low: %v", a.o, err)
+	}
 	if a.o.kind != "set" {
-		s.failf("%v is refused for its size", a.o)
+		s.failf("%v is refused: %v", a.o, err)
 	}
 	if n := a.p.n; s.cfg.refusedToo && n.calls.own == nil {
 		c := &call{write: a.o.record, done: make(chan outcome, 1)}

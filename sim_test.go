@@ -12,6 +12,7 @@
 //   - sim_levels_test.go: which programs nodes run;
 //   - sim_starting_test.go: nodes that form clusters and join them by themselves;
 //   - sim_quota_test.go: what may be stored, where sites have room for less;
+//   - sim_space_test.go: disks that are about to be full;
 //   - sim_faults_test.go: what goes wrong;
 //   - sim_invariants_test.go: what must hold, and the oracle that knows it;
 //   - sim_planted_test.go: bugs that are planted to see that they are found.
@@ -100,6 +101,7 @@ type simConfig struct {
 	historyBytes uint64  // of past writes that a node keeps for watches
 
 	levels bool   // nodes run programs of two levels
+	fills  bool   // disks are about to be full now and then
 	quota  uint64 // the least that a site lets the store become, others let it twice as large, or more; 0: there is none
 
 	faultEvery float64 // mean, between two faults
@@ -223,6 +225,8 @@ type sim struct {
 	cfg  simConfig
 	seed uint64
 	rng  *rand.Rand
+	// fills is drawn from for disks that are about to be full alone.
+	fills *rand.Rand
 
 	// Time and what will happen.
 	now   int64 // in units of which a tick has simTick
@@ -242,6 +246,7 @@ type sim struct {
 	running bool // faults have begun
 	calm    bool // no more faults
 	quiet   bool // no more calls
+	wasLow  bool // a disk was about to be full
 
 	// What nodes have done, to be compared with the oracle and with each other.
 	oracle  oracle
@@ -279,6 +284,7 @@ func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 		cfg:     cfg,
 		seed:    seed,
 		rng:     rng,
+		fills:   rand.New(rand.NewPCG(seed, 0xf111)),
 		sink:    sink,
 		leaders: map[uint64]uint64{},
 		lives:   map[uint64]string{},
@@ -296,6 +302,7 @@ func newSim(seed uint64, cfg simConfig, rng *rand.Rand, sink io.Writer) *sim {
 		if rng.Float64() < cfg.durable || i == 0 && cfg.anchored() {
 			st.fs = newSimFS()
 		}
+		st.space.muteFrom = math.MaxInt64
 		if cfg.quota != 0 {
 			st.limit = cfg.quota * uint64(1+(i+int(seed))%3)
 		}
@@ -437,6 +444,7 @@ type site struct {
 
 	fs      *simFS // nil: it has no disk
 	slow    int64  // until then the disk does nothing
+	space   siteSpace
 	forgets bool   // processes are started without the disk
 	onDisk  uint64 // the raft ID of the node whose data directory is on the disk
 }
@@ -484,7 +492,8 @@ type proc struct {
 	hellos    []*simStream // on their way to here
 	rooms     []*kvpb.RoomReport
 	told      map[uint64]toldLimit // by raft ID: what members have said that they have room for
-	proposed  map[uint64]uint64    // by sequence: the least limit that counted when it was proposed
+	space     toldSpace
+	proposed  map[uint64]uint64 // by sequence: the least limit that counted when it was proposed
 
 	calls   []*attempt // that have not ended
 	witness witness    // of the last operator's request
@@ -569,7 +578,10 @@ func (s *sim) start(st *site) {
 	}
 	p.n = newNode(o, st.node, slog.New(&simLog{s: s, p: p}))
 	p.n.net = p
-	p.n.opts.onPropose = p.checkRoom
+	p.n.opts.onPropose = func(sequence uint64, data []byte) {
+		p.checkRoom(sequence, data)
+		p.checkSpace(sequence, data)
+	}
 	p.n.quota.plantedDeaf = s.cfg.deaf
 	p.n.opts.onApply = func(e *raftpb.Entry) {
 		p.fresh[e.GetIndex()] = e
@@ -594,6 +606,9 @@ func (s *sim) start(st *site) {
 	if st.fs != nil && !st.forgets && !p.openDisk() {
 		p.die(s.expo(s.cfg.outage))
 		return
+	}
+	if s.cfg.fills && p.disk != nil {
+		s.after(1, p, p.look)
 	}
 	p.identify()
 	s.trace("%v starts at %s", p, st.node.Address)
@@ -1524,6 +1539,9 @@ func (s *sim) begin() {
 		s.after(s.expo(s.cfg.faultEvery), nil, s.fault)
 	}
 	s.after(s.expo(s.cfg.adminEvery), nil, s.wish)
+	if s.cfg.fills {
+		s.fill()
+	}
 }
 
 // run runs it all. An error is an invariant that did not hold.
@@ -1577,6 +1595,7 @@ func simulate(t *testing.T, seed uint64, steps int, sink io.Writer, change func(
 	cryptotest.SetGlobalRandom(t, seed)
 	rng := rand.New(rand.NewPCG(seed, 0x5eed))
 	cfg := drawConfig(rng, steps)
+	cfg.fills = seed%3 == 0
 	if change != nil {
 		change(&cfg)
 	}
