@@ -33,7 +33,12 @@ type client struct {
 }
 
 func newClient(in *invocation, stdin io.Reader, stdout, stderr io.Writer) *client {
-	calls := &apiCaller{endpoints: in.endpoints, timeout: in.timeout, local: in.local}
+	calls := &apiCaller{
+		endpoints:   in.endpoints,
+		connections: newConnectionPool(),
+		timeout:     in.timeout,
+		local:       in.local,
+	}
 	return &client{invocation: in, calls: calls, stdin: stdin, stdout: stdout, stderr: stderr}
 }
 
@@ -57,7 +62,8 @@ func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stde
 			return c.exit(usageError("%v", err))
 		}
 	}
-	if in.command.getsOn {
+	defer c.calls.connections.close()
+	if in.command.getsOn || in.readsValue() {
 		return c.exit(in.command.run(c, ctx))
 	}
 	ctx, cancel := context.WithTimeout(ctx, in.timeout)

@@ -19,6 +19,8 @@ func (c *client) set(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout) // If stdin was waited for, it begins now.
+	defer cancel()
 	id, err := c.newID(ctx)
 	if err != nil {
 		return err

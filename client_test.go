@@ -1036,22 +1036,97 @@ func TestClientGivesUp(t *testing.T) {
 	}
 }
 
-// TestClientSilentStdin: waiting for a value is bounded like all else.
+// TestClientSilentStdin: waiting for a value is not bounded by the timeout, which begins once the
+// value is there; an interrupt ends it.
 func TestClientSilentStdin(t *testing.T) {
+	t.Parallel()
+	f := newFakeNode(t)
+	stdin, w := io.Pipe()
+	const timeout = 500 * time.Millisecond
+	var errs bytes.Buffer
+	command := inBackground(func() error {
+		args := []string{"set", "k", "-", "--timeout", timeout.String(), "--endpoints", f.addr}
+		if exit := runClient(t.Context(), args, stdin, io.Discard, &errs); exit != exitYes {
+			return fmt.Errorf("exit status %d, %s", exit, &errs)
+		}
+		return nil
+	})
+	if _, err := io.WriteString(w, "slow "); err != nil { // the command has begun
+		t.Fatal(err)
+	}
+	if happens(t.Context(), command.ended, 2*timeout) {
+		t.Fatalf("it has ended before stdin: %v", command.err)
+	}
+	_, _ = io.WriteString(w, "value")
+	_ = w.Close()
+	<-command.ended
+	if command.err != nil {
+		t.Error(command.err)
+	}
+	wantText(t, "value", string(f.data["k"]), "slow value")
+
 	silent, w := io.Pipe()
 	defer w.Close()
-	var out, errs bytes.Buffer
-	ended := make(chan int, 1)
-	go func() {
-		ended <- runClient(t.Context(), []string{"set", "k", "-", "--timeout", "50ms", "--endpoints", closedAddress}, silent, &out, &errs)
-	}()
-	select {
-	case exit := <-ended:
-		if exit != exitNotDone || !strings.Contains(errs.String(), "reading stdin") {
-			t.Errorf("exit status %d, %s", exit, &errs)
+	ctx, interrupt := context.WithCancel(t.Context())
+	interrupt()
+	if exit := runClient(ctx, []string{"set", "k", "-", "--endpoints", closedAddress}, silent, io.Discard, &errs); exit != exitNotDone {
+		t.Errorf("interrupted: exit status %d", exit)
+	}
+	wantPart(t, errs.String(), "reading stdin")
+	// Nobody answers: then the timeout ends it, also if the value came from stdin.
+	runCommand(t, exitNotDone, "value", "set", "k", "-", "--timeout", "50ms", "--endpoints", closedAddress)
+}
+
+// countingListener counts connections.
+type countingListener struct {
+	net.Listener
+	accepted *atomic.Int64
+}
+
+func (l countingListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.accepted.Add(1)
+	}
+	return conn, err
+}
+
+// TestOneConnectionAndSession: a run of a command connects to an endpoint once, whatever it asks
+// of it, and opens one session.
+func TestOneConnectionAndSession(t *testing.T) {
+	t.Parallel()
+	for _, line := range []string{
+		"set k v", "get k", "delete k", "list", "delete --prefix k --yes", "health", "status", "remove 2",
+		"promote 2", "change-membership 1", "add-learner 3=h:1", "transfer-leader 1",
+	} {
+		f := newFakeNode(t)
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
 		}
-	case <-time.After(pollDeadline):
-		t.Fatal("it waits for stdin beyond its timeout")
+		var accepted atomic.Int64
+		go func() { _ = f.server.Serve(countingListener{l, &accepted}) }() // ends with the server
+		f.addr = l.Addr().String()
+		f.put("k", "v")
+		f.inCluster(0xa, 1, kvpb.Role_ROLE_LEADER, memberAt(0xa, 1, f.addr, true))
+		f.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+		var errs bytes.Buffer
+		args := commandLine(t, line, f.addr)
+		if exit := runClient(t.Context(), args, nil, io.Discard, &errs); exit != exitYes {
+			t.Errorf("%s: exit status %d, %s", line, exit, &errs)
+		}
+		most := int64(1)
+		if line == "add-learner 3=h:1" { // which looks at it meanwhile
+			most = 2
+		}
+		if n := accepted.Load(); n > most {
+			t.Errorf("%s: %d connections", line, n)
+		}
+		f.mu.Lock()
+		if f.opened > 1 {
+			t.Errorf("%s: %d sessions", line, f.opened)
+		}
+		f.mu.Unlock()
 	}
 }
 

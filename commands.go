@@ -157,9 +157,10 @@ It fails if somebody else changes the membership meanwhile.`,
 			run:          (*client).transferLeader,
 		},
 		"set": {
-			args:         []argument{keyArgument, valueArgument},
-			summary:      "write a key; the VALUE - is read from stdin",
-			details:      "The exit status is 1 if the key has not the version that --if-version wants.",
+			args:    []argument{keyArgument, valueArgument},
+			summary: "write a key; the VALUE - is read from stdin",
+			details: `The exit status is 1 if the key has not the version that --if-version wants.
+If the value comes from stdin, --timeout begins once that has ended.`,
 			timeout:      callTimeout,
 			asks:         asksUntilTimeout,
 			saysNo:       true,

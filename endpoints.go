@@ -50,6 +50,7 @@ const (
 type apiCaller struct {
 	endpoints    []string      // addresses, in the order in which they are called
 	certificates *certificates // for TLS; nil: there is none
+	connections  *connectionPool
 	timeout      time.Duration // of the sub-command
 	local        bool          // no other node can answer for the one that is called first
 	clusterID    uint64        // of the endpoints that were called; 0: none was called yet
@@ -162,6 +163,7 @@ type endpoint struct {
 	asked   chan struct{} // closed once metrics or err is set; nil: the node is not asked yet
 	metrics *kvpb.MetricsResponse
 	err     error // why there are no metrics
+	failed  bool  // a call has failed, and the node has not said why
 }
 
 // startAsking asks the node for its metrics, unless it was asked already, and does
@@ -170,7 +172,10 @@ func (e *endpoint) startAsking(ctx context.Context, timeout time.Duration) {
 	if e.asked != nil {
 		return
 	}
-	e.conn = dial(e.address, e.calls.certificates, grpc.WithKeepaliveParams(clientKeepalive))
+	e.conn = e.calls.connections.take(e.address)
+	if e.conn == nil {
+		e.conn = dial(e.address, e.calls.certificates, grpc.WithKeepaliveParams(clientKeepalive))
+	}
 	e.asked = make(chan struct{})
 	go func() {
 		defer close(e.asked)
@@ -184,14 +189,19 @@ func (e *endpoint) startAsking(ctx context.Context, timeout time.Duration) {
 	}()
 }
 
-// close ends the connection. It waits for the metrics: the context of startAsking
-// has ended, or they are there.
+// close puts the connection back, or ends it, if it may be broken: else gRPC would pause before it
+// connects again. It waits for the metrics: the context of startAsking has ended, or they are
+// there.
 func (e *endpoint) close() {
 	if e.asked == nil {
 		return
 	}
 	<-e.asked
-	_ = e.conn.Close()
+	if e.err != nil || e.failed {
+		_ = e.conn.Close()
+		return
+	}
+	e.calls.connections.put(e.address, e.conn)
 }
 
 func closeAll(endpoints []*endpoint) {
@@ -372,6 +382,7 @@ func (r *round) whySkip(e *endpoint) error {
 // record keeps the error of an endpoint, for the message at the end.
 func (r *round) record(e *endpoint, err error) {
 	r.replies = append(r.replies, replyOf(e.address, err))
+	e.failed = errorReason(err) == ""
 }
 
 // putFirst makes a node the next one to be chosen, unless it was chosen or skipped

@@ -163,6 +163,10 @@ func (in *invocation) flagSet() *flag.FlagSet {
 	return fs
 }
 
+// readsValue reports whether set waits for its value on stdin. Its timeout begins once that is there:
+// whoever writes it may take long.
+func (in *invocation) readsValue() bool { return in.name == "set" && in.args[1] == "-" }
+
 // callsNodes reports whether the sub-command calls nodes. What it needs for that is else ignored.
 func (in *invocation) callsNodes() bool { return !in.command.offline && in.dataDir == "" }
 
