@@ -114,9 +114,12 @@ func (p *proc) checkSpace(sequence uint64, data []byte) {
 	p.s.count["proposals while a disk is low"]++
 }
 
-// refusedForDisk says who refuses Sets for want of disk; empty: nobody does.
+// refusedForDisk says who refuses Sets for want of disk, or still may; empty: nobody does.
 func (s *sim) refusedForDisk() string {
 	for _, p := range s.members() {
+		if p.space.isLow && p.n.quota.space.known {
+			return fmt.Sprintf("%v goes by a look at its disk when that was low", p)
+		}
 		if low := p.n.quota.lowest; low != nil {
 			return fmt.Sprintf("%v refuses Sets for the disk of %x, which has room", p, low.RaftId)
 		}
