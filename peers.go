@@ -228,8 +228,9 @@ func (n *node) followDown(raftID uint64, noStream bool) {
 	if wasConnected && raftID == n.raft.lead {
 		n.leaderLost()
 	}
-	if wasConnected && n.store.members[raftID] != nil {
-		n.peers.goodbyes[raftID] = n.peers.goodbyes[raftID] // false, unless it has said goodbye
+	_, hasEntry := n.peers.goodbyes[raftID] // perhaps that it has said goodbye
+	if wasConnected && n.store.members[raftID] != nil && !hasEntry {
+		n.peers.goodbyes[raftID] = false
 	}
 	if n.store.members[raftID] != nil {
 		n.rn.ReportUnreachable(raftID)

@@ -205,6 +205,76 @@ func TestRollingUpgrade(t *testing.T) {
 	}
 }
 
+// TestAwayWhileTheLevelRises: a node that has heard nothing of the rise, nor has it on its disk, is refused if
+// it comes back with the older program, which says why; and catches up with the newer one.
+func TestAwayWhileTheLevelRises(t *testing.T) {
+	t.Parallel()
+	older := buildOlder(t)
+	newer := buildProgram(t, ".", "nextlevel")
+	f := newFleet(t, older, true)
+	f.roll(newer, 1, 2, 3)
+	leader := leaderOf(t, f.ps[:3])
+	away := f.ps[leader.id%3]
+	others := &fleet{t: t}
+	for _, p := range f.ps {
+		if p != away {
+			others.ps = append(others.ps, p)
+		}
+	}
+	// Stopped, it is connected still, so the level rises without it: nobody who is down is passed over.
+	if err := away.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	last := f.ps[3]
+	last.signal(syscall.SIGTERM)
+	last.program = newer
+	last.start()
+	others.wantsLevel(nextLevel)
+	if _, err := leader.kv.Set(t.Context(), &kvpb.SetRequest{Key: "later", Value: []byte("v")}); err != nil {
+		t.Fatal(err)
+	}
+	away.signal(syscall.SIGKILL)
+
+	away.program = older
+	away.start() // which it does, for its directory has nothing of the rise
+	eventually(t, func() error {
+		text, err := os.ReadFile(away.log)
+		if err == nil && !bytes.Contains(text, []byte("this program is too old for the cluster that calls this node: start a newer one")) {
+			err = fmt.Errorf("it does not say that it is too old: %s", text[max(0, len(text)-2000):])
+		}
+		return err
+	})
+	refused := fmt.Sprintf("the program of node %d at %s speaks levels up to 1, and the cluster of this node is of a higher", away.id, away.address)
+	for _, p := range others.ps[:2] {
+		eventually(t, func() error {
+			text, err := os.ReadFile(p.log)
+			if err == nil && !bytes.Contains(text, []byte(refused)) {
+				err = fmt.Errorf("node %d does not say that node %d is too old", p.id, away.id)
+			}
+			return err
+		})
+	}
+	m, err := away.metrics()
+	if err != nil || m.Healthy || m.Level != firstLevel {
+		t.Errorf("the older program: healthy: %v, level %d, %v", m.GetHealthy(), m.GetLevel(), err)
+	}
+	if _, err := leader.kv.Set(t.Context(), &kvpb.SetRequest{Key: "later", Value: []byte("w")}); err != nil {
+		t.Error(err)
+	}
+	away.signal(syscall.SIGTERM)
+	away.program = newer
+	away.start()
+	f.settled()
+	f.wantsLevel(nextLevel)
+	eventually(t, func() error {
+		resp, err := away.kv.Get(t.Context(), &kvpb.GetRequest{Key: "later", Local: true})
+		if err == nil && string(resp.Value) != "w" {
+			err = errors.New("it has not caught up")
+		}
+		return err
+	})
+}
+
 // newFleet makes a cluster of three voters and a learner that run a program.
 func newFleet(t *testing.T, program string, durable bool) *fleet {
 	t.Helper()
@@ -283,8 +353,8 @@ func (p *process) failsToStart() string {
 	cmd.Path = p.program
 	err = cmd.Run()
 	var exit *exec.ExitError
-	if !errors.As(err, &exit) {
-		p.tb.Errorf("it ends with %v", err)
+	if !errors.As(err, &exit) || exit.ExitCode() != exitForGood {
+		p.tb.Errorf("it ends with %v, not with exit status %d", err, exitForGood)
 	}
 	text, err := os.ReadFile(log.Name())
 	if err != nil {
