@@ -124,7 +124,7 @@ func TestSlowCallOfCluster(t *testing.T) {
 
 // slowFS takes long to sync files.
 type slowFS struct {
-	osFS
+	fileSystem
 	takes time.Duration
 }
 
@@ -139,12 +139,12 @@ func (f slowFile) sync() error {
 }
 
 func (fs slowFS) create(path string) (file, error) {
-	f, err := fs.osFS.create(path)
+	f, err := fs.fileSystem.create(path)
 	return slowFile{f, fs.takes}, err
 }
 
 func (fs slowFS) open(path string) (file, error) {
-	f, err := fs.osFS.open(path)
+	f, err := fs.fileSystem.open(path)
 	return slowFile{f, fs.takes}, err
 }
 
@@ -157,7 +157,7 @@ func TestSlowDiskIsSaid(t *testing.T) {
 			o := defaultOptions()
 			n := newNode(o, plainNode(1), logInto(log))
 			n.net = deafNetwork{}
-			d, err := openDisk(slowFS{takes: takes}, dir, o.logBytes, n.logger)
+			d, err := openDisk(slowFS{osFS{}, takes}, dir, o.logBytes, n.logger)
 			if err != nil {
 				t.Fatal(err)
 			}
