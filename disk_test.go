@@ -1684,6 +1684,7 @@ func TestToldToStop(t *testing.T) {
 		From:         &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2},
 		To:           &kvpb.Peer{Node: plainNode(1), RaftId: 5},
 		DurableNodes: []uint64{1},
+		Leading:      true,
 	}
 	l := newLone(t, following)
 	l.n.durable.snapshotIndex = 1

@@ -20,7 +20,7 @@ type durable struct {
 	logged        uint64 // bytes of the entries on disk that the last snapshot there does not cover
 	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
 	lastBytes     uint64 // about the length of the last snapshot on disk
-	missed        bool   // the log has said that the directory should not have been empty
+	missed        bool   // the log has said that the directory should be there, or not be empty
 	savingBytes   uint64 // about the length of the snapshot on its way; 0: there is none
 	written       uint64 // bytes of the log, by this process
 	crowded       bool   // the disk was low since the last snapshot

@@ -61,6 +61,10 @@ func TestNodesExitStatus(t *testing.T) {
 		p.args = []string{"--data-dir", filepath.Join(t.TempDir(), "data")}
 	}
 	formCluster(t, ps)
+	ps[1].signal(syscall.SIGTERM)
+	wantEnd(t, exitForGood, "started without --data-dir", "--id", "2", "--addr", ps[1].address) // once there is a leader
+	ps[1].start()
+	awaitHealthy(t, ps, 30*time.Second)
 	removed := ps[2]
 	runCommand(t, exitYes, "", "remove", "3", "--endpoints", ps[0].address)
 	if err := removed.cmd.Wait(); removed.cmd.ProcessState.ExitCode() != exitForGood {
@@ -73,8 +77,6 @@ func TestNodesExitStatus(t *testing.T) {
 	wantEnd(t, exitUsage, "--addr is needed", "--id", "9")
 	dir := ps[0].args[1]
 	wantEnd(t, exitFailed, "another process uses it", "--id", "1", "--addr", "127.0.0.1:0", "--data-dir", dir)
-	ps[1].signal(syscall.SIGTERM)
-	wantEnd(t, exitForGood, "started without --data-dir", "--id", "2", "--addr", ps[1].address)
 	ps[0].signal(syscall.SIGTERM)
 	if status := ps[0].cmd.ProcessState.ExitCode(); status != exitYes {
 		t.Errorf("SIGTERM: status %d", status)

@@ -20,6 +20,7 @@ func (n *node) hello() *kvpb.Hello {
 		ClusterLevel: p.level,
 		Durable:      n.durable.disk != nil,
 		DurableNodes: p.durableNodes,
+		Leading:      p.leading,
 	}
 }
 
@@ -53,13 +54,14 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 	}
 	isPeers := verdict == kvpb.Verdict_VERDICT_ACCEPTED && h.GetTo().GetRaftId() != 0
 	if isPeers && h.Durable {
-		n.inbox.event(func() { n.noteDurable(h.From.RaftId) })
+		n.inbox.event(func() { n.noteDurable(h.From.RaftId, h.From.Node.Id) })
 	}
 	return &kvpb.Welcome{
 		Verdict:      verdict,
 		Peer:         n.peer(p),
 		ClusterId:    p.clusterID,
 		ClusterLevel: p.level,
+		Durable:      n.durable.disk != nil,
 	}
 }
 

@@ -50,7 +50,7 @@ func (r raftService) Join(ctx context.Context, req *kvpb.JoinRequest) (*kvpb.Joi
 	resp := &kvpb.JoinResponse{}
 	err := r.s.onLeader(ctx, kvpb.RaftService_Join_FullMethodName, req, resp, func(ctx context.Context) error {
 		resp.ClusterId = r.s.n.status.latest.Load().clusterID
-		return r.s.addJoiner(ctx, req)
+		return r.s.addJoiner(ctx, req, resp)
 	})
 	if err != nil {
 		return nil, err
@@ -72,12 +72,16 @@ func (s *server) isMember(nodeID uint64) bool {
 	return len(raftIDsOf(s.n.status.latest.Load().members, nodeID)) > 0
 }
 
-// addJoiner has the leader add a node that asks for it, once that answers at its address.
-func (s *server) addJoiner(ctx context.Context, req *kvpb.JoinRequest) error {
+// addJoiner has the leader add a node that asks for it, once that answers at its address. A member
+// with a data directory that has come back elsewhere without it is refused, as missDisk refuses it
+// at its old address.
+func (s *server) addJoiner(ctx context.Context, req *kvpb.JoinRequest, resp *kvpb.JoinResponse) error {
 	node := &kvpb.Node{Id: req.From.Node.Id, Address: req.From.Node.Address} // without unknown fields
-	var known nextStep
+	var known nextStep                                                       // the loop writes it, and wasDurable, perhaps after do has failed
+	wasDurable := false
 	err := s.n.do(ctx, func() error {
 		known = s.n.clusterState().knownStep(node)
+		wasDurable = slices.Contains(s.n.peers.durableNodes, node.Id)
 		return nil
 	})
 	if err != nil {
@@ -86,6 +90,11 @@ func (s *server) addJoiner(ctx context.Context, req *kvpb.JoinRequest) error {
 	if known.kind != stepWait {
 		return known.err
 	}
+	if wasDurable && !req.Durable {
+		return memberExists("node %d is a member with a data directory, and was started without --data-dir: start it with "+
+			"the directory that it had. To have it in memory from now on, remove it first, and add it again", node.Id)
+	}
+	resp.WasDurable = wasDurable
 	p, err := s.probe(ctx, node)
 	if err != nil {
 		return err
@@ -251,8 +260,11 @@ func (b *starter) askToJoin(ctx context.Context, address string) error {
 	member := &kvpb.Node{Address: address} // whoever that is: with TLS, a node at a host of its certificate
 	conn := b.s.net.dial(member)
 	defer func() { _ = conn.Close() }()
-	req := &kvpb.JoinRequest{From: n.peer(n.status.latest.Load()), AsLearner: b.plan.asLearner}
+	req := &kvpb.JoinRequest{From: n.peer(n.status.latest.Load()), AsLearner: b.plan.asLearner, Durable: n.durable.disk != nil}
 	resp, err := kvpb.NewRaftServiceClient(conn).Join(ctx, req)
+	if resp.GetWasDurable() {
+		n.inbox.event(func() { n.warnOfEmptyDirectory("the leader") })
+	}
 	switch {
 	case err == nil:
 		cluster := fmt.Sprintf("%016x", resp.ClusterId)

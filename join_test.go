@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -235,6 +236,45 @@ func TestJoinFindsWhoHasMoved(t *testing.T) {
 		p.settled(threeNodes...)
 		p.wants(3, false, "k", "v", version)
 	})
+}
+
+// TestJoinMissesADisk: a member that comes back elsewhere without its data directory is refused
+// there, as at its old address. With an empty directory it is taken back, and its log says so.
+func TestJoinMissesADisk(t *testing.T) {
+	t.Parallel()
+	parent := t.TempDir()
+	dirs := map[uint64]string{}
+	for id := range uint64(4) {
+		dirs[id+1] = fmt.Sprintf("%s/%d", parent, id+1)
+	}
+	p := newPlanned(t, 5, func(o *options) {
+		o.dataDir = dirs[o.id]
+		o.durable = o.dataDir != ""
+	})
+	p.joinsBy([]uint64{4}, 1, 2, 3)
+	p.begin(1, 2, 3)
+	p.init(1, 2, 3)
+	p.begin(4)
+	p.roles(4, []uint64{1, 2, 3, 4})
+	knows := func(n *node) error {
+		if !slices.Contains(n.peers.durableNodes, 4) {
+			return errors.New("it does not know node 4 as durable")
+		}
+		return nil
+	}
+	for _, id := range threeNodes {
+		p.inLoop(id, knows)
+	}
+	p.kill(4)
+	p.addresses[4] = p.addresses[5]
+	dirs[4] = ""
+	p.begin(4)
+	p.waits(4, "node 4 is a member with a data directory, and was started without --data-dir")
+	p.kill(4)
+	dirs[4] = parent + "/empty"
+	p.begin(4)
+	p.roles(4, []uint64{1, 2, 3, 4})
+	p.says("node=4 ", "the data directory is empty, and its members know this node")
 }
 
 // TestJoinFindsSomebodyNew: a node that looks for its members, and finds one that was added since,

@@ -27,9 +27,9 @@ type peerStates struct {
 	// refusals are why members do not talk to this node, until they do.
 	refusals map[uint64]string
 	// durable are the peers that have said that they have a data directory, perhaps before they
-	// were members, and durableNodes the ids of those that are; a new slice whenever it changes,
-	// for it is published.
-	durable      map[uint64]bool
+	// were members, with the node that each of them was then; durableNodes are the ids of those that
+	// are members; a new slice whenever it changes, for it is published.
+	durable      map[uint64]uint64
 	durableNodes []uint64
 	// goodbyes are of members to which our stream has ended, until they are back: whether they
 	// have said that they were told to stop.
@@ -46,7 +46,7 @@ func newPeerStates() peerStates {
 		moved:      map[uint64]*kvpb.Node{},
 		disownedBy: map[uint64]bool{},
 		refusals:   map[uint64]string{},
-		durable:    map[uint64]bool{},
+		durable:    map[uint64]uint64{},
 		goodbyes:   map[uint64]bool{},
 		fullAt:     map[uint64]uint64{},
 	}
@@ -65,14 +65,23 @@ func (p *peerStates) forget(removed []uint64) {
 	}
 }
 
-// noteDurable learns that a peer has a data directory.
-func (n *node) noteDurable(raftID uint64) {
-	if n.peers.durable[raftID] {
+// noteDurable learns that a node has a data directory, which goes by a raft ID. A node's
+// certificate does not name its raft ID: it may not speak for a member that is another node.
+func (n *node) noteDurable(raftID, nodeID uint64) {
+	m := n.store.members[raftID]
+	isAnothers := m != nil && m.Id != nodeID
+	if isAnothers || n.peers.durable[raftID] == nodeID {
 		return
 	}
 	boundStrangers(n.peers.durable, n.store.members)
-	n.peers.durable[raftID] = true
+	n.peers.durable[raftID] = nodeID
 	n.listDurable()
+}
+
+// isDurable reports whether a member has said that it has a data directory.
+func (n *node) isDurable(raftID uint64) bool {
+	m := n.store.members[raftID]
+	return m != nil && n.peers.durable[raftID] == m.Id
 }
 
 // boundStrangers bounds what is known of peers, by raft ID: once there is too much, it drops what
@@ -87,8 +96,8 @@ func boundStrangers[V any](known map[uint64]V, members map[uint64]*kvpb.Node) {
 func (n *node) listDurable() {
 	var ids []uint64
 	for raftID := range n.peers.durable {
-		if m := n.store.members[raftID]; m != nil {
-			ids = append(ids, m.Id)
+		if n.isDurable(raftID) {
+			ids = append(ids, n.store.members[raftID].Id)
 		}
 	}
 	slices.Sort(ids)
@@ -97,8 +106,9 @@ func (n *node) listDurable() {
 
 // missDisk ends a node in no cluster that was started without the data directory that its
 // members know it to have: taken back in memory, it would keep less than its operator asked
-// for, and nobody would know. One with an empty directory goes on, and says so: that is how
-// a directory is replaced that was lost.
+// for, and nobody would know. Only the leader is believed: another member may have yet to hear
+// that the node was removed and may be in memory. One with an empty directory goes on, and says
+// so, whoever says it: that is how a directory is replaced that was lost.
 func (n *node) missDisk(h *kvpb.Hello) {
 	isForThis := h.GetTo().GetNode().GetId() == n.self.Id
 	isOfBefore := h.GetTo().GetRaftId() != n.id.raftID // else it is being added
@@ -106,17 +116,37 @@ func (n *node) missDisk(h *kvpb.Hello) {
 	if !isKnown || n.store.clusterID != 0 {
 		return
 	}
+	if n.durable.disk == nil && !h.Leading {
+		n.warnOfMissingDirectory(h)
+		return
+	}
 	if n.durable.disk == nil {
 		n.fail(fmt.Errorf("%w, says node %d at %s", errDiskMissing, h.From.GetNode().GetId(), shown(h.From.GetNode().GetAddress())))
 		return
 	}
+	n.warnOfEmptyDirectory(fmt.Sprintf("node %d", h.From.GetNode().GetId()))
+}
+
+// warnOfMissingDirectory says, once, that this node had a directory, as a member says that does not
+// lead.
+func (n *node) warnOfMissingDirectory(h *kvpb.Hello) {
 	if n.durable.missed {
+		return
+	}
+	n.durable.missed = true
+	n.logger.Warn("a member knows this node as one with a data directory, and it was started without --data-dir: "+
+		"if the leader says so, too, this node ends", "say", fmt.Sprintf("node %d", h.From.GetNode().GetId()))
+}
+
+// warnOfEmptyDirectory says, once, that this node's directory should not have been empty.
+func (n *node) warnOfEmptyDirectory(says string) {
+	if n.durable.disk == nil || n.durable.missed {
 		return
 	}
 	n.durable.missed = true
 	n.logger.Warn("the data directory is empty, and its members know this node as one that had data in it: "+
 		"the cluster takes it back as a new one. If its disk is not mounted, stop this node now and mount it",
-		append(peerArgs(h.From.GetNode()), "dir", n.durable.disk.dir)...)
+		"dir", n.durable.disk.dir, "say", says)
 }
 
 // receiveMessages queues a peer's messages; it waits while the queue is full.
@@ -293,6 +323,9 @@ func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
 			_ = n.proposeLoss(raftID)
 		}
 	case isTooOld: // if it has lost its memory, it is not taken back
+	case n.isWithoutMemory(raftID, w) && n.lacksDisk(raftID, w):
+		n.peers.refusals[raftID] = fmt.Sprintf("node %d at %s was started without the data directory that it had",
+			w.Peer.Node.Id, w.Peer.Node.Address)
 	case n.isWithoutMemory(raftID, w):
 		n.noteRebirth(raftID, w.Peer)
 	}
@@ -322,6 +355,12 @@ func (n *node) isWithoutMemory(raftID uint64, w *kvpb.Welcome) bool {
 		return false
 	}
 	return w.Peer.RaftId != raftID && proto.Equal(w.Peer.Node, n.store.members[raftID])
+}
+
+// lacksDisk reports whether a member that had a data directory has come back without one. It is not
+// taken back: it ends as soon as the leader calls it (missDisk).
+func (n *node) lacksDisk(raftID uint64, w *kvpb.Welcome) bool {
+	return n.isDurable(raftID) && !w.Durable
 }
 
 // disowned learns from a member that it has applied this node's removal, durably if it

@@ -980,14 +980,71 @@ func TestStrayLearner(t *testing.T) {
 // nobody forget that of members.
 func TestDurableStrangers(t *testing.T) {
 	l := newLone(t, following)
-	l.n.noteDurable(2)
+	l.n.noteDurable(2, 2)
 	for i := range uint64(20 * maxMembers) {
-		l.n.noteDurable(1000 + i)
+		l.n.noteDurable(1000+i, 1000+i)
 		if known := len(l.n.peers.durable); known > 2*maxMembers {
 			t.Fatalf("after %d strangers it knows of %d", i, known)
 		}
 	}
 	if !slices.Equal(l.n.peers.durableNodes, []uint64{2}) {
 		t.Errorf("durable members: %v", l.n.peers.durableNodes)
+	}
+}
+
+// TestDurableIsOfANode: what a node says of a raft ID does not count for another node.
+func TestDurableIsOfANode(t *testing.T) {
+	l := newLone(t, leading)
+	l.n.noteDurable(2, 9)
+	l.n.noteDurable(4, 9) // a stranger so far
+	l.n.noteDurable(3, 3)
+	l.n.noteDurable(3, 9)
+	l.n.store.configure(&raftpb.ConfState{Voters: []uint64{1, 2, 3}, Learners: []uint64{4}}, plainMembers(4))
+	l.n.listDurable()
+	if !slices.Equal(l.n.peers.durableNodes, []uint64{3}) {
+		t.Errorf("durable members: %v, want 3", l.n.peers.durableNodes)
+	}
+	l.n.noteDurable(4, 4)
+	if !slices.Equal(l.n.peers.durableNodes, []uint64{3, 4}) {
+		t.Errorf("durable members: %v, want 3 and 4", l.n.peers.durableNodes)
+	}
+}
+
+// TestDurableIsNotTakenBackInMemory: who answers without memory in place of a member with a data
+// directory is taken back with a directory only.
+func TestDurableIsNotTakenBackInMemory(t *testing.T) {
+	for _, isDurable := range []bool{false, true} {
+		l := newLone(t, leading)
+		l.n.noteDurable(2, 2)
+		l.n.refused(1, 2, &kvpb.Welcome{
+			Verdict: kvpb.Verdict_VERDICT_NOT_ME,
+			Peer:    &kvpb.Peer{RaftId: 12, Life: 4, Node: plainNode(2)},
+			Durable: isDurable,
+		})
+		l.turn(0)
+		if isReborn := l.n.peers.reborn[2] != nil; isReborn != isDurable {
+			t.Errorf("durable %v: it is to be taken back %v", isDurable, isReborn)
+		}
+		if isSaid := strings.Contains(l.n.peers.refusals[2], "without the data directory"); isSaid == isDurable {
+			t.Errorf("durable %v: %q", isDurable, l.n.peers.refusals[2])
+		}
+	}
+}
+
+// TestOnlyTheLeaderMissesADisk: a member that does not lead may have yet to hear that the node was
+// removed, and may be in memory now.
+func TestOnlyTheLeaderMissesADisk(t *testing.T) {
+	for _, isLeading := range []bool{false, true} {
+		n := turnNode()
+		n.missDisk(&kvpb.Hello{
+			ClusterId:    7,
+			From:         &kvpb.Peer{Node: plainNode(2), RaftId: 2, Life: 2},
+			To:           &kvpb.Peer{Node: n.self, RaftId: n.id.raftID + 1},
+			DurableNodes: []uint64{n.self.Id},
+			Leading:      isLeading,
+		})
+		if isEnded := errors.Is(n.err, errDiskMissing); isEnded != isLeading {
+			t.Errorf("leading %v: %v", isLeading, n.err)
+		}
 	}
 }

@@ -3693,7 +3693,9 @@ type Hello struct {
 	Durable bool `protobuf:"varint,6,opt,name=durable,proto3" json:"durable,omitempty"`
 	// The ids of members that have said so to the caller. A node in no cluster that finds
 	// its own there was started without its directory, or with an empty one.
-	DurableNodes  []uint64 `protobuf:"varint,7,rep,packed,name=durable_nodes,json=durableNodes,proto3" json:"durable_nodes,omitempty"`
+	DurableNodes []uint64 `protobuf:"varint,7,rep,packed,name=durable_nodes,json=durableNodes,proto3" json:"durable_nodes,omitempty"`
+	// The caller leads its cluster.
+	Leading       bool `protobuf:"varint,8,opt,name=leading,proto3" json:"leading,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3775,6 +3777,13 @@ func (x *Hello) GetDurableNodes() []uint64 {
 		return x.DurableNodes
 	}
 	return nil
+}
+
+func (x *Hello) GetLeading() bool {
+	if x != nil {
+		return x.Leading
+	}
+	return false
 }
 
 // Peer is one life of one node.
@@ -3871,7 +3880,9 @@ type Welcome struct {
 	// if that life of that node answers there. At most 80.
 	Peers []*Peer `protobuf:"bytes,4,rep,name=peers,proto3" json:"peers,omitempty"`
 	// The level of the called node's cluster; 1 in no cluster.
-	ClusterLevel  uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
+	ClusterLevel uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
+	// The called node has a data directory.
+	Durable       bool `protobuf:"varint,6,opt,name=durable,proto3" json:"durable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3939,6 +3950,13 @@ func (x *Welcome) GetClusterLevel() uint32 {
 		return x.ClusterLevel
 	}
 	return 0
+}
+
+func (x *Welcome) GetDurable() bool {
+	if x != nil {
+		return x.Durable
+	}
+	return false
 }
 
 type ClaimRequest struct {
@@ -4130,7 +4148,9 @@ type JoinRequest struct {
 	// The caller, in this life.
 	From *Peer `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
 	// It stays a learner.
-	AsLearner     bool `protobuf:"varint,2,opt,name=as_learner,json=asLearner,proto3" json:"as_learner,omitempty"`
+	AsLearner bool `protobuf:"varint,2,opt,name=as_learner,json=asLearner,proto3" json:"as_learner,omitempty"`
+	// It has a data directory. A member that has said so, too, is not added without one.
+	Durable       bool `protobuf:"varint,3,opt,name=durable,proto3" json:"durable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4179,9 +4199,19 @@ func (x *JoinRequest) GetAsLearner() bool {
 	return false
 }
 
+func (x *JoinRequest) GetDurable() bool {
+	if x != nil {
+		return x.Durable
+	}
+	return false
+}
+
 type JoinResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ClusterId     uint64                 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId uint64                 `protobuf:"varint,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// The leader knew the caller's node as a member with a data directory: that of the
+	// caller should not have been empty.
+	WasDurable    bool `protobuf:"varint,2,opt,name=was_durable,json=wasDurable,proto3" json:"was_durable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4221,6 +4251,13 @@ func (x *JoinResponse) GetClusterId() uint64 {
 		return x.ClusterId
 	}
 	return 0
+}
+
+func (x *JoinResponse) GetWasDurable() bool {
+	if x != nil {
+		return x.WasDurable
+	}
+	return false
 }
 
 type StreamRequest struct {
@@ -6371,7 +6408,7 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\fdisk_reserve\x18, \x01(\x04R\vdiskReserve\x12!\n" +
 	"\fsets_refused\x18- \x01(\x04R\vsetsRefused\x12\x12\n" +
 	"\x04slow\x18. \x03(\tR\x04slowB\t\n" +
-	"\a_leader\"\xea\x01\n" +
+	"\a_leader\"\x84\x02\n" +
 	"\x05Hello\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12#\n" +
@@ -6380,20 +6417,22 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\aremoved\x18\x04 \x03(\x04R\aremoved\x12#\n" +
 	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\x12\x18\n" +
 	"\adurable\x18\x06 \x01(\bR\adurable\x12#\n" +
-	"\rdurable_nodes\x18\a \x03(\x04R\fdurableNodes\"\x89\x01\n" +
+	"\rdurable_nodes\x18\a \x03(\x04R\fdurableNodes\x12\x18\n" +
+	"\aleading\x18\b \x01(\bR\aleading\"\x89\x01\n" +
 	"\x04Peer\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x04node\x12\x17\n" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x12\n" +
 	"\x04life\x18\x03 \x01(\x04R\x04life\x12\x14\n" +
 	"\x05level\x18\x04 \x01(\rR\x05level\x12\x19\n" +
-	"\brises_to\x18\x05 \x01(\rR\arisesTo\"\xc7\x01\n" +
+	"\brises_to\x18\x05 \x01(\rR\arisesTo\"\xe1\x01\n" +
 	"\aWelcome\x12,\n" +
 	"\averdict\x18\x01 \x01(\x0e2\x12.raftkv.v1.VerdictR\averdict\x12#\n" +
 	"\x04peer\x18\x02 \x01(\v2\x0f.raftkv.v1.PeerR\x04peer\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x03 \x01(\x04R\tclusterId\x12%\n" +
 	"\x05peers\x18\x04 \x03(\v2\x0f.raftkv.v1.PeerR\x05peers\x12#\n" +
-	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\"\xe6\x01\n" +
+	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\x12\x18\n" +
+	"\adurable\x18\x06 \x01(\bR\adurable\"\xe6\x01\n" +
 	"\fClaimRequest\x12\x1f\n" +
 	"\x02to\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x02to\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12)\n" +
@@ -6409,14 +6448,17 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"cluster_id\x18\x02 \x01(\x04R\tclusterId\x12'\n" +
 	"\x06voters\x18\x03 \x03(\v2\x0f.raftkv.v1.NodeR\x06voters\x12)\n" +
 	"\amembers\x18\x04 \x03(\v2\x0f.raftkv.v1.NodeR\amembers\x12\x1f\n" +
-	"\x02by\x18\x05 \x01(\v2\x0f.raftkv.v1.NodeR\x02by\"Q\n" +
+	"\x02by\x18\x05 \x01(\v2\x0f.raftkv.v1.NodeR\x02by\"k\n" +
 	"\vJoinRequest\x12#\n" +
 	"\x04from\x18\x01 \x01(\v2\x0f.raftkv.v1.PeerR\x04from\x12\x1d\n" +
 	"\n" +
-	"as_learner\x18\x02 \x01(\bR\tasLearner\"-\n" +
+	"as_learner\x18\x02 \x01(\bR\tasLearner\x12\x18\n" +
+	"\adurable\x18\x03 \x01(\bR\adurable\"N\n" +
 	"\fJoinResponse\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x01 \x01(\x04R\tclusterId\"\x98\x01\n" +
+	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12\x1f\n" +
+	"\vwas_durable\x18\x02 \x01(\bR\n" +
+	"wasDurable\"\x98\x01\n" +
 	"\rStreamRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.raftkv.v1.HelloR\x05hello\x122\n" +
 	"\bmessages\x18\x02 \x03(\v2\x16.raftkv.v1.RaftMessageR\bmessages\x12+\n" +
