@@ -47,7 +47,7 @@ func (n *node) sayRebirth(raftID uint64, node *kvpb.Node) {
 	knowsOthers := c.raft.role == raft.StateLeader && !c.isNewLeader()
 	const loss = "a node has lost its memory: "
 	switch {
-	case n.peers.durable[raftID]:
+	case n.isDurable(raftID):
 		n.logger.Warn(loss+"its data directory is empty", peerArgs(node)...)
 	case wasThere && !saidGoodbye:
 		n.logger.Warn(loss+"it was not told to stop", peerArgs(node)...)

@@ -161,7 +161,7 @@ func TestRebirthIsExplained(t *testing.T) {
 			n.peerDown(2, true)
 		}, true},
 		{"it has a directory", following, func(n *node) {
-			n.noteDurable(2)
+			n.noteDurable(2, 2)
 			n.peerStops(2)
 		}, false},
 		{"it was back meanwhile", following, func(n *node) {
