@@ -447,6 +447,55 @@ func TestRoomsAreTold(t *testing.T) {
 	}
 }
 
+// TestRoomsAreForgotten: of a member that is removed, streams begin without what it has said, and nothing
+// that arrives later is taken; of a cluster that a node has left, it keeps nothing.
+func TestRoomsAreForgotten(t *testing.T) {
+	l := newLone(t, leading)
+	told := &toldRooms{lone: l}
+	l.n.net = told
+	l.n.quota = newQuota(1000)
+	l.n.learnRooms(l.hellos[0], []*kvpb.RoomReport{report(2, 1, 900), report(3, 1, 800)})
+	l.turn(0)
+	before := len(told.all)
+	delete(l.n.store.members, 3)
+	l.n.store.removed = append(l.n.store.removed, 3)
+	l.n.forgetRooms(l.n.store.removed)
+	if l.n.quota.rooms[3] != nil || l.n.quota.limit != 900 {
+		t.Errorf("%v is kept, the limit is %d", l.n.quota.rooms[3], l.n.quota.limit)
+	}
+	l.n.tellRooms()
+	if len(told.all) == before || fmt.Sprint(ids(told.all[len(told.all)-1])) != "[1 2]" {
+		t.Errorf("a stream begins with %v", told.all[before:])
+	}
+	l.n.learnRooms(l.hellos[0], []*kvpb.RoomReport{report(3, 2, 700)})
+	if l.n.quota.rooms[3] != nil {
+		t.Error("what the removed has said arrives late, and is taken")
+	}
+	before = len(told.all)
+	l.n.learnRooms(l.hellos[0], []*kvpb.RoomReport{report(2, 1, 900)})
+	l.n.tellRooms()
+	if len(told.all) != before {
+		t.Error("what is known already is told again")
+	}
+	l.n.newLife()
+	if kept := len(l.n.quota.rooms) + len(l.n.quota.news); kept != 0 {
+		t.Errorf("it has left, and keeps %d reports", kept)
+	}
+}
+
+// TestOldLowDiskIsNotTold: streams begin without a member's low disk once that counts no more.
+func TestOldLowDiskIsNotTold(t *testing.T) {
+	low := report(3, 1, 800)
+	low.DiskLow = true
+	r := &memberRoom{RoomReport: low, heardAt: 10}
+	if !r.asOf(15, 5).DiskLow || r.asOf(16, 5).DiskLow || !low.DiskLow {
+		t.Error("it is told for too long, or not for as long as it counts, or is changed")
+	}
+	if got := r.asOf(16, 5); got.MaxStoreBytes != 800 || got.Sequence != 1 {
+		t.Errorf("of its limit, %v is told", got)
+	}
+}
+
 // TestQuotaOfCluster: by the API, the least limit counts at all nodes, for as long as its node is
 // a member. What is refused is not applied, and all else goes on.
 func TestQuotaOfCluster(t *testing.T) {
