@@ -8,8 +8,9 @@ import (
 )
 
 // histogram counts values, which are whole numbers, such as nanoseconds. Any goroutine may call
-// its methods. A value costs two atomic additions, 15 ns in all, and 30 if two processors do
-// nothing else: a thousandth of a call. So it is not divided among processors.
+// its methods. A value costs two atomic additions. With both looks at the clock, that is 110 ns for a
+// call, on one processor or on two at once (BenchmarkCounted), of the 15 µs that it takes of them at
+// least. So it is not divided among processors.
 type histogram struct {
 	unit   float64  // how many of the values make one of the unit that is told, as 1e9 for seconds
 	bounds []uint64 // the highest value of each bucket but the last, which has none; ascending

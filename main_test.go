@@ -317,6 +317,23 @@ func TestOptions(t *testing.T) {
 	}
 }
 
+// TestExposed: the log warns if others reach the node, by any of its addresses, and nobody is asked who they are.
+func TestExposed(t *testing.T) {
+	for args, want := range map[string]bool{
+		"--addr 127.0.0.1:1 --http-addr 127.0.0.1:2":                                      false,
+		"--addr 127.0.0.1:1 --http-addr :2 --insecure":                                    true,
+		"--addr 10.0.0.1:1 --insecure":                                                    true,
+		"--addr 127.0.0.1:1 --advertise 10.0.0.1:1 --insecure":                            true,
+		"--addr 10.0.0.1:1 --http-addr :2 --cert-file c --key-file k --trusted-ca-file t": false,
+	} {
+		noEnvironment := func(string) (string, bool) { return "", false }
+		o, err := parseOptions(append([]string{"--id", "1"}, strings.Fields(args)...), io.Discard, noEnvironment)
+		if err != nil || o.isExposed() != want {
+			t.Errorf("%s: %v, %v", args, o.isExposed(), err)
+		}
+	}
+}
+
 // TestErrorsNameWhatSetTheValue: the environment variable, or the flag in its place.
 func TestErrorsNameWhatSetTheValue(t *testing.T) {
 	for flag, wrong := range map[string]string{

@@ -376,3 +376,24 @@ func labelsOf(all series, metric, kind string) []string {
 	slices.Sort(labels)
 	return labels
 }
+
+// BenchmarkCounted: what it costs a call to be counted.
+func BenchmarkCounted(b *testing.B) {
+	m := newMethodCounts("raftkv.v1.KVService", "Get", true)
+	count := func() {
+		begun := time.Now()
+		m.ended(nil, time.Since(begun))
+	}
+	b.Run("alone", func(b *testing.B) {
+		for b.Loop() {
+			count()
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				count()
+			}
+		})
+	})
+}
