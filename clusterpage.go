@@ -16,6 +16,9 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"raft-key-value/kvpb"
 )
 
@@ -26,8 +29,8 @@ const (
 	// surveyTimeout bounds a survey: a second for each of the rounds in which nodes name
 	// others.
 	surveyTimeout = 4 * time.Second
-	// surveyAskTimeout is twice how long a node may take to answer.
-	surveyAskTimeout = 2 * time.Second
+	// surveyAskTimeout is how long a node may take to answer.
+	surveyAskTimeout = time.Second
 	// surveyAge is how old a survey may be that is shown: all who look in a second share one.
 	surveyAge = time.Second
 )
@@ -59,19 +62,20 @@ type clusterStatus struct {
 
 // clusterView has the last survey that was made.
 type clusterView struct {
+	ctx    context.Context                      // ends with the HTTP server
 	survey func(context.Context) *clusterStatus // makes one
 
 	mu     sync.Mutex // held meanwhile: whoever looks then sees what comes of it
 	latest *clusterStatus
 }
 
-// show answers with a survey that is at most surveyAge old.
-func (v *clusterView) show(ctx context.Context) *clusterStatus {
+// show answers with a survey that is at most surveyAge old. It does not end with the request that
+// has begun it, for others may wait for it.
+func (v *clusterView) show() *clusterStatus {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.latest == nil || time.Since(v.latest.Time) >= surveyAge {
-		// Who waits for the lock gets this one, too: so it does not end with this request.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), surveyTimeout)
+		ctx, cancel := context.WithTimeout(v.ctx, surveyTimeout)
 		defer cancel()
 		v.latest = v.survey(ctx)
 	}
@@ -87,8 +91,11 @@ type surveyor struct {
 
 // survey asks all nodes.
 func (y *surveyor) survey(ctx context.Context) *clusterStatus {
-	calls := &apiCaller{endpoints: y.addresses(), certificates: y.s.certificates, timeout: surveyAskTimeout}
-	found := takeSurvey(ctx, calls)
+	others, ids := y.others()
+	own := []*endpoint{y.askItself(ctx)}
+	found := newSurvey(askEverybody(ctx, own, others, func(addresses []string) []*endpoint {
+		return y.ask(ctx, addresses, ids)
+	}))
 	found.leaveOutStrangers()
 	self := y.s.n.self
 	return &clusterStatus{
@@ -102,16 +109,51 @@ func (y *surveyor) survey(ctx context.Context) *clusterStatus {
 	}
 }
 
-// addresses are those to ask: this node's, those of the members that it knows, and those that
-// it was started with, where another cluster may be by mistake.
-func (y *surveyor) addresses() []string {
-	found := []string{y.s.n.self.Address}
+// askItself is what this node says, which needs no connection: so it is told also if its
+// certificate has ended, or nobody reaches it.
+func (y *surveyor) askItself(ctx context.Context) *endpoint {
+	ctx, cancel := context.WithTimeout(ctx, surveyAskTimeout)
+	defer cancel()
+	e := &endpoint{address: y.s.n.self.Address}
+	e.metrics, e.err = y.s.Metrics(ctx, &kvpb.MetricsRequest{})
+	return e
+}
+
+// ask asks nodes, all at the same time. At an address that one of ids has, that node has to
+// answer, whose certificate need not have the address.
+func (y *surveyor) ask(ctx context.Context, addresses []string, ids map[string]uint64) []*endpoint {
+	var asked sync.WaitGroup
+	var endpoints []*endpoint
+	for _, address := range addresses {
+		e := &endpoint{address: address}
+		endpoints = append(endpoints, e)
+		asked.Go(func() {
+			conn := y.s.net.dialer.newConn(&kvpb.Node{Id: ids[address], Address: address})
+			defer func() { _ = conn.Close() }()
+			short, cancel := context.WithTimeout(ctx, surveyAskTimeout)
+			defer cancel()
+			e.metrics, e.err = kvpb.NewClusterServiceClient(conn).Metrics(short, &kvpb.MetricsRequest{})
+			if e.err != nil && short.Err() != nil {
+				e.err = status.Errorf(codes.DeadlineExceeded, "no answer in %v", surveyAskTimeout)
+			}
+		})
+	}
+	asked.Wait()
+	return endpoints
+}
+
+// others are the addresses to ask: those of the members that this node knows, whose ids it
+// returns, too, and those that it was started with, where another cluster may be by mistake.
+func (y *surveyor) others() (addresses []string, ids map[string]uint64) {
+	ids = map[string]uint64{}
 	add := func(address string) {
-		if address != "" && !slices.Contains(found, address) {
-			found = append(found, address)
+		isOwn := address == y.s.n.self.Address
+		if !isOwn && !slices.Contains(addresses, address) {
+			addresses = append(addresses, address)
 		}
 	}
 	for _, m := range nodesOfMembers(y.s.n.status.latest.Load().members) {
+		ids[m.Address] = m.Id
 		add(m.Address)
 	}
 	for _, m := range y.plan.members {
@@ -120,7 +162,7 @@ func (y *surveyor) addresses() []string {
 	for _, address := range y.plan.join {
 		add(address)
 	}
-	return found
+	return addresses, ids
 }
 
 // nodesOfMembers are their nodes, in ascending order of their ids.
@@ -143,9 +185,9 @@ func (s *survey) leaveOutStrangers() {
 }
 
 // status answers with the cluster as JSON.
-func (v *clusterView) status(w http.ResponseWriter, r *http.Request) {
+func (v *clusterView) status(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(v.show(r.Context())) // fails only if the other end has gone
+	_ = json.NewEncoder(w).Encode(v.show()) // fails only if the other end has gone
 }
 
 // page answers with the page, which asks for /status itself.

@@ -4,7 +4,9 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"regexp"
@@ -101,17 +103,101 @@ func TestClusterPage(t *testing.T) {
 	}
 }
 
-// TestClusterPageIsForReaders: who shows no certificate, or that of a node of another CA, sees
+// TestClusterPageIsForReaders: who shows no certificate, that of a node, or one of another CA, sees
 // neither the page nor its data.
 func TestClusterPageIsForReaders(t *testing.T) {
 	t.Parallel()
 	w := &webs{t: t}
 	c := newSecureCluster(t, 1, w.set)
-	nobody := newWebClient(t, c.pki, "")
+	testCertificate(t, testAuthority(t, t.TempDir(), "ca"), c.pki, "stranger", "reader", nil)
 	for _, path := range []string{"/", "/status"} {
-		nobody.get(w.address(1), path, http.StatusUnauthorized)
-		newWebClient(t, c.pki, "reader").get(w.address(1), path, http.StatusOK)
+		for name, want := range map[string]int{
+			"": http.StatusUnauthorized, "stranger": http.StatusUnauthorized, "node1": http.StatusForbidden,
+			"reader": http.StatusOK, "client": http.StatusOK, "admin": http.StatusOK,
+		} {
+			newWebClient(t, c.pki, name).get(w.address(1), path, want)
+		}
 	}
+}
+
+// TestClusterPageWithoutConnections: a node shows itself though its certificate has ended, and so
+// nobody reaches it; others say that it has ended. Members are asked by their ids, for a certificate
+// need not have the address of a node that has moved.
+func TestClusterPageWithoutConnections(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 0)
+	dir, ca := testPKI(t, 2)
+	c.pki = dir
+	c.start(1, "127.0.0.1:0")
+	c.start(2, "127.0.0.1:0")
+	c.init(1, 2)
+	of := func(id uint64) *surveyor {
+		s := c.nodes[id].server
+		return &surveyor{s, &startPlan{}, newCallRecorder(s.methods, &s.operations)}
+	}
+	surveyOf := func(id uint64) *clusterStatus { return of(id).survey(t.Context()) }
+	if _, ids := of(1).others(); ids[c.nodes[2].address] != 2 {
+		t.Errorf("the ids at addresses are %v: whose certificate lacks its address is refused", ids)
+	}
+	ends := time.Now().Add(5 * time.Second) // long enough to be read
+	testCertificate(t, ca, dir, "node1", "node/1", func(x *x509.Certificate) { x.NotAfter = ends })
+	eventually(t, func() error {
+		notes := fmt.Sprint(surveyOf(2).Notes)
+		if !strings.Contains(notes, "replace the certificate of node 1 at "+c.nodes[1].address+": it has ended") {
+			return fmt.Errorf("node 2 says %s", notes)
+		}
+		return nil
+	})
+	own := surveyOf(1)
+	if !own.Members[0].Reachable || !strings.Contains(fmt.Sprint(own.Notes), "replace the certificate of node 1") {
+		t.Errorf("node 1 says of itself: %v, %v", own.Members[0], own.Notes)
+	}
+}
+
+// TestClusterPageOfStoppingNode: a survey, which waits for members that do not answer, ends with
+// the HTTP server.
+func TestClusterPageOfStoppingNode(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	v := &clusterView{ctx: ctx, survey: func(ctx context.Context) *clusterStatus {
+		cancel()
+		<-ctx.Done()
+		return &clusterStatus{}
+	}}
+	v.show()
+}
+
+// TestRoleAndLag: what status -o json and the page say of members, also of those that do not answer,
+// and of one that is listed twice, for it is being taken back.
+func TestRoleAndLag(t *testing.T) {
+	member := func(id, raftID, match uint64, set func(*kvpb.MemberStatus)) *kvpb.MemberStatus {
+		m := &kvpb.MemberStatus{
+			Node: &kvpb.Node{Id: id, Address: fmt.Sprint("n:", id)}, RaftId: raftID, Progress: &kvpb.Progress{MatchIndex: match},
+		}
+		set(m)
+		return m
+	}
+	voter := func(m *kvpb.MemberStatus) { m.Voter = true }
+	leader := &kvpb.MetricsResponse{
+		Node: &kvpb.Node{Id: 1, Address: "n:1"}, RaftId: 1, ClusterId: 7, Role: kvpb.Role_ROLE_LEADER, LastIndex: 100, Level: 1,
+		Members: []*kvpb.MemberStatus{
+			member(1, 1, 100, voter), member(2, 2, 90, voter),
+			member(3, 3, 0, func(m *kvpb.MemberStatus) { m.VoterOutgoing = true; m.Progress = nil }),
+			member(4, 4, 50, func(m *kvpb.MemberStatus) { m.Learner = true }),
+			member(5, 5, 99, voter), member(5, 6, 10, voter),
+		},
+	}
+	fifth := &kvpb.MetricsResponse{
+		Node: &kvpb.Node{Id: 5, Address: "n:5"}, RaftId: 5, ClusterId: 7, Role: kvpb.Role_ROLE_FOLLOWER,
+	}
+	asked := []*endpoint{{address: "n:1", metrics: leader}, {address: "n:5", metrics: fifth}}
+	for _, address := range []string{"n:2", "n:3", "n:4", "old:1"} {
+		asked = append(asked, &endpoint{address: address, err: errors.New("no")})
+	}
+	var got []string
+	for _, r := range newSurvey(asked).rows {
+		got = append(got, fmt.Sprintf("%d %s %s", r.NodeID, r.Role, r.Lag))
+	}
+	wantText(t, "rows", strings.Join(got, "; "), "1 leader 0; 2 voter 10; 3 leaving ; 4 learner 50; 5 follower 1; 0  ")
 }
 
 // TestClusterPageOfLongAgo: addresses at which nobody is any more, and no member is listed, are
@@ -137,18 +223,18 @@ func TestClusterPageOfLongAgo(t *testing.T) {
 func TestClusterPageIsShared(t *testing.T) {
 	withFakeClock(t, func(t *testing.T) {
 		asked := 0
-		v := &clusterView{survey: func(context.Context) *clusterStatus {
+		v := &clusterView{ctx: t.Context(), survey: func(context.Context) *clusterStatus {
 			asked++
 			return &clusterStatus{Time: time.Now()}
 		}}
-		v.show(t.Context())
+		v.show()
 		time.Sleep(surveyAge - 1)
-		v.show(t.Context())
+		v.show()
 		if asked != 1 {
 			t.Errorf("asked %d times within a second", asked)
 		}
 		time.Sleep(1 * time.Nanosecond)
-		v.show(t.Context())
+		v.show()
 		if asked != 2 {
 			t.Errorf("asked %d times in a second", asked)
 		}

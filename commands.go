@@ -250,12 +250,13 @@ LAG is how many entries of the leader's log a member has not stored. STORE is us
 disk of the data directory. What is not known is a dash.
 The JSON is {"summary": {"state", "text", "clusters": [{"cluster_id", "state", "text", "leader",
 "may_fail", "voters", "outgoing_voters", "learners"}]}, "members": [{"node_id", "address", "reachable",
-"error", "cluster_id", "certificate_ends_soon", "metrics"}], "notes": [{"attention", "text"}]}. A state is ok, degraded, no_leader, lost (the cluster
+"error", "cluster_id", "certificate_ends_soon", "role", "lag", "metrics"}], "notes": [{"attention", "text"}]}. A state is ok, degraded, no_leader, lost (the cluster
 cannot go on), split (several clusters, or two leaders of a term), no_cluster or no_answer; of voters,
 outgoing_voters (those of before a change that is half way) and learners, it has {"all", "up",
 "answer", "lost_memory"}. Of a member, cluster_id is the node's cluster, or else the one that lists it,
 certificate_ends_soon says that the node's certificate ends within 30 days, by the clock here, or has
-ended, and metrics is a MetricsResponse or null; an id of 0 is not known.
+ended, role is as in the table, or of a node that does not answer, voter, learner or leaving, lag is empty
+if it is not known, and metrics is a MetricsResponse or null; an id of 0 is not known.
 The exit status is 3 if no node answers, if nodes of several clusters do, or if two lead one term.`,
 			timeout: callTimeout,
 			asks:    asksAll,

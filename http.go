@@ -79,7 +79,8 @@ func startHTTP(s *server, o *options) (*httpServer, error) {
 func newHTTPServer(s *server, o *options) *httpServer {
 	h := &httpServer{s: s, hosts: o.hostNames()}
 	h.curves = newCallRecorder(s.methods, &s.operations)
-	view := &clusterView{survey: (&surveyor{s, &o.plan, h.curves}).survey}
+	ctx, end := context.WithCancel(context.Background())
+	view := &clusterView{ctx: ctx, survey: (&surveyor{s, &o.plan, h.curves}).survey}
 	h.pages = map[string]httpPage{
 		"/":        {readers, view.page},
 		"/status":  {readers, view.status},
@@ -91,7 +92,6 @@ func newHTTPServer(s *server, o *options) *httpServer {
 		p := &profiler{s: s, busy: make(chan struct{}, 1)}
 		p.addPages(h.pages)
 	}
-	ctx, end := context.WithCancel(context.Background())
 	h.endRequests = end
 	h.server = &http.Server{
 		Handler:                      h,

@@ -111,7 +111,11 @@ func (s *survey) programLines(cluster uint64) []string {
 	if speaks == 0 {
 		return nil // programs without levels
 	}
-	lines := []string{fmt.Sprintf("the cluster is of level %d", level)}
+	which := "the cluster"
+	if len(s.views) > 1 {
+		which = fmt.Sprintf("cluster %016x", cluster)
+	}
+	lines := []string{fmt.Sprintf("%s is of level %d", which, level)}
 	for _, program := range slices.Sorted(maps.Keys(runs)) {
 		lines = append(lines, fmt.Sprintf("%s: %s", nodeList(runs[program]), program))
 	}
@@ -168,9 +172,15 @@ func (s *survey) byCertificate() []*memberRow {
 	return secure
 }
 
-// certificateLines name the nodes whose certificates end soon.
+// certificateLines name the nodes whose certificates end soon, or have ended: then the node does
+// not answer, or those that it calls do not.
 func (s *survey) certificateLines() []string {
 	var lines []string
+	for _, r := range s.rows {
+		if strings.Contains(r.Error, "certificate has expired") {
+			lines = append(lines, fmt.Sprintf("replace the certificate of node %d at %s: it has ended, or a clock is wrong", r.NodeID, r.Address))
+		}
+	}
 	for _, r := range s.byCertificate() {
 		if r.CertificateEndsSoon {
 			end, _ := r.certificateEnd()

@@ -39,8 +39,13 @@ type memberRow struct {
 	ClusterID uint64 `json:"cluster_id,string"`
 	// CertificateEndsSoon says that the node's certificate ends within certificateWarning, by
 	// the clock here, or has ended.
-	CertificateEndsSoon bool           `json:"certificate_ends_soon"`
-	Metrics             json.Marshaler `json:"metrics"` // of metrics; nil: the node is not reachable
+	CertificateEndsSoon bool `json:"certificate_ends_soon"`
+	// Role is leader, follower, learner, candidate, or uninitialized, as the node says itself; else
+	// voter, learner or leaving, as it is listed; empty: it is not known.
+	Role string `json:"role"`
+	// Lag is how many entries of the leader's log the member has not stored; empty: it is not known.
+	Lag     string         `json:"lag"`
+	Metrics json.Marshaler `json:"metrics"` // of metrics; nil: the node is not reachable
 
 	metrics *kvpb.MetricsResponse
 	failure error // why the node is not reachable; Error is its text
@@ -54,7 +59,15 @@ type listedMember struct {
 
 // takeSurvey asks the endpoints and then all others that they name.
 func takeSurvey(ctx context.Context, calls *apiCaller) *survey {
-	asked := askEverybody(ctx, calls)
+	return newSurvey(askEverybody(ctx, nil, calls.endpoints, func(addresses []string) []*endpoint {
+		endpoints := calls.ask(ctx, addresses)
+		closeAll(endpoints)
+		return endpoints
+	}))
+}
+
+// newSurvey puts together what nodes have answered.
+func newSurvey(asked []*endpoint) *survey {
 	s := &survey{views: map[uint64]*kvpb.MetricsResponse{}}
 	listed := map[string][]listedMember{} // by address
 	now := time.Now()
@@ -80,20 +93,38 @@ func takeSurvey(ctx context.Context, calls *apiCaller) *survey {
 		}
 	}
 	slices.SortFunc(s.rows, s.compare)
+	for _, r := range s.rows {
+		r.Role = s.roleOf(r)
+		r.Lag = s.lagOf(r)
+	}
 	return s
 }
 
-// askEverybody asks the endpoints for their metrics, then the members that they name,
-// and so on. A node that has two addresses is in the result once. The endpoints are
-// closed.
-func askEverybody(ctx context.Context, calls *apiCaller) []*endpoint {
+// roleOf is what a node says of itself, or is listed as.
+func (s *survey) roleOf(r *memberRow) string {
+	if r.Reachable {
+		return strings.ToLower(strings.TrimPrefix(r.metrics.Role.String(), "ROLE_"))
+	}
+	m := findMember(s.views[r.ClusterID], r.NodeID)
+	switch {
+	case m == nil:
+		return ""
+	case m.Voter:
+		return "voter"
+	case m.VoterOutgoing:
+		return "leaving"
+	}
+	return "learner"
+}
+
+// askEverybody asks the nodes at some addresses for their metrics, then the members that they
+// name, and so on, besides those that have been asked. A node that has two addresses is in the
+// result once.
+func askEverybody(ctx context.Context, asked []*endpoint, next []string, ask func([]string) []*endpoint) []*endpoint {
 	var found []*endpoint
 	addresses := map[string]bool{} // that were asked
 	raftIDs := map[uint64]bool{}   // of the nodes that answered
-	next := calls.endpoints
-	for len(next) > 0 {
-		endpoints := calls.ask(ctx, next)
-		closeAll(endpoints)
+	take := func(endpoints []*endpoint) {
 		for _, e := range endpoints {
 			addresses[e.address] = true
 			id := e.metrics.GetRaftId()
@@ -105,6 +136,10 @@ func askEverybody(ctx context.Context, calls *apiCaller) []*endpoint {
 				raftIDs[id] = true
 			}
 		}
+	}
+	take(asked)
+	for len(next) > 0 && ctx.Err() == nil {
+		take(ask(next))
 		others := map[string]bool{}
 		for _, e := range found {
 			for _, m := range e.metrics.GetMembers() {
@@ -324,7 +359,7 @@ func (s *survey) cells(r *memberRow) []string {
 	if r.ClusterID != 0 {
 		cluster = fmt.Sprintf("%016x", r.ClusterID)
 	}
-	lag := s.lagCell(r)
+	lag := cmp.Or(r.Lag, unknownCell)
 	cells := []string{numberCell(r.NodeID), r.Address}
 	if !r.Reachable {
 		cells = append(cells, "unreachable", voter)
@@ -338,8 +373,7 @@ func (s *survey) cells(r *memberRow) []string {
 	if m.Healthy {
 		health = "ok"
 	}
-	role := strings.ToLower(strings.TrimPrefix(m.Role.String(), "ROLE_"))
-	cells = append(cells, health, voter, role, numberCell(m.Leader.GetId()), numberCell(m.Term))
+	cells = append(cells, health, voter, r.Role, numberCell(m.Leader.GetId()), numberCell(m.Term))
 	applied, version, keys := formatID(m.AppliedIndex), formatID(m.Version), formatID(m.Keys)
 	if m.ClusterId == 0 {
 		applied, version, keys = unknownCell, unknownCell, unknownCell
@@ -347,8 +381,8 @@ func (s *survey) cells(r *memberRow) []string {
 	return append(cells, applied, lag, version, keys, storeCell(m), diskCell(m), cluster, m.UnhealthyReason)
 }
 
-// lagCell is how many entries of the leader's log a member has not stored, as the leader knows.
-func (s *survey) lagCell(r *memberRow) string {
+// lagOf is how many entries of the leader's log a member has not stored, as the leader knows.
+func (s *survey) lagOf(r *memberRow) string {
 	view := s.views[r.ClusterID]
 	for _, m := range view.GetMembers() {
 		isThis := m.Node.GetId() == r.NodeID
@@ -359,7 +393,7 @@ func (s *survey) lagCell(r *memberRow) string {
 			return formatID(view.LastIndex - min(view.LastIndex, m.Progress.MatchIndex))
 		}
 	}
-	return unknownCell
+	return ""
 }
 
 // diskCell is what is free on the disk of a node's data directory, in GiB, rounded down.
