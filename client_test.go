@@ -380,7 +380,7 @@ func TestClientHelp(t *testing.T) {
 		if strings.Contains(help, " \n") {
 			t.Errorf("a blank at the end of a line: %s", help)
 		}
-		if calls := !slices.Contains([]string{"certs", "help", "restore", "verify", "version"}, name); calls != strings.Contains(help, "\n  -endpoints ") {
+		if calls := !slices.Contains([]string{"certs", "completion", "help", "restore", "verify", "version"}, name); calls != strings.Contains(help, "\n  -endpoints ") {
 			t.Errorf("it calls a node %v, but: %s", calls, help)
 		}
 	}

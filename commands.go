@@ -48,7 +48,7 @@ const (
 type command struct {
 	args     []argument
 	optional bool   // the last argument may be left out
-	repeated bool   // the last argument may be given up to maxMembers times
+	repeated bool   // the last argument may be given up to maxArguments times
 	summary  string // what the sub-command is for: a line
 	details  string // more lines of its help; empty: there are none
 	timeout  time.Duration
@@ -343,6 +343,20 @@ Whoever has ca.key can be anybody: keep it away from the nodes.`,
 			check:        (*invocation).checkCertsFlags,
 			run:          (*client).makeCerts,
 		},
+		"completion": {
+			args:     []argument{shellArgument, wordArgument},
+			optional: true,
+			repeated: true,
+			summary:  "print a script with which a shell completes commands, flags and files",
+			details: `In ~/.bashrc: source <(raft-key-value completion bash)
+In ~/.zshrc, behind compinit: source <(raft-key-value completion zsh)
+The script asks by completion words -- WORD ... what may stand in place of the last word.`,
+			timeout:   callTimeout,
+			isInstant: true,
+			offline:   true,
+			check:     (*invocation).checkCompletion,
+			run:       (*client).completion,
+		},
 		"version": {
 			summary:   "print the version",
 			timeout:   callTimeout,
@@ -372,6 +386,8 @@ func (cmd *command) usage() string {
 	}
 	last := len(words) - 1
 	switch {
+	case cmd.optional && cmd.repeated:
+		words[last] = "[" + words[last] + " ...]"
 	case cmd.optional:
 		words[last] = "[" + words[last] + "]"
 	case cmd.repeated:

@@ -406,12 +406,17 @@ const (
 	idArgument
 	memberArgument
 	commandArgument
+	shellArgument
+	wordArgument
 )
 
 // String is the argument's name in the help text.
 func (a argument) String() string {
-	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "FILE|DIR", "DIR", "ID", "ID=ADDR", "COMMAND"}[a]
+	return [...]string{"KEY", "VALUE", "PREFIX", "FILE", "FILE|DIR", "DIR", "ID", "ID=ADDR", "COMMAND", "bash|zsh", "WORD"}[a]
 }
+
+// maxArguments bounds what is given in any number: members of a cluster, and words to be completed.
+const maxArguments = maxMembers
 
 // takeArguments checks the arguments and sets the invocation's fields by them.
 func (in *invocation) takeArguments(args []string) error {
@@ -422,7 +427,7 @@ func (in *invocation) takeArguments(args []string) error {
 		least--
 	}
 	if cmd.repeated {
-		most = maxMembers // Only members are given in any number.
+		most = maxArguments
 	}
 	if len(args) < least || len(args) > most {
 		return fmt.Errorf("wrong number of arguments: %d; want: %s", len(args), cmp.Or(cmd.usage(), "none"))
