@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"sync/atomic"
 
 	"google.golang.org/protobuf/proto"
 
@@ -14,17 +15,18 @@ import (
 // uses it, but for disk: that is set before the node serves anybody and never changes, and
 // whoever receives a snapshot reads it, too (readSnapshot).
 type durable struct {
-	disk          *disk  // nil: in memory only
-	snapshotIndex uint64 // index of the last snapshot on disk; 0: there is no disk, or its directory is nobody's yet
-	queued        int    // jobs that the disk has not done
-	logged        uint64 // bytes of the entries on disk that the last snapshot there does not cover
-	saving        uint64 // logged, when a snapshot on its way to the disk was begun; 0: there is none
-	lastBytes     uint64 // about the length of the last snapshot on disk
-	missed        bool   // the log has said that the directory should be there, or not be empty
-	savingBytes   uint64 // about the length of the snapshot on its way; 0: there is none
-	written       uint64 // bytes of the log, by this process
-	crowded       bool   // the disk was low since the last snapshot
-	removing      uint64 // about the bytes of the snapshot, and of the log, that a new snapshot has replaced, until they are gone
+	disk          *disk                      // nil: in memory only
+	snapshotIndex uint64                     // index of the last snapshot on disk; 0: there is no disk, or its directory is nobody's yet
+	queued        int                        // jobs that the disk has not done
+	logged        uint64                     // bytes of the entries on disk that the last snapshot there does not cover
+	saving        uint64                     // logged, when a snapshot on its way to the disk was begun; 0: there is none
+	lastBytes     uint64                     // about the length of the last snapshot on disk
+	counts        atomic.Pointer[diskCounts] // of the disk; nil: there is none yet. Any goroutine may read it
+	missed        bool                       // the log has said that the directory should be there, or not be empty
+	savingBytes   uint64                     // about the length of the snapshot on its way; 0: there is none
+	written       uint64                     // bytes of the log, by this process
+	crowded       bool                       // the disk was low since the last snapshot
+	removing      uint64                     // about the bytes of the snapshot, and of the log, that a new snapshot has replaced, until they are gone
 	// removed are the raft IDs whom this node tells that they were removed: it must know
 	// so after a restart, too, or it might need the vote of one that has left for good.
 	removed []uint64

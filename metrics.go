@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -32,17 +33,23 @@ func newMetricsPage(s *server) *metricsPage {
 
 // ServeHTTP implements http.Handler.
 func (p *metricsPage) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	text := p.write(r.Context())
+	w.Header().Set("Content-Type", metricsType)
+	_, _ = w.Write(text) // fails only if the other end has gone
+}
+
+// write returns the text. It is the caller's: a reader that is slow keeps no other one waiting.
+func (p *metricsPage) write(ctx context.Context) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	facts, answered := p.s.askLoop(r.Context())
+	facts, answered := p.s.askLoop(ctx)
 	if answered {
 		p.last = facts
 	}
 	t := &p.text
 	t.b = t.b[:0]
 	p.s.writeMetrics(t, &p.last, answered)
-	w.Header().Set("Content-Type", metricsType)
-	_, _ = w.Write(t.b) // fails only if the other end has gone
+	return bytes.Clone(t.b)
 }
 
 // loopFacts are what only the loop knows, as of one moment.
@@ -156,6 +163,7 @@ func (s *server) writeState(t *metricsText, f *loopFacts, answered bool) {
 	t.gaugeIf("rkv_ready", "Whether the node should get calls, as /readyz has it.",
 		alive && s.isServing(kvpb.KVService_ServiceDesc.ServiceName))
 	t.gaugeIf("rkv_may_restart", "Whether the cluster can do without this node.", s.isServing(restartHealth))
+	t.gaugeIf("rkv_started", "Whether the loop has begun to turn: until then, the data directory is read.", s.n.status.started.Load())
 	t.gaugeIf("rkv_loop_answers", "Whether the loop has answered in time; if not, what it tells is of an earlier moment.", answered)
 	t.begin("rkv_role", "gauge", "1 for the role that the node has in raft, 0 for the others.")
 	for _, name := range roleNames {
@@ -315,7 +323,7 @@ func (s *server) writeStore(t *metricsText, f *loopFacts) {
 	t.gaugeOf("rkv_version", "The version of the last write applied.", f.Version)
 	t.gaugeOf("rkv_keys", "Keys.", f.Keys)
 	t.gaugeOf("rkv_store_bytes", "Bytes of keys and values.", f.StoreBytes)
-	t.gaugeOf("rkv_quota_used_bytes", "What counts against the quota: the same, and 64 bytes for each key.", f.QuotaUsed)
+	t.gaugeOf("rkv_quota_used_bytes", "What counts against the quota: the same, 64 bytes for each key, sessions, and the answers that they remember.", f.QuotaUsed)
 	t.gaugeOf("rkv_quota_bytes", "The quota: the least of all members, as far as the node knows.", f.Quota)
 	t.gaugeOf("rkv_max_store_bytes", "The quota that this node has said.", f.MaxStoreBytes)
 	t.gaugeIf("rkv_writes_refused", "Whether Sets are refused, for the quota or for want of disk, as status says why.", f.WritesRefused != "")
@@ -340,14 +348,17 @@ func (s *server) writeReads(t *metricsText) {
 
 // writeDisk writes what there is of a node with a data directory only.
 func (s *server) writeDisk(t *metricsText, f *loopFacts) {
-	d := s.n.durable.disk
-	if d == nil {
+	if !s.n.opts.durable {
 		return
 	}
+	counts := s.n.durable.counts.Load()
+	if counts == nil { // the directory is not open yet
+		counts = new(newDiskCounts())
+	}
 	t.begin("rkv_disk_sync_seconds", "histogram", "Time that a written batch of the log took to be synced.")
-	t.histogram(d.counts.syncSeconds)
+	t.histogram(counts.syncSeconds)
 	t.begin("rkv_disk_batch_bytes", "histogram", "Bytes of these batches.")
-	t.histogram(d.counts.batchBytes)
+	t.histogram(counts.batchBytes)
 	t.gaugeOf("rkv_disk_queue_jobs", "Jobs that the disk has not done.", uint64(f.queuedJobs))
 	t.gaugeOf("rkv_disk_free_bytes", "Bytes that are free, less what was written since the last look.", f.DiskFree)
 	t.gaugeOf("rkv_disk_reserve_bytes", "Bytes that have to be free for Sets to be taken.", f.DiskReserve)
@@ -355,5 +366,5 @@ func (s *server) writeDisk(t *metricsText, f *loopFacts) {
 	t.gaugeOf("rkv_disk_snapshot_bytes", "About the bytes of the last snapshot.", f.snapshotBytes)
 	t.gaugeOf("rkv_disk_snapshot_index", "The last entry that the last snapshot covers.", f.snapshotIndex)
 	t.begin("rkv_disk_snapshot_seconds", "histogram", "Time that it took to save a snapshot, with pauses for the log.")
-	t.histogram(d.counts.snapshotSeconds)
+	t.histogram(counts.snapshotSeconds)
 }

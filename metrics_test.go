@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"regexp"
 	"slices"
@@ -396,4 +397,47 @@ func BenchmarkCounted(b *testing.B) {
 			}
 		})
 	})
+}
+
+// TestMetricsWhileStarting: also while the data directory is read, all series of a disk are there.
+func TestMetricsWhileStarting(t *testing.T) {
+	s := newIdleServer(t)
+	s.n.opts.durable = true
+	s.limiter = newLimiter(nil, places{}, nil, s.n.logger)
+	withFakeClock(t, func(t *testing.T) { // it waits for the loop
+		text := string(newMetricsPage(s).write(t.Context()))
+		for _, line := range []string{"\nrkv_started 0\n", "\nrkv_loop_answers 0\n", "\nrkv_disk_sync_seconds_count 0\n", "\nrkv_disk_free_bytes 0\n"} {
+			wantPart(t, text, line)
+		}
+	})
+}
+
+// stuckWriter is of a reader that takes nothing until it is released.
+type stuckWriter struct {
+	http.ResponseWriter
+	begun, release chan struct{}
+}
+
+func (w *stuckWriter) Write(b []byte) (int, error) {
+	close(w.begun)
+	<-w.release
+	return len(b), nil
+}
+
+// TestMetricsOfSlowReader: who does not take its answer keeps nobody else from one.
+func TestMetricsOfSlowReader(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	page := newMetricsPage(c.nodes[1].server)
+	stuck := &stuckWriter{httptest.NewRecorder(), make(chan struct{}), make(chan struct{})}
+	served := inBackground(func() error {
+		page.ServeHTTP(stuck, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+		return nil
+	})
+	<-stuck.begun
+	other := httptest.NewRecorder()
+	page.ServeHTTP(other, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+	wantPart(t, other.Body.String(), "\nrkv_started 1\n")
+	close(stuck.release)
+	<-served.ended
 }

@@ -21,6 +21,8 @@ const (
 	maxProfileTime = 5 * time.Minute
 	profileTime    = 30 * time.Second
 	traceTime      = time.Second
+	// impatience is how long a part of a trace may take to be read.
+	impatience = time.Second
 )
 
 // snapshotProfiles are the profiles that show a moment, or all since the start.
@@ -35,19 +37,28 @@ type profiler struct {
 // addPages adds the pages of profiles.
 func (p *profiler) addPages(pages map[string]httpPage) {
 	for _, name := range snapshotProfiles {
-		pages[profilePrefix+name] = p.page(func(w io.Writer, r *http.Request) error { return writeProfile(w, r, name) })
+		pages[profilePrefix+name] = p.page(func(w http.ResponseWriter, r *http.Request) error { return writeProfile(w, r, name) })
 	}
-	pages[profilePrefix+"profile"] = p.page(func(w io.Writer, r *http.Request) error {
+	pages[profilePrefix+"profile"] = p.page(func(w http.ResponseWriter, r *http.Request) error {
 		return p.during(r, profileTime, func() error { return pprof.StartCPUProfile(w) }, pprof.StopCPUProfile)
 	})
-	pages[profilePrefix+"trace"] = p.page(func(w io.Writer, r *http.Request) error {
-		return p.during(r, traceTime, func() error { return trace.Start(w) }, trace.Stop)
+	pages[profilePrefix+"trace"] = p.page(func(w http.ResponseWriter, r *http.Request) error {
+		return p.during(r, traceTime, func() error { return trace.Start(impatientWriter{w}) }, trace.Stop)
 	})
+}
+
+// impatientWriter writes to a reader that has to take each part within impatience, or gets no more:
+// Go keeps in memory what a trace is not read of.
+type impatientWriter struct{ http.ResponseWriter }
+
+func (w impatientWriter) Write(part []byte) (int, error) {
+	_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(impatience))
+	return w.ResponseWriter.Write(part)
 }
 
 // page is a page that answers with what write writes, in the format of the tools, if no other
 // profile is being made.
-func (p *profiler) page(write func(io.Writer, *http.Request) error) httpPage {
+func (p *profiler) page(write func(http.ResponseWriter, *http.Request) error) httpPage {
 	return httpPage{admins, func(w http.ResponseWriter, r *http.Request) {
 		select {
 		case p.busy <- struct{}{}:
@@ -64,7 +75,7 @@ func (p *profiler) page(write func(io.Writer, *http.Request) error) httpPage {
 var errProfileTime = fmt.Errorf("seconds: want a whole number from 1 to %d", maxProfileTime/time.Second)
 
 // answer is page for a profile whose turn it is.
-func (p *profiler) answer(w http.ResponseWriter, r *http.Request, write func(io.Writer, *http.Request) error) {
+func (p *profiler) answer(w http.ResponseWriter, r *http.Request, write func(http.ResponseWriter, *http.Request) error) {
 	if r.Method == http.MethodHead {
 		return
 	}

@@ -211,6 +211,7 @@ func randomID() uint64 {
 // one. What it knows to be committed is applied when it returns.
 func (n *node) open(d *disk) error {
 	n.durable.disk = d
+	n.durable.counts.Store(&d.counts)
 	d.speaks = n.opts.level
 	r, err := d.recover(n.self.Id)
 	if err != nil {
@@ -324,6 +325,7 @@ func (n *node) run(ctx context.Context) error {
 	ticker := time.NewTicker(n.tickDuration())
 	defer ticker.Stop()
 	start := time.Now()
+	n.status.started.Store(true)
 	for n.err == nil {
 		ticks := 0
 		select {

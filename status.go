@@ -19,6 +19,7 @@ type nodeStatus struct {
 	latest   atomic.Pointer[published] // any goroutine
 	onChange func(*published)          // called by the loop whenever latest has changed
 	count    kvpb.MetricsResponse      // its counters
+	started  atomic.Bool               // the loop has begun to turn
 	waitsFor atomic.Pointer[string]    // of a node in no cluster: what keeps it from one; nil: nothing is known
 }
 

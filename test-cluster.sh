@@ -464,8 +464,8 @@ be client
 write 1 by-client 'written by a client'
 refused 'client may not call raftkv.v1.ClusterService/AddLearner: that needs the role admin' add-learner "9=${addr[1]}"
 be node1
-refused 'node/1 may not call raftkv.v1.ClusterService/Metrics: that needs the role reader or client or admin' get foo
-logs 'msg="a call was refused" .*by=node/1 .*ClusterService/Metrics' get foo
+refused 'node/1 may not call raftkv.v1.KVService/Get: that needs the role reader or client or admin' get foo
+logs 'msg="a call was refused" .*by=node/1 .*KVService/Get' get foo
 be admin
 
 title 'All nodes are killed at once, and find everything when they start again'
