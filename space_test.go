@@ -187,6 +187,32 @@ func TestDiskOfOther(t *testing.T) {
 	want(false, "removed")
 }
 
+// TestSmallSnapshot: one that would make room is wanted if there is space for it, none is on its way, and
+// the directory is a node's.
+func TestSmallSnapshot(t *testing.T) {
+	p := newDiskOf(t, 0)
+	d := &p.n.durable
+	d.lastBytes = 1 << 20
+	least := p.n.store.snapshotLength() + uint64(d.disk.segmentBytes)
+	index := d.snapshotIndex
+	for name, test := range map[string]struct {
+		free, saving, index uint64
+		want                bool
+	}{
+		"space for it":        {least, 0, index, true},
+		"a byte too few":      {least - 1, 0, index, false},
+		"one is on its way":   {least, 1, index, false},
+		"a directory of none": {least, 0, 0, false},
+	} {
+		p.n.quota.space.free = test.free
+		d.saving = test.saving
+		d.snapshotIndex = test.index
+		if got := p.n.wantsSmallSnapshot(); got != test.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
 // TestSpaceThatIsNotKnown: if looks fail for good, the last one counts for spaceLasts. Then no Set is
 // refused, whatever it has said, until there is another one.
 func TestSpaceThatIsNotKnown(t *testing.T) {
