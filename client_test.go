@@ -1586,12 +1586,17 @@ var wrongArguments = map[argument][]string{
 		"1=a b:1", "1=a\xff:1", "1=0.0.0.0:1", "1=[::]:1", "1=" + strings.Repeat("a", maxAddressBytes) + ":1",
 	},
 	commandArgument: {"", "nosuch"},
+	shellArgument:   {"", "fish"},
+	wordArgument:    nil, // whatever is typed
 }
 
 var rightArguments = map[argument]string{
 	keyArgument: "k", valueArgument: "v", prefixArgument: "p", fileArgument: "f", savedArgument: "s", directoryArgument: "d", idArgument: "7",
-	memberArgument: "7=a:1", commandArgument: "get",
+	memberArgument: "7=a:1", commandArgument: "get", shellArgument: "bash",
 }
+
+// takesMembers reports whether a command takes several ids.
+func takesMembers(cmd *command) bool { return cmd.repeated && cmd.args[0] != shellArgument }
 
 // TestArgumentsAreCheckedByWhatTheyAre: in each place of each sub-command, and
 // before a node is called or a file made.
@@ -1601,7 +1606,7 @@ func TestArgumentsAreCheckedByWhatTheyAre(t *testing.T) {
 	t.Chdir(t.TempDir())
 	for name, cmd := range commands() {
 		for i, kind := range cmd.args {
-			if len(wrongArguments[kind]) == 0 {
+			if _, isListed := wrongArguments[kind]; !isListed {
 				t.Errorf("%s: no %v is wrong", name, kind)
 			}
 			for _, wrong := range wrongArguments[kind] {
@@ -1618,12 +1623,12 @@ func TestArgumentsAreCheckedByWhatTheyAre(t *testing.T) {
 					line = append(line, rightArguments[after])
 				}
 				runCommand(t, exitUsage, "", line...)
-				if cmd.repeated {
+				if takesMembers(cmd) {
 					runCommand(t, exitUsage, "", name, rightArguments[kind], wrong)
 				}
 			}
 		}
-		if cmd.repeated {
+		if takesMembers(cmd) {
 			arg := rightArguments[cmd.args[0]]
 			_, errs := runCommand(t, exitUsage, "", name, arg, arg)
 			wantPart(t, errs, "the id 7 stands there twice")

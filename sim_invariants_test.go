@@ -778,8 +778,8 @@ func (s *sim) judge(a *admin, err error) {
 // settle ends all faults and checks that everything heals (I9).
 func (s *sim) settle() {
 	s.endFaults()
-	s.until(settleTicks, s.refusedForDisk)
 	s.until(settleTicks, s.unsettled)
+	s.until(settleTicks, s.refusedForDisk) // once it is known who the members are
 	s.quiet = true
 	s.until(settleTicks, func() string {
 		for _, c := range s.clients {
