@@ -16,6 +16,8 @@ import (
 const (
 	// lookEvery is between two looks at the free space, in ticks.
 	lookEvery = 5
+	// lowSpace is free on a disk that is low.
+	lowSpace = 1
 	// enoughSpace is free on a disk that is not low.
 	enoughSpace = 1 << 40
 )
@@ -71,7 +73,7 @@ func (p *proc) look() {
 	isLow := s.now < space.lowUntil
 	free := uint64(enoughSpace)
 	if isLow {
-		free = 1
+		free = lowSpace
 	}
 	var err error
 	if s.now >= space.muteFrom {
@@ -89,14 +91,15 @@ func (p *proc) look() {
 }
 
 // checkSpace checks that a proposal, when it is made, has no Set in it that is new, while the node's own disk
-// is low.
+// is low, unless a snapshot was replaced since the look, whose space is free, or is about to be.
 func (p *proc) checkSpace(sequence uint64, data []byte) {
 	if sequence <= p.space.proposed {
 		return
 	}
 	p.space.proposed = sequence
 	counts := p.n.clock.now-p.space.at < p.n.ticksOf(spaceLasts)
-	if !p.space.isLow || !counts {
+	isFreed := p.n.durable.removing > 0 || p.n.quota.space.free > lowSpace
+	if !p.space.isLow || !counts || isFreed {
 		return
 	}
 	var b kvpb.Batch
