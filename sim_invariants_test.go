@@ -790,6 +790,7 @@ func (s *sim) settle() {
 		return s.unsettled()
 	})
 	s.until(settleTicks, s.unrisen)
+	s.until(settleTicks, s.refusedForDisk)
 	s.makeRoom()
 	s.checkFreshCalls()
 	s.until(settleTicks, s.unequal)

@@ -119,13 +119,15 @@ func (p *proc) checkSpace(sequence uint64, data []byte) {
 
 // refusedForDisk says who refuses Sets for want of disk, or still may; empty: nobody does.
 func (s *sim) refusedForDisk() string {
-	for _, p := range s.members() {
+	for _, p := range s.alive() {
 		if s.now < p.site.space.lowUntil {
 			return fmt.Sprintf("the disk of %v is low, of which it may not know yet", p)
 		}
 		if p.space.isLow && p.n.quota.space.known {
 			return fmt.Sprintf("%v goes by a look at its disk when that was low", p)
 		}
+	}
+	for _, p := range s.members() {
 		if low := p.n.quota.lowest; low != nil {
 			return fmt.Sprintf("%v refuses Sets for the disk of %x, which has room", p, low.RaftId)
 		}
