@@ -355,29 +355,50 @@ func TestClockHTTPLiveness(t *testing.T) {
 	})
 }
 
-// TestHTTPConnectionsAreBounded: those who connect and say nothing keep nobody out, and none
-// stays.
+// TestHTTPConnectionsAreBounded: those who connect and say nothing keep nobody out: the oldest yield at once.
 func TestHTTPConnectionsAreBounded(t *testing.T) {
-	t.Parallel()
-	w := &webs{t: t}
-	newCluster(t, 1, w.set)
-	web := newWebClient(t, "", "")
-	var silent []net.Conn
-	for range 3 * maxHTTPConnections {
-		conn, err := net.Dial("tcp", w.address(1))
+	s := newIdleServer(t)
+	synctest.Test(t, func(t *testing.T) { // in which no time goes by that would end them
+		o := defaultOptions()
+		h := newHTTPServer(s, &o)
+		l := bufconn.Listen(1 << 10)
+		h.start(l)
+		defer h.stop()
+		ended := make(chan int, 3*maxHTTPConnections)
+		for i := range 3 * maxHTTPConnections {
+			conn, err := l.DialContext(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
+			go func() {
+				_, _ = conn.Read(make([]byte, 1))
+				ended <- i
+			}()
+			synctest.Wait()
+		}
+		for want := range 2 * maxHTTPConnections {
+			if len(ended) == 0 {
+				t.Fatalf("connection %d stays open", want)
+			}
+			if i := <-ended; i != want {
+				t.Errorf("connection %d has ended, want %d", i, want)
+			}
+		}
+		if len(ended) > 0 {
+			t.Errorf("%d more have ended", len(ended))
+		}
+		conn, err := l.DialContext(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer func() { _ = conn.Close() }()
-		silent = append(silent, conn)
-	}
-	web.get(w.address(1), "/livez", http.StatusOK)
-	for i, conn := range silent[:2*maxHTTPConnections] {
-		_ = conn.SetReadDeadline(time.Now().Add(pollDeadline))
-		if _, err := conn.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatalf("connection %d stays open: %v", i, err)
+		_, _ = conn.Write([]byte("GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+		answer, err := io.ReadAll(conn)
+		if err != nil {
+			t.Error(err)
 		}
-	}
+		wantPart(t, string(answer), "200 OK")
+	})
 }
 
 // TestHTTPConnectionYields: the oldest connection yields, of the host that has most.

@@ -81,8 +81,7 @@ func (p *profiler) answer(w http.ResponseWriter, r *http.Request, write func(htt
 	}
 	begun := time.Now()
 	c := http.NewResponseController(w)
-	_ = c.SetReadDeadline(time.Time{}) // fails only of a connection that has no deadlines
-	_ = c.SetWriteDeadline(begun.Add(maxProfileTime + httpWriteTimeout))
+	_ = c.SetWriteDeadline(begun.Add(maxProfileTime + httpWriteTimeout)) // fails only of a connection that has none
 	w.Header().Set("Content-Type", "application/octet-stream")
 	err := write(w, r)
 	if errors.Is(err, errProfileTime) {

@@ -82,7 +82,11 @@ func TestProfileIsNotCut(t *testing.T) {
 	defer server.Close()
 	defer h.endRequests()
 	at := strings.TrimPrefix(server.URL, "http://")
+	begun := time.Now()
 	body := newWebClient(t, "", "").get(at, profilePrefix+"profile?seconds=1", http.StatusOK)
+	if took := time.Since(begun); took < time.Second {
+		t.Errorf("it was cut after %v", took)
+	}
 	if _, err := gzip.NewReader(bytes.NewReader([]byte(body))); err != nil {
 		t.Error(err)
 	}
