@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc/test/bufconn"
@@ -358,7 +359,7 @@ func TestClockHTTPLiveness(t *testing.T) {
 // TestHTTPConnectionsAreBounded: those who connect and say nothing keep nobody out: the oldest yield at once.
 func TestHTTPConnectionsAreBounded(t *testing.T) {
 	s := newIdleServer(t)
-	synctest.Test(t, func(t *testing.T) { // in which no time goes by that would end them
+	withFakeClock(t, func(t *testing.T) { // in which no time goes by that would end them
 		o := defaultOptions()
 		h := newHTTPServer(s, &o)
 		l := bufconn.Listen(1 << 10)

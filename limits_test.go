@@ -357,6 +357,9 @@ func TestConnectionLimits(t *testing.T) {
 	if !isOpen(more[0]) || isOpen(more[1]) || !isOpen(more[2]) || !isOpen(last) {
 		t.Error("it is not the oldest one without a peer that has yielded")
 	}
+	if noPlace := l.load().noPlace; noPlace != 1 {
+		t.Errorf("%d connections had no place", noPlace)
+	}
 	for range 2 * kept {
 		accept()
 	}

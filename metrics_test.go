@@ -198,7 +198,7 @@ func TestMetricsOfCluster(t *testing.T) {
 		t.Errorf("%v reads were asked for, %v released", asked, released)
 	}
 	for _, name := range []string{
-		"rkv_loop_turn_seconds_count", "rkv_disk_sync_seconds_count", "rkv_disk_batch_bytes_sum", "rkv_disk_free_bytes", "rkv_disk_reserve_bytes",
+		"rkv_loop_turn_seconds_count", "rkv_disk_snapshot_seconds_count", "rkv_disk_sync_seconds_count", "rkv_disk_batch_bytes_sum", "rkv_disk_free_bytes", "rkv_disk_reserve_bytes",
 		"rkv_disk_log_bytes", "rkv_watch_history_bytes", "rkv_connections", "process_open_fds", "process_resident_memory_bytes", "go_goroutines",
 		"go_memstats_heap_inuse_bytes",
 	} {
@@ -220,6 +220,15 @@ func TestMetricsOfCluster(t *testing.T) {
 	if _, ok := w.metricsOf(web, follower)[fmt.Sprintf(`rkv_peer_lag_entries{peer="%d"}`, leader)]; ok {
 		t.Error("a follower says how far others are behind")
 	}
+
+	stream, err := c.nodes[leader].Pipeline(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := exchange(stream, getOp("k1", false), getOp("", false), getOp("k2", true)); err != nil {
+		t.Fatal(err)
+	}
+	w.tells(web, leader, series{`rkv_pipeline_operations_total{result="ok"}`: 2, `rkv_pipeline_operations_total{result="error"}`: 1})
 
 	c.cut(away)
 	c.set(leader, "k", "v")

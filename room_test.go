@@ -156,8 +156,8 @@ func TestArrivalsYield(t *testing.T) {
 		t.Fatalf("within the limit, %v have yielded", yielded)
 	}
 	begin(small, "last", 30)
-	if len(yielded) != 1 || !yielded["oldest"] {
-		t.Errorf("%v have yielded", yielded)
+	if len(yielded) != 1 || !yielded["oldest"] || as.yielded != 1 {
+		t.Errorf("%v have yielded, %d are counted", yielded, as.yielded)
 	}
 	as.end(first)
 	as.end(last)
@@ -335,6 +335,10 @@ func TestStalledIsClosed(t *testing.T) {
 		take(last)
 		if !reads.l.conns[reads] || !reads.l.conns[last] || len(reads.l.conns) != 2 {
 			t.Errorf("%d connections are open", len(reads.l.conns))
+		}
+		closed, waited := reads.l.counts.stalled.Load(), as.large.waited.Load()
+		if closed != uint64(len(conns)-2) || waited == 0 {
+			t.Errorf("of those that were closed, %d are counted, and %d have waited", closed, waited)
 		}
 		for _, c := range conns {
 			_ = c.Close()

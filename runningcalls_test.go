@@ -109,6 +109,9 @@ func TestOpenCalls(t *testing.T) {
 	if !l.conns[conns[0]] || !l.conns[conns[1]] || l.conns[conns[2]] {
 		t.Error("it is not the connection with most untaken answers that is closed")
 	}
+	if closed := l.counts.untaken.Load(); closed != 1 {
+		t.Errorf("%d that were closed are counted", closed)
+	}
 	reads(conns[2], headersFrame, 7)
 	wantOpen("after it was closed", 2, 4, 0)
 	_ = conns[1].Close()
