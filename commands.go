@@ -247,7 +247,7 @@ line plus 1.`,
 			details: `The first line says how many voters are up, who leads, and how many more may fail. A member is up
 if it is in its role and keeps up with the leader; of one that does not answer here, its leader says so.
 LAG is how many entries of the leader's log a member has not stored. STORE is used of the quota; DISK is free on the
-disk of the data directory. What is not known is a dash.
+disk of the data directory: yes if that is not known, no if there is no directory. What is not known is a dash.
 The JSON is {"summary": {"state", "text", "clusters": [{"cluster_id", "state", "text", "leader",
 "may_fail", "voters", "outgoing_voters", "learners"}]}, "members": [{"node_id", "address", "reachable",
 "error", "cluster_id", "certificate_ends_soon", "role", "lag", "metrics"}], "notes": [{"attention", "text"}]}. A state is ok, degraded, no_leader, lost (the cluster

@@ -269,7 +269,7 @@ func (b *starter) askToJoin(ctx context.Context, address string) error {
 	case err == nil:
 		cluster := fmt.Sprintf("%016x", resp.ClusterId)
 		if b.joining.isDue(cluster, time.Now()) { // it asks until it is a member
-			n.logger.Info("this node joins a cluster", "cluster", cluster, "member", address)
+			n.logger.Info("this node joins a cluster", "cluster", cluster, "address", address)
 		}
 		return nil
 	case errorReason(err) == "NOT_INITIALIZED":
