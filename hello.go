@@ -61,7 +61,7 @@ func (n *node) accept(h *kvpb.Hello) *kvpb.Welcome {
 		Peer:         n.peer(p),
 		ClusterId:    p.clusterID,
 		ClusterLevel: p.level,
-		Durable:      n.durable.disk != nil,
+		InMemory:     n.durable.disk == nil,
 	}
 }
 

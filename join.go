@@ -90,7 +90,7 @@ func (s *server) addJoiner(ctx context.Context, req *kvpb.JoinRequest, resp *kvp
 	if known.kind != stepWait {
 		return known.err
 	}
-	if wasDurable && !req.Durable {
+	if wasDurable && req.InMemory {
 		return memberExists("node %d is a member with a data directory, and was started without --data-dir: start it with "+
 			"the directory that it had. To have it in memory from now on, remove it first, and add it again", node.Id)
 	}
@@ -122,7 +122,8 @@ func (s *server) logJoiner(node *kvpb.Node, asLearner bool) {
 // errFounding has a node that asks to join while an Init is half way ask again: a call that waited
 // would keep its places among those of a node that has members to add.
 var errFounding = apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
-	"the cluster is being made: its first members are added before others")
+	"the cluster is being made: its first members are added before others. If one of them never comes, "+
+		"a change of the membership by an operator ends that")
 
 // knownStep is what a node that asks to join gets without a change: done, if a member has its id
 // and address; a refusal, if it was removed, or an Init is half way; and else, to wait.
@@ -260,7 +261,7 @@ func (b *starter) askToJoin(ctx context.Context, address string) error {
 	member := &kvpb.Node{Address: address} // whoever that is: with TLS, a node at a host of its certificate
 	conn := b.s.net.dial(member)
 	defer func() { _ = conn.Close() }()
-	req := &kvpb.JoinRequest{From: n.peer(n.status.latest.Load()), AsLearner: b.plan.asLearner, Durable: n.durable.disk != nil}
+	req := &kvpb.JoinRequest{From: n.peer(n.status.latest.Load()), AsLearner: b.plan.asLearner, InMemory: n.durable.disk == nil}
 	resp, err := kvpb.NewRaftServiceClient(conn).Join(ctx, req)
 	if resp.GetWasDurable() {
 		n.inbox.event(func() { n.warnOfEmptyDirectory("the leader") })

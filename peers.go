@@ -324,8 +324,7 @@ func (n *node) followRefusal(raftID uint64, w *kvpb.Welcome) {
 		}
 	case isTooOld: // if it has lost its memory, it is not taken back
 	case n.isWithoutMemory(raftID, w) && n.lacksDisk(raftID, w):
-		n.peers.refusals[raftID] = fmt.Sprintf("node %d at %s was started without the data directory that it had",
-			w.Peer.Node.Id, w.Peer.Node.Address)
+		n.noteMissingDisk(raftID, w.Peer.Node)
 	case n.isWithoutMemory(raftID, w):
 		n.noteRebirth(raftID, w.Peer)
 	}
@@ -360,7 +359,18 @@ func (n *node) isWithoutMemory(raftID uint64, w *kvpb.Welcome) bool {
 // lacksDisk reports whether a member that had a data directory has come back without one. It is not
 // taken back: it ends as soon as the leader calls it (missDisk).
 func (n *node) lacksDisk(raftID uint64, w *kvpb.Welcome) bool {
-	return n.isDurable(raftID) && !w.Durable
+	return n.isDurable(raftID) && w.InMemory
+}
+
+// noteMissingDisk says, once, why a member is not taken back.
+func (n *node) noteMissingDisk(raftID uint64, node *kvpb.Node) {
+	why := fmt.Sprintf("node %d at %s was started without the data directory that it had", node.Id, node.Address)
+	if n.peers.refusals[raftID] == why {
+		return
+	}
+	n.peers.refusals[raftID] = why
+	n.logger.Warn("a node is not taken back: it was started without the data directory that it had. Start it with that, "+
+		"or remove it and add it again", peerArgs(node)...)
 }
 
 // disowned learns from a member that it has applied this node's removal, durably if it

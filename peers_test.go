@@ -1019,7 +1019,8 @@ func TestDurableIsNotTakenBackInMemory(t *testing.T) {
 		l.n.refused(1, 2, &kvpb.Welcome{
 			Verdict: kvpb.Verdict_VERDICT_NOT_ME,
 			Peer:    &kvpb.Peer{RaftId: 12, Life: 4, Node: plainNode(2)},
-			Durable: isDurable,
+
+			InMemory: !isDurable,
 		})
 		l.turn(0)
 		if isReborn := l.n.peers.reborn[2] != nil; isReborn != isDurable {

@@ -1064,7 +1064,7 @@ func (st *simStream) greet() {
 	p, s := st.to, st.to.s
 	p.hellos = slices.DeleteFunc(p.hellos, func(o *simStream) bool { return o == st })
 	w := p.n.accept(st.hello)
-	w.Durable = w.Durable || p.site.forgets // or it would not be taken back
+	w.InMemory = w.InMemory && !p.site.forgets // or it would not be taken back
 	from := st.hello.From
 	if w.Verdict == kvpb.Verdict_VERDICT_ACCEPTED && slices.Contains(p.removed, from.RaftId) {
 		st.breakBoth()

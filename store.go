@@ -366,13 +366,10 @@ func (s *store) endFounding() {
 }
 
 // wasChangedByOperator reports whether a node is a member that the Init does not name, or one
-// that it names has been removed. One that has moved by itself is who it was.
+// that it names has been removed.
 func (s *store) wasChangedByOperator() bool {
-	isNamed := func(m *kvpb.Node) bool {
-		return slices.ContainsFunc(s.founding, func(f *kvpb.Node) bool { return f.Id == m.Id })
-	}
 	for _, m := range s.members {
-		if !isNamed(m) {
+		if !containsNode(s.founding, m) {
 			return true
 		}
 	}

@@ -3881,8 +3881,8 @@ type Welcome struct {
 	Peers []*Peer `protobuf:"bytes,4,rep,name=peers,proto3" json:"peers,omitempty"`
 	// The level of the called node's cluster; 1 in no cluster.
 	ClusterLevel uint32 `protobuf:"varint,5,opt,name=cluster_level,json=clusterLevel,proto3" json:"cluster_level,omitempty"`
-	// The called node has a data directory.
-	Durable       bool `protobuf:"varint,6,opt,name=durable,proto3" json:"durable,omitempty"`
+	// The called node has no data directory. Older programs do not say.
+	InMemory      bool `protobuf:"varint,6,opt,name=in_memory,json=inMemory,proto3" json:"in_memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3952,9 +3952,9 @@ func (x *Welcome) GetClusterLevel() uint32 {
 	return 0
 }
 
-func (x *Welcome) GetDurable() bool {
+func (x *Welcome) GetInMemory() bool {
 	if x != nil {
-		return x.Durable
+		return x.InMemory
 	}
 	return false
 }
@@ -4149,8 +4149,9 @@ type JoinRequest struct {
 	From *Peer `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
 	// It stays a learner.
 	AsLearner bool `protobuf:"varint,2,opt,name=as_learner,json=asLearner,proto3" json:"as_learner,omitempty"`
-	// It has a data directory. A member that has said so, too, is not added without one.
-	Durable       bool `protobuf:"varint,3,opt,name=durable,proto3" json:"durable,omitempty"`
+	// It has no data directory, and is not added if the member with its id had one. Older
+	// programs do not say.
+	InMemory      bool `protobuf:"varint,3,opt,name=in_memory,json=inMemory,proto3" json:"in_memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4199,9 +4200,9 @@ func (x *JoinRequest) GetAsLearner() bool {
 	return false
 }
 
-func (x *JoinRequest) GetDurable() bool {
+func (x *JoinRequest) GetInMemory() bool {
 	if x != nil {
-		return x.Durable
+		return x.InMemory
 	}
 	return false
 }
@@ -6424,15 +6425,15 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"\araft_id\x18\x02 \x01(\x04R\x06raftId\x12\x12\n" +
 	"\x04life\x18\x03 \x01(\x04R\x04life\x12\x14\n" +
 	"\x05level\x18\x04 \x01(\rR\x05level\x12\x19\n" +
-	"\brises_to\x18\x05 \x01(\rR\arisesTo\"\xe1\x01\n" +
+	"\brises_to\x18\x05 \x01(\rR\arisesTo\"\xe4\x01\n" +
 	"\aWelcome\x12,\n" +
 	"\averdict\x18\x01 \x01(\x0e2\x12.raftkv.v1.VerdictR\averdict\x12#\n" +
 	"\x04peer\x18\x02 \x01(\v2\x0f.raftkv.v1.PeerR\x04peer\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x03 \x01(\x04R\tclusterId\x12%\n" +
 	"\x05peers\x18\x04 \x03(\v2\x0f.raftkv.v1.PeerR\x05peers\x12#\n" +
-	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\x12\x18\n" +
-	"\adurable\x18\x06 \x01(\bR\adurable\"\xe6\x01\n" +
+	"\rcluster_level\x18\x05 \x01(\rR\fclusterLevel\x12\x1b\n" +
+	"\tin_memory\x18\x06 \x01(\bR\binMemory\"\xe6\x01\n" +
 	"\fClaimRequest\x12\x1f\n" +
 	"\x02to\x18\x01 \x01(\v2\x0f.raftkv.v1.NodeR\x02to\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12)\n" +
@@ -6448,12 +6449,12 @@ const file_raftkv_v1_kv_proto_rawDesc = "" +
 	"cluster_id\x18\x02 \x01(\x04R\tclusterId\x12'\n" +
 	"\x06voters\x18\x03 \x03(\v2\x0f.raftkv.v1.NodeR\x06voters\x12)\n" +
 	"\amembers\x18\x04 \x03(\v2\x0f.raftkv.v1.NodeR\amembers\x12\x1f\n" +
-	"\x02by\x18\x05 \x01(\v2\x0f.raftkv.v1.NodeR\x02by\"k\n" +
+	"\x02by\x18\x05 \x01(\v2\x0f.raftkv.v1.NodeR\x02by\"n\n" +
 	"\vJoinRequest\x12#\n" +
 	"\x04from\x18\x01 \x01(\v2\x0f.raftkv.v1.PeerR\x04from\x12\x1d\n" +
 	"\n" +
-	"as_learner\x18\x02 \x01(\bR\tasLearner\x12\x18\n" +
-	"\adurable\x18\x03 \x01(\bR\adurable\"N\n" +
+	"as_learner\x18\x02 \x01(\bR\tasLearner\x12\x1b\n" +
+	"\tin_memory\x18\x03 \x01(\bR\binMemory\"N\n" +
 	"\fJoinResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\x04R\tclusterId\x12\x1f\n" +
