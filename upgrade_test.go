@@ -25,7 +25,7 @@ import (
 // baseline is the commit whose program the upgrade begins with: the oldest that a cluster may
 // be upgraded from. It is set anew whenever something is changed that all programs of a
 // cluster have to know; once there are releases, that is the last release.
-const baseline = "2fb5b4adec3a67626f455de5624691505d1de049"
+const baseline = "9d0a2900617ba0ceab1eb4c4bad80df76f7464bb"
 
 // buildProgram builds the program whose sources are in a directory, with build tags, and
 // returns its file.
