@@ -758,13 +758,17 @@ func TestClientDeletesRangesOnce(t *testing.T) {
 			_, errs := runCommand(t, test.exit, "", "delete", "--prefix", "a", "--yes", "--timeout", timeout, "--endpoints", f.addr)
 			wantPart(t, errs, strings.ReplaceAll(test.want, "ADDR", f.addr))
 			var ids []uint64
-			for _, id := range f.ids {
-				if id != nil {
-					ids = append(ids, id.Sequence)
+			var opened uint64
+			f.do(func() {
+				opened = f.opened
+				for _, id := range f.ids {
+					if id != nil {
+						ids = append(ids, id.Sequence)
+					}
 				}
-			}
-			if !slices.Equal(ids, test.ids) || f.opened != 1 {
-				t.Errorf("sent under the ids %v of %d sessions, want %v", ids, f.opened, test.ids)
+			})
+			if !slices.Equal(ids, test.ids) || opened != 1 {
+				t.Errorf("sent under the ids %v of %d sessions, want %v", ids, opened, test.ids)
 			}
 		})
 	}
