@@ -4,7 +4,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed" // for page.html
@@ -152,9 +151,9 @@ func (y *surveyor) others() (addresses []string, ids map[string]uint64) {
 			addresses = append(addresses, address)
 		}
 	}
-	for _, m := range nodesOfMembers(y.s.n.status.latest.Load().members) {
-		ids[m.Address] = m.Id
-		add(m.Address)
+	for _, m := range sortedMembers(y.s.n.status.latest.Load().members) {
+		ids[m.Node.Address] = m.Node.Id
+		add(m.Node.Address)
 	}
 	for _, m := range y.plan.members {
 		add(m.Address)
@@ -163,16 +162,6 @@ func (y *surveyor) others() (addresses []string, ids map[string]uint64) {
 		add(address)
 	}
 	return addresses, ids
-}
-
-// nodesOfMembers are their nodes, in ascending order of their ids.
-func nodesOfMembers(members map[uint64]*kvpb.Node) []*kvpb.Node {
-	var nodes []*kvpb.Node
-	for _, m := range members {
-		nodes = append(nodes, m)
-	}
-	slices.SortFunc(nodes, func(a, b *kvpb.Node) int { return cmp.Compare(a.Id, b.Id) })
-	return nodes
 }
 
 // leaveOutStrangers leaves out addresses at which nobody answers and no cluster has a member,

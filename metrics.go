@@ -152,7 +152,7 @@ func (s *server) writeIdentity(t *metricsText, f *loopFacts) {
 	t.number(1, "node", fmt.Sprint(s.n.self.Id), "cluster", fmt.Sprintf("%016x", f.ClusterId))
 }
 
-// roleNames are the roles that a node may have, as the label role has them.
+// roleNames are the roles that a node may have, as roleName has them.
 var roleNames = []string{"uninitialized", "learner", "follower", "candidate", "leader"}
 
 func roleName(r kvpb.Role) string { return strings.ToLower(strings.TrimPrefix(r.String(), "ROLE_")) }

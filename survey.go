@@ -103,7 +103,7 @@ func newSurvey(asked []*endpoint) *survey {
 // roleOf is what a node says of itself, or is listed as.
 func (s *survey) roleOf(r *memberRow) string {
 	if r.Reachable {
-		return strings.ToLower(strings.TrimPrefix(r.metrics.Role.String(), "ROLE_"))
+		return roleName(r.metrics.Role)
 	}
 	m := findMember(s.views[r.ClusterID], r.NodeID)
 	switch {
