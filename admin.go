@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -118,8 +119,8 @@ func forwardError(ctx context.Context, leader *kvpb.Node, err error, isSentOff b
 	message := status.Convert(err).Message()
 	isUnavailable := status.Code(err) == codes.Unavailable
 	isFromGRPC := errorReason(err) == "" // else the leader has said so
-	if isFromGRPC && ctx.Err() != nil {
-		return ctx.Err()
+	if isFromGRPC && isOutOfTime(ctx) {
+		return cmp.Or(ctx.Err(), context.DeadlineExceeded)
 	}
 	isLost := isFromGRPC && isUnavailable && isSentOff
 	if isLost || hasReason(err, kvpb.ErrorReason_ERROR_REASON_OUTCOME_UNKNOWN) {

@@ -35,7 +35,7 @@ func (c *client) health(ctx context.Context) error {
 		if err == nil {
 			return c.print(protoJSON{resp}, "SERVING, says "+serving.address+"\n")
 		}
-		timeIsUp := ctx.Err() != nil
+		timeIsUp := isOutOfTime(ctx)
 		if last == nil || !timeIsUp { // What failed before the time was up says more.
 			last = err
 		}

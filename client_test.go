@@ -946,6 +946,56 @@ func TestClientNoSession(t *testing.T) {
 	}
 }
 
+// overdueContext is a context whose deadline is over, once isOver is set, and that has not ended
+// yet: its timer is late.
+type overdueContext struct {
+	context.Context
+	isOver atomic.Bool
+}
+
+func (c *overdueContext) Deadline() (time.Time, bool) {
+	if c.isOver.Load() {
+		return time.Now().Add(-time.Microsecond), true
+	}
+	return c.Context.Deadline()
+}
+
+// TestDeadlineByTheClock: what failed before the time was up says more than that it is, also if
+// gRPC sees that before the context ends.
+func TestDeadlineByTheClock(t *testing.T) {
+	t.Parallel()
+	newContext := func(t *testing.T) *overdueContext {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		t.Cleanup(cancel)
+		return &overdueContext{Context: ctx}
+	}
+	t.Run("call", func(t *testing.T) {
+		ctx, f := newContext(t), newFakeNode(t)
+		c := &apiCaller{endpoints: []string{f.addr}, connections: newConnectionPool(), timeout: 2 * time.Second}
+		defer c.connections.close()
+		calls := 0
+		err := c.callAny(ctx, kvpb.KVService_OpenSession_FullMethodName, func(*endpoint) (metadata.MD, error) {
+			if calls++; calls == 1 {
+				return nil, status.Error(codes.Unavailable, "broken")
+			}
+			ctx.isOver.Store(true)
+			return nil, status.Error(codes.DeadlineExceeded, "context deadline exceeded")
+		})
+		wantText(t, "error", err.Error(), f.addr+": broken (UNAVAILABLE)")
+		if calls != 2 || ctx.Err() != nil {
+			t.Errorf("%d calls, and the context: %v", calls, ctx.Err())
+		}
+	})
+	t.Run("forwarded request", func(t *testing.T) {
+		ctx := newContext(t)
+		ctx.isOver.Store(true)
+		err := forwardError(ctx, plainNode(1), status.Error(codes.Unavailable, "broken"), true)
+		if err != context.DeadlineExceeded {
+			t.Errorf("%v", err)
+		}
+	})
+}
+
 // TestClientNoSessionAsJSON: neither the error nor what an endpoint said says of a
 // write that was never sent that its outcome is not known.
 func TestClientNoSessionAsJSON(t *testing.T) {

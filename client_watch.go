@@ -128,7 +128,7 @@ func (w *keyWatch) open(ctx context.Context) (*watchedStream, error) {
 		if s != nil {
 			return s, nil
 		}
-		timeIsUp := search.Err() != nil
+		timeIsUp := isOutOfTime(search)
 		if replies == nil || !timeIsUp { // What failed before the time was up says more.
 			replies = r.replies
 		}

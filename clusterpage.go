@@ -132,7 +132,7 @@ func (y *surveyor) ask(ctx context.Context, addresses []string, ids map[string]u
 			short, cancel := context.WithTimeout(ctx, surveyAskTimeout)
 			defer cancel()
 			e.metrics, e.err = kvpb.NewClusterServiceClient(conn).Metrics(short, &kvpb.MetricsRequest{})
-			if e.err != nil && short.Err() != nil {
+			if e.err != nil && isOutOfTime(short) {
 				e.err = status.Errorf(codes.DeadlineExceeded, "no answer in %v", surveyAskTimeout)
 			}
 		})

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -86,7 +85,7 @@ func (c *apiCaller) callAny(ctx context.Context, method string, call endpointCal
 			return nil
 		}
 		unknown = unknown || outcome.unknown
-		timeIsUp := ctx.Err() != nil
+		timeIsUp := isOutOfTime(ctx)
 		if replies == nil || !timeIsUp { // What failed before the time was up says more.
 			replies = r.replies
 		}
@@ -182,7 +181,7 @@ func (e *endpoint) startAsking(ctx context.Context, timeout time.Duration) {
 		short, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		e.metrics, e.err = kvpb.NewClusterServiceClient(e.conn).Metrics(short, &kvpb.MetricsRequest{})
-		timedOut := errors.Is(short.Err(), context.DeadlineExceeded) && ctx.Err() == nil
+		timedOut := isOutOfTime(short) && !isOutOfTime(ctx)
 		if e.err != nil && timedOut {
 			e.err = status.Errorf(codes.DeadlineExceeded, "no answer in %v", timeout)
 		}

@@ -360,6 +360,14 @@ func (nw *network) streamEnded(p *peer, hasStopped bool) {
 	}
 }
 
+// isOutOfTime reports whether ctx has ended, or its deadline is over. gRPC goes by the clock: it
+// may end a call by ctx's deadline a moment before ctx ends.
+func isOutOfTime(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	isOver := ok && !time.Now().Before(deadline)
+	return isOver || ctx.Err() != nil
+}
+
 // sleep waits, or less if ctx ends.
 func sleep(ctx context.Context, d time.Duration) {
 	select {
