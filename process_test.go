@@ -68,7 +68,7 @@ func startProcesses(tb testing.TB, n int) []*process {
 func formCluster(tb testing.TB, ps []*process) {
 	tb.Helper()
 	dir := tb.TempDir()
-	req := &kvpb.InitRequest{}
+	req := &kvpb.InitRequest{Force: true} // without the wait of fresh nodes: no cluster names these
 	for _, p := range ps {
 		p.tb, p.log = tb, filepath.Join(dir, fmt.Sprintf("%d.log", p.id))
 		p.start()
