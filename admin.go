@@ -191,16 +191,12 @@ func (s *server) addLearner(ctx context.Context, req *kvpb.AddLearnerRequest) er
 		// Most of the voters that the node knows will tell it that it was removed. Then it
 		// has another raft ID, or stops.
 		sleep(ctx, s.n.opts.heartbeat)
-		if ctx.Err() != nil {
+		p, err = s.probe(ctx, m)
+		if isOutOfTime(ctx) {
 			return hasPast(m)
 		}
-		p, err = s.probe(ctx, m)
 		if err == nil {
 			continue
-		}
-		sleep(ctx, s.n.opts.heartbeat) // the probe ends by ctx's deadline, perhaps a moment before ctx does
-		if ctx.Err() != nil {
-			return hasPast(m)
 		}
 		if !hasReason(err, kvpb.ErrorReason_ERROR_REASON_UNREACHABLE) {
 			return err

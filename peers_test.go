@@ -450,8 +450,10 @@ func TestAddAgain(t *testing.T) {
 				return err
 			}
 			var err error
-			eventually(t, func() error { // the answer can miss the caller's deadline on a busy machine
-				if err = add(time.Second); status.Code(err) == codes.DeadlineExceeded {
+			eventually(t, func() error { // on a busy machine, this answer can miss its deadline, or node 3's can
+				err = add(time.Second)
+				isLate := status.Code(err) == codes.DeadlineExceeded || reasonOf(err) == "UNREACHABLE"
+				if isLate {
 					return err
 				}
 				return nil

@@ -28,7 +28,7 @@ import (
 )
 
 const (
-	// maxWatchers bounds the watches of a node: each takes some 20 KiB, of goroutine and
+	// maxWatchers bounds the watches of a node: each takes some 25 KiB, of goroutine and
 	// stream. maxWatchedBytes bounds the keys, prefixes and bounds that they name. A principal may
 	// have half of these and of what follows; without TLS there is one principal, which may have all.
 	maxWatchers     = 10_000
