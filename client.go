@@ -49,11 +49,11 @@ func runClient(ctx context.Context, args []string, stdin io.Reader, stdout, stde
 	if errors.Is(err, flag.ErrHelp) {
 		return c.exit(c.printHelp(in.name))
 	}
+	for _, name := range unknownVariables(os.Environ()) { // it may be why there is an error
+		c.warn("no flag has the environment variable " + name)
+	}
 	if err != nil {
 		return c.exit(usageError("%v", err))
-	}
-	for _, name := range unknownVariables(os.Environ()) {
-		c.warn("no flag has the environment variable " + name)
 	}
 	if in.callsNodes() && in.tls.areGiven() {
 		quiet := slog.New(slog.DiscardHandler)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
@@ -25,12 +26,20 @@ func (c *client) health(ctx context.Context) error {
 	var last error
 	var pause pauses
 	for {
-		endpoints := c.calls.ask(ctx, c.endpoints)
+		endpoints := c.calls.startAsking(ctx, c.endpoints)
+		var checks []healthCheck
+		if c.service == livenessHealth {
+			checks = c.checkAll(ctx, endpoints) // meanwhile: whose loop is stuck has no metrics, and yet an answer
+		}
+		awaitAll(endpoints)
 		if err := oneCluster(membersAmong(endpoints)); err != nil {
 			closeAll(endpoints)
 			return err // Waiting does not help.
 		}
-		serving, resp, err := c.checkHealth(ctx, endpoints)
+		if c.service != livenessHealth {
+			checks = c.checkFirst(ctx, membersFirst(endpoints))
+		}
+		serving, resp, err := c.judge(checks)
 		closeAll(endpoints)
 		if err == nil {
 			return c.print(protoJSON{resp}, "SERVING, says "+serving.address+"\n")
@@ -58,33 +67,67 @@ func membersAmong(endpoints []*endpoint) []clusterMember {
 	return members
 }
 
-// checkHealth asks for the health of the first endpoint that responds, and of a
-// member if one responds. All were asked for their metrics before. It returns an
-// error if the health is not SERVING.
-func (c *client) checkHealth(
-	ctx context.Context, endpoints []*endpoint,
-) (*endpoint, *healthpb.HealthCheckResponse, error) {
-	asksLiveness := c.service == livenessHealth
-	if !asksLiveness {
-		endpoints = membersFirst(endpoints)
+// healthCheck is what an endpoint said of its health.
+type healthCheck struct {
+	at   *endpoint
+	resp *healthpb.HealthCheckResponse
+	err  error // why there is no response
+}
+
+// healthOf asks an endpoint, which was asked for its metrics, for its health.
+func (c *client) healthOf(ctx context.Context, e *endpoint) healthCheck {
+	short, cancel := context.WithTimeout(ctx, c.calls.askTime())
+	defer cancel()
+	resp, err := healthpb.NewHealthClient(e.conn).Check(short, &healthpb.HealthCheckRequest{Service: c.service})
+	return healthCheck{at: e, resp: resp, err: err}
+}
+
+// checkAll asks all endpoints for their health, at the same time: those that hang take the time
+// of one.
+func (c *client) checkAll(ctx context.Context, endpoints []*endpoint) []healthCheck {
+	checks := make([]healthCheck, len(endpoints))
+	var checking sync.WaitGroup
+	for i, e := range endpoints {
+		checking.Go(func() { checks[i] = c.healthOf(ctx, e) })
 	}
-	var replies []reply
+	checking.Wait()
+	return checks
+}
+
+// checkFirst asks for the health of the first endpoint that has metrics and responds.
+func (c *client) checkFirst(ctx context.Context, endpoints []*endpoint) []healthCheck {
+	var checks []healthCheck
 	for _, e := range endpoints {
-		if e.err != nil && !asksLiveness {
-			replies = append(replies, replyOf(e.address, e.err))
+		if e.err != nil {
+			checks = append(checks, healthCheck{at: e, err: e.err})
 			continue
 		}
-		short, cancel := context.WithTimeout(ctx, c.calls.askTime())
-		resp, err := healthpb.NewHealthClient(e.conn).Check(short, &healthpb.HealthCheckRequest{Service: c.service})
-		cancel()
-		if err != nil {
-			replies = append(replies, replyOf(e.address, err))
+		check := c.healthOf(ctx, e)
+		checks = append(checks, check)
+		if check.err == nil {
+			break
+		}
+	}
+	return checks
+}
+
+// judge returns the first response, and an error if that is not SERVING. The error has what the
+// endpoints before it said.
+func (c *client) judge(checks []healthCheck) (*endpoint, *healthpb.HealthCheckResponse, error) {
+	var replies []reply
+	for _, check := range checks {
+		if check.err != nil {
+			replies = append(replies, replyOf(check.at.address, check.err))
 			continue
 		}
-		if resp.Status != healthpb.HealthCheckResponse_SERVING {
-			return e, resp, noError("%q is %v: %s", c.service, resp.Status, c.whyUnhealthy(e))
+		if check.resp.Status == healthpb.HealthCheckResponse_SERVING {
+			return check.at, check.resp, nil
 		}
-		return e, resp, nil
+		return check.at, check.resp, &commandError{
+			Text:      fmt.Sprintf("%q is %v: %s", c.service, check.resp.Status, c.whyUnhealthy(check.at)),
+			Status:    exitNo,
+			Endpoints: replies,
+		}
 	}
 	return nil, nil, callError(replies)
 }

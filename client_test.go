@@ -1820,7 +1820,6 @@ func TestFlagsBeforeTheCommand(t *testing.T) {
 		"--id 1 get k":                             "",
 		"-- get k":                                 "",
 		"--endpoints a:1":                          "",
-		"--endpoints a:1 nosuch":                   "",
 		"":                                         "",
 	} {
 		found, err := findCommand(strings.Fields(line))
@@ -1837,6 +1836,8 @@ func TestFlagsBeforeTheCommandAreBlamed(t *testing.T) {
 		"--endpoints a:1 --local get a":    "-local stands before the sub-command",
 		"-o json --if-version=1 set k v":   "-if-version stands before the sub-command",
 		"--timeout 1s --nosuch --id 1 get": "-nosuch stands before the sub-command",
+		"--endpoints a:1 nosuch":           `unknown sub-command "nosuch"`,
+		"-o json statsu":                   `unknown sub-command "statsu"`,
 	} {
 		found, err := findCommand(strings.Fields(line))
 		if found != nil || err == nil {
@@ -1872,10 +1873,11 @@ func TestExitStatuses(t *testing.T) {
 		{"--endpoints " + f.addr + " -o json get k", "", exitYes, `{"value":"dg==","version":"7"}`, ""},
 		{"--endpoints " + f.addr + " get nosuch", "", exitNo, "", "not found"},
 		{"--endpoints " + closedAddress + " transfer-leader 1", "", exitNotDone, "", "UNAVAILABLE"},
-		{"--endpoints " + f.addr + " nosuch", "", exitUsage, "", "-endpoints"},
+		{"--endpoints " + f.addr + " nosuch", "", exitUsage, "", "unknown sub-command \"nosuch\""},
 		{"--endpoints " + f.addr + " --local get k", "", exitUsage, "", "-local stands before"},
 		{"get k", endpointVariable + "=" + f.addr, exitYes, "v", ""},
 		{"get k --endpoints " + f.addr, "RAFT_KEY_VALUE_ENDPOINT=x", exitYes, "v", "the environment variable RAFT_KEY_VALUE_ENDPOINT\n"},
+		{"get k --timeout x", "RAFT_KEY_VALUE_CERTFILE=x", exitUsage, "", "the environment variable RAFT_KEY_VALUE_CERTFILE\n"},
 		{"--id 1", "RAFT_KEY_VALUE_ADRESS=x", exitUsage, "", "the environment variable RAFT_KEY_VALUE_ADRESS\n"},
 		{"--id 1 --addr " + f.addr, "RAFT_KEY_VALUE_ADRESS=x", 1, "", "name=RAFT_KEY_VALUE_ADRESS"},
 	} {
@@ -2030,6 +2032,16 @@ func together(t *testing.T, lines []string, test func(*testing.T, string)) {
 		all.Go(func() { t.Run(line, func(t *testing.T) { test(t, line) }) })
 	}
 	all.Wait()
+}
+
+// TestLivenessBesideHungNodes: nodes that hang take the time of one from health, for the empty
+// service, too, which is asked of nodes without metrics.
+func TestLivenessBesideHungNodes(t *testing.T) {
+	t.Parallel()
+	live := newFakeNode(t)
+	endpoints := strings.Join([]string{listenSilently(t), listenSilently(t), live.addr}, ",")
+	out, _ := runCommand(t, exitYes, "", "health", "--service", "", "--timeout", "4s", "--endpoints", endpoints)
+	wantText(t, "health", out, "SERVING, says "+live.addr+"\n")
 }
 
 // TestEndpointsThatAreNoHelp: endpoints that hang, that refuse, and that are in no

@@ -301,6 +301,17 @@ func (c *testCluster) transfer(via, to uint64) {
 	})
 }
 
+// TestFreshNodeSaysWait: whoever starts a node again, which has lost all it had, is not told to
+// make a second cluster.
+func TestFreshNodeSaysWait(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 0)
+	log := &lockedBuffer{}
+	c.log = log
+	c.start(1, "127.0.0.1:0")
+	wantPart(t, log.String(), "if it was a member of one before, wait, and do not init")
+}
+
 // patient keeps the cluster from electing another leader by itself.
 func patient(o *options) { o.election = o.heartbeat * 500 }
 

@@ -22,7 +22,7 @@ const (
 	exitYes     = 0
 	exitNo      = 1 // a key is not there, a compare failed, a node is not SERVING, a watch has a gap
 	exitUsage   = 2
-	exitNotDone = 3 // nothing was changed, or what was read is not known
+	exitNotDone = 3 // it was not done, or not all of it, as the error says; or what was read is not known
 	exitUnknown = 4 // it may or may not have been done
 )
 

@@ -141,16 +141,26 @@ func (c *apiCaller) askTime() time.Duration { return min(c.timeout/2, askTimeout
 // ask asks nodes for their metrics, all at the same time, and waits for all. Whoever
 // calls it closes the endpoints.
 func (c *apiCaller) ask(ctx context.Context, addresses []string) []*endpoint {
+	endpoints := c.startAsking(ctx, addresses)
+	awaitAll(endpoints)
+	return endpoints
+}
+
+// startAsking is ask without the wait.
+func (c *apiCaller) startAsking(ctx context.Context, addresses []string) []*endpoint {
 	var endpoints []*endpoint
 	for _, address := range addresses {
 		e := &endpoint{address: address, calls: c}
 		e.startAsking(ctx, c.askTime())
 		endpoints = append(endpoints, e)
 	}
+	return endpoints
+}
+
+func awaitAll(endpoints []*endpoint) {
 	for _, e := range endpoints {
 		<-e.asked
 	}
-	return endpoints
 }
 
 // endpoint is a node that may be called. It is asked for its metrics first: that

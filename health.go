@@ -206,23 +206,38 @@ func (c *clusterState) noLeader() error {
 	if err := c.quorumLost(); err != nil {
 		return err
 	}
-	voters := c.conf.GetVoters()
+	var silent []string
+	for _, voters := range [][]uint64{c.conf.GetVoters(), c.conf.GetVotersOutgoing()} {
+		missing := c.silentAmong(voters)
+		needed := len(voters)/2 + 1
+		if len(voters) > 0 && len(voters)-len(missing) < needed {
+			return fmt.Errorf("%w: %d of %d voters are needed, but %s",
+				errNoLeader, needed, len(voters), strings.Join(missing, ", "))
+		}
+		silent = append(silent, missing...)
+	}
+	if len(silent) > 0 {
+		slices.Sort(silent)
+		return fmt.Errorf("%w that this node hears: %s", errNoLeader, strings.Join(slices.Compact(silent), ", "))
+	}
+	hearsLeadersOnly := !c.isVoter(c.raftID) && c.leaderlessTicks > 2*c.electionTicks
+	if hearsLeadersOnly {
+		return fmt.Errorf("%w: this node is a learner, and has heard of none for %v. The voters know why: %s",
+			errNoLeader, c.durationOf(c.leaderlessTicks), c.names(c.conf.GetVoters()))
+	}
+	return errNoLeader
+}
+
+// silentAmong says of those voters that do not answer since when and where, in order.
+func (c *clusterState) silentAmong(voters []uint64) []string {
 	var silent []string
 	for _, id := range voters {
 		if id != c.raftID && !c.mayAnswer(id) {
 			silent = append(silent, cmp.Or(c.refusals[id], c.describeSilence(id)))
 		}
 	}
-	if len(silent) == 0 {
-		return errNoLeader
-	}
 	slices.Sort(silent)
-	all := strings.Join(silent, ", ")
-	needed := len(voters)/2 + 1
-	if len(voters)-len(silent) >= needed {
-		return fmt.Errorf("%w that this node hears: %s", errNoLeader, all)
-	}
-	return fmt.Errorf("%w: %d of %d voters are needed, but %s", errNoLeader, needed, len(voters), all)
+	return silent
 }
 
 // mayAnswer reports whether a voter is connected and, as far as this node can know yet

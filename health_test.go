@@ -277,6 +277,38 @@ func TestSilentVotersAreNamed(t *testing.T) {
 	says("2 of 3 voters are needed", "node 3 at "+plainNode(3).Address, "is not connected")
 }
 
+// TestSilenceIsNamedToAll: also if it is the outgoing voters of a change that are silent, and by a
+// learner, whom only a leader talks to.
+func TestSilenceIsNamedToAll(t *testing.T) {
+	members := map[uint64]*kvpb.Node{}
+	for id := range uint64(5) {
+		members[id+1] = plainNode(id + 1)
+	}
+	c := &clusterState{
+		now: 1000, tick: 100 * time.Millisecond, electionTicks: 6, leaderlessTicks: 50,
+		self: plainNode(1), raftID: 1, inCluster: true, members: members,
+		conf:      &raftpb.ConfState{Voters: []uint64{1, 2, 3}, VotersOutgoing: []uint64{1, 4, 5}},
+		connected: map[uint64]bool{2: true, 3: true, 4: true, 5: true},
+		heard:     map[uint64]uint64{2: 999, 3: 999, 4: 999, 5: 900},
+	}
+	silent := func(id uint64) string { return c.locate(id) + " has not answered for 5s" }
+	wantText(t, "one outgoing voter", c.noLeader().Error(), "there is no leader that this node hears: "+silent(5))
+	c.connected[4] = false
+	c.heard[4] = 900
+	wantText(t, "two outgoing voters", c.noLeader().Error(), "there is no leader: 2 of 3 voters are needed, but "+
+		silent(4)+" and is not connected, "+silent(5))
+
+	c.self, c.raftID = plainNode(5), 5
+	c.conf = &raftpb.ConfState{Voters: []uint64{1, 2, 3}, Learners: []uint64{5}}
+	c.connected[1] = true
+	wantText(t, "a learner", c.noLeader().Error(), "there is no leader: this node is a learner, and has heard of none for 5s. "+
+		"The voters know why: "+c.names([]uint64{1, 2, 3}))
+	c.leaderlessTicks = 2 * c.electionTicks
+	if err := c.noLeader(); err != errNoLeader {
+		t.Errorf("after a moment, a learner says: %v", err)
+	}
+}
+
 // TestRefusalsAreNamed: a node that no voter talks to says what they say, not that they
 // do not answer.
 func TestRefusalsAreNamed(t *testing.T) {

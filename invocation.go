@@ -87,6 +87,9 @@ func findCommand(args []string) ([]string, error) {
 		}
 	}
 	if len(args) == 0 || !isCommand(args[0]) {
+		if len(args) > 0 && fs.NFlag() > 0 {
+			return nil, fmt.Errorf("unknown sub-command %q", args[0])
+		}
 		return nil, nil
 	}
 	name := args[0]

@@ -240,7 +240,8 @@ func run(ctx context.Context, o options, logger *slog.Logger, ready func(*server
 	logger.Log(ctx, max(slog.LevelInfo, o.logLevel), "ready", about...)
 	o.supervisor.tell(notifyReady, logger)
 	if n.status.latest.Load().clusterID == 0 {
-		logger.Info(cmp.Or(o.plan.String(), errNotInitialized.Error()))
+		wait := "; if it was a member of one before, wait, and do not init: that cluster takes it back by itself"
+		logger.Info(cmp.Or(o.plan.String(), errNotInitialized.Error()+wait))
 	}
 	starting := inBackground(func() error {
 		newStarter(s).run(loopContext)
