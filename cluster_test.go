@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -127,6 +128,9 @@ func newDurable(t *testing.T, n uint64, set ...func(*options)) (c *testCluster, 
 // start runs a node on an address.
 func (c *testCluster) start(id uint64, address string) *testNode {
 	c.t.Helper()
+	if address == "127.0.0.1:0" {
+		address = deadAddress(c.t) // it stays this node's while that is down
+	}
 	var l net.Listener
 	eventually(c.t, func() (err error) { l, err = net.Listen("tcp", address); return err })
 	n := &testNode{id: id, address: l.Addr().String(), ended: make(chan error, 1)}
@@ -159,7 +163,7 @@ func dialNode(t *testing.T, address string, by credentials.TransportCredentials)
 	conn, err := grpc.NewClient("passthrough:///"+address,
 		grpc.WithTransportCredentials(by),
 		grpc.WithNoProxy(),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1, MaxDelay: 10 * time.Millisecond}, MinConnectTimeout: time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1, MaxDelay: 10 * time.Millisecond}, MinConnectTimeout: rpcTimeout}),
 		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 			if _, ok := ctx.Deadline(); !ok {
 				var cancel context.CancelFunc
@@ -273,13 +277,16 @@ func (c *testCluster) change(via uint64, req *kvpb.ChangeMembershipRequest) {
 
 // done makes a request of an operator. On a busy machine a heartbeat may be
 // late enough for an election or for a learner to be behind, or for a member to seem
-// silent while the change is on its way, and the request is made again; no other refusal
-// is accepted.
+// silent while the change is on its way, or the connection to the node may take too long, and the
+// request is made again; no other refusal is accepted.
 func (c *testCluster) done(f func() error) {
 	c.t.Helper()
+	busy := []string{"NOT_CAUGHT_UP", "UNREACHABLE", "NO_LEADER", "NOT_LEADER", "OUTCOME_UNKNOWN"}
 	eventually(c.t, func() error {
 		err := f()
-		if r := reasonOf(err); err != nil && r != "NOT_CAUGHT_UP" && r != "UNREACHABLE" && r != "NO_LEADER" && r != "NOT_LEADER" && r != "OUTCOME_UNKNOWN" {
+		reason := reasonOf(err)
+		isNotConnected := reason == "" && status.Code(err) == codes.Unavailable
+		if err != nil && !isNotConnected && !slices.Contains(busy, reason) {
 			c.t.Fatal(err)
 		}
 		return err
@@ -661,16 +668,44 @@ func (c *testCluster) heal() {
 	c.wires.isCut = nil
 }
 
-// deadAddress returns an address where nobody listens.
-func deadAddress(t *testing.T) string {
+// deadAddress returns an address where nobody listens until the test does: a socket that is bound
+// to it keeps the system from choosing its port for another test.
+func deadAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	socket, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().String()
+	t.Cleanup(func() { _ = syscall.Close(socket) })
+	syscall.CloseOnExec(socket)
+	if err := syscall.SetsockoptInt(socket, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Bind(socket, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	address, err := syscall.Getsockname(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", address.(*syscall.SockaddrInet4).Port)
 }
+
+// TestDeadAddressIsKept: the system gives its port to nobody, and a node can still listen there.
+func TestDeadAddressIsKept(t *testing.T) {
+	t.Parallel()
+	address := deadAddress(t)
+	if conn, err := net.Dial("tcp", address); err == nil {
+		_ = conn.Close()
+		t.Error("somebody listens there")
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = l.Close()
+}
+
 
 // registerOp and answer are what a history consists of.
 type registerOp struct{ name, key, value string }

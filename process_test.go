@@ -70,6 +70,9 @@ func formCluster(tb testing.TB, ps []*process) {
 	dir := tb.TempDir()
 	req := &kvpb.InitRequest{Force: true} // without the wait of fresh nodes: no cluster names these
 	for _, p := range ps {
+		if p.address == "127.0.0.1:0" {
+			p.address = deadAddress(tb) // it stays this node's while that is down
+		}
 		p.tb, p.log = tb, filepath.Join(dir, fmt.Sprintf("%d.log", p.id))
 		p.start()
 		tb.Cleanup(func() { p.signal(syscall.SIGKILL); _ = p.conn.Close() })

@@ -5,7 +5,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 	"testing"
 	"time"
@@ -34,17 +33,8 @@ func newPlanned(t *testing.T, n uint64, set ...func(*options)) *planned {
 			t.Log(p.said)
 		}
 	})
-	var open []net.Listener
 	for id := range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		open = append(open, l)
-		p.addresses[id+1] = l.Addr().String()
-	}
-	for _, l := range open {
-		_ = l.Close()
+		p.addresses[id+1] = deadAddress(t)
 	}
 	return p
 }
