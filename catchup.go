@@ -205,7 +205,7 @@ func (n *node) compactLog() {
 	behind = behind || isBurst
 	n.catchup.noPause.Store(behind && n.log.bytes > limit)
 	if pace.isSlow() && !behind {
-		pace.limit = 0
+		pace.end(n.clock.wall)
 		n.logger.Info("all have caught up: writes are not slowed any more")
 	}
 	isTooLong := behind && n.log.bytes > 2*limit
@@ -271,11 +271,13 @@ func (c *catchup) pause(worked time.Duration) {
 	}
 }
 
-// slowWrites halves the rate of writes.
+// slowWrites halves the rate of writes: the rate that they had when nothing slowed them.
 func (n *node) slowWrites() {
 	fastest := n.catchup.written.fastest(n.heartbeatNumber())
+	lookedBack := n.ticksOf(rateWindows * rateWindow)
+	fastest = max(fastest, n.catchup.pace.unslowed(n.clock.wall, lookedBack))
 	limit := max(1, fastest/ticksPerHeartbeat/2)
-	n.catchup.pace.slow(limit, n.ticksOf(time.Second), n.clock.wall)
+	n.catchup.pace.slow(fastest, limit, n.ticksOf(time.Second), n.clock.wall)
 	n.logger.Warn("writes are slowed until all have caught up: status names who has not", "log_bytes", n.log.bytes,
 		"bytes_per_second", n.rate(fastest, ticksPerHeartbeat), "slowed_to", n.rate(limit, 1))
 }

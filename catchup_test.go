@@ -129,6 +129,56 @@ func (b *busyLeader) lagging() string {
 	return ""
 }
 
+// lagBehindBy has node 3 store all but so many bytes of the log.
+func (b *busyLeader) lagBehindBy(bytes uint64) {
+	index := b.n.store.index
+	for _, e := range slices.Backward(b.n.log.entries) {
+		if memoryBytes(e) > bytes {
+			break
+		}
+		bytes -= memoryBytes(e)
+		index = e.GetIndex() - 1
+	}
+	if index > max(b.n.progressOf()[3].Match, b.n.log.prevIndex) {
+		b.ack(3, index)
+	}
+}
+
+// TestWritesAreHalvedOnce: a rate that was halved is not halved again, also if it was slow for
+// longer than the meter looks back.
+func TestWritesAreHalvedOnce(t *testing.T) {
+	const offered = 8 * busyValue // a tick
+	b := newBusyLeader(t, offered)
+	for range 600 {
+		b.follow(2 * offered)
+	}
+	full := b.n.catchup.written.fastest(b.n.heartbeatNumber()) / ticksPerHeartbeat
+	for phase := range 3 {
+		for i := 0; !b.isSlow(); i++ {
+			if i > 5000 {
+				t.Fatal("writes are not slowed")
+			}
+			b.lagBehindBy(3 << 20)
+			b.tick()
+		}
+		if share := float64(b.n.catchup.pace.limit) / float64(full); share < .49 {
+			t.Errorf("slowed the %d. time to %.2f of what was written at first", phase+1, share)
+		}
+		for range b.n.ticksOf((rateWindows + 2) * rateWindow) {
+			if b.tick(); !b.isSlow() {
+				break
+			}
+			b.lagBehindBy(5 << 19)
+		}
+		for i := 0; b.isSlow(); i++ {
+			if i > 3000 {
+				t.Fatal("writes stay slow")
+			}
+			b.follow(2 * offered)
+		}
+	}
+}
+
 // TestWritesAreHalved: writes are slowed while a member that is behind makes the log
 // too long, to half of their rate and no less; those that other nodes propose take
 // turns with the leader's own; and all is as before once it has caught up.

@@ -706,7 +706,6 @@ func TestDeadAddressIsKept(t *testing.T) {
 	_ = l.Close()
 }
 
-
 // registerOp and answer are what a history consists of.
 type registerOp struct{ name, key, value string }
 

@@ -99,8 +99,6 @@ import (
 )
 
 const (
-	// withdrawTimeout bounds the wait for members to hear that a try has failed.
-	withdrawTimeout = 500 * time.Millisecond
 	// maxSurveying and maxWatching are how many of the maxAsking connections that serve
 	// but one call a founder has at a time: to members that it asks or claims, and to
 	// members that it adds. Besides, it has one to itself, or to another founder. The
@@ -616,7 +614,7 @@ func (f *founder) claimMembers(ctx context.Context, try *initTry) (claimed []*kv
 // withdraw gives the claims of a try back, as far as the members hear of it; the others
 // expire.
 func (f *founder) withdraw(ctx context.Context, try *initTry, members []*kvpb.Node) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), withdrawTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), f.s.n.opts.probeTimeout())
 	defer cancel()
 	forEachMember(members, func(_ int, m *kvpb.Node) {
 		_, _ = f.sendClaim(ctx, m, &kvpb.ClaimRequest{Id: try.id, Withdraw: true})

@@ -657,6 +657,32 @@ func TestInitOfMany(t *testing.T) {
 	}
 }
 
+// TestWithdrawalsReachFarMembers: a connection that takes several round trips of 300 ms is given
+// the time.
+func TestWithdrawalsReachFarMembers(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.wires.mu.Lock()
+	c.wires.dials = func(ctx context.Context, _, _ string) { sleep(ctx, 600*time.Millisecond) }
+	c.wires.mu.Unlock()
+	others := &kvpb.ClaimRequest{Id: 7, Founder: &kvpb.Peer{Node: plainNode(9), RaftId: 9, Life: 9}, Force: true}
+	c.inLoop(3, func(n *node) error { n.answerClaim(others); return nil })
+	f := newFounder(c.nodes[1].server, &kvpb.InitRequest{Members: c.proto(1, 2, 3), Force: true})
+	try, err := f.newTry(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if result := f.claimAndFound(c.ctx, try); result.outcome == initDone {
+		t.Fatal("a member is claimed by another, and there is a cluster")
+	}
+	c.inLoop(2, func(n *node) error {
+		if n.currentClaim() != nil {
+			t.Error("it is still claimed")
+		}
+		return nil
+	})
+}
+
 // TestInitForceIsExplained: help says all that --force leaves out.
 func TestInitForceIsExplained(t *testing.T) {
 	help, _ := runCommand(t, 0, "", "help", "init")

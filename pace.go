@@ -87,6 +87,8 @@ func (m *meter) fastest(heartbeat uint64) uint64 {
 // in flight at most, so whoever waits for one waits for the pace.
 type pace struct {
 	limit   uint64            // bytes in a tick; 0: writes are not slowed
+	from    uint64            // bytes in a heartbeat: the rate before writes were slowed; 0: they never were
+	ended   uint64            // when writes were last slowed, by the clock
 	second  uint64            // ticks in a second, or 1 if a tick is longer
 	room    int64             // bytes that may be proposed now, if it is more than 0
 	at      uint64            // when room was last added to, by the clock
@@ -95,13 +97,30 @@ type pace struct {
 	taken   map[uint64]uint64 // by raft ID: the sequence of the last one of those that were held
 }
 
-// slow begins to slow writes.
-func (p *pace) slow(limit, ticksPerSecond, wall uint64) {
+// slow begins to slow writes, which had a rate before.
+func (p *pace) slow(from, limit, ticksPerSecond, wall uint64) {
+	p.from = from
 	p.limit = limit
 	p.second = max(1, ticksPerSecond)
 	p.room = 0
 	p.at = wall
 	p.taken = map[uint64]uint64{}
+}
+
+// end ends slowing writes.
+func (p *pace) end(wall uint64) {
+	p.limit = 0
+	p.ended = wall
+}
+
+// unslowed is the rate that writes had before they were slowed the last time, if that ended at
+// most so many ticks ago; 0: it did not. What was written in these ticks is no more than a
+// slowed rate, which must not be halved again.
+func (p *pace) unslowed(wall, ticks uint64) uint64 {
+	if wall-p.ended > ticks {
+		return 0
+	}
+	return p.from
 }
 
 // most is what may be proposed in a second. room stays between -most and most: no more than
