@@ -462,7 +462,6 @@ func (b *lockedBuffer) String() string {
 // TestClientWatchesCluster: while leaders are killed and come back, each write is printed once, in
 // order.
 func TestClientWatchesCluster(t *testing.T) {
-	t.Parallel()
 	c, _ := newDurable(t, 3)
 	c.init(1, 2, 3)
 	c.settled(1, 2, 3)

@@ -2215,7 +2215,6 @@ func TestClockBackupCut(t *testing.T) {
 // acknowledged is missing, and they come back as who they were. -kills=200 is
 // the long form.
 func TestDurableKills(t *testing.T) {
-	t.Parallel()
 	dir := t.TempDir()
 	var ps []*process
 	for i := range 3 {

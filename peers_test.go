@@ -72,7 +72,6 @@ func noAdviceToDelete(t *testing.T, p *process) {
 // TestHelloDropsNothing: whatever a stranger's hello says, a node keeps what it has,
 // and goes on.
 func TestHelloDropsNothing(t *testing.T) {
-	t.Parallel()
 	for _, durable := range []bool{false, true} {
 		t.Run(fmt.Sprintf("durable=%v", durable), func(t *testing.T) {
 			var ps []*process
@@ -136,7 +135,6 @@ func TestHelloDropsNothing(t *testing.T) {
 // it is said to be of, and nothing that it advises costs data; started again, all is
 // as it was.
 func TestForgedContradiction(t *testing.T) {
-	t.Parallel()
 	ps := startDurable(t, 3)
 	ctx, cancel := context.WithTimeout(t.Context(), pollDeadline)
 	defer cancel()

@@ -170,7 +170,6 @@ func (f *fleet) load(h *history) (stop func()) {
 // to the next, and back as long as there is a way back, under load: nothing is lost, nobody
 // stops, and the level rises with the last one. Then the older program is refused.
 func TestRollingUpgrade(t *testing.T) {
-	t.Parallel()
 	older := buildOlder(t)
 	newer := buildProgram(t, ".", "nextlevel")
 	for _, durable := range []bool{false, true} {

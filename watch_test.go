@@ -119,7 +119,6 @@ func (w *testWatch) text() string {
 
 // TestWatch watches keys, prefixes and ranges at each node, from now on and from before.
 func TestWatch(t *testing.T) {
-	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	before := c.set(1, "a1", "before")
@@ -215,7 +214,6 @@ func TestWatchRefused(t *testing.T) {
 // TestWatchWaits: for a version that the node has not applied, and no longer than there is a
 // leader.
 func TestWatchWaits(t *testing.T) {
-	t.Parallel()
 	c := newCluster(t, 3)
 	c.init(1, 2, 3)
 	leader := c.settled(1, 2, 3)
@@ -268,7 +266,6 @@ func TestWatchWaits(t *testing.T) {
 // TestWatchGoesOn: a watch that goes from node to node, while leaders are killed and nodes stop
 // and come back with a snapshot, tells of each write once, in order. It began with a Scan.
 func TestWatchGoesOn(t *testing.T) {
-	t.Parallel()
 	c, _ := newDurable(t, 3)
 	c.init(1, 2, 3)
 	c.settled(1, 2, 3)
@@ -409,7 +406,6 @@ func TestWatchGoesOn(t *testing.T) {
 
 // TestWatchOfHungNode: a node whose loop hangs sends its watches elsewhere.
 func TestWatchOfHungNode(t *testing.T) {
-	t.Parallel()
 	c := newCluster(t, 1)
 	c.init(1)
 	w := c.watch(1, &kvpb.WatchRequest{})
