@@ -27,17 +27,10 @@ func (c *client) health(ctx context.Context) error {
 	var pause pauses
 	for {
 		endpoints := c.calls.startAsking(ctx, c.endpoints)
-		var checks []healthCheck
-		if c.service == livenessHealth {
-			checks = c.checkAll(ctx, endpoints) // meanwhile: whose loop is stuck has no metrics, and yet an answer
-		}
-		awaitAll(endpoints)
+		checks := c.checks(ctx, endpoints)
 		if err := oneCluster(membersAmong(endpoints)); err != nil {
 			closeAll(endpoints)
 			return err // Waiting does not help.
-		}
-		if c.service != livenessHealth {
-			checks = c.checkFirst(ctx, membersFirst(endpoints))
 		}
 		serving, resp, err := c.judge(checks)
 		closeAll(endpoints)
@@ -80,6 +73,19 @@ func (c *client) healthOf(ctx context.Context, e *endpoint) healthCheck {
 	defer cancel()
 	resp, err := healthpb.NewHealthClient(e.conn).Check(short, &healthpb.HealthCheckRequest{Service: c.service})
 	return healthCheck{at: e, resp: resp, err: err}
+}
+
+// checks asks endpoints, which are being asked for their metrics, for their health, and waits for
+// both. For liveness it asks all, and meanwhile: a node whose loop is stuck has no metrics, and yet
+// an answer.
+func (c *client) checks(ctx context.Context, endpoints []*endpoint) []healthCheck {
+	if c.service == livenessHealth {
+		checks := c.checkAll(ctx, endpoints)
+		awaitAll(endpoints)
+		return checks
+	}
+	awaitAll(endpoints)
+	return c.checkFirst(ctx, membersFirst(endpoints))
 }
 
 // checkAll asks all endpoints for their health, at the same time: those that hang take the time

@@ -308,14 +308,22 @@ func (c *testCluster) transfer(via, to uint64) {
 	})
 }
 
+// startLogged begins a cluster with node 1, and returns the log of that node.
+func startLogged(t *testing.T, set ...func(*options)) (*testCluster, *lockedBuffer) {
+	t.Helper()
+	c := newCluster(t, 0, set...)
+	log := &lockedBuffer{}
+	c.log = log
+	c.start(1, "127.0.0.1:0")
+	c.log = nil
+	return c, log
+}
+
 // TestFreshNodeSaysWait: whoever starts a node again, which has lost all it had, is not told to
 // make a second cluster.
 func TestFreshNodeSaysWait(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 0)
-	log := &lockedBuffer{}
-	c.log = log
-	c.start(1, "127.0.0.1:0")
+	_, log := startLogged(t)
 	wantPart(t, log.String(), "if it was a member of one before, wait, and do not init")
 }
 

@@ -218,11 +218,7 @@ func TestRebirthIsExplained(t *testing.T) {
 // TestFailedNodeSaysNoGoodbye: a node that cannot go on was not told to stop.
 func TestFailedNodeSaysNoGoodbye(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 0)
-	log := &lockedBuffer{}
-	c.log = log
-	c.start(1, "127.0.0.1:0")
-	c.log = nil
+	c, log := startLogged(t)
 	c.start(2, "127.0.0.1:0")
 	c.init(1, 2)
 	c.settled(1, 2)

@@ -88,7 +88,7 @@ func (m *meter) fastest(heartbeat uint64) uint64 {
 type pace struct {
 	limit   uint64            // bytes in a tick; 0: writes are not slowed
 	from    uint64            // bytes in a heartbeat: the rate before writes were slowed; 0: they never were
-	ended   uint64            // when writes were last slowed, by the clock
+	ended   uint64            // when writes were last slowed no more, by the clock
 	second  uint64            // ticks in a second, or 1 if a tick is longer
 	room    int64             // bytes that may be proposed now, if it is more than 0
 	at      uint64            // when room was last added to, by the clock

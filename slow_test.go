@@ -97,11 +97,7 @@ func TestSlowCallIsSaid(t *testing.T) {
 // called.
 func TestSlowCallOfCluster(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 0, patient)
-	log := &lockedBuffer{}
-	c.log = log
-	c.start(1, "127.0.0.1:0")
-	c.log = nil
+	c, log := startLogged(t, patient)
 	c.start(2, "127.0.0.1:0")
 	c.init(1, 2)
 	c.settled(1, 2)
