@@ -125,6 +125,19 @@ func newDurable(t *testing.T, n uint64, set ...func(*options)) (c *testCluster, 
 	return newCluster(t, n, append(set, func(o *options) { o.durable, o.dataDir = true, dir(o.id) })...), dir
 }
 
+// inMemory undoes newDurable for a node.
+func inMemory(o *options) { o.durable, o.dataDir = false, "" }
+
+// also changes the options of nodes that are started from now on, and leaves all others as
+// newCluster has them.
+func (c *testCluster) also(set func(*options)) {
+	before := c.options
+	c.options = func(o *options) {
+		before(o)
+		set(o)
+	}
+}
+
 // start runs a node on an address.
 func (c *testCluster) start(id uint64, address string) *testNode {
 	c.t.Helper()

@@ -1724,7 +1724,7 @@ func TestDurableMissed(t *testing.T) {
 		before := c.raftIDs(id)
 		address := c.nodes[id].address
 		c.kill(id)
-		c.options = func(o *options) { durable(o); o.durable, o.dataDir = false, "" }
+		c.also(inMemory)
 		c.start(id, address)
 		c.ends(id, errDiskMissing, "start it with the directory that it had", "says node ")
 		c.options = durable
@@ -1739,7 +1739,7 @@ func TestDurableMissed(t *testing.T) {
 	address := c.nodes[3].address
 	c.kill(3)
 	empty := t.TempDir()
-	c.options = func(o *options) { durable(o); o.dataDir = empty }
+	c.also(func(o *options) { o.dataDir = empty })
 	c.start(3, address)
 	c.settled(1, 2, 3)
 	wantPart(t, log.String(), "the data directory is empty, and its members know this node as one that had data in it")
@@ -1753,7 +1753,7 @@ func TestDurableMissed(t *testing.T) {
 			return nil
 		})
 	}
-	c.options = func(o *options) { durable(o); o.durable, o.dataDir = false, "" }
+	c.also(inMemory)
 	c.start(3, address)
 	c.addLearner(1, 3)
 	c.change(1, &kvpb.ChangeMembershipRequest{Promote: []uint64{3}})
@@ -1773,7 +1773,7 @@ func TestDurableForgotten(t *testing.T) {
 		address := c.nodes[id].address
 		c.kill(id)
 		empty := t.TempDir()
-		c.options = func(o *options) { durable(o); o.dataDir = empty }
+		c.also(func(o *options) { o.dataDir = empty })
 		added := c.when(livesOf(id, 2))
 		c.start(id, address)
 		added(func() { c.kill(id) })
@@ -1943,7 +1943,7 @@ func TestBackup(t *testing.T) {
 		t.Run(fmt.Sprint("durable=", durable), func(t *testing.T) {
 			c, dir := newDurable(t, 0)
 			if !durable {
-				c.options = func(o *options) { o.heartbeat, o.election = 20*time.Millisecond, 250*time.Millisecond }
+				c.also(inMemory)
 			}
 			for id := range uint64(2) {
 				c.start(id+1, "127.0.0.1:0")

@@ -820,11 +820,9 @@ func TestInitDiskFails(t *testing.T) {
 	for _, broken := range []uint64{1, 2} {
 		t.Run(fmt.Sprint(broken), func(t *testing.T) {
 			dir := t.TempDir()
-			c := newCluster(t, 0)
-			c.options = func(o *options) {
-				o.heartbeat, o.election, o.redial = 20*time.Millisecond, 250*time.Millisecond, 20*time.Millisecond
+			c := newCluster(t, 0, func(o *options) {
 				o.durable, o.dataDir, o.logBytes = true, filepath.Join(dir, fmt.Sprint(o.id)), 1<<20
-			}
+			})
 			for id := uint64(1); id <= 3; id++ {
 				c.start(id, "127.0.0.1:0")
 			}

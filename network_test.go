@@ -1202,7 +1202,6 @@ func TestDialLoopback(t *testing.T) {
 func TestZone(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 0)
-	plain := c.options
 	for id := uint64(1); id <= 2; id++ {
 		l, err := net.Listen("tcp", "[::1%lo]:0")
 		if err != nil {
@@ -1210,7 +1209,7 @@ func TestZone(t *testing.T) {
 		}
 		_, port, _ := net.SplitHostPort(l.Addr().String())
 		_ = l.Close()
-		c.options = func(o *options) { plain(o); o.advertise = "[::1%lo]:" + port }
+		c.also(func(o *options) { o.advertise = "[::1%lo]:" + port })
 		c.start(id, "[::1%lo]:"+port)
 		c.nodes[id].address = "[::1%lo]:" + port
 	}

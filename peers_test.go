@@ -430,7 +430,7 @@ func TestAddAgain(t *testing.T) {
 			t.Parallel()
 			c, dir := newDurable(t, 0)
 			if !durable {
-				c.options = func(o *options) { o.heartbeat, o.election = 20*time.Millisecond, 250*time.Millisecond }
+				c.also(inMemory)
 			}
 			for id := range uint64(3) {
 				c.start(id+1, "127.0.0.1:0")
@@ -762,13 +762,11 @@ func TestCopiedDirectory(t *testing.T) {
 	c.init(1, 2, 3)
 	c.transfer(1, 1)
 	c.stop(3)
-	c.options = func(next func(*options)) func(*options) {
-		return func(o *options) {
-			if next(o); o.id == 33 {
-				o.id, o.dataDir = 3, dir(3)+".copy"
-			}
+	c.also(func(o *options) {
+		if o.id == 33 {
+			o.id, o.dataDir = 3, dir(3)+".copy"
 		}
-	}(c.options)
+	})
 	if err := os.CopyFS(dir(3)+".copy", os.DirFS(dir(3))); err != nil {
 		t.Fatal(err)
 	}
@@ -843,8 +841,7 @@ func TestRemovedWhileAway(t *testing.T) {
 	t.Parallel()
 	// Nobody else may cause an election.
 	c := newCluster(t, 2, func(o *options) { o.election = 10 * time.Second })
-	patient := c.options
-	c.options = func(o *options) { patient(o); o.election = 250 * time.Millisecond }
+	c.also(func(o *options) { o.election = 250 * time.Millisecond })
 	c.start(3, "127.0.0.1:0")
 	c.init(1, 2, 3)
 	for _, voter := range []bool{true, false} {
