@@ -3,7 +3,9 @@
 // Go's collector runs when as much was allocated as was in use, or after two minutes. When keys are
 // deleted, or large values replaced by small ones, or a view is closed that has kept such, and
 // little is written then, that is long: so the collector is started once, when that has ended.
-// What it frees, Go's scavenger gives back.
+// What it frees, Go's scavenger gives back, but most of it only after one more cycle: it spares the
+// parts of the heap that were full in the cycle before. So the collector is started twice, also
+// if it has freed all of it by itself, but once.
 
 package main
 
@@ -27,7 +29,8 @@ const (
 type garbage struct {
 	dropped [3]uint64 // by the store, at the last looks, the newest first
 	cycles  uint64    // of the collector, at the last look
-	base    uint64    // of dropped, all before which is collected
+	base    uint64    // of dropped, all before which is freed
+	freed   uint64    // bytes that the last cycle has freed, and that are not given back before the next
 }
 
 // droppedBytes returns how many bytes the store has dropped since the start, and how many of keys and
@@ -40,22 +43,25 @@ func (s *store) droppedBytes() (dropped, has uint64) {
 }
 
 // look takes in what was dropped, and how often the collector has run. It reports whether it should
-// be run: much was dropped since then, and little of that just now, so that this is the end of it.
+// be run: much waits to be freed or given back, and little was dropped just now, so that this is the
+// end of it.
 func (g *garbage) look(dropped, has, cycles uint64) bool {
 	before := g.dropped[0]
 	g.dropped = [3]uint64{dropped, before, g.dropped[1]}
 	if cycles != g.cycles { // it has run, but perhaps before all was dropped that has been since the last look
 		g.cycles = cycles
+		g.freed = before - g.base
 		g.base = before
 		return false
 	}
-	waiting := dropped - g.base
+	waiting := max(dropped-g.base, g.freed)
 	justNow := dropped - g.dropped[2]
 	isWorth := waiting >= max(leastGarbage, has/leastShare)
 	if !isWorth || justNow > waiting/8 {
 		return false
 	}
 	g.base = dropped
+	g.freed = 0
 	return true
 }
 
@@ -75,7 +81,7 @@ func (n *node) collect(ctx context.Context) {
 		dropped, has := n.store.droppedBytes()
 		if g.look(dropped, has, cycles[0].Value.Uint64()) {
 			runtime.GC()
-			runtime.GC() // the scavenger spares what was in use in the cycle before the last
+			runtime.GC() // so that the scavenger gives back what the first has freed
 		}
 	}
 }

@@ -11,7 +11,7 @@ import (
 )
 
 // TestGarbage: the collector is run once when much was dropped, and not while more is, nor if
-// it has run by itself since.
+// it has run twice by itself since: once frees the memory, but gives most of it not back.
 func TestGarbage(t *testing.T) {
 	const mib = 1 << 20
 	type look struct {
@@ -25,7 +25,9 @@ func TestGarbage(t *testing.T) {
 		"more and more":     {{0, 0, 1, false}, {100 * mib, 0, 1, false}, {200 * mib, 0, 1, false}, {300 * mib, 0, 1, false}, {310 * mib, 0, 1, false}, {310 * mib, 0, 1, true}},
 		"less than a share": {{0, 0, 1, false}, {100 * mib, 801 * mib, 1, false}, {100 * mib, 801 * mib, 1, false}, {100 * mib, 801 * mib, 1, false}, {100 * mib, 801 * mib, 1, false}},
 		"a share":           {{0, 0, 1, false}, {100 * mib, 800 * mib, 1, false}, {100 * mib, 800 * mib, 1, false}, {100 * mib, 800 * mib, 1, true}},
-		"it has run":        {{0, 0, 1, false}, {100 * mib, 0, 1, false}, {100 * mib, 0, 2, false}, {100 * mib, 0, 2, false}, {100 * mib, 0, 2, false}},
+		"it has run once":   {{0, 0, 1, false}, {100 * mib, 0, 1, false}, {100 * mib, 0, 2, false}, {100 * mib, 0, 2, true}, {100 * mib, 0, 4, false}, {100 * mib, 0, 4, false}},
+		"it has run twice":  {{0, 0, 1, false}, {100 * mib, 0, 1, false}, {100 * mib, 0, 2, false}, {100 * mib, 0, 3, false}, {100 * mib, 0, 3, false}, {100 * mib, 0, 3, false}},
+		"it runs meanwhile": {{0, 0, 1, false}, {100 * mib, 0, 2, false}, {200 * mib, 0, 3, false}, {300 * mib, 0, 4, false}, {310 * mib, 0, 4, false}, {310 * mib, 0, 4, true}},
 		"it has run before": {{0, 0, 1, false}, {100 * mib, 0, 2, false}, {100 * mib, 0, 2, false}, {100 * mib, 0, 2, true}},
 	} {
 		var g garbage
