@@ -77,6 +77,7 @@ func TestBackupOfOlderNode(t *testing.T) {
 
 // TestBackupThatCannotBeWritten: the exit status is 3, and the error says so.
 func TestBackupThatCannotBeWritten(t *testing.T) {
+	t.Parallel() // it mostly waits
 	f := newFakeNode(t)
 	_, whole := backupOf(t, 20000) // more than a pipe holds
 	f.do(func() { f.backup = whole })
@@ -103,7 +104,7 @@ func TestBackupThatCannotBeWritten(t *testing.T) {
 			var errs bytes.Buffer
 			timeout := "20s"
 			if stdout == full {
-				timeout = "500ms"
+				timeout = fullTimeout.String()
 			}
 			exit := runClient(t.Context(), append([]string{"backup", "-", "--timeout", timeout}, from...), nil, stdout, &errs)
 			if exit != exitNotDone {

@@ -295,7 +295,7 @@ func TestCommandsOverTLS(t *testing.T) {
 	wantPart(t, errs, "client may not call raftkv.v1.ClusterService/ChangeMembership: that needs the role admin (PERMISSION_DENIED)\n")
 	out, _ = runCommand(t, exitYes, "", as("reader", "status")...)
 	wantPart(t, out, "the first certificate to end is that of node 1, at 2090-01-01 00:00:00 UTC\n")
-	_, errs = runCommand(t, exitNotDone, "", "get", "k", "--timeout", "1s")
+	_, errs = runCommand(t, exitNotDone, "", "get", "k", "--timeout", fullTimeout.String())
 	wantPart(t, errs, "a node does that wants TLS")
 	_, errs = runCommand(t, exitUsage, "", "get", "k", "--cert-file", filepath.Join(c.pki, "admin.pem"))
 	wantPart(t, errs, "give all three, or none")

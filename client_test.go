@@ -607,8 +607,8 @@ func TestClientListTimeouts(t *testing.T) {
 		printing time.Duration // the wait of whoever takes what is printed first
 		want     string        // on stderr
 	}{
-		"slow": {2 * time.Second, func(ctx context.Context, _ int) error { wait(ctx, 500*time.Millisecond); return nil }, 0, ""},
-		"slowly taken": {time.Second, func(ctx context.Context, responses int) error {
+		"slow": {fullTimeout, func(ctx context.Context, _ int) error { wait(ctx, 500*time.Millisecond); return nil }, 0, ""},
+		"slowly taken": {2 * time.Second, func(ctx context.Context, responses int) error {
 			if responses > 1 {
 				select {
 				case <-ctx.Done():
@@ -616,15 +616,15 @@ func TestClientListTimeouts(t *testing.T) {
 				}
 			}
 			return ctx.Err()
-		}, 1500 * time.Millisecond, ""},
-		"silent": {300 * time.Millisecond, func(ctx context.Context, _ int) error { <-ctx.Done(); return ctx.Err() }, 0,
-			": no answer in 300ms (DEADLINE_EXCEEDED)"},
-		"silent after keys": {time.Second, func(ctx context.Context, responses int) error {
+		}, 3 * time.Second, ""},
+		"silent": {fullTimeout, func(ctx context.Context, _ int) error { <-ctx.Done(); return ctx.Err() }, 0,
+			": no answer in " + fullTimeout.String() + " (DEADLINE_EXCEEDED)"},
+		"silent after keys": {fullTimeout, func(ctx context.Context, responses int) error {
 			if responses > 1 {
 				<-ctx.Done()
 			}
 			return ctx.Err()
-		}, 0, "no answer in 1s (DEADLINE_EXCEEDED)"},
+		}, 0, "no answer in " + fullTimeout.String() + " (DEADLINE_EXCEEDED)"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -753,7 +753,7 @@ func TestClientDeletesRangesOnce(t *testing.T) {
 			})
 			timeout := "20s"
 			if strings.HasSuffix(test.name, "silent") {
-				timeout = "2s"
+				timeout = fullTimeout.String()
 			}
 			_, errs := runCommand(t, test.exit, "", "delete", "--prefix", "a", "--yes", "--timeout", timeout, "--endpoints", f.addr)
 			wantPart(t, errs, strings.ReplaceAll(test.want, "ADDR", f.addr))
@@ -930,7 +930,7 @@ func TestClientNoSession(t *testing.T) {
 				t.Parallel()
 				f := newFakeNode(t)
 				f.do(func() { f.barred = test.barred })
-				_, errs := runCommand(t, exitNotDone, "", append(strings.Fields(command), "--timeout", "3s", "--endpoints", f.addr)...)
+				_, errs := runCommand(t, exitNotDone, "", append(strings.Fields(command), "--timeout", fullTimeout.String(), "--endpoints", f.addr)...)
 				wantPart(t, errs, ": nothing was written: no session could be opened: "+f.addr+": ")
 				wantPart(t, errs, test.want)
 				for _, part := range []string{"the outcome is unknown", "may or may not", errOutcomeUnknown.Error()} {
@@ -1006,7 +1006,7 @@ func TestClientNoSessionAsJSON(t *testing.T) {
 	})
 	other.do(func() { other.barred = apiError(codes.Unavailable, kvpb.ErrorReason_ERROR_REASON_NO_LEADER, "none") })
 	for _, command := range []string{"set k v", "delete k"} {
-		args := append(strings.Fields(command), "-o", "json", "--timeout", "4s", "--endpoints", f.addr+","+other.addr)
+		args := append(strings.Fields(command), "-o", "json", "--timeout", fullTimeout.String(), "--endpoints", f.addr+","+other.addr)
 		_, errs := runCommand(t, exitNotDone, "", args...)
 		var e commandError
 		if err := json.Unmarshal([]byte(errs), &e); err != nil || len(e.Endpoints) != 2 {
@@ -1067,7 +1067,7 @@ func TestClientGivesUp(t *testing.T) {
 			tries := 0
 			timeout, want := "20s", "SESSION_UNKNOWN"
 			if test.errors == nil {
-				timeout, want = "1s", "DEADLINE_EXCEEDED"
+				timeout, want = fullTimeout.String(), "DEADLINE_EXCEEDED"
 			}
 			f.failWith(func(ctx context.Context) error {
 				if test.errors == nil {
@@ -1096,7 +1096,7 @@ func TestClientSilentStdin(t *testing.T) {
 	t.Parallel()
 	f := newFakeNode(t)
 	stdin, w := io.Pipe()
-	const timeout = 500 * time.Millisecond
+	const timeout = fullTimeout / 2
 	var errs bytes.Buffer
 	command := inBackground(func() error {
 		args := []string{"set", "k", "-", "--timeout", timeout.String(), "--endpoints", f.addr}
@@ -1108,7 +1108,7 @@ func TestClientSilentStdin(t *testing.T) {
 	if _, err := io.WriteString(w, "slow "); err != nil { // the command has begun
 		t.Fatal(err)
 	}
-	if happens(t.Context(), command.ended, 2*timeout) {
+	if happens(t.Context(), command.ended, timeout*5/4) {
 		t.Fatalf("it has ended before stdin: %v", command.err)
 	}
 	_, _ = io.WriteString(w, "value")
@@ -1323,7 +1323,7 @@ func TestClientStatusOfLevels(t *testing.T) {
 				Level: 1, ProgramLevel: speaks[i], RisesTo: risesTo[i],
 			})
 		}
-		out, _ := runCommand(t, 0, "", "status", "--timeout", "4s", "--endpoints", nodes[0].addr)
+		out, _ := runCommand(t, 0, "", "status", "--timeout", fullTimeout.String(), "--endpoints", nodes[0].addr)
 		_, lines, _ := strings.Cut(out, "the cluster is")
 		return lines
 	}
@@ -1359,7 +1359,7 @@ func TestClientStatus(t *testing.T) {
 	c.setMetrics(&kvpb.MetricsResponse{Node: &kvpb.Node{Id: 3, Address: c.addr}, Role: kvpb.Role_ROLE_UNINITIALIZED, UnhealthyReason: "new"})
 
 	endpoints := "--endpoints=" + strings.Join([]string{closedAddress, c.addr, a.addr}, ",")
-	out, _ := runCommand(t, 0, "", "status", "--timeout", "4s", endpoints)
+	out, _ := runCommand(t, 0, "", "status", "--timeout", fullTimeout.String(), endpoints)
 	rows := strings.Split(strings.TrimSpace(out), "\n")
 	want := []string{
 		"leader 1, but only 1 of 3 voters and 0 of 1 learners are up, and that is too few to go on ",
@@ -1381,7 +1381,7 @@ func TestClientStatus(t *testing.T) {
 		}
 	}
 
-	out, _ = runCommand(t, 0, "", "status", "-o", "json", "--timeout", "4s", endpoints)
+	out, _ = runCommand(t, 0, "", "status", "-o", "json", "--timeout", fullTimeout.String(), endpoints)
 	var answer struct {
 		Members []struct {
 			ID        string `json:"node_id"`
@@ -1525,7 +1525,7 @@ func TestClientResend(t *testing.T) {
 			case test.want == mayBe:
 				exit = exitUnknown
 			}
-			args := append(strings.Fields(test.command), "--timeout", "2s", "--endpoints", first.addr+","+second.addr)
+			args := append(strings.Fields(test.command), "--timeout", fullTimeout.String(), "--endpoints", first.addr+","+second.addr)
 			_, errs := runCommand(t, exit, "", args...)
 			wantPart(t, errs, test.want)
 			if strings.Contains(errs, mayBe) != (test.want == mayBe) {
@@ -2040,7 +2040,7 @@ func TestLivenessBesideHungNodes(t *testing.T) {
 	t.Parallel()
 	live := newFakeNode(t)
 	endpoints := strings.Join([]string{listenSilently(t), listenSilently(t), live.addr}, ",")
-	out, _ := runCommand(t, exitYes, "", "health", "--service", "", "--timeout", "4s", "--endpoints", endpoints)
+	out, _ := runCommand(t, exitYes, "", "health", "--service", "", "--timeout", fullTimeout.String(), "--endpoints", endpoints)
 	wantText(t, "health", out, "SERVING, says "+live.addr+"\n")
 }
 
@@ -2100,7 +2100,7 @@ func TestNoEndpointIsAHelp(t *testing.T) {
 		args := commandLine(t, line, strings.Join([]string{silent, fresh.addr, live.addr}, ","))
 		timeout := "10s"
 		if strings.Contains(line, "k") || line == "list" { // What is read or written is tried until then.
-			timeout = "1s"
+			timeout = fullTimeout.String()
 		}
 		saidByLive := "none leads (UNAVAILABLE NO_LEADER)"
 		if strings.HasPrefix(line, "backup") {
@@ -2147,7 +2147,7 @@ func TestInitWantsNodesInNoCluster(t *testing.T) {
 	fresh, other := newFakeNode(t), newFakeNode(t)
 	fresh.setMetrics(&kvpb.MetricsResponse{})
 	endpoints := strings.Join([]string{listenSilently(t), fresh.addr, other.addr}, ",")
-	runCommand(t, exitYes, "", "init", "1="+fresh.addr, "--endpoints", endpoints, "--timeout", "2s")
+	runCommand(t, exitYes, "", "init", "1="+fresh.addr, "--endpoints", endpoints)
 	if _, n := fresh.take(); n != 1 {
 		t.Errorf("it was called %d times", n)
 	}
@@ -2161,7 +2161,7 @@ func TestHealthOfNodesInNoCluster(t *testing.T) {
 	fresh.health.SetServingStatus(kvpb.KVService_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_NOT_SERVING)
 	fresh.health.SetServingStatus(livenessHealth, healthpb.HealthCheckResponse_SERVING)
 	endpoints := hangs + "," + fresh.addr
-	_, errs := runCommand(t, exitNo, "", "health", "--timeout", "2s", "--endpoints", endpoints)
+	_, errs := runCommand(t, exitNo, "", "health", "--endpoints", endpoints)
 	wantPart(t, errs, "NOT_SERVING: node 9 at "+fresh.addr+": it is in none")
 	live := newFakeNode(t)
 	live.health.SetServingStatus(livenessHealth, healthpb.HealthCheckResponse_NOT_SERVING)
@@ -2187,7 +2187,7 @@ func TestWritesStayInOneCluster(t *testing.T) {
 			exit = exitNotDone
 		}
 		args := commandLine(t, line, one.addr+","+other.addr)
-		_, errs := runCommand(t, exit, "", append(args, "--timeout", "3s")...)
+		_, errs := runCommand(t, exit, "", append(args, "--timeout", fullTimeout.String())...)
 		wantPart(t, errs, other.addr+": it is in another cluster, 000000000000000b, not in 000000000000000a")
 		if _, n := other.take(); n != 0 || other.opened != 0 {
 			t.Errorf("the other cluster was called %d times, and opened %d sessions", n, other.opened)
@@ -2440,7 +2440,7 @@ func TestStatusSummary(t *testing.T) {
 		return []*kvpb.MemberStatus{memberAt(0xa, 1, a.addr, true), memberAt(0xa, 2, b.addr, true), memberAt(0xa, 3, third, true)}
 	}
 	first := func(want int) string {
-		out, _ := runCommand(t, want, "", "status", "--timeout", "4s", "--endpoints", a.addr+","+b.addr)
+		out, _ := runCommand(t, want, "", "status", "--timeout", fullTimeout.String(), "--endpoints", a.addr+","+b.addr)
 		line, _, _ := strings.Cut(out, "\n")
 		return line
 	}

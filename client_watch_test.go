@@ -347,7 +347,7 @@ func TestClientWatchEnds(t *testing.T) {
 			}
 			timeout := "20s"
 			if test.exit == exitNotDone {
-				timeout = "1s"
+				timeout = fullTimeout.String()
 			}
 			args := []string{"--until-version", "9", "-o", "json", "--timeout", timeout, "--endpoints", strings.Join(endpoints, ",")}
 			_, errs := runWatch(t, test.exit, args...)

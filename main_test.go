@@ -40,6 +40,9 @@ const (
 	pollDeadline = 30 * time.Second
 	// rpcTimeout bounds calls that a test gives no deadline.
 	rpcTimeout = 20 * time.Second
+	// fullTimeout is for commands that wait until the end of it. Half of it is for the first
+	// node's metrics: with less, a busy machine takes longer, and that is what they say.
+	fullTimeout = 2 * askTimeout
 )
 
 // TestMain runs more tests at once than there are processors, unless told how

@@ -1488,6 +1488,7 @@ func FuzzFrameReader(f *testing.F) {
 // start, and then the power is lost: nothing that was acknowledged is missing, and the log is
 // not refused.
 func TestWALStartIsCut(t *testing.T) {
+	t.Parallel() // it has one processor work while others wait
 	runs := 0
 	for _, seed := range []uint64{4, 7} {
 		script, models := walScript(seededRand(seed), 40)
