@@ -78,11 +78,16 @@ func formCluster(tb testing.TB, ps []*process) {
 		tb.Cleanup(func() { p.signal(syscall.SIGKILL); _ = p.conn.Close() })
 		req.Members = append(req.Members, &kvpb.Node{Id: p.id, Address: p.address})
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	if _, err := ps[0].cluster.Init(ctx, req); err != nil {
-		tb.Fatal(err)
-	}
+	within(tb, 30*time.Second, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
+		defer cancel()
+		_, err := ps[0].cluster.Init(ctx, req)
+		isBusy := reasonOf(err) == "UNREACHABLE" // a member has not answered in time
+		if err != nil && !isBusy {
+			tb.Fatal(err)
+		}
+		return err
+	})
 	awaitHealthy(tb, ps, 30*time.Second)
 }
 
