@@ -258,11 +258,13 @@ func (c *counter) note(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return
 	}
-	switch code := status.Code(err); {
-	case errorReason(err) == "QUOTA": // a disk is full
+	code, reason := status.Code(err), errorReason(err)
+	isLate := code == codes.DeadlineExceeded && (reason == "OUTCOME_UNKNOWN" || reason == "") // none: it is the client's own
+	switch {
+	case reason == "QUOTA": // a disk is full
 		c.unknown["QUOTA"]++
-	case code == codes.Unavailable, code == codes.DeadlineExceeded && errorReason(err) == "OUTCOME_UNKNOWN":
-		c.unknown[code.String()+" "+errorReason(err)]++
+	case code == codes.Unavailable, isLate:
+		c.unknown[code.String()+" "+reason]++
 	default:
 		c.bad[err.Error()]++
 	}
