@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -249,6 +250,7 @@ func TestTooOldIsRefused(t *testing.T) {
 				c.wantsLevel(nextLevel, 1, 2, 3)
 				c.set(1, "k", "v")
 				change(c)
+				c.sameStates(1, 2, 3) // node 3 has "k" on its disk, and with it that the rise is committed
 				address := c.nodes[3].address
 				c.stop(3)
 				err := c.refusesToStart(3, address, firstLevel)
@@ -390,7 +392,7 @@ func (c *testCluster) endsAfter(id uint64) (end func()) {
 }
 
 // refusesToStart runs a node with a program of a level, and returns the error that it ends
-// with.
+// with. A node that starts nevertheless fails the test.
 func (c *testCluster) refusesToStart(id uint64, address string, level uint32) error {
 	c.t.Helper()
 	var l net.Listener
@@ -401,7 +403,13 @@ func (c *testCluster) refusesToStart(id uint64, address string, level uint32) er
 	c.options(&o)
 	o.addr, o.listener, o.dialer = address, l, c.wires.dialer(address)
 	o.level = level
-	return run(c.t.Context(), o, slog.New(slog.DiscardHandler), func(*server) {})
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	err := run(ctx, o, slog.New(slog.DiscardHandler), func(*server) { cancel() })
+	if err == nil {
+		c.t.Fatalf("node %d starts with a program of level %d", id, level)
+	}
+	return err
 }
 
 // TestLevelVerdict: of two nodes, each has to speak the level of the other one's cluster.

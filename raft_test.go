@@ -1230,9 +1230,8 @@ func TestExpireNeedsNoLeader(t *testing.T) {
 // TestNodeFails: a call that a node can never answer, because it has failed, is
 // told so, and why.
 func TestNodeFails(t *testing.T) {
-	n := turnNode()
-	n.net = deafNetwork{}
-	s := newServer(n, newNetwork(n, n.logger, nil), nil)
+	s := newIdleServer(t)
+	n := s.n
 	ended := make(chan error, 1)
 	go func() {
 		_, err := s.intercept(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: kvpb.KVService_Set_FullMethodName},
