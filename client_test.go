@@ -1148,14 +1148,14 @@ func (l countingListener) Accept() (net.Conn, error) {
 
 type countedConn struct {
 	net.Conn
-	used   *atomic.Int64
-	isUsed atomic.Bool
+	used *atomic.Int64
+	once sync.Once
 }
 
 func (c *countedConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	if n > 0 && c.isUsed.CompareAndSwap(false, true) {
-		c.used.Add(1)
+	if n > 0 {
+		c.once.Do(func() { c.used.Add(1) })
 	}
 	return n, err
 }

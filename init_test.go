@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -819,14 +818,11 @@ func TestInitDiskFails(t *testing.T) {
 	t.Parallel()
 	for _, broken := range []uint64{1, 2} {
 		t.Run(fmt.Sprint(broken), func(t *testing.T) {
-			dir := t.TempDir()
-			c := newCluster(t, 0, func(o *options) {
-				o.durable, o.dataDir, o.logBytes = true, filepath.Join(dir, fmt.Sprint(o.id)), 1<<20
-			})
+			c, dir := newDurable(t, 0, func(o *options) { o.logBytes = 1 << 20 })
 			for id := uint64(1); id <= 3; id++ {
 				c.start(id, "127.0.0.1:0")
 			}
-			if err := os.RemoveAll(filepath.Join(dir, fmt.Sprint(broken))); err != nil {
+			if err := os.RemoveAll(dir(broken)); err != nil {
 				t.Fatal(err)
 			}
 			n := c.nodes[broken]

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"net"
 	"slices"
@@ -405,7 +404,7 @@ func (c *testCluster) refusesToStart(id uint64, address string, level uint32) er
 	o.level = level
 	ctx, cancel := context.WithCancel(c.ctx)
 	defer cancel()
-	err := run(ctx, o, slog.New(slog.DiscardHandler), func(*server) { cancel() })
+	err := run(ctx, o, quiet(), func(*server) { cancel() })
 	if err == nil {
 		c.t.Fatalf("node %d starts with a program of level %d", id, level)
 	}

@@ -418,7 +418,7 @@ func TestPortInUse(t *testing.T) {
 	defer func() { _ = l.Close() }()
 	o := defaultOptions()
 	o.id, o.addr = 1, l.Addr().String()
-	err = run(context.Background(), o, slog.New(slog.DiscardHandler), func(*server) { t.Error("ready") })
+	err = run(context.Background(), o, quiet(), func(*server) { t.Error("ready") })
 	if !errors.Is(err, syscall.EADDRINUSE) {
 		t.Fatal(err)
 	}
