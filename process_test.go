@@ -259,11 +259,10 @@ func (c *counter) note(ctx context.Context, err error) {
 		return
 	}
 	code, reason := status.Code(err), errorReason(err)
-	isLate := code == codes.DeadlineExceeded && (reason == "OUTCOME_UNKNOWN" || reason == "") // none: it is the client's own
 	switch {
 	case reason == "QUOTA": // a disk is full
 		c.unknown["QUOTA"]++
-	case code == codes.Unavailable, isLate:
+	case code == codes.Unavailable, code == codes.DeadlineExceeded:
 		c.unknown[code.String()+" "+reason]++
 	default:
 		c.bad[err.Error()]++
