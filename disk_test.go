@@ -1650,6 +1650,35 @@ func TestDurableAlone(t *testing.T) {
 	}
 }
 
+// TestLockEndsWhenItIsClosed: also while a process that is just being started has its file.
+func TestLockEndsWhenItIsClosed(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	for _, fs := range []fileSystem{osFS{}, readOnlyFS{}} {
+		held, err := fs.lock(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		inherited, err := syscall.Dup(int(held.(heldLock).Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer syscall.Close(inherited)
+		if _, err := (osFS{}).lock(dir); err == nil {
+			t.Fatalf("%T: two have the lock", fs)
+		}
+		if err := held.Close(); err != nil {
+			t.Fatal(err)
+		}
+		again, err := osFS{}.lock(dir)
+		if err != nil {
+			t.Fatalf("%T: %v", fs, err)
+		}
+		if err := again.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestDirectoryThatCannotBeApplied: an entry that the program cannot apply is there at each start:
 // no restart mends it.
 func TestDirectoryThatCannotBeApplied(t *testing.T) {

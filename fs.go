@@ -84,10 +84,20 @@ func (osFS) lock(dir string) (io.Closer, error) {
 		f.Close()
 		return nil, fmt.Errorf("the data directory %s: %w", dir, lockError(f.Name(), err))
 	}
-	return f, nil
+	return heldLock{f}, nil
 }
 
-// lockFile locks a file at once, or not at all. How is LOCK_EX or LOCK_SH.
+// heldLock is a file that is locked until Close.
+type heldLock struct{ *os.File }
+
+// Close unlocks the file, and closes it. To close it would not be enough: a process that is
+// just being started has the file, too, until it runs its own program.
+func (l heldLock) Close() error {
+	err := lockFile(l.File, syscall.LOCK_UN)
+	return errors.Join(err, l.File.Close())
+}
+
+// lockFile locks a file at once, or not at all. How is LOCK_EX, LOCK_SH, or LOCK_UN to unlock it.
 func lockFile(f *os.File, how int) error {
 	for {
 		err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB)

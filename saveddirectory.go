@@ -194,7 +194,7 @@ func (readOnlyFS) lock(dir string) (io.Closer, error) {
 		f.Close()
 		return nil, fmt.Errorf("the data directory %s: %w", dir, lockError(path, err))
 	}
-	return f, nil
+	return heldLock{f}, nil
 }
 
 // absentLock is the path of a LOCK that was not there.
