@@ -386,6 +386,23 @@ func (c *testCluster) settled(ids ...uint64) (leader uint64) {
 	return leader
 }
 
+// acknowledges waits until the leader knows that a member has all of its log.
+func (c *testCluster) acknowledges(leader, id uint64) {
+	c.t.Helper()
+	eventually(c.t, func() error {
+		m, err := c.metrics(leader)
+		if err != nil {
+			return err
+		}
+		for _, s := range m.Members {
+			if s.Node.Id == id && s.Progress.GetMatchIndex() == m.LastIndex {
+				return nil
+			}
+		}
+		return fmt.Errorf("node %d: %v", leader, m)
+	})
+}
+
 // uninitialized waits until nodes are in no cluster.
 func (c *testCluster) uninitialized(ids ...uint64) {
 	c.t.Helper()

@@ -1869,6 +1869,7 @@ func TestDurableRolledBack(t *testing.T) {
 	c.start(3, address)
 	c.settled(1, 2, 3)
 	version := c.set(3, "k", "v")
+	c.acknowledges(1, 3)
 	c.stop(3)
 	if err := errors.Join(os.RemoveAll(dir(3)), os.Rename(copied, dir(3))); err != nil {
 		t.Fatal(err)

@@ -288,6 +288,7 @@ func TestJoinFindsSomebodyNew(t *testing.T) {
 	p.transfer(1, 1)
 	release := p.hold(3)
 	p.addLearner(1, 4)
+	p.acknowledges(1, 4) // it knows that it is a member
 	b := newStarter(p.nodes[3].server)
 	if err := b.askWhere(p.ctx, p.addresses[2]); err != nil {
 		t.Errorf("it finds a member: %v", err)
