@@ -130,7 +130,6 @@ type limiter struct {
 	// What the connections share has its own locks, which are taken after mu.
 	calls     *runningCalls
 	arrivals  *arrivals
-	memory    *memoryGate
 	answers   *answers
 	writes    *room // bytes of the writes of unary calls
 	pipelines *room // bytes of what Pipelines ask, and wait for
@@ -180,7 +179,6 @@ func newLimiter(l net.Listener, p places, c *certificates, log *slog.Logger) *li
 		kept:         map[*limitedConn]bool{},
 		calls:        &runningCalls{limit: maxCalls, share: maxStreamsPerConnection, late: maxLateCalls, openLimit: maxOpenCalls},
 		arrivals:     newArrivals(maxArrivingBytes),
-		memory:       newMemoryGate(),
 	}
 	made.answers = newAnswers(made)
 	made.writes = newRoom(roomLimits{maxUnaryBytes, maxConnUnaryBytes, lateUnaryBytes}, made.cutStalled)
@@ -412,13 +410,11 @@ func (c *limitedConn) greeted() bool {
 
 // Read implements net.Conn. gRPC gives what it reads to the calls, and keeps up to a window of
 // each that has not taken it. So the calls run before more is read: else a connection's reader
-// keeps its processor while bytes come, and thousands of calls wait with a full window each. And
-// what they leave behind is collected in time (memoryGate).
+// keeps its processor while bytes come, and thousands of calls wait with a full window each.
 func (c *limitedConn) Read(b []byte) (int, error) {
 	if c.ahead >= readAhead {
 		c.ahead = 0
 		runtime.Gosched()
-		c.l.memory.pass()
 	}
 	n, err := c.Conn.Read(b)
 	c.ahead += n
