@@ -343,6 +343,10 @@ func TestFreshNodeSaysWait(t *testing.T) {
 // patient keeps the cluster from electing another leader by itself.
 func patient(o *options) { o.election = o.heartbeat * 500 }
 
+// steady keeps a leader, and members alive to it, while a busy machine halts a node for less than
+// two seconds.
+func steady(o *options) { o.election = 2 * time.Second }
+
 // metrics returns a node's metrics, or nil.
 func (c *testCluster) metrics(id uint64) (*kvpb.MetricsResponse, error) {
 	return c.nodes[id].Metrics(c.ctx, &kvpb.MetricsRequest{})

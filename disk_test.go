@@ -1856,7 +1856,7 @@ func TestDurableRemoved(t *testing.T) {
 // TestDurableRolledBack: a directory in place of which an older copy was put.
 func TestDurableRolledBack(t *testing.T) {
 	t.Parallel()
-	c, dir := newDurable(t, 3)
+	c, dir := newDurable(t, 3, steady)
 	c.init(1, 2, 3)
 	c.works(1, 2, 3)
 	c.transfer(1, 1)
@@ -2254,11 +2254,7 @@ func TestDurableKills(t *testing.T) {
 	formCluster(t, ps)
 	raftIDs := func() (ids []uint64) {
 		for _, p := range ps {
-			m, err := p.metrics()
-			if err != nil {
-				t.Fatal(err)
-			}
-			ids = append(ids, m.RaftId)
+			ids = append(ids, p.metricsInTime().RaftId)
 		}
 		return ids
 	}

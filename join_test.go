@@ -171,7 +171,7 @@ func TestJoinerIsPromotedByWhoeverLeads(t *testing.T) {
 // TestJoinRefused: an id that a node has which answers elsewhere, and a cluster without a leader.
 func TestJoinRefused(t *testing.T) {
 	t.Parallel()
-	p := newPlanned(t, 6)
+	p := newPlanned(t, 6, steady)
 	p.joinsBy([]uint64{3}, 1, 2)
 	p.begin(1, 2)
 	p.init(1, 2)
@@ -281,14 +281,14 @@ func TestJoinMissesADisk(t *testing.T) {
 // says so.
 func TestJoinFindsSomebodyNew(t *testing.T) {
 	t.Parallel()
-	p := newPlanned(t, 4)
+	p := newPlanned(t, 4, steady)
 	p.begin(1, 2, 3, 4)
 	p.init(1, 2, 3)
 	p.settled(threeNodes...)
 	p.transfer(1, 1)
 	release := p.hold(3)
 	p.addLearner(1, 4)
-	p.acknowledges(1, 4) // it knows that it is a member
+	p.joins(4)
 	b := newStarter(p.nodes[3].server)
 	if err := b.askWhere(p.ctx, p.addresses[2]); err != nil {
 		t.Errorf("it finds a member: %v", err)

@@ -896,7 +896,7 @@ func TestForwardFails(t *testing.T) {
 // to lead, so it is not even asked if that node does not answer.
 func TestTransferToSilent(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 3, func(o *options) { o.election = o.heartbeat * 12 })
+	c := newCluster(t, 3, steady)
 	c.init(1, 2, 3)
 	refused := func(leader, to uint64) {
 		t.Helper()
@@ -989,7 +989,7 @@ func TestLeaversKnow(t *testing.T) {
 
 func TestForwarding(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 4)
+	c := newCluster(t, 4, steady)
 	c.init(1, 2, 3)
 	learner := c.proto(4)[0]
 	for id := uint64(1); id <= 3; id++ {

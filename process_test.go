@@ -152,6 +152,16 @@ func (p *process) metrics() (*kvpb.MetricsResponse, error) {
 	return p.cluster.Metrics(ctx, &kvpb.MetricsRequest{})
 }
 
+// metricsInTime are the metrics of a process that runs. On a busy machine it may answer late.
+func (p *process) metricsInTime() (m *kvpb.MetricsResponse) {
+	p.tb.Helper()
+	eventually(p.tb, func() (err error) {
+		m, err = p.metrics()
+		return err
+	})
+	return m
+}
+
 // rss is the process's resident memory in bytes.
 func (p *process) rss() int {
 	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.cmd.Process.Pid))
