@@ -306,7 +306,7 @@ func TestNodesSpeakForThemselves(t *testing.T) {
 func TestForwardingIsANodes(t *testing.T) {
 	t.Parallel()
 	log := &sharedLog{}
-	c := newCluster(t, 0)
+	c := newCluster(t, 0, steady)
 	c.pki, _ = testPKI(t, 2)
 	c.log = log
 	c.start(1, "127.0.0.1:0")

@@ -313,6 +313,24 @@ const closedAddress = "127.0.0.1:1"
 
 // runCommand runs a sub-command and checks its exit status, and that an error
 // is one line on stderr: JSON if that is wanted.
+// runOperator runs a command that changes the membership until it is done. On a busy machine a
+// member can seem silent, or be behind, and such a command is not repeated by itself.
+func runOperator(t *testing.T, args ...string) {
+	t.Helper()
+	eventually(t, func() error {
+		var errs bytes.Buffer
+		exit := runClient(t.Context(), args, nil, io.Discard, &errs)
+		switch exit {
+		case exitYes:
+			return nil
+		case exitNotDone, exitUnknown:
+			return errors.New(errs.String())
+		}
+		t.Fatalf("%q: exit status %d; stderr %q", args, exit, &errs)
+		return nil
+	})
+}
+
 func runCommand(t *testing.T, want int, stdin string, args ...string) (stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -608,7 +626,7 @@ func TestClientListTimeouts(t *testing.T) {
 		want     string        // on stderr
 	}{
 		"slow": {fullTimeout, func(ctx context.Context, _ int) error { wait(ctx, 500*time.Millisecond); return nil }, 0, ""},
-		"slowly taken": {2 * time.Second, func(ctx context.Context, responses int) error {
+		"slowly taken": {fullTimeout, func(ctx context.Context, responses int) error {
 			if responses > 1 {
 				select {
 				case <-ctx.Done():
@@ -616,7 +634,7 @@ func TestClientListTimeouts(t *testing.T) {
 				}
 			}
 			return ctx.Err()
-		}, 3 * time.Second, ""},
+		}, fullTimeout + time.Second, ""},
 		"silent": {fullTimeout, func(ctx context.Context, _ int) error { <-ctx.Done(); return ctx.Err() }, 0,
 			": no answer in " + fullTimeout.String() + " (DEADLINE_EXCEEDED)"},
 		"silent after keys": {fullTimeout, func(ctx context.Context, responses int) error {
@@ -1096,7 +1114,7 @@ func TestClientSilentStdin(t *testing.T) {
 	t.Parallel()
 	f := newFakeNode(t)
 	stdin, w := io.Pipe()
-	const timeout = fullTimeout / 2
+	const timeout = fullTimeout
 	var errs bytes.Buffer
 	command := inBackground(func() error {
 		args := []string{"set", "k", "-", "--timeout", timeout.String(), "--endpoints", f.addr}
@@ -2346,9 +2364,13 @@ func TestNodeThatIsStopped(t *testing.T) {
 	if leader == to {
 		to = others[1]
 	}
-	run("transfer-leader", fmt.Sprint(to.id))
-	run("remove", fmt.Sprint(stopped.id))
-	run("add-learner", fmt.Sprintf("9=%s", fresh.address))
+	operate := func(args ...string) {
+		t.Helper()
+		runOperator(t, append(args, "--timeout=30s", "--endpoints", strings.Join(endpoints, ","))...)
+	}
+	operate("transfer-leader", fmt.Sprint(to.id))
+	operate("remove", fmt.Sprint(stopped.id))
+	operate("add-learner", fmt.Sprintf("9=%s", fresh.address))
 	eventually(t, func() error { // a learner learns that it has caught up with its leader's next heartbeat
 		row := fmt.Sprintf("\n9     %s  ok           no     learner", fresh.address)
 		if out := run("status"); !strings.Contains(out, row) {
@@ -2635,7 +2657,7 @@ func votersOf(t *testing.T, c *testCluster, id uint64) (voters, learners []uint6
 // TestOperatorsPromoteAndDemote: all others stay as they are.
 func TestOperatorsPromoteAndDemote(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 5)
+	c := newCluster(t, 5, steady)
 	c.init(1, 2, 3)
 	c.addLearner(1, 4)
 	c.addLearner(1, 5)
@@ -2649,9 +2671,9 @@ func TestOperatorsPromoteAndDemote(t *testing.T) {
 		{"promote 2 5", []uint64{1, 2, 3, 4, 5}, nil},
 		{"demote 4 5", []uint64{1, 2, 3}, []uint64{4, 5}},
 	} {
-		runCommand(t, exitYes, "", append(strings.Fields(test.line), "--endpoints", c.nodes[2].address)...)
-		leader := c.nodes[2].server.n.status.latest.Load().leader
-		voters, learners := votersOf(t, c, leader.Id)
+		runOperator(t, append(strings.Fields(test.line), "--endpoints", c.nodes[2].address)...)
+		leader := c.settled(test.voters...)
+		voters, learners := votersOf(t, c, leader)
 		if fmt.Sprint(voters) != fmt.Sprint(test.voters) || fmt.Sprint(learners) != fmt.Sprint(test.learners) {
 			t.Errorf("%s: voters %v, learners %v, want %v and %v", test.line, voters, learners, test.voters, test.learners)
 		}
@@ -2664,12 +2686,12 @@ func TestOperatorsPromoteAndDemote(t *testing.T) {
 // is told the truth, and the other one why not.
 func TestTwoOperators(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 5)
+	c := newCluster(t, 5, steady)
 	c.init(1, 2, 3)
 	c.addLearner(1, 4)
 	c.addLearner(1, 5)
 	for range 5 {
-		runCommand(t, exitYes, "", "change-membership", "1", "2", "3", "--retain", "--endpoints", c.nodes[1].address)
+		runOperator(t, "change-membership", "1", "2", "3", "--retain", "--endpoints", c.nodes[1].address)
 		var both sync.WaitGroup
 		exits, errs := make([]int, 2), make([]bytes.Buffer, 2)
 		for i, id := range []uint64{4, 5} {
@@ -2681,7 +2703,9 @@ func TestTwoOperators(t *testing.T) {
 			// Who read the membership after the other's change would drop that one's voter.
 			told := exits[i] == exitNotDone && strings.Contains(errs[i].String(), "MEMBERSHIP_CHANGED") ||
 				exits[i] == exitUsage && strings.Contains(errs[i].String(), "it would remove node")
-			if exits[i] != exitYes && !told {
+			isBusy := exits[i] == exitUnknown || strings.Contains(errs[i].String(), "UNREACHABLE") ||
+				strings.Contains(errs[i].String(), "NOT_CAUGHT_UP")
+			if exits[i] != exitYes && !told && !isBusy {
 				t.Errorf("exit status %d: %s", exits[i], &errs[i])
 			}
 		}

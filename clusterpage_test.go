@@ -139,7 +139,7 @@ func TestClusterPageWithoutConnections(t *testing.T) {
 	if _, ids := of(1).others(); ids[c.nodes[2].address] != 2 {
 		t.Errorf("the ids at addresses are %v: whose certificate lacks its address is refused", ids)
 	}
-	ends := time.Now().Add(5 * time.Second) // long enough to be read
+	ends := time.Now().Add(15 * time.Second) // long enough to be read
 	testCertificate(t, ca, dir, "node1", "node/1", func(x *x509.Certificate) { x.NotAfter = ends })
 	eventually(t, func() error {
 		notes := fmt.Sprint(surveyOf(2).Notes)

@@ -66,7 +66,7 @@ func TestNodesExitStatus(t *testing.T) {
 	ps[1].start()
 	awaitHealthy(t, ps, 30*time.Second)
 	removed := ps[2]
-	runCommand(t, exitYes, "", "remove", "3", "--endpoints", ps[0].address)
+	runOperator(t, "remove", "3", "--endpoints", ps[0].address)
 	if err := removed.cmd.Wait(); removed.cmd.ProcessState.ExitCode() != exitForGood {
 		t.Errorf("it was removed: %v", err)
 	}

@@ -267,7 +267,7 @@ func TestConnectionEnds(t *testing.T) {
 	n := c.start(1, "127.0.0.1:0")
 	c.init(1)
 	c.settled(1)
-	ends := time.Now().Add(3 * time.Second).Truncate(time.Second) // certificates have no fractions
+	ends := time.Now().Add(10 * time.Second).Truncate(time.Second) // certificates have no fractions
 	testCertificate(t, ca, c.pki, "short", "client/short", func(x *x509.Certificate) { x.NotAfter = ends })
 	conn := dialNode(t, n.address, testCredentials(t, c.pki, "short", n.address))
 	defer func() { _ = conn.Close() }()
@@ -332,7 +332,7 @@ func TestRevoked(t *testing.T) {
 // TestRotation: certificates, and then the CA, are replaced under load, and no call fails.
 func TestRotation(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 0)
+	c := newCluster(t, 0, steady)
 	var ca *authority
 	c.pki, ca = testPKI(t, 3)
 	for id := range uint64(3) {

@@ -537,11 +537,12 @@ func TestConnectionsLeavePeers(t *testing.T) {
 	})
 	back.signal(syscall.SIGKILL)
 	back.start()
-	awaitHealthy(t, ps, 20*time.Second)
+	awaitHealthy(t, ps, 2*pollDeadline)
 	leader.signal(syscall.SIGKILL)
-	if _, err := back.kv.Set(ctx, &kvpb.SetRequest{Key: "k"}); err != nil { // these two are a majority
-		t.Error(err)
-	}
+	eventually(t, func() error { // these two are a majority
+		_, err := back.kv.Set(ctx, &kvpb.SetRequest{Key: "k"})
+		return err
+	})
 }
 
 // TestTooFewFiles: a node that may have too few files open does not start, and says

@@ -157,7 +157,7 @@ func TestMethodCounts(t *testing.T) {
 func TestMetricsOfCluster(t *testing.T) {
 	t.Parallel()
 	w := &webs{t: t}
-	c, _ := newDurable(t, 3, w.set, func(o *options) { o.maxStoreBytes = 1 << 20 })
+	c, _ := newDurable(t, 3, steady, w.set, func(o *options) { o.maxStoreBytes = 1 << 20 })
 	web := newWebClient(t, "", "")
 	before := w.metricsOf(web, 1)
 	if err := before.are(series{
@@ -331,7 +331,7 @@ func TestMetricsAccess(t *testing.T) {
 func TestMetricsAreInTheManual(t *testing.T) {
 	t.Parallel()
 	w := &webs{t: t}
-	c := newCluster(t, 0, w.set, func(o *options) { o.durable, o.dataDir = true, t.TempDir()+fmt.Sprint("/", o.id) })
+	c := newCluster(t, 0, steady, w.set, func(o *options) { o.durable, o.dataDir = true, t.TempDir()+fmt.Sprint("/", o.id) })
 	c.pki, _ = testPKI(t, 2)
 	c.start(1, "127.0.0.1:0")
 	c.start(2, "127.0.0.1:0")

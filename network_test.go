@@ -571,7 +571,7 @@ func TestWelcomeOutOfRange(t *testing.T) {
 	for nodes, raftIDs := range map[uint64][]uint64{1: {0, math.MaxUint64}, 3: {maxRaftID}} {
 		for _, raftID := range raftIDs {
 			t.Run(fmt.Sprintf("%d nodes, raft ID %x", nodes, raftID), func(t *testing.T) {
-				c := newCluster(t, nodes)
+				c := newCluster(t, nodes, steady)
 				ids := []uint64{1, 2, 3}[:nodes]
 				c.init(ids...)
 				ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
@@ -582,9 +582,7 @@ func TestWelcomeOutOfRange(t *testing.T) {
 					t.Error("it was added")
 				}
 				for _, id := range ids {
-					ctx, cancel := context.WithTimeout(c.ctx, 5*time.Second)
-					_, err := c.nodes[id].Set(ctx, &kvpb.SetRequest{Key: "k", Value: []byte("v")})
-					cancel()
+					_, err := c.nodes[id].Set(c.ctx, &kvpb.SetRequest{Key: "k", Value: []byte("v")})
 					if err != nil {
 						t.Errorf("a Set on node %d: %v", id, err)
 					}

@@ -409,7 +409,7 @@ func forwarded(b badCall) badCall {
 
 func TestBadInput(t *testing.T) {
 	t.Parallel()
-	c := newCluster(t, 4)
+	c := newCluster(t, 4, steady)
 	c.start(5, "127.0.0.1:0") // in no cluster
 	c.start(6, "127.0.0.1:0") // in another cluster
 	c.init(6)
@@ -1025,7 +1025,7 @@ func TestAnswersInTime(t *testing.T) {
 		return err
 	}
 	release := c.holdOnceClaimed(2)
-	half, cancel := context.WithTimeout(c.ctx, 2*time.Second)
+	half, cancel := context.WithTimeout(c.ctx, 5*time.Second)
 	defer cancel()
 	// Not by way of gRPC: on a busy machine, its answer might be late.
 	_, err := c.nodes[1].server.Init(half, &kvpb.InitRequest{Members: c.proto(1, 2, 3)})
