@@ -685,8 +685,11 @@ func (w *wires) dialer(from string) func(context.Context, string) (net.Conn, err
 }
 
 // cut separates a node from all others, but not from clients.
-func (c *testCluster) cut(id uint64) {
-	w, address := &c.wires, c.nodes[id].address
+func (c *testCluster) cut(id uint64) { c.cutOff(c.nodes[id].address) }
+
+// cutOff cuts the node at an address off, also one that has yet to start there.
+func (c *testCluster) cutOff(address string) {
+	w := &c.wires
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.isCut = map[string]bool{address: true}

@@ -145,8 +145,10 @@ func TestJoinerIsPromotedByWhoeverLeads(t *testing.T) {
 			p.joinsBy([]uint64{4}, 1, 2, 3)
 			p.begin(1, 2, 3)
 			p.init(1, 2, 3)
+			p.cutOff(p.addresses[4]) // it does nothing before failWhen
 			p.begin(4)
 			_, fail := p.failWhen(4, func(n *node) bool { return len(n.peers.connected) > 0 }) // before it has caught up
+			p.heal()
 			isJoiner := func(n *node) error {
 				if len(n.store.joiners) != 1 {
 					return fmt.Errorf("joiners %x", n.store.joiners)
