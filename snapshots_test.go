@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc"
@@ -146,7 +147,8 @@ func (i *impostor) snapshot(t *testing.T, index uint64, chunk int) []*kvpb.Insta
 	return reqs
 }
 
-// send sends requests. Without an answer it goes away once they are sent.
+// send sends requests. Without an answer it goes away once they are sent, and the node has begun
+// to receive them: else it could begin later, and take that for a newer stream than the next one.
 func (i *impostor) send(reqs []*kvpb.InstallSnapshotRequest, answer bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), rpcTimeout)
 	defer cancel()
@@ -164,6 +166,10 @@ func (i *impostor) send(reqs []*kvpb.InstallSnapshotRequest, answer bool) error 
 		}
 	}
 	if !answer {
+		nw := i.n.server.net
+		for !nw.receivesSnapshot() && ctx.Err() == nil {
+			sleep(ctx, time.Millisecond)
+		}
 		return errors.New("gone")
 	}
 	_, err = s.CloseAndRecv()
@@ -177,6 +183,18 @@ func (c *testCluster) state(id uint64) string {
 	return h.String() + string(rest)
 }
 
+// receivesSnapshot reports whether a node receives a snapshot.
+func (nw *network) receivesSnapshot() bool {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	for key := range nw.inbound {
+		if key.snapshot {
+			return true
+		}
+	}
+	return false
+}
+
 // noTransfers waits until a node neither sends nor receives a snapshot.
 func (c *testCluster) noTransfers(ids ...uint64) {
 	c.t.Helper()
@@ -186,16 +204,9 @@ func (c *testCluster) noTransfers(ids ...uint64) {
 			return s.n.do(c.ctx, func() error {
 				s.n.store.mu.RLock()
 				defer s.n.store.mu.RUnlock()
-				s.net.mu.Lock()
-				defer s.net.mu.Unlock()
-				receives := 0
-				for key := range s.net.inbound {
-					if key.snapshot {
-						receives++
-					}
-				}
-				if len(s.n.snapshots.views)+len(s.n.store.clientViews)+receives > 0 {
-					return fmt.Errorf("node %d sends from %d views, has %d open, receives %d", id, len(s.n.snapshots.views), len(s.n.store.clientViews), receives)
+				receives := s.net.receivesSnapshot()
+				if receives || len(s.n.snapshots.views)+len(s.n.store.clientViews) > 0 {
+					return fmt.Errorf("node %d sends from %d views, has %d open, receives: %v", id, len(s.n.snapshots.views), len(s.n.store.clientViews), receives)
 				}
 				return nil
 			})
