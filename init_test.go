@@ -75,13 +75,17 @@ func (c *testCluster) holdOnceClaimed(id uint64) (release func()) {
 
 func hasClaim(n *node) bool { return n.claims.current != nil }
 
-// beginInit calls the first member's Init. The channel gets what it returns.
+// beginInit calls the first member's Init, and again while a member has not answered in time and
+// nothing was made. The channel gets what it returns.
 func (c *testCluster) beginInit(members ...uint64) (ended chan error) {
 	ended = make(chan error, 1)
 	founder := c.nodes[members[0]]
 	req := &kvpb.InitRequest{Members: c.proto(members...)}
 	go func() {
 		_, err := founder.Init(c.ctx, req)
+		for reasonOf(err) == "UNREACHABLE" && founder.server.n.status.latest.Load().clusterID == 0 && c.ctx.Err() == nil {
+			_, err = founder.Init(c.ctx, req)
+		}
 		ended <- err
 	}()
 	return ended
