@@ -311,8 +311,6 @@ func listenSilently(t *testing.T) string {
 // closedAddress refuses connections: nobody listens on port 1.
 const closedAddress = "127.0.0.1:1"
 
-// runCommand runs a sub-command and checks its exit status, and that an error
-// is one line on stderr: JSON if that is wanted.
 // runOperator runs a command that changes the membership until it is done. On a busy machine a
 // member can seem silent, or be behind, and such a command is not repeated by itself.
 func runOperator(t *testing.T, args ...string) {
@@ -331,6 +329,8 @@ func runOperator(t *testing.T, args ...string) {
 	})
 }
 
+// runCommand runs a sub-command and checks its exit status, and that an error
+// is one line on stderr: JSON if that is wanted.
 func runCommand(t *testing.T, want int, stdin string, args ...string) (stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer

@@ -91,6 +91,16 @@ func (c *testCluster) beginInit(members ...uint64) (ended chan error) {
 	return ended
 }
 
+// initAgain calls a node's Init until no member is unreachable to it any more, as one may be for a
+// moment on a busy machine: the same Init carries on.
+func (n *testNode) initAgain(ctx context.Context, req *kvpb.InitRequest) error {
+	_, err := n.Init(ctx, req)
+	for reasonOf(err) == "UNREACHABLE" && ctx.Err() == nil {
+		_, err = n.Init(ctx, req)
+	}
+	return err
+}
+
 // joins waits until a node is in a cluster.
 func (c *testCluster) joins(id uint64) {
 	c.t.Helper()
@@ -280,10 +290,7 @@ func TestInitsOfOtherMembers(t *testing.T) {
 			for i, list := range lists {
 				calls.Go(func() {
 					req := &kvpb.InitRequest{Members: c.proto(list...)}
-					_, errs[i] = c.nodes[list[0]].Init(c.ctx, req)
-					for reasonOf(errs[i]) == "UNREACHABLE" && c.ctx.Err() == nil { // on a busy machine; it carries on
-						_, errs[i] = c.nodes[list[0]].Init(c.ctx, req)
-					}
+					errs[i] = c.nodes[list[0]].initAgain(c.ctx, req)
 				})
 			}
 			calls.Wait()
@@ -1025,10 +1032,7 @@ func TestTwoInitsAtOnce(t *testing.T) {
 			for _, order := range orders {
 				go func() {
 					req := &kvpb.InitRequest{Members: c.proto(order...)}
-					_, err := c.nodes[order[0]].Init(ctx, req)
-					for reasonOf(err) == "UNREACHABLE" && ctx.Err() == nil { // on a busy machine; it carries on
-						_, err = c.nodes[order[0]].Init(ctx, req)
-					}
+					err := c.nodes[order[0]].initAgain(ctx, req)
 					if err != nil && reasonOf(err) != "ALREADY_INITIALIZED" && status.Code(err) != codes.Canceled {
 						t.Errorf("Init through node %d: %v", order[0], err)
 					}

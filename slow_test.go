@@ -356,8 +356,8 @@ func TestSlowIsInMetrics(t *testing.T) {
 	c.init(1, 2)
 	leader := c.settled(1, 2)
 	now := time.Now()
-	// So long, nothing takes on the busiest machine.
 	s := c.nodes[leader].server
+	// Hours, for what really takes long on a busy machine is told as well, and the longest wins.
 	s.slowCalls.due(now, time.Hour)
 	for _, p := range s.net.peers {
 		p.slowSends.due(now, 2*time.Hour)
