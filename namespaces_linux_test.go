@@ -374,11 +374,7 @@ func TestNetwork(t *testing.T) {
 				c.rest = append(c.rest, p)
 			}
 		}
-		m, err := c.leader.metrics()
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.term = m.Term
+		c.term = c.leader.metricsInTime().Term
 		stop := c.h.load(stubs, func(i int) string { return fmt.Sprintf("key %d.%d", round, i) }, 10*time.Millisecond, time.Second, false)
 		c.h.floor(t, 20)
 		r.heal()
@@ -555,10 +551,7 @@ func TestDisks(t *testing.T) {
 	if leader != ps[0] {
 		t.Fatal("the first one does not lead")
 	}
-	before, err := leader.metrics()
-	if err != nil {
-		t.Fatal(err)
-	}
+	before := leader.metricsInTime()
 	cs, stop := startCounters(t, 6, func() *process { return ps[1+rand.IntN(2)] })
 	progress := func() {
 		t.Helper()

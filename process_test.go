@@ -131,8 +131,8 @@ func (p *process) start() {
 		return nil
 	})
 	if p.conn == nil {
-		// Comes back sooner than gRPC's default of a second.
-		p.conn, err = grpc.NewClient("passthrough:///"+p.address, grpc.WithNoProxy(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}))
+		// Comes back sooner than gRPC's default of a second, and waits for a node on a busy machine.
+		p.conn, err = grpc.NewClient("passthrough:///"+p.address, grpc.WithNoProxy(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: rpcTimeout}))
 		if err != nil {
 			p.tb.Fatal(err)
 		}
