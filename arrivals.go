@@ -33,8 +33,9 @@ const (
 	// needs frameOverhead for every byte until they are copied.
 	arrivalChunk  = 1 << 10
 	frameOverhead = 56
-	// firstBuffer is for the first bytes of a message: there may be no more.
-	firstBuffer = 64 << 10
+	// blockBytes is the size of the blocks in which a message is kept that is longer than
+	// arrivalChunk, until all of it has come.
+	blockBytes = 16 << 10
 
 	// maxRequestBytes bounds a request of KVService: a write and what is around it.
 	maxRequestBytes = maxWriteBytes + 1<<10
@@ -237,6 +238,14 @@ func (unread) Write(b []byte) (int, error) { return len(b), nil }
 func (unread) WriteHeader(int)             {}
 func (unread) Flush()                      {}
 
+// block has a part of a message, not all of which has come.
+type block [blockBytes]byte
+
+// freeBlocks are used again, whether the rest of their message came or not. Were they garbage,
+// whoever sends messages without their last byte would make more of it than the collector of
+// a small, busy machine can keep up with.
+var freeBlocks = sync.Pool{New: func() any { return new(block) }}
+
 // requestReader reads the requests of one call.
 type requestReader struct {
 	arrivals *arrivals
@@ -275,23 +284,49 @@ func (r *requestReader) next() ([]byte, *arrival, error) {
 	}
 	rest := int(length)
 	a := r.arrivals.begin(r.conn, rest+frameOverhead*min(rest, arrivalChunk), r.call.end)
-	m := make([]byte, 0, min(rest, firstBuffer))
-	for rest > 0 {
-		if len(m) == cap(m) {
-			m = append(make([]byte, 0, length), m...)
-		}
-		chunk, err := r.stream.Read(min(rest, arrivalChunk))
-		if err != nil {
-			r.arrivals.end(a)
-			return nil, nil, r.whyEnded(unexpectedEOF(err))
-		}
-		for _, buffer := range chunk {
-			m = append(m, buffer.ReadOnlyData()...)
-		}
-		rest -= chunk.Len()
-		chunk.Free()
+	m, err := r.message(rest)
+	if err != nil {
+		r.arrivals.end(a)
+		return nil, nil, r.whyEnded(unexpectedEOF(err))
 	}
 	return m, a, nil
+}
+
+// message returns a message of this length when all of it has come.
+func (r *requestReader) message(length int) ([]byte, error) {
+	if length <= arrivalChunk {
+		m := make([]byte, length)
+		return m, r.fill(m)
+	}
+	blocks := make([][]byte, 0, (length+blockBytes-1)/blockBytes)
+	defer func() {
+		for _, b := range blocks {
+			freeBlocks.Put((*block)(b[:blockBytes]))
+		}
+	}()
+	for rest := length; rest > 0; rest -= min(rest, blockBytes) {
+		b := freeBlocks.Get().(*block)[:min(rest, blockBytes)]
+		blocks = append(blocks, b)
+		if err := r.fill(b); err != nil {
+			return nil, err
+		}
+	}
+	return bytes.Join(blocks, nil), nil
+}
+
+// fill reads so much of a message.
+func (r *requestReader) fill(b []byte) error {
+	for len(b) > 0 {
+		chunk, err := r.stream.Read(min(len(b), arrivalChunk))
+		if err != nil {
+			return err
+		}
+		for _, buffer := range chunk {
+			b = b[copy(b, buffer.ReadOnlyData()):]
+		}
+		chunk.Free()
+	}
+	return nil
 }
 
 // only returns the request of a call that has one. Nothing more of the call can come then.
