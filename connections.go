@@ -48,7 +48,7 @@ const (
 	leastFiles = 128
 	// maxAsking bounds the connections that serve but one call: to forward it to the
 	// leader, to ask a node who it is, or to make a cluster with it. Operators cause
-	// them, by hand.
+	// them, by hand, and starters, a few at a time.
 	maxAsking = 16
 )
 

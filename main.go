@@ -39,7 +39,8 @@
 //   - The HTTP server (httpServer.start), with --http-addr: one that accepts, and one for each
 //     connection, which ends with its request; and one that makes the curves of the page.
 //   - The starter (starter.run), one a node: while the node is in no cluster, or with --join
-//     finds no member, it does what --initial-cluster or --join says.
+//     finds no member, it does what --initial-cluster or --join says. And while a cluster in memory
+//     that is half made has no leader, it asks whether that never goes on.
 //   - The watcher of certificates (certificates.watch), one a node with TLS: it looks
 //     once a second whether their files have changed.
 //   - The one that looks at the free space of the disk, one a node with a data directory

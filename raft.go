@@ -472,7 +472,6 @@ func (n *node) heartbeat() {
 	if n.mayChange() {
 		n.promoteJoiner()
 	}
-	n.giveUpFounding()
 }
 
 // leads reports whether this node leads and has applied an entry of its term,

@@ -32,6 +32,8 @@ type siteSpace struct {
 type toldSpace struct {
 	isLow bool
 	at    uint64 // tick of the node
+	// onTheWay are looks that it has not been told of.
+	onTheWay int
 	// proposed is the sequence of the last proposal that was checked.
 	proposed uint64
 }
@@ -80,7 +82,9 @@ func (p *proc) look() {
 		err = errMute
 		s.count["looks at a disk that fail"]++
 	}
+	p.space.onTheWay++
 	p.n.inbox.event(func() {
+		p.space.onTheWay--
 		p.n.noteLook(free, err)
 		if err == nil && p.n.isRunning() {
 			p.space.isLow = isLow
@@ -122,6 +126,9 @@ func (s *sim) refusedForDisk() string {
 	for _, p := range s.alive() {
 		if s.now < p.site.space.lowUntil {
 			return fmt.Sprintf("the disk of %v is low, of which it may not know yet", p)
+		}
+		if p.space.onTheWay > 0 {
+			return fmt.Sprintf("%v has yet to be told of a look at its disk", p)
 		}
 		if p.space.isLow && p.n.quota.space.known {
 			return fmt.Sprintf("%v goes by a look at its disk when that was low", p)

@@ -83,6 +83,72 @@ func (p *proc) follow(try *initTry, i, granted int, v kvpb.ClaimVerdict) {
 	p.withdraw(try, i+1)
 }
 
+// giveUpSoon has a node in memory drop a cluster that never goes on, as starter.giveUp does, again
+// and again.
+func (p *proc) giveUpSoon() {
+	n := p.n
+	if p.site.fs != nil {
+		return
+	}
+	p.s.after(float64(2*n.electionTicks()), p, func() {
+		if latest := n.status.latest.Load(); n.founderMayBeLost(latest) {
+			p.dropIfLost(latest)
+		}
+		p.giveUpSoon()
+	})
+}
+
+func (p *proc) dropIfLost(latest *published) {
+	s := p.s
+	s.count["surveys of a cluster half way"]++
+	ask := func(then func()) {
+		p.survey(latest.founding, func(answers []surveyAnswer) {
+			if mayGoOn(latest.clusterID, latest.founding, answers) == nil {
+				then()
+			}
+		})
+	}
+	ask(func() {
+		ask(func() {
+			wasIn := p.n.store.clusterID != 0
+			_ = p.n.dropFounding(latest.clusterID)
+			if wasIn && p.n.store.clusterID == 0 {
+				s.failf("I9: %v drops the cluster, which lives", p)
+			}
+			p.wake()
+		})
+	})
+}
+
+// survey is founder.survey. If an answer is lost, there is none at all.
+func (p *proc) survey(members []*kvpb.Node, then func([]surveyAnswer)) {
+	s := p.s
+	answers := make([]surveyAnswer, len(members))
+	left := len(members)
+	for i, m := range members {
+		st := s.siteOf(m)
+		if st == nil || s.isCut(p.site, st) {
+			return
+		}
+		req := &kvpb.ClaimRequest{To: m, Founder: p.n.peer(p.n.status.latest.Load()), Members: members}
+		s.after(s.latency(), nil, func() {
+			s.at(st.cur, func() {
+				if st.cur.n.err != nil {
+					return
+				}
+				resp := st.cur.n.answerClaim(req)
+				s.after(s.latency(), p, func() {
+					answers[i] = surveyAnswer{resp: resp}
+					left--
+					if left == 0 && !s.isCut(st, p.site) {
+						then(answers)
+					}
+				})
+			})
+		})
+	}
+}
+
 // answerClaim answers a founder, whom the answer reaches, or not.
 func (p *proc) answerClaim(req *kvpb.ClaimRequest, founder *proc, then func(kvpb.ClaimVerdict)) {
 	s := p.s

@@ -614,6 +614,7 @@ func (s *sim) start(st *site) {
 	s.trace("%v starts at %s", p, st.node.Address)
 	s.after(s.rng.Float64(), p, p.tick)
 	p.formSoon()
+	p.giveUpSoon()
 }
 
 // prepareStore makes limits of the store small, and plants the bugs that are in it.

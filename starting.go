@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc/status"
 
 	"raft-key-value/kvpb"
@@ -222,9 +223,9 @@ func newStarter(s *server) *starter {
 }
 
 // run carries out the plan whenever the node is in no cluster, until ctx ends: a node in memory
-// may be removed from one.
+// may be removed from one, or drop one that never goes on, also one that has no plan.
 func (b *starter) run(ctx context.Context) {
-	if b.plan.isNone() {
+	if b.plan.isNone() && b.s.n.durable.disk != nil {
 		return
 	}
 	for ctx.Err() == nil {
@@ -247,6 +248,8 @@ func (b *starter) next() func(context.Context) error {
 	p := b.s.n.status.latest.Load()
 	isMember := p.clusterID != 0
 	switch {
+	case b.s.n.founderMayBeLost(p):
+		return b.giveUp
 	case b.plan.members != nil && b.mustForm(p):
 		return b.form
 	case b.plan.join != nil && !isMember:
@@ -296,6 +299,8 @@ const (
 	halfWay  = "not all members are in the cluster yet: this node tries again"
 	staysSo  = "an operator has changed the membership while the cluster was formed: this node leaves it as it is"
 	searches = "this node has no leader, and asks where the members are now"
+	orphaned = "the cluster was being formed and has no leader: this node drops it once all its members say that " +
+		"it never goes on, or when this node is restarted"
 )
 
 // state is what the log says of this node once a try has failed.
@@ -303,6 +308,8 @@ func (b *starter) state(p *published) string {
 	switch {
 	case p.clusterID == 0:
 		return notYet
+	case b.s.n.founderMayBeLost(p):
+		return orphaned
 	case b.plan.join != nil:
 		return searches
 	case b.mustForm(p):
@@ -390,35 +397,143 @@ func (n *node) noteOtherList(req *kvpb.ClaimRequest) {
 		"here", formatNodes(n.claims.plan.members))
 }
 
-// giveUpFounding has a node in memory drop what it has if the founder of its cluster has lost
-// its memory before there was a second voter. That cluster never goes on, and this node keeps
-// the members from forming another one. But there may be a second voter that this node does not
-// know of: its own configuration may be old. So it waits until it has seen all members for
-// several election timeouts without a leader: that voter would lead by then.
-func (n *node) giveUpFounding() {
-	isHalfWay := n.store.founding != nil && n.durable.disk == nil
-	if !isHalfWay || n.isVoter(n.id.raftID) {
-		return
+// founderMayBeLost reports whether the founder of this node's cluster may have lost that half way:
+// this node, in memory and as far as it knows no voter, has had no leader for long.
+func (n *node) founderMayBeLost(p *published) bool {
+	isHalfWay := len(p.founding) > 0 && n.durable.disk == nil
+	isLeaderless := p.lead == 0 && p.longLeaderless()
+	isVoter := slices.Contains(p.conf.GetVoters(), p.raftID)
+	isJoint := len(p.conf.GetVotersOutgoing()) > 0
+	return isHalfWay && isLeaderless && !isVoter && !isJoint
+}
+
+// giveUp has the node drop its cluster if the founder, in memory, has lost that before there was
+// another voter. Such a cluster never goes on, and this node keeps the members from forming
+// another one. But this node's configuration may be old: another member may be a voter, and need
+// this node's vote. So all members of the Init are asked.
+func (b *starter) giveUp(ctx context.Context) error {
+	if b.plan.join != nil {
+		_ = b.find(ctx) // perhaps there is a leader where they are
 	}
-	isLeaderless := n.raft.lead == 0 && n.election.leaderlessTicks > 4*n.electionTicks()
-	if !isLeaderless || !n.seesAllMembers() || n.quorumLost() == nil {
-		return
+	p := b.s.n.status.latest.Load()
+	f := newFounder(b.s, &kvpb.InitRequest{Members: p.founding})
+	survey := func() ([]surveyAnswer, error) {
+		ctx, cancel := context.WithTimeout(ctx, tryTime)
+		defer cancel()
+		endTurn, err := f.waitForTurn(ctx, b.s.surveying)
+		if err != nil {
+			return nil, err
+		}
+		defer endTurn()
+		return f.survey(ctx)
+	}
+	if err := whyGoesOn(p.clusterID, f.members, survey); err != nil {
+		return err
+	}
+	return b.s.n.do(ctx, func() error { return b.s.n.dropFounding(p.clusterID) })
+}
+
+// whyGoesOn says why a cluster may go on, of which an Init has made a part; nil: it never does.
+//
+// The answers to one survey are not of one moment: a member may have given its own, become a voter,
+// and seen the founder die before that one's next life was asked. Once that has answered, whoever
+// can go on without the founder knows it: a member that acknowledged the entry that ends a joint
+// configuration has applied the one that began it. So a second survey sees it.
+func whyGoesOn(clusterID uint64, members []*kvpb.Node, survey func() ([]surveyAnswer, error)) error {
+	for range 2 {
+		answers, err := survey()
+		if err != nil {
+			return err
+		}
+		if err := mayGoOn(clusterID, members, answers); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mayGoOn says why a cluster may go on, by the answers of all members of its Init. Nil: none of its
+// voters is in it any more, and all who are agree who these are.
+func mayGoOn(clusterID uint64, members []*kvpb.Node, answers []surveyAnswer) error {
+	var voters []*kvpb.Node
+	var isIn []*kvpb.Node
+	for i, a := range answers {
+		m := members[i]
+		if a.err != nil {
+			return a.err
+		}
+		isNamed := a.resp.Verdict == kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED
+		if isNamed && !containsNode(members, a.resp.By) {
+			return fmt.Errorf("node %d is called by node %d at %s, which was not to be a member",
+				m.Id, a.resp.By.GetId(), shown(a.resp.By.GetAddress()))
+		}
+		isMember := a.resp.Verdict == kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER
+		if !isMember || a.resp.ClusterId != clusterID {
+			continue
+		}
+		isIn = append(isIn, m)
+		if !sameNodes(a.resp.Members, members) {
+			return fmt.Errorf("an operator has changed the membership, as node %d knows", m.Id)
+		}
+		if voters != nil && !sameNodes(voters, a.resp.Voters) {
+			return fmt.Errorf("node %d knows the voters %s, and another member %s",
+				m.Id, formatNodes(a.resp.Voters), formatNodes(voters))
+		}
+		voters = a.resp.Voters
+	}
+	for _, v := range voters {
+		if !containsNode(members, v) {
+			return fmt.Errorf("node %d at %s, a voter, was not asked", v.Id, shown(v.Address))
+		}
+		if containsNode(isIn, v) {
+			return fmt.Errorf("node %d at %s, a voter, is still in the cluster", v.Id, shown(v.Address))
+		}
+	}
+	return nil
+}
+
+// dropFounding drops a cluster that never goes on, as giveUp knows, unless this node has heard of
+// a leader meanwhile. It returns an error if this node may have the only copy that is left of a write
+// that the founder and it have acknowledged, both as voters.
+func (n *node) dropFounding(clusterID uint64) error {
+	hasOther := n.hasOtherChange() // it may take entries in, so it comes first
+	now := &published{glance: n.glance(), founding: n.store.founding}
+	if now.clusterID != clusterID || !n.founderMayBeLost(now) {
+		return nil
+	}
+	if hasOther {
+		return fmt.Errorf("the membership was being changed when the founder, %s, lost the cluster, and it has perhaps "+
+			"acknowledged writes since: this node keeps what it has of them until it is restarted", formatNodes(n.voterNodes()))
 	}
 	n.logger.Warn("the node that was forming this cluster has lost it: this node drops it, too, "+
 		"and waits to be in another",
-		"cluster", fmt.Sprintf("%016x", n.store.clusterID), "founder", formatNodes(n.voterNodes()))
+		"cluster", fmt.Sprintf("%016x", clusterID), "founder", formatNodes(n.voterNodes()))
 	n.leaveCluster()
+	return nil
 }
 
-// seesAllMembers reports whether each other member is connected, or has lost its memory.
-func (n *node) seesAllMembers() bool {
-	for id := range n.store.members {
-		isSeen := id == n.id.raftID || n.peers.connected[id] || n.peers.reborn[id] != nil
-		if !isSeen {
-			return false
-		}
+// hasOtherChange reports whether the log has a change of the membership, not applied, that does more
+// than add members of the Init as learners. It may be committed, though this node has not heard so.
+func (n *node) hasOtherChange() bool {
+	log := n.drainedLog()
+	if log == nil {
+		return true
 	}
-	return true
+	return slices.ContainsFunc(log.entries, func(e *raftpb.Entry) bool {
+		isChange := e.GetType() == raftpb.EntryConfChangeV2
+		return isChange && e.GetIndex() > n.store.index && !addsLearners(e, n.store.founding)
+	})
+}
+
+// addsLearners reports whether a change of the membership adds learners, of these nodes alone.
+func addsLearners(e *raftpb.Entry, of []*kvpb.Node) bool {
+	change, ctx, err := decodeConfChange(e)
+	if err != nil || len(change.GetChanges()) == 0 {
+		return false
+	}
+	isOther := func(c *raftpb.ConfChangeSingle) bool { return c.GetType() != raftpb.ConfChangeAddLearnerNode }
+	isStranger := func(m *kvpb.Member) bool { return !containsNode(of, m.Node) }
+	return !slices.ContainsFunc(change.GetChanges(), isOther) && !slices.ContainsFunc(ctx.Members, isStranger)
 }
 
 // sortedNodes returns nodes in ascending order of their ids.

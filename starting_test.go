@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/grpc/codes"
 
 	"raft-key-value/kvpb"
@@ -322,13 +323,171 @@ func TestFounderIsLost(t *testing.T) {
 	t.Parallel()
 	p := newPlanned(t, 3)
 	cluster := p.formHalfway()
+	learner := 3 - p.founder()
 	p.killed(p.founder())
+	p.says(orphaned, "node 3 at "+p.addresses[3]+" does not answer") // it may know of another voter
+	if got := p.clusterOf(learner); got != cluster {
+		t.Errorf("node %d has dropped cluster %x before node 3 was asked", learner, cluster)
+	}
 	p.begin(3)
 	p.settled(threeNodes...)
 	if got := p.clusterOf(3); got == cluster {
 		t.Errorf("it is cluster %x still", got)
 	}
 	p.says("the node that was forming this cluster has lost it")
+}
+
+// TestLivingClusterIsKept: a node drops a cluster that is half way only if the voters have lost it,
+// and all others, who were asked, know of no other voter.
+func TestLivingClusterIsKept(t *testing.T) {
+	t.Parallel()
+	members := []*kvpb.Node{plainNode(1), plainNode(2), plainNode(3)}
+	fresh := surveyAnswer{resp: &kvpb.ClaimResponse{Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_FRESH}}
+	silent := surveyAnswer{err: errors.New("node 3 does not answer")}
+	named := func(by uint64) surveyAnswer {
+		return surveyAnswer{resp: &kvpb.ClaimResponse{
+			Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_NAMED, ClusterId: 7, By: plainNode(by),
+		}}
+	}
+	in := func(cluster uint64, voters ...*kvpb.Node) surveyAnswer {
+		return surveyAnswer{resp: &kvpb.ClaimResponse{
+			Verdict: kvpb.ClaimVerdict_CLAIM_VERDICT_MEMBER, ClusterId: cluster, Voters: voters, Members: members,
+		}}
+	}
+	founder := members[0]
+	moved := &kvpb.Node{Id: 1, Address: "elsewhere:1"}
+	done := in(7, founder)
+	done.resp.Members = nil
+	for _, tt := range []struct {
+		what    string
+		answers []surveyAnswer
+		want    string // empty: it never goes on
+	}{
+		{"all others know the founder alone", []surveyAnswer{fresh, in(7, founder), in(7, founder)}, ""},
+		{"one was not in it yet", []surveyAnswer{fresh, in(7, founder), fresh}, ""},
+		{"one of it calls the founder", []surveyAnswer{named(2), in(7, founder), in(7, founder)}, ""},
+		{"one is in another cluster", []surveyAnswer{fresh, in(7, founder), in(8, plainNode(9))}, ""},
+		{"one does not answer", []surveyAnswer{fresh, in(7, founder), silent}, "node 3 does not answer"},
+		{"the founder has it", []surveyAnswer{in(7, founder), in(7, founder), fresh}, "node 1 at n1:1, a voter, is still in the cluster"},
+		{"one knows of more voters", []surveyAnswer{fresh, in(7, founder), in(7, members...)}, "another member 1=n1:1"},
+		{"all know of more voters", []surveyAnswer{fresh, in(7, members...), in(7, members...)}, "node 2 at n2:1, a voter, is still in the cluster"},
+		{"the founder is elsewhere", []surveyAnswer{fresh, in(7, moved), in(7, moved)}, "node 1 at elsewhere:1, a voter, was not asked"},
+		{"an operator was there", []surveyAnswer{fresh, in(7, founder), done}, "an operator has changed the membership, as node 3 knows"},
+		{"another one calls the founder", []surveyAnswer{named(4), in(7, founder), in(7, founder)}, "is called by node 4 at n4:1"},
+	} {
+		got := ""
+		if err := mayGoOn(7, members, tt.answers); err != nil {
+			got = err.Error()
+		}
+		if got != tt.want && (tt.want == "" || !strings.Contains(got, tt.want)) {
+			t.Errorf("%s: %q, want %q", tt.what, got, tt.want)
+		}
+	}
+
+	lost := []surveyAnswer{fresh, in(7, founder), in(7, founder)}
+	goesOn := []surveyAnswer{fresh, in(7, founder), in(7, members...)}
+	for _, tt := range []struct {
+		what     string
+		surveys  [][]surveyAnswer
+		isGoneOn bool
+	}{
+		{"twice it is lost", [][]surveyAnswer{lost, lost}, false},
+		{"only the first survey says so", [][]surveyAnswer{lost, goesOn}, true},
+		{"only the second one would", [][]surveyAnswer{goesOn, lost}, true},
+		{"there is no second one", [][]surveyAnswer{lost}, true},
+	} {
+		next := 0
+		err := whyGoesOn(7, members, func() ([]surveyAnswer, error) {
+			if next++; next > len(tt.surveys) {
+				return nil, errors.New("there is no time for it")
+			}
+			return tt.surveys[next-1], nil
+		})
+		if (err != nil) != tt.isGoneOn {
+			t.Errorf("%s: %v", tt.what, err)
+		}
+	}
+}
+
+// TestFoundingIsDropped: a node drops a cluster that its founder has lost, unless it has a leader
+// again, or is in another cluster by now, or may have what the founder has acknowledged.
+func TestFoundingIsDropped(t *testing.T) {
+	t.Parallel()
+	changes := func(of *kvpb.Node, kind raftpb.ConfChangeType, raftID uint64) func(*lone) {
+		ctx := &kvpb.ConfChangeContext{}
+		if of != nil {
+			ctx.Members = []*kvpb.Member{{RaftId: raftID, Node: of}}
+		}
+		data := mustMarshal(t, &raftpb.ConfChangeV2{
+			Changes: []*raftpb.ConfChangeSingle{confChange(kind, raftID)},
+			Context: mustMarshal(t, ctx),
+		})
+		return func(l *lone) {
+			l.hears(0, message(raftpb.MsgApp, 2, 1, func(m *raftpb.Message) {
+				m.Index, m.LogTerm = new(uint64(1)), new(uint64(1))
+				m.Entries = []*raftpb.Entry{{
+					Type: raftpb.EntryConfChangeV2.Enum(), Index: new(uint64(2)), Term: new(uint64(1)), Data: data,
+				}}
+			}))
+		}
+	}
+	const learner, voter = raftpb.ConfChangeAddLearnerNode, raftpb.ConfChangeAddNode
+	nothing := func(*lone) {}
+	hearsLeader := func(l *lone) {
+		l.hears(0, message(raftpb.MsgHeartbeat, 2, 1, func(m *raftpb.Message) { m.Commit = new(uint64(1)) }))
+	}
+	hadLeader := func(l *lone) {
+		hearsLeader(l)
+		l.ticks(1)
+		_ = l.n.rn.ForgetLeader()
+		l.turn(0)
+	}
+	hasDisk := func(l *lone) { l.n.durable.disk = &disk{} }
+	half := &raftpb.ConfState{Voters: []uint64{2}, Learners: []uint64{1, 3}}
+	for _, tt := range []struct {
+		what          string
+		conf          *raftpb.ConfState
+		before, after func(*lone) // the time without a leader
+		cluster       uint64
+		isDropped     bool
+		want          string // in the error; empty: there is none
+	}{
+		{"nothing else", half, nothing, nothing, 7, true, ""},
+		{"another learner is in the log", half, changes(plainNode(3), learner, 9), nothing, 7, true, ""},
+		{"a stranger is in the log", half, changes(plainNode(4), learner, 9), nothing, 7, false, "was being changed"},
+		{"another voter is in the log", half, changes(nil, voter, 3), nothing, 7, false, "was being changed"},
+		{"this node is a voter in the log", half, changes(nil, voter, 1), nothing, 7, false, "was being changed"},
+		{"there is a leader again", half, nothing, hearsLeader, 7, false, ""},
+		{"there was a leader again", half, nothing, hadLeader, 7, false, ""},
+		{"it is in another cluster", half, nothing, nothing, 8, false, ""},
+		{"it has a disk", half, nothing, hasDisk, 7, false, ""},
+		{"it is a voter", &raftpb.ConfState{Voters: []uint64{1, 2}, Learners: []uint64{3}}, nothing, nothing, 7, false, ""},
+		{"it is joint", &raftpb.ConfState{Voters: []uint64{3}, VotersOutgoing: []uint64{2}, Learners: []uint64{1}}, nothing, nothing, 7, false, ""},
+	} {
+		l := newLone(t, inNoCluster)
+		s := newTestStore()
+		tt.conf.AutoLeave = new(false)
+		s.configure(tt.conf, plainMembers(1, 2, 3))
+		s.founding = []*kvpb.Node{plainNode(1), plainNode(2), plainNode(3)}
+		l.n.inbox.event(func() {
+			if err := l.n.stepSnapshot(l.hellos[0], 1, s); err != nil {
+				t.Fatal(err)
+			}
+		})
+		l.turn(0)
+		tt.before(l)
+		for l.n.election.leaderlessTicks < l.n.ticksOf(leaderWait) {
+			l.turn(1)
+		}
+		tt.after(l)
+		err := l.n.dropFounding(tt.cluster)
+		if isDropped := l.n.store.clusterID == 0; isDropped != tt.isDropped {
+			t.Errorf("%s: it is dropped: %v", tt.what, isDropped)
+		}
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: the error is %v, want %q", tt.what, err, tt.want)
+		}
+	}
 }
 
 // TestFormingUndoesNothing: who has been demoted or removed by an operator while a cluster was
@@ -377,9 +536,11 @@ func TestFormsByCertificates(t *testing.T) {
 // TestStarterSaysWhatIs: a node says that it tries again only if it does.
 func TestStarterSaysWhatIs(t *testing.T) {
 	list := []*kvpb.Node{plainNode(1), plainNode(2)}
-	isIn := glance{clusterID: 7}
-	forms := &starter{plan: &startPlan{members: list}}
-	joins := &starter{plan: &startPlan{join: []string{"a:1"}}}
+	isIn := glance{clusterID: 7, lead: 2}
+	isOrphaned := glance{clusterID: 7, leaderless: uint64(leaderWait / time.Second)}
+	s := &server{n: turnNode()}
+	forms := &starter{s: s, plan: &startPlan{members: list}}
+	joins := &starter{s: s, plan: &startPlan{join: []string{"a:1"}}}
 	for _, c := range []struct {
 		b    *starter
 		p    published
@@ -388,6 +549,8 @@ func TestStarterSaysWhatIs(t *testing.T) {
 		{forms, published{}, notYet},
 		{forms, published{glance: isIn, founding: list}, halfWay},
 		{forms, published{glance: isIn, founding: list[:1]}, staysSo},
+		{forms, published{glance: isOrphaned, founding: list}, orphaned},
+		{forms, published{glance: isOrphaned}, staysSo},
 		{forms, published{glance: isIn}, staysSo},
 		{joins, published{}, notYet},
 		{joins, published{glance: isIn}, searches},
