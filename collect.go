@@ -2,17 +2,16 @@
 //
 // Go's collector runs when as much was allocated as was in use, or after two minutes. When keys are
 // deleted, or large values replaced by small ones, or a view is closed that has kept such, and
-// little is written then, that is long: so the collector is started once, when that has ended.
-// What it frees, Go's scavenger gives back, but most of it only after one more cycle: it spares the
-// parts of the heap that were full in the cycle before. So the collector is started twice, also
-// if it has freed all of it by itself, but once.
+// little is written then, that is long: so the collector is started once, when that has ended, and
+// what is free is given back at once. Go's scavenger, which does so in the background, is not waited for:
+// it spares the parts of the heap that were full in the cycle before, until there is another cycle, and
+// may miss that one, too, if it is at work just then.
 
 package main
 
 import (
 	"context"
-	"runtime"
-	"runtime/metrics"
+	"runtime/debug"
 	"time"
 )
 
@@ -25,12 +24,10 @@ const (
 	leastShare   = 8
 )
 
-// garbage is what the store has dropped, and when the collector ran. One goroutine uses it.
+// garbage is what the store has dropped. One goroutine uses it.
 type garbage struct {
 	dropped [3]uint64 // by the store, at the last looks, the newest first
-	cycles  uint64    // of the collector, at the last look
-	base    uint64    // of dropped, all before which is freed
-	freed   uint64    // bytes that the last cycle has freed, and that are not given back before the next
+	base    uint64    // of dropped, all before which was given back
 }
 
 // droppedBytes returns how many bytes the store has dropped since the start, and how many of keys and
@@ -42,46 +39,33 @@ func (s *store) droppedBytes() (dropped, has uint64) {
 	return s.tree.dropped + s.released, s.tree.bytes
 }
 
-// look takes in what was dropped, and how often the collector has run. It reports whether it should
-// be run: much waits to be freed or given back, and little was dropped just now, so that this is the
-// end of it.
-func (g *garbage) look(dropped, has, cycles uint64) bool {
-	before := g.dropped[0]
-	g.dropped = [3]uint64{dropped, before, g.dropped[1]}
-	if cycles != g.cycles { // it has run, but perhaps before all was dropped that has been since the last look
-		g.cycles = cycles
-		g.freed = before - g.base
-		g.base = before
-		return false
-	}
-	waiting := max(dropped-g.base, g.freed)
+// look takes in what was dropped. It reports whether that should be given back: it is much, and little
+// was dropped just now, so that this is the end of it.
+func (g *garbage) look(dropped, has uint64) bool {
+	g.dropped = [3]uint64{dropped, g.dropped[0], g.dropped[1]}
+	waiting := dropped - g.base
 	justNow := dropped - g.dropped[2]
 	isWorth := waiting >= max(leastGarbage, has/leastShare)
 	if !isWorth || justNow > waiting/8 {
 		return false
 	}
 	g.base = dropped
-	g.freed = 0
 	return true
 }
 
-// collect runs the collector when that is due, until ctx ends.
+// collect gives memory back when that is due, until ctx ends.
 func (n *node) collect(ctx context.Context) {
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()
 	var g garbage
-	cycles := []metrics.Sample{{Name: "/gc/cycles/total:gc-cycles"}}
 	for {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return
 		}
-		metrics.Read(cycles)
-		dropped, has := n.store.droppedBytes()
-		if g.look(dropped, has, cycles[0].Value.Uint64()) {
-			runtime.GC()
-			runtime.GC() // so that the scavenger gives back what the first has freed
+		if g.look(n.store.droppedBytes()) {
+			debug.FreeOSMemory() // runs the collector first
 		}
 	}
 }

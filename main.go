@@ -45,7 +45,7 @@
 //     once a second whether their files have changed.
 //   - The one that looks at the free space of the disk, one a node with a data directory
 //     (node.watchSpace).
-//   - The one that runs Go's collector when the store has dropped much (node.collect).
+//   - The one that gives memory back when the store has dropped much (node.collect).
 //   - main and run: they wait for a signal, the loop, gRPC's Serve and its
 //     GracefulStop, each in a goroutine.
 //   - A sub-command asks several nodes at once, waits for stdin and stdout, and makes a
