@@ -21,6 +21,7 @@ import (
 // clusterState beyond the step that it was made for.
 type clusterState struct {
 	now           uint64        // tick
+	wall          uint64        // tick, with those that a busy loop has missed
 	tick          time.Duration // how long a tick is
 	electionTicks uint64
 

@@ -374,7 +374,7 @@ func (l *leaderState) checkMayVote(m *kvpb.Member) error {
 // leaderTransfer is an operator's wish that a node lead.
 type leaderTransfer struct {
 	to    uint64 // node id
-	began uint64 // tick of the first try; 0: there was none
+	began uint64 // on the leader's clock.wall, the first try; 0: there was none
 }
 
 // step makes the node the leader. Only the new leader knows for sure that it leads: the
@@ -390,15 +390,19 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 	if !l.isVoter(ids[0]) {
 		return failStep(notCaughtUp("node %d is no voter", t.to)) // the reason stands for both
 	}
-	isLate := t.began != 0 && l.now-t.began > 2*l.electionTicks
-	if isLate || !l.connected[ids[0]] {
-		return failStep(unreachable(fmt.Sprintf("node %d does not answer, or did not take over", t.to)))
+	givenUp := failStep(unreachable(fmt.Sprintf("node %d does not answer, or did not take over", t.to)))
+	if !l.connected[ids[0]] {
+		return givenUp
 	}
+	// Nobody is given up while raft may still make it the leader.
 	if !l.mayChange {
 		return nextStep{kind: stepWait}
 	}
 	if t.began == 0 {
-		t.began = l.now
+		t.began = l.wall
+	}
+	if l.wall-t.began > 2*l.electionTicks {
+		return givenUp
 	}
 	// A silent node is no successor: raft takes no writes during a transfer, and this
 	// one would fail.
@@ -568,6 +572,7 @@ func (n *node) clusterState() *clusterState {
 func (n *node) gather(c *clusterState) {
 	*c = clusterState{
 		now:             n.clock.now,
+		wall:            n.clock.wall,
 		tick:            n.tickDuration(),
 		electionTicks:   n.electionTicks(),
 		self:            n.self,

@@ -34,6 +34,7 @@ func newFacts() *leaderState {
 	l := &leaderState{upToDate: 50, progress: map[uint64]tracker.Progress{}}
 	l.clusterState = clusterState{
 		now:           now,
+		wall:          now + 1_000,
 		tick:          10 * time.Millisecond,
 		electionTicks: 30,
 		self:          plainNode(1),
@@ -239,8 +240,9 @@ func TestTransferRule(t *testing.T) {
 		{"during another change", to(2, 0), func(l *leaderState) { l.mayChange = false }, "wait"},
 		{"a silent voter", to(2, 0), func(l *leaderState) { l.isSilent(2) }, "wait"},
 		{"one that is not connected", to(2, 0), func(l *leaderState) { delete(l.connected, 2) }, "UNREACHABLE"},
-		{"it was tried just now", to(2, newFacts().now-60), nil, "hand over to 2"},
-		{"it was tried long ago", to(2, newFacts().now-61), nil, "UNREACHABLE"},
+		{"it was tried just now", to(2, newFacts().wall-60), nil, "hand over to 2"},
+		{"it was tried long ago", to(2, newFacts().wall-61), nil, "UNREACHABLE"},
+		{"it was tried long ago, and raft still tries", to(2, newFacts().wall-61), func(l *leaderState) { l.mayChange = false }, "wait"},
 	})
 }
 
@@ -895,41 +897,67 @@ func TestForwardFails(t *testing.T) {
 // TestTransferToSilent: raft takes no writes while it waits for a node that is
 // to lead, so it is not even asked if that node does not answer.
 func TestTransferToSilent(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3, steady)
-	c.init(1, 2, 3)
-	refused := func(leader, to uint64) {
-		t.Helper()
-		_, err := c.nodes[leader].TransferLeader(c.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
-		wantError(t, err, codes.Unavailable, "UNREACHABLE")
-		c.inLoop(leader, func(n *node) error {
-			if n.change.startedAt != 0 || n.raft.role != raft.StateLeader {
-				t.Errorf("raft was asked to make node %d the leader", to)
+	inBubble(t, 3, func(t *testing.T, b *bubble) {
+		refused := func(leader, to uint64) {
+			t.Helper()
+			_, err := b.nodes[leader].TransferLeader(b.ctx, &kvpb.TransferLeaderRequest{NodeId: to})
+			wantError(t, err, codes.Unavailable, "UNREACHABLE")
+			b.inLoop(leader, func(n *node) error {
+				if n.change.startedAt != 0 || n.raft.role != raft.StateLeader {
+					t.Errorf("raft was asked to make node %d the leader", to)
+				}
+				return nil
+			})
+		}
+		leader, rest := b.leaderAndRest()
+		to := rest[0]
+		release := b.hold(to)
+		b.inLoop(leader, func(n *node) error {
+			if n.alive(n.store.raftIDsOf(to)[0]) || n.raft.role != raft.StateLeader {
+				return errors.New("it was heard of")
 			}
 			return nil
 		})
+		refused(leader, to)
+		release()
+		b.transfer(leader, to)
+		leader, to = to, leader
+		b.stop(to)
+		b.inLoop(leader, func(n *node) error {
+			if n.peers.connected[n.store.raftIDsOf(to)[0]] {
+				return errors.New("it is connected")
+			}
+			return nil
+		})
+		refused(leader, to)
+	})
+}
+
+// TestTransferOfBusyLeader: how long a node is waited for that is to lead is told by the time, not
+// by the ticks that a busy loop makes: its operator's time passes, too.
+func TestTransferOfBusyLeader(t *testing.T) {
+	l := newLone(t, leading)
+	for l.n.alive(2) {
+		l.turn(1)
+		l.ack(3)
 	}
-	leader := c.settled(1, 2, 3)
-	to := 1 + leader%3
-	release := c.hold(to)
-	c.inLoop(leader, func(n *node) error {
-		if n.alive(n.store.raftIDsOf(to)[0]) || n.raft.role != raft.StateLeader {
-			return errors.New("it was heard of")
+	answer := l.ask((&leaderTransfer{to: 2}).step)
+	l.turn(1)
+	l.ack(3)
+	if len(answer) > 0 {
+		t.Fatalf("it is answered at once: %v", <-answer)
+	}
+	l.n.clock.wall += 2 * l.n.electionTicks() // which the loop has missed
+	l.turn(1)
+	l.ack(3)
+	select {
+	case err := <-answer:
+		if errorReason(err) != "UNREACHABLE" {
+			t.Errorf("it is answered with %v", err)
 		}
-		return nil
-	})
-	refused(leader, to)
-	release()
-	c.transfer(leader, to)
-	leader, to = to, leader
-	c.stop(to)
-	c.inLoop(leader, func(n *node) error {
-		if n.peers.connected[n.store.raftIDsOf(to)[0]] {
-			return errors.New("it is connected")
-		}
-		return nil
-	})
-	refused(leader, to)
+	default:
+		t.Error("it is not answered")
+	}
 }
 
 // TestLeaversKnow: two voters leave at once. The leader does not cut one of them off that
