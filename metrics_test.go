@@ -230,6 +230,7 @@ func TestMetricsOfCluster(t *testing.T) {
 	}
 	w.tells(web, leader, series{`rkv_pipeline_operations_total{result="ok"}`: 2, `rkv_pipeline_operations_total{result="error"}`: 1})
 
+	c.acknowledges(leader, away)
 	c.cut(away)
 	c.set(leader, "k", "v")
 	w.tells(web, leader, series{
