@@ -241,7 +241,13 @@ func (s *sim) mayLose(p *proc) bool {
 			continue
 		}
 		for _, cs := range s.configurations(q) {
-			if !s.remain(cs.GetVoters(), p) || !s.remain(cs.GetVotersOutgoing(), p) {
+			voters := cs.GetVoters()
+			// A leader may have a learner vote before it notices that the learner is gone. One
+			// that forms a cluster has all of them vote at once.
+			if newest.founding == nil && slices.Contains(cs.GetLearners(), p.n.id.raftID) {
+				voters = append(slices.Clone(voters), p.n.id.raftID)
+			}
+			if !s.remain(voters, p) || !s.remain(cs.GetVotersOutgoing(), p) {
 				return false
 			}
 		}
