@@ -10,25 +10,35 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// TestGarbage: memory is given back once when much was dropped, and not while more is.
+// TestGarbage: the collector is started once much was dropped and that has ended, and again while
+// what is free is not given back, but not for ever.
 func TestGarbage(t *testing.T) {
 	const mib = 1 << 20
 	type look struct {
-		dropped, has uint64
-		want         bool
+		dropped, has, free uint64 // MiB
+		want               bool
+	}
+	steadily := []look{}
+	for i := range uint64(60) {
+		steadily = append(steadily, look{2 * i, 0, 50 * (i % 2), false})
 	}
 	for name, looks := range map[string][]look{
-		"nothing":           {{0, 0, false}, {0, 0, false}, {0, 0, false}},
-		"little":            {{0, 0, false}, {15 * mib, 0, false}, {15 * mib, 0, false}, {15 * mib, 0, false}, {15 * mib, 0, false}},
-		"once":              {{0, 0, false}, {100 * mib, 0, false}, {100 * mib, 0, false}, {100 * mib, 0, true}, {100 * mib, 0, false}, {100 * mib, 0, false}},
-		"again":             {{0, 0, false}, {100 * mib, 0, false}, {100 * mib, 0, false}, {100 * mib, 0, true}, {120 * mib, 0, false}, {120 * mib, 0, false}, {120 * mib, 0, true}},
-		"more and more":     {{0, 0, false}, {100 * mib, 0, false}, {200 * mib, 0, false}, {300 * mib, 0, false}, {310 * mib, 0, false}, {310 * mib, 0, true}},
-		"less than a share": {{0, 0, false}, {100 * mib, 801 * mib, false}, {100 * mib, 801 * mib, false}, {100 * mib, 801 * mib, false}, {100 * mib, 801 * mib, false}},
-		"a share":           {{0, 0, false}, {100 * mib, 800 * mib, false}, {100 * mib, 800 * mib, false}, {100 * mib, 800 * mib, true}},
+		"nothing":           {{0, 0, 90, false}, {0, 0, 90, false}, {0, 0, 90, false}},
+		"little":            {{0, 0, 0, false}, {15, 0, 0, false}, {15, 0, 0, false}, {15, 0, 0, false}, {15, 0, 0, false}},
+		"once":              {{0, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, true}, {100, 0, 16, false}, {100, 0, 90, false}},
+		"again":             {{0, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, true}, {120, 0, 0, false}, {120, 0, 0, false}, {120, 0, 0, true}},
+		"more and more":     {{0, 0, 0, false}, {100, 0, 0, false}, {200, 0, 0, false}, {300, 0, 0, false}, {302, 0, 0, false}, {302, 0, 0, true}},
+		"all the time":      steadily,
+		"less than a share": {{0, 0, 0, false}, {100, 801, 0, false}, {100, 801, 0, false}, {100, 801, 0, false}, {100, 801, 0, false}},
+		"a share":           {{0, 0, 0, false}, {100, 800, 0, false}, {100, 800, 0, false}, {100, 800, 0, true}},
+		"it comes back":     {{0, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, true}, {100, 0, 90, true}, {100, 0, 50, false}, {100, 0, 17, false}, {100, 0, 16, false}, {100, 0, 90, false}},
+		"it stands still":   {{0, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, true}, {100, 0, 90, true}, {100, 0, 66, false}, {100, 0, 66, true}, {100, 0, 5, false}, {100, 0, 66, false}},
+		"it never does":     {{0, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, false}, {100, 0, 0, true}, {100, 0, 90, true}, {100, 0, 90, true}, {100, 0, 90, true}, {100, 0, 90, true}, {100, 0, 90, false}},
+		"as much is used":   {{0, 0, 0, false}, {100, 90, 0, false}, {100, 90, 0, false}, {100, 90, 0, true}, {100, 90, 90, false}, {100, 90, 91, false}},
 	} {
 		var g garbage
 		for i, l := range looks {
-			if got := g.look(l.dropped, l.has); got != l.want {
+			if got := g.look(l.dropped*mib, l.has*mib, l.free*mib); got != l.want {
 				t.Errorf("%s, look %d: %v", name, i, got)
 			}
 		}
