@@ -272,13 +272,9 @@ func (s *server) changeMembership(ctx context.Context, req *kvpb.ChangeMembershi
 // awaitChange waits on the leader until a rule that changes the membership is done.
 func (s *server) awaitChange(ctx context.Context, next func(*leaderState) nextStep) error {
 	r := &request{n: s.n, next: next}
-	err := s.n.await(ctx, r.poll)
+	err := r.await(ctx)
 	if r.begun.Load() && mayBeMade(err) {
 		return fmt.Errorf("%w: %w", errChangeUnknown, err)
-	}
-	if r.busy.Load() && errors.Is(err, context.DeadlineExceeded) {
-		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
-			"another change of membership was running until the deadline")
 	}
 	return err
 }
@@ -310,7 +306,7 @@ func (s *server) TransferLeader(
 	err := s.onLeader(ctx, kvpb.ClusterService_TransferLeader_FullMethodName, req, resp, func(ctx context.Context) error {
 		t := &leaderTransfer{to: req.NodeId}
 		r := &request{n: s.n, next: t.step}
-		return s.n.await(ctx, r.poll)
+		return r.await(ctx)
 	})
 	return resp, err
 }

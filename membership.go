@@ -7,6 +7,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -375,6 +376,7 @@ func (l *leaderState) checkMayVote(m *kvpb.Member) error {
 type leaderTransfer struct {
 	to    uint64 // node id
 	began uint64 // on the leader's clock.wall, the first try; 0: there was none
+	asked bool   // raft was asked to make it lead
 }
 
 // step makes the node the leader. Only the new leader knows for sure that it leads: the
@@ -401,12 +403,16 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 	if t.began == 0 {
 		t.began = l.wall
 	}
-	if l.wall-t.began > 2*l.electionTicks {
-		return givenUp
-	}
 	// A silent node is no successor: raft takes no writes during a transfer, and this
 	// one would fail.
-	return transferStep(l.successors(ids))
+	successors := l.successors(ids)
+	isFirstChance := len(successors) > 0 && !t.asked
+	isLate := l.wall-t.began > 2*l.electionTicks
+	if isLate && !isFirstChance {
+		return givenUp
+	}
+	t.asked = t.asked || isFirstChance
+	return transferStep(successors)
 }
 
 // jointStay is a leader's stay in a joint configuration.
@@ -532,6 +538,16 @@ func (r *request) advance() nextStep {
 		return nextStep{kind: stepWait}
 	}
 	return s
+}
+
+// await waits until the request is done or has failed. Any goroutine may call it.
+func (r *request) await(ctx context.Context) error {
+	err := r.n.await(ctx, r.poll)
+	if r.busy.Load() && errors.Is(err, context.DeadlineExceeded) {
+		return apiError(codes.Aborted, kvpb.ErrorReason_ERROR_REASON_CHANGE_IN_PROGRESS,
+			"another change of membership, or a transfer of leadership, was running until the deadline")
+	}
+	return err
 }
 
 // poll is advance as a condition for node.await.

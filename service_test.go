@@ -1050,6 +1050,10 @@ func TestAnswersInTime(t *testing.T) {
 		_, err := c.nodes[1].ChangeMembership(ctx, &kvpb.ChangeMembershipRequest{Members: []uint64{1}})
 		return err
 	}), codes.Aborted, "CHANGE_IN_PROGRESS")
+	wantError(t, soon(func(ctx context.Context) error {
+		_, err := c.nodes[1].TransferLeader(ctx, &kvpb.TransferLeaderRequest{NodeId: 2})
+		return err
+	}), codes.Aborted, "CHANGE_IN_PROGRESS")
 	release()
 	c.stop(1) // hands over, right behind a change
 }
