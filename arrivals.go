@@ -283,7 +283,7 @@ func (r *requestReader) next() ([]byte, *arrival, error) {
 			"grpc: received message larger than max (%d vs. %d)", length, r.limit)
 	}
 	rest := int(length)
-	a := r.arrivals.begin(r.conn, rest+frameOverhead*min(rest, arrivalChunk), r.call.end)
+	a := r.arrivals.begin(r.conn, incompleteBytes(rest), r.call.end)
 	m, err := r.message(rest)
 	if err != nil {
 		r.arrivals.end(a)
@@ -292,13 +292,25 @@ func (r *requestReader) next() ([]byte, *arrival, error) {
 	return m, a, nil
 }
 
+// incompleteBytes is what a message of this length takes of memory until all of it has come.
+func incompleteBytes(length int) int {
+	unread := frameOverhead * min(length, arrivalChunk)
+	if length <= arrivalChunk {
+		return length + unread
+	}
+	return blocksFor(length)*blockBytes + unread
+}
+
+// blocksFor is how many blocks a message of this length takes.
+func blocksFor(length int) int { return (length + blockBytes - 1) / blockBytes }
+
 // message returns a message of this length when all of it has come.
 func (r *requestReader) message(length int) ([]byte, error) {
 	if length <= arrivalChunk {
 		m := make([]byte, length)
 		return m, r.fill(m)
 	}
-	blocks := make([][]byte, 0, (length+blockBytes-1)/blockBytes)
+	blocks := make([][]byte, 0, blocksFor(length))
 	defer func() {
 		for _, b := range blocks {
 			freeBlocks.Put((*block)(b[:blockBytes]))

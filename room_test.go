@@ -232,6 +232,19 @@ func TestIncompleteRequestsAreNoGarbage(t *testing.T) {
 	}
 }
 
+// TestIncompleteBytes: a message counts as the blocks that it takes, and what gRPC has of it unread.
+func TestIncompleteBytes(t *testing.T) {
+	const unread = frameOverhead * arrivalChunk
+	for length, want := range map[int]int{
+		0: 0, 1: 1 + frameOverhead, arrivalChunk: arrivalChunk + unread, arrivalChunk + 1: blockBytes + unread,
+		blockBytes: blockBytes + unread, blockBytes + 1: 2*blockBytes + unread,
+	} {
+		if got := incompleteBytes(length); got != want {
+			t.Errorf("a message of %d bytes: %d, want %d", length, got, want)
+		}
+	}
+}
+
 // TestMessageOfBlocks: a message is what was sent, however many blocks it takes and however it
 // comes, and is not overwritten by the next one.
 func TestMessageOfBlocks(t *testing.T) {
