@@ -427,10 +427,19 @@ func (b *starter) giveUp(ctx context.Context) error {
 		defer endTurn()
 		return f.survey(ctx)
 	}
-	if err := whyGoesOn(p.clusterID, f.members, survey); err != nil {
-		return err
+	return b.conclude(ctx, p.clusterID, whyGoesOn(p.clusterID, f.members, survey))
+}
+
+// conclude ends giveUp, which has asked why the cluster may go on; nil: it never does. Whatever the
+// answers were, there is nothing to say if this node has a leader by now, or is in no cluster.
+func (b *starter) conclude(ctx context.Context, clusterID uint64, goesOn error) error {
+	if !b.s.n.founderMayBeLost(b.s.n.status.latest.Load()) {
+		return nil
 	}
-	return b.s.n.do(ctx, func() error { return b.s.n.dropFounding(p.clusterID) })
+	if goesOn != nil {
+		return goesOn
+	}
+	return b.s.n.do(ctx, func() error { return b.s.n.dropFounding(clusterID) })
 }
 
 // whyGoesOn says why a cluster may go on, of which an Init has made a part; nil: it never does.
@@ -453,7 +462,8 @@ func whyGoesOn(clusterID uint64, members []*kvpb.Node, survey func() ([]surveyAn
 }
 
 // mayGoOn says why a cluster may go on, by the answers of all members of its Init. Nil: none of its
-// voters is in it any more, and all who are agree who these are.
+// voters is in it any more, and all who are agree who these are. That a stranger calls a member is
+// seen only if nobody else has called it since, and if nothing else refuses the survey there.
 func mayGoOn(clusterID uint64, members []*kvpb.Node, answers []surveyAnswer) error {
 	var voters []*kvpb.Node
 	var isIn []*kvpb.Node

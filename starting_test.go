@@ -561,6 +561,26 @@ func TestStarterSaysWhatIs(t *testing.T) {
 	}
 }
 
+// TestNothingToGiveUp: a node that has its leader back says nothing of a cluster that may be lost.
+func TestNothingToGiveUp(t *testing.T) {
+	list := []*kvpb.Node{plainNode(1), plainNode(2)}
+	b := newStarter(&server{n: turnNode()})
+	goesOn := errors.New("a voter is still in the cluster")
+	for _, c := range []struct {
+		p    glance
+		want error
+	}{
+		{glance{clusterID: 7, leaderless: uint64(leaderWait / time.Second)}, goesOn},
+		{glance{clusterID: 7, lead: 2}, nil},
+		{glance{}, nil},
+	} {
+		b.s.n.status.latest.Store(&published{glance: c.p, founding: list})
+		if err := b.conclude(t.Context(), 7, goesOn); err != c.want {
+			t.Errorf("leader %d: %v, want %v", c.p.lead, err, c.want)
+		}
+	}
+}
+
 // TestSayings: the same is said again only once in a while, something new soon.
 func TestSayings(t *testing.T) {
 	var s sayings
