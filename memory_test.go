@@ -23,11 +23,12 @@ import (
 	"raft-key-value/kvpb"
 )
 
-// maxAbuse is what any abuse may cost a node in memory. As many watches as a node has are no
+// maxAbuse is what any abuse may cost a node in memory, also where other processes keep the
+// collector from a processor. As many watches as a node has are no
 // abuse: each takes some 25 KiB, 8 of them for a goroutine's stack, and what the garbage
 // collector has not collected yet.
 const (
-	maxAbuse    = 256 << 20
+	maxAbuse    = 320 << 20
 	watchMemory = 32 << 10
 )
 
