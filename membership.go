@@ -392,9 +392,8 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 	if !l.isVoter(ids[0]) {
 		return failStep(notCaughtUp("node %d is no voter", t.to)) // the reason stands for both
 	}
-	givenUp := failStep(unreachable(fmt.Sprintf("node %d does not answer, or did not take over", t.to)))
 	if !l.connected[ids[0]] {
-		return givenUp
+		return t.giveUp()
 	}
 	// Nobody is given up while raft may still make it the leader.
 	if !l.mayChange {
@@ -409,10 +408,14 @@ func (t *leaderTransfer) step(l *leaderState) nextStep {
 	isFirstChance := len(successors) > 0 && !t.asked
 	isLate := l.wall-t.began > 2*l.electionTicks
 	if isLate && !isFirstChance {
-		return givenUp
+		return t.giveUp()
 	}
 	t.asked = t.asked || isFirstChance
 	return transferStep(successors)
+}
+
+func (t *leaderTransfer) giveUp() nextStep {
+	return failStep(unreachable(fmt.Sprintf("node %d does not answer, or did not take over", t.to)))
 }
 
 // jointStay is a leader's stay in a joint configuration.

@@ -232,9 +232,7 @@ func TestTransferRule(t *testing.T) {
 	to := func(id, began uint64) func(*leaderState) nextStep {
 		return (&leaderTransfer{to: id, began: began}).step
 	}
-	asked := func(id, began uint64) func(*leaderState) nextStep {
-		return (&leaderTransfer{to: id, began: began, asked: true}).step
-	}
+	longAgo := newFacts().wall - 61
 	checkRules(t, []ruleTest{
 		{"this one", to(1, 0), nil, "done"},
 		{"a voter", to(2, 0), nil, "hand over to 2"},
@@ -244,10 +242,10 @@ func TestTransferRule(t *testing.T) {
 		{"a silent voter", to(2, 0), func(l *leaderState) { l.isSilent(2) }, "wait"},
 		{"one that is not connected", to(2, 0), func(l *leaderState) { delete(l.connected, 2) }, "UNREACHABLE"},
 		{"it was tried just now", to(2, newFacts().wall-60), nil, "hand over to 2"},
-		{"it was tried long ago", asked(2, newFacts().wall-61), nil, "UNREACHABLE"},
-		{"it is heard of again", to(2, newFacts().wall-61), nil, "hand over to 2"},
-		{"it was silent for long", to(2, newFacts().wall-61), func(l *leaderState) { l.isSilent(2) }, "UNREACHABLE"},
-		{"it was tried long ago, and raft still tries", to(2, newFacts().wall-61), func(l *leaderState) { l.mayChange = false }, "wait"},
+		{"it was tried long ago", (&leaderTransfer{to: 2, began: longAgo, asked: true}).step, nil, "UNREACHABLE"},
+		{"it is heard of again", to(2, longAgo), nil, "hand over to 2"},
+		{"it was silent for long", to(2, longAgo), func(l *leaderState) { l.isSilent(2) }, "UNREACHABLE"},
+		{"it was tried long ago, and raft still tries", to(2, longAgo), func(l *leaderState) { l.mayChange = false }, "wait"},
 	})
 }
 

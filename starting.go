@@ -433,13 +433,13 @@ func (b *starter) giveUp(ctx context.Context) error {
 // conclude ends giveUp, which has asked why the cluster may go on; nil: it never does. Whatever the
 // answers were, there is nothing to say if this node has a leader by now, or is in no cluster.
 func (b *starter) conclude(ctx context.Context, clusterID uint64, goesOn error) error {
+	if goesOn == nil {
+		return b.s.n.do(ctx, func() error { return b.s.n.dropFounding(clusterID) })
+	}
 	if !b.s.n.founderMayBeLost(b.s.n.status.latest.Load()) {
 		return nil
 	}
-	if goesOn != nil {
-		return goesOn
-	}
-	return b.s.n.do(ctx, func() error { return b.s.n.dropFounding(clusterID) })
+	return goesOn
 }
 
 // whyGoesOn says why a cluster may go on, of which an Init has made a part; nil: it never does.
